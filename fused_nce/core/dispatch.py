@@ -1,0 +1,85 @@
+"""Which backend runs a call, and why not another: one predicate for the automatic choice, a forced one, tests and doctor."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+from typing import NamedTuple, cast
+
+from torch import Tensor
+
+from .problem import Backend
+from .spec import Spec
+
+# Fastest first; the automatic choice takes the first that can. `reference` is never chosen by itself: it holds the scores.
+BACKENDS = ("cpu", "chunked", "reference")
+AUTOMATIC = ("cpu", "chunked")
+
+_logger = logging.getLogger("fused_nce")
+_logged: set[tuple[str, str]] = set()
+_local = threading.local()
+
+
+class Path(NamedTuple):
+    """What ran in a call, and why nothing faster did (empty when the fastest ran)."""
+
+    backend: str
+    reason: str
+
+
+def backend_module(name: str) -> Backend:
+    """The module of a backend, imported when first used.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, need one of {BACKENDS}")
+    return cast(Backend, importlib.import_module(f"..backends.{name}", __package__))
+
+
+def why_not(backend: str, spec: Spec, q: Tensor, k: Tensor) -> str | None:
+    """Why a backend cannot run a spec on these tensors; None if it can."""
+    return backend_module(backend).why_not(spec, q, k)
+
+
+def choose(spec: Spec, q: Tensor, k: Tensor, requested: str) -> tuple[str, Backend]:
+    """The backend to run: the requested one (the call's, else `FUSED_NCE_BACKEND`), else the fastest that can.
+
+    Raises:
+        ValueError: for an unknown name, or when a requested backend cannot run this.
+        RuntimeError: under `FUSED_NCE_STRICT=1`, when the automatic choice would be a fallback.
+    """
+    requested = requested or os.environ.get("FUSED_NCE_BACKEND", "")
+    if requested:
+        reason = why_not(requested, spec, q, k)
+        if reason is not None:
+            raise ValueError(f"backend: got {requested!r}, which cannot run this: {reason}")
+        _local.path = Path(requested, "requested")
+        return requested, backend_module(requested)
+    reasons: list[str] = []
+    for name in AUTOMATIC:
+        reason = why_not(name, spec, q, k)
+        if reason is None:
+            _record(name, "; ".join(reasons))
+            return name, backend_module(name)
+        reasons.append(f"{name}: {reason}")
+    raise RuntimeError(f"no backend can run {spec.code} on {q.device}: {'; '.join(reasons)}")
+
+
+def last_path() -> Path | None:
+    """The backend of this thread's last call and why it was not a faster one; None before the first call."""
+    return getattr(_local, "path", None)
+
+
+def _record(name: str, reason: str) -> None:
+    _local.path = Path(name, reason)
+    if not reason:
+        return
+    if os.environ.get("FUSED_NCE_STRICT") == "1":
+        raise RuntimeError(f"FUSED_NCE_STRICT=1 forbids the fallback to {name!r}: {reason}")
+    if (name, reason) not in _logged:
+        _logged.add((name, reason))
+        _logger.warning("using the %r backend: %s", name, reason)

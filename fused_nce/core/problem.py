@@ -1,0 +1,72 @@
+"""What a backend is given and what it gives back: the protocol between the ops and the backends."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from .spec import Spec
+from .tails import Coefficients, Nce
+
+
+class Problem(NamedTuple):
+    """One call's inputs. Scores are s = scale·⟨q_i, k_j⟩, never held whole."""
+
+    q: Tensor  # (N, D) queries
+    k: Tensor  # (M, D) keys
+    scale: float | Tensor  # host factor; or, times a learnable one, a 0-d tensor on q's device
+    spec: Spec
+    offset: int  # image of row 0
+
+    @property
+    def n(self) -> int:
+        """N, rows."""
+        return self.q.shape[0]
+
+    @property
+    def m(self) -> int:
+        """M, columns."""
+        return self.k.shape[0]
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted; an unwanted one costs no GEMM and comes back empty."""
+
+    q: bool
+    k: bool
+    scale: bool
+
+
+class Statistics(NamedTuple):
+    """float32 (float64 for float64 inputs)."""
+
+    pos: Tensor  # (N, P) transformed scores of the positives
+    rows: Tensor  # (S, N) in the order of spec.stats
+
+
+class Gradients(NamedTuple):
+    """In the accumulation dtype, at upstream 1; the op multiplies by the upstream and casts. Empty where not wanted."""
+
+    dq: Tensor  # (N, D)
+    dk: Tensor  # (M, D)
+    dscale: Tensor  # 0-d
+
+
+class Backend(Protocol):
+    """A module of `fused_nce.backends`."""
+
+    def why_not(self, spec: Spec, q: Tensor, k: Tensor) -> str | None:
+        """Why this backend cannot run the spec on these tensors, or None if it can."""
+
+    def workspace_bytes(self, spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_bytes: int) -> int:
+        """Bytes that it allocates beside its outputs: the published formula, asserted by the tests."""
+
+    def stats(self, problem: Problem) -> Statistics:
+        """One score GEMM."""
+
+    def grads(self, problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
+        """The gradients of any tail, from its coefficients: recomputes the scores, one GEMM and one a gradient."""
+
+    def loss(self, problem: Problem, tail: Nce, needs: Needs) -> tuple[Statistics, Gradients]:
+        """Statistics, and the gradients of the tail's loss, in one sweep: no score is computed twice."""

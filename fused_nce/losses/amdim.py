@@ -1,0 +1,201 @@
+"""AMDIM's noise-contrastive loss (Bachman, Hjelm, Buchwalter 2019, arXiv:1906.00910).
+
+Every image is scored against every location of every other image: s = scale·⟨a_i, c_kj⟩, clipped softly to
+t = clip·tanh(s / clip). Each of the n_c locations of the row's own image is one positive, classified against all locations
+of all other images; its siblings are left out. A penalty λ·mean(s²) over all raw scores pulls saturated ones back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..core import checks
+from ..core.engine import tile_loss
+from ..core.spec import Block, Identity, Spec, TanhClip
+from ..core.tails import REDUCTIONS, Nce
+
+
+class NCEOutput(NamedTuple):
+    """What a noise-contrastive loss returns; `loss`, `nce` and `penalty` are each differentiable."""
+
+    loss: Tensor  # 0-d: nce (its mean under reduction="none") + penalty
+    nce: Tensor  # 0-d, or (n_a, n_c) under reduction="none"
+    penalty: Tensor  # 0-d: λ·mean(s²)
+    stats: dict[str, Tensor]  # 0-d, detached: top1, pos_mean, neg_lse_mean, nce_minus_chance, mi_bound
+
+
+def amdim_nce(
+    antecedents: Tensor,  # (n_a, D), or (n_a, n_r, D): n_r rows of each image
+    consequents: Tensor,  # (n_k, n_c, D)
+    *,
+    offset: int = 0,
+    scale: float | Tensor | None = None,
+    clip: float | None = 20.0,
+    penalty: float = 0.04,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> NCEOutput:
+    """AMDIM's NCE of one antecedent map against one consequent map, without holding the (n_a, n_k, n_c) scores.
+
+    The default, scale 1/√D with λ = 0.04, is neither the paper's formula (no scale, λ = 0.04) nor amdim-public's (1/√D,
+    λ = 0.05): scale, λ and clip are one package. `AMDIMLoss(preset=...)` has both.
+
+    Args:
+        antecedents: (n_a, D), one row an image, or (n_a, n_r, D), n_r rows an image. float64, float32, bfloat16 or float16.
+        consequents: (n_k, n_c, D), the other view's n_c locations of n_k >= n_a images; same dtype and device.
+        offset: row i's image is i + offset; 0 on one process.
+        scale: factor of the dot product; None is 1/√D, a 0-d tensor is learnable.
+        clip: range c of the soft clip c·tanh(s/c), in units of the score; None for none.
+        penalty: λ of λ·mean(s²) over all scores, before the clip.
+        reduction: of `nce`: "mean" or "sum" over all positives, or "none" for (n_a·n_r, n_c). `penalty` is always the mean.
+        backend: a name of `fused_nce.backends()`, or None to choose the fastest.
+
+    Returns:
+        NCEOutput(loss, nce, penalty, stats), float32 (float64 for float64 inputs), in nats. One image alone has no
+        negatives: nce 0, with a warning. NaN or Inf in the features comes out in the loss and in the gradients they reach.
+
+    Raises:
+        TypeError: another dtype than a float one, two dtypes outside autocast, or something that is not a dense tensor.
+        ValueError: wrong rank, sizes that do not fit, an empty batch, two devices, clip <= 0, penalty < 0, NaN settings.
+    """
+    rows = ("n_a", "D") if not isinstance(antecedents, Tensor) or antecedents.dim() != 3 else ("n_a", "n_r", "D")
+    checks.check_tensor("antecedents", antecedents, rows)
+    checks.check_tensor("consequents", consequents, ("n_k", "n_c", "D"))
+    if not torch.is_autocast_enabled(antecedents.device.type):
+        checks.check_pair("antecedents", antecedents, "consequents", consequents)
+    n_a, d = antecedents.shape[0], antecedents.shape[-1]
+    n_k, n_c, _ = consequents.shape
+    if isinstance(offset, bool) or not isinstance(offset, int):
+        raise TypeError(f"offset: got {type(offset).__name__}, need an int")
+    if offset < 0 or offset + n_a > n_k:
+        raise ValueError(
+            f"consequents: got n_k = {n_k} images for n_a = {n_a} antecedents at offset {offset}, "
+            f"need 0 <= offset and n_k >= offset + n_a"
+        )
+    if clip is not None:
+        checks.check_number("clip", clip, above=0)
+    checks.check_number("penalty", penalty, at_least=0)
+    checks.check_choice("reduction", reduction, REDUCTIONS)
+    if scale is not None:
+        checks.check_scale("scale", scale, antecedents.device)
+    spec = Spec(
+        Block(n_c, 1 if antecedents.dim() == 2 else antecedents.shape[1]),
+        Identity() if clip is None else TanhClip(float(clip)),
+    )
+    parts = tile_loss(
+        antecedents.reshape(-1, d),
+        consequents.reshape(-1, d),
+        spec,
+        Nce(float(penalty), reduction),
+        scale=1 / math.sqrt(d) if scale is None else scale,
+        offset=offset,
+        backend=backend,
+    )
+    return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
+
+
+PRESETS: dict[str, dict[str, float | str | None]] = {
+    # Bachman et al. 2019, eq. 4-5: a plain dot product.
+    "paper": {"scale": 1.0, "clip": 20.0, "penalty": 0.04},
+    # github.com/Philip-Bachman/amdim-public, costs.py and train.py.
+    "amdim-public": {"scale": None, "clip": 20.0, "penalty": 0.05},
+}
+
+
+class AMDIMLoss(nn.Module):
+    """The multi-scale AMDIM objective over feature maps of two views: pairs summed, both directions averaged.
+
+    loss = Σ_pairs ½(nce₁→₂ + nce₂→₁) + ½ Σ_pairs (penalty₁→₂ + penalty₂→₁), so each pair's penalty has full weight λ.
+
+    Args:
+        pairs: "antecedent>consequent" map sizes; "5>7" and "7>7" work too.
+        antecedents: "sample" draws one antecedent location an image, anew for each view and call; "all" uses every one.
+        preset: "paper" or "amdim-public" sets scale, clip and penalty; None keeps the arguments.
+        scale, clip, penalty, backend: as in `amdim_nce`. The default is neither preset.
+
+    Shape:
+        each view: mapping of "f1", "f5", "f7" to (B, D, H, W), or (B, D) for a 1×1 map; any sizes that the pairs name.
+
+    Returns:
+        NCEOutput; `stats` has the mean over pairs of each number, and "1>5/top1" etc. for each pair.
+
+    Raises:
+        ValueError: for an unknown pair, preset or map; `amdim_nce` lists the rest.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[str] = ("1>5", "1>7", "5>5"),
+        antecedents: str = "sample",
+        *,
+        preset: str | None = None,
+        scale: float | None = None,
+        clip: float | None = 20.0,
+        penalty: float = 0.04,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        checks.check_choice("antecedents", antecedents, ("sample", "all"))
+        checks.check_choice("preset", preset, (None, *PRESETS))
+        if isinstance(pairs, str) or not pairs:
+            raise ValueError(f"pairs: got {pairs!r}, need a non-empty sequence such as ('1>5', '1>7', '5>5')")
+        for pair in pairs:
+            sides = pair.split(">")
+            if len(sides) != 2 or not all(side.isdigit() for side in sides):
+                raise ValueError(f"pairs: got {pair!r}, need 'A>C' with the sizes of two maps, such as '1>5'")
+        self.pairs = tuple(pairs)
+        self.antecedents = antecedents
+        self.settings: dict[str, float | str | None] = {"scale": scale, "clip": clip, "penalty": penalty}
+        self.settings |= PRESETS[preset] if preset else {}
+        self.backend = backend
+
+    def extra_repr(self) -> str:
+        """The settings, as `print(module)` shows them."""
+        return f"pairs={self.pairs}, antecedents={self.antecedents!r}, {self.settings}"
+
+    def forward(self, view1: Mapping[str, Tensor], view2: Mapping[str, Tensor]) -> NCEOutput:
+        """The loss of two views' maps."""
+        found: dict[str, NCEOutput] = {}
+        for pair in self.pairs:
+            source, target = (f"f{side}" for side in pair.split(">"))
+            ways = [
+                amdim_nce(
+                    self._antecedents(source, a), _locations(target, c), backend=self.backend, **self.settings  # type: ignore[arg-type]
+                )
+                for a, c in ((view1, view2), (view2, view1))
+            ]
+            found[pair] = NCEOutput(
+                *((x + y) / 2 for x, y in zip(ways[0][:3], ways[1][:3], strict=True)),
+                {name: (ways[0].stats[name] + ways[1].stats[name]) / 2 for name in ways[0].stats},
+            )
+        totals = [torch.stack(parts).sum() for parts in zip(*(out[:3] for out in found.values()), strict=True)]
+        names = next(iter(found.values())).stats
+        stats = {name: torch.stack([out.stats[name] for out in found.values()]).mean() for name in names}
+        stats |= {f"{pair}/{name}": value for pair, out in found.items() for name, value in out.stats.items()}
+        return NCEOutput(totals[0], totals[1], totals[2], stats)
+
+    def _antecedents(self, name: str, view: Mapping[str, Tensor]) -> Tensor:
+        """(B, D) sampled rows, or (B, H·W, D) all of them."""
+        rows = _locations(name, view)
+        if rows.shape[1] == 1:
+            return rows.squeeze(1)
+        if self.antecedents == "all":
+            return rows
+        batch = torch.arange(rows.shape[0], device=rows.device)
+        return rows[batch, torch.randint(rows.shape[1], (rows.shape[0],), device=rows.device)]
+
+
+def _locations(name: str, view: Mapping[str, Tensor]) -> Tensor:
+    """A view's map as (B, H·W, D)."""
+    if name not in view:
+        raise ValueError(f"view: got maps {sorted(view)}, need {name!r} for the pairs of this loss")
+    features = view[name]
+    if features.dim() == 2:
+        return features[:, None, :]
+    checks.check_tensor(name, features, ("B", "D", "H", "W"))
+    return features.flatten(2).transpose(1, 2)
