@@ -1,5 +1,6 @@
 """Noise-contrastive losses and their gradients without the score tensor, and the trainers that use them."""
 
+from . import backends as _package  # noqa: F401  (loaded before `doctor.backends` takes the name, or it would take it back)
 from ._version import __version__
 from .core.dispatch import last_path
 from .core.engine import tile_loss, tile_stats

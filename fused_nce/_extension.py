@@ -17,6 +17,7 @@ import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -69,9 +70,10 @@ def rebuild_command() -> str:
     It says nothing of build isolation: an isolated build brings a setuptools that is new enough, which not every torch
     does, and ``setup.py`` finds the torch that is installed all the same.
     """
-    pip = "python -m pip install --no-deps"
-    if (PACKAGE.parent / "setup.py").is_file():  # a checkout, used where it lies
-        return f"{pip} -e {shlex.quote(str(PACKAGE.parent))}"
+    pip = f"{shlex.quote(sys.executable)} -m pip install --no-deps"
+    root = PACKAGE.parent
+    if (root / "setup.py").is_file() and not (root / "PKG-INFO").is_file():  # a checkout, used where it lies
+        return f"{pip} -e {shlex.quote(str(root))}"
     try:  # where pip took it from, when that was not an index (PEP 610)
         record = json.loads(importlib.metadata.distribution("fused-nce").read_text("direct_url.json") or "{}")
     except (importlib.metadata.PackageNotFoundError, ValueError):

@@ -24,7 +24,8 @@ def doctor() -> str:
     """A report to read, or to paste into a bug report: versions, CPU, kernels, backends, settings."""
     module, reason = _extension.status()
     lines = [
-        f"fused_nce {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"fused_nce {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        f"system    {platform.platform()}",
         f"cpu       {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         f"kernels   {'built: ' + _facts(module.build_info()) if module else 'none: ' + reason}",
         *(f"backend   {name:10} {'ready' if why is None else 'no: ' + why}" for name, why in backends().items()),

@@ -1,8 +1,8 @@
 """The chunk loop in plain torch: any device, any float dtype, no compiler.
 
-A strip of rows holds three score-sized buffers within the workspace: 3 GEMMs, no score computed twice. Where the columns
-are so many that such a strip would be thinner than `MIN_STRIP_ROWS`, they are split into panels too; then the statistics
-of all panels come first and the scores are computed again for the weights: 4 GEMMs, still within the workspace.
+A strip of rows holds three score-sized buffers within the workspace: 3 GEMMs, no score computed twice. Where the
+columns are so many that such a strip would be thinner than `MIN_STRIP_ROWS`, they are split into panels too; then the
+statistics of all panels come first and the scores are computed again for the weights: 4 GEMMs, in the same workspace.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
 
 
 def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_bytes: int) -> int:
-    """Three tiles, the panel's inputs in float32 when they are 16-bit, and O(N) statistics."""
+    """Three tiles, the scaled strip of q, the panel of k in float32 when it is 16-bit, and O(N) statistics."""
     wide = max(dtype_bytes, 4)
     strip, panel = plan(spec, n, m, d, wide, dtype_bytes < 4, limit_bytes)
-    return wide * (BUFFERS * strip * panel + ((strip + panel) * d if dtype_bytes < 4 else 0)) + wide * 8 * n
+    cast = (strip + panel) * d if dtype_bytes < 4 else 0
+    return wide * (BUFFERS * strip * panel + strip * d + cast + 8 * n)
 
 
 def stats(problem: Problem) -> Statistics:
@@ -94,6 +95,8 @@ class _Sweep:
         self.wide = torch.promote_types(q.dtype, torch.float32)
         limit = workspace.limit_bytes(q.device.type)
         self.plan = plan(spec, problem.n, problem.m, q.shape[1], self.wide.itemsize, q.dtype != self.wide, limit)
+        # One allocation for all tiles: a fresh one each costs page faults, and two tiles would be alive together.
+        self.buffers = q.new_empty(BUFFERS, self.plan.strip * self.plan.panel, dtype=self.wide)
         self.empty = q.new_empty(0, dtype=self.wide)
         self.pos = q.new_empty(problem.n, spec.layout.n_c, dtype=self.wide)
         self.rows = q.new_empty(len(spec.stats), problem.n, dtype=self.wide)
@@ -132,28 +135,32 @@ class _Sweep:
         return out
 
     def allocate(self, needs: Needs) -> Gradients:
-        """Zeroed outputs, empty where not wanted."""
+        """Outputs that the first tile to reach them overwrites, empty where not wanted."""
         q, k = self.p.q, self.p.k
         return Gradients(
-            torch.zeros_like(q, dtype=self.wide, memory_format=torch.contiguous_format) if needs.q else self.empty,
-            torch.zeros_like(k, dtype=self.wide, memory_format=torch.contiguous_format) if needs.k else self.empty,
+            torch.empty_like(q, dtype=self.wide, memory_format=torch.contiguous_format) if needs.q else self.empty,
+            torch.empty_like(k, dtype=self.wide, memory_format=torch.contiguous_format) if needs.k else self.empty,
             q.new_zeros((), dtype=self.wide) if needs.scale else self.empty,
         )
 
     def fold_strip(self, rows: slice) -> _Tile | None:
         """Fill `pos` and `rows` for a strip; hands its tile on where one panel holds all columns."""
-        panels = self.panels()
-        for index, columns in enumerate(panels):
+        parts = []
+        for columns in self.panels():
             tile = self.tile(rows, columns)
-            found = self.fold(tile, rows)
-            self.rows[:, rows] = atoms.merge_tiles(self.p.spec, self.rows[:, rows], found) if index else found
-        return tile if len(panels) == 1 else None
+            parts.append(self.fold(tile, rows))
+        self.rows[:, rows] = atoms.merge_tiles(self.p.spec, parts)
+        return tile if len(parts) == 1 else None
 
     def tile(self, rows: slice, columns: slice, lse: Tensor | None = None) -> _Tile:
         """Scores of one tile and their exponentials, shifted by `lse` (strip,) once it is known."""
         spec, clip, n_c = self.p.spec, self.p.spec.clip, self.p.spec.layout.n_c
-        r = torch.mm(self.p.q[rows].to(self.wide), self.p.k[columns].to(self.wide).T)
-        x = torch.mul(r, self.p.scale / clip).tanh_() if clip else r * self.p.scale
+        q, k = self.p.q[rows].to(self.wide), self.p.k[columns].to(self.wide)
+        r, x, e = self.buffers[:, : q.shape[0] * k.shape[0]].view(BUFFERS, q.shape[0], k.shape[0])
+        torch.mm(q, k.T, out=r)
+        torch.mul(r, self.p.scale / clip if clip else self.p.scale, out=x)
+        if clip:
+            x.tanh_()
         image = atoms.image_of_rows(spec.layout, range(rows.start, rows.stop), self.p.offset, r.device)
         first, last = columns.start // n_c, columns.stop // n_c
         own_rows = ((image >= first) & (image < last)).nonzero().squeeze(1)
@@ -164,10 +171,11 @@ class _Sweep:
         factor = clip or 1.0
         if clip and clip <= atoms.SHIFTLESS_CLIP:
             shift: Tensor | float = 0.0
+            torch.mul(x, factor, out=e).exp_()
         else:
             peak = x.amax(dim=1, keepdim=True) * factor if lse is None else lse[:, None]
             shift = torch.where(peak == float("-inf"), 0.0, peak)
-        e = torch.mul(x, factor).sub_(shift).exp_()
+            torch.mul(x, factor, out=e).sub_(shift).exp_()
         return _Tile(r, x, e, shift, own_rows, own_images, own_x)
 
     def fold(self, tile: _Tile, rows: slice) -> Tensor:
@@ -204,14 +212,16 @@ class _Sweep:
     ) -> None:
         """Add a strip's part to the gradients."""
         lse = found.rows[self.p.spec.stats.index("neg_lse")]
-        q = self.p.q[rows].to(self.wide)
+        # Scaling the thin factors spares a pass over the weights.
+        q = self.p.q[rows].to(self.wide) * self.p.scale
         for columns in self.panels():
             part = tile or self.tile(rows, columns, lse)
             w = self.weights(part, found, d)
             if needs.scale:
                 out.dscale.add_(torch.dot(w.view(-1), part.r.view(-1)))
-            w.mul_(self.p.scale)
             if needs.q:
-                out.dq[rows].addmm_(w, self.p.k[columns].to(self.wide))
+                out.dq[rows].addmm_(w, self.p.k[columns].to(self.wide), beta=int(columns.start > 0))
             if needs.k:
-                out.dk[columns].addmm_(w.T, q)
+                out.dk[columns].addmm_(w.T, q, beta=int(rows.start > 0))
+        if needs.q:
+            out.dq[rows].mul_(self.p.scale)

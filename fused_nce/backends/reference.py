@@ -17,20 +17,44 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
 
 
 def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_bytes: int) -> int:
-    """Not bounded: about eight (N, M) tensors, and both inputs in the accumulation dtype."""
+    """Not bounded: up to twelve (N, M) tensors are alive, and both inputs in the accumulation dtype."""
     wide = max(dtype_bytes, 4)
-    return wide * (8 * n * m + (n + m) * d)
+    return wide * (12 * n * m + (n + m) * d)
 
 
 def stats(problem: Problem) -> Statistics:
     """Statistics of the whole score matrix."""
-    s, t, own = _scores(problem)
-    return Statistics(t[own].view(problem.n, -1), atoms.fold_tile(problem.spec, s, t, own))
+    return _fold(problem, *_scores(problem))
 
 
 def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
+    """Gradients from finished statistics; the scores are computed again."""
+    return _descend(problem, *_scores(problem), statistics, coefficients, needs)
+
+
+def loss(problem: Problem, tail: Nce, needs: Needs) -> tuple[Statistics, Gradients]:
+    """Statistics, then gradients, from the same scores."""
+    scores = _scores(problem)
+    found = _fold(problem, *scores)
+    unit = tail.unit(found.pos.numel())
+    coefficients = tail.coefficients(problem.spec, *found, unit, 1.0, problem.n * problem.m)
+    return found, _descend(problem, *scores, found, coefficients, needs)
+
+
+def _fold(problem: Problem, s: Tensor, t: Tensor, own: Tensor) -> Statistics:
+    return Statistics(t[own].view(problem.n, -1), atoms.fold_tile(problem.spec, s, t, own))
+
+
+def _descend(
+    problem: Problem,
+    s: Tensor,
+    t: Tensor,
+    own: Tensor,
+    statistics: Statistics,
+    coefficients: Coefficients,
+    needs: Needs,
+) -> Gradients:
     """dL/dq = scale·W k, dL/dk = scale·Wᵀ q, dL/dscale = Σ W·⟨q,k⟩."""
-    s, t, own = _scores(problem)
     w = atoms.tile_weights(problem.spec, s, t, own, statistics.rows, coefficients.d_rows)
     positive = torch.zeros_like(s).masked_scatter(own, coefficients.d_pos)
     w = w + positive * atoms.transform_slope(problem.spec.transform, t)
@@ -41,14 +65,6 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
         problem.scale * (w.T @ q) if needs.k else none,
         (w * (q @ k.T)).sum() if needs.scale else none,
     )
-
-
-def loss(problem: Problem, tail: Nce, needs: Needs) -> tuple[Statistics, Gradients]:
-    """Statistics, then gradients."""
-    found = stats(problem)
-    unit = tail.unit(found.pos.numel())
-    coefficients = tail.coefficients(problem.spec, *found, unit, 1.0, problem.n * problem.m)
-    return found, grads(problem, found, coefficients, needs)
 
 
 def _scores(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:

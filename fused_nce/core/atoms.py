@@ -33,7 +33,7 @@ def own_mask(layout: Block, rows: range, columns: range, offset: int, device: to
 
 
 # |t| < c, so e^t needs no shift while e^±c and its sum over 2^60 columns are normal float32 numbers: no max pass, and
-# partial sums just add. Shifting by c, as by any constant, would round t − c: 16 u on every term at c = 20 and t near 0.
+# partial sums just add. Shifting by c, as by any constant, would round t − c: 16 u a term at c = 20 and t near 0.
 SHIFTLESS_CLIP = 43.0
 
 
@@ -98,8 +98,8 @@ STATISTIC = {
 def poison(s: Tensor) -> Tensor:
     """0 for a row of finite scores, NaN otherwise, (N,).
 
-    tanh(±inf) = ±1, and a max drops a NaN: without this, a NaN or Inf in the features could leave a finite loss. Added to
-    `neg_lse`, it reaches the row's loss and, through the weights, every gradient that the bad score belongs to.
+    tanh(±inf) = ±1, and a max drops a NaN: without this, a NaN or Inf in the features could leave a finite loss. Added
+    to `neg_lse`, it reaches the row's loss and, through the weights, every gradient that the bad score belongs to.
     """
     return s.sum(dim=1) * 0
 
@@ -130,9 +130,18 @@ def fold_tile(spec: Spec, s: Tensor, t: Tensor, own: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def merge_tiles(spec: Spec, a: Tensor, b: Tensor) -> Tensor:
-    """Two partial (S, N) statistics as one."""
-    return torch.stack([STATISTIC[name].merge(x, y) for name, x, y in zip(spec.stats, a, b, strict=True)])
+def merge_tiles(spec: Spec, parts: list[Tensor]) -> Tensor:
+    """Partial (S, N) statistics as one.
+
+    In pairs of pairs: a thousand parts one after the other rounded neg_lse a thousand times, 14 times the error of one.
+    """
+    while len(parts) > 1:
+        pairs = [
+            torch.stack([STATISTIC[name].merge(x, y) for name, x, y in zip(spec.stats, a, b, strict=True)])
+            for a, b in zip(parts[::2], parts[1::2], strict=False)
+        ]
+        parts = pairs + parts[2 * len(pairs) :]
+    return parts[0]
 
 
 def tile_weights(
@@ -143,7 +152,7 @@ def tile_weights(
     rows: Tensor,  # (S, N) finished statistics
     d_rows: Tensor,  # (S, N) dL/d statistic
 ) -> Tensor:
-    """What the statistics contribute to w = dL/ds of one tile, (N, m); the positives' own part is added by the caller."""
+    """What the statistics contribute to w = dL/ds of one tile, (N, m); the caller adds the positives' own part."""
     slope = transform_slope(spec.transform, t)
     w = torch.zeros_like(s)
     for name, row, d_row in zip(spec.stats, rows, d_rows, strict=True):

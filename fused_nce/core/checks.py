@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .spec import Spec, TanhClip
 
@@ -60,7 +61,9 @@ def check_number(name: str, value: float, *, above: float | None = None, at_leas
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, need a number")
-    need = "a finite number" + (f" > {above}" if above is not None else f" >= {at_least}" if at_least is not None else "")
+    need = "a finite number" + (
+        f" > {above}" if above is not None else f" >= {at_least}" if at_least is not None else ""
+    )
     low = (above is not None and not value > above) or (at_least is not None and not value >= at_least)
     if not math.isfinite(value) or low:
         raise ValueError(f"{name}: got {value!r}, need {need}")
@@ -86,12 +89,24 @@ def check_scale(name: str, scale: float | Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: got device {scale.device}, need the inputs' {device}")
 
 
+def check_no_tangent(name: str, x: object) -> None:
+    """Not a forward-mode dual: the ops would drop its tangent in silence.
+
+    Raises:
+        RuntimeError: for one.
+    """
+    if isinstance(x, Tensor) and not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(f"fused_nce: forward-mode differentiation (jvp) is not supported: {name} carries a tangent")
+
+
 def check_scores(q: Tensor, k: Tensor, spec: Spec, scale: float | Tensor, offset: int) -> None:
     """Everything that the engine needs of one problem."""
     check_tensor("q", q, ("N", "D"))
     check_tensor("k", k, ("M", "D"))
     check_pair("q", q, "k", k)
     check_scale("scale", scale, q.device)
+    for name, x in (("q", q), ("k", k), ("scale", scale)):
+        check_no_tangent(name, x)
     if isinstance(spec.transform, TanhClip):
         check_number("clip", spec.transform.c, above=0)
     n_c, per_image = spec.layout.n_c, spec.layout.rows_per_image

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why not another: one predicate for the automatic choice, a forced one, tests and doctor."""
+"""Which backend runs a call, and why not another: one predicate for every choice, the tests and the doctor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from .problem import Backend
 from .spec import Spec
 
-# Fastest first; the automatic choice takes the first that can. `reference` is never chosen by itself: it holds the scores.
+# Fastest first; the automatic choice takes the first that can. `reference` must be asked for: it holds the scores.
 BACKENDS = ("cpu", "chunked", "reference")
 AUTOMATIC = ("cpu", "chunked")
 

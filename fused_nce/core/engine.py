@@ -1,4 +1,4 @@
-"""The two entries of the engine: differentiable statistics for any torch tail, and a loss with its gradients in one sweep."""
+"""The engine's two entries: differentiable statistics for any torch tail, and a loss and its gradients in one sweep."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def tile_stats(
 ) -> dict[str, Tensor]:
     """Row statistics of the scores s = scale·⟨q_i, k_j⟩, differentiable in q, k and a tensor `scale`.
 
-    Costs one score GEMM, and three more in a backward that wants both gradients. `neg_max` comes detached: its gradient is
-    undefined at ties.
+    Costs one score GEMM, and three more in a backward that wants both gradients. `neg_max` comes detached: its gradient
+    is undefined at ties.
 
     Args:
         q: (N, D).

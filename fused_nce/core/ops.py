@@ -20,7 +20,7 @@ from .dispatch import choose
 from .problem import Gradients, Needs, Problem, Statistics
 
 _lib = torch.library.Library("fused_nce", "FRAGMENT")
-# scale·scale_tensor is the factor of the dot product; needs = gradient wanted of q, k, scale_tensor; backend "" = choose.
+# scale·scale_tensor multiplies the dot product; needs = gradient wanted of q, k, scale_tensor; backend "" = choose.
 _SCORES = "Tensor q, Tensor k, Tensor? scale_tensor, float scale, str spec, SymInt offset"
 _lib.define(f"stats({_SCORES}, str backend) -> (Tensor pos, Tensor rows)", tags=(torch.Tag.pt2_compliant_tag,))
 _lib.define(
@@ -46,8 +46,8 @@ def _wide(q: Tensor) -> torch.dtype:
 
 
 def _chain_scale(grads: Gradients, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernels give dL/d(scale·scale_tensor)."""
-    return grads.dq, grads.dk, grads.dscale * scale
+    """The kernels give dL/d(scale·scale_tensor). What is unwanted may be one empty tensor there, but not in an op."""
+    return grads.dq, grads.dk.clone() if grads.dk is grads.dq else grads.dk, grads.dscale * scale
 
 
 # ---- bodies -----------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def _stats(
     problem = _problem(q, k, scale_tensor, scale, spec, offset)
     name, module = choose(problem.spec, q, k, backend)
     with torch.autocast(q.device.type, enabled=False), torch.profiler.record_function(f"fused_nce::stats[{name}]"):
-        return tuple(module.stats(problem))
+        return module.stats(problem)
 
 
 def _grads(

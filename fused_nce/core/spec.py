@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 STATISTICS = ("neg_lse", "neg_max", "square")
-"""Row statistics, in the order in which backends compute them; `core/atoms.py` defines each. `pos` comes with every spec."""
+"""Row statistics, in the order of a backend's rows; `core/atoms.py` defines each. `pos` comes with every spec."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def parse(code: str) -> Spec:
     known = layout_name == "block" and transform_name in ("identity", "tanh_clip")
     if not known or any(name not in STATISTICS for name in stats):
         raise ValueError(
-            f"spec: got {code!r}, need block(n_c,rows_per_image), identity() or tanh_clip(c), and statistics from {STATISTICS}"
+            f"spec: got {code!r}, need block(n_c,rows_per_image), identity() or tanh_clip(c), and some of {STATISTICS}"
         )
     layout = Block(*(int(value) for value in layout_values))
     transform = TanhClip(float(transform_values[0])) if transform_name == "tanh_clip" else Identity()

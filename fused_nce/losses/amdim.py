@@ -1,8 +1,9 @@
 """AMDIM's noise-contrastive loss (Bachman, Hjelm, Buchwalter 2019, arXiv:1906.00910).
 
 Every image is scored against every location of every other image: s = scale·⟨a_i, c_kj⟩, clipped softly to
-t = clip·tanh(s / clip). Each of the n_c locations of the row's own image is one positive, classified against all locations
-of all other images; its siblings are left out. A penalty λ·mean(s²) over all raw scores pulls saturated ones back.
+t = clip·tanh(s / clip). Each of the n_c locations of the row's own image is one positive, classified against all
+locations of all other images; its siblings are left out. A penalty λ·mean(s²) over all raw scores pulls saturated
+ones back.
 """
 
 from __future__ import annotations
@@ -46,22 +47,22 @@ def amdim_nce(
     λ = 0.05): scale, λ and clip are one package. `AMDIMLoss(preset=...)` has both.
 
     Args:
-        antecedents: (n_a, D), one row an image, or (n_a, n_r, D), n_r rows an image. float64, float32, bfloat16 or float16.
+        antecedents: (n_a, D), one row an image, or (n_a, n_r, D), n_r rows an image; float64, 32, 16 or bfloat16.
         consequents: (n_k, n_c, D), the other view's n_c locations of n_k >= n_a images; same dtype and device.
         offset: row i's image is i + offset; 0 on one process.
         scale: factor of the dot product; None is 1/√D, a 0-d tensor is learnable.
         clip: range c of the soft clip c·tanh(s/c), in units of the score; None for none.
         penalty: λ of λ·mean(s²) over all scores, before the clip.
-        reduction: of `nce`: "mean" or "sum" over all positives, or "none" for (n_a·n_r, n_c). `penalty` is always the mean.
+        reduction: of `nce`: "mean" or "sum" over all positives, or "none" for (n_a·n_r, n_c). The penalty stays a mean.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
         NCEOutput(loss, nce, penalty, stats), float32 (float64 for float64 inputs), in nats. One image alone has no
-        negatives: nce 0, with a warning. NaN or Inf in the features comes out in the loss and in the gradients they reach.
+        negatives: nce 0, with a warning. NaN or Inf in the features comes out in the loss and the gradients they reach.
 
     Raises:
         TypeError: another dtype than a float one, two dtypes outside autocast, or something that is not a dense tensor.
-        ValueError: wrong rank, sizes that do not fit, an empty batch, two devices, clip <= 0, penalty < 0, NaN settings.
+        ValueError: wrong rank, sizes that do not fit, an empty batch, two devices, clip <= 0, penalty < 0, a NaN.
     """
     rows = ("n_a", "D") if not isinstance(antecedents, Tensor) or antecedents.dim() != 3 else ("n_a", "n_r", "D")
     checks.check_tensor("antecedents", antecedents, rows)
@@ -165,12 +166,17 @@ class AMDIMLoss(nn.Module):
             source, target = (f"f{side}" for side in pair.split(">"))
             ways = [
                 amdim_nce(
-                    self._antecedents(source, a), _locations(target, c), backend=self.backend, **self.settings  # type: ignore[arg-type]
+                    self._antecedents(source, a),
+                    _locations(target, c),
+                    backend=self.backend,
+                    **self.settings,  # type: ignore[arg-type]
                 )
                 for a, c in ((view1, view2), (view2, view1))
             ]
             found[pair] = NCEOutput(
-                *((x + y) / 2 for x, y in zip(ways[0][:3], ways[1][:3], strict=True)),
+                (ways[0].loss + ways[1].loss) / 2,
+                (ways[0].nce + ways[1].nce) / 2,
+                (ways[0].penalty + ways[1].penalty) / 2,
                 {name: (ways[0].stats[name] + ways[1].stats[name]) / 2 for name in ways[0].stats},
             )
         totals = [torch.stack(parts).sum() for parts in zip(*(out[:3] for out in found.values()), strict=True)]

@@ -1,0 +1,202 @@
+// The operators, their checks, and the module that says what was built.
+#include <ATen/core/Tensor.h>
+#include <torch/extension.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <cmath>
+#include <tuple>
+
+#include "atoms.h"
+#include "cpu/isa.h"
+#include "cpu/sweep.h"
+
+namespace fused_nce {
+namespace {
+
+using at::Tensor;
+using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using GradientTuple = std::tuple<Tensor, Tensor, Tensor>;
+using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// GEMMs read rows in place where their elements are adjacent and rows do not overlap; anything else is copied.
+Tensor with_rows(const Tensor& x) {
+  const bool in_place = (x.size(1) == 1 || x.stride(1) == 1) && x.stride(0) >= x.size(1);
+  return in_place ? x : x.clone(at::MemoryFormat::Contiguous);
+}
+
+void check_matrix(const char* name, const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0, name, " has shape ", x.sizes(),
+                    ", needed: two non-empty dimensions");
+  const auto type = x.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, name, " is ", type,
+                   ", needed: float32, bfloat16 or float16");
+}
+
+SweepInputs inputs(const Tensor& q, const Tensor& k, double scale, int64_t n_c, int64_t rows_per_image, int64_t offset,
+                   double clip, bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes) {
+  check_matrix("q", q);
+  check_matrix("k", k);
+  TORCH_CHECK_TYPE(q.scalar_type() == k.scalar_type(), "k is ", k.scalar_type(), ", needed: the dtype of q, ",
+                   q.scalar_type());
+  TORCH_CHECK_VALUE(q.size(1) == k.size(1), "k has width ", k.size(1), ", needed: the width of q, ", q.size(1));
+  TORCH_CHECK_VALUE(n_c > 0 && k.size(0) % n_c == 0, "n_c is ", n_c, ", needed: a divisor of the ", k.size(0),
+                    " columns");
+  TORCH_CHECK_VALUE(rows_per_image > 0, "rows_per_image is ", rows_per_image, ", needed: at least 1");
+  const int64_t images = k.size(0) / n_c, last = (q.size(0) - 1) / rows_per_image + offset;
+  TORCH_CHECK_VALUE(offset >= 0 && last < images, "offset is ", offset, ", so the rows are of images ", offset, " to ",
+                    last, ", needed: within the ", images, " images of k");
+  TORCH_CHECK_VALUE(clip >= 0.0 && std::isfinite(clip), "clip is ", clip, ", needed: 0 (none) or a positive number");
+  TORCH_CHECK_VALUE(workspace_bytes > 0, "workspace_bytes is ", workspace_bytes, ", needed: a positive number");
+  const Scoring scoring{static_cast<float>(scale), static_cast<float>(clip), n_c, rows_per_image, offset};
+  return {with_rows(q), with_rows(k), scoring, need_q, need_k, need_scale, workspace_bytes};
+}
+
+at::TensorOptions floats(const Tensor& q) { return q.options().dtype(at::kFloat); }
+
+RowStatistics new_statistics(const Tensor& q, int64_t n_c) {
+  const int64_t n = q.size(0);
+  const auto options = floats(q);
+  return {at::empty({n, n_c}, options), at::empty({n}, options), at::empty({n}, options), at::empty({n}, options)};
+}
+
+Gradients new_gradients(const SweepInputs& in) {
+  const auto options = floats(in.q);
+  return {at::empty(in.need_q ? in.q.sizes() : at::IntArrayRef{0}, options),
+          at::empty(in.need_k ? in.k.sizes() : at::IntArrayRef{0}, options),
+          in.need_scale ? at::empty({}, options) : at::empty({0}, options)};
+}
+
+Tensor coefficients(const char* name, const Tensor& x, at::IntArrayRef shape) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, name, " is ", x.scalar_type(), ", needed: float32");
+  TORCH_CHECK_VALUE(x.sizes() == shape, name, " has shape ", x.sizes(), ", needed: ", shape);
+  return x.contiguous();
+}
+
+Statistics cpu_stats(const Tensor& q, const Tensor& k, double scale, int64_t n_c, int64_t rows_per_image,
+                     int64_t offset, double clip, int64_t workspace_bytes) {
+  const auto in = inputs(q, k, scale, n_c, rows_per_image, offset, clip, false, false, false, workspace_bytes);
+  const RowStatistics out = new_statistics(q, n_c);
+  sweep_stats(in, out);
+  return {out.pos, out.neg_lse, out.neg_max, out.square};
+}
+
+GradientTuple cpu_grads(const Tensor& q, const Tensor& k, double scale, int64_t n_c, int64_t rows_per_image,
+                        int64_t offset, double clip, const Tensor& pos, const Tensor& neg_lse, const Tensor& d_pos,
+                        const Tensor& d_neg_lse, const Tensor& d_square, bool need_q, bool need_k, bool need_scale,
+                        int64_t workspace_bytes) {
+  const auto in =
+      inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k, need_scale, workspace_bytes);
+  const int64_t n = q.size(0);
+  const RowStatistics stats{coefficients("pos", pos, {n, n_c}), coefficients("neg_lse", neg_lse, {n}), {}, {}};
+  const Upstream upstream{coefficients("d_pos", d_pos, {n, n_c}), coefficients("d_neg_lse", d_neg_lse, {n}),
+                          coefficients("d_square", d_square, {n})};
+  const Gradients out = new_gradients(in);
+  sweep_grads(in, stats, upstream, out);
+  return {out.dq, out.dk, out.dscale};
+}
+
+LossTuple cpu_loss(const Tensor& q, const Tensor& k, double scale, int64_t n_c, int64_t rows_per_image, int64_t offset,
+                   double clip, double nce_weight, double square_weight, bool need_q, bool need_k, bool need_scale,
+                   int64_t workspace_bytes) {
+  const auto in =
+      inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k, need_scale, workspace_bytes);
+  const RowStatistics stats = new_statistics(q, n_c);
+  const Upstream upstream{{}, {}, {}, static_cast<float>(nce_weight), static_cast<float>(square_weight)};
+  const Gradients out = new_gradients(in);
+  sweep_loss(in, stats, upstream, out);
+  return {stats.pos, stats.neg_lse, stats.neg_max, stats.square, out.dq, out.dk, out.dscale};
+}
+
+// One atom over a float tensor, for the parity test with its twin in torch: (value, derivative), or (value,).
+std::vector<Tensor> atom(const std::string& name, const Tensor& x, double parameter) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat && x.is_contiguous(), "x is ", x.scalar_type(),
+                   ", needed: a contiguous float32 tensor");
+  const Tensor value = at::empty_like(x), slope = at::empty_like(x);
+  const float* in = x.data_ptr<float>();
+  float *v = value.data_ptr<float>(), *d = slope.data_ptr<float>();
+  const float clip = static_cast<float>(parameter);
+  for (int64_t i = 0; i < x.numel(); ++i) {
+    if (name == "exp") {
+      v[i] = d[i] = portable::exp_value(in[i]);
+    } else if (name == "tanh_clip") {
+      const auto t = portable::tanh_clip(in[i], clip, 1.0f / clip);
+      v[i] = t.value;
+      d[i] = t.slope;
+    } else if (name == "softplus") {
+      v[i] = portable::softplus(in[i]);
+      d[i] = portable::sigmoid(in[i]);
+    } else if (name == "sigmoid") {
+      v[i] = portable::sigmoid(in[i]);
+      d[i] = v[i] * portable::sigmoid(-in[i]);
+    } else {
+      TORCH_CHECK_VALUE(false, "name is '", name, "', needed: exp, tanh_clip, softplus or sigmoid");
+    }
+  }
+  return {value, slope};
+}
+
+pybind11::dict plan(int64_t rows, int64_t columns, int64_t width, at::ScalarType dtype, int64_t workspace_bytes,
+                    bool statistics, bool need_q, bool need_k, bool need_scale) {
+  const bool gradients = need_q || need_k || need_scale;
+  const Work work{rows, columns, width, elements_of(dtype, width), statistics && gradients, gradients, need_q, need_k};
+  const Plan p = make_plan(work, workspace_bytes);
+  pybind11::dict out;
+  out["fits"] = p.lanes > 0;
+  out["strip_rows"] = p.lanes;
+  out["strips"] = p.strips;
+  out["tile_columns"] = p.tile_columns;
+  out["tiles"] = p.tiles;
+  out["groups"] = p.groups;
+  out["scores_stored"] = p.stored;
+  out["total_bytes"] = p.bytes;
+  return out;
+}
+
+pybind11::dict build_info() {
+  pybind11::dict out;
+  out["torch_version"] = TORCH_VERSION;
+#if defined(__clang__)
+  out["compiler"] = "clang " __clang_version__;
+#else
+  out["compiler"] = "gcc " __VERSION__;
+#endif
+  out["isa_compiled"] = compiled_isas();
+  out["isa_active"] = active_kernels().name;
+  out["cuda"] = false;
+  out["bf16_hardware"] = has_bf16_hardware();
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
+  m.def(
+      "cpu_stats(Tensor q, Tensor k, float scale, int n_c, int rows_per_image, int offset, float clip, "
+      "int workspace_bytes) -> (Tensor pos, Tensor neg_lse, Tensor neg_max, Tensor square)");
+  m.def(
+      "cpu_grads(Tensor q, Tensor k, float scale, int n_c, int rows_per_image, int offset, float clip, Tensor pos, "
+      "Tensor neg_lse, Tensor d_pos, Tensor d_neg_lse, Tensor d_square, bool need_q, bool need_k, bool need_scale, "
+      "int workspace_bytes) -> (Tensor dq, Tensor dk, Tensor dscale)");
+  m.def(
+      "cpu_loss(Tensor q, Tensor k, float scale, int n_c, int rows_per_image, int offset, float clip, "
+      "float nce_weight, float square_weight, bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
+      "(Tensor pos, Tensor neg_lse, Tensor neg_max, Tensor square, Tensor dq, Tensor dk, Tensor dscale)");
+}
+
+TORCH_LIBRARY_IMPL(fused_nce, CPU, m) {
+  m.impl("cpu_stats", &cpu_stats);
+  m.impl("cpu_grads", &cpu_grads);
+  m.impl("cpu_loss", &cpu_loss);
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  namespace py = pybind11;
+  m.def("build_info", &build_info);
+  m.def("atom", &atom, py::arg("name"), py::arg("x"), py::arg("parameter") = 1.0);
+  m.def("plan", &plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("dtype"),
+        py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true, py::arg("need_q") = true,
+        py::arg("need_k") = true, py::arg("need_scale") = false);
+}
+
+}  // namespace fused_nce

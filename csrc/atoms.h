@@ -1,0 +1,158 @@
+// The formulas of the engine, once: scalar functions that a compiler vectorises on a CPU and inlines into a GPU kernel.
+// No torch and no standard library types, so that the same text compiles for both.
+//
+// Letters: s raw score scale*<q,k>, t transformed score, w weight dL/ds. Everything is float; sums that join many
+// partial results are double.
+#pragma once
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define FUSED_NCE_HD __host__ __device__ __forceinline__
+#else
+#define FUSED_NCE_HD inline __attribute__((always_inline))
+#endif
+
+// Each instruction set compiles the formulas in a namespace of its own: with one shared inline symbol the linker may
+// keep the AVX-512 body and hand it to an AVX2 machine.
+#ifndef FUSED_NCE_ISA
+#define FUSED_NCE_ISA portable
+#endif
+
+namespace fused_nce {
+namespace FUSED_NCE_ISA {
+
+FUSED_NCE_HD int bits_of(float x) {
+  int bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+FUSED_NCE_HD float float_of(int bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+FUSED_NCE_HD float infinity() { return float_of(0x7f800000); }
+
+// x = n*log(2) + r with |r| <= log(2)/2; `power` is 2^n and `tail` is exp(r) - 1.
+struct Reduced {
+  float power, tail;
+};
+
+// Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits. log(2) is subtracted in two parts, the
+// first with 11 trailing zero bits, so that n*log(2) is exact with or without a fused multiply-add. The polynomial is
+// the minimax fit of (exp(r) - 1 - r) / r^2, relative error of exp(r) - 1 below 5e-10.
+FUSED_NCE_HD Reduced reduce_exp(float x) {
+  const float magic = 12582912.0f;
+  const float shifted = x * 1.44269504f + magic;
+  const float n = shifted - magic;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.99075846e-4f;
+  p = p * r + 1.39485928e-3f;
+  p = p * r + 8.33328627e-3f;
+  p = p * r + 4.16662395e-2f;
+  p = p * r + 0.166666672f;
+  p = p * r + 0.5f;
+  Reduced out;
+  out.power = float_of((bits_of(shifted) - bits_of(magic) + 127) << 23);
+  out.tail = p * (r * r) + r;
+  return out;
+}
+
+// exp(x) within 1.5 ulp for |x| <= 87; outside, anything.
+FUSED_NCE_HD float exp_bounded(float x) {
+  const Reduced e = reduce_exp(x);
+  return e.power * e.tail + e.power;
+}
+
+// exp(x): within 1.5 ulp; 0 below -87.33 (where the result would be subnormal), infinity above 88.37, NaN stays NaN.
+FUSED_NCE_HD float exp_value(float x) {
+  const float y = x < -87.33f ? 0.0f : exp_bounded(x);
+  return x > 88.37f ? infinity() : y;
+}
+
+// A transformed score and its derivative dt/ds.
+struct Score {
+  float value, slope;
+};
+
+// clip*tanh(s/clip). With m = exp(2|x|) - 1: tanh = m/(m+2) keeps its relative accuracy near 0, and
+// 1 - tanh^2 = 4(m+1)/(m+2)^2 keeps it where tanh saturates. tanh rounds to 1 beyond |x| = 9.02, so 2|x| stops at 20.
+FUSED_NCE_HD Score tanh_clip(float s, float clip, float inverse_clip) {
+  const int sign = bits_of(s) & static_cast<int>(0x80000000u);
+  float y = (2.0f * inverse_clip) * float_of(bits_of(s) & 0x7fffffff);
+  y = y > 20.0f ? 20.0f : y;
+  const Reduced e = reduce_exp(y);
+  const float m = e.power * e.tail + (e.power - 1.0f);
+  const float a = 1.0f / (m + 2.0f);
+  Score t;
+  t.value = clip * float_of(bits_of(m * a) | sign);
+  t.slope = 4.0f * (m + 1.0f) * (a * a);
+  return t;
+}
+
+template <bool kClip>
+FUSED_NCE_HD Score transform(float s, float clip, float inverse_clip) {
+  if (kClip) return tanh_clip(s, clip, inverse_clip);
+  Score t;
+  t.value = s;
+  t.slope = 1.0f;
+  return t;
+}
+
+// The clip bounds t, so up to this value exp(t) itself lies in [e^-43, e^43] and 1e9 terms add up to less than 1e28:
+// no maximum is needed, partial sums just add, and no t - shift is rounded.
+constexpr float kMaxShiftFreeClip = 43.0f;
+
+FUSED_NCE_HD bool needs_no_shift(float clip) { return clip > 0.0f && clip <= kMaxShiftFreeClip; }
+
+// sum_j exp(t_j) as exp(shift) * sum. A row without terms has sum 0.
+struct LogSum {
+  float shift;
+  double sum;
+};
+
+// The shift that a running maximum of t asks for; a row that has seen nothing (-infinity) asks for 0.
+FUSED_NCE_HD float shift_of(float maximum) { return maximum == -infinity() ? 0.0f : maximum; }
+
+FUSED_NCE_HD LogSum merge(LogSum a, LogSum b) {
+  if (b.sum == 0.0) return a;
+  if (a.sum == 0.0) return b;
+  LogSum out;
+  out.shift = a.shift > b.shift ? a.shift : b.shift;
+  out.sum = a.sum * exp_value(a.shift - out.shift) + b.sum * exp_value(b.shift - out.shift);
+  return out;
+}
+
+FUSED_NCE_HD float log_value(LogSum a) { return static_cast<float>(a.shift + __builtin_log(a.sum)); }
+
+// Kahan: a sum of many equal terms is otherwise rounded the same way every time, 30 ulp after 128 of them.
+FUSED_NCE_HD void add_exactly(float& sum, float& error, float x) {
+  const float y = x - error;
+  const float next = sum + y;
+  error = (next - sum) - y;
+  sum = next;
+}
+
+// log(1 + exp(x)), never linear by fiat: the tail exp(-|x|) is kept to the last bit.
+FUSED_NCE_HD float softplus(float x) {
+  const float tail = __builtin_log1pf(exp_value(x > 0.0f ? -x : x));
+  return x > 0.0f ? x + tail : (x != x ? x : tail);
+}
+
+FUSED_NCE_HD float sigmoid(float x) {
+  const float e = exp_value(x > 0.0f ? -x : x);
+  return (x > 0.0f ? 1.0f : e) / (1.0f + e);
+}
+
+// d/dpos of softplus(neg_lse - pos). Written as 1 - p it would cancel where the positive wins.
+FUSED_NCE_HD float nce_slope_positive(float neg_lse, float pos) { return -sigmoid(neg_lse - pos); }
+
+// Weight of a negative: d_lse * exp(t - lse) * dt/ds. exp(t - shift) * inverse is the softmax, at most 1, before the
+// upstream gradient meets it: their product in another order could leave the range of float.
+FUSED_NCE_HD float negative_weight(float exp_shifted, float inverse, float d_lse, float slope) {
+  return exp_shifted * inverse * d_lse * slope;
+}
+
+}  // namespace FUSED_NCE_ISA
+}  // namespace fused_nce

@@ -1,0 +1,4 @@
+// Row kernels for any CPU: the compiler's baseline.
+#define FUSED_NCE_ISA rows_generic
+#define FUSED_NCE_ISA_NAME "generic"
+#include "rows.inl"

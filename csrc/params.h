@@ -1,0 +1,73 @@
+// Plain structs that the driver hands to the row kernels. No torch and no standard library types: each instruction set
+// includes this file.
+#pragma once
+
+#include <stdint.h>
+
+namespace fused_nce {
+
+// What happens to a score, and which columns are the positives of which rows.
+struct Scoring {
+  float scale;             // s = scale * <q, k>
+  float clip;              // t = clip * tanh(s / clip); 0: t = s
+  int64_t n_c;             // columns per image: column j belongs to image j / n_c
+  int64_t rows_per_image;  // row i belongs to image i / rows_per_image + offset
+  int64_t offset;
+};
+
+// A tile of the transposed scores: row `c` of the array holds column `first_column + c` of S, its lanes are the rows of
+// the strip. Statistics of rows then need no horizontal reduction.
+struct Tile {
+  float* scores;         // (columns, lanes), <q, k> before the scale
+  int64_t columns;
+  int64_t lanes;         // a multiple of 16; lanes from `rows` on are padding, their products are 0
+  int64_t rows;          // rows of the strip
+  int64_t first_column;  // of S
+  int64_t first_row;     // of S
+};
+
+// Running statistics of a strip, `lanes` floats each.
+struct Accumulators {
+  float* max;           // largest s among the negatives
+  float* sum;           // sum of exp(t - shift(max)) over the negatives, and its Kahan error
+  float* sum_error;
+  float* square;        // sum of s^2 over all columns, and its Kahan error
+  float* square_error;
+  float* bad;           // sum of 0 * s: 0, or NaN as soon as one score is NaN or infinite
+  float* scratch;
+};
+
+// Coefficients of a strip, `lanes` floats each; padding lanes hold zeros.
+struct Coefficients {
+  float* shift;
+  float* inverse;     // exp(t - shift) * inverse = exp(t - neg_lse)
+  float* d_neg_lse;   // dL/d neg_lse
+  float* two_d_square;  // 2 * dL/d square
+};
+
+// What the positives' weights need: d_pos if it was given, otherwise the NCE tail's own.
+struct Positives {
+  const float* d_pos;    // (N, n_c) or null
+  const float* pos;      // (N, n_c)
+  const float* neg_lse;  // (N)
+  float nce_weight;
+};
+
+// The row kernels of one instruction set.
+struct RowKernels {
+  const char* name;
+  // Adds a tile to the statistics, and stores the transformed scores of its positives in `pos` (N, n_c).
+  void (*fold)(const Tile&, const Scoring&, const Accumulators&, float* pos);
+  // Replaces the scores by scale * w, and adds w * <q, k> to `d_scale` (lanes; null: not wanted). `spare` is
+  // (lanes) of scratch.
+  void (*weigh)(const Tile&, const Scoring&, const Coefficients&, const Positives&, float* d_scale, float* spare);
+  // (columns, lanes) -> (rows, out_stride), of floats or of any other 32-bit words.
+  void (*transpose)(const Tile&, float* out, int64_t out_stride);
+  void (*narrow)(const float* in, uint16_t* out, int64_t count);
+  // Two bfloat16 rows interleaved, as a bfloat16 GEMM wants its right operand; `odd` null: zeros.
+  void (*interleave)(const uint16_t* even, const uint16_t* odd, uint32_t* out, int64_t count);
+  void (*widen_bf16)(const uint16_t* in, float* out, int64_t count);
+  void (*widen_fp16)(const uint16_t* in, float* out, int64_t count);
+};
+
+}  // namespace fused_nce

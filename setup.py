@@ -1,0 +1,163 @@
+"""Build the C++ kernels of ``csrc/`` where torch and a compiler are at hand; install pure Python where not.
+
+``FUSED_NCE_BUILD=none|cpu|cpu,cuda`` decides; unset, it is ``cpu`` where possible. What is asked for by name and cannot
+be built is an error; what is merely possible and cannot be built is a line that says what to do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def load_by_path(path: Path) -> ModuleType:
+    """Import one file of the package without the package, which needs torch."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot load {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+extension = load_by_path(ROOT / "fused_nce" / "_extension.py")
+
+
+def say(line: str) -> None:
+    """One line for the person who installs (pip shows it under ``-v``, or when the build fails)."""
+    print(f"fused_nce: {line}", file=sys.stderr)
+
+
+def requested() -> set[str] | None:
+    """The parts that ``FUSED_NCE_BUILD`` names, or None where it is unset."""
+    text = os.environ.get("FUSED_NCE_BUILD", "").strip()
+    if not text:
+        return None
+    parts = {part.strip() for part in text.split(",")}
+    if parts not in ({"none"}, {"cpu"}, {"cpu", "cuda"}):
+        sys.exit(f"fused_nce: FUSED_NCE_BUILD must be none, cpu or cpu,cuda, not {text!r}")
+    return parts - {"none"}
+
+
+def find_torch() -> bool:
+    """Whether torch can be imported, if need be from the environment that is being installed into.
+
+    pip isolates a build by hiding the site-packages of the very interpreter it runs, so that interpreter still names
+    the right folder, and the torch in it is the one that the library will meet. Other installers build in an
+    environment of their own, whose folder holds no torch. Appended, so the isolated build tools keep their precedence.
+    """
+    if importlib.util.find_spec("torch") is None:
+        folders = {sysconfig.get_path("platlib"), sysconfig.get_path("purelib")}
+        sys.path += [folder for folder in folders if Path(folder, "torch").is_dir()]
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError):  # OSError: one of torch's own libraries is missing
+        return False
+    return True
+
+
+def obstacle(parts: set[str]) -> str | None:
+    """Why these parts cannot be built here, or None where they can. Chooses the compiler (``CXX``) on the way."""
+    if not sorted((ROOT / "csrc").glob("*.cpp")):
+        return "there are no sources in csrc/"
+    compiler = extension.find_compiler()
+    if compiler is None:
+        return f"no C++ compiler works (tried {os.environ.get('CXX', 'c++, g++, clang++')})"
+    if not find_torch():
+        return "torch cannot be imported by the build"
+    os.environ["CXX"] = compiler
+    if "cuda" in parts:
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME
+
+        if not list((ROOT / "csrc" / "cuda").glob("*.cu")):
+            return "there are no sources in csrc/cuda/"
+        if torch.version.cuda is None or CUDA_HOME is None:
+            return f"cuda needs a CUDA build of torch (CUDA {torch.version.cuda}) and nvcc (CUDA_HOME {CUDA_HOME})"
+    return None
+
+
+def version_line(compiler: str) -> str:
+    """The first line of what a compiler says of itself."""
+    answer = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True, check=True)
+    return answer.stdout.partition("\n")[0]
+
+
+def stamp_of(parts: set[str], compiler: str) -> dict[str, Any]:
+    """What the stamp says: the facts that are compared before loading, and those that only a report shows."""
+    import torch
+
+    facts: dict[str, Any] = extension.running()
+    # One translation unit an instruction set, rows_<isa>.cpp; on another CPU only the generic one has content.
+    isa = sorted(path.stem.partition("_")[2] for path in (ROOT / "csrc" / "cpu").glob("rows_*.cpp"))
+    return facts | {
+        "compiler": version_line(compiler),
+        "isa": isa if facts["machine"] in ("x86_64", "AMD64") else ["generic"],
+        "cuda": torch.version.cuda if "cuda" in parts else None,
+    }
+
+
+def extension_arguments(parts: set[str]) -> dict[str, Any]:
+    """The arguments of ``setup`` that build ``fused_nce._C`` and leave its stamp beside it."""
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    class Build(BuildExtension):
+        """Writes the stamp last, and takes the old one away first: an interrupted build has none."""
+
+        def run(self) -> None:
+            stamp = Path(self.get_ext_fullpath("fused_nce._C")).with_name(extension.STAMP_NAME)
+            stamp.unlink(missing_ok=True)
+            try:
+                super().run()
+            except Exception:
+                say("the kernels do not compile here (errors above); FUSED_NCE_BUILD=none installs without them")
+                raise
+            stamp.write_text(json.dumps(stamp_of(parts, compiler), indent=2) + "\n", encoding="utf-8")
+
+    cuda = "cuda" in parts
+    compiler = os.environ["CXX"]
+    sources = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").glob("*.cpp")]
+    sources += (ROOT / "csrc" / "cuda").glob("*.c[pu]*") if cuda else []
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    library = (CUDAExtension if cuda else CppExtension)(
+        "fused_nce._C",
+        sorted(str(path.relative_to(ROOT)) for path in sources),
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={
+            "cxx": ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *openmp],
+            "nvcc": ["-O3"],
+        },
+        # g++ code is linked without -fopenmp on purpose: its OpenMP calls then resolve to the runtime that torch has
+        # loaded. A second runtime would have threads of its own, deaf to torch.set_num_threads.
+        extra_link_args=openmp if "clang" in version_line(compiler) else [],
+    )
+    return {"ext_modules": [library], "cmdclass": {"build_ext": Build.with_options(use_ninja=True)}}
+
+
+def main() -> None:
+    """Decide what to build, say so where it is less than hoped for, and hand over to setuptools."""
+    asked = requested()
+    parts = {"cpu"} if asked is None else asked
+    reason = obstacle(parts) if parts else "FUSED_NCE_BUILD=none"
+    if reason is None:
+        setup(**extension_arguments(parts))
+        return
+    if asked:
+        sys.exit(f"fused_nce: FUSED_NCE_BUILD={','.join(sorted(asked))}, but {reason}")
+    say(f"pure Python, because {reason}; the command that adds the kernels: {extension.rebuild_command()}")
+    setup()
+
+
+main()
