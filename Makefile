@@ -1,0 +1,60 @@
+# Every target sets up .venv on its own. PYTHON picks the interpreter (3.11 or newer), JOBS the number of test processes.
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+PY := $(VENV)/bin/python
+# A folder of its own for every demo: the trainer refuses one that holds a run.
+NOW := $(shell date +%Y%m%d-%H%M%S)
+RUN ?= runs/demo-$(NOW)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+KERNELS := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu)
+
+.PHONY: demo test nightly mutants bench lint format install clean
+.DEFAULT_GOAL := install
+
+install: $(VENV)/.installed
+
+$(VENV)/.locked: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("requirements.lock needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 picks another (on 3.10: pip install -e .[dev])")'
+	@test -x $(PY) || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing what requirements.lock pins (torch is large: the first time takes minutes)"
+	@$(PY) -m pip install --quiet --requirement requirements.lock
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.locked $(KERNELS)
+	@echo "Building the C++ kernels and installing fused_nce into $(VENV)"
+	@$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@$(PY) -c 'from fused_nce._extension import status; print(status()[1] or "The C++ kernels are built and load")'
+	@touch $@
+
+demo: install  ## train AMDIM on scikit-learn's digits, evaluate it, write a report
+	@$(PY) -m fused_nce.cli train amdim --data digits --preset digits --out $(RUN)
+	@$(PY) -m fused_nce.cli eval $(RUN)
+
+test: install  ## the default suite
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal
+
+nightly: install  ## the long fuzz too
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not demo"
+
+mutants: install  ## plant faults; the suite must catch every one
+	@OMP_NUM_THREADS=1 $(PY) -m tests.mutants
+
+bench: install  ## time and peak memory against the rivals, into bench/results/
+	@$(PY) -m bench
+
+lint: install
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+format: install
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+clean:  ## what was built or cached; .venv and runs/ stay
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks $(VENV)/.installed
+	@rm -f fused_nce/_C*.so fused_nce/_C.stamp.json
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	@echo "Clean; the next make builds the kernels again"
