@@ -1,0 +1,162 @@
+"""What is the C++ kernels' own: instruction sets, tilings, the memory plan, and which gradients are computed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fused_nce import _extension
+
+MODULE, REASON = _extension.status()
+pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")
+
+MIB = 1 << 20
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The weights of bfloat16 inputs are rounded to bfloat16 for the two gradient GEMMs.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 2.0**-8}
+
+
+def arguments(n, n_c, d, dtype=torch.float32, clip=20.0, extra_images=0, offset=0, rows_per_image=1):
+    """The leading arguments of all three ops."""
+    torch.manual_seed(n * n_c + d)
+    images = -(-n // rows_per_image) + offset + extra_images
+    q, k = torch.randn(n, d).to(dtype), torch.randn(images * n_c, d).to(dtype)
+    return q, k, 1 / math.sqrt(d), n_c, rows_per_image, offset, clip
+
+
+def loss(args, needs=(True, True, True), workspace=16 * MIB):
+    """`cpu_loss` at a mean reduction with penalty 0.04."""
+    n, m = args[0].shape[0], args[1].shape[0]
+    return torch.ops.fused_nce.cpu_loss(*args, 1 / (n * args[3]), 0.04 / (n * m), *needs, workspace)
+
+
+def assert_same(found, wanted, tolerance):
+    """Each output within a tolerance relative to its largest element."""
+    for x, y in zip(found, wanted, strict=True):
+        assert x.shape == y.shape
+        assert (x - y).abs().max() <= tolerance * y.abs().max()
+
+
+@pytest.mark.parametrize("isa", MODULE.build_info()["isa_compiled"] if MODULE else [])
+@pytest.mark.parametrize("clip", [0.0, 20.0, 60.0])
+def test_every_instruction_set_agrees(isa, clip):
+    order = MODULE.build_info()["isa_compiled"]
+    if order.index(isa) > order.index(MODULE.build_info()["isa_active"]):
+        pytest.skip(f"this CPU has no {isa}")
+    code = (
+        "import json, torch; from tests.backends import test_cpu_kernel as t\n"
+        f"out = t.loss(t.arguments(37, 5, 33, clip={clip}, extra_images=3, offset=2))\n"
+        "print(json.dumps([t.MODULE.build_info()['isa_active'], [x.tolist() for x in out]]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "FUSED_NCE_ISA": isa}
+    )
+    assert done.returncode == 0, done.stderr
+    active, values = json.loads(done.stdout)
+    assert active == isa
+    wanted = loss(arguments(37, 5, 33, clip=clip, extra_images=3, offset=2))
+    assert_same([torch.tensor(v) for v in values], wanted, 3e-6)
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    done = subprocess.run(
+        [sys.executable, "-c", "from fused_nce import _C; _C.build_info()"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FUSED_NCE_ISA": "sse9"},
+    )
+    assert "FUSED_NCE_ISA is 'sse9', needed: one of generic" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("clip", [0.0, 20.0, 60.0])
+def test_any_workspace_gives_the_same(dtype, clip):
+    args = arguments(150, 7, 66, dtype, clip, extra_images=2, offset=1)
+    wanted = loss(args)
+    smallest = MODULE.plan(150, args[1].shape[0], 66, dtype, 1)["total_bytes"]
+    strips = set()
+    for workspace in (4 * MIB, MIB, MIB // 2, smallest):
+        plan = MODULE.plan(150, args[1].shape[0], 66, dtype, workspace)
+        assert plan["fits"]
+        assert plan["total_bytes"] <= workspace
+        strips.add((plan["strips"], plan["scores_stored"]))
+        assert_same(loss(args, workspace=workspace), wanted, TOLERANCE[dtype])
+    assert {stored for _, stored in strips} == {True, False}
+    assert len(strips) > 2
+    with pytest.raises(ValueError, match=f"workspace_bytes is {smallest // 2}, needed: at least {smallest}"):
+        loss(args, workspace=smallest // 2)
+
+
+def test_a_million_columns_fit():
+    plan = MODULE.plan(256, 1_280_000, 128, torch.float32, 16 * MIB)
+    assert plan["fits"]
+    assert not plan["scores_stored"]
+    assert plan["total_bytes"] <= 16 * MIB
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grads_repeat_what_loss_found(dtype):
+    args = arguments(75, 4, 40, dtype, extra_images=1, rows_per_image=3)
+    n, m = args[0].shape[0], args[1].shape[0]
+    pos, neg_lse, neg_max, square, *wanted = loss(args)
+    statistics = torch.ops.fused_nce.cpu_stats(*args, 16 * MIB)
+    assert_same(statistics, (pos, neg_lse, neg_max, square), 1e-6)
+    q = torch.sigmoid(neg_lse[:, None] - pos) / (n * 4)
+    upstream = (-q, q.sum(dim=1), torch.full((n,), 0.04 / (n * m)))
+    found = torch.ops.fused_nce.cpu_grads(*args, pos, neg_lse, *upstream, True, True, True, 16 * MIB)
+    assert_same(found, wanted, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("needs", [(a, b, c) for a in (False, True) for b in (False, True) for c in (False, True)])
+def test_an_unwanted_gradient_is_empty(dtype, needs):
+    args = arguments(21, 3, 18, dtype)
+    wanted = loss(args)
+    found = loss(args, needs)
+    for need, x, y in zip(needs, found[4:], wanted[4:], strict=True):
+        if need:
+            assert_same([x], [y], 10 * TOLERANCE[dtype])
+        else:
+            assert x.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bits_do_not_depend_on_threads(dtype):
+    args = arguments(70, 49, 50, dtype)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(loss(args))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        for x, y in zip(found[0], other, strict=True):
+            assert torch.equal(x, y)
+
+
+BAD_ARGUMENTS = [
+    ({"n_c": 4}, "n_c is 4, needed: a divisor of the 15 columns"),
+    ({"rows_per_image": 0}, "rows_per_image is 0, needed: at least 1"),
+    ({"offset": 1}, "offset is 1, so the rows are of images 1 to 5, needed: within the 5 images of k"),
+    ({"clip": -1.0}, "clip is -1, needed: 0"),
+    ({"k": torch.randn(15, 7)}, "k has width 7, needed: the width of q, 8"),
+    ({"k": torch.randn(15, 8).half()}, "k is Half, needed: the dtype of q, Float"),
+    ({"q": torch.randn(5)}, "q has shape"),
+    ({"workspace_bytes": 0}, "workspace_bytes is 0, needed: a positive number"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_are_named(change, message):
+    names = ("q", "k", "scale", "n_c", "rows_per_image", "offset", "clip", "workspace_bytes")
+    values = dict(zip(names, (*arguments(5, 3, 8), MIB), strict=True))
+    with pytest.raises((ValueError, TypeError), match=message):
+        torch.ops.fused_nce.cpu_stats(**(values | change))

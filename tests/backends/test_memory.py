@@ -1,0 +1,124 @@
+"""Peak memory as the process's own high-water mark, in a process of its own: within the published formula."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_nce import amdim_nce, tile_stats, workspace_bytes
+from fused_nce.core.spec import Block, Spec, TanhClip
+from tests.conftest import why_not
+
+LINUX = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to reset a high-water mark"
+)
+
+# The statistics and positives are outputs; 16-bit inputs have their gradients in float32 until the upstream has come.
+PROBE = """
+import ctypes, json, sys, torch
+from fused_nce import amdim_nce
+from fused_nce.core.spec import Block, Spec, TanhClip
+
+def rss(field):
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(field))
+
+backend, dtype, n, n_c, d = json.loads(sys.argv[1])
+dtype = getattr(torch, dtype)
+torch.set_num_threads(1)
+def run(n):
+    a = torch.randn(n, d, dtype=dtype).requires_grad_()
+    c = torch.randn(n, n_c, d, dtype=dtype).requires_grad_()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = rss("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")
+    out = amdim_nce(a, c, backend=backend)
+    out.loss.backward()
+    return rss("VmHWM") - before
+run(8); run(8)
+print(json.dumps(run(n)))
+"""
+
+
+def peak_bytes(backend, dtype, n, n_c, d, **environment):
+    """Peak above the inputs of one loss and its gradients."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, json.dumps([backend, dtype, n, n_c, d])],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def outputs_bytes(dtype, n, n_c, d):
+    """Gradients (twice where the stash is wider than they are), positives, statistics."""
+    elements = n * d + n * n_c * d
+    gradients = elements * (4 if dtype == "float32" else 4 + 2)
+    return gradients + 4 * n * n_c + 4 * 6 * n
+
+
+SLACK = 3 << 20  # what BLAS and the allocator keep: their threads' buffers, and pages that are only half used
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("dtype", "n", "n_c", "d"),
+    [("float32", 128, 49, 256), ("float32", 256, 25, 64), ("bfloat16", 128, 49, 128), ("float32", 512, 9, 32)],
+)
+def test_peak_is_within_the_formula(backend, dtype, n, n_c, d):
+    spec = Spec(Block(n_c), TanhClip(20.0))
+    formula = workspace_bytes(spec, n, n * n_c, d, getattr(torch, dtype), backend=backend)
+    peak = peak_bytes(backend, dtype, n, n_c, d)
+    assert peak <= outputs_bytes(dtype, n, n_c, d) + 1.1 * formula + SLACK
+
+
+@LINUX
+@pytest.mark.parametrize("backend", ["cpu", "chunked"])
+def test_peak_grows_like_the_gradients_alone(backend):
+    """At a fixed workspace four times the batch costs four times the gradients, while the scores grow sixteenfold."""
+    if why_not(backend):
+        pytest.skip(f"{backend}: {why_not(backend)}")
+    n_c, d = 25, 64
+    extra = [
+        peak_bytes(backend, "float32", n, n_c, d, FUSED_NCE_WORKSPACE_MB="4") - outputs_bytes("float32", n, n_c, d)
+        for n in (256, 1024)
+    ]
+    scores = 4 * 1024 * 1024 * n_c
+    assert max(extra) <= (4 << 20) * 1.1 + SLACK < scores / 8
+    assert extra[1] - extra[0] <= SLACK
+
+
+def test_two_thousand_steps_leak_nothing(backend):
+    g = torch.Generator().manual_seed(0)
+    a, c = torch.randn(8, 16, generator=g).requires_grad_(), torch.randn(8, 3, 16, generator=g).requires_grad_()
+    spec = Spec(Block(3), TanhClip(20.0))
+
+    def steps(count):
+        for _ in range(count):
+            a.grad = c.grad = None
+            out = amdim_nce(a, c, backend=backend)
+            (out.loss + 0.1 * out.nce).backward()
+            tile_stats(a, c.view(24, 16), spec, backend=backend)["neg_lse"].sum().backward()
+
+    steps(300)
+    gc.collect()
+    before = resident_bytes()
+    steps(2000)
+    gc.collect()
+    assert resident_bytes() - before < 1 << 20
+
+
+def resident_bytes():
+    status = Path("/proc/self/statm")
+    if status.exists():
+        return int(status.read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,74 @@
+"""The same bits: run after run, for any number of threads, from any thread."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from tests.conftest import why_not
+from tests.core.problems import features, grads_of, run
+
+
+def everything(backend, q, k):
+    out = run(backend, q, k, "none")
+    dq, dk = grads_of(out.loss, q, k, retain_graph=True)
+    return [
+        out.loss,
+        out.nce,
+        out.penalty,
+        *out.report.values(),
+        *out.rows.values(),
+        dq,
+        dk,
+        *grads_of(out.nce.sum(), q, k),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fifty_runs_are_equal(backend, dtype):
+    first = everything(backend, *features(33, 3, 65, dtype))
+    for _ in range(50):
+        again = everything(backend, *features(33, 3, 65, dtype))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 7), (64, 48, 130), (130, 3, 257)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_thread_count_does_not_change_a_bit(shape, dtype, monkeypatch):
+    if why_not("cpu", dtype):
+        pytest.skip(f"cpu: {why_not('cpu', dtype)}")
+    n, n_c, d = shape
+    for mb in ("16", "0.5"):
+        monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", mb)
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(everything("cpu", *features(n, n_c, d, dtype)))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_eight_threads_equal_one(backend):
+    """Concurrent callers share no state."""
+    q, k = features(24, 3, 40)
+    expected = everything(backend, q, k)
+    failures = []
+
+    def work():
+        try:
+            for _ in range(25):
+                found = everything(backend, q, k)
+                if not all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)):
+                    failures.append("another result")
+        except Exception as error:
+            failures.append(repr(error))
+
+    torch.set_num_threads(1)
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures

@@ -1,0 +1,94 @@
+"""Which backend runs, how that is told, and what the environment changes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+import fused_nce
+from fused_nce import amdim_nce, tile_stats, workspace_bytes
+from fused_nce.core import dispatch
+from fused_nce.core.spec import Block, Spec, TanhClip
+from tests.conftest import why_not
+
+A, C = torch.ones(4, 8), torch.ones(4, 3, 8)
+SPEC = Spec(Block(3), TanhClip(20.0))
+last_path: Any = fused_nce.last_path
+
+
+def test_last_path_of_a_forced_backend(backend):
+    amdim_nce(A, C, backend=backend)
+    assert last_path() == (backend, "requested")
+    tile_stats(A, C.view(12, 8), SPEC, backend=backend)
+    assert last_path() == (backend, "requested")
+
+
+def test_automatic_choice_takes_the_first_that_can():
+    amdim_nce(A, C)
+    able = [name for name in dispatch.AUTOMATIC if why_not(name) is None]
+    assert last_path().backend == able[0]
+    assert "reference" not in dispatch.AUTOMATIC
+
+
+def test_environment_forces_a_backend(backend, monkeypatch):
+    monkeypatch.setenv("FUSED_NCE_BACKEND", backend)
+    amdim_nce(A, C)
+    assert last_path() == (backend, "requested")
+    amdim_nce(A, C, backend="reference")  # the call's own argument wins
+    assert last_path().backend == "reference"
+    monkeypatch.setenv("FUSED_NCE_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"^backend: got 'fast', need one of"):
+        amdim_nce(A, C)
+
+
+def test_a_fallback_is_told_once_and_refused_when_strict(monkeypatch, caplog):
+    """float64 is beyond the C++ kernels: one log line with the reason, however many calls."""
+    monkeypatch.setattr(dispatch, "_logged", set())
+    with caplog.at_level(logging.WARNING, logger="fused_nce"):
+        for _ in range(3):
+            amdim_nce(A.double(), C.double())
+    assert last_path().backend == "chunked"
+    assert last_path().reason.startswith("cpu: ")
+    assert len(caplog.records) == 1
+    assert last_path().reason in caplog.text
+    monkeypatch.setenv("FUSED_NCE_STRICT", "1")
+    with pytest.raises(RuntimeError, match=r"^FUSED_NCE_STRICT=1 forbids the fallback to 'chunked': cpu: "):
+        amdim_nce(A.double(), C.double())
+    amdim_nce(A.double(), C.double(), backend="chunked")  # asked for: no fallback
+
+
+def test_last_path_belongs_to_the_thread():
+    amdim_nce(A, C, backend="reference")
+    seen: list[Any] = []
+
+    def work():
+        seen.append(last_path())
+        amdim_nce(A, C, backend="chunked")
+        seen.append(last_path().backend)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [None, "chunked"]
+    assert last_path().backend == "reference"
+
+
+def test_workspace_settings_reach_the_formula(monkeypatch):
+    whole = workspace_bytes(SPEC, 4096, 4096 * 3, 64, backend="chunked")
+    monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", "1")
+    small = workspace_bytes(SPEC, 4096, 4096 * 3, 64, backend="chunked")
+    assert small < 3 << 20 < whole < 20 << 20
+
+
+def test_backends_and_doctor():
+    found = fused_nce.backends()
+    assert tuple(found) == dispatch.BACKENDS
+    assert found["chunked"] is None
+    assert found["reference"] is None
+    text = fused_nce.doctor()
+    assert torch.__version__ in text
+    assert all(name in text for name in dispatch.BACKENDS)

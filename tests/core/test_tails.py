@@ -1,0 +1,131 @@
+"""The tail's hand-written derivative against autograd; specs and tails through their codes; atoms that merge."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from fused_nce.core import atoms, tails
+from fused_nce.core.spec import STATISTICS, Block, Identity, Spec, TanhClip, parse
+from fused_nce.core.tails import Nce
+
+SPEC = Spec(Block(3))
+
+
+def statistics(n=5, p=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    pos, rows = (4 * torch.randn(*shape, dtype=torch.float64, generator=g) for shape in ((n, p), (3, n)))
+    return pos.requires_grad_(), rows.requires_grad_()
+
+
+@pytest.mark.parametrize("reduction", tails.REDUCTIONS)
+@pytest.mark.parametrize("penalty", [0.0, 0.3])
+def test_derivative_equals_autograd(reduction, penalty):
+    pos, rows = statistics()
+    tail, m = Nce(penalty, reduction), 15
+    loss, nce, value = tail.values(SPEC, pos, rows, m)
+    up_loss, up_penalty = 1.7, -0.6
+    up_nce = torch.randn(nce.shape, dtype=torch.float64)
+    total = up_loss * loss + (up_nce * nce).sum() + up_penalty * value
+    d_pos, d_rows = torch.autograd.grad(total, (pos, rows))
+    share = 1 / pos.numel() if reduction == "mean" else 1.0
+    found = tail.coefficients(
+        SPEC,
+        pos,
+        rows,
+        up_loss * tail.unit(pos.numel()) + up_nce * share,
+        torch.tensor(up_loss + up_penalty, dtype=torch.float64),
+        5 * m,
+    )
+    torch.testing.assert_close(found.d_pos, d_pos, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(found.d_rows, d_rows, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("z", [-800.0, -40.0, -20.0, -1e-3, 0.0, 1e-3, 19.9, 20.1, 25.0, 40.0, 800.0])
+def test_softplus_is_never_linear(z):
+    """`F.softplus` returns its argument above 20, 2e-9 too little; the relative error counts, for tiny losses too."""
+    exact = max(z, 0.0) + math.log1p(math.exp(-abs(z)))
+    assert atoms.softplus(torch.tensor(z, dtype=torch.float64)).item() == pytest.approx(exact, rel=1e-15, abs=0)
+
+
+def test_positive_gradient_does_not_cancel():
+    """1 − p at p = 1 − 1e-30: p − 1 would be 0."""
+    pos, rows = torch.zeros(1, 1, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
+    rows[0] = math.log(1e-30)
+    d = Nce().coefficients(SPEC, pos, rows, 1.0, 1.0, 1)
+    assert d.d_pos.item() == pytest.approx(-1e-30, rel=1e-12)
+    assert d.d_rows[0].item() == pytest.approx(1e-30, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 5, 1023, 1024, 1025, 70_000])
+def test_fixed_sum(n):
+    x = torch.rand(n, dtype=torch.float64)
+    assert tails.fixed_sum(x).item() == pytest.approx(math.fsum(x.tolist()), rel=1e-14)
+
+
+def test_fixed_sum_does_not_depend_on_threads():
+    x = torch.rand(3_000_001)
+    sums = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        sums.append(tails.fixed_sum(x))
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[0], sums[2])
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_partial_results_merge(name):
+    """A fold over two halves, merged, is the fold over both; an empty half changes nothing."""
+    stat = atoms.STATISTIC[name]
+    x = 5 * torch.randn(4, 10, dtype=torch.float64)
+    whole, left, right = stat.fold(x), stat.fold(x[:, :3]), stat.fold(x[:, 3:])
+    torch.testing.assert_close(stat.merge(left, right), whole, rtol=1e-14, atol=0)
+    empty = stat.fold(torch.full((4, 2), stat.empty, dtype=torch.float64))
+    assert torch.equal(stat.merge(left, empty), left)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistic_weight_is_its_derivative(name):
+    stat = atoms.STATISTIC[name]
+    if stat.weight is None:
+        assert name == "neg_max"  # undefined at ties; no loss asks for it
+        return
+    x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    value = stat.fold(x)
+    torch.testing.assert_close(stat.weight(x, value[:, None]), torch.autograd.grad(value.sum(), x)[0])
+
+
+@pytest.mark.parametrize("transform", [Identity(), TanhClip(4.0)])
+def test_transform_slope_is_its_derivative(transform):
+    s = torch.linspace(-30, 30, 101, dtype=torch.float64, requires_grad=True)
+    t = atoms.transform_value(transform, s)
+    torch.testing.assert_close(
+        atoms.transform_slope(transform, t), torch.autograd.grad(t.sum(), s)[0], rtol=1e-9, atol=1e-15
+    )
+
+
+def test_codes_round_trip():
+    transforms: tuple[Identity | TanhClip, ...] = (Identity(), TanhClip(20.0), TanhClip(1 / 3), TanhClip(1e-30))
+    for n_c, rows, transform in itertools.product((1, 49), (1, 7), transforms):
+        for stats in (STATISTICS, ("square",), ("neg_max", "neg_lse")):
+            spec = Spec(Block(n_c, rows), transform, stats)
+            assert parse(spec.code) == spec
+    for penalty, reduction in itertools.product((0.0, 0.04, 1 / 3, 1e-30), tails.REDUCTIONS):
+        assert tails.parse(Nce(penalty, reduction).code) == Nce(penalty, reduction)
+
+
+def test_parity_of_the_report():
+    """`mi_bound` and the rest, from their definitions."""
+    pos, rows = (x.detach() for x in statistics(4, 3))
+    found = dict(zip(tails.REPORT, Nce().report(SPEC, pos, rows, 12).tolist(), strict=True))
+    lse, top = rows[0], rows[1]
+    losses = [math.log1p(math.exp(lse[i] - pos[i, j])) for i in range(4) for j in range(3)]
+    shifted = [math.log1p(math.exp(lse[i] - math.log(3) - pos[i, j])) for i in range(4) for j in range(3)]
+    assert found["top1"] == pytest.approx((pos > top[:, None]).double().mean().item())
+    assert found["pos_mean"] == pytest.approx(pos.mean().item())
+    assert found["neg_lse_mean"] == pytest.approx(lse.mean().item())
+    assert found["nce_minus_chance"] == pytest.approx(sum(losses) / 12 - math.log(10))
+    assert found["mi_bound"] == pytest.approx(math.log(4) - sum(shifted) / 12)

@@ -1,0 +1,249 @@
+"""The faults, as data: what is replaced by what, and the bug that it stands for.
+
+Half of them are invisible on tidy inputs (64 × 256, D = 64, N(0,1), upstream 1). `find` must occur exactly once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """One planted fault."""
+
+    reason: str  # the mistake that it stands for
+    file: str  # from the project's root
+    find: str
+    replace: str
+
+
+ATOMS, TAILS, OPS, ENGINE = (f"fused_nce/core/{name}.py" for name in ("atoms", "tails", "ops", "engine"))
+CHUNKED, DISPATCH, AMDIM = "fused_nce/backends/chunked.py", "fused_nce/core/dispatch.py", "fused_nce/losses/amdim.py"
+CPU = "fused_nce/backends/cpu.py"
+
+PYTHON = (
+    # ---- formulas
+    Fault(
+        "softplus linear from 20 on",
+        ATOMS,
+        "return torch.logaddexp(torch.zeros_like(z), z)",
+        "return torch.nn.functional.softplus(z)",
+    ),
+    Fault("reference: NaN hidden by clip or max", ATOMS, "return s.sum(dim=1) * 0", "return torch.zeros_like(s[:, 0])"),
+    Fault("reference: clip's slope missing", ATOMS, "part = part * slope", "part = part * 1"),
+    Fault(
+        "reference: siblings in the denominator",
+        ATOMS,
+        'stat.fold(x.masked_fill(own, stat.empty) if stat.over == "neg" else x)',
+        "stat.fold(x)",
+    ),
+    Fault(
+        "reference: siblings weighed as negatives",
+        ATOMS,
+        'w = w + (part.masked_fill(own, 0.0) if stat.over == "neg" else part)',
+        "w = w + part",
+    ),
+    Fault(
+        "offset ignored",
+        ATOMS,
+        "return index // layout.rows_per_image + offset",
+        "return index // layout.rows_per_image",
+    ),
+    Fault(
+        "rows_per_image off by one",
+        ATOMS,
+        "return index // layout.rows_per_image + offset",
+        "return (index + 1) // (layout.rows_per_image + 1) + offset",
+    ),
+    Fault(
+        "penalty after the clip",
+        ATOMS,
+        '"square": Statistic(\n        over="all",\n        of="s",',
+        '"square": Statistic(\n        over="all",\n        of="t",',
+    ),
+    Fault(
+        "p − 1 cancels as p → 1",
+        TAILS,
+        'q = torch.sigmoid(rows[spec.stats.index("neg_lse")][:, None] - pos) * d_element',
+        'q = (1 - torch.sigmoid(pos - rows[spec.stats.index("neg_lse")][:, None])) * d_element',
+    ),
+    Fault("penalty: mean over the positives", TAILS, "(self.penalty / (n * m))", "(self.penalty / pos.numel())"),
+    Fault("penalty's slope: not a mean", TAILS, "d_penalty * (self.penalty / n_scores)", "d_penalty * self.penalty"),
+    Fault("λ = 0 times inf is NaN", TAILS, " if self.penalty else torch.zeros_like(total)", ""),
+    Fault(
+        "sum reduced like mean",
+        TAILS,
+        'return 1.0 if self.reduction == "sum" else 1.0 / n_elements',
+        "return 1.0 / n_elements",
+    ),
+    Fault(
+        "mutual information overstated: chance − nce",
+        TAILS,
+        "bound = math.log(n_k) - fixed_sum(softplus(lse[:, None] - math.log(n_c) - pos)) / n",
+        "bound = math.log1p((n_k - 1) * n_c) - nce",
+    ),
+    # ---- upstream gradients and the graph
+    Fault("upstream gradient ignored", OPS, "stash = [_times(g, d_loss) if need else g", "stash = [g if need else g"),
+    Fault(
+        "upstream of row 0 used for all rows",
+        OPS,
+        "(zero if d_nce is None else d_nce * mean)",
+        "(zero if d_nce is None else d_nce.reshape(-1)[0] * mean)",
+    ),
+    Fault(
+        "upstream of the mean not divided",
+        OPS,
+        "(zero if d_nce is None else d_nce * mean)",
+        "(zero if d_nce is None else d_nce)",
+    ),
+    Fault(
+        "λ not scaled by its upstream",
+        OPS,
+        "d_sum = on_loss + (zero if d_penalty is None else d_penalty)",
+        "d_sum = on_loss",
+    ),
+    Fault(
+        "stash scaled in place although the graph is kept",
+        OPS,
+        "if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():",
+        "if torch.compiler.is_compiling():",
+    ),
+    Fault(
+        "stash cast to the inputs' dtype before the upstream",
+        OPS,
+        "return *values, report, *found, *_chain_scale(out, scale)",
+        "return *values, report, *found, *(g.to(q.dtype).to(g.dtype) for g in _chain_scale(out, scale))",
+    ),
+    Fault(
+        "double backward dropped in silence",
+        OPS,
+        "    if torch.is_grad_enabled():\n        raise",
+        "    if False:\n        raise",
+    ),
+    Fault(
+        "frozen side pays for a gradient",
+        ENGINE,
+        "graph and x is not None and x.requires_grad",
+        "graph and x is not None",
+    ),
+    Fault("gradient work under no_grad", ENGINE, "graph = torch.is_grad_enabled()", "graph = True"),
+    # ---- the chunk loop
+    Fault("dk not accumulated across strips", CHUNKED, "beta=int(rows.start > 0)", "beta=0"),
+    Fault("dq not accumulated across panels", CHUNKED, "beta=int(columns.start > 0)", "beta=0"),
+    Fault(
+        "panels overwrite instead of merge",
+        CHUNKED,
+        "atoms.merge_tiles(self.p.spec, parts)",
+        "parts[-1]",
+    ),
+    Fault(
+        "last panel dropped",
+        CHUNKED,
+        "range(0, self.p.m, self.plan.panel)",
+        "range(0, self.p.m - self.plan.panel + 1, self.plan.panel)",
+    ),
+    Fault(
+        "max shift missing", CHUNKED, "peak = x.amax(dim=1, keepdim=True) * factor if lse", "peak = x[:, :1] * 0 if lse"
+    ),
+    Fault(
+        "one shift for all rows",
+        CHUNKED,
+        "x.amax(dim=1, keepdim=True) * factor if lse",
+        "(x.amax() * factor).expand(x.shape[0], 1) if lse",
+    ),
+    Fault("clip's slope missing", CHUNKED, "w.addcmul_(w, tile.x.square_(), value=-1)", "tile.x.square_()"),
+    Fault("NaN hidden by clip or max", CHUNKED, " + atoms.poison(tile.r)", ""),
+    Fault(
+        "scores through bfloat16",
+        CHUNKED,
+        "torch.mm(q, k.T, out=r)\n",
+        "torch.mm(q, k.T, out=r)\n        r.copy_(r.bfloat16())\n",
+    ),
+    Fault(
+        "dk rounded to the inputs' dtype after each strip",
+        CHUNKED,
+        "out.dk[columns].addmm_(w.T, q, beta=int(rows.start > 0))",
+        "out.dk[columns].addmm_(w.T, q, beta=int(rows.start > 0)).copy_(out.dk[columns].to(self.p.q.dtype))",
+    ),
+    Fault(
+        "a row without negatives is NaN",
+        CHUNKED,
+        'shift = torch.where(peak == float("-inf"), 0.0, peak)',
+        "shift = peak",
+    ),
+    Fault(
+        "scale missing in dk",
+        CHUNKED,
+        "q = self.p.q[rows].to(self.wide) * self.p.scale",
+        "q = self.p.q[rows].to(self.wide)",
+    ),
+    Fault(
+        "strided input read as contiguous",
+        CHUNKED,
+        "q, k = self.p.q[rows].to(self.wide), self.p.k[columns].to(self.wide)",
+        "q, k = self.p.q[rows].to(self.wide), "
+        "self.p.k.as_strided(self.p.k.shape, (self.p.k.shape[1], 1))[columns].to(self.wide)",
+    ),
+    Fault(
+        "positives not dropped from the negatives", CHUNKED, 'by_image[own_rows, own_images] = float("-inf")', "pass"
+    ),
+    # ---- around the kernels
+    Fault(
+        "cpu: statistics in another order",
+        CPU,
+        'NAMES = ("neg_lse", "neg_max", "square")',
+        'NAMES = ("neg_max", "neg_lse", "square")',
+    ),
+    Fault("strict mode ignored", DISPATCH, 'if os.environ.get("FUSED_NCE_STRICT") == "1":', "if False:"),
+    Fault(
+        "default scale 1/D",
+        AMDIM,
+        "scale=1 / math.sqrt(d) if scale is None else scale",
+        "scale=1 / d if scale is None else scale",
+    ),
+    Fault(
+        "preset with another λ",
+        AMDIM,
+        '{"scale": None, "clip": 20.0, "penalty": 0.05}',
+        '{"scale": None, "clip": 20.0, "penalty": 0.04}',
+    ),
+    Fault("directions summed, not averaged", AMDIM, "(ways[0].nce + ways[1].nce) / 2", "(ways[0].nce + ways[1].nce)"),
+    Fault(
+        "one location drawn for the whole batch",
+        AMDIM,
+        "torch.randint(rows.shape[1], (rows.shape[0],), device=rows.device)",
+        "torch.randint(rows.shape[1], (1,), device=rows.device)",
+    ),
+)
+
+ROWS, STRIP, SWEEP, FORMULAS = "csrc/cpu/rows.inl", "csrc/cpu/strip.cpp", "csrc/cpu/sweep.cpp", "csrc/atoms.h"
+
+CPP = (
+    Fault(
+        "kernels: p − 1 cancels", FORMULAS, "return -sigmoid(neg_lse - pos);", "return sigmoid(pos - neg_lse) - 1.0f;"
+    ),
+    Fault(
+        "kernels: clip's slope missing in the negatives",
+        FORMULAS,
+        "return exp_shifted * inverse * d_lse * slope;",
+        "return exp_shifted * inverse * d_lse;",
+    ),
+    Fault(
+        "kernels: offset ignored",
+        ROWS,
+        "(image - scoring.offset) * scoring.rows_per_image",
+        "image * scoring.rows_per_image",
+    ),
+    Fault("kernels: NaN hidden", STRIP, "= log_value(total) + bad;", "= log_value(total);"),
+    Fault("kernels: dk not accumulated across strips", SWEEP, "strip_.first > 0", "false"),
+    Fault("kernels: upstream of row 0 for all rows", STRIP, "= d_neg_lse[i];", "= d_neg_lse[0];"),
+    Fault(
+        "kernels: tail columns dropped",
+        ROWS,
+        "const int64_t step = tile.columns - c >= 4 ? 4 : 1;",
+        "const int64_t step = 4;\n    if (tile.columns - c < step) break;",
+    ),
+    Fault(
+        "kernels: groups summed without their shifts", FORMULAS, "+ b.sum * exp_value(b.shift - out.shift)", "+ b.sum"
+    ),
+)

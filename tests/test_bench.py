@@ -1,0 +1,200 @@
+"""The benchmark's arithmetic, its JSON and the documents that quote it; no time is judged here."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from bench import cases, host, measure, memory, rivals, roofline, tables, verdict
+from bench.__main__ import main
+from bench.cases import Case
+
+UNIT = re.compile(r"_(ms|s|bytes|kib|mib|gib|share)(_|$)|gflop_per_s|^flop$")
+UNITLESS = {"schema", "n_a", "n_c", "d", "rounds", "cores", "threads", "dirty", "virtual", "judged", "mm", "onednn"}
+SHAPES = [(8, 4, 16), (16, 4, 16), (24, 4, 16), (32, 4, 16)]
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """A run on tiny shapes, and the record that it wrote."""
+    out = tmp_path_factory.mktemp("bench")
+    shapes = ["x".join(map(str, shape)) for shape in SHAPES]
+    chosen = ["--rivals", "naive", "chunked", "ours"]
+    path = main(
+        ["--quick", "--force", "--threads", "1", "--rounds", "2", "--out", str(out), "--shapes", *shapes, *chosen]
+    )
+    assert path == out / f"cpu-{host.slug()}.json"
+    assert path.with_suffix(".md").stat().st_size > 0
+    for picture in ("time", "memory", "overview"):
+        assert path.with_name(f"{path.stem}-{picture}.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def numbers(node, key=""):
+    """(key, number) of every number in a JSON tree; a list's items have its key."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            # Below a key with a unit, the names are those of libraries.
+            yield from numbers(value, key if UNIT.search(key) else name)
+    elif isinstance(node, list):
+        for value in node:
+            yield from numbers(value, key)
+    elif isinstance(node, int | float):
+        yield key, node
+
+
+def test_every_number_of_the_json_has_a_unit_in_its_key(record):
+    found = list(numbers(record))
+    assert len(found) > 100
+    assert {key for key, _ in found if not UNIT.search(key)} <= UNITLESS
+
+
+def test_json_says_what_ran_where(record):
+    assert record["schema"] == 1
+    assert re.fullmatch(r"[0-9a-f]{40}|unknown", record["code"]["commit"])
+    assert record["host"]["threads"] == 1
+    assert record["versions"]["torch"] == str(torch.__version__)
+    shapes = [(row["n_a"], row["n_c"], row["d"], row["dtype"]) for row in record["cases"]]
+    assert shapes == [(*s, t) for t in ("float32", "bfloat16") for s in SHAPES]
+    for row in record["cases"]:
+        assert row["ours_backend"] in ("cpu", "chunked")
+        names = ["naive", "chunked", "ours"] if row["dtype"] == "float32" else ["ours"]
+        assert list(row["rivals"]) == names
+        assert set(row["bound"]["gemms"]) == {"scores", "grad_antecedents", "grad_consequents"}
+        for found in [row["bound"], *row["rivals"].values()]:
+            assert 0 < found["time_ms_min"] <= found["time_ms_median"]
+
+
+def test_counted_flop_and_bytes_are_those_of_the_shape():
+    case = Case(128, 49, 1024)
+    a, c = case.inputs()
+    assert case.flop == 3 * 2 * 128 * (128 * 49) * 1024
+    assert case.inputs_bytes == sum(x.numel() * x.element_size() for x in (a, c))
+    assert Case(8, 4, 16, "bfloat16").inputs_bytes == Case(8, 4, 16).inputs_bytes // 2
+
+
+def test_the_table_has_its_eight_shapes_and_the_fits_four_batches():
+    assert [(c.n_a, c.n_c, c.d) for c in cases.TABLE] == [
+        (128, 49, 1024), (256, 49, 1024), (126, 49, 2560), (128, 49, 512),
+        (256, 49, 256), (512, 49, 256), (256, 49, 128), (512, 49, 128),
+    ]  # fmt: skip
+    assert all(sum(case.d == d for case in cases.SWEEP) >= 4 for d in cases.SWEEP_WIDTHS)
+
+
+def test_rivals_compute_the_same_loss_in_float64():
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randn(7, 12, generator=generator, dtype=torch.float64).mul_(4).requires_grad_()
+    c = torch.randn(7, 5, 12, generator=generator, dtype=torch.float64).requires_grad_()
+    steps = {name: rivals.prepare(name, a, c) for name in rivals.RIVALS if name != "compile"}
+    found = {}
+    for name, step in steps.items():
+        rivals.clear(a, c)
+        found[name] = (step(), a.grad, c.grad)
+    for name in steps:
+        # The naive one casts its scores to float32, as the code that it stands for does.
+        torch.testing.assert_close(found[name], found["naive"], rtol=2e-5, atol=1e-6, check_dtype=False)
+
+
+def test_a_rival_that_computes_something_else_is_refused(monkeypatch):
+    wrong = rivals.Rival("wrong", lambda: lambda a, c: rivals.RIVALS["naive"].loss()(a, c) + 1e-2 * c.square().mean())
+    monkeypatch.setitem(rivals.RIVALS, "wrong", wrong)
+    case = Case(8, 4, 16)
+    a, c = case.inputs()
+    with pytest.raises(ValueError, match=r"wrong on 8×4, 16 float32: .* differs by"):
+        rivals.check_agreement(case, {"wrong": rivals.prepare("wrong", a, c)}, a, c)
+
+
+def test_bound_multiplies_what_it_says():
+    a, c = Case(8, 4, 16).inputs()
+    calls = rivals.bound.gemms(a, c)
+    torch.testing.assert_close(calls["scores", "mm"](), a.detach() @ c.detach().flatten(0, 1).T)
+    for gemm in rivals.bound.GEMMS:
+        if (gemm, "onednn") in calls:
+            torch.testing.assert_close(calls[gemm, "onednn"](), calls[gemm, "mm"]())
+
+
+def test_rounds_interleave_every_call_and_reset_before_each():
+    log = []
+    calls = {name: (lambda name=name: log.append(name)) for name in "abc"}
+    times = measure.interleave(calls, 6, lambda: log.append("-"))
+    assert {name: len(found) for name, found in times.items()} == dict.fromkeys("abc", 6)
+    assert log[::2] == ["-"] * 18
+    rounds = ["".join(log[1::2][i : i + 3]) for i in range(0, 18, 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(set(rounds)) > 1
+
+
+def test_summary_is_median_and_quartiles():
+    found = measure.summary([5.0, 1.0, 2.0, 3.0, 4.0], Case(10, 1, 100))
+    assert (found["time_ms_median"], found["time_ms_iqr"], found["time_ms_min"]) == (3.0, 2.0, 1.0)
+    assert found["useful_gflop_per_s"] == pytest.approx(3 * 2 * 100 * 100 / 3e-3 / 1e9, abs=0.05)
+
+
+def test_peak_memory_counts_what_a_loss_holds(monkeypatch):
+    case = Case(128, 16, 64)
+    mib = memory.peak("naive", case, threads=1)
+    scores = 4 * case.scores / memory.MIB
+    # Autograd keeps the mask, its complement and the steps' results: more than eight score tensors, fewer than forty.
+    assert 8 * scores < mib["peak_memory_mib"] < 40 * scores
+    parts = mib["high_water_mib"] - mib["file_backed_mib"] - mib["anonymous_before_mib"] - mib["gradients_mib"]
+    assert mib["peak_memory_mib"] == pytest.approx(parts, abs=0.05)
+    assert mib["gradients_mib"] == pytest.approx(case.inputs_bytes / memory.MIB, abs=0.01)
+
+
+def made_up_row(ours, naive, bound, case):
+    times = {"time_ms_iqr": 0.1, "peak_memory_mib": 20.0}
+    return {
+        "judged": True, "n_a": case.n_a, "n_c": case.n_c, "d": case.d, "dtype": case.dtype, "rounds": 20,
+        "others_cpu_share": 0.0, "scores_bytes_float32": 4 * case.scores,
+        "rivals": {"naive": {"time_ms_median": naive, **times}, "ours": {"time_ms_median": ours, **times}},
+        "bound": {"time_ms_median": bound, "gemms": {}, **times},
+    }  # fmt: skip
+
+
+def test_verdict_passes_misses_and_explains():
+    case = Case(128, 49, 1024)
+    row = made_up_row(ours=12.0, naive=18.0, bound=10.0, case=case)
+    found = {cell.name: cell for cell in verdict.cells({"cases": [row], "host": {"isa_flags": []}}, row)}
+    assert found["ours / bound"].passed
+    assert not found["naive / ours"].passed
+    assert "naive runs at 1.80× the bound" in found["naive / ours"].why
+    assert not found["peak MiB"].passed
+    assert found["peak MiB"].text == "**20.00** ✗ (≤ 16)"
+    slow = verdict.cells({"cases": [row], "host": {"isa_flags": []}}, made_up_row(13.0, 40.0, 10.0, case))
+    assert [cell.passed for cell in slow] == [False, True, False]
+
+
+def test_linear_fit_recovers_a_line():
+    intercept, slope, residual = verdict.linear_fit([1.0, 2.0, 3.0, 4.0], [3.0, 5.0, 7.0, 9.4])
+    assert [intercept, slope] == pytest.approx([0.8, 2.12])
+    assert residual == pytest.approx(0.16)
+
+
+def test_model_grows_with_the_batch_and_says_that_it_is_one():
+    text = roofline.table()
+    assert "Modelled, not measured" in text
+    assert len([line for line in text.splitlines() if line.startswith("| ")]) == 2 + 4 * len(roofline.BATCHES)
+    for method in roofline.METHODS:
+        small, large = (roofline.step(method, batch) for batch in (1024, 65536))
+        assert large.naive_bytes > 60 * small.naive_bytes
+        assert large.fused_bytes <= roofline.FUSED_WORKSPACE_BYTES
+        assert large.fused_s < large.naive_s
+
+
+def test_blocks_are_filled_from_the_record(record):
+    text = "before\n<!-- bench:cpu-host -->\nold\n<!-- /bench -->\nafter\n"
+    filled = tables.render(text, record, "x.md")
+    assert filled == f"before\n<!-- bench:cpu-host -->\n{tables.host_line(record)}\n<!-- /bench -->\nafter\n"
+    assert tables.render(filled, record, "x.md") == filled
+    with pytest.raises(ValueError, match=r"x\.md: got block bench:nothing"):
+        tables.render("<!-- bench:nothing -->\n<!-- /bench -->", record, "x.md")
+    for name, block in tables.BLOCKS.items():
+        if name not in ("cpu-table", "cpu-headline"):
+            assert block(record)
+
+
+def test_the_documents_show_the_published_numbers():
+    assert tables.main(["--check"]) == 0
