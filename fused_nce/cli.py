@@ -1,0 +1,69 @@
+"""`fused-nce COMMAND …`: each command is a function of its own arguments, imported when it is used."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+# name: (module, function, what it does). The function takes the arguments after the name and returns an exit status.
+COMMANDS = {
+    "train": ("fused_nce.train.command", "main", "train an encoder: fused-nce train amdim --data digits"),
+    "eval": ("fused_nce.cli", "evaluate", "evaluate a run and write its report: fused-nce eval RUN"),
+    "doctor": ("fused_nce.cli", "doctor", "say what this installation can do, and why not more"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. A bad setting is one line on stderr and status 2; FUSED_NCE_DEBUG=1 shows the traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        from fused_nce import __version__
+
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        print(f"fused-nce: command: must be one of {', '.join(COMMANDS)}, got {name!r}", file=sys.stderr)
+        return 2
+    module, function, _ = COMMANDS[name]
+    try:
+        status: int = getattr(importlib.import_module(module), function)(arguments[1:])
+    except (ValueError, TypeError, OSError) as error:
+        if os.environ.get("FUSED_NCE_DEBUG") == "1":
+            raise
+        print(f"fused-nce: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def usage() -> str:
+    """The commands, one a line."""
+    lines = [f"  {name:8} {help_text}" for name, (_, _, help_text) in COMMANDS.items()]
+    return "\n".join(["usage: fused-nce COMMAND [options]", *lines])
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """`fused-nce eval RUN [options]`."""
+    from jsonargparse import auto_cli
+
+    from fused_nce.train.evaluate import run_and_print
+
+    status: int = auto_cli(run_and_print, args=list(argv), prog="fused-nce eval")
+    return status
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """`fused-nce doctor`."""
+    if argv:
+        raise ValueError(f"doctor: takes no arguments, got {' '.join(argv)}")
+    from fused_nce import doctor as report
+
+    print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""AMDIM as an `nn.Module`: two views in, losses out; no trainer needed."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fused_nce.losses import AMDIMLoss
+from fused_nce.models.encoders.amdim import AMDIMEncoder
+from fused_nce.models.encoders.blocks import Init
+
+
+class Losses(Protocol):
+    """What a loss returns: the number to minimise, its two parts, and detached statistics for logging."""
+
+    loss: Tensor
+    nce: Tensor
+    penalty: Tensor
+    stats: dict[str, Tensor]
+
+
+class AMDIM(nn.Module):
+    """Augmented multiscale Deep InfoMax (arXiv 1906.00910).
+
+    ```
+    model = AMDIM(image_size=32, ndf=64, n_rkhs=256)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for view1, view2 in loader:                    # two augmentations of the same images
+        optimizer.zero_grad()
+        model((view1, view2)).loss.backward()
+        optimizer.step()
+    ```
+
+    The two views are encoded one after the other, so that BatchNorm sees the statistics of one view at a time.
+
+    Args:
+        image_size: 32, 64 or 128 px.
+        ndf: channels of the first stage.
+        n_rkhs: width of the embeddings, at least `4·ndf` (32 px) or `8·ndf`.
+        n_depth: layers of each residual block.
+        use_bn: BatchNorm inside the blocks.
+        init: `"amdim"` (zero-initialised branches) or `"kaiming"`.
+        loss: called with the tap dictionaries of the two views; `AMDIMLoss()` if left out.
+
+    Raises:
+        ValueError: for a size outside these.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 32,
+        ndf: int = 128,
+        n_rkhs: int = 1024,
+        n_depth: int = 3,
+        use_bn: bool = False,
+        init: Init = "amdim",
+        loss: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = AMDIMEncoder(
+            image_size=image_size, ndf=ndf, n_rkhs=n_rkhs, n_depth=n_depth, use_bn=use_bn, init=init
+        )
+        self.loss = AMDIMLoss() if loss is None else loss
+        self.image_size = image_size
+
+    def encode(
+        self,
+        x: Tensor,  # (B, 3, H, H) normalised images, H = image_size
+    ) -> dict[str, Tensor]:
+        """Feature maps of a batch of images.
+
+        Returns:
+            `f1 (B, n_rkhs, 1, 1)`, `f5 (B, n_rkhs, 5, 5)` and `f7 (B, n_rkhs, 7, 7)`, the embeddings that the loss
+            compares, and `h5`, `h7`, the trunk's maps before their heads (`4·ndf` or `8·ndf` channels).
+
+        Raises:
+            ValueError: if the images have another shape.
+        """
+        if x.dim() != 4 or x.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(f"x: must be (B, 3, {self.image_size}, {self.image_size}) images, got {tuple(x.shape)}")
+        taps: dict[str, Tensor] = self.encoder(x)
+        return taps
+
+    def forward(
+        self,
+        batch: Tensor | Sequence[Tensor],  # (B, 2, 3, H, H), or two tensors (B, 3, H, H)
+    ) -> Losses:
+        """The loss of two views of the same images, with everything in the batch as negatives.
+
+        Raises:
+            ValueError: if there are not two views of one shape, or only one image (no negatives).
+        """
+        view1, view2 = split_views(batch)
+        losses: Losses = self.loss(self.encode(view1), self.encode(view2))
+        return losses
+
+
+def split_views(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The two views of a batch, checked: same shape, at least two images."""
+    if isinstance(batch, Tensor):
+        if batch.dim() != 5 or batch.shape[1] != 2:
+            raise ValueError(f"batch: a tensor must be (B, 2, 3, H, W), got {tuple(batch.shape)}")
+        view1, view2 = torch.unbind(batch, 1)
+    elif len(batch) == 2:
+        view1, view2 = batch
+    else:
+        raise ValueError(f"batch: must hold 2 views, got {len(batch)}")
+    if view1.shape != view2.shape:
+        raise ValueError(f"batch: the views must have one shape, got {tuple(view1.shape)} and {tuple(view2.shape)}")
+    if len(view1) < 2:
+        raise ValueError(f"batch: must hold at least 2 images, got {len(view1)}: one image has no negatives")
+    return view1, view2

@@ -1,0 +1,224 @@
+"""Checkpoints that survive a crash: safetensors and JSON in one folder, verified before use.
+
+`RUN/checkpoints/step_00001234/` holds `*.safetensors`, `state.json` and `MANIFEST.json` (each file's size and SHA-256).
+It is written under a temporary name, synced, renamed, and only then named in `LATEST`. No pickle is written or read:
+loading one runs whatever code it holds. The hashes are ours to check, since safetensors takes a flipped bit as data.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fused_nce.train import config as config_module
+from fused_nce.train.config import LossConfig, TrainConfig
+
+log = logging.getLogger("fused_nce")
+
+FOLDER, MANIFEST, STATE, LATEST = "checkpoints", "MANIFEST.json", "state.json", "LATEST"
+STEP_NAME = re.compile(r"step_(\d{8,})")
+MAX_JSON_BYTES = 64 << 20
+
+Tensors = dict[str, Tensor]
+
+
+class CheckpointError(ValueError):
+    """No checkpoint of a run can be used."""
+
+
+def save(run_dir: str | Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any], keep: int) -> Path:
+    """Write `step_<step>`, point `LATEST` at it, verify it, then remove all but the newest `keep`.
+
+    Args:
+        run_dir: folder of the run.
+        step: updates done.
+        tensors: `{file name without suffix: {key: tensor}}`.
+        state: JSON-able.
+        keep: how many to leave, at least 2.
+
+    Raises:
+        OSError: if the disk is full or not writable; earlier checkpoints are untouched and the temporary is removed.
+    """
+    root = Path(run_dir) / FOLDER
+    root.mkdir(parents=True, exist_ok=True)
+    target = root / f"step_{step:08d}"
+    if target.exists() and damage(target) is None:
+        return target  # a run that resumed here and did nothing since
+    temporary = root / f".tmp-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        for name, values in tensors.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, temporary / f"{name}.safetensors")
+        (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
+        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        shutil.rmtree(target, ignore_errors=True)  # damaged: checked above
+        temporary.replace(target)
+        _sync(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if problem := damage(target):
+        raise OSError(f"checkpoint {target} did not read back as written: {problem}")
+    _point_latest(root, target.name)
+    for old in steps(run_dir)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def steps(run_dir: str | Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first; temporary names never match."""
+    root = Path(run_dir) / FOLDER
+    return sorted((p for p in root.glob("step_*") if STEP_NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
+
+
+def newest(run_dir: str | Path) -> Path:
+    """The newest checkpoint that is whole; a damaged one is passed over with a warning.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    found = steps(run_dir)
+    for path in reversed(found):
+        problem = damage(path)
+        if problem is None:
+            return path
+        log.warning("checkpoint %s is damaged (%s); trying the one before it", path, problem)
+    what = f"all {len(found)} checkpoints are damaged" if found else "no checkpoint"
+    raise CheckpointError(f"run: {run_dir} has {what}; it must be the folder of a training run that saved one")
+
+
+def damage(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None: its files against its manifest."""
+    try:
+        files = _read_json(path / MANIFEST)["files"]
+        if not {"model.safetensors", STATE} <= files.keys():
+            return f"{MANIFEST} does not list the model and its state"
+        for name, expected in files.items():
+            if Path(name).name != name:
+                return f"{MANIFEST} names a file outside the checkpoint: {name}"
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if _fingerprint(path / name) != expected:
+                return f"{name} differs from its SHA-256 or size"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    return None
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint."""
+    return _read_json(path / STATE)
+
+
+def load_tensors(path: Path, name: str) -> Tensors:
+    """One safetensors file of a checkpoint, on the CPU."""
+    try:
+        return load_file(path / f"{name}.safetensors")
+    except Exception as error:  # safetensors raises its own type
+        raise CheckpointError(f"checkpoint {path}: {name}.safetensors cannot be read: {error}") from error
+
+
+def load_into(module: nn.Module, tensors: Tensors, what: str) -> None:
+    """Strict load: same keys, shapes and dtypes, or an error that names the first that differs."""
+    own = module.state_dict()
+    for key in own.keys() | tensors.keys():
+        mine, other = own.get(key), tensors.get(key)
+        if mine is None or other is None:
+            raise CheckpointError(f"{what}: {key} is {'missing' if other is None else 'unknown'}")
+        if mine.shape != other.shape or mine.dtype != other.dtype:
+            seen = f"{tuple(other.shape)} {other.dtype}"
+            raise CheckpointError(f"{what}: {key} is {seen}, the model needs {tuple(mine.shape)} {mine.dtype}")
+    module.load_state_dict(tensors)
+
+
+def build_model(config: TrainConfig) -> nn.Module:
+    """The untrained model of a configuration."""
+    from fused_nce.losses import AMDIMLoss
+    from fused_nce.models import AMDIM
+
+    loss: LossConfig = config.loss
+    return AMDIM(**vars(config.model), loss=AMDIMLoss(**vars(loss)))
+
+
+def load_model(run_dir: str | Path) -> tuple[nn.Module, TrainConfig]:
+    """The newest model of a run, in eval mode, and the run's configuration.
+
+    Raises:
+        ValueError: if the folder holds no run, or no whole checkpoint.
+    """
+    config = config_module.load(run_dir)
+    path = newest(run_dir)
+    model = build_model(config)
+    load_into(model, load_tensors(path, "model"), f"{path}/model.safetensors")
+    return model.eval(), config
+
+
+def _point_latest(root: Path, name: str) -> None:
+    temporary = root / f".tmp-{os.getpid()}-latest"
+    temporary.write_text(name + "\n", encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(root / LATEST)
+    _sync(root)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path.name} is above {MAX_JSON_BYTES >> 20} MB")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    return values
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> Tensors:
+    """Adam's moments as `{"<parameter number>.<name>": tensor}`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """The inverse of `pack_optimizer`, in the memory format of each parameter.
+
+    A fused step walks a parameter and its moments by address: moments in another memory format would be applied to
+    the wrong weights, in silence.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        if not number.isdigit() or int(number) >= len(params):
+            raise CheckpointError(f"optimizer.safetensors: {key} belongs to none of the {len(params)} parameters")
+        like = params[int(number)]
+        if value.dim() and value.shape != like.shape:
+            raise CheckpointError(f"optimizer.safetensors: {key} is {tuple(value.shape)}, not {tuple(like.shape)}")
+        fits = torch.empty_like(like, dtype=value.dtype) if value.dim() else torch.empty_like(value)
+        state.setdefault(int(number), {})[name] = fits.copy_(value)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

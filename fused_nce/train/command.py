@@ -1,0 +1,126 @@
+"""`fused-nce train`: settings from preset, YAML and command line, in that order, then the loop."""
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fused_nce.train import checkpoint, config
+from fused_nce.train.config import TrainConfig
+from fused_nce.train.presets import PRESETS
+
+METHODS = ("amdim",)
+SHORT = {
+    "--epochs": "--optim.epochs",
+    "--lr": "--optim.lr",
+    "--batch-size": "--optim.batch_size",
+    "--max-steps": "--run.max_steps",
+    "--max-minutes": "--run.max_minutes",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `fused-nce train METHOD [options]`.
+
+    Returns:
+        0 if it finished or was interrupted (a checkpoint is saved), 1 if the loss diverged.
+
+    Raises:
+        ValueError: for settings, data or a run that cannot be used.
+    """
+    if not argv or argv[0] not in METHODS:
+        if argv and argv[0] in ("-h", "--help"):
+            print(f"usage: fused-nce train {{{','.join(METHODS)}}} [options]; add --help for the options")
+            return 0
+        raise ValueError(f"method: must be one of {', '.join(METHODS)}, got {argv[0] if argv else 'nothing'}")
+    settings, run_dir, resume = parse(argv[1:])
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    from fused_nce.train.loop import Diverged, Trainer, describe
+
+    print(describe(settings), flush=True)
+    trainer = Trainer(settings, run_dir, resume=resume)
+    try:
+        reason = trainer.run()
+    except Diverged as error:
+        print(f"fused-nce: {error}")
+        return 1
+    print(f"{reason} at step {trainer.step} after {trainer.time_s:.0f} s; run saved in {run_dir}")
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path, bool]:
+    """The settings, the run's folder (made, with `config.yaml` in it), and whether to resume.
+
+    Raises:
+        ValueError: for a bad setting, an unknown preset, a folder that holds a run already, or a resume that would
+            change the run.
+    """
+    parser = _parser()
+    argv = [_long(word) for word in argv]
+    values = parser.parse_args(argv)
+    if values.preset not in PRESETS:
+        raise ValueError(f"preset: must be one of {', '.join(PRESETS)}, got {values.preset!r}")
+    if values.resume is not None:
+        return _resumed(parser, argv, Path(values.resume), values.allow_changed)
+    parser.set_defaults(config.flatten(PRESETS[values.preset]))
+    values = parser.parse_args(argv)
+    settings = config.instantiate(parser, values)
+    run_dir = Path(values.out or f"runs/amdim-{settings.preset}")
+    if not _first_process():
+        return settings, run_dir, False
+    if (run_dir / config.CONFIG_NAME).exists():
+        if not values.overwrite:
+            raise ValueError(
+                f"out: {run_dir} holds a run already; use --resume {run_dir}, --overwrite, or another --out"
+            )
+        shutil.rmtree(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config.save(settings, run_dir)
+    return settings, run_dir, False
+
+
+def _long(word: str) -> str:
+    """`--epochs=3` to `--optim.epochs=3`."""
+    name, equals, value = word.partition("=")
+    return SHORT.get(name, name) + equals + value
+
+
+def _resumed(parser: Any, argv: Sequence[str], run_dir: Path, allowed: list[str]) -> tuple[TrainConfig, Path, bool]:
+    saved = config.load(run_dir)
+    checkpoint.newest(run_dir)
+    parser.set_defaults(config.flatten(config.to_dict(saved)))
+    settings = config.instantiate(parser, parser.parse_args(argv))
+    changed = [line for line in config.differences(saved, settings) if line.split(":")[0] not in allowed]
+    if changed:
+        raise ValueError(
+            f"resume: the settings differ from those of {run_dir} ({'; '.join(changed)}); leave them out, or add "
+            f"--allow-changed {' '.join(line.split(':')[0] for line in changed)}"
+        )
+    if _first_process():
+        config.save(settings, run_dir)
+    return settings, run_dir, True
+
+
+def _first_process() -> bool:
+    """Whether this process looks after the folder; torchrun and accelerate set RANK."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _parser() -> Any:
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(
+        prog="fused-nce train amdim",
+        description="Train an AMDIM encoder without labels. Short forms: "
+        + ", ".join(f"{short} for {full}" for short, full in SHORT.items()),
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings")
+    parser.add_argument("--out", type=str | None, default=None, help="folder of the run (default: runs/amdim-<preset>)")
+    parser.add_argument("--resume", type=str | None, default=None, help="folder of a run to continue")
+    parser.add_argument("--overwrite", action="store_true", help="remove the run that --out holds")
+    parser.add_argument("--allow-changed", type=str, nargs="*", default=[], help="settings that a resume may change")
+    parser.add_class_arguments(TrainConfig)
+    return parser

@@ -1,0 +1,209 @@
+"""`fused-nce eval RUN`: what the frozen features of a run are worth, beside raw pixels and untrained encoders.
+
+Writes RUN/eval.json (everything), RUN/eval.csv (the table of accuracies) and RUN/report.html (to read).
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fused_nce.train import (
+    augment,
+    checkpoint,
+    data,
+    features,
+    host,
+    loss_cost,
+    machine,
+    report,
+    runlog,
+    scoring,
+    summary,
+)
+from fused_nce.train.config import CONFIG_NAME, TrainConfig
+from fused_nce.train.data import ImageSet
+from fused_nce.train.figures import draw_figures
+
+MAX_PROBE_IMAGES = 50_000  # more labelled images than CIFAR's 50,000 change a probe little and cost minutes
+RANDOM = {"random, AMDIM init": "amdim", "random, Kaiming init": "kaiming"}
+
+
+def evaluate(
+    run: str,
+    *,
+    taps: Sequence[str] = ("f1", "f7"),
+    labels_per_class: int = 10,
+    draws: int = 10,
+    baselines: bool = True,
+    cost: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Evaluates a finished (or still growing) run by linear probe and kNN on frozen features.
+
+    BatchNorm is in eval mode, so no statistic comes from test images, and every test image counts.
+
+    Args:
+        run: folder of a training run.
+        taps: feature maps of the encoder; the first is the one that the pictures show.
+        labels_per_class: size of the small label sets.
+        draws: how many small label sets, at least 2.
+        baselines: measure raw pixels and two untrained encoders too.
+        cost: measure time and memory of the loss beside the naive one.
+        seed: of the draws, the untrained encoders and the embedding.
+
+    Returns:
+        What RUN/eval.json holds.
+
+    Raises:
+        ValueError: no run, no usable checkpoint, no labels, an unknown tap, or settings that do not fit the data.
+    """
+    start = time.perf_counter()
+    folder = Path(run)
+    if not taps:
+        raise ValueError("taps: none given; need at least one, such as f1")
+    model, config = checkpoint.load_model(folder)
+    log = runlog.read_log(folder)
+    transform = augment.test_transform(config)
+    size = config.model.image_size
+    features.check_taps(model, transform(torch.zeros(1, 3, size, size, dtype=torch.uint8)), taps)
+    probe, test = (_labelled(config, split, seed) for split in ("probe", "test"))
+    plan = scoring.plan(probe.labels, test.labels, labels_per_class=labels_per_class, draws=draws, seed=seed)
+
+    rows: list[dict[str, Any]] = []
+    kept: dict[str, Any] = {}
+    # One at a time: all of CIFAR-10's feature sets together are 2 GB.
+    sets = _feature_sets(model, config, probe, test, list(taps), baselines, seed)
+    count = len(taps) * (1 + len(RANDOM)) + 1 if baselines else len(taps)
+    for encoder, tap, bank, queries in tqdm(sets, desc="probes", total=count, unit="set", leave=False):
+        found, predicted = scoring.score(bank, queries, plan)
+        rows += [{"encoder": encoder, "tap": tap} | row for row in found]
+        if not kept:  # the trained encoder's first tap comes first
+            kept = {"bank": bank, "queries": queries, "predicted": predicted}
+    figures = draw_figures(
+        bank=kept["bank"], bank_images=probe.images, bank_labels=probe.labels,
+        queries=kept["queries"], query_images=test.images, query_labels=test.labels, seed=seed,
+    )  # fmt: skip
+    matrix = scoring.confusion_matrix(kept["predicted"], plan.truth, len(test.classes))
+    result: dict[str, Any] = {
+        "run": folder.resolve().name,
+        "method": "amdim",
+        "data": config.data,
+        "data_name": Path(config.data).name,
+        "date": time.strftime("%Y-%m-%d"),
+        "classes": test.classes,
+        "taps": list(taps),
+        "labels_per_class": labels_per_class,
+        "draws": draws,
+        "seed": seed,
+        "splits": {"probe": len(probe.labels), "test": len(test.labels)},
+        "probes": rows,
+        "confusion": {"tap": taps[0], "probe": "linear", "labels": "all", "matrix": matrix},
+        "training": summary.training(log),
+        "loss_cost": _loss_cost(config) if cost else None,
+        "protocol": summary.protocol(config.data, labels_per_class, draws, baselines),
+        "environment": host.environment(),
+    }
+    result["evaluation_s"] = round(time.perf_counter() - start, 1)
+    _write(folder / "eval.json", json.dumps(result, indent=1) + "\n")
+    _write_csv(folder / "eval.csv", rows)
+    _write(folder / "report.html", report.render(result, log, (folder / CONFIG_NAME).read_text(), figures))
+    return result
+
+
+def run_and_print(run: str, **options: Any) -> int:
+    """Judge the frozen features of a run; writes RUN/eval.json, RUN/eval.csv and RUN/report.html.
+
+    Args:
+        run: folder of a training run.
+        options: as for `evaluate`.
+
+    Returns:
+        The exit status, 0.
+    """
+    print(summary.table(evaluate(run, **options)))
+    print(f"\nReport: {Path(run) / 'report.html'}")
+    return 0
+
+
+def _labelled(config: TrainConfig, split: str, seed: int) -> ImageSet:
+    """The labelled images of a split; of a large probe split, 50,000 drawn at random."""
+    limit = config.run.memory_limit_mb << 20
+    found = data.load_split(config.data, split, config.model.image_size, limit_bytes=limit)
+    known = found.labels >= 0
+    if not bool(known.any()) or len(found.classes) < 2:
+        raise ValueError(
+            f"data: the {split} split of {config.data} has no labels of 2 or more classes; need them to evaluate"
+        )
+    rows = known.nonzero().flatten()
+    if split == "probe" and len(rows) > MAX_PROBE_IMAGES:
+        generator = torch.Generator().manual_seed(seed)
+        rows = rows[torch.randperm(len(rows), generator=generator)[:MAX_PROBE_IMAGES]].sort().values
+    if len(rows) == len(found.labels):
+        return found
+    return dataclasses.replace(found, images=found.images[rows], labels=found.labels[rows])
+
+
+def _feature_sets(
+    model: nn.Module, config: TrainConfig, probe: ImageSet, test: ImageSet, taps: list[str], baselines: bool, seed: int
+) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+    """(encoder, tap, features of the probe split, features of the test split), the trained encoder first."""
+    transform, dtype = augment.test_transform(config), _precision(config)
+    models = {report.TRAINED: model}
+    if baselines:
+        for name, init in RANDOM.items():
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model_config = dataclasses.replace(config.model, init=init)  # type: ignore[arg-type]
+                models[name] = checkpoint.build_model(dataclasses.replace(config, model=model_config))
+            features.calibrate_batch_norm(models[name], probe.images, transform)
+    for name, encoder in models.items():
+        parts = [
+            features.extract(encoder, split.images, transform, taps, dtype=dtype, name=f"{name}: {what}")
+            for split, what in ((probe, "probe images"), (test, "test images"))
+        ]
+        for tap in taps:
+            yield name, tap, parts[0][tap], parts[1][tap]
+    if baselines:
+        yield "raw pixels", report.PIXELS, features.raw_pixels(probe.images), features.raw_pixels(test.images)
+
+
+def _precision(config: TrainConfig) -> torch.dtype | None:
+    """The dtype to autocast to, as in training on this machine; None for the weights' own."""
+    return torch.bfloat16 if machine.use_bf16(config.precision, torch.device("cpu")) else None
+
+
+def _loss_cost(config: TrainConfig) -> dict[str, Any]:
+    """The loss on the run's own shapes: every pair in both directions, features in the dtype that the run gives it."""
+    every = config.loss.antecedents == "all"
+    sides = [[int(side) ** 2 for side in pair.split(">")] for pair in config.loss.pairs]
+    terms = [(rows if every else 1, columns) for rows, columns in sides for _ in range(2)]
+    dtype = _precision(config) or torch.float32
+    return loss_cost.measure(config.optim.batch_size, terms, config.model.n_rkhs, dtype)
+
+
+def _write(path: Path, text: str) -> None:
+    """Under a temporary name, then renamed: a reader never sees half a file."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    names = ["encoder", "tap", "probe", "labels", "accuracy_pct", "sd_pct", "width"]
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)

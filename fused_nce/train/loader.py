@@ -1,0 +1,144 @@
+"""Batches of uint8 images in an order that depends on seed and position alone, so that a run resumes exactly."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fused_nce.train.augment import crop_pair
+from fused_nce.train.config import AugmentConfig, TrainConfig
+from fused_nce.train.data import ImageSet, decode, decoded_bytes, load_split, open_source
+from fused_nce.train.sources import Damage, Source, fit
+
+# Images that are cropped anew each time are held larger than the crops: 96 px for 64 (STL-10's own size), 192 for 128.
+CROP_CANVAS = 1.5
+WORKER_TIMEOUT_S = 300  # a stuck reader is an error, not a wait for ever
+
+
+class Batch(NamedTuple):
+    """Images of one forward pass of one process."""
+
+    images: Tensor  # (B, 3, S, S) uint8, or (B, 2, 3, H, H): two crops, taken by a worker
+    labels: Tensor  # (B,)
+    indices: Tensor  # (B,) into the set
+
+
+class Order:
+    """The shuffled order of every epoch, cut into batches; incomplete batches are left out.
+
+    Args:
+        count: images.
+        batch_size: images of one process.
+        seed: of the shuffles.
+        rank: of this process.
+        world: processes.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        self.per_epoch = count // (batch_size * world)
+        if self.per_epoch == 0:
+            raise ValueError(f"optim.batch_size: {batch_size} x {world} processes must be at most the {count} images")
+        self.count, self.batch_size, self.seed, self.rank, self.world = count, batch_size, seed, rank, world
+        self._epoch, self._shuffled = -1, torch.empty(0, dtype=torch.int64)
+
+    def indices(self, position: int) -> Tensor:  # (batch_size,)
+        """The images of the batch at a position, counted from the start of the run."""
+        epoch, batch = divmod(position, self.per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epoch, self._shuffled = epoch, torch.randperm(self.count, generator=generator)
+        start = (batch * self.world + self.rank) * self.batch_size
+        return self._shuffled[start : start + self.batch_size]
+
+
+class Loader:
+    """Batches from any position, of a set that is held decoded or read as it goes."""
+
+    def __init__(self, config: TrainConfig, *, rank: int = 0, world: int = 1) -> None:
+        self.config = config
+        self.held, self.source = open_data(config)
+        self.classes = self.held.classes if self.held else self.source.classes if self.source else []
+        self.count = len(self.held.labels) if self.held else len(self.source) if self.source else 0
+        self.damage = Damage(self.count)
+        self.order = Order(self.count, config.optim.batch_size, config.seed, rank, world)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there is anything for a classifier to learn."""
+        labels = self.held.labels if self.held else torch.tensor(self.source.labels if self.source else [])
+        return len(self.classes) > 1 and bool((labels >= 0).any())
+
+    @property
+    def damaged(self) -> int:
+        """Images that could not be read so far."""
+        return self.held.damaged if self.held else self.damage.count
+
+    def batches(self, position: int) -> Iterator[Batch]:
+        """Endless, from a position on."""
+        if self.held:
+            while True:
+                chosen = self.order.indices(position)
+                yield Batch(self.held.images[chosen], self.held.labels[chosen], chosen)
+                position += 1
+        yield from self._streamed(position)
+
+    def _streamed(self, position: int) -> Iterator[Batch]:
+        assert self.source is not None
+        workers = self.config.run.workers
+        reader = Reader(self.source, self.config)
+        loader: DataLoader[Any] = DataLoader(
+            reader,
+            batch_sampler=Keys(self.order, position),
+            num_workers=workers,
+            timeout=WORKER_TIMEOUT_S if workers else 0,
+        )
+        for images, indices, asked in loader:
+            for index in asked[asked != indices].tolist():
+                self.damage.report(index, self.source.name(index))
+            labels = torch.tensor([self.source.labels[i] for i in indices.tolist()])
+            yield Batch(images, labels, indices)
+
+
+class Keys:
+    """The `(position, index)` of every image, batch by batch, for workers that seed their crops by them."""
+
+    def __init__(self, order: Order, position: int) -> None:
+        self.order, self.position = order, position
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        position = self.position
+        while True:
+            yield [(position, index) for index in self.order.indices(position).tolist()]
+            position += 1
+
+
+class Reader(Dataset[tuple[Tensor, int, int]]):
+    """Reads, decodes and, if the geometry is "crop", cuts two views from the whole image."""
+
+    def __init__(self, source: Source, config: TrainConfig) -> None:
+        self.source, self.size, self.seed = source, config.model.image_size, config.seed
+        self.augment: AugmentConfig = config.augment
+        self.damage = Damage(len(source))
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
+        position, asked = key
+        image, index = self.damage.read(self.source, asked)
+        if self.augment.geometry != "crop":
+            return fit(image, self.size, self.size), index, asked
+        with torch.random.fork_rng(devices=[]):  # without workers this is the trainer's own generator
+            torch.manual_seed(hash((self.seed, position, asked)))
+            return crop_pair(image, self.augment, self.size), index, asked
+
+
+def open_data(config: TrainConfig) -> tuple[ImageSet | None, Source | None]:
+    """The training images: decoded, if they fit in memory, or else the source to read them from."""
+    size = config.model.image_size
+    if config.data == "digits":
+        return load_split("digits", "train", size), None
+    source = open_source(config.data, "train")
+    canvas = round(CROP_CANVAS * size) if config.augment.geometry == "crop" else size
+    if decoded_bytes(source, canvas) <= config.run.memory_limit_mb << 20:
+        return decode(source, canvas, canvas), None
+    return None, source

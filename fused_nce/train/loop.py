@@ -1,0 +1,275 @@
+"""The training loop: one process or many (DDP), resumable to the bit, and safe to interrupt."""
+
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fused_nce.train import checkpoint, journal, machine, optim, rng
+from fused_nce.train.augment import TwoViews
+from fused_nce.train.config import TrainConfig
+from fused_nce.train.loader import Loader
+from fused_nce.train.online_probes import OnlineProbes
+from fused_nce.train.signals import Interrupt
+from fused_nce.train.step import LossTimer, Meter, TrainStep
+
+log = logging.getLogger("fused_nce")
+
+MAX_SKIPPED_IN_A_ROW = 3
+MAX_FAILED_SAVES = 3
+
+
+class Diverged(RuntimeError):
+    """The loss was not finite for more updates in a row than can be skipped."""
+
+
+class Trainer:
+    """Trains the model of a configuration, and writes log and checkpoints to a folder.
+
+    Args:
+        config: checked settings.
+        run_dir: folder of the run; it holds the configuration already.
+        resume: continue from the newest whole checkpoint of the folder.
+
+    Raises:
+        ValueError: for data that cannot be used, or a resume without a checkpoint.
+    """
+
+    def __init__(self, config: TrainConfig, run_dir: Path, *, resume: bool = False) -> None:
+        self.config, self.run_dir = config, run_dir
+        # Precision is the step's own (see TrainStep): accelerate's wrapper is a setting of the whole process.
+        self.accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=config.optim.accumulate)
+        self.device = self.accelerator.device
+        self.bf16 = machine.use_bf16(config.precision, self.device)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.loader = Loader(config, rank=rank, world=world)
+        self.views = TwoViews(config.augment, config.model.image_size)
+        self.per_epoch = max(1, self.loader.order.per_epoch // config.optim.accumulate)
+
+        torch.manual_seed(config.seed)
+        self.model = checkpoint.build_model(config)
+        labelled = config.probes and self.loader.labelled
+        self.probes = OnlineProbes(config.model.n_rkhs, len(self.loader.classes)) if labelled else None
+        self.timer, self.meter = LossTimer(), Meter()
+        module = TrainStep(self.model, self.probes, self.timer, torch.bfloat16 if self.bf16 else None).to(self.device)
+        self.channels_last = self.bf16 if config.channels_last is None else config.channels_last
+        if self.channels_last:
+            module.to(memory_format=torch.channels_last)
+        self.optimizer = optim.adam(module, config.optim)
+        self.module: nn.Module = self.accelerator.prepare_model(module)
+        torch.manual_seed(config.seed + 1 + rank)  # from here on augmentation, a process of its own each
+
+        machine.keep_memory()
+        self.step, self.logged, self.time_s, self.skipped, self.skipped_in_a_row = 0, 0, 0.0, 0, 0
+        if resume:
+            self._resume()
+        self.end = config.optim.epochs * self.per_epoch
+        if config.run.max_steps is not None:
+            self.end = min(self.end, config.run.max_steps)
+
+    def run(self) -> str:
+        """Train to the end of the epochs, a limit, or a signal.
+
+        Returns:
+            Why it stopped.
+
+        Raises:
+            Diverged: after a fourth update in a row without a finite loss; the checkpoints before it are kept.
+            OSError: if no checkpoint could be written at the end.
+        """
+        config, main = self.config, self.accelerator.is_main_process
+        book = journal.Journal(self.run_dir, self.logged, tensorboard=config.run.tensorboard) if main else None
+        bar = tqdm(total=self.end, initial=min(self.step, self.end), unit="step", desc="training", disable=not main)
+        started, time_before = time.perf_counter(), self.time_s
+        saved_at, failed_saves, window = started, 0, (started, self.step)
+        batches = self.loader.batches(self.step * config.optim.accumulate)
+        try:
+            with Interrupt() as interrupt:
+                reason = "finished"
+                while self.step < self.end:
+                    logged = (self.step + 1) % config.run.log_every == 0
+                    update_s = self._update(batches, logged or self.step + 1 == self.end)
+                    now = time.perf_counter()
+                    self.time_s = time_before + now - started
+                    bar.update()
+                    if logged:
+                        self._log(book, bar, window, update_s)
+                        self.logged, window = self.step, (now, self.step)
+                    out_of_time = config.run.max_minutes is not None and now - started > 60 * config.run.max_minutes
+                    due = now - saved_at > 60 * config.run.save_minutes
+                    stop, out_of_time, due = self._agree(interrupt.requested, out_of_time, due)
+                    if stop or out_of_time:
+                        reason = "interrupted" if stop else f"reached {config.run.max_minutes} minutes"
+                        break
+                    if due and self.step < self.end:
+                        saved_at = now
+                        failed_saves = 0 if self._try_save() else failed_saves + 1
+                        if failed_saves >= MAX_FAILED_SAVES:
+                            raise OSError(f"checkpoint: {failed_saves} in a row could not be written to {self.run_dir}")
+                self._save()
+                if self.step > window[1]:  # after the save: a resumed run takes the open window up where it was
+                    self._log(book, bar, window, update_s)
+        finally:
+            bar.close()
+            if book is not None:
+                book.close()
+        return reason
+
+    def _update(self, batches: Any, timed: bool) -> float:
+        """One update of the weights, or a skipped one. Returns its seconds."""
+        started = time.perf_counter()
+        self.timer.begin(timed)
+        rate = optim.learning_rate(self.config.optim, self.step, self.per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        # A batch that is not finite would stay in the running statistics of BatchNorm for ever.
+        buffers = [b.clone() for b in self.module.buffers()]
+        passes: list[Tensor] = []
+        used: list[int] = []
+        for last in [False] * (self.config.optim.accumulate - 1) + [True]:
+            images, labels, indices = next(batches)
+            used += indices.tolist()
+            view1, view2 = (self._place(view) for view in self.views(images))
+            with nullcontext() if last else self.accelerator.no_sync(self.module):
+                total, numbers = self.module(view1, view2, labels.to(self.device))
+                self.accelerator.backward(total)  # divided by the number of passes
+            self.timer.after_backward()
+            passes.append(numbers)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        finite = torch.stack([n[0] for n in passes]).isfinite().all() & norm.isfinite()
+        # Read at once, not at the next log: an update must not happen if any process saw a number that is not finite.
+        if self._agree(not bool(finite))[0]:
+            with torch.no_grad():
+                for buffer, value in zip(self.module.buffers(), buffers, strict=True):
+                    buffer.copy_(value)
+            self._skip(used, [n[0].item() for n in passes], norm.item())
+        else:
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+            for numbers in passes:
+                self.meter.add(numbers)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return time.perf_counter() - started
+
+    def _place(self, view: Tensor) -> Tensor:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return view.to(self.device, memory_format=layout, non_blocking=True)
+
+    def _skip(self, used: list[int], losses: list[float], norm: float) -> None:
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        log.warning("update %d skipped: loss %s, gradient norm %s", self.step + 1, losses, norm)
+        if self.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
+            return
+        rank = self.accelerator.process_index
+        dump = self.run_dir / "nan_dump"
+        dump.mkdir(parents=True, exist_ok=True)
+        facts = {"step": self.step + 1, "rank": rank, "images": used, "losses": [str(v) for v in losses]}
+        facts |= {"gradient_norm": str(norm), "rng": rng.capture()}
+        (dump / f"step_{self.step + 1:08d}_rank_{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
+        raise Diverged(
+            f"training: the loss was not finite for {self.skipped_in_a_row} updates in a row (step {self.step + 1}, "
+            f"loss {losses}, gradient norm {norm}); image numbers and random state are in {dump}"
+        )
+
+    def _log(self, book: journal.Journal | None, bar: Any, window: tuple[float, int], update_s: float) -> None:
+        """A line of the log: averages since the last one, and the state of the run."""
+        c, (since, since_step) = self.config.optim, window
+        images = (self.step - since_step) * c.batch_size * c.accumulate * self.accelerator.num_processes
+        line: dict[str, Any] = {
+            "step": self.step,
+            "epoch": round(self.step / self.per_epoch, 4),
+            "time_s": round(self.time_s, 3),
+            **self.meter.close(),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_s": round(images / (time.perf_counter() - since), 2),
+            "loss_share": round(self.timer.seconds / update_s, 5) if self.timer.active else None,
+            "loss_ms": round(1e3 * self.timer.seconds, 3) if self.timer.active else None,
+            "peak_memory_mb": round(machine.peak_memory_mb(self.device), 1),
+            "skipped": self.skipped,
+            "damaged": self.loader.damaged,
+        }
+        bar.set_postfix(_postfix(line), refresh=False)
+        if book is not None:
+            book.write(line)
+
+    def _agree(self, *flags: bool) -> tuple[bool, ...]:
+        """True where any process says so: all must stop, save or skip together."""
+        if self.accelerator.num_processes == 1:
+            return flags
+        votes = torch.tensor([float(f) for f in flags], device=self.device)
+        return tuple(bool(v) for v in self.accelerator.reduce(votes, "sum") > 0)
+
+    def _try_save(self) -> bool:
+        try:
+            self._save()
+        except OSError as error:
+            free_mb = shutil.disk_usage(self.run_dir).free >> 20
+            log.warning("checkpoint not saved (%s; %d MB free on the disk); training goes on", error, free_mb)
+            return False
+        return True
+
+    def _save(self) -> None:
+        states = gather_object([rng.capture()])
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {"model": self.model.state_dict(), "optimizer": checkpoint.pack_optimizer(self.optimizer)}
+        if self.probes is not None:
+            tensors["probes"] = self.probes.state_dict()
+        state = {
+            "step": self.step,
+            "time_s": self.time_s,
+            "logged": self.logged,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "meter": self.meter.state(),
+            "rng": states,
+            "torch": torch.__version__,
+        }
+        checkpoint.save(self.run_dir, self.step, tensors, state, self.config.run.keep)
+
+    def _resume(self) -> None:
+        path = checkpoint.newest(self.run_dir)
+        state = checkpoint.load_state(path)
+        world = self.accelerator.num_processes
+        if len(state["rng"]) != world:
+            raise ValueError(f"resume: {path} was saved by {len(state['rng'])} processes; got {world}, need the same")
+        checkpoint.load_into(self.model, checkpoint.load_tensors(path, "model"), f"{path}/model.safetensors")
+        if self.probes is not None:
+            checkpoint.load_into(self.probes, checkpoint.load_tensors(path, "probes"), f"{path}/probes.safetensors")
+        checkpoint.unpack_optimizer(self.optimizer, checkpoint.load_tensors(path, "optimizer"))
+        machine.keep_memory()
+        self.step, self.logged, self.time_s = int(state["step"]), int(state["logged"]), float(state["time_s"])
+        self.skipped, self.skipped_in_a_row = int(state["skipped"]), int(state["skipped_in_a_row"])
+        self.meter = Meter(**state["meter"])
+        rng.restore(state["rng"][self.accelerator.process_index])
+        log.info("resumed from %s", path)
+
+
+def _postfix(line: dict[str, Any]) -> dict[str, str]:
+    """What the progress bar shows."""
+    shown = {"nce-chance": f"{line['nce_minus_chance']:.3f}"} if line["nce_minus_chance"] is not None else {}
+    if line["linear_acc"] is not None:
+        shown |= {"linear": f"{line['linear_acc']:.1%}", "mlp": f"{line['mlp_acc']:.1%}"}
+    shown["img/s"] = f"{line['images_per_s']:.0f}"
+    if line["loss_share"] is not None:
+        shown["loss"] = f"{line['loss_share']:.1%} of step"
+    return shown | {"peak": f"{line['peak_memory_mb']:.0f}MB"}
+
+
+def describe(config: TrainConfig) -> str:
+    """One line: what will be trained."""
+    model = ", ".join(f"{f.name} {getattr(config.model, f.name)}" for f in dataclasses.fields(config.model))
+    length = f"batch {config.optim.batch_size}, {config.optim.epochs} epochs"
+    return f"AMDIM on {config.data} ({config.preset}): {model}, {length}"

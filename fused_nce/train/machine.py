@@ -1,0 +1,45 @@
+"""What the machine can do, and what the process has used of it."""
+
+import ctypes
+import resource
+import sys
+
+import torch
+
+# glibc's malloc.h. Larger blocks are mapped one by one; 32 MB is the most that glibc accepts.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES = -1, -3, 32 << 20
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to train in bf16: asked for, or "auto" on hardware that multiplies it natively.
+
+    On a CPU with AVX512-BF16 and AMX a step of a small encoder takes less than half the time of fp32.
+    """
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def keep_memory() -> None:
+    """Ask glibc to keep what a step frees for the next step, instead of giving it back to the system.
+
+    A step of 128 images took 19,000 page faults, 76 MB of pages given back and fetched again.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another libc
+        return
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """High-water mark: of the CUDA allocator, or of the resident process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / 2**20

@@ -1,0 +1,100 @@
+"""AMDIM in a loop of one's own: no trainer, no accelerate, no command line."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from fused_nce.losses import AMDIMLoss
+from fused_nce.models import AMDIM
+
+
+def small(**settings):
+    torch.manual_seed(0)
+    return AMDIM(**({"image_size": 32, "ndf": 4, "n_rkhs": 16, "n_depth": 1} | settings))
+
+
+def test_five_line_loop_learns():
+    model = small(ndf=8, n_rkhs=32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    images = torch.rand(16, 3, 32, 32)
+    losses = []
+    for _ in range(30):
+        views = (images + 0.05 * torch.randn_like(images), images + 0.05 * torch.randn_like(images))
+        optimizer.zero_grad()
+        losses.append(model(views).loss)
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 2  # nats, summed over three pairs
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_forms_of_a_batch_are_the_same():
+    model, x = small(), torch.randn(4, 2, 3, 32, 32)
+    results = []
+    for batch in (x, (x[:, 0], x[:, 1]), [x[:, 0], x[:, 1]]):
+        torch.manual_seed(1)
+        results.append(model(batch).loss)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_forward_is_the_loss_of_the_two_encodings():
+    model, x = small(), torch.randn(4, 2, 3, 32, 32)
+    torch.manual_seed(1)
+    out = model(x)
+    torch.manual_seed(1)
+    expected = AMDIMLoss()(model.encode(x[:, 0]), model.encode(x[:, 1]))
+    assert torch.equal(out.loss, expected.loss)
+    assert torch.equal(out.loss, out.nce + out.penalty)
+
+
+def test_the_loss_can_be_replaced():
+    class Distance(nn.Module):
+        def forward(self, view1, view2):
+            loss = (view1["f1"] - view2["f1"]).square().mean()
+            return SimpleNamespace(loss=loss, nce=loss, penalty=0 * loss, stats={})
+
+    model, x = small(loss=Distance()), torch.randn(4, 3, 32, 32)
+    assert model((x, x)).loss == 0
+    assert model((x, -x)).loss > 0
+
+
+def test_encode_in_eval_mode_treats_images_one_by_one():
+    model, x = small().eval(), torch.randn(4, 3, 32, 32)
+    together, alone = model.encode(x), model.encode(x[:1])
+    assert set(together) == {"f1", "f5", "f7", "h5", "h7"}
+    for tap, values in together.items():
+        torch.testing.assert_close(values[:1], alone[tap])
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(1, 3, 32, 32)] * 2, "batch: must hold at least 2 images, got 1"),
+        ([(4, 3, 32, 32)] * 3, "batch: must hold 2 views, got 3"),
+        ([(4, 3, 32, 32), (5, 3, 32, 32)], "batch: the views must have one shape"),
+        ([(4, 3, 64, 64)] * 2, r"x: must be \(B, 3, 32, 32\) images, got \(4, 3, 64, 64\)"),
+        ([(4, 1, 32, 32)] * 2, r"x: must be \(B, 3, 32, 32\) images, got \(4, 1, 32, 32\)"),
+    ],
+)
+def test_refusals(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        small()([torch.zeros(shape) for shape in shapes])
+
+
+def test_a_tensor_of_another_rank_is_refused():
+    with pytest.raises(ValueError, match=r"batch: a tensor must be \(B, 2, 3, H, W\), got \(4, 3, 32, 32\)"):
+        small()(torch.zeros(4, 3, 32, 32))
+
+
+def test_models_need_torch_alone():
+    code = (
+        "import sys; from fused_nce.models import AMDIM; "
+        "print([m for m in ('accelerate', 'torchvision', 'jsonargparse', 'sklearn', 'PIL') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

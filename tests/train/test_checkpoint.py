@@ -1,0 +1,173 @@
+"""Checkpoints: whole or not at all, never a pickle, the one before where the newest is damaged."""
+
+import json
+import logging
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from fused_nce.train import checkpoint, config
+from fused_nce.train.config import ModelConfig, TrainConfig
+
+TINY = ModelConfig(ndf=4, n_rkhs=16, n_depth=1)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with checkpoints at steps 1, 2 and 3, of which two are kept; the weights tell the step."""
+    settings = TrainConfig(model=TINY)
+    config.save(settings, tmp_path)
+    model: Any = checkpoint.build_model(settings)
+    for step in (1, 2, 3):
+        torch.nn.init.constant_(model.encoder.head5.shortcut.bias, step)
+        checkpoint.save(tmp_path, step, {"model": model.state_dict()}, {"step": step}, keep=2)
+    return tmp_path
+
+
+def step_of(run):
+    model: Any = checkpoint.load_model(run)[0]
+    return int(model.encoder.head5.shortcut.bias[0])
+
+
+def test_round_trip_and_what_is_kept(run):
+    model, settings = checkpoint.load_model(run)
+    assert settings == TrainConfig(model=TINY)
+    assert not model.training
+    assert step_of(run) == 3
+    assert [p.name for p in checkpoint.steps(run)] == ["step_00000002", "step_00000003"]
+    assert (run / "checkpoints" / "LATEST").read_text().strip() == "step_00000003"
+    assert not list((run / "checkpoints").glob(".tmp*"))
+
+
+def test_every_flipped_bit_is_seen_and_the_one_before_is_used(run, caplog):
+    newest = checkpoint.steps(run)[-1]
+    draw = torch.Generator().manual_seed(0)
+    for name in ("model.safetensors", "state.json"):
+        whole = (newest / name).read_bytes()
+        for place in torch.randint(len(whole), (40,), generator=draw).tolist():
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << (place % 8)
+            (newest / name).write_bytes(damaged)
+            assert "SHA-256" in (checkpoint.damage(newest) or "")
+        with caplog.at_level(logging.WARNING, logger="fused_nce"):
+            assert step_of(run) == 2
+        assert "step_00000003 is damaged" in caplog.text
+        (newest / name).write_bytes(whole)
+    assert step_of(run) == 3
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "MANIFEST.json"])
+def test_truncated_empty_or_missing_files_are_seen(run, name):
+    path = checkpoint.steps(run)[-1] / name
+    whole = path.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"[]", b"\xff" * 100):
+        path.write_bytes(content)
+        assert step_of(run) == 2
+    path.unlink()
+    assert step_of(run) == 2
+
+
+def test_a_manifest_cannot_name_files_outside(run):
+    path = checkpoint.steps(run)[-1]
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    manifest["files"]["../../config.yaml"] = manifest["files"]["state.json"]
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    assert "outside" in (checkpoint.damage(path) or "")
+
+
+def test_all_damaged_is_an_error(run):
+    for path in checkpoint.steps(run):
+        (path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="all 2 checkpoints are damaged"):
+        checkpoint.load_model(run)
+
+
+def test_no_run_and_no_checkpoint_are_errors(tmp_path):
+    with pytest.raises(ValueError, match=r"run: .* holds no config\.yaml"):
+        checkpoint.load_model(tmp_path)
+    config.save(TrainConfig(), tmp_path)
+    with pytest.raises(ValueError, match="has no checkpoint"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_a_pickle_is_not_run(run, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "boom"),))
+
+    newest = checkpoint.steps(run)[-1]
+    (newest / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    files = {p.name: checkpoint._fingerprint(p) for p in newest.iterdir() if p.name != "MANIFEST.json"}
+    (newest / "MANIFEST.json").write_text(json.dumps({"step": 3, "files": files}))
+    with pytest.raises(checkpoint.CheckpointError, match=r"model\.safetensors cannot be read"):
+        checkpoint.load_model(run)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_weights_of_another_model_are_named(run):
+    config.save(TrainConfig(model=ModelConfig(ndf=4, n_rkhs=20, n_depth=1)), run)
+    with pytest.raises(checkpoint.CheckpointError, match="the model needs"):
+        checkpoint.load_model(run)
+
+
+def test_a_full_disk_leaves_the_earlier_ones(run):
+    before = [p.name for p in checkpoint.steps(run)]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # SIGXFSZ is ignored by Python: writing fails
+    try:
+        with pytest.raises(Exception, match=r"(?i)file too large|I/O error|os error 27"):
+            checkpoint.save(run, 4, {"model": {"x": torch.zeros(100_000)}}, {}, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in checkpoint.steps(run)] == before
+    assert not list((run / "checkpoints").glob(".tmp*"))
+    assert step_of(run) == 3
+
+
+WRITER = """
+import itertools, sys, torch
+from fused_nce.train import checkpoint
+tensors = {"model": {"x": torch.arange(200_000.0)}}
+for step in itertools.count(1):
+    checkpoint.save(sys.argv[1], step, tensors, {"step": step}, keep=2)
+    print(step, flush=True)
+"""
+
+
+def test_killed_while_saving_the_last_good_one_loads(tmp_path):
+    last = 0
+    for kill in range(6):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(3 + kill):
+            assert writer.stdout is not None
+            last = int(writer.stdout.readline())
+        time.sleep(0.003 * kill)
+        writer.kill()
+        writer.communicate()
+        found = checkpoint.newest(tmp_path)
+        assert int(found.name[5:]) >= last
+        assert torch.equal(checkpoint.load_tensors(found, "model")["x"], torch.arange(200_000.0))
+
+
+def test_moments_come_back_in_the_memory_format_of_their_parameter():
+    """A fused step walks both by address: another format would update the wrong weights."""
+    layer = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(layer.parameters(), fused=True)
+    layer(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    packed = {k: v.clone().contiguous() for k, v in checkpoint.pack_optimizer(optimizer).items()}
+    other = torch.optim.Adam(layer.parameters(), fused=True)
+    checkpoint.unpack_optimizer(other, packed)
+    for name in ("exp_avg", "exp_avg_sq"):
+        ours, theirs = other.state[layer.weight][name], optimizer.state[layer.weight][name]
+        assert ours.stride() == layer.weight.stride()
+        assert torch.equal(ours, theirs)
+    with pytest.raises(checkpoint.CheckpointError, match="belongs to none of the 2 parameters"):
+        checkpoint.unpack_optimizer(other, {"9.exp_avg": torch.zeros(1)})

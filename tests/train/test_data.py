@@ -1,0 +1,200 @@
+"""Data: digits, folders, shards; splits, labels, damage, refusals; and the order of batches."""
+
+import gzip
+import io
+import json
+import logging
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from fused_nce.train import loader
+from fused_nce.train.config import AugmentConfig, OptimConfig, RunConfig, TrainConfig
+from fused_nce.train.data import load_split, open_source
+
+
+def picture(value, size=(32, 32), kind="PNG"):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (value % 256, 2 * value % 256, 7)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_folder(root, count, classes=("ant", "bee"), split=None, **options):
+    for i in range(count):
+        folder = root / (split or "") / classes[i % len(classes)]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i:04d}.png").write_bytes(picture(i, **options))
+    return root
+
+
+def write_shard(path, samples):
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w") as tar:
+        for name, content in samples:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    path.write_bytes(gzip.compress(raw.getvalue()) if path.suffix == ".gz" else raw.getvalue())
+
+
+def samples(values, suffix="png"):
+    return [
+        member
+        for v in values
+        for member in ((f"s{v:04d}.{suffix}", picture(v)), (f"s{v:04d}.cls", str(v % 3).encode()))
+    ]
+
+
+def test_digits_splits_are_disjoint_complete_and_fixed():
+    splits = {name: load_split("digits", name, 32) for name in ("train", "probe", "test")}
+    assert [len(s.labels) for s in splits.values()] == [896, 445, 456]
+    rows = torch.cat([s.images[:, 0].flatten(1) for s in splits.values()])
+    assert len(rows) == 1797
+    assert len(rows.unique(dim=0)) == 1797  # no image in two splits
+    for s in splits.values():
+        assert s.images.dtype == torch.uint8
+        assert s.images.shape[1:] == (3, 32, 32)
+        assert int(s.labels.bincount().min()) >= 40
+        assert s.classes == [str(i) for i in range(10)]
+    assert torch.equal(load_split("digits", "test", 32).images, splits["test"].images)
+
+
+def test_folder(tmp_path):
+    write_folder(tmp_path, 6, split="train")
+    write_folder(tmp_path, 4, split="test", size=(64, 40))
+    train, probe, test = (load_split(str(tmp_path), name, 32) for name in ("train", "probe", "test"))
+    assert train.classes == ["ant", "bee"]
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert train.images[:, 0, 0, 0].tolist() == [0, 2, 4, 1, 3, 5]
+    assert torch.equal(train.images, probe.images)
+    assert test.images.shape == (4, 3, 32, 32)
+
+
+def test_folder_without_labels(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(picture(i))
+    assert load_split(str(tmp_path), "train", 32).labels.tolist() == [-1] * 3
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+def test_shards(tmp_path, suffix):
+    write_shard(tmp_path / f"train-000000.{suffix}", samples(range(4)))
+    write_shard(tmp_path / f"train-000001.{suffix}", samples(range(4, 6)))
+    write_shard(tmp_path / f"test-000000.{suffix}", samples(range(6, 9)))
+    (tmp_path / "classes.json").write_text(json.dumps(["a", "b", "c"]))
+    for name in (str(tmp_path), str(tmp_path / f"train-*.{suffix}")):
+        train, test = load_split(name, "train", 32), load_split(name, "test", 32)
+        assert train.images[:, 0, 0, 0].tolist() == list(range(6))
+        assert train.labels.tolist() == [0, 1, 2, 0, 1, 2]
+        assert test.images[:, 0, 0, 0].tolist() == [6, 7, 8]
+        assert train.classes == ["a", "b", "c"]
+
+
+def test_a_shard_member_without_label_has_none(tmp_path):
+    write_shard(tmp_path / "train-0.tar", [("a.png", picture(1)), ("b.png", picture(2)), ("b.cls", b"1")])
+    assert load_split(str(tmp_path), "train", 32).labels.tolist() == [-1, 1]
+
+
+def test_one_damaged_image_in_a_hundred_is_replaced_counted_and_logged(tmp_path, caplog):
+    write_folder(tmp_path, 100, classes=("one",))
+    broken = tmp_path / "one" / "0041.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    with caplog.at_level(logging.WARNING, logger="fused_nce"):
+        split = load_split(str(tmp_path), "train", 32)
+    assert split.images.shape[0] == 100
+    assert split.damaged == 1
+    assert split.images[41, 0, 0, 0] == 42  # the next one
+    assert "0041.png" in caplog.text
+
+
+def test_more_than_one_per_cent_of_damaged_images_is_an_error(tmp_path):
+    write_folder(tmp_path, 100, classes=("one",))
+    for name in ("0041.png", "0042.png"):
+        (tmp_path / "one" / name).write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"data: 2 of 100 images are damaged, above 1 %.*0042\.png"):
+        load_split(str(tmp_path), "train", 32)
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match=r"data: .*absent does not exist; it must be 'digits', a folder"):
+        load_split(str(tmp_path / "absent"), "train", 32)
+    with pytest.raises(ValueError, match="split: must be 'train', 'probe' or 'test', got 'valid'"):
+        load_split("digits", "valid", 32)
+    with pytest.raises(ValueError, match="data: no image below"):
+        load_split(str(tmp_path), "train", 32)
+    write_folder(tmp_path, 2)
+    with pytest.raises(ValueError, match=r"has no test split; it must hold .*test"):
+        load_split(str(tmp_path), "test", 32)
+    with pytest.raises(ValueError, match="takes 6 MB as uint8 of 1024 px; the limit is 1 MB"):
+        load_split(str(tmp_path), "train", 1024, limit_bytes=1 << 20)
+    (tmp_path / "train-0.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(ValueError, match=r"data: shard .*train-0\.tar cannot be read"):
+        open_source(str(tmp_path), "train")
+    with pytest.raises(ValueError, match="data: no test shards at"):
+        open_source(str(tmp_path), "test")
+
+
+def test_every_epoch_is_another_permutation():
+    order = loader.Order(10, 3, seed=1)
+    epochs = [torch.cat([order.indices(3 * e + i) for i in range(3)]) for e in range(2)]
+    assert all(len(epoch.unique()) == 9 for epoch in epochs)
+    assert not torch.equal(*epochs)
+    assert torch.equal(loader.Order(10, 3, seed=1).indices(4), order.indices(4))  # by position alone
+    assert not torch.equal(loader.Order(10, 3, seed=2).indices(4), order.indices(4))
+
+
+def test_processes_share_a_batch_without_overlap():
+    parts = [loader.Order(12, 2, seed=0, rank=rank, world=3).indices(0) for rank in range(3)]
+    assert torch.equal(torch.cat(parts), loader.Order(12, 6, seed=0).indices(0))
+
+
+def test_a_batch_larger_than_the_set_is_refused():
+    with pytest.raises(ValueError, match="batch_size: 8 x 2 processes must be at most the 10 images"):
+        loader.Order(10, 8, seed=0, world=2)
+
+
+def first_batches(tmp_path, geometry, workers, limit_mb, position=0, count=3):
+    config = TrainConfig(
+        data=str(tmp_path),
+        augment=AugmentConfig(geometry=geometry),
+        optim=OptimConfig(batch_size=4),
+        run=RunConfig(workers=workers, memory_limit_mb=limit_mb),
+    )
+    source = loader.Loader(config)
+    batches = source.batches(position)
+    return source, [next(batches) for _ in range(count)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_read_as_they_go_are_those_held_in_memory(tmp_path, workers, monkeypatch):
+    write_folder(tmp_path, 10)
+    _, held = first_batches(tmp_path, "translate", 0, 64)
+    monkeypatch.setattr(loader, "decoded_bytes", lambda source, size: 1 << 40)
+    source, streamed = first_batches(tmp_path, "translate", workers, 64)
+    assert source.held is None
+    for ours, theirs in zip(streamed, held, strict=True):
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.labels, theirs.labels)
+
+
+def test_crops_of_workers_depend_on_the_position_alone(tmp_path, monkeypatch):
+    write_folder(tmp_path, 10, size=(50, 40))
+    monkeypatch.setattr(loader, "decoded_bytes", lambda source, size: 1 << 40)
+    state = torch.get_rng_state()
+    _, whole = first_batches(tmp_path, "crop", 0, 64)
+    assert torch.equal(torch.get_rng_state(), state)  # the trainer's generator is its own
+    _, again = first_batches(tmp_path, "crop", 2, 64, position=2, count=1)
+    assert whole[2].images.shape == (4, 2, 3, 32, 32)
+    assert torch.equal(whole[2].images, again[0].images)
+
+
+def test_a_damaged_image_on_the_way_keeps_the_batch_full(tmp_path, monkeypatch):
+    write_folder(tmp_path, 100, classes=("one",))
+    (tmp_path / "one" / "0041.png").write_bytes(b"")
+    monkeypatch.setattr(loader, "decoded_bytes", lambda source, size: 1 << 40)
+    source, batches = first_batches(tmp_path, "translate", 2, 64, count=25)
+    assert [len(b.images) for b in batches] == [4] * 25
+    assert source.damaged == 1
+    assert 41 not in torch.cat([b.indices for b in batches]).tolist()

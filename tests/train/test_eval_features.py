@@ -1,0 +1,105 @@
+"""Frozen features: eval-mode BatchNorm, pooling, order, and refusals."""
+
+import pytest
+import torch
+from torch import nn
+
+from fused_nce.models import AMDIM
+from fused_nce.train import features
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.5)
+
+    def encode(self, x):
+        y = self.norm(self.conv(x))
+        return {"map": y, "top": self.drop(y.mean((2, 3)))}
+
+
+def scale(images):
+    return images.float() / 255
+
+
+@pytest.fixture
+def images():
+    return torch.randint(256, (11, 3, 9, 9), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Tiny()
+
+
+def test_batches_do_not_matter(model, images):
+    model.train()
+    before = model.norm.running_mean.clone()
+    whole = features.extract(model, images, scale, ["top"], batch_size=11)["top"]
+    single = features.extract(model, images, scale, ["top"], batch_size=1)["top"]
+    torch.testing.assert_close(whole, single)
+    assert torch.equal(model.norm.running_mean, before)  # nothing learned from the images
+    assert whole.shape == (11, 4)
+    assert not whole.requires_grad
+
+
+def test_maps_are_averaged_over_a_grid(model, images):
+    found = features.extract(model, images, scale, ["map"])["map"]
+    with torch.no_grad():
+        full = model.eval().encode(scale(images))["map"]  # (11, 4, 7, 7)
+    corner = full[:, :, :4, :4].mean((2, 3))  # rows 0..3 of 7 are the first of two adaptive windows
+    assert found.shape == (11, 16)
+    torch.testing.assert_close(found.view(11, 4, 2, 2)[:, :, 0, 0], corner)
+
+
+def test_vectors_stay_as_they_are():
+    x = torch.randn(2, 5)
+    assert torch.equal(features.as_vectors(x), x)
+    assert torch.equal(features.as_vectors(x[:, :, None, None]), x)
+    assert features.as_vectors(x.bfloat16()).dtype == torch.float32
+
+
+def test_the_encoder_has_the_default_taps():
+    model = AMDIM(ndf=8, n_rkhs=32, n_depth=1)
+    found = features.extract(model, torch.zeros(2, 3, 32, 32, dtype=torch.uint8), scale, ["f1", "f7"])
+    assert {tap: tuple(values.shape) for tap, values in found.items()} == {"f1": (2, 32), "f7": (2, 128)}
+
+
+def test_unknown_tap_is_named(model, images):
+    with pytest.raises(ValueError, match="taps: 'f9'; need one of map, top"):
+        features.extract(model, images, scale, ["f9"])
+
+
+def test_no_image_is_refused(model, images):
+    with pytest.raises(ValueError, match="images: 0 found"):
+        features.extract(model, images[:0], scale, ["top"])
+
+
+def test_a_feature_that_is_not_finite_is_refused(model, images):
+    with torch.no_grad():
+        model.conv.weight[0] = torch.nan
+    with pytest.raises(ValueError, match="features top: 11 of 11 images are not finite"):
+        features.extract(model, images, scale, ["top"])
+
+
+def test_calibration_centres_the_features(model, images):
+    with torch.no_grad():
+        model.conv.bias += 50.0  # the common mean that spoils cosines
+    features.calibrate_batch_norm(model, images, scale, batch_size=11)
+    with torch.no_grad():
+        out = model.encode(scale(images))["map"]
+    torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(out.var((0, 2, 3)), torch.ones(4), atol=2e-2, rtol=0)
+    assert model.norm.momentum == 0.1
+    assert not any(module.training for module in model.modules())
+
+
+def test_raw_pixels_drop_equal_channels(images):
+    assert features.raw_pixels(images).shape == (11, 243)
+    gray = images[:, :1].expand(-1, 3, -1, -1)
+    found = features.raw_pixels(gray)
+    assert found.shape == (11, 81)
+    torch.testing.assert_close(found[0], images[0, 0].flatten() / 255)

@@ -1,0 +1,183 @@
+"""`fused-nce eval` on a run of two steps: what it writes, what it refuses, and the cost of the loss."""
+
+import csv
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from fused_nce import cli
+from fused_nce.train import checkpoint, config, evaluate, loss_cost, scoring
+from fused_nce.train.config import AugmentConfig, ModelConfig, TrainConfig
+from fused_nce.train.data import ImageSet
+
+
+def make_run(folder, **model):
+    """A run as the trainer leaves it, without the training."""
+    torch.manual_seed(0)
+    settings = TrainConfig(model=ModelConfig(**{"ndf": 4, "n_rkhs": 16, "n_depth": 1} | model), augment=AugmentConfig())
+    folder.mkdir()
+    config.save(settings, folder)
+    weights = checkpoint.build_model(settings).state_dict()
+    checkpoint.save(folder, 2, {"model": weights}, {"step": 2}, keep=2)
+    lines = [
+        {"step": s, "time_s": 1.0 * s, "loss": 20.0, "nce_minus_chance": -0.1, "images_per_s": 300.0} for s in (1, 2)
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    folder = make_run(tmp_path_factory.mktemp("eval") / "run")
+    return folder, evaluate.evaluate(str(folder), draws=3, labels_per_class=5, cost=False)
+
+
+def test_every_encoder_is_measured_on_the_same_taps(evaluated):
+    _, result = evaluated
+    seen = {(row["encoder"], row["tap"]) for row in result["probes"]}
+    names = ("trained", *evaluate.RANDOM)
+    assert seen == {(name, tap) for name in names for tap in ("f1", "f7")} | {("raw pixels", "pixels")}
+    assert len(result["probes"]) == 4 * len(seen)
+    for row in result["probes"]:
+        assert 5 < row["accuracy_pct"] <= 100
+        assert (row["sd_pct"] is None) == (row["labels"] == "all")
+        assert len(row["values_pct"]) == (1 if row["labels"] == "all" else 3)
+    widths = {row["tap"]: row["width"] for row in result["probes"]}
+    assert widths == {"f1": 16, "f7": 64, "pixels": 1024}
+
+
+def test_the_files_say_the_same(evaluated):
+    folder, result = evaluated
+    assert json.loads((folder / "eval.json").read_text()) == json.loads(json.dumps(result))
+    with (folder / "eval.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["accuracy_pct"]) for row in table] == [row["accuracy_pct"] for row in result["probes"]]
+    page = (folder / "report.html").read_text()
+    best = max(result["probes"], key=lambda row: row["accuracy_pct"])
+    assert f"{best['accuracy_pct']:.1f}" in page
+    assert not list(folder.glob(".tmp*"))
+
+
+def test_confusion_matrix_counts_the_test_images_once(evaluated):
+    _, result = evaluated
+    matrix = result["confusion"]["matrix"]
+    assert sum(map(sum, matrix)) == result["splits"]["test"]
+    right = sum(matrix[i][i] for i in range(10))
+    shown = next(row for row in result["probes"] if (row["probe"], row["labels"]) == ("linear", "all"))
+    assert 100 * right / result["splits"]["test"] == pytest.approx(shown["accuracy_pct"])
+
+
+def test_raw_pixels_reach_their_known_level(evaluated):
+    """A check of the whole chain: splits, labels, probe. Digits are easy: all labels give well over 90 %."""
+    _, result = evaluated
+    found = {row["probe"]: row["accuracy_pct"] for row in result["probes"] if row["encoder"] == "raw pixels"
+             and row["labels"] == "all"}  # fmt: skip
+    assert found["linear"] > 91
+    assert found["knn"] > 95
+
+
+def test_a_second_evaluation_gives_the_same_numbers(evaluated):
+    folder, result = evaluated
+    again = evaluate.evaluate(str(folder), draws=3, labels_per_class=5, cost=False, baselines=False)
+    first = [row for row in result["probes"] if row["encoder"] == "trained"]
+    assert json.dumps(again["probes"]) == json.dumps(first)
+
+
+def test_the_command_prints_the_table_and_the_path(tmp_path, capsys):
+    folder = make_run(tmp_path / "run")
+    options = ["--draws", "2", "--labels_per_class", "5", "--baselines", "false", "--cost", "false", "--taps", "[f1]"]
+    assert cli.main(["eval", str(folder), *options]) == 0
+    out = capsys.readouterr().out
+    assert "f1  trained" in out
+    assert out.rstrip().endswith(f"Report: {folder / 'report.html'}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"taps": ["f3"]}, "taps: 'f3'; need one of f1, f5, f7"),
+        ({"taps": []}, "taps: none given"),
+        ({"draws": 1}, "draws: 1; need at least 2"),
+        ({"labels_per_class": 0}, "labels_per_class: 0; need at least 1"),
+        ({"labels_per_class": 40}, "labels_per_class: 40; class 0 has only"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(evaluated, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.evaluate(str(evaluated[0]), **options)
+
+
+def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):
+    assert cli.main(["eval", str(tmp_path / "nowhere")]) == 2
+    folder = make_run(tmp_path / "run")
+    weights = next(folder.glob("checkpoints/step_*")) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert cli.main(["eval", str(folder)]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fused-nce: ")]
+    assert "config.yaml" in errors[0]
+    assert "damaged" in errors[1]
+    assert len(errors) == 2
+
+
+def test_a_data_set_without_labels_is_refused(evaluated, monkeypatch):
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    unlabelled = ImageSet(images, torch.full((4,), -1), ["a", "b"])
+    monkeypatch.setattr(evaluate.data, "load_split", lambda *args, **kwargs: unlabelled)
+    with pytest.raises(ValueError, match="the probe split of digits has no labels of 2 or more classes"):
+        evaluate.evaluate(str(evaluated[0]))
+
+
+def test_images_without_a_label_are_left_out(monkeypatch):
+    images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 32, 32)
+    some = ImageSet(images, torch.tensor([0, -1, 1, -1]), ["a", "b"])
+    monkeypatch.setattr(evaluate.data, "load_split", lambda *args, **kwargs: some)
+    found = evaluate._labelled(TrainConfig(), "probe", 0)
+    assert found.labels.tolist() == [0, 1]
+    assert found.images[:, 0, 0, 0].tolist() == [0, 2]
+
+
+def test_a_test_class_without_probe_images_is_refused():
+    with pytest.raises(ValueError, match="test class 2 has no image in the probe split"):
+        scoring.plan(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 2]), labels_per_class=1, draws=2, seed=0)
+
+
+def test_confusion_matrix_has_the_truth_in_rows():
+    truth, predicted = torch.tensor([0, 0, 1]).numpy(), torch.tensor([0, 1, 1]).numpy()
+    assert scoring.confusion_matrix(predicted, truth, 2) == [[1, 1], [0, 1]]
+
+
+def test_loss_cost_measures_both(monkeypatch):
+    terms = [(1, 4), (4, 4)]
+    found = loss_cost.compare(8, terms, 16, torch.float32, repeats=3)
+    assert found["fused"]["loss"] == pytest.approx(found["naive"]["loss"], rel=1e-5)
+    for name in ("fused", "naive"):
+        assert found[name]["time_ms"] > 0
+        assert found[name]["quartiles_ms"][0] <= found[name]["time_ms"] <= found[name]["quartiles_ms"][1]
+    monkeypatch.setattr(loss_cost, "naive_loss", lambda a, c: 1.1 * loss_cost.fused_loss(a, c))
+    with pytest.raises(RuntimeError, match="the losses disagree"):
+        loss_cost.compare(8, terms, 16, torch.float32, repeats=1)
+
+
+def test_loss_cost_sees_the_naive_score_tensor():
+    """In a process of its own: 256 × 256 × 49 scores are 12.8 MB, and the naive loss holds several of them at once."""
+    found = loss_cost.measure(256, [(1, 49)], 32, torch.float32, repeats=1)
+    assert found["naive"]["peak_bytes"] > 3 * 4 * 256 * 256 * 49
+    assert found["naive"]["peak_bytes"] > 1.5 * found["fused"]["peak_bytes"]
+
+
+def test_a_failed_measurement_is_reported():
+    with pytest.raises(RuntimeError, match=r"measuring the loss failed \(exit \d+\): "):
+        loss_cost.measure(0, [(1, 4)], 16, torch.float32)
+
+
+def test_every_pair_of_the_loss_is_a_term(monkeypatch):
+    seen: dict = {}
+    monkeypatch.setattr(loss_cost, "measure", lambda *args: seen.update(args=args) or {})
+    settings = TrainConfig(precision="fp32")
+    evaluate._loss_cost(settings)
+    assert seen["args"] == (200, [(1, 25), (1, 25), (1, 49), (1, 49), (1, 25), (1, 25)], 1024, torch.float32)
+    settings.loss = dataclasses.replace(settings.loss, pairs=("5>7",), antecedents="all")
+    evaluate._loss_cost(settings)
+    assert seen["args"][1] == [(25, 49), (25, 49)]
