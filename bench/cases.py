@@ -1,0 +1,84 @@
+"""The shapes that are measured, what they cost, and what is asked of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CLIP, PENALTY = 20.0, 0.04  # every rival computes the same loss: scale 1/√D, this clip, this λ
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the loss: n_a antecedents against n_c consequents of each of n_a images."""
+
+    n_a: int
+    n_c: int
+    d: int
+    dtype: str = FLOAT32
+
+    @property
+    def name(self) -> str:
+        """Shape as the tables write it."""
+        return f"{self.n_a}×{self.n_c}, {self.d}"
+
+    @property
+    def m(self) -> int:
+        """Columns M of the score matrix."""
+        return self.n_a * self.n_c
+
+    @property
+    def scores(self) -> int:
+        """Entries N·M of the score matrix."""
+        return self.n_a * self.m
+
+    @property
+    def flop(self) -> int:
+        """Three GEMMs of 2·N·M·D: scores, and the two gradients; what a loss adds on top is not counted."""
+        return 3 * 2 * self.scores * self.d
+
+    @property
+    def inputs_bytes(self) -> int:
+        """Antecedents and consequents; their gradients take the same again."""
+        return (self.n_a + self.m) * self.d * getattr(torch, self.dtype).itemsize
+
+    def inputs(self, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Leaves (n_a, D) and (n_a, n_c, D), standard normal, so that the scores have variance 1."""
+        generator = torch.Generator().manual_seed(seed)
+        dtype = getattr(torch, self.dtype)
+        a = torch.randn(self.n_a, self.d, generator=generator).to(dtype)
+        c = torch.randn(self.n_a, self.n_c, self.d, generator=generator).to(dtype)
+        return a.requires_grad_(), c.requires_grad_()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked of our default backend in float32 on a two-core AVX-512 host."""
+
+    ours_over_bound: float  # at most
+    naive_over_ours: float  # at least
+    peak_mib: float = 16.0  # at most, above inputs and gradients
+
+
+BF16_SPEEDUP = 1.5  # at least, where the CPU multiplies bf16 natively
+
+WIDE, MIDDLE, NARROW = Target(1.25, 2.5), Target(1.3, 3.0), Target(1.6, 5.0)
+TABLE: dict[Case, Target] = {
+    Case(128, 49, 1024): WIDE,
+    Case(256, 49, 1024): WIDE,
+    Case(126, 49, 2560): WIDE,
+    Case(128, 49, 512): MIDDLE,
+    Case(256, 49, 256): MIDDLE,
+    Case(512, 49, 256): MIDDLE,
+    Case(256, 49, 128): NARROW,
+    Case(512, 49, 128): NARROW,
+}
+QUICK_TABLE = {case: TABLE[case] for case in (Case(128, 49, 1024), Case(256, 49, 256), Case(256, 49, 128))}
+
+SWEEP_WIDTHS = (256, 1024)
+SWEEP_BATCHES = (32, 64, 128, 256, 512, 1024)
+SWEEP = tuple(Case(n_a, 49, d) for d in SWEEP_WIDTHS for n_a in SWEEP_BATCHES)
+QUICK_SWEEP = tuple(Case(n_a, 49, 256) for n_a in (16, 32, 64, 128))

@@ -1,0 +1,121 @@
+"""The machine a figure belongs to, the code that made it, and who else was using the cores meanwhile."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
+# Numbers come from the code, not from the documents that quote them.
+NOT_CODE = (":!bench/results", ":!docs", ":!*.md")
+
+
+def _cpuinfo(key: str) -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def _caches_kib() -> dict[str, int]:
+    sizes = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind = ((index / name).read_text().strip() for name in ("level", "type"))
+        if kind != "Instruction":
+            sizes[f"l{level}_kib"] = int((index / "size").read_text().strip().rstrip("K"))
+    return sizes
+
+
+def facts() -> dict[str, Any]:
+    """CPU, instruction sets, cores, threads, caches, memory."""
+    flags = set(_cpuinfo("flags").split())
+    return {
+        "cpu_model": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "isa_flags": [flag for flag in ISA_FLAGS if flag in flags],
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "cache": _caches_kib(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "virtual": "hypervisor" in flags,
+        "kernel": platform.release(),
+    }
+
+
+def slug() -> str:
+    """A stable name for the host: maker and family, cores, best instruction set."""
+    found = facts()
+    words = re.sub(r"\((r|tm)\)|\b(processor|cpu|core)\b|@.*|\d+-core", " ", found["cpu_model"].lower())
+    name = "-".join(re.findall(r"[a-z0-9]+", words)) or platform.machine()
+    best = "amx" if "amx_bf16" in found["isa_flags"] else found["torch_cpu_capability"].lower()
+    return f"{name}-{found['cores']}c-{best}"
+
+
+def versions() -> dict[str, str]:
+    """Of what computes: Python, torch, this package, and the C++ kernels' build."""
+    import fused_nce
+    from fused_nce._extension import status
+
+    module, reason = status()
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "fused_nce": fused_nce.__version__,
+        "numpy": metadata.version("numpy"),
+        "kernels": ", ".join(f"{k} {v}" for k, v in module.build_info().items()) if module else f"none: {reason}",
+    }
+
+
+def commit() -> dict[str, Any]:
+    """The commit that ran and whether its code had been changed; unknown outside a repository."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", ".", *NOT_CODE))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": "unknown", "dirty": True}
+
+
+class BusyMeter:
+    """The share of all cores that others used between `start` and `share`, from the kernel's own clock ticks."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Begin an interval."""
+        self._begin = self._now()
+
+    def share(self) -> float:
+        """0 when this process had the machine to itself, 1 when others filled every core. Stolen time counts."""
+        total, used, mine = (now - then for now, then in zip(self._now(), self._begin, strict=True))
+        return max(0.0, (used - mine) / total) if total > 0 else 0.0
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds: of all cores, used by anyone, used by this process and its finished children."""
+        tick = os.sysconf("SC_CLK_TCK")
+        user, nice, system, idle, iowait, irq, softirq, steal, *_ = (
+            int(field) / tick for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        )
+        used = user + nice + system + irq + softirq + steal
+        return used + idle + iowait, used, sum(os.times()[:4])
+
+
+def busy_now(seconds: float = 1.0) -> float:
+    """The share of the cores in use while this process sleeps."""
+    meter = BusyMeter()
+    time.sleep(seconds)
+    return meter.share()

@@ -1,0 +1,91 @@
+"""Whom the loss is measured against. All compute the same number and gradients; `bound` is their common floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cases import CLIP, PENALTY, Case
+from . import naive
+
+Step = Callable[[], Tensor]  # one forward and backward: the loss; gradients in the leaves' .grad
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Rival(NamedTuple):
+    """A way to compute the loss."""
+
+    label: str
+    loss: Callable[[], Loss]  # built once a shape, so that a compiler starts afresh
+    recompiles: bool = False  # a new shape costs a compilation, which no measurement includes
+
+
+def _naive() -> Loss:
+    return lambda a, c: naive.amdim_nce(a, c, clip=CLIP, penalty=PENALTY)
+
+
+def _compiled() -> Loss:
+    import torch._inductor.config as inductor
+
+    inductor.compile_threads = 1  # a pool of compilers would share the cores with whatever is timed next
+    torch._dynamo.reset()
+    return torch.compile(_naive(), dynamic=False, fullgraph=True)
+
+
+def _fused(backend: str | None) -> Loss:
+    from fused_nce import amdim_nce
+
+    return lambda a, c: amdim_nce(a, c, clip=CLIP, penalty=PENALTY, backend=backend).loss
+
+
+RIVALS: dict[str, Rival] = {
+    "naive": Rival("eager torch", _naive),
+    "compile": Rival("torch.compile", _compiled, recompiles=True),
+    "chunked": Rival("fused_nce, plain torch", lambda: _fused("chunked")),
+    "ours": Rival("fused_nce", lambda: _fused(None)),
+}
+
+
+def prepare(rival: str, a: Tensor, c: Tensor) -> Step:
+    """One training step's worth of a rival's loss on two leaves: forward and both gradients, no optimizer."""
+    loss = RIVALS[rival].loss()
+
+    def step() -> Tensor:
+        value = loss(a, c)
+        value.backward()
+        return value.detach()
+
+    return step
+
+
+def clear(a: Tensor, c: Tensor) -> None:
+    """Drop the gradients, so that the next step writes fresh ones."""
+    a.grad = c.grad = None
+
+
+def check_agreement(case: Case, steps: dict[str, Step], a: Tensor, c: Tensor) -> None:
+    """Refuse to time a rival that computes something else: loss and gradients against the naive ones.
+
+    Raises:
+        ValueError: naming the rival, the quantity and the relative difference.
+    """
+    # bf16 leaves agree to their own rounding; in float32 two orders of summation differ by about 1e-5 of the largest.
+    tolerance = 1e-3 if case.dtype == "float32" else 5e-2
+    found = {}
+    for name in ("naive", *(name for name in steps if name != "naive")):
+        step = steps[name] if name in steps else prepare(name, a, c)
+        clear(a, c)
+        value = step()
+        assert a.grad is not None
+        assert c.grad is not None
+        found[name] = {"loss": value, "antecedents' gradient": a.grad, "consequents' gradient": c.grad}
+        for quantity, tensor in found[name].items():
+            expected = found["naive"][quantity].float()
+            difference = ((tensor.float() - expected).norm() / expected.norm()).item()
+            if not difference <= tolerance:
+                where = f"{name} on {case.name} {case.dtype}"
+                raise ValueError(f"{where}: {quantity} differs by {difference:.1e}, need <= {tolerance:.0e}")
+    clear(a, c)

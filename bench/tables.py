@@ -1,0 +1,214 @@
+"""Markdown from a results JSON, and from there into the documents, between `<!-- bench:NAME -->` and `<!-- /bench -->`.
+
+`python -m bench.tables` rewrites the blocks of README.md and docs/*.md; `--check` only compares, and exits 1 where one
+differs: no figure in them is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from . import roofline
+from .host import ROOT
+from .rivals import RIVALS
+from .verdict import LIBRARY_LABELS, cells, judged, linear_fit, time_ms
+
+PUBLISHED = ROOT / "bench/results/cpu-intel-xeon-2c-amx.json"  # the host that the documents quote
+BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+Record = dict[str, Any]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; first column left, the others right."""
+    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def shape(row: Record) -> str:
+    """n_a × n_c, D."""
+    return f"{row['n_a']}×{row['n_c']}, {row['d']}"
+
+
+def host_line(record: Record) -> str:
+    """The machine, the versions and the commit in one sentence."""
+    host, code = record["host"], record["code"]
+    isa = "AVX-512 with AMX" if "amx_bf16" in host["isa_flags"] else host["torch_cpu_capability"]
+    dirty = " with local changes" if code["dirty"] else ""
+    quiet = max(row["others_cpu_share"] for row in record["cases"])
+    return (
+        f"{host['cpu_model']}, {host['cores']} cores, {isa}, {host['threads']} threads; "
+        f"torch {record['versions']['torch']}; "
+        f"commit {code['commit'][:7]}{dirty}, {record['date_utc'][:10]}. Others used at most {quiet:.1%} of the cores."
+    )
+
+
+def main_table(record: Record) -> str:
+    """Times, ratios and peak memory of the judged shapes, and the host below."""
+    names = [name for name in ("ours", "naive", "compile") if all(name in r["rivals"] for r in judged(record))]
+    rows = []
+    for row in judged(record):
+        times = [f"{time_ms(row, name):.1f}" for name in names]
+        ratios = [f"{time_ms(row, name) / time_ms(row, 'ours'):.2f}×" for name in names if name != "ours"]
+        bound = f"{time_ms(row, 'ours') / time_ms(row, 'bound'):.2f}×"
+        peaks = [f"{row['rivals'][name]['peak_memory_mib']:.0f}" for name in names]
+        rows.append([shape(row), *times, *ratios, bound, *peaks])
+    labels = [RIVALS[name].label for name in names]
+    header = [
+        "images × locations, width",
+        *(f"{label}, ms" for label in labels),
+        *(f"faster than {label}" for label in labels[1:]),
+        "of three bare GEMMs",
+        *(f"{label}, MiB" for label in labels),
+    ]
+    note = "Loss and both gradients, float32; peak memory above inputs and gradients."
+    return f"{markdown(header, rows)}\n\n{note} {host_line(record)}"
+
+
+def targets_table(record: Record) -> str:
+    """Each target with its value, pass or miss, and the reasons for the misses."""
+    found = [(row, cells(record, row)) for row in judged(record)]
+    names = list(dict.fromkeys(cell.name for _, line in found for cell in line))
+    by_name = [(row, {cell.name: cell for cell in line}) for row, line in found]
+    rows = [
+        [
+            shape(row),
+            *(line[name].text if name in line else "–" for name in names),
+            f"{time_ms(row, 'naive') / time_ms(row, 'bound'):.2f}" if "naive" in row["rivals"] else "–",
+        ]
+        for row, line in by_name
+    ]
+    missed = [(row, cell) for row, line in found for cell in line if not cell.passed]
+    total = sum(len(line) for _, line in found)
+    text = markdown(["images × locations, width", *names, "naive / bound"], rows)
+    reasons = "\n".join(
+        f"- {shape(row)}, {cell.name} {cell.value:.2f} ({cell.target}): {cell.why}." for row, cell in missed
+    )
+    return f"{text}\n\n{total - len(missed)} of {total} targets met.\n{reasons}".rstrip()
+
+
+def bound_table(record: Record) -> str:
+    """The three GEMMs of the bound at both libraries, the winner in bold."""
+    rows = []
+    for row in judged(record):
+        line = [shape(row)]
+        for found in row["bound"]["gemms"].values():
+            rates = [
+                f"**{rate:.0f}**" if name == found["winner"] else f"{rate:.0f}"
+                for name, rate in found["gflop_per_s"].items()
+            ]
+            line.append(" / ".join(rates))
+        rows.append([*line, f"{time_ms(row, 'bound'):.1f}", f"{row['bound']['time_ms_iqr']:.1f}"])
+    libraries = " / ".join(
+        LIBRARY_LABELS[name] for name in judged(record)[0]["bound"]["gemms"]["scores"]["gflop_per_s"]
+    )
+    gemms = ["S = q·kᵀ", "dq = W·k", "dk = Wᵀ·q"]
+    text = markdown(["images × locations, width", *gemms, "bound, ms", "spread, ms"], rows)
+    return f"{text}\n\nGFLOP/s of {libraries}; the faster one counts."
+
+
+def spread_table(record: Record) -> str:
+    """Medians with interquartile ranges, and rounds."""
+    names = [name for name in RIVALS if all(name in r["rivals"] for r in judged(record))]
+    rows = []
+    for row in judged(record):
+        times = [f"{time_ms(row, n):.2f} ± {row['rivals'][n]['time_ms_iqr'] / 2:.2f}" for n in names]
+        rows.append([shape(row), *times, str(row["rounds"]), f"{row['others_cpu_share']:.1%}"])
+    return markdown(
+        ["images × locations, width", *(f"{RIVALS[n].label}, ms" for n in names), "rounds", "others' share"], rows
+    )
+
+
+def memory_fit(record: Record) -> str:
+    """Peak memory against n_a, a straight line for ours and a power for the naive loss, over the batch sweep."""
+    lines = []
+    for d in sorted({row["d"] for row in record["cases"]}):
+        sweep = [r for r in record["cases"] if r["d"] == d and r["dtype"] == "float32" and "ours" in r["rivals"]]
+        if len(sweep) < 4:
+            continue
+        sweep.sort(key=lambda row: int(row["n_a"]))
+        batches = [float(row["n_a"]) for row in sweep]
+        peaks = [row["rivals"]["ours"]["peak_memory_mib"] for row in sweep]
+        intercept, slope, residual = linear_fit(batches, peaks)
+        ends = f"{batches[0]:.0f} to {batches[-1]:.0f} images at width {d}"
+        line = f"- {ends}: fused_nce {peaks[0]:.1f} to {peaks[-1]:.1f} MiB"
+        line += f", a line {intercept:.1f} + {slope * 1000:.2f} MiB a thousand images within {residual:.1f} MiB"
+        if all("naive" in row["rivals"] for row in sweep):
+            naive = [row["rivals"]["naive"]["peak_memory_mib"] for row in sweep]
+            line += f"; eager torch {naive[0]:.0f} to {naive[-1]:.0f} MiB, {naive[-1] / peaks[-1]:.0f} times as much"
+        lines.append(line + ".")
+    return "\n".join(lines) or "Fewer than four batch sizes of one width: no fit."
+
+
+def headline(record: Record) -> str:
+    """The judged shapes in one sentence."""
+    rows = judged(record)
+    faster = [time_ms(row, "naive") / time_ms(row, "ours") for row in rows]
+    less = [r["rivals"]["naive"]["peak_memory_mib"] / r["rivals"]["ours"]["peak_memory_mib"] for r in rows]
+    return (
+        f"On these shapes the loss and both gradients run {min(faster):.1f} to {max(faster):.1f} times faster than "
+        f"eager torch, in {min(less):.0f} to {max(less):.0f} times less memory."
+    )
+
+
+def report(record: Record) -> str:
+    """What a run prints, and writes beside its JSON."""
+    parts = [host_line(record), targets_table(record), spread_table(record), bound_table(record), memory_fit(record)]
+    return "\n\n".join(parts)
+
+
+BLOCKS: dict[str, Callable[[Record], str]] = {
+    "cpu-table": main_table,
+    "cpu-targets": targets_table,
+    "cpu-bound": bound_table,
+    "cpu-spread": spread_table,
+    "cpu-memory-fit": memory_fit,
+    "cpu-host": host_line,
+    "cpu-headline": headline,
+    "when-it-matters": lambda record: roofline.table(),
+}
+
+
+def render(text: str, record: Record, source: str) -> str:
+    """A document with its blocks filled in.
+
+    Raises:
+        ValueError: for a block of an unknown name.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in BLOCKS:
+            raise ValueError(f"{source}: got block bench:{name}, need one of {sorted(BLOCKS)}")
+        return f"{match[1]}{BLOCKS[name](record)}\n{match[4]}"
+
+    return BLOCK.sub(fill, text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite or check the documents; 1 where one is out of date."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, exit 1 where a block differs from the JSON"
+    )
+    options = parser.parse_args(argv)
+    record = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        old = path.read_text(encoding="utf-8")
+        new = render(old, record, path.name)
+        if new != old:
+            stale.append(path.relative_to(ROOT))
+            if not options.check:
+                path.write_text(new, encoding="utf-8")
+    for name in stale:
+        print(f"{name}: {'differs from ' + PUBLISHED.name if options.check else 'rewritten'}")
+    return int(options.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
