@@ -118,6 +118,7 @@ def _lines(ax: Axes, record: Row, d: int, value: Callable[[Row, str], float], *e
             fontweight="bold" if style.width > 2 else "normal",
             annotation_clip=False,
         )
+    ax.set_ylim(low, max(high, previous * gap))  # the topmost name stays below the title
 
 
 def _decorate(ax: Axes, record: Row, d: int, title: str, tick: Callable[[float, int], str]) -> None:

@@ -124,7 +124,7 @@ def spread_table(record: Record) -> str:
 
 
 def memory_fit(record: Record) -> str:
-    """Peak memory against n_a, a straight line for ours and a power for the naive loss, over the batch sweep."""
+    """Peak memory over the batch sweep, with a straight line through the four largest batches for ours."""
     lines = []
     for d in sorted({row["d"] for row in record["cases"]}):
         sweep = [r for r in record["cases"] if r["d"] == d and r["dtype"] == "float32" and "ours" in r["rivals"]]
@@ -133,13 +133,14 @@ def memory_fit(record: Record) -> str:
         sweep.sort(key=lambda row: int(row["n_a"]))
         batches = [float(row["n_a"]) for row in sweep]
         peaks = [row["rivals"]["ours"]["peak_memory_mib"] for row in sweep]
-        intercept, slope, residual = linear_fit(batches, peaks)
-        ends = f"{batches[0]:.0f} to {batches[-1]:.0f} images at width {d}"
-        line = f"- {ends}: fused_nce {peaks[0]:.1f} to {peaks[-1]:.1f} MiB"
-        line += f", a line {intercept:.1f} + {slope * 1000:.2f} MiB a thousand images within {residual:.1f} MiB"
+        # Smaller batches do not fill the workspace, so a line through them too would only show it filling.
+        intercept, slope, residual = linear_fit(batches[-4:], peaks[-4:])
+        line = f"- Width {d}, {batches[0]:.0f} to {batches[-1]:.0f} images: fused_nce at most {max(peaks):.1f} MiB"
+        line += f"; from {batches[-4]:.0f} images on {intercept:.1f} + {slope * 1000:.1f} MiB a thousand images"
+        line += f", within {residual:.1f} MiB"
         if all("naive" in row["rivals"] for row in sweep):
             naive = [row["rivals"]["naive"]["peak_memory_mib"] for row in sweep]
-            line += f"; eager torch {naive[0]:.0f} to {naive[-1]:.0f} MiB, {naive[-1] / peaks[-1]:.0f} times as much"
+            line += f". Eager torch {naive[0]:.0f} to {naive[-1]:.0f} MiB, {naive[-1] / peaks[-1]:.0f} times as much"
         lines.append(line + ".")
     return "\n".join(lines) or "Fewer than four batch sizes of one width: no fit."
 

@@ -28,8 +28,11 @@ def _naive() -> Loss:
 
 
 def _compiled() -> Loss:
+    import logging
+
     import torch._inductor.config as inductor
 
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a CUDA that nobody asked for
     inductor.compile_threads = 1  # a pool of compilers would share the cores with whatever is timed next
     torch._dynamo.reset()
     return torch.compile(_naive(), dynamic=False, fullgraph=True)

@@ -7,7 +7,7 @@ profiler or a graph dump shows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 STATISTICS = ("neg_lse", "neg_max", "square")
@@ -42,7 +42,7 @@ class Spec:
     """Layout, transform and the row statistics wanted."""
 
     layout: Block
-    transform: Identity | TanhClip = Identity()
+    transform: Identity | TanhClip = field(default_factory=Identity)  # an instance here breaks compilation on torch 2.11
     stats: tuple[str, ...] = STATISTICS
 
     @property

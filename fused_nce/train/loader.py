@@ -93,6 +93,8 @@ class Loader:
             batch_sampler=Keys(self.order, position),
             num_workers=workers,
             timeout=WORKER_TIMEOUT_S if workers else 0,
+            # Its own: the loader draws a seed when it starts, and a resumed run starts it once more.
+            generator=torch.Generator().manual_seed(self.config.seed),
         )
         for images, indices, asked in loader:
             for index in asked[asked != indices].tolist():

@@ -36,18 +36,18 @@ SELECT = "not fresh and not opcheck and not compile"
 IGNORE = shutil.ignore_patterns("__pycache__", "*.pyc", "train", "models", "mutants")
 
 
-def plant(fault: Fault | None, folder: Path) -> None:
-    """A copy of what the tests need, with the fault in it."""
+def plant(fault: Fault | None, folder: Path, *, kernels: bool) -> None:
+    """A copy of what the tests need, with the fault in it; `kernels` to be built from the copy's own sources."""
     for name in ("fused_nce", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=IGNORE)
     shutil.copy(ROOT / "pyproject.toml", folder)
-    if fault is None:
-        return
-    if fault.file.startswith("csrc/"):
+    if kernels:
         shutil.copytree(ROOT / "csrc", folder / "csrc")
         shutil.copy(ROOT / "setup.py", folder)
         for built in (folder / "fused_nce").glob("_C*"):
             built.unlink()
+    if fault is None:
+        return
     path = folder / fault.file
     text = path.read_text(encoding="utf-8")
     if text.count(fault.find) != 1:
@@ -63,17 +63,17 @@ def command(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[s
     )
 
 
-def suite(fault: Fault | None) -> tuple[bool, str]:
+def suite(fault: Fault | None, *, kernels: bool = False) -> tuple[bool, str]:
     """Whether the quick suite passes with the fault planted, and the line that says what it saw."""
+    kernels = kernels or (fault is not None and fault.file.startswith("csrc/"))
     with tempfile.TemporaryDirectory(prefix="mutant-") as name:
         folder = Path(name)
-        plant(fault, folder)
-        kernels = fault is not None and fault.file.startswith("csrc/")
+        plant(fault, folder, kernels=kernels)
         try:
             if kernels:
                 built = command(["setup.py", "-q", "build_ext", "--inplace"], folder)
                 if built.returncode:
-                    raise RuntimeError(f"the fault does not compile:\n{built.stderr[-2000:]}")
+                    raise RuntimeError(f"it does not compile:\n{built.stderr[-2000:]}")
             where = command(["-c", "import fused_nce; print(fused_nce.__file__)"], folder)
             if not where.returncode and Path(where.stdout.strip()).parent != folder / "fused_nce":
                 raise RuntimeError(f"the copy in {folder} is not what is imported: {where.stdout.strip()}")
@@ -96,11 +96,12 @@ def main(group: str = "all", part: str = "") -> int:
     if group != "python" and not cpp:
         print(f"C++ faults left out: {_extension.status()[1]}")
     faults = [f for f in {"python": PYTHON, "cpp": cpp, "all": (*PYTHON, *cpp)}[group] if part in f.reason]
-    green, line = suite(None)
-    print(f"without a fault: {line}", flush=True)
-    if not green:
-        print("the suite must be green before a fault can turn it red")
-        return 1
+    for kernels in {f.file.startswith("csrc/") for f in faults}:
+        green, line = suite(None, kernels=kernels)
+        print(f"without a fault{', kernels built anew' if kernels else ''}: {line}", flush=True)
+        if not green:
+            print("the suite must be green before a fault can turn it red")
+            return 1
     start, survivors = time.monotonic(), []
     with ThreadPoolExecutor(PARALLEL) as pool:
         for index, (fault, (survived, line)) in enumerate(zip(faults, pool.map(suite, faults), strict=True), 1):

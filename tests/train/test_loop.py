@@ -10,8 +10,9 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from torchvision.transforms.v2 import functional as TF
 
-from fused_nce.train import checkpoint, command, rng
+from fused_nce.train import checkpoint, command, loader, rng
 from fused_nce.train.loop import Diverged, Trainer
 
 TINY = [
@@ -66,6 +67,21 @@ def test_resume_is_exact(tmp_path, extra):
     assert {name.split("/")[0] for name in ours} == {"model", "optimizer", "probes"}
     assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
     assert untimed(log(tmp_path / "b")) == untimed(log(tmp_path / "a"))
+
+
+def test_resume_is_exact_for_images_that_are_read_as_they_go(tmp_path, monkeypatch):
+    for i in range(24):
+        folder = tmp_path / "images" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        values = torch.randint(256, (3, 40, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        TF.to_pil_image(values).save(folder / f"{i}.png")
+    monkeypatch.setattr(loader, "decoded_bytes", lambda source, size: 1 << 40)
+    extra = ["--data", str(tmp_path / "images"), "--augment.geometry=crop", "--run.workers=1"]
+    trainer(tmp_path / "a", "--max-steps=5", *extra).run()
+    trainer(tmp_path / "b", "--max-steps=2", *extra).run()
+    resumed(tmp_path / "b", "--max-steps=5", "--run.workers=0").run()
+    ours, theirs = tensors(tmp_path / "b", 5), tensors(tmp_path / "a", 5)
+    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
 
 
 @pytest.mark.parametrize("dropped", ["rng", "optimizer", "position", "meter"])
