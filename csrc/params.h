@@ -29,12 +29,12 @@ struct Tile {
 // Running statistics of a strip, `lanes` floats each.
 struct Accumulators {
   float* max;           // largest s among the negatives
-  float* sum;           // sum of exp(t - shift(max)) over the negatives, and its Kahan error
+  float* shift;         // t of `max`, as the kernel computed it, or 0 where the clip makes a shift needless
+  float* sum;           // sum of exp(t - shift) over the negatives, and its Kahan error
   float* sum_error;
   float* square;        // sum of s^2 over all columns, and its Kahan error
   float* square_error;
   float* bad;           // sum of 0 * s: 0, or NaN as soon as one score is NaN or infinite
-  float* scratch;
 };
 
 // Coefficients of a strip, `lanes` floats each; padding lanes hold zeros.

@@ -72,8 +72,7 @@ void raise_shift(const Tile& tile, const Scoring& scoring, const Accumulators& a
   const Transform f(scoring);
   const int lanes = static_cast<int>(tile.lanes);
   float* __restrict max = acc.max;
-  float* __restrict shift = acc.scratch;
-  for (int l = 0; l < lanes; ++l) shift[l] = max[l];
+  float* __restrict shift = acc.shift;
   Columns column(tile, scoring);
   for (int64_t c = 0; c < tile.columns; ++c, column.next()) {
     const float* __restrict scores = tile.scores + c * tile.lanes;
@@ -87,8 +86,7 @@ void raise_shift(const Tile& tile, const Scoring& scoring, const Accumulators& a
   for (int l = 0; l < lanes; ++l) {
     const float top = transform<kClip>(max[l], f.clip, f.inverse_clip).value;
     const float after = shift_of(max[l] == -infinity() ? max[l] : top);
-    const float before = transform<kClip>(shift[l], f.clip, f.inverse_clip).value;
-    const float factor = shift[l] == -infinity() ? 0.0f : exp_value(before - after);
+    const float factor = acc.sum[l] == 0.0f ? 0.0f : exp_value(shift[l] - after);
     acc.sum[l] *= factor;
     acc.sum_error[l] *= factor;
     shift[l] = after;
@@ -107,7 +105,7 @@ inline void fold_columns(const float* __restrict scores, const Tile& tile, const
   float* __restrict square = acc.square;
   float* __restrict square_error = acc.square_error;
   float* __restrict bad = acc.bad;
-  const float* __restrict shift = acc.scratch;
+  const float* __restrict shift = acc.shift;
   const Siblings o0 = own[0], o1 = own[kColumns > 1], o2 = own[kColumns > 1 ? 2 : 0], o3 = own[kColumns > 1 ? 3 : 0];
 #pragma omp simd
   for (int l = 0; l < lanes; ++l) {

@@ -26,15 +26,13 @@ float transformed(float s, const Scoring& scoring) {
 
 void finish_statistics(const Strip& strip, const Scoring& scoring, const std::vector<Accumulators>& groups,
                        const StatisticArrays& out, const Coefficients& coefficients) {
-  const bool no_shift = needs_no_shift(scoring.clip);
   for (int64_t l = 0; l < strip.rows; ++l) {
     LogSum total{0.0f, 0.0};
     float max = -infinity(), bad = 0.0f;
     double square = 0.0;
     for (const Accumulators& acc : groups) {
       max = acc.max[l] > max ? acc.max[l] : max;
-      const float top = acc.max[l] == -infinity() || no_shift ? 0.0f : transformed(acc.max[l], scoring);
-      total = merge(total, {top, static_cast<double>(acc.sum[l]) - acc.sum_error[l]});
+      total = merge(total, {acc.shift[l], static_cast<double>(acc.sum[l]) - acc.sum_error[l]});
       square += static_cast<double>(acc.square[l]) - acc.square_error[l];
       bad += acc.bad[l];
     }

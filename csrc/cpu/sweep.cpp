@@ -97,8 +97,8 @@ class Sweep {
   Group<E> make_group(bool first) {
     const int64_t lanes = plan_.lanes, columns = round_up(plan_.tile_columns, 2);
     Group<E> g{};
-    float** const arrays[] = {&g.acc.max,    &g.acc.sum,     &g.acc.sum_error, &g.acc.square, &g.acc.square_error,
-                              &g.acc.bad, &g.acc.scratch, &g.tile_d_scale,  &g.spare};
+    float** const arrays[] = {&g.acc.max,          &g.acc.shift, &g.acc.sum,      &g.acc.sum_error, &g.acc.square,
+                              &g.acc.square_error, &g.acc.bad,   &g.tile_d_scale, &g.spare};
     for (float** array : arrays) *array = arena_.take<float>(lanes);
     if (!plan_.stored) g.scores = arena_.take<float>(columns * lanes);
     if (elements_ == Elements::widened) g.wide_keys = arena_.take<float>(columns * d_);
@@ -179,7 +179,7 @@ class Sweep {
   void fold(Group<E>& group, int64_t begin, int64_t end) {
     const Accumulators& acc = group.acc;
     std::fill_n(acc.max, plan_.lanes, -std::numeric_limits<float>::infinity());
-    for (float* array : {acc.sum, acc.sum_error, acc.square, acc.square_error, acc.bad})
+    for (float* array : {acc.shift, acc.sum, acc.sum_error, acc.square, acc.square_error, acc.bad})
       std::fill_n(array, plan_.lanes, 0.0f);
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tile_of(group, t);

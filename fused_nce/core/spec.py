@@ -42,7 +42,7 @@ class Spec:
     """Layout, transform and the row statistics wanted."""
 
     layout: Block
-    transform: Identity | TanhClip = field(default_factory=Identity)  # an instance here breaks compilation on torch 2.11
+    transform: Identity | TanhClip = field(default_factory=Identity)  # an instance would not compile on torch 2.11
     stats: tuple[str, ...] = STATISTICS
 
     @property

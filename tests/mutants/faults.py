@@ -105,8 +105,8 @@ PYTHON = (
     Fault(
         "stash scaled in place although the graph is kept",
         OPS,
-        "if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():",
-        "if torch.compiler.is_compiling():",
+        "if traced or torch._C._autograd._get_current_graph_task_keep_graph():",
+        "if traced:",
     ),
     Fault(
         "stash cast to the inputs' dtype before the upstream",
