@@ -60,8 +60,8 @@ class Budget:
         self.equal = bool((exact.q == exact.q[:1]).all() and (exact.k == exact.k[:1]).all())
 
     def growth(self, count: int) -> float:
-        """Roundings that a sum of `count` terms piles up: a random walk, but equal terms all round the same way."""
-        return count / 2 if self.equal else float(np.sqrt(count))
+        """Roundings that a sum of `count` terms piles up: a random walk, but equal terms may all round the same way."""
+        return count if self.equal else float(np.sqrt(count))
 
     # ---- statistics and losses ----------------------------------------------------------------------------------
 

@@ -7,12 +7,14 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 from fused_nce import _extension
 
+MODULE: Any
 MODULE, REASON = _extension.status()
 pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")
 
