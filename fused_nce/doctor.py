@@ -7,10 +7,10 @@ import platform
 
 import torch
 
-from . import _extension
-from ._version import __version__
-from .core import dispatch, workspace
-from .core.spec import Block, Spec, TanhClip
+from fused_nce import _extension
+from fused_nce._version import __version__
+from fused_nce.core import dispatch, workspace
+from fused_nce.core.spec import Block, Spec, TanhClip
 
 
 def backends() -> dict[str, str | None]:

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import atoms, workspace
-from ..core.problem import Gradients, Needs, Problem, Statistics
-from ..core.spec import Spec
-from ..core.tails import Coefficients, Nce
+from fused_nce.core import atoms, workspace
+from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
+from fused_nce.core.spec import Spec
+from fused_nce.core.tails import Coefficients, Nce
 
 BUFFERS = 3  # s, t and w of a tile are alive together
 MIN_STRIP_ROWS = 32  # thinner GEMMs ran below half of the machine's rate

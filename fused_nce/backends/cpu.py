@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _extension
-from ..core import workspace
-from ..core.problem import Gradients, Needs, Problem, Statistics
-from ..core.spec import Spec
-from ..core.tails import Coefficients, Nce
+from fused_nce import _extension
+from fused_nce.core import workspace
+from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
+from fused_nce.core.spec import Spec
+from fused_nce.core.tails import Coefficients, Nce
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("neg_lse", "neg_max", "square")  # in the order in which the kernels return them

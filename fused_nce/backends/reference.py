@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core import atoms
-from ..core.problem import Gradients, Needs, Problem, Statistics
-from ..core.spec import Spec
-from ..core.tails import Coefficients, Nce
+from fused_nce.core import atoms
+from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
+from fused_nce.core.spec import Spec
+from fused_nce.core.tails import Coefficients, Nce
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:

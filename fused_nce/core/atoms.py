@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .spec import Block, Identity, Spec, TanhClip
+from fused_nce.core.spec import Block, Identity, Spec, TanhClip
 
 # ---- layouts ----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .spec import Spec, TanhClip
+from fused_nce.core.spec import Spec, TanhClip
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CASTABLE = (torch.float32, torch.bfloat16, torch.float16)  # what `matmul` casts under autocast; float64 it leaves alone

@@ -10,8 +10,8 @@ from typing import NamedTuple, cast
 
 from torch import Tensor
 
-from .problem import Backend
-from .spec import Spec
+from fused_nce.core.problem import Backend
+from fused_nce.core.spec import Spec
 
 # Fastest first; the automatic choice takes the first that can. `reference` must be asked for: it holds the scores.
 BACKENDS = ("cpu", "chunked", "reference")
@@ -37,7 +37,7 @@ def backend_module(name: str) -> Backend:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, need one of {BACKENDS}")
-    return cast(Backend, importlib.import_module(f"..backends.{name}", __package__))
+    return cast(Backend, importlib.import_module(f"fused_nce.backends.{name}"))
 
 
 def why_not(backend: str, spec: Spec, q: Tensor, k: Tensor) -> str | None:

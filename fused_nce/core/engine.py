@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
-from . import ops as _ops  # noqa: F401  (defines torch.ops.fused_nce)
-from .spec import STATISTICS, Spec
-from .tails import REPORT, Nce
+from fused_nce.core import checks
+from fused_nce.core import ops as _ops  # noqa: F401  (defines torch.ops.fused_nce)
+from fused_nce.core.spec import STATISTICS, Spec
+from fused_nce.core.tails import REPORT, Nce
 
 
 class LossParts(NamedTuple):

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import spec as specs
-from . import tails
-from .dispatch import choose
-from .problem import Gradients, Needs, Problem, Statistics
+from fused_nce.core import spec as specs
+from fused_nce.core import tails
+from fused_nce.core.dispatch import choose
+from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 
 _lib = torch.library.Library("fused_nce", "FRAGMENT")
 # scale·scale_tensor multiplies the dot product; needs = gradient wanted of q, k, scale_tensor; backend "" = choose.

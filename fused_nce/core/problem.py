@@ -6,8 +6,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from .spec import Spec
-from .tails import Coefficients, Nce
+from fused_nce.core.spec import Spec
+from fused_nce.core.tails import Coefficients, Nce
 
 
 class Problem(NamedTuple):

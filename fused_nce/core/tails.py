@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .atoms import softplus
-from .spec import Spec
+from fused_nce.core.atoms import softplus
+from fused_nce.core.spec import Spec
 
 REPORT = ("top1", "pos_mean", "neg_lse_mean", "nce_minus_chance", "mi_bound")
 """What a loss reports for logging, in the order of the ops' `report` output."""

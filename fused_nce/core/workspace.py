@@ -6,8 +6,8 @@ import os
 
 import torch
 
-from .dispatch import backend_module
-from .spec import Spec
+from fused_nce.core.dispatch import backend_module
+from fused_nce.core.spec import Spec
 
 DEFAULT_MB = {"cpu": 16}
 GPU_DEFAULT_MB = 256

@@ -1,5 +1,5 @@
 """Losses: one file each, a spec and a tail on the engine. They import no backend."""
 
-from .amdim import AMDIMLoss, NCEOutput, amdim_nce
+from fused_nce.losses.amdim import AMDIMLoss, NCEOutput, amdim_nce
 
 __all__ = ["AMDIMLoss", "NCEOutput", "amdim_nce"]

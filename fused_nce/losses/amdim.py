@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core import checks
-from ..core.engine import tile_loss
-from ..core.spec import Block, Identity, Spec, TanhClip
-from ..core.tails import REDUCTIONS, Nce
+from fused_nce.core import checks
+from fused_nce.core.engine import tile_loss
+from fused_nce.core.spec import Block, Identity, Spec, TanhClip
+from fused_nce.core.tails import REDUCTIONS, Nce
 
 
 class NCEOutput(NamedTuple):
