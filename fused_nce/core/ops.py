@@ -98,7 +98,7 @@ def _loss(
 ) -> tuple[Tensor, ...]:
     problem = _problem(q, k, scale_tensor, scale, spec, offset)
     if problem.m == problem.spec.layout.n_c:
-        warnings.warn("fused_nce: one image has no negatives; its loss and gradient are 0", stacklevel=2)
+        warnings.warn("fused_nce: one image has no negatives; its nce is 0, and so is the gradient of it", stacklevel=2)
     rule = tails.parse(tail)
     name, module = choose(problem.spec, q, k, backend)
     with torch.autocast(q.device.type, enabled=False), torch.profiler.record_function(f"fused_nce::loss[{name}]"):

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,14 @@ def main(argv: Sequence[str]) -> int:
     from fused_nce.train.loop import Diverged, Trainer, describe
 
     print(describe(settings), flush=True)
-    trainer = Trainer(settings, run_dir, resume=resume)
+    try:
+        trainer = Trainer(settings, run_dir, resume=resume)
+    except (ValueError, OSError):
+        if not resume:  # nothing was trained: the corrected command must not find a run there
+            (run_dir / config.CONFIG_NAME).unlink(missing_ok=True)
+            with suppress(OSError):
+                run_dir.rmdir()
+        raise
     try:
         reason = trainer.run()
     except Diverged as error:

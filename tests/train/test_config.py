@@ -116,3 +116,11 @@ def test_cli_help_version_and_doctor(capsys):
     printed = capsys.readouterr().out
     assert "usage: fused-nce COMMAND" in printed
     assert "backend" in printed
+
+
+def test_a_command_that_could_not_start_leaves_no_run(tmp_path):
+    run = tmp_path / "run"
+    for _ in range(2):  # the second would be refused as "holds a run already"
+        with pytest.raises(ValueError, match=r"data: .* does not exist"):
+            command.main(["amdim", "--data", str(tmp_path / "absent"), "--out", str(run)])
+        assert not run.exists()
