@@ -194,7 +194,10 @@ class _Sweep:
     def weights(self, tile: _Tile, found: Statistics, d: Coefficients) -> Tensor:
         """w = dL/ds, in place of the tile's exponentials."""
         spec = self.p.spec
-        lse, d_lse = (x[spec.stats.index("neg_lse")][:, None] for x in (found.rows, d.d_rows))
+        if "neg_lse" in spec.stats:
+            lse, d_lse = (x[spec.stats.index("neg_lse")][:, None] for x in (found.rows, d.d_rows))
+        else:  # no negative has a weight, as in a row that has none
+            lse, d_lse = tile.r.new_full((1, 1), float("-inf")), tile.r.new_zeros(1, 1)
         # A row without negatives has lse = −inf and nothing to weigh.
         known = torch.where(lse == float("-inf"), 0.0, d_lse * torch.exp(tile.shift - lse))
         w = tile.e.mul_(known)
@@ -211,7 +214,8 @@ class _Sweep:
         self, rows: slice, found: Statistics, d: Coefficients, needs: Needs, out: Gradients, tile: _Tile | None
     ) -> None:
         """Add a strip's part to the gradients."""
-        lse = found.rows[self.p.spec.stats.index("neg_lse")]
+        stats = self.p.spec.stats
+        lse = found.rows[stats.index("neg_lse")] if "neg_lse" in stats else None
         # Scaling the thin factors spares a pass over the weights.
         q = self.p.q[rows].to(self.wide) * self.p.scale
         for columns in self.panels():

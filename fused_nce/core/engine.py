@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_nce.core import checks
 from fused_nce.core import ops as _ops  # noqa: F401  (defines torch.ops.fused_nce)
 from fused_nce.core.spec import STATISTICS, Spec
-from fused_nce.core.tails import REPORT, Nce
+from fused_nce.core.tails import REDUCTIONS, REPORT, Nce
 
 
 class LossParts(NamedTuple):
@@ -88,6 +88,8 @@ def tile_loss(
     """
     if spec.stats != STATISTICS:
         raise ValueError(f"spec: got statistics {spec.stats}, need all of {STATISTICS} for a loss")
+    checks.check_choice("tail.reduction", tail.reduction, REDUCTIONS)
+    checks.check_number("tail.penalty", tail.penalty, at_least=0)
     q, k, factor, tensor = _prepare(q, k, spec, scale, offset)
     graph = torch.is_grad_enabled()
     needs = [graph and x is not None and x.requires_grad for x in (q, k, tensor)]

@@ -2,7 +2,7 @@
 
 import logging
 import os
-import shutil
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -84,7 +84,9 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path, bool]:
             raise ValueError(
                 f"out: {run_dir} holds a run already; use --resume {run_dir}, --overwrite, or another --out"
             )
-        shutil.rmtree(run_dir)
+        aside = run_dir.with_name(f"{run_dir.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
+        run_dir.rename(aside)
+        print(f"moved the run that {run_dir} held to {aside}")
     run_dir.mkdir(parents=True, exist_ok=True)
     config.save(settings, run_dir)
     return settings, run_dir, False
@@ -128,7 +130,7 @@ def _parser() -> Any:
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings")
     parser.add_argument("--out", type=str | None, default=None, help="folder of the run (default: runs/amdim-<preset>)")
     parser.add_argument("--resume", type=str | None, default=None, help="folder of a run to continue")
-    parser.add_argument("--overwrite", action="store_true", help="remove the run that --out holds")
+    parser.add_argument("--overwrite", action="store_true", help="move the run that --out holds aside")
     parser.add_argument("--allow-changed", type=str, nargs="*", default=[], help="settings that a resume may change")
     parser.add_class_arguments(TrainConfig)
     return parser

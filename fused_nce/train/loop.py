@@ -48,7 +48,11 @@ class Trainer:
     def __init__(self, config: TrainConfig, run_dir: Path, *, resume: bool = False) -> None:
         self.config, self.run_dir = config, run_dir
         # Precision is the step's own (see TrainStep): accelerate's wrapper is a setting of the whole process.
-        self.accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=config.optim.accumulate)
+        self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # without this it ignores torchrun where there is no GPU
+            mixed_precision="no",
+            gradient_accumulation_steps=config.optim.accumulate,
+        )
         self.device = self.accelerator.device
         self.bf16 = machine.use_bf16(config.precision, self.device)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index

@@ -10,7 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_nce import AMDIMLoss, amdim_nce, tile_loss, tile_stats
-from fused_nce.core.spec import Block, Identity, Spec, TanhClip
+from fused_nce.core import dispatch
+from fused_nce.core.spec import STATISTICS, Block, Identity, Spec, TanhClip
 from fused_nce.core.tails import Nce
 
 SPEC = Spec(Block(3), TanhClip(20.0))
@@ -243,3 +244,20 @@ def test_unwanted_gradients_are_empty(backend):
     for needs in itertools.product([True, False], repeat=3):
         out = OPS.loss(q.detach(), k.detach(), None, 0.3, SPEC.code, 0, "nce(0.04,mean)", list(needs), backend)
         assert [x.numel() > 0 for x in out[-3:]] == list(needs)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])
+@pytest.mark.parametrize("stats", [("square",), ("neg_max",), ("neg_lse",), ("square", "neg_lse")])
+def test_any_choice_of_statistics_has_its_gradient(backend, stats):
+    torch.manual_seed(0)
+    q, k = torch.randn(6, 8, requires_grad=True), torch.randn(18, 8, requires_grad=True)
+    if (reason := dispatch.why_not(backend, Spec(Block(3)), q, k)) is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+    def gradients(name, wanted):
+        found = tile_stats(q, k, Spec(Block(3), TanhClip(20.0), wanted), backend=name)
+        total = found["pos"].sum() + sum(found[s].sum() for s in stats if s != "neg_max")
+        return torch.autograd.grad(total, (q, k))
+
+    for ours, whole in zip(gradients(backend, stats), gradients("reference", STATISTICS), strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-5)
