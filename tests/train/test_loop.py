@@ -274,10 +274,10 @@ def distributed(*argv):
     ]
     done = subprocess.run(
         [*launch, "train", "amdim", *map(str, argv)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
     )
     return done.returncode, done.stdout + done.stderr
 
