@@ -160,7 +160,7 @@ def test_verdict_passes_misses_and_explains():
     found = {cell.name: cell for cell in verdict.cells({"cases": [row], "host": {"isa_flags": []}}, row)}
     assert found["ours / bound"].passed
     assert not found["naive / ours"].passed
-    assert "naive runs at 1.80× the bound" in found["naive / ours"].why
+    assert "naive itself runs at 1.80× the bound" in found["naive / ours"].why
     assert not found["peak MiB"].passed
     assert found["peak MiB"].text == "**20.00** ✗ (≤ 16)"
     slow = verdict.cells({"cases": [row], "host": {"isa_flags": []}}, made_up_row(13.0, 40.0, 10.0, case))

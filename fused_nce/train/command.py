@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
     except Diverged as error:
         print(f"fused-nce: {error}")
         return 1
+    trainer.close()
     print(f"{reason} at step {trainer.step} after {trainer.time_s:.0f} s; run saved in {run_dir}")
     return 0
 

@@ -129,6 +129,12 @@ class Trainer:
                 book.close()
         return reason
 
+    def close(self) -> None:
+        """Leave the process group together: gloo's threads abort a process that exits under them."""
+        if torch.distributed.is_initialized():
+            self.accelerator.wait_for_everyone()
+            torch.distributed.destroy_process_group()
+
     def _update(self, batches: Any, timed: bool) -> float:
         """One update of the weights, or a skipped one. Returns its seconds."""
         started = time.perf_counter()

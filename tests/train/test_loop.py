@@ -282,6 +282,7 @@ def distributed(*argv):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.nightly  # launches ten processes; beside a second test worker one once aborted at exit
 def test_two_processes_train_resume_exactly_and_refuse_to_be_one(tmp_path):
     for out, first in (("a", "6"), ("b", "3")):
         status, printed = distributed(*TINY, f"--out={tmp_path / out}", f"--max-steps={first}")
