@@ -60,10 +60,10 @@ RowStatistics new_statistics(const Tensor& q, int64_t n_c) {
   return {at::empty({n, n_c}, options), at::empty({n}, options), at::empty({n}, options), at::empty({n}, options)};
 }
 
-Gradients new_gradients(const SweepInputs& in) {
+Gradients new_gradients(const SweepInputs& in, at::ScalarType dk_type) {
   const auto options = floats(in.q);
   return {at::empty(in.need_q ? in.q.sizes() : at::IntArrayRef{0}, options),
-          at::empty(in.need_k ? in.k.sizes() : at::IntArrayRef{0}, options),
+          at::empty(in.need_k ? in.k.sizes() : at::IntArrayRef{0}, options.dtype(dk_type)),
           in.need_scale ? at::empty({}, options) : at::empty({0}, options)};
 }
 
@@ -91,7 +91,7 @@ GradientTuple cpu_grads(const Tensor& q, const Tensor& k, double scale, int64_t 
   const RowStatistics stats{coefficients("pos", pos, {n, n_c}), coefficients("neg_lse", neg_lse, {n}), {}, {}};
   const Upstream upstream{coefficients("d_pos", d_pos, {n, n_c}), coefficients("d_neg_lse", d_neg_lse, {n}),
                           coefficients("d_square", d_square, {n})};
-  const Gradients out = new_gradients(in);
+  const Gradients out = new_gradients(in, dk_type(in, false));
   sweep_grads(in, stats, upstream, out);
   return {out.dq, out.dk, out.dscale};
 }
@@ -103,7 +103,7 @@ LossTuple cpu_loss(const Tensor& q, const Tensor& k, double scale, int64_t n_c, 
       inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k, need_scale, workspace_bytes);
   const RowStatistics stats = new_statistics(q, n_c);
   const Upstream upstream{{}, {}, {}, static_cast<float>(nce_weight), static_cast<float>(square_weight)};
-  const Gradients out = new_gradients(in);
+  const Gradients out = new_gradients(in, dk_type(in, true));
   sweep_loss(in, stats, upstream, out);
   return {stats.pos, stats.neg_lse, stats.neg_max, stats.square, out.dq, out.dk, out.dscale};
 }
@@ -164,7 +164,7 @@ pybind11::dict build_info() {
   out["isa_compiled"] = compiled_isas();
   out["isa_active"] = active_kernels().name;
   out["cuda"] = false;
-  out["bf16_hardware"] = has_bf16_hardware();
+  out["bf16_hardware"] = has_bf16_gemm();
   return out;
 }
 
@@ -193,6 +193,7 @@ TORCH_LIBRARY_IMPL(fused_nce, CPU, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
   m.def("build_info", &build_info);
+  m.def("gemm_flop", &flop_of_gemms, "FLOP of all the GEMMs that the CPU kernels have run in this process");
   m.def("atom", &atom, py::arg("name"), py::arg("x"), py::arg("parameter") = 1.0);
   m.def("plan", &plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("dtype"),
         py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true, py::arg("need_q") = true,

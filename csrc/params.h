@@ -58,11 +58,14 @@ struct RowKernels {
   const char* name;
   // Adds a tile to the statistics, and stores the transformed scores of its positives in `pos` (N, n_c).
   void (*fold)(const Tile&, const Scoring&, const Accumulators&, float* pos);
-  // Replaces the scores by scale * w, and adds w * <q, k> to `d_scale` (lanes; null: not wanted). `spare` is
-  // (lanes) of scratch.
-  void (*weigh)(const Tile&, const Scoring&, const Coefficients&, const Positives&, float* d_scale, float* spare);
-  // (columns, lanes) -> (rows, out_stride), of floats or of any other 32-bit words.
+  // Writes scale * w as bfloat16 to `rounded` (columns, lanes), or, where that is null, as float over the scores; and
+  // adds w * <q, k> to `d_scale` (lanes; null: not wanted). `spare` is (lanes) of scratch.
+  void (*weigh)(const Tile&, const Scoring&, const Coefficients&, const Positives&, uint16_t* rounded, float* d_scale,
+                float* spare);
+  // (columns, lanes) -> (rows, out_stride).
   void (*transpose)(const Tile&, float* out, int64_t out_stride);
+  // The same of bfloat16 weights, in pairs of columns: (rows, out_stride) words, an odd last column paired with zeros.
+  void (*transpose_pairs)(const Tile&, const uint16_t* rounded, uint32_t* out, int64_t out_stride);
   void (*narrow)(const float* in, uint16_t* out, int64_t count);
   // Two bfloat16 rows interleaved, as a bfloat16 GEMM wants its right operand; `odd` null: zeros.
   void (*interleave)(const uint16_t* even, const uint16_t* odd, uint32_t* out, int64_t count);

@@ -8,27 +8,41 @@
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "../params.h"
+#include "plan.h"
 
 namespace fused_nce {
 
 // Reduction depth of one score call. Longer ones are no faster and sum more terms in one chain.
 constexpr int64_t kScoreDepth = 512;
-// Output width of one call, so that a block of the right operand stays in L1 and L2.
-constexpr int64_t kOutputWidth = 128;
 
 // A right operand (K, N): row-major for float; for bfloat16, rows in pairs: element (k, n) at ((k/2)*N + n)*2 + k%2.
 template <class E>
 constexpr bool kPaired = sizeof(E) == 2;
+
+// FLOP of all GEMMs so far, for the tests that count them: 2·m·n·depth a call.
+inline std::atomic<int64_t>& gemm_flop() {
+  static std::atomic<int64_t> flop{0};
+  return flop;
+}
+
+// out (m, n) [+]= left (m, depth) @ right (depth, n)
+template <class E>
+void gemm(int64_t m, int64_t n, int64_t depth, const E* left, int64_t left_stride, const E* right,
+          int64_t right_stride, bool add, float* out, int64_t out_stride) {
+  gemm_flop().fetch_add(2 * m * n * depth, std::memory_order_relaxed);
+  at::native::cpublas::brgemm(m, n, depth, left_stride, right_stride, out_stride, add, left, right, out, kPaired<E>);
+}
 
 // scores (columns, lanes) = keys (columns, D) @ packed q (D, lanes)
 template <class E>
 void score_gemm(const E* keys, int64_t key_stride, const E* packed, int64_t columns, int64_t lanes, int64_t width,
                 float* scores) {
   for (int64_t d = 0; d < width; d += kScoreDepth)
-    at::native::cpublas::brgemm(columns, lanes, std::min(kScoreDepth, width - d), key_stride, lanes, lanes, d > 0,
-                                keys + d, packed + d * lanes, scores, kPaired<E>);
+    gemm(columns, lanes, std::min(kScoreDepth, width - d), keys + d, key_stride, packed + d * lanes, lanes, d > 0,
+         scores, lanes);
 }
 
 // out (m, D) [+]= left (m, depth) @ right (depth, D)
@@ -36,8 +50,8 @@ template <class E>
 void gradient_gemm(const E* left, int64_t left_stride, const E* right, int64_t right_stride, int64_t m, int64_t depth,
                    int64_t width, bool add, float* out, int64_t out_stride) {
   for (int64_t d = 0; d < width; d += kOutputWidth)
-    at::native::cpublas::brgemm(m, std::min(kOutputWidth, width - d), depth, left_stride, right_stride, out_stride, add,
-                                left, right + d * (kPaired<E> ? 2 : 1), out + d, kPaired<E>);
+    gemm(m, std::min(kOutputWidth, width - d), depth, left, left_stride, right + d * (kPaired<E> ? 2 : 1), right_stride,
+         add, out + d, out_stride);
 }
 
 }  // namespace fused_nce

@@ -1,6 +1,7 @@
 #include "isa.h"
 
 #include <ATen/Context.h>
+#include <ATen/native/CPUBlas.h>
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
@@ -68,10 +69,23 @@ std::vector<std::string> compiled_isas() {
   return names;
 }
 
-bool has_bf16_hardware() {
+// What the CPU has is not the question: oneDNN may have been told to leave it alone (ONEDNN_MAX_CPU_ISA, or mkldnn
+// switched off), and its bfloat16 GEMM then raises. So one is tried.
+bool has_bf16_gemm() {
 #if defined(__x86_64__) && (!defined(__GNUC__) || defined(__clang__) || __GNUC__ >= 11)
-  static const bool hardware = __builtin_cpu_supports("avx512bf16");
-  return hardware && at::globalContext().userEnabledMkldnn();
+  static const bool works = [] {
+    if (!__builtin_cpu_supports("avx512bf16")) return false;
+    alignas(64) at::BFloat16 a[16 * 16] = {}, b[16 * 16] = {};
+    alignas(64) float c[16 * 16];
+    try {
+      at::native::cpublas::brgemm(16, 16, 16, 16, 16, 16, false, a, b, c);
+      at::native::cpublas::brgemm_release();
+      return true;
+    } catch (const c10::Error&) {
+      return false;
+    }
+  }();
+  return works && at::globalContext().userEnabledMkldnn();
 #else
   return false;
 #endif

@@ -10,6 +10,6 @@ namespace fused_nce {
 
 const RowKernels& active_kernels();        // throws where FUSED_NCE_ISA asks for what the CPU lacks
 std::vector<std::string> compiled_isas();  // best last
-bool has_bf16_hardware();                  // AVX512-BF16 or AMX-BF16, and oneDNN enabled
+bool has_bf16_gemm();                      // the CPU multiplies bfloat16, and brgemm may use it
 
 }  // namespace fused_nce

@@ -30,13 +30,16 @@ struct Work {
 struct Plan {
   int64_t lanes = 0, strips = 0, tile_columns = 0, tiles = 0, groups = 0;
   bool stored = false;
+  bool dk_rounded = false;  // one strip finishes dk, which can then leave in bfloat16
   int64_t bytes = 0;  // everything allocated beyond inputs and outputs
 };
 
 constexpr int64_t kLaneBlock = 16;
+constexpr int64_t kOutputWidth = 128;  // of a gradient GEMM's call: a block of the right operand stays in L1 and L2
 constexpr int64_t kMostLanes = 256;
 constexpr int64_t kLeastStoredLanes = 64;
-constexpr int64_t kMostGroups = 16;
+// Each group holds a share of dq, so there are few; even, or one of two threads would wait for the odd one's end.
+constexpr int64_t kGroups[] = {16, 12, 8, 6, 4, 2, 1};
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -52,17 +55,24 @@ inline int64_t strip_bytes(const Work& w, const Plan& p) {
   return bytes + 5 * p.lanes * 4;                                                       // coefficients
 }
 
+// The operands of dq: weights (lanes, columns), and bfloat16 keys in pairs. dk comes before dq, and what it leaves in
+// float until it is rounded takes the same place.
+inline int64_t operand_bytes(const Work& w, const Plan& p) {
+  const int64_t columns = round_up(p.tile_columns, 2);
+  const bool bf16 = w.elements == Elements::bfloat16;
+  const int64_t dq = w.need_q ? columns * (bf16 ? 2 * (p.lanes + w.width) : 4 * p.lanes) : 0;
+  return std::max(dq, p.dk_rounded ? columns * std::min(kOutputWidth, w.width) * 4 : 0);
+}
+
 // Buffers of one group; the first group writes its share of dq where it belongs.
 inline int64_t group_bytes(const Work& w, const Plan& p, bool first) {
-  const int64_t element = w.elements == Elements::bfloat16 ? 2 : 4;
   const int64_t columns = round_up(p.tile_columns, 2);
   int64_t bytes = 9 * p.lanes * 4 + 8;                                             // statistics, dscale, scratch
   if (!p.stored) bytes += columns * p.lanes * 4;                                   // a tile of scores
   if (w.elements == Elements::widened) bytes += columns * w.width * 4;             // a tile of keys as float
   if (!w.gradients) return bytes;
-  if (w.need_q) bytes += columns * p.lanes * element;                              // weights, transposed
   if (w.elements == Elements::bfloat16) bytes += columns * p.lanes * 2;            // weights, rounded
-  if (w.need_q && w.elements == Elements::bfloat16) bytes += columns * w.width * 2;  // keys, interleaved
+  bytes += operand_bytes(w, p);
   if (w.need_q && !first) bytes += p.lanes * w.width * 4;                          // share of dq
   return bytes;
 }
@@ -77,11 +87,14 @@ inline bool try_plan(const Work& w, Plan& p, int64_t strips, int64_t most_column
                      int64_t limit) {
   p.lanes = round_up(ceil_div(w.rows, strips), kLaneBlock);
   p.strips = ceil_div(w.rows, p.lanes);
+  p.dk_rounded = w.need_k && p.strips == 1 && w.elements == Elements::bfloat16;
   p.tiles = ceil_div(w.columns, std::min(most_columns, round_up(ceil_div(w.columns, 4), 2)));
   p.tile_columns = round_up(ceil_div(w.columns, p.tiles), 2);
   p.tiles = ceil_div(w.columns, p.tile_columns);
-  for (p.groups = std::min(p.tiles, kMostGroups); p.groups >= std::min(p.tiles, least_groups); --p.groups) {
+  for (const int64_t groups : kGroups) {
+    p.groups = std::min(p.tiles, groups);
     p.bytes = total_bytes(w, p);
+    if (groups < least_groups) break;
     if (p.bytes <= limit) return true;
   }
   return false;

@@ -169,9 +169,26 @@ inline float positive_slope(const Positives& positives, int64_t row, int64_t at)
   return positives.nce_weight * nce_slope_positive(positives.neg_lse[row], positives.pos[at]);
 }
 
-template <bool kClip, bool kShift, bool kScale>
+// Round to nearest even; a NaN whose payload would round away stays a NaN.
+FUSED_NCE_HD uint16_t to_bf16(float x) {
+  const unsigned bits = static_cast<unsigned>(bits_of(x));
+  const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+}
+
+// Weights as the GEMMs want them: float, over the scores, or bfloat16 in an array of their own.
+struct InPlace {
+  using Element = float;
+  static Element of(float weight) { return weight; }
+};
+struct Rounded {
+  using Element = uint16_t;
+  static Element of(float weight) { return to_bf16(weight); }
+};
+
+template <bool kClip, bool kShift, bool kScale, class Out>
 void weigh_tile(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Positives& positives,
-                float* d_scale, float* spare) {
+                typename Out::Element* out, float* d_scale, float* spare) {
   const Transform f(scoring);
   const int lanes = static_cast<int>(tile.lanes);
   const float* __restrict shift = row.shift;
@@ -182,7 +199,8 @@ void weigh_tile(const Tile& tile, const Scoring& scoring, const Coefficients& ro
   float own_sum = 0.0f;
   Columns column(tile, scoring);
   for (int64_t c = 0; c < tile.columns; ++c, column.next()) {
-    float* __restrict scores = tile.scores + c * tile.lanes;
+    const float* scores = tile.scores + c * tile.lanes;
+    typename Out::Element* to = out + c * tile.lanes;
     // The loop over the lanes treats the positives as negatives and overwrites their scores, so those are kept aside
     // and their weights are put in afterwards. No vector may read what a scalar has just stored: the stall cost a
     // quarter of the kernel.
@@ -196,7 +214,7 @@ void weigh_tile(const Tile& tile, const Scoring& scoring, const Coefficients& ro
       const float e = exp_shifted<kShift>(t.value, shift, l);
       const float weight = negative_weight(e, inverse[l], d_neg_lse[l], t.slope) + two_d_square[l] * s;
       if (kScale) sum[l] += own.hold(l) ? 0.0f : weight * scores[l];
-      scores[l] = f.scale * weight;
+      to[l] = Out::of(f.scale * weight);
     }
     for (int64_t l = range.begin; l < range.end; ++l) {
       const int64_t i = tile.first_row + l;
@@ -205,43 +223,100 @@ void weigh_tile(const Tile& tile, const Scoring& scoring, const Coefficients& ro
       const float d_pos = positive_slope(positives, i, i * scoring.n_c + column.location());
       const float weight = d_pos * slope + two_d_square[l] * s;
       own_sum += weight * spare[l];
-      scores[l] = f.scale * weight;
+      to[l] = Out::of(f.scale * weight);
     }
   }
   if (kScale) sum[0] += own_sum;
 }
 
-template <bool kClip, bool kShift>
+template <bool kClip, bool kShift, class Out>
 void weigh_either(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Positives& positives,
-                  float* d_scale, float* spare) {
-  if (d_scale) weigh_tile<kClip, kShift, true>(tile, scoring, row, positives, d_scale, spare);
-  else weigh_tile<kClip, kShift, false>(tile, scoring, row, positives, d_scale, spare);
+                  typename Out::Element* out, float* d_scale, float* spare) {
+  if (d_scale) weigh_tile<kClip, kShift, true, Out>(tile, scoring, row, positives, out, d_scale, spare);
+  else weigh_tile<kClip, kShift, false, Out>(tile, scoring, row, positives, out, d_scale, spare);
+}
+
+template <class Out>
+void weigh_as(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Positives& positives,
+              typename Out::Element* out, float* d_scale, float* spare) {
+  if (needs_no_shift(scoring.clip))
+    return weigh_either<true, false, Out>(tile, scoring, row, positives, out, d_scale, spare);
+  if (scoring.clip > 0.0f) return weigh_either<true, true, Out>(tile, scoring, row, positives, out, d_scale, spare);
+  weigh_either<false, true, Out>(tile, scoring, row, positives, out, d_scale, spare);
 }
 
 void weigh(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Positives& positives,
-           float* d_scale, float* spare) {
-  if (needs_no_shift(scoring.clip)) return weigh_either<true, false>(tile, scoring, row, positives, d_scale, spare);
-  if (scoring.clip > 0.0f) return weigh_either<true, true>(tile, scoring, row, positives, d_scale, spare);
-  weigh_either<false, true>(tile, scoring, row, positives, d_scale, spare);
+           uint16_t* rounded, float* d_scale, float* spare) {
+  if (rounded) weigh_as<Rounded>(tile, scoring, row, positives, rounded, d_scale, spare);
+  else weigh_as<InPlace>(tile, scoring, row, positives, tile.scores, d_scale, spare);
 }
 
-// Round to nearest even; a NaN whose payload would round away stays a NaN.
-FUSED_NCE_HD uint16_t to_bf16(float x) {
-  const unsigned bits = static_cast<unsigned>(bits_of(x));
-  const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+// kVector 32-bit words: one register where the instruction set has one as wide.
+constexpr int kVector = FUSED_NCE_VECTOR;
+typedef int Words __attribute__((vector_size(kVector * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kVector * 2)));
+
+template <int... kIndex>
+struct Indices {};
+template <int kCount, int... kIndex>
+struct Count : Count<kCount - 1, kCount - 1, kIndex...> {};
+template <int... kIndex>
+struct Count<0, kIndex...> {
+  using type = Indices<kIndex...>;
+};
+
+// One step of the transposition: the elements of `a` whose index has the bit kStep change places with those of `b`
+// whose index has not.
+template <int kStep, int... kIndex>
+inline __attribute__((always_inline)) void exchange(Words& a, Words& b, Indices<kIndex...>) {
+  const Words low = __builtin_shufflevector(a, b, ((kIndex & kStep) ? kVector + kIndex - kStep : kIndex)...);
+  b = __builtin_shufflevector(a, b, ((kIndex & kStep) ? kVector + kIndex : kIndex + kStep)...);
+  a = low;
 }
 
-// In blocks of 16 columns: what they touch of the tile stays in L1 between the lanes.
-void transpose(const Tile& tile, float* out, int64_t out_stride) {
-  for (int64_t c0 = 0; c0 < tile.columns; c0 += 16) {
-    const int64_t columns = tile.columns - c0 < 16 ? tile.columns - c0 : 16;
-    for (int64_t l = 0; l < tile.rows; ++l) {
-      float* __restrict to = out + l * out_stride + c0;
-      const float* __restrict from = tile.scores + c0 * tile.lanes + l;
-      for (int64_t c = 0; c < columns; ++c) to[c] = from[c * tile.lanes];
+template <int kStep>
+inline __attribute__((always_inline)) void exchange_all(Words* row) {
+  if constexpr (kStep < kVector) {
+    for (int i = 0; i < kVector; ++i)
+      if (!(i & kStep)) exchange<kStep>(row[i], row[i + kStep], typename Count<kVector>::type());
+    exchange_all<2 * kStep>(row);
+  }
+}
+
+// `words(r, l)` is what rows r of the input hold at lanes l .. l + kVector - 1; rows from `rows` on do not exist.
+template <class Load>
+inline __attribute__((always_inline)) void transpose_words(int64_t rows, int64_t lanes, int* out, int64_t out_stride,
+                                                           const Load& words) {
+  for (int64_t r0 = 0; r0 < rows; r0 += kVector) {
+    const int64_t here = rows - r0 < kVector ? rows - r0 : kVector;
+    for (int64_t l0 = 0; l0 < lanes; l0 += kVector) {
+      Words block[kVector];
+      for (int64_t r = 0; r < kVector; ++r) block[r] = r < here ? words(r0 + r, l0) : Words{};
+      exchange_all<1>(block);
+      const int64_t used = lanes - l0 < kVector ? lanes - l0 : kVector;
+      for (int64_t l = 0; l < used; ++l)
+        __builtin_memcpy(out + (l0 + l) * out_stride + r0, &block[l], static_cast<unsigned long>(here) * 4);
     }
   }
+}
+
+void transpose(const Tile& tile, float* out, int64_t out_stride) {
+  transpose_words(tile.columns, tile.rows, reinterpret_cast<int*>(out), out_stride, [&](int64_t c, int64_t l) {
+    Words w;
+    __builtin_memcpy(&w, tile.scores + c * tile.lanes + l, sizeof(w));
+    return w;
+  });
+}
+
+void transpose_pairs(const Tile& tile, const uint16_t* rounded, uint32_t* out, int64_t out_stride) {
+  transpose_words((tile.columns + 1) / 2, tile.rows, reinterpret_cast<int*>(out), out_stride,
+                  [&](int64_t pair, int64_t l) {
+                    Halves even, odd{};
+                    const uint16_t* from = rounded + 2 * pair * tile.lanes + l;
+                    __builtin_memcpy(&even, from, sizeof(even));
+                    if (2 * pair + 1 < tile.columns) __builtin_memcpy(&odd, from + tile.lanes, sizeof(odd));
+                    return __builtin_convertvector(even, Words) | __builtin_convertvector(odd, Words) << 16;
+                  });
 }
 
 void narrow(const float* __restrict in, uint16_t* __restrict out, int64_t count) {
@@ -279,7 +354,8 @@ void interleave(const uint16_t* __restrict even, const uint16_t* __restrict odd,
 }  // namespace
 
 extern const RowKernels kernels;
-const RowKernels kernels = {FUSED_NCE_ISA_NAME, fold, weigh, transpose, narrow, interleave, widen_bf16, widen_fp16};
+const RowKernels kernels = {FUSED_NCE_ISA_NAME, fold,       weigh,      transpose, transpose_pairs, narrow,
+                            interleave,         widen_bf16, widen_fp16};
 
 }  // namespace FUSED_NCE_ISA
 }  // namespace fused_nce

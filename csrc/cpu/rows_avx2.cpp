@@ -7,6 +7,7 @@
 #endif
 #define FUSED_NCE_ISA rows_avx2
 #define FUSED_NCE_ISA_NAME "avx2"
+#define FUSED_NCE_VECTOR 8
 #include "rows.inl"
 #if defined(__clang__)
 #pragma clang attribute pop

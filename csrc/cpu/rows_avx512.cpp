@@ -7,6 +7,7 @@
 #endif
 #define FUSED_NCE_ISA rows_avx512
 #define FUSED_NCE_ISA_NAME "avx512"
+#define FUSED_NCE_VECTOR 16
 #include "rows.inl"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -39,7 +39,8 @@ void finish_statistics(const Strip& strip, const Scoring& scoring, const std::ve
     const int64_t i = strip.first + l;
     out.neg_lse[i] = log_value(total) + bad;
     out.neg_max[i] = max == -infinity() ? max : transformed(max, scoring);
-    out.square[i] = static_cast<float>(square);
+    // Beyond the range of float the Kahan sum is inf - inf.
+    out.square[i] = square != square && bad == 0.0f ? infinity() : static_cast<float>(square);
     coefficients.shift[l] = total.shift;
     coefficients.inverse[l] = total.sum == 0.0 ? 0.0f : static_cast<float>(1.0 / total.sum);
   }

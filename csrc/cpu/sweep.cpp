@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 
 #include "arena.h"
@@ -25,8 +26,9 @@ struct Group {
   float* scores;                // a tile of them, unless the strip stores its own
   float* wide_keys;             // (tile_columns, D), of widened elements
   E* left;                      // weights (rows, tile_columns), the left operand of dq
-  E* left_t;                    // weights (tile_columns, lanes) rounded, the left operand of dk
+  uint16_t* rounded;            // weights (tile_columns, lanes), the left operand of dk; null: over the scores
   E* right;                     // keys in pairs, the right operand of dq
+  float* wide_dk;               // (tile_columns, kOutputWidth), where dk leaves in bfloat16; shares their place
   float* dq;                    // (lanes, D), this group's share; null: the first group's, written in place
   double d_scale;
 };
@@ -103,17 +105,22 @@ class Sweep {
     if (!plan_.stored) g.scores = arena_.take<float>(columns * lanes);
     if (elements_ == Elements::widened) g.wide_keys = arena_.take<float>(columns * d_);
     if (!gradients_) return g;
-    if (need_q_) g.left = arena_.take<E>(columns * lanes);
-    if (kBf16) g.left_t = arena_.take<E>(columns * lanes);
-    if (need_q_ && kBf16) g.right = arena_.take<E>(columns * d_);
+    if (kBf16) g.rounded = arena_.take<uint16_t>(columns * lanes);
+    char* operands = arena_.take<char>(operand_bytes(work_, plan_));
+    g.left = reinterpret_cast<E*>(operands);
+    g.right = g.left + columns * lanes;
+    g.wide_dk = reinterpret_cast<float*>(operands);
     if (need_q_ && !first) g.dq = arena_.take<float>(lanes * d_);
     return g;
   }
 
   template <class F>
   void for_each_group(const F& f) {
-    at::parallel_for(0, plan_.groups, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g)
+    // Whoever is free takes the next group: with equal shares, a thread that the system had interrupted kept all others
+    // waiting. Who computes a group does not show in its result.
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, std::min<int64_t>(plan_.groups, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+      for (int64_t g = next++; g < plan_.groups; g = next++)
         f(groups_[g], g * plan_.tiles / plan_.groups, (g + 1) * plan_.tiles / plan_.groups);
       at::native::cpublas::brgemm_release(kBf16);
     });
@@ -197,10 +204,9 @@ class Sweep {
       const Keys keys = stored_ && !need_q_ ? Keys{nullptr, 0} : keys_of(group, tile);
       if (!stored_) score(tile, keys);
       std::fill_n(group.tile_d_scale, plan_.lanes, 0.0f);
-      rows_.weigh(tile, scoring_, coefficients_, positives, need_scale_ ? group.tile_d_scale : nullptr, group.spare);
+      rows_.weigh(tile, scoring_, coefficients_, positives, group.rounded, need_scale_ ? group.tile_d_scale : nullptr,
+                  group.spare);
       for (int64_t l = 0; l < strip_.rows; ++l) group.d_scale += group.tile_d_scale[l];
-      if (kBf16 && (need_q_ || need_k_))
-        rows_.narrow(tile.scores, reinterpret_cast<uint16_t*>(group.left_t), tile.columns * tile.lanes);
       if (need_k_) write_dk(group, tile);
       if (need_q_) add_dq(group, tile, keys, t > begin);
     }
@@ -208,14 +214,22 @@ class Sweep {
 
   // dk of the tile's columns is this tile's alone: no race, and strips add up in order.
   void write_dk(const Group<E>& group, const Tile& tile) {
-    float* dk = out_.dk.template data_ptr<float>() + tile.first_column * d_;
-    const E* left = kBf16 ? group.left_t : reinterpret_cast<const E*>(tile.scores);
-    const int64_t depth = kBf16 ? round_up(strip_.rows, 2) : strip_.rows;
-    gradient_gemm(left, tile.lanes, query_rows(), q_rows_ ? d_ : q_stride_, tile.columns, depth, d_, strip_.first > 0,
-                  dk, d_);
+    const E* left = kBf16 ? reinterpret_cast<const E*>(group.rounded) : reinterpret_cast<const E*>(tile.scores);
+    const int64_t depth = kBf16 ? round_up(strip_.rows, 2) : strip_.rows, stride = q_rows_ ? d_ : q_stride_;
+    if (!plan_.dk_rounded) {
+      float* dk = out_.dk.template data_ptr<float>() + tile.first_column * d_;
+      gradient_gemm(left, tile.lanes, query_rows(), stride, tile.columns, depth, d_, strip_.first > 0, dk, d_);
+      return;
+    }
+    auto* dk = static_cast<uint16_t*>(out_.dk.data_ptr()) + tile.first_column * d_;
+    for (int64_t d = 0; d < d_; d += kOutputWidth) {
+      const int64_t width = std::min(kOutputWidth, d_ - d);
+      gradient_gemm(left, tile.lanes, query_rows() + 2 * d, stride, tile.columns, depth, width, false, group.wide_dk,
+                    width);
+      for (int64_t c = 0; c < tile.columns; ++c) rows_.narrow(group.wide_dk + c * width, dk + c * d_ + d, width);
+    }
   }
 
-  // Consumes the tile.
   void add_dq(const Group<E>& group, const Tile& tile, const Keys& keys, bool add) {
     float* dq = group.dq ? group.dq : out_.dq.template data_ptr<float>() + strip_.first * d_;
     if (!kBf16) {
@@ -223,13 +237,8 @@ class Sweep {
       gradient_gemm(group.left, tile.columns, keys.data, keys.stride, strip_.rows, tile.columns, d_, add, dq, d_);
       return;
     }
-    // Two columns of rounded weights make one row of 32-bit words, which takes the scores' place and is transposed.
     const int64_t pairs = ceil_div(tile.columns, 2);
-    Tile words = tile;
-    words.columns = pairs;
-    interleave(reinterpret_cast<const uint16_t*>(group.left_t), tile.lanes, tile.columns, tile.lanes,
-               reinterpret_cast<uint32_t*>(tile.scores));
-    rows_.transpose(words, reinterpret_cast<float*>(group.left), pairs);
+    rows_.transpose_pairs(tile, group.rounded, reinterpret_cast<uint32_t*>(group.left), pairs);
     interleave(reinterpret_cast<const uint16_t*>(keys.data), keys.stride, tile.columns, d_,
                reinterpret_cast<uint32_t*>(group.right));
     gradient_gemm(group.left, 2 * pairs, group.right, d_, strip_.rows, 2 * pairs, d_, add, dq, d_);
@@ -281,10 +290,18 @@ void sweep(const SweepInputs& in, bool statistics, bool gradients, const RowStat
 
 }  // namespace
 
+int64_t flop_of_gemms() { return gemm_flop().load(); }
+
+at::ScalarType dk_type(const SweepInputs& in, bool statistics) {
+  const Elements elements = elements_of(in.q.scalar_type(), in.q.size(1));
+  const Work work{in.q.size(0), in.k.size(0), in.q.size(1), elements, statistics, true, in.need_q, in.need_k};
+  return make_plan(work, in.workspace_bytes).dk_rounded ? at::kBFloat16 : at::kFloat;
+}
+
 // An odd width has no pairs for the bfloat16 GEMM.
 Elements elements_of(at::ScalarType type, int64_t width) {
   if (type == at::kFloat) return Elements::float32;
-  return type == at::kBFloat16 && width % 2 == 0 && has_bf16_hardware() ? Elements::bfloat16 : Elements::widened;
+  return type == at::kBFloat16 && width % 2 == 0 && has_bf16_gemm() ? Elements::bfloat16 : Elements::widened;
 }
 
 void sweep_stats(const SweepInputs& in, const RowStatistics& out) { sweep(in, true, false, out, {}, {}); }

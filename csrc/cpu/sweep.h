@@ -28,8 +28,14 @@ struct Upstream {
 };
 
 struct Gradients {
-  at::Tensor dq, dk, dscale;  // float; those not needed have no elements
+  at::Tensor dq, dk, dscale;  // float, dk of `dk_type`; those not needed have no elements
 };
+
+// bfloat16 where one strip finishes dk: summed over several it has to stay float until the last. `statistics` as in
+// sweep_loss, not as in sweep_grads.
+at::ScalarType dk_type(const SweepInputs& in, bool statistics);
+
+int64_t flop_of_gemms();  // of all calls so far
 
 Elements elements_of(at::ScalarType type, int64_t width);
 

@@ -45,9 +45,18 @@ def _wide(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _chain_scale(grads: Gradients, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernels give dL/d(scale·scale_tensor). What is unwanted may be one empty tensor there, but not in an op."""
-    return grads.dq, grads.dk.clone() if grads.dk is grads.dq else grads.dk, grads.dscale * scale
+def _stash(x: Tensor) -> torch.dtype:
+    """What the gradient of an input waits in: its own dtype, at no extra memory. At the upstream of a GradScaler,
+    float16 would already have lost up to half of dk, so it waits in float32.
+    """
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+def _stashed(q: Tensor, k: Tensor, grads: Gradients, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What an op returns; the kernels give dL/d(scale·scale_tensor)."""
+    dq, dk = grads.dq.to(_stash(q)), grads.dk.to(_stash(k))
+    # What is unwanted may be one empty tensor in a backend, but not in an op.
+    return dq, dk.clone() if dk is dq else dk, grads.dscale * scale
 
 
 # ---- bodies -----------------------------------------------------------------------------------------------------
@@ -82,7 +91,7 @@ def _grads(
         out = module.grads(
             problem, Statistics(pos, rows), tails.Coefficients(d_pos.contiguous(), d_rows.contiguous()), Needs(*needs)
         )
-    return _chain_scale(out, scale)
+    return _stashed(q, k, out, scale)
 
 
 def _loss(
@@ -105,7 +114,7 @@ def _loss(
         found, out = module.loss(problem, rule, Needs(*needs))
         values = rule.values(problem.spec, *found, problem.m)
         report = rule.report(problem.spec, *found, problem.m)
-    return *values, report, *found, *_chain_scale(out, scale)
+    return *values, report, *found, *_stashed(q, k, out, scale)
 
 
 for _name, _body in (("stats", _stats), ("grads", _grads), ("loss", _loss)):
@@ -122,11 +131,10 @@ def _fake_stats(q: Tensor, k: Tensor, t: Any, scale: float, spec: str, offset: i
 
 
 def _fake_gradients(q: Tensor, k: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    wide = _wide(q)
     return (
-        q.new_empty(q.shape if needs[0] else (0,), dtype=wide),
-        k.new_empty(k.shape if needs[1] else (0,), dtype=wide),
-        q.new_empty(() if needs[2] else (0,), dtype=wide),
+        q.new_empty(q.shape if needs[0] else (0,), dtype=_stash(q)),
+        k.new_empty(k.shape if needs[1] else (0,), dtype=_stash(k)),
+        q.new_empty(() if needs[2] else (0,), dtype=_wide(q)),
     )
 
 

@@ -46,7 +46,9 @@ class Statistics(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """In the accumulation dtype, at upstream 1; the op multiplies by the upstream and casts. Empty where not wanted."""
+    """At upstream 1, in the accumulation dtype or the inputs'; the op casts them to what they wait in. Empty where not
+    wanted.
+    """
 
     dq: Tensor  # (N, D)
     dk: Tensor  # (M, D)

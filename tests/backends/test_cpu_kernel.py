@@ -66,6 +66,23 @@ def test_every_instruction_set_agrees(isa, clip):
     assert_same([torch.tensor(v) for v in values], wanted, 3e-6)
 
 
+@pytest.mark.parametrize("isa", ["AVX2", "SSE41"])
+def test_bfloat16_where_onednn_may_not_multiply_it(isa):
+    """oneDNN obeys ONEDNN_MAX_CPU_ISA whatever the CPU has; its bfloat16 GEMM then raises, so inputs are widened."""
+    code = (
+        "import json, torch; from tests.backends import test_cpu_kernel as t\n"
+        "out = t.loss(t.arguments(37, 5, 34, torch.bfloat16))\n"
+        "print(json.dumps([x.tolist() for x in out]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+    )
+    assert done.returncode == 0, done.stderr
+    found = [torch.tensor(x) for x in json.loads(done.stdout)]
+    wanted = loss(arguments(37, 5, 34, torch.bfloat16))
+    assert_same(found, [x.float() for x in wanted], 2 * TOLERANCE[torch.bfloat16])
+
+
 def test_an_unknown_instruction_set_is_an_error():
     done = subprocess.run(
         [sys.executable, "-c", "from fused_nce import _C; _C.build_info()"],
