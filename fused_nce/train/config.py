@@ -134,8 +134,8 @@ class RunConfig:
         log_every: updates between two log lines.
         save_minutes: minutes between two checkpoints.
         keep: checkpoints kept, at least 2.
-        workers: processes that read images that do not fit in memory.
-        memory_limit_mb: a data set that takes less as uint8 is decoded once and held.
+        workers: processes that read images that are not held in memory.
+        memory_limit_mb: a data set that takes less as uint8 is decoded once and held, unless the geometry is "crop".
         tensorboard: write TensorBoard events too, if it is installed.
     """
 

@@ -210,7 +210,7 @@ def test_a_bad_setting_is_named_with_what_it_must_be_and_what_it_is(key, value, 
 
 def test_a_choice_outside_its_type_is_refused():
     with pytest.raises(ValueError, match=r"augment\.geometry: must be one of translate, affine, crop, none, got warp"):
-        config.check(TrainConfig(augment=AugmentConfig(geometry="warp")))
+        config.check(TrainConfig(augment=AugmentConfig(geometry="warp")))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"augment\.zoom: must be smallest <= largest, each above 0, got \[0.0, 1.0\]"):
         augment.TwoViews(AugmentConfig(zoom=(0.0, 1.0)), 32)
 

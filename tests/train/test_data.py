@@ -17,7 +17,9 @@ from fused_nce.train.data import load_split, open_source
 
 def picture(value, size=(32, 32), kind="PNG"):
     buffer = io.BytesIO()
-    Image.new("RGB", size, (value % 256, 2 * value % 256, 7)).save(buffer, kind)
+    image = Image.new("RGB", size, (value % 256, 2 * value % 256, 7))
+    image.paste((200, 100, 0), (size[0] // 2, size[1] // 2, size[0], size[1]))
+    image.save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -168,11 +170,13 @@ def first_batches(tmp_path, geometry, workers, limit_mb, position=0, count=3):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_read_as_they_go_are_those_held_in_memory(tmp_path, workers, monkeypatch):
-    write_folder(tmp_path, 10)
-    _, held = first_batches(tmp_path, "translate", 0, 64)
+@pytest.mark.parametrize("geometry", ["translate", "crop"])
+def test_the_memory_limit_changes_no_batch(tmp_path, workers, geometry, monkeypatch):
+    """Wide images: a crop must come from the whole of one, held or not."""
+    write_folder(tmp_path, 10, size=(90, 40))
+    _, held = first_batches(tmp_path, geometry, 0, 64)
     monkeypatch.setattr(loader, "decoded_bytes", lambda source, size: 1 << 40)
-    source, streamed = first_batches(tmp_path, "translate", workers, 64)
+    source, streamed = first_batches(tmp_path, geometry, workers, 64)
     assert source.held is None
     for ours, theirs in zip(streamed, held, strict=True):
         assert torch.equal(ours.images, theirs.images)
