@@ -14,7 +14,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. A bad setting is one line on stderr and status 2; FUSED_NCE_DEBUG=1 shows the traceback."""
+    """The console script. An error is one line on stderr and status 2; FUSED_NCE_DEBUG=1 shows the traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, function, _ = COMMANDS[name]
     try:
         status: int = getattr(importlib.import_module(module), function)(arguments[1:])
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         if os.environ.get("FUSED_NCE_DEBUG") == "1":
             raise
         print(f"fused-nce: {error}", file=sys.stderr)
