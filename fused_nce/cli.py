@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 # name: (module, function, what it does). The function takes the arguments after the name and returns an exit status.
 COMMANDS = {
-    "train": ("fused_nce.train.command", "main", "train an encoder: fused-nce train amdim --data digits"),
+    "train": ("fused_nce.train.command", "main", "train an encoder: fused-nce train amdim --preset digits"),
     "eval": ("fused_nce.cli", "evaluate", "evaluate a run and write its report: fused-nce eval RUN"),
     "doctor": ("fused_nce.cli", "doctor", "say what this installation can do, and why not more"),
 }
@@ -50,8 +50,11 @@ def evaluate(argv: Sequence[str]) -> int:
     from jsonargparse import auto_cli
 
     from fused_nce.train.evaluate import run_and_print
+    from fused_nce.train.options import Parser
 
-    status: int = auto_cli(run_and_print, args=list(argv), prog="fused-nce eval")
+    status: int = auto_cli(
+        run_and_print, args=list(argv), prog="fused-nce eval", usage="fused-nce eval RUN [options]", parser_class=Parser
+    )
     return status
 
 

@@ -134,11 +134,14 @@ def _first_process() -> bool:
 
 
 def _parser() -> Any:
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile
 
-    parser = ArgumentParser(
+    from fused_nce.train import options
+
+    parser = options.parser(
         prog="fused-nce train amdim",
-        description="Train an AMDIM encoder without labels. Short forms: "
+        description="Train an AMDIM encoder without labels. Settings come from the preset, then --config, then the "
+        f"command line. Presets: {', '.join(PRESETS)}. Short forms: "
         + ", ".join(f"{short} for {full}" for short, full in SHORT.items()),
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings")

@@ -155,7 +155,7 @@ class TrainConfig:
 
     Args:
         data: "digits", a folder of images (one subfolder a class), or WebDataset shards (folder or glob).
-        preset: the settings that the others change.
+        preset: name of the settings that the others change.
         seed: of the weights, the order and the augmentation.
         precision: "bf16", "fp32", or "auto": bf16 where the hardware has it.
         channels_last: memory format; on if left out and the precision is bf16.

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fused_nce.train import (
     augment,
@@ -28,6 +27,7 @@ from fused_nce.train import (
     host,
     loss_cost,
     machine,
+    progress,
     report,
     runlog,
     scoring,
@@ -88,7 +88,7 @@ def evaluate(
     # One at a time: all of CIFAR-10's feature sets together are 2 GB.
     sets = _feature_sets(model, config, probe, test, list(taps), baselines, seed)
     count = len(taps) * (1 + len(RANDOM)) + 1 if baselines else len(taps)
-    for encoder, tap, bank, queries in tqdm(sets, desc="probes", total=count, unit="set", leave=False):
+    for encoder, tap, bank, queries in progress.bar(sets, desc="probes", total=count, unit="set", leave=False):
         found, predicted = scoring.score(bank, queries, plan)
         rows += [{"encoder": encoder, "tap": tap} | row for row in found]
         _write_csv(folder / PARTIAL, rows)

@@ -2,8 +2,8 @@
 
 Features are correlated, so in their own coordinates the Hessian's condition number runs into the ten thousands and
 L-BFGS needs many hundred steps. At zero weights the Hessian is (1/K)·cov(x) + 1/(cn): we optimise in the covariance's
-eigenvectors, scaled by the inverse root of that. On 50,000 CIFAR-10 images in 256 random features it then takes 18 to 50
-steps, about a second of one core, to the accuracy that scikit-learn's solver reaches in 549 to 1,230 (14 to 35 s).
+eigenvectors, scaled by the inverse root of that. On 50,000 CIFAR-10 images in 256 random features it then takes 18 to
+50 steps, about a second of one core, to the accuracy that scikit-learn's solver reaches in 549 to 1,230 (14 to 35 s).
 """
 
 from __future__ import annotations

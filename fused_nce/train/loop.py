@@ -13,9 +13,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from fused_nce.train import checkpoint, journal, machine, optim, rng
+from fused_nce.train import checkpoint, journal, machine, optim, progress, rng
 from fused_nce.train.augment import TwoViews
 from fused_nce.train.config import TrainConfig
 from fused_nce.train.loader import Loader
@@ -99,7 +98,9 @@ class Trainer:
         """
         config, main = self.config, self.accelerator.is_main_process
         book = journal.Journal(self.run_dir, self.logged, tensorboard=config.run.tensorboard) if main else None
-        bar = tqdm(total=self.end, initial=min(self.step, self.end), unit="step", desc="training", disable=not main)
+        bar = progress.bar(
+            total=self.end, initial=min(self.step, self.end), unit="step", desc="training", disable=not main
+        )
         started, time_before = time.perf_counter(), self.time_s
         saved_at, failed_saves, window = started, 0, (started, self.step)
         batches = self.loader.batches(self.step * config.optim.accumulate)

@@ -12,6 +12,7 @@ from fused_nce.train.config import AugmentConfig, ModelConfig, TrainConfig
 from fused_nce.train.presets import PRESETS
 
 NAN, INF = float("nan"), float("inf")
+GEOMETRY = "augment.geometry: must be one of 'translate', 'affine', 'crop', 'none', got warp"
 
 
 def parse(tmp_path, *argv):
@@ -242,6 +243,26 @@ def test_cli_errors_are_one_line_and_status_2(tmp_path, capsys):
     assert cli.main(["train", "simsiam"]) == 2
     assert cli.main(["tarin"]) == 2
     assert "command: must be one of train, eval, doctor" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ("train amdim --optim.epochss 3", "--optim.epochss: no such option; did you mean --optim.epochs?"),
+        ("train amdim --epoch 3", "--epoch: no such option; did you mean --optim.epochs?"),
+        ("train amdim --zzzz", "--zzzz: no such option; --help lists them"),
+        ("train amdim --lr abc", "optim.lr: must be float, got abc"),
+        ("train amdim --loss.clip abc", "loss.clip: must be float or null, got abc"),
+        ("train amdim --augment.geometry warp", GEOMETRY),
+        ("train amdim --augment.zoom [1]", "augment.zoom: Expected a tuple with 2 elements. Got value: [1]"),
+        ("train amdim --optim.lr", "argument --optim.lr: expected one argument"),
+        ("eval", "the following arguments are required: run"),
+        ("eval RUN --drawss 3", "--drawss: no such option; did you mean --draws?"),
+    ],
+)  # fmt: skip
+def test_a_slip_on_the_command_line_is_one_line(argv, line, capsys):
+    assert cli.main(argv.split()) == 2
+    assert capsys.readouterr().err == f"fused-nce: {line}\n"
 
 
 def test_cli_help_version_and_doctor(capsys):

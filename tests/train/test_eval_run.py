@@ -114,7 +114,7 @@ def test_accuracies_are_on_the_disk_as_they_come(tmp_path, monkeypatch, capsys):
     """The second feature set fails: the first one's accuracies are there, and an older evaluation is untouched."""
     folder, real = make_run(tmp_path / "run"), scoring.score
     (folder / "eval.csv").write_text("older")
-    done = []
+    done: list[int] = []
 
     def fail_later(*args):
         if done:
