@@ -194,6 +194,25 @@ def test_crops_of_workers_depend_on_the_position_alone(tmp_path, monkeypatch):
     assert torch.equal(whole[2].images, again[0].images)
 
 
+def test_an_image_is_cropped_anew_at_every_position(tmp_path):
+    write_folder(tmp_path, 4, size=(50, 40))
+    reader = loader.Reader(open_source(str(tmp_path), "train"), TrainConfig(augment=AugmentConfig(geometry="crop")))
+    first, again, later = (reader[key][0] for key in ((0, 3), (0, 3), (7, 3)))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+    assert not torch.equal(*first)  # nor are the two views one
+
+
+def test_a_replacement_brings_its_own_label(tmp_path, monkeypatch):
+    write_folder(tmp_path, 100)
+    (tmp_path / "ant" / "0098.png").write_bytes(b"")  # the last of its class
+    held = load_split(str(tmp_path), "train", 32)
+    assert held.labels.tolist() == [0] * 49 + [1] * 51
+    monkeypatch.setattr(loader, "decoded_bytes", lambda source, size: 1 << 40)
+    _, batches = first_batches(tmp_path, "translate", 0, 64, count=25)
+    assert torch.cat([b.labels for b in batches]).sum() == 51
+
+
 def test_a_damaged_image_on_the_way_keeps_the_batch_full(tmp_path, monkeypatch):
     write_folder(tmp_path, 100, classes=("one",))
     (tmp_path / "one" / "0041.png").write_bytes(b"")
