@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 # name: (module, function, what it does). The function takes the arguments after the name and returns an exit status.
 COMMANDS = {
-    "train": ("fused_nce.train.command", "main", "train an encoder: fused-nce train amdim --data digits"),
+    "train": ("fused_nce.train.command", "main", "train an encoder: fused-nce train amdim --preset digits"),
     "eval": ("fused_nce.cli", "evaluate", "evaluate a run and write its report: fused-nce eval RUN"),
     "doctor": ("fused_nce.cli", "doctor", "say what this installation can do, and why not more"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. A bad setting is one line on stderr and status 2; FUSED_NCE_DEBUG=1 shows the traceback."""
+    """The console script. An error is one line on stderr and status 2; FUSED_NCE_DEBUG=1 shows the traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, function, _ = COMMANDS[name]
     try:
         status: int = getattr(importlib.import_module(module), function)(arguments[1:])
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         if os.environ.get("FUSED_NCE_DEBUG") == "1":
             raise
         print(f"fused-nce: {error}", file=sys.stderr)
@@ -50,8 +50,11 @@ def evaluate(argv: Sequence[str]) -> int:
     from jsonargparse import auto_cli
 
     from fused_nce.train.evaluate import run_and_print
+    from fused_nce.train.options import Parser
 
-    status: int = auto_cli(run_and_print, args=list(argv), prog="fused-nce eval")
+    status: int = auto_cli(
+        run_and_print, args=list(argv), prog="fused-nce eval", usage="fused-nce eval RUN [options]", parser_class=Parser
+    )
     return status
 
 

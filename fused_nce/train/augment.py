@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_nce.train import colour, geometry
+from fused_nce.train import colour, geometry, limits
 from fused_nce.train.config import AugmentConfig, TrainConfig
 
 
@@ -17,8 +17,7 @@ class TwoViews:
     """uint8 images to two normalised views: flip shared, the rest independent."""
 
     def __init__(self, config: AugmentConfig, image_size: int) -> None:
-        if reason := geometry.theta_limits(config):
-            raise ValueError(reason)
+        limits.check(config, "augment.")
         self.config, self.image_size = config, image_size
         self.normalise = Normalise(config)
 

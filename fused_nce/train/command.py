@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     """Run `fused-nce train METHOD [options]`.
 
     Returns:
-        0 if it finished or was interrupted (a checkpoint is saved), 1 if the loss diverged.
+        0 if it finished or was interrupted (a checkpoint is saved), 1 if the loss was not finite for too long.
 
     Raises:
         ValueError: for settings, data or a run that cannot be used.
@@ -53,11 +54,23 @@ def main(argv: Sequence[str]) -> int:
     try:
         reason = trainer.run()
     except Diverged as error:
-        print(f"fused-nce: {error}")
+        print(f"fused-nce: {error}", file=sys.stderr)
         return 1
     trainer.close()
-    print(f"{reason} at step {trainer.step} after {trainer.time_s:.0f} s; run saved in {run_dir}")
+    print(f"{reason} at step {trainer.step} after {trainer.time_s:.0f} s{lost(trainer)}; run saved in {run_dir}")
     return 0
+
+
+def lost(trainer: Any) -> str:
+    """What did not go into the weights, in words; empty if everything did."""
+    parts = []
+    if trainer.skipped:
+        parts.append(f"{trainer.skipped} of {trainer.step} updates skipped (loss or gradient not finite)")
+    if trainer.probes_skipped:
+        parts.append(f"the online probes skipped {trainer.probes_skipped}")
+    if trainer.loader.damaged:
+        parts.append(f"{trainer.loader.damaged} images could not be read")
+    return "".join(f", {part}" for part in parts)
 
 
 def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path, bool]:
@@ -121,11 +134,14 @@ def _first_process() -> bool:
 
 
 def _parser() -> Any:
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile
 
-    parser = ArgumentParser(
+    from fused_nce.train import options
+
+    parser = options.parser(
         prog="fused-nce train amdim",
-        description="Train an AMDIM encoder without labels. Short forms: "
+        description="Train an AMDIM encoder without labels. Settings come from the preset, then --config, then the "
+        f"command line. Presets: {', '.join(PRESETS)}. Short forms: "
         + ", ".join(f"{short} for {full}" for short, full in SHORT.items()),
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings")

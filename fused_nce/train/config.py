@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from fused_nce.train import limits
+
 CONFIG_NAME = "config.yaml"
 
 CIFAR_MEAN, CIFAR_STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
@@ -39,16 +41,16 @@ class LossConfig:
         pairs: antecedent and consequent maps, "1>5" for f1 against all of f5.
         antecedents: one sampled location an image, or all of them.
         scale: of the dot products; 1/sqrt(D) if left out.
-        clip: soft limit of the scores, clip * tanh(s / clip).
-        penalty: weight of the mean squared raw score; 0.04 in the paper, 0.05 in amdim-public.
+        clip: soft limit of the scores, clip * tanh(s / clip); null for none.
+        penalty: weight of the mean squared raw score: 0.05 in amdim-public, 0.04 in the paper.
         backend: engine backend; chosen by the machine if left out.
     """
 
     pairs: tuple[str, ...] = ("1>5", "1>7", "5>5")
     antecedents: Literal["sample", "all"] = "sample"
     scale: float | None = None
-    clip: float = 20.0
-    penalty: float = 0.04
+    clip: float | None = 20.0
+    penalty: float = 0.05
     backend: str | None = None
 
 
@@ -97,7 +99,7 @@ class OptimConfig:
 
     Args:
         epochs: length of the run, and of the cosine.
-        batch_size: images of one process and one forward pass: the negatives come from these.
+        batch_size: images of one process and one forward pass; the negatives come from these.
         accumulate: forward passes in one update.
         lr: peak learning rate.
         betas: of Adam.
@@ -132,8 +134,8 @@ class RunConfig:
         log_every: updates between two log lines.
         save_minutes: minutes between two checkpoints.
         keep: checkpoints kept, at least 2.
-        workers: processes that read images that do not fit in memory.
-        memory_limit_mb: a data set that takes less as uint8 is decoded once and held.
+        workers: processes that read images that are not held in memory.
+        memory_limit_mb: a data set that takes less as uint8 is decoded once and held, unless the geometry is "crop".
         tensorboard: write TensorBoard events too, if it is installed.
     """
 
@@ -153,7 +155,7 @@ class TrainConfig:
 
     Args:
         data: "digits", a folder of images (one subfolder a class), or WebDataset shards (folder or glob).
-        preset: the settings that the others change.
+        preset: name of the settings that the others change.
         seed: of the weights, the order and the augmentation.
         precision: "bf16", "fp32", or "auto": bf16 where the hardware has it.
         channels_last: memory format; on if left out and the precision is bf16.
@@ -179,33 +181,8 @@ def check(config: TrainConfig) -> None:
     Raises:
         ValueError: naming the setting, its value and what is needed.
     """
-    c = config
-    positive = {
-        "optim.epochs": c.optim.epochs,
-        "optim.accumulate": c.optim.accumulate,
-        "optim.lr": c.optim.lr,
-        "optim.eps": c.optim.eps,
-        "run.log_every": c.run.log_every,
-        "run.memory_limit_mb": c.run.memory_limit_mb,
-    }
-    for name in ("max_steps", "max_minutes"):
-        if (value := getattr(c.run, name)) is not None:
-            positive[f"run.{name}"] = value
-    for key, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{key}: must be above 0, got {value}")
-    if c.optim.batch_size < 2:
-        raise ValueError(f"optim.batch_size: must be at least 2 (negatives), got {c.optim.batch_size}")
-    if c.run.keep < 2:
-        raise ValueError(f"run.keep: must be at least 2 (a damaged checkpoint needs one before it), got {c.run.keep}")
-    at_least_0 = {"optim.weight_decay": c.optim.weight_decay, "optim.warmup_updates": c.optim.warmup_updates}
-    at_least_0 |= {"run.workers": c.run.workers, "augment.translate_px": c.augment.translate_px}
-    for key, value in at_least_0.items():
-        if not value >= 0:
-            raise ValueError(f"{key}: must be at least 0, got {value}")
-    for name in ("flip_p", "geometry_p", "jitter_p", "gray_p"):
-        if not 0 <= (value := getattr(c.augment, name)) <= 1:
-            raise ValueError(f"augment.{name}: must be in [0, 1], got {value}")
+    limits.check(config)
+    limits.check_together(config)
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fused_nce.train import progress
 from fused_nce.train.sources import Damage, FolderSource, ShardSource, Source, digits, fit
 
 # Short side that an image is resized to before the centre crop of the tests (amdim-public: 70 -> 64, 146 -> 128).
@@ -84,12 +85,10 @@ def decoded_bytes(source: Source, size: int) -> int:
 
 def decode(source: Source, size: int, resize: int) -> ImageSet:
     """Read every image of a source: short side to `resize` px, centre crop to `size` px."""
-    from tqdm import tqdm
-
     images = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
     labels = torch.tensor(source.labels, dtype=torch.int64)
     damage = Damage(len(source))
-    steps: Iterator[int] = tqdm(range(len(source)), desc="decoding", unit="image", delay=2, leave=False)
+    steps: Iterator[int] = progress.bar(range(len(source)), desc="decoding", unit="image", delay=2, leave=False)
     for i in steps:
         image, index = damage.read(source, i)
         images[i] = fit(image, size, resize)

@@ -1,6 +1,7 @@
 """`fused-nce eval RUN`: what the frozen features of a run are worth, beside raw pixels and untrained encoders.
 
-Writes RUN/eval.json (everything), RUN/eval.csv (the table of accuracies) and RUN/report.html (to read).
+Writes RUN/eval.json (everything), RUN/eval.csv (the table of accuracies) and RUN/report.html (to read). While it runs,
+RUN/eval.partial.csv holds the accuracies so far.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import csv
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fused_nce.train import (
     augment,
@@ -26,6 +27,7 @@ from fused_nce.train import (
     host,
     loss_cost,
     machine,
+    progress,
     report,
     runlog,
     scoring,
@@ -36,6 +38,7 @@ from fused_nce.train.data import ImageSet
 from fused_nce.train.figures import draw_figures
 
 MAX_PROBE_IMAGES = 50_000  # more labelled images than CIFAR's 50,000 change a probe little and cost minutes
+PARTIAL = "eval.partial.csv"
 RANDOM = {"random, AMDIM init": "amdim", "random, Kaiming init": "kaiming"}
 
 
@@ -85,9 +88,10 @@ def evaluate(
     # One at a time: all of CIFAR-10's feature sets together are 2 GB.
     sets = _feature_sets(model, config, probe, test, list(taps), baselines, seed)
     count = len(taps) * (1 + len(RANDOM)) + 1 if baselines else len(taps)
-    for encoder, tap, bank, queries in tqdm(sets, desc="probes", total=count, unit="set", leave=False):
+    for encoder, tap, bank, queries in progress.bar(sets, desc="probes", total=count, unit="set", leave=False):
         found, predicted = scoring.score(bank, queries, plan)
         rows += [{"encoder": encoder, "tap": tap} | row for row in found]
+        _write_csv(folder / PARTIAL, rows)
         if not kept:  # the trained encoder's first tap comes first
             kept = {"bank": bank, "queries": queries, "predicted": predicted}
     figures = draw_figures(
@@ -110,13 +114,17 @@ def evaluate(
         "probes": rows,
         "confusion": {"tap": taps[0], "probe": "linear", "labels": "all", "matrix": matrix},
         "training": summary.training(log),
-        "loss_cost": _loss_cost(config) if cost else None,
+        "loss_cost": None,
+        "loss_cost_error": None,
         "protocol": summary.protocol(config.data, labels_per_class, draws, baselines),
         "environment": host.environment(),
     }
+    if cost:
+        result |= _loss_cost(config)
     result["evaluation_s"] = round(time.perf_counter() - start, 1)
     _write(folder / "eval.json", json.dumps(result, indent=1) + "\n")
     _write_csv(folder / "eval.csv", rows)
+    (folder / PARTIAL).unlink()
     _write(folder / "report.html", report.render(result, log, (folder / CONFIG_NAME).read_text(), figures))
     return result
 
@@ -129,10 +137,14 @@ def run_and_print(run: str, **options: Any) -> int:
         options: as for `evaluate`.
 
     Returns:
-        The exit status, 0.
+        The exit status: 0, or 1 if the loss could not be timed.
     """
-    print(summary.table(evaluate(run, **options)))
+    result = evaluate(run, **options)
+    print(summary.table(result))
     print(f"\nReport: {Path(run) / 'report.html'}")
+    if result["loss_cost_error"] is not None:
+        print(f"fused-nce: {result['loss_cost_error']}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -184,12 +196,18 @@ def _precision(config: TrainConfig) -> torch.dtype | None:
 
 
 def _loss_cost(config: TrainConfig) -> dict[str, Any]:
-    """The loss on the run's own shapes: every pair in both directions, features in the dtype that the run gives it."""
+    """The cost of the loss on the run's own shapes: every pair in both directions, in the dtype that the run gives it.
+
+    A failure is reported in its place: the accuracies, minutes of work, do not depend on it.
+    """
     every = config.loss.antecedents == "all"
     sides = [[int(side) ** 2 for side in pair.split(">")] for pair in config.loss.pairs]
     terms = [(rows if every else 1, columns) for rows, columns in sides for _ in range(2)]
     dtype = _precision(config) or torch.float32
-    return loss_cost.measure(config.optim.batch_size, terms, config.model.n_rkhs, dtype)
+    try:
+        return {"loss_cost": loss_cost.measure(config.optim.batch_size, terms, config.model.n_rkhs, dtype)}
+    except (RuntimeError, OSError) as error:
+        return {"loss_cost_error": str(error)}
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,7 +1,5 @@
 """Moves of a whole batch, one draw an image. The definitions are torchvision's; tests compare image by image."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,7 +73,7 @@ def move(
     count, side = len(x), x.shape[-1]
     on = torch.rand(count) < config.geometry_p
     if config.geometry == "translate":
-        limit = min(config.translate_px, side - 1)
+        limit = config.translate_px  # below the side: `limits.check_together`
         shifts = torch.randint(-limit, limit + 1, (count, 2))
         return translate(x, shifts * on[:, None])
     if config.geometry == "affine":
@@ -86,12 +84,3 @@ def move(
         shift = (spread[1:3] * config.shift * side).round().T
         return affine(x, spread[0] * config.degrees, shift, zoom, spread[3] * config.shear_degrees)
     return x
-
-
-def theta_limits(config: AugmentConfig) -> str | None:
-    """Why the affine settings cannot be used, or None."""
-    if config.zoom[0] <= 0 or config.zoom[0] > config.zoom[1]:
-        return f"augment.zoom: must be 0 < smallest <= largest, got {config.zoom}"
-    if not math.isfinite(config.degrees) or abs(config.shear_degrees) >= 90:
-        return f"augment.shear_degrees: must be below 90, got {config.shear_degrees}"
-    return None

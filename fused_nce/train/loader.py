@@ -12,8 +12,6 @@ from fused_nce.train.config import AugmentConfig, TrainConfig
 from fused_nce.train.data import ImageSet, decode, decoded_bytes, load_split, open_source
 from fused_nce.train.sources import Damage, Source, fit
 
-# Images that are cropped anew each time are held larger than the crops: 96 px for 64 (STL-10's own size), 192 for 128.
-CROP_CANVAS = 1.5
 WORKER_TIMEOUT_S = 300  # a stuck reader is an error, not a wait for ever
 
 
@@ -135,12 +133,15 @@ class Reader(Dataset[tuple[Tensor, int, int]]):
 
 
 def open_data(config: TrainConfig) -> tuple[ImageSet | None, Source | None]:
-    """The training images: decoded, if they fit in memory, or else the source to read them from."""
+    """The training images: decoded, if they fit in memory, or else the source to read them from.
+
+    The batches are the same either way.
+    """
     size = config.model.image_size
     if config.data == "digits":
         return load_split("digits", "train", size), None
     source = open_source(config.data, "train")
-    canvas = round(CROP_CANVAS * size) if config.augment.geometry == "crop" else size
-    if decoded_bytes(source, canvas) <= config.run.memory_limit_mb << 20:
-        return decode(source, canvas, canvas), None
+    # A crop is cut from the whole image, whatever its size: such a set is read anew each time, however small it is.
+    if config.augment.geometry != "crop" and decoded_bytes(source, size) <= config.run.memory_limit_mb << 20:
+        return decode(source, size, size), None
     return None, source

@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from fused_nce.train import checkpoint, journal, machine, optim, rng
+from fused_nce.train import checkpoint, journal, machine, optim, progress, rng
 from fused_nce.train.augment import TwoViews
 from fused_nce.train.config import TrainConfig
 from fused_nce.train.loader import Loader
 from fused_nce.train.online_probes import OnlineProbes
 from fused_nce.train.signals import Interrupt
-from fused_nce.train.step import LossTimer, Meter, TrainStep
+from fused_nce.train.step import LossTimer, Meter, TrainStep, gradient_norm, leaves_some_unused
 
 log = logging.getLogger("fused_nce")
 
@@ -30,7 +29,7 @@ MAX_FAILED_SAVES = 3
 
 
 class Diverged(RuntimeError):
-    """The loss was not finite for more updates in a row than can be skipped."""
+    """The loss was not finite for more updates in a row than can be skipped, or for all updates of a run."""
 
 
 class Trainer:
@@ -52,6 +51,10 @@ class Trainer:
             cpu=not torch.accelerator.is_available(),  # without this it ignores torchrun where there is no GPU
             mixed_precision="no",
             gradient_accumulation_steps=config.optim.accumulate,
+            # DDP waits for every parameter unless told otherwise: a map outside all pairs leaves its head unused.
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=leaves_some_unused(config.loss.pairs))
+            ],
         )
         self.device = self.accelerator.device
         self.bf16 = machine.use_bf16(config.precision, self.device)
@@ -69,12 +72,13 @@ class Trainer:
         self.channels_last = self.bf16 if config.channels_last is None else config.channels_last
         if self.channels_last:
             module.to(memory_format=torch.channels_last)
-        self.optimizer = optim.adam(module, config.optim)
+        self.step_module, self.optimizer = module, optim.adam(module, config.optim)
         self.module: nn.Module = self.accelerator.prepare_model(module)
         torch.manual_seed(config.seed + 1 + rank)  # from here on augmentation, a process of its own each
 
         machine.keep_memory()
-        self.step, self.logged, self.time_s, self.skipped, self.skipped_in_a_row = 0, 0, 0.0, 0, 0
+        self.step, self.logged, self.time_s = 0, 0, 0.0
+        self.skipped, self.skipped_in_a_row, self.probes_skipped = 0, 0, 0
         if resume:
             self._resume()
         self.end = config.optim.epochs * self.per_epoch
@@ -88,12 +92,15 @@ class Trainer:
             Why it stopped.
 
         Raises:
-            Diverged: after a fourth update in a row without a finite loss; the checkpoints before it are kept.
+            Diverged: after a fourth update in a row without a finite loss, or at the end if no update was made; the
+                checkpoints before it are kept.
             OSError: if no checkpoint could be written at the end.
         """
         config, main = self.config, self.accelerator.is_main_process
         book = journal.Journal(self.run_dir, self.logged, tensorboard=config.run.tensorboard) if main else None
-        bar = tqdm(total=self.end, initial=min(self.step, self.end), unit="step", desc="training", disable=not main)
+        bar = progress.bar(
+            total=self.end, initial=min(self.step, self.end), unit="step", desc="training", disable=not main
+        )
         started, time_before = time.perf_counter(), self.time_s
         saved_at, failed_saves, window = started, 0, (started, self.step)
         batches = self.loader.batches(self.step * config.optim.accumulate)
@@ -120,6 +127,10 @@ class Trainer:
                         failed_saves = 0 if self._try_save() else failed_saves + 1
                         if failed_saves >= MAX_FAILED_SAVES:
                             raise OSError(f"checkpoint: {failed_saves} in a row could not be written to {self.run_dir}")
+                if self.skipped == self.step > 0 and reason != "interrupted":
+                    raise Diverged(
+                        f"training: all {self.step} updates were skipped, none had a finite loss and gradient"
+                    )
                 self._save()
                 if self.step > window[1]:  # after the save: a resumed run takes the open window up where it was
                     self._log(book, bar, window, update_s)
@@ -143,7 +154,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         # A batch that is not finite would stay in the running statistics of BatchNorm for ever.
-        buffers = [b.clone() for b in self.module.buffers()]
+        buffers = {name: b.clone() for name, b in self.step_module.named_buffers()}
         passes: list[Tensor] = []
         used: list[int] = []
         for last in [False] * (self.config.optim.accumulate - 1) + [True]:
@@ -155,15 +166,16 @@ class Trainer:
                 self.accelerator.backward(total)  # divided by the number of passes
             self.timer.after_backward()
             passes.append(numbers)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        norm, probes_norm = gradient_norm(self.model), gradient_norm(self.probes)
         finite = torch.stack([n[0] for n in passes]).isfinite().all() & norm.isfinite()
         # Read at once, not at the next log: an update must not happen if any process saw a number that is not finite.
-        if self._agree(not bool(finite))[0]:
-            with torch.no_grad():
-                for buffer, value in zip(self.module.buffers(), buffers, strict=True):
-                    buffer.copy_(value)
+        bad, bad_probes = self._agree(not bool(finite), not bool(probes_norm.isfinite()))
+        if bad:
+            self._restore(buffers)
             self._skip(used, [n[0].item() for n in passes], norm.item())
         else:
+            if bad_probes:
+                self._skip_probes(buffers)
             self.optimizer.step()
             self.skipped_in_a_row = 0
             for numbers in passes:
@@ -175,6 +187,22 @@ class Trainer:
     def _place(self, view: Tensor) -> Tensor:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return view.to(self.device, memory_format=layout, non_blocking=True)
+
+    def _restore(self, buffers: dict[str, Tensor], prefix: str = "") -> None:
+        """Running statistics as they were, of all modules or of those below a prefix."""
+        with torch.no_grad():
+            for name, buffer in self.step_module.named_buffers():
+                if name.startswith(prefix):
+                    buffer.copy_(buffers[name])
+
+    def _skip_probes(self, buffers: dict[str, Tensor]) -> None:
+        """The online classifiers only watch: what goes wrong in them must not hold up the encoder."""
+        self.probes_skipped += 1
+        if self.probes_skipped == 1:
+            log.warning("update %d: the gradient of the online probes is not finite; they alone skip it", self.step + 1)
+        self._restore(buffers, "probes.")
+        for p in self.probes.parameters() if self.probes is not None else ():
+            p.grad = None
 
     def _skip(self, used: list[int], losses: list[float], norm: float) -> None:
         self.skipped += 1
@@ -208,6 +236,7 @@ class Trainer:
             "loss_ms": round(1e3 * self.timer.seconds, 3) if self.timer.active else None,
             "peak_memory_mb": round(machine.peak_memory_mb(self.device), 1),
             "skipped": self.skipped,
+            "probes_skipped": self.probes_skipped,
             "damaged": self.loader.damaged,
         }
         bar.set_postfix(_postfix(line), refresh=False)
@@ -243,6 +272,7 @@ class Trainer:
             "logged": self.logged,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "probes_skipped": self.probes_skipped,
             "meter": self.meter.state(),
             "rng": states,
             "torch": torch.__version__,
@@ -262,6 +292,7 @@ class Trainer:
         machine.keep_memory()
         self.step, self.logged, self.time_s = int(state["step"]), int(state["logged"]), float(state["time_s"])
         self.skipped, self.skipped_in_a_row = int(state["skipped"]), int(state["skipped_in_a_row"])
+        self.probes_skipped = int(state.get("probes_skipped", 0))  # older checkpoints do not count them
         self.meter = Meter(**state["meter"])
         rng.restore(state["rng"][self.accelerator.process_index])
         log.info("resumed from %s", path)

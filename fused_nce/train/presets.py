@@ -11,13 +11,16 @@ IMAGENET_AUGMENT = {
 }
 IMAGENET_OPTIM = {"epochs": 50, "milestones": [30, 45]}
 
-# Sources: `default` has the settings of amdim-public's train.py; `*-large` are lightning-bolts' three;
-# `imagenet-small` is amdim-public's recipe for four V100 and `imagenet-medium` the smaller of its released models;
-# the rest is ours.
+# `default` is amdim-public's train.py, loss and optimiser included, and all the others start from it. `cifar10-small`
+# and `stl10-small` are its settings for those sets, `imagenet-small` its recipe for four V100, `imagenet-medium` and
+# `imagenet-large` its released models. The encoder sizes of `*-large` are lightning-bolts' too (which trains them with
+# eps 1e-7 and, since its clip is not passed on, a clip of 10). `digits` and `cifar10-tiny` are ours.
+PAPER_PENALTY = {"penalty": 0.04}
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "digits": {
         "model": {"ndf": 32, "n_rkhs": 256, "n_depth": 2},
+        "loss": PAPER_PENALTY,
         "augment": {
             "flip_p": 0.0,
             "geometry": "affine",
@@ -38,6 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "cifar10-tiny": {
         "model": {"ndf": 64, "n_rkhs": 256, "n_depth": 2},
+        "loss": PAPER_PENALTY,
         "optim": {"epochs": 3, "batch_size": 128, "lr": 1e-3, "warmup_updates": 100, "schedule": "cosine"},
     },
     "cifar10-small": {"model": {"ndf": 128, "n_rkhs": 1024, "n_depth": 3}},

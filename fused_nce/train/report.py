@@ -167,7 +167,8 @@ def _cost(result: dict[str, Any]) -> tuple[str, str, str]:
     """Note, bars and table of the loss beside the naive one."""
     cost = result["loss_cost"]
     if cost is None:
-        return "Not measured in this evaluation.", "", ""
+        error = result.get("loss_cost_error")
+        return f"Not measured in this evaluation{f': {error}' if error else '.'}", "", ""
     batch = cost["batch"]
     sizes = ", ".join(dict.fromkeys(f"{batch * rows} × {batch} × {columns}" for rows, columns in cost["terms"]))
     terms = f"{len(cost['terms'])} terms, scores {sizes}, D = {cost['width']}"

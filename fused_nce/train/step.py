@@ -1,12 +1,14 @@
 """One forward pass as one module (the unit that DDP and autocast wrap), the loss's own time, and window averages."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_nce.models.amdim import Losses
+from fused_nce.train.limits import MAPS
 from fused_nce.train.online_probes import OnlineProbes
 
 # The order of the numbers that a step returns. All are means over images, except the last three, which are counts.
@@ -104,6 +106,17 @@ class TrainStep(nn.Module):
 def _number(value: Any, like: Tensor) -> Tensor:
     """A statistic that an injected loss does not report is NaN, which the log writes as null."""
     return torch.full_like(like, torch.nan).detach().float() if value is None else value.detach().float()
+
+
+def leaves_some_unused(pairs: Sequence[str]) -> bool:
+    """Whether a loss of these pairs leaves some of the encoder's parameters without a gradient."""
+    return {side for pair in pairs for side in pair.split(">")} != set(MAPS)
+
+
+def gradient_norm(module: nn.Module | None) -> Tensor:
+    """Of all gradients of a module together; 0 without any."""
+    grads = [p.grad for p in module.parameters() if p.grad is not None] if module is not None else []
+    return torch.nn.utils.get_total_norm(grads)
 
 
 class Meter:

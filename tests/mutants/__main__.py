@@ -1,4 +1,4 @@
-"""`python -m tests.mutants [python|cpp|all] [PART]`: plant each fault in a copy of the project, run the suite there.
+"""`python -m tests.mutants [python|cpp|trainer|all] [PART]`: plant each fault in a copy of the project and test that.
 
 `JOBS` at a time, 2 by default. A fault that no test notices survives: the table says so and the exit status is 1.
 """
@@ -11,17 +11,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fused_nce import _extension
 
 from .faults import CPP, PYTHON, Fault
+from .trainer import TRAINER
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PARALLEL = int(os.environ.get("JOBS", "2"))
 TIMEOUT_S = 600  # a fault that hangs is noticed too
-# The quick part of the suite, likeliest first; -x stops at the first that fails.
+# The quick part of the engine's suite, likeliest first; -x stops at the first that fails.
 TESTS = [
     "tests/core/test_golden.py",
     "tests/core/test_tails.py",
@@ -33,7 +35,7 @@ TESTS = [
     "tests/core/test_ops.py",
 ]
 SELECT = "not fresh and not opcheck and not compile"
-IGNORE = shutil.ignore_patterns("__pycache__", "*.pyc", "train", "models", "mutants")
+IGNORE = shutil.ignore_patterns("__pycache__", "*.pyc", "mutants")
 
 
 def plant(fault: Fault | None, folder: Path, *, kernels: bool) -> None:
@@ -63,8 +65,9 @@ def command(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[s
     )
 
 
-def suite(fault: Fault | None, *, kernels: bool = False) -> tuple[bool, str]:
-    """Whether the quick suite passes with the fault planted, and the line that says what it saw."""
+def suite(fault: Fault | None, *, kernels: bool = False, tests: Sequence[str] = ()) -> tuple[bool, str]:
+    """Whether the tests that must notice a fault pass with it planted, and the line that says what they saw."""
+    tests = (fault.tests if fault else tests) or TESTS
     kernels = kernels or (fault is not None and fault.file.startswith("csrc/"))
     with tempfile.TemporaryDirectory(prefix="mutant-") as name:
         folder = Path(name)
@@ -78,7 +81,7 @@ def suite(fault: Fault | None, *, kernels: bool = False) -> tuple[bool, str]:
             if not where.returncode and Path(where.stdout.strip()).parent != folder / "fused_nce":
                 raise RuntimeError(f"the copy in {folder} is not what is imported: {where.stdout.strip()}")
             select = f"{SELECT} and cpu" if kernels else SELECT
-            done = command(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", select, *TESTS], folder)
+            done = command(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", select, *tests], folder)
         except subprocess.TimeoutExpired:
             return False, f"hangs for {TIMEOUT_S} s"
     lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
@@ -89,15 +92,17 @@ def main(group: str = "all", part: str = "") -> int:
     """Run a group of faults.
 
     Args:
-        group: "python", "cpp" or "all".
+        group: "python", "cpp", "trainer" or "all".
         part: only faults with this in their reason.
     """
     cpp = CPP if _extension.status()[0] is not None else ()
-    if group != "python" and not cpp:
+    if group in ("cpp", "all") and not cpp:
         print(f"C++ faults left out: {_extension.status()[1]}")
-    faults = [f for f in {"python": PYTHON, "cpp": cpp, "all": (*PYTHON, *cpp)}[group] if part in f.reason]
-    for kernels in {f.file.startswith("csrc/") for f in faults}:
-        green, line = suite(None, kernels=kernels)
+    groups = {"python": PYTHON, "cpp": cpp, "trainer": TRAINER, "all": (*PYTHON, *cpp, *TRAINER)}
+    faults = [f for f in groups[group] if part in f.reason]
+    own = tuple(sorted({name for f in faults for name in f.tests}))
+    for kernels, tests in {(f.file.startswith("csrc/"), own if f.tests else ()) for f in faults}:
+        green, line = suite(None, kernels=kernels, tests=tests)
         print(f"without a fault{', kernels built anew' if kernels else ''}: {line}", flush=True)
         if not green:
             print("the suite must be green before a fault can turn it red")

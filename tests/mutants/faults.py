@@ -15,6 +15,7 @@ class Fault(NamedTuple):
     file: str  # from the project's root
     find: str
     replace: str
+    tests: tuple[str, ...] = ()  # that must notice it; the engine's quick tests if empty
 
 
 ATOMS, TAILS, OPS, ENGINE = (f"fused_nce/core/{name}.py" for name in ("atoms", "tails", "ops", "engine"))

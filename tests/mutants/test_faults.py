@@ -6,8 +6,9 @@ import pytest
 
 from tests.mutants.__main__ import ROOT
 from tests.mutants.faults import CPP, PYTHON
+from tests.mutants.trainer import TRAINER
 
-FAULTS = (*PYTHON, *CPP)
+FAULTS = (*PYTHON, *CPP, *TRAINER)
 
 
 def test_there_are_enough():
@@ -19,3 +20,4 @@ def test_there_are_enough():
 def test_fits(fault):
     assert (ROOT / fault.file).read_text(encoding="utf-8").count(fault.find) == 1
     assert fault.find != fault.replace
+    assert all((ROOT / name).is_file() for name in fault.tests)

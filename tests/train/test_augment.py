@@ -177,5 +177,3 @@ def test_the_seed_decides_everything(images):
 def test_refusals(images):
     with pytest.raises(TypeError, match=r"images: must be uint8, got torch\.float32"):
         augment.test_transform(TrainConfig())(images)
-    with pytest.raises(ValueError, match=r"augment\.zoom: must be 0 < smallest <= largest"):
-        augment.TwoViews(AugmentConfig(zoom=(0.0, 1.0)), 32)

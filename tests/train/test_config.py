@@ -1,11 +1,18 @@
 """Settings: presets, YAML, overrides, what a resume may change; and the command line around them."""
 
+import dataclasses
+import re
+
 import pytest
 
 from fused_nce import cli
-from fused_nce.train import command, config
-from fused_nce.train.config import TrainConfig
+from fused_nce.losses.amdim import PRESETS as LOSS_PRESETS
+from fused_nce.train import augment, command, config, limits
+from fused_nce.train.config import AugmentConfig, ModelConfig, TrainConfig
 from fused_nce.train.presets import PRESETS
+
+NAN, INF = float("nan"), float("inf")
+GEOMETRY = "augment.geometry: must be one of 'translate', 'affine', 'crop', 'none', got warp"
 
 
 def parse(tmp_path, *argv):
@@ -28,11 +35,49 @@ def test_the_published_settings():
     assert (default.optim.lr, default.optim.betas, default.optim.weight_decay) == (2e-4, (0.8, 0.999), 1e-5)
     assert (default.optim.warmup_updates, default.optim.epochs, default.optim.milestones) == (500, 300, (250, 280))
     assert (default.model.ndf, default.model.n_rkhs, default.model.n_depth) == (128, 1024, 3)
-    assert (default.loss.clip, default.loss.penalty, default.optim.batch_size) == (20.0, 0.04, 200)
+    assert (default.loss.clip, default.loss.penalty, default.optim.batch_size) == (20.0, 0.05, 200)
+    assert (default.loss.scale, default.loss.pairs) == (None, ("1>5", "1>7", "5>5"))
+    assert (default.optim.eps, default.optim.gamma, default.optim.schedule) == (1e-8, 0.2, "step")
+    a = default.augment
+    assert (a.flip_p, a.geometry, a.geometry_p, a.translate_px) == (0.5, "translate", 0.8, 4)
+    assert (a.jitter, a.jitter_p, a.gray_p) == ((0.4, 0.4, 0.4, 0.2), 0.8, 0.25)
+    assert (a.crop_area, a.crop_ratio) == ((0.3, 1.0), (0.7, 1.4))
+    assert tuple(round(255 * v, 6) for v in (*a.mean, *a.std)) == (125.3, 123.0, 113.9, 63.0, 62.1, 66.7)
     assert PRESETS["cifar10-large"]["model"] == {"ndf": 320, "n_rkhs": 1280, "n_depth": 10}
     assert PRESETS["stl10-large"]["model"] == {"image_size": 64, "ndf": 192, "n_rkhs": 1536, "n_depth": 8}
     assert PRESETS["imagenet-large"]["model"] == {"image_size": 128, "ndf": 320, "n_rkhs": 2560, "n_depth": 10}
+    assert PRESETS["imagenet-medium"]["model"] == {"image_size": 128, "ndf": 256, "n_rkhs": 2048, "n_depth": 10}
+    assert PRESETS["imagenet-small"]["model"] == {"image_size": 128, "ndf": 192, "n_rkhs": 1536, "n_depth": 8}
     assert PRESETS["imagenet-small"]["optim"] == {"epochs": 50, "milestones": [30, 45], "batch_size": 480}
+    assert PRESETS["stl10-small"]["model"] == {"image_size": 64, "ndf": 128, "n_rkhs": 1024, "n_depth": 3}
+    assert PRESETS["cifar10-small"]["model"] == {"ndf": 128, "n_rkhs": 1024, "n_depth": 3}
+
+
+OURS = ("digits", "cifar10-tiny")
+UPSTREAM = [name for name in PRESETS if name not in OURS]
+
+
+@pytest.mark.parametrize("preset", UPSTREAM)
+def test_presets_from_upstream_train_with_its_loss_and_optimizer(tmp_path, preset):
+    settings = parse(tmp_path, "--preset", preset)
+    upstream = LOSS_PRESETS["amdim-public"]
+    assert {key: getattr(settings.loss, key) for key in upstream} == upstream
+    imagenet, cifar = preset.startswith("imagenet"), preset.startswith(("cifar", "default"))
+    assert (settings.optim.lr, settings.optim.betas, settings.optim.weight_decay) == (2e-4, (0.8, 0.999), 1e-5)
+    assert (settings.optim.warmup_updates, settings.optim.schedule, settings.optim.gamma) == (500, "step", 0.2)
+    assert (settings.optim.epochs, settings.optim.milestones) == ((50, (30, 45)) if imagenet else (300, (250, 280)))
+    assert settings.augment.geometry == ("translate" if cifar else "crop")
+    assert settings.augment.jitter[3] == (0.1 if imagenet else 0.2)
+    if not cifar:
+        mean, std = (
+            ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if imagenet else ((0.43, 0.42, 0.39), (0.27, 0.26, 0.27))
+        )
+        assert (settings.augment.mean, settings.augment.std) == (mean, std)
+
+
+@pytest.mark.parametrize("preset", OURS)
+def test_our_presets_take_the_penalty_of_the_paper(tmp_path, preset):
+    assert parse(tmp_path, "--preset", preset).loss.penalty == 0.04
 
 
 def test_command_line_beats_yaml_beats_preset(tmp_path):
@@ -84,21 +129,110 @@ def test_a_resume_without_a_run_is_an_error(tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--batch-size", "1"], "optim.batch_size: must be at least 2"),
-        (["--run.keep", "1"], "run.keep: must be at least 2"),
-        (["--lr", "0"], "optim.lr: must be above 0, got 0"),
-        (["--max-steps", "0"], "run.max_steps: must be above 0"),
-        (["--augment.flip_p", "1.5"], r"augment.flip_p: must be in \[0, 1\], got 1.5"),
-        (["--preset", "cifar"], "preset: must be one of default, digits"),
-    ],
-)
-def test_refusals(tmp_path, argv, message):
-    with pytest.raises(ValueError, match=message):
-        parse(tmp_path, *argv)
-    assert not (tmp_path / "run").exists()
+def test_every_number_has_a_rule_and_every_rule_a_setting():
+    flat = config.flatten(dataclasses.asdict(TrainConfig()))
+    chosen = {key for key, value in flat.items() if isinstance(value, bool | str) or key == "channels_last"}
+    assert set(flat) - chosen <= set(limits.RULES) <= set(flat)
+
+
+BAD = [
+    ("data", "", "'digits', a folder or shards"),
+    ("seed", -1, "in [0, 4294967295]"),
+    ("seed", 2**32, "in [0, 4294967295]"),
+    ("model.image_size", 33, "one of 32, 64, 128"),
+    ("model.ndf", 0, "at least 1"),
+    ("model.n_rkhs", -1, "at least 1"),
+    ("model.n_depth", 0, "at least 1"),
+    ("loss.pairs", ["5>1x"], "different pairs A>C"),
+    ("loss.pairs", ["1>3"], "different pairs A>C"),
+    ("loss.pairs", ["1>5", "1>5"], "different pairs A>C"),
+    ("loss.pairs", ["1-5"], "different pairs A>C"),
+    ("loss.pairs", [], "different pairs A>C"),
+    ("loss.scale", 0, "null or above 0"),
+    ("loss.clip", -1, "null or above 0"),
+    ("loss.clip", INF, "null or above 0"),
+    ("loss.penalty", NAN, "at least 0"),
+    ("loss.penalty", -0.1, "at least 0"),
+    ("loss.backend", "fast", "null or one of cpu"),
+    ("augment.flip_p", 1.5, "in [0, 1]"),
+    ("augment.geometry_p", -0.1, "in [0, 1]"),
+    ("augment.translate_px", -1, "at least 0"),
+    ("augment.translate_px", 32, "below the image's 32 px"),
+    ("augment.degrees", NAN, "in [0, 180]"),
+    ("augment.shift", 1.1, "in [0, 1]"),
+    ("augment.zoom", [1.1, 0.9], "smallest <= largest, each above 0"),
+    ("augment.zoom", [0.0, 1.0], "smallest <= largest, each above 0"),
+    ("augment.shear_degrees", 90, "in [0, 90)"),
+    ("augment.crop_area", [0.3, 1.1], "smallest <= largest, each in (0, 1]"),
+    ("augment.crop_ratio", [0.7, INF], "smallest <= largest, each above 0"),
+    ("augment.jitter", [0.4, 0.4, 0.4, 0.6], "hue in [0, 0.5]"),
+    ("augment.jitter", [-0.4, 0.4, 0.4, 0.1], "hue in [0, 0.5]"),
+    ("augment.jitter_p", NAN, "in [0, 1]"),
+    ("augment.gray_p", 2, "in [0, 1]"),
+    ("augment.mean", [0.5, 0.5, 125.3], "each in [0, 1]"),
+    ("augment.std", [0.2, 0.0, 0.2], "each above 0"),
+    ("optim.epochs", -1, "at least 1"),
+    ("optim.batch_size", 1, "at least 2 (the negatives are the other images)"),
+    ("optim.accumulate", 0, "at least 1"),
+    ("optim.lr", 0, "above 0"),
+    ("optim.lr", INF, "above 0"),
+    ("optim.betas", [0.8, 1.0], "each in [0, 1)"),
+    ("optim.eps", 0, "above 0"),
+    ("optim.weight_decay", -1e-5, "at least 0"),
+    ("optim.warmup_updates", -1, "at least 0"),
+    ("optim.milestones", [280, 250], "rising epochs from 1 on"),
+    ("optim.milestones", [0], "rising epochs from 1 on"),
+    ("optim.gamma", 0, "in (0, 1]"),
+    ("run.max_steps", 0, "null or at least 1"),
+    ("run.max_minutes", NAN, "null or above 0"),
+    ("run.log_every", 0, "at least 1"),
+    ("run.save_minutes", -1, "at least 0"),
+    ("run.keep", 1, "at least 2 (a damaged checkpoint needs one before it)"),
+    ("run.workers", -1, "at least 0"),
+    ("run.memory_limit_mb", 0, "at least 1"),
+]
+
+
+def test_every_rule_is_tried():
+    assert {key for key, _, _ in BAD} == set(limits.RULES)
+
+
+@pytest.mark.parametrize(("key", "value", "need"), BAD)
+def test_a_bad_setting_is_named_with_what_it_must_be_and_what_it_is(key, value, need):
+    part, _, name = key.rpartition(".")
+    settings = TrainConfig()
+    section = getattr(settings, part) if part else settings
+    setattr(section, name, tuple(value) if isinstance(value, list) else value)
+    with pytest.raises(ValueError, match=f"^{re.escape(key)}: must be ") as caught:
+        config.check(settings)
+    assert need in str(caught.value)
+    assert str(caught.value).endswith(f", got {limits.shown(value)}")
+
+
+def test_a_choice_outside_its_type_is_refused():
+    with pytest.raises(ValueError, match=r"augment\.geometry: must be one of translate, affine, crop, none, got warp"):
+        config.check(TrainConfig(augment=AugmentConfig(geometry="warp")))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"augment\.zoom: must be smallest <= largest, each above 0, got \[0.0, 1.0\]"):
+        augment.TwoViews(AugmentConfig(zoom=(0.0, 1.0)), 32)
+
+
+@pytest.mark.parametrize(("image_size", "width"), [(32, 512), (64, 1024), (128, 1024)])
+def test_embeddings_narrower_than_the_trunk_are_refused(image_size, width):
+    config.check(TrainConfig(model=ModelConfig(image_size=image_size, n_rkhs=width)))
+    with pytest.raises(ValueError, match=rf"model\.n_rkhs: must be at least {width} .* got {width - 1}"):
+        config.check(TrainConfig(model=ModelConfig(image_size=image_size, n_rkhs=width - 1)))
+
+
+def test_no_clip_is_legal(tmp_path):
+    assert parse(tmp_path, "--loss.clip", "null").loss.clip is None
+    assert config.load(tmp_path / "run").loss.clip is None
+
+
+def test_a_refused_setting_leaves_no_folder(tmp_path):
+    for argv in (["--batch-size", "1"], ["--preset", "cifar"]):
+        with pytest.raises(ValueError, match="must be"):
+            parse(tmp_path, *argv)
+        assert not (tmp_path / "run").exists()
 
 
 def test_cli_errors_are_one_line_and_status_2(tmp_path, capsys):
@@ -109,6 +243,26 @@ def test_cli_errors_are_one_line_and_status_2(tmp_path, capsys):
     assert cli.main(["train", "simsiam"]) == 2
     assert cli.main(["tarin"]) == 2
     assert "command: must be one of train, eval, doctor" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ("train amdim --optim.epochss 3", "--optim.epochss: no such option; did you mean --optim.epochs?"),
+        ("train amdim --epoch 3", "--epoch: no such option; did you mean --optim.epochs?"),
+        ("train amdim --zzzz", "--zzzz: no such option; --help lists them"),
+        ("train amdim --lr abc", "optim.lr: must be float, got abc"),
+        ("train amdim --loss.clip abc", "loss.clip: must be float or null, got abc"),
+        ("train amdim --augment.geometry warp", GEOMETRY),
+        ("train amdim --augment.zoom [1]", "augment.zoom: Expected a tuple with 2 elements. Got value: [1]"),
+        ("train amdim --optim.lr", "argument --optim.lr: expected one argument"),
+        ("eval", "the following arguments are required: run"),
+        ("eval RUN --drawss 3", "--drawss: no such option; did you mean --draws?"),
+    ],
+)  # fmt: skip
+def test_a_slip_on_the_command_line_is_one_line(argv, line, capsys):
+    assert cli.main(argv.split()) == 2
+    assert capsys.readouterr().err == f"fused-nce: {line}\n"
 
 
 def test_cli_help_version_and_doctor(capsys):

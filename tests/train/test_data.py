@@ -17,7 +17,9 @@ from fused_nce.train.data import load_split, open_source
 
 def picture(value, size=(32, 32), kind="PNG"):
     buffer = io.BytesIO()
-    Image.new("RGB", size, (value % 256, 2 * value % 256, 7)).save(buffer, kind)
+    image = Image.new("RGB", size, (value % 256, 2 * value % 256, 7))
+    image.paste((200, 100, 0), (size[0] // 2, size[1] // 2, size[0], size[1]))
+    image.save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -168,11 +170,13 @@ def first_batches(tmp_path, geometry, workers, limit_mb, position=0, count=3):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_read_as_they_go_are_those_held_in_memory(tmp_path, workers, monkeypatch):
-    write_folder(tmp_path, 10)
-    _, held = first_batches(tmp_path, "translate", 0, 64)
+@pytest.mark.parametrize("geometry", ["translate", "crop"])
+def test_the_memory_limit_changes_no_batch(tmp_path, workers, geometry, monkeypatch):
+    """Wide images: a crop must come from the whole of one, held or not."""
+    write_folder(tmp_path, 10, size=(90, 40))
+    _, held = first_batches(tmp_path, geometry, 0, 64)
     monkeypatch.setattr(loader, "decoded_bytes", lambda source, size: 1 << 40)
-    source, streamed = first_batches(tmp_path, "translate", workers, 64)
+    source, streamed = first_batches(tmp_path, geometry, workers, 64)
     assert source.held is None
     for ours, theirs in zip(streamed, held, strict=True):
         assert torch.equal(ours.images, theirs.images)
@@ -188,6 +192,25 @@ def test_crops_of_workers_depend_on_the_position_alone(tmp_path, monkeypatch):
     _, again = first_batches(tmp_path, "crop", 2, 64, position=2, count=1)
     assert whole[2].images.shape == (4, 2, 3, 32, 32)
     assert torch.equal(whole[2].images, again[0].images)
+
+
+def test_an_image_is_cropped_anew_at_every_position(tmp_path):
+    write_folder(tmp_path, 4, size=(50, 40))
+    reader = loader.Reader(open_source(str(tmp_path), "train"), TrainConfig(augment=AugmentConfig(geometry="crop")))
+    first, again, later = (reader[key][0] for key in ((0, 3), (0, 3), (7, 3)))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+    assert not torch.equal(*first)  # nor are the two views one
+
+
+def test_a_replacement_brings_its_own_label(tmp_path, monkeypatch):
+    write_folder(tmp_path, 100)
+    (tmp_path / "ant" / "0098.png").write_bytes(b"")  # the last of its class
+    held = load_split(str(tmp_path), "train", 32)
+    assert held.labels.tolist() == [0] * 49 + [1] * 51
+    monkeypatch.setattr(loader, "decoded_bytes", lambda source, size: 1 << 40)
+    _, batches = first_batches(tmp_path, "translate", 0, 64, count=25)
+    assert torch.cat([b.labels for b in batches]).sum() == 51
 
 
 def test_a_damaged_image_on_the_way_keeps_the_batch_full(tmp_path, monkeypatch):

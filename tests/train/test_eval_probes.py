@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 
-from fused_nce.train import probes
+from fused_nce.train import logistic, probes
 from fused_nce.train.probes import C_GRID, Fitted
 
 
@@ -67,11 +68,55 @@ def test_rotating_into_the_rows_changes_no_prediction(c):
     assert 0.4 < (direct == labels_of_queries).mean() < 0.95  # neither hopeless nor too easy to tell
 
 
+def test_correlated_features_do_not_stall_the_solver():
+    """Singular values over five orders of magnitude: the usual coordinates would need thousands of steps."""
+    features, labels = blobs(3000, 60, classes=5, spread=2.0)
+    mixing = np.random.default_rng(1).standard_normal((60, 60)) @ np.diag(np.logspace(0, -5, 60))
+    x = features @ mixing.astype(np.float32)
+    x, _ = probes.standardise(x, x)
+    found = probes.fit_predict(x, labels, x, 1.0)
+    exact = LogisticRegression(C=1.0, solver="newton-cholesky", tol=1e-8).fit(x.astype(np.float64), labels)
+    assert found.converged
+    assert (found.predicted == exact.predict(x)).mean() > 0.995
+    assert 0.5 < (found.predicted == labels).mean() < 0.95
+
+
+def test_the_weights_are_those_of_scikit_learn():
+    features, labels = blobs(400, 20, spread=2.0)
+    x, _ = probes.standardise(features, features)
+    for c in (1e-2, 1.0):
+        known = torch.from_numpy(x)
+        model = logistic.fit(known, torch.from_numpy(labels), c, logistic.principal_axes(known))
+        exact = LogisticRegression(C=c, solver="newton-cholesky", tol=1e-10).fit(x.astype(np.float64), labels)
+        centred = model.bias - model.bias.mean()
+        np.testing.assert_allclose(model.weight.numpy(), exact.coef_, atol=0.01 * np.abs(exact.coef_).max())
+        np.testing.assert_allclose(centred.numpy(), exact.intercept_ - exact.intercept_.mean(), atol=0.01)
+
+
+def test_labels_need_not_be_numbered_without_gaps():
+    features, labels = blobs(90, 10)
+    gaps = np.array([1, 4, 9])[labels]
+    found = probes.fit_predict(features, gaps, features, 1.0)
+    plain = probes.fit_predict(features, labels, features, 1.0)
+    assert np.array_equal(found.predicted, np.array([1, 4, 9])[plain.predicted])
+
+
+def test_a_fit_leaves_the_threads_as_they_were():
+    features, labels = blobs(90, 10)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        probes.fit_predict(features, labels, features, 1.0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_choose_c_takes_the_best_and_the_strongest_among_equals(monkeypatch):
     right = dict(zip(C_GRID, [3, 8, 8, 7, 2, 1], strict=True))
     labels = np.zeros(10, dtype=np.int64)
 
-    def fake(features, labels_, queries, c):
+    def fake(features, labels_, queries, c, axes):
         predicted = np.ones(10, dtype=np.int64)
         predicted[: right[c]] = 0
         return Fitted(predicted, c, True)

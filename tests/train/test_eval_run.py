@@ -58,6 +58,7 @@ def test_the_files_say_the_same(evaluated):
     best = max(result["probes"], key=lambda row: row["accuracy_pct"])
     assert f"{best['accuracy_pct']:.1f}" in page
     assert not list(folder.glob(".tmp*"))
+    assert not list(folder.glob("*.partial.*"))
 
 
 def test_confusion_matrix_counts_the_test_images_once(evaluated):
@@ -92,6 +93,41 @@ def test_the_command_prints_the_table_and_the_path(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "f1  trained" in out
     assert out.rstrip().endswith(f"Report: {folder / 'report.html'}")
+
+
+def test_a_failed_timing_of_the_loss_costs_no_result(tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise RuntimeError("measuring the loss failed (exit 1): killed")
+
+    monkeypatch.setattr(loss_cost, "measure", fail)
+    folder = make_run(tmp_path / "run")
+    options = ["--draws=2", "--labels_per_class=5", "--baselines=false", "--taps=[f1]"]
+    assert cli.main(["eval", str(folder), *options]) == 1
+    printed = capsys.readouterr()
+    assert "f1  trained" in printed.out
+    assert "fused-nce: measuring the loss failed (exit 1): killed" in printed.err
+    assert json.loads((folder / "eval.json").read_text())["loss_cost_error"].endswith("killed")
+    assert "Not measured in this evaluation: measuring the loss failed" in (folder / "report.html").read_text()
+
+
+def test_accuracies_are_on_the_disk_as_they_come(tmp_path, monkeypatch, capsys):
+    """The second feature set fails: the first one's accuracies are there, and an older evaluation is untouched."""
+    folder, real = make_run(tmp_path / "run"), scoring.score
+    (folder / "eval.csv").write_text("older")
+    done: list[int] = []
+
+    def fail_later(*args):
+        if done:
+            raise RuntimeError("out of memory")
+        done.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(scoring, "score", fail_later)
+    assert cli.main(["eval", str(folder), "--draws=2", "--labels_per_class=5", "--baselines=false"]) == 2
+    assert "fused-nce: out of memory" in capsys.readouterr().err
+    with (folder / "eval.partial.csv").open(newline="") as file:
+        assert [(row["encoder"], row["tap"]) for row in csv.DictReader(file)] == [("trained", "f1")] * 4
+    assert (folder / "eval.csv").read_text() == "older"
 
 
 @pytest.mark.parametrize(
@@ -176,7 +212,7 @@ def test_every_pair_of_the_loss_is_a_term(monkeypatch):
     seen: dict = {}
     monkeypatch.setattr(loss_cost, "measure", lambda *args: seen.update(args=args) or {})
     settings = TrainConfig(precision="fp32")
-    evaluate._loss_cost(settings)
+    assert evaluate._loss_cost(settings) == {"loss_cost": {}}
     assert seen["args"] == (200, [(1, 25), (1, 25), (1, 49), (1, 49), (1, 25), (1, 25)], 1024, torch.float32)
     settings.loss = dataclasses.replace(settings.loss, pairs=("5>7",), antecedents="all")
     evaluate._loss_cost(settings)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torchvision.transforms.v2 import functional as TF
 
-from fused_nce.train import checkpoint, command, loader, rng
+from fused_nce.train import checkpoint, command, loader, rng, step
 from fused_nce.train.loop import Diverged, Trainer
 
 TINY = [
@@ -171,6 +171,53 @@ def test_updates_that_are_not_finite_are_skipped_without_a_trace(tmp_path):
     assert int(saved["model/encoder.head5.out_norm.num_batches_tracked"]) == 2 * 5
 
 
+def test_a_run_without_a_single_update_is_no_success(tmp_path, capsys, monkeypatch):
+    run = trainer(tmp_path / "a", "--max-steps=3")
+    run.views = Poison(run.views, {1, 2, 3})
+    with pytest.raises(Diverged, match="all 3 updates were skipped"):
+        run.run()
+    assert checkpoint.steps(tmp_path / "a") == []
+    whole = Trainer.__init__
+
+    def poisoned(self, *args, **options):
+        whole(self, *args, **options)
+        self.views = Poison(self.views, bad)
+
+    monkeypatch.setattr(Trainer, "__init__", poisoned)
+    bad = {1, 2, 3}
+    assert command.main(["amdim", *TINY, "--max-steps=3", "--out", str(tmp_path / "b")]) == 1
+    assert "all 3 updates were skipped" in capsys.readouterr().err
+    bad = {2}
+    assert command.main(["amdim", *TINY, "--max-steps=3", "--out", str(tmp_path / "c")]) == 0
+    assert "1 of 3 updates skipped (loss or gradient not finite)" in capsys.readouterr().out
+
+
+def test_a_broken_probe_does_not_hold_up_the_encoder(tmp_path):
+    """With every gradient of the probes infinite, the encoder goes through the very weights of a healthy run."""
+    healthy = trainer(tmp_path / "a", "--max-steps=5")
+    healthy.run()
+    run = trainer(tmp_path / "b", "--max-steps=5")
+    before = {name: p.clone() for name, p in run.probes.state_dict().items()}
+    run.probes.linear.weight.register_hook(lambda grad: grad * float("inf"))
+    run.run()
+    assert (run.skipped, run.probes_skipped) == (0, 5)
+    assert log(tmp_path / "b")[-1]["probes_skipped"] == 5
+    ours, theirs = run.model.state_dict(), healthy.model.state_dict()
+    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
+    assert [k for k, v in run.probes.state_dict().items() if not torch.equal(v, before[k])] == []
+    assert command.lost(run) == ", the online probes skipped 5"
+
+
+@pytest.mark.parametrize("pairs", ["1>5,1>7,5>5", "1>5", "7>7", "5>7", "1>1"])
+def test_ddp_is_told_of_unused_parameters_exactly_where_there_are_some(tmp_path, pairs):
+    run = trainer(tmp_path / "a", f"--loss.pairs=[{pairs}]")
+    images, labels, _ = next(run.loader.batches(0))
+    run.module(*run.views(images), labels)[0].backward()
+    unused = [name for name, p in run.module.named_parameters() if p.grad is None]
+    assert step.leaves_some_unused(run.config.loss.pairs) == bool(unused)
+    assert run.accelerator.ddp_handler.find_unused_parameters == bool(unused)
+
+
 def test_the_fourth_in_a_row_stops_with_a_dump_and_without_a_checkpoint(tmp_path):
     run = trainer(tmp_path / "a", "--max-steps=20")
     run._save()
@@ -235,8 +282,7 @@ def test_a_signal_saves_and_exits_0_and_the_run_resumes(tmp_path, number):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0, printed
     assert "interrupted at step" in printed
-    step = int(checkpoint.newest(out).name[5:])
-    assert resumed(out).step == step >= 4
+    assert resumed(out).step == int(checkpoint.newest(out).name[5:]) >= 4
 
 
 def test_a_time_limit_stops_the_run_and_saves(tmp_path):
@@ -294,3 +340,11 @@ def test_two_processes_train_resume_exactly_and_refuse_to_be_one(tmp_path):
     assert untimed(log(tmp_path / "b")) == untimed(log(tmp_path / "a"))
     with pytest.raises(ValueError, match="was saved by 2 processes; got 1, need the same"):
         resumed(tmp_path / "a")
+
+
+@pytest.mark.nightly  # as above
+@pytest.mark.parametrize("pairs", ["1>5", "7>7"])
+def test_two_processes_train_pairs_that_leave_a_head_unused(tmp_path, pairs):
+    status, printed = distributed(*TINY, f"--loss.pairs=[{pairs}]", f"--out={tmp_path / 'a'}", "--max-steps=4")
+    assert status == 0, printed
+    assert log(tmp_path / "a")[-1]["step"] == 4

@@ -8,6 +8,11 @@ TAPS = ("f1", "f5", "f7", "h5", "h7")
 IMAGE_SIZES = (32, 64, 128)
 
 
+def trunk_width(image_size: int, ndf: int) -> int:
+    """Channels of the widest map of the trunk, which the embeddings must not be narrower than."""
+    return (4 if image_size == 32 else 8) * ndf
+
+
 class AMDIMEncoder(nn.Module):
     """Image to `{tap: map}`.
 
@@ -34,7 +39,7 @@ class AMDIMEncoder(nn.Module):
         init: Init = "amdim",
     ) -> None:
         super().__init__()
-        width = (4 if image_size == 32 else 8) * ndf
+        width = trunk_width(image_size, ndf)
         _check(image_size, ndf, n_rkhs, n_depth, init, width)
 
         def block(c_in: int, c_out: int, w: int, s: int) -> ResBlock:

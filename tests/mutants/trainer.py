@@ -1,0 +1,175 @@
+"""Faults in encoders, augmentation, training and evaluation, each with the test file that must notice it."""
+
+from __future__ import annotations
+
+from tests.mutants.faults import Fault
+
+TRAIN, MODELS = "fused_nce/train", "fused_nce/models"
+
+
+def fault(reason: str, file: str, find: str, replace: str, *tests: str) -> Fault:
+    return Fault(reason, file, find, replace, tests)
+
+
+TRAINER = (
+    # ---- encoder
+    fault(
+        "activation after the residual sum",
+        f"{MODELS}/encoders/blocks.py",
+        "        return branch + shortcut\n",
+        "        return F.relu(branch + shortcut)\n",
+        "tests/models/test_encoder.py",
+    ),
+    fault(
+        "branches of the blocks not zero at the start",
+        f"{MODELS}/encoders/blocks.py",
+        "        nn.init.zeros_(weight)",
+        "        kaiming_(weight)",
+        "tests/models/test_encoder.py",
+    ),
+    fault(
+        "both views in one batch: BatchNorm mixes them",
+        f"{MODELS}/amdim.py",
+        "losses: Losses = self.loss(self.encode(view1), self.encode(view2))",
+        "both = self.encode(torch.cat((view1, view2)))\n"
+        "        losses: Losses = self.loss(*({k: v.chunk(2)[i] for k, v in both.items()} for i in (0, 1)))",
+        "tests/models/test_amdim.py",
+    ),
+    # ---- data and augmentation
+    fault(
+        "flip drawn for each view",
+        f"{TRAIN}/augment.py",
+        "both = geometry.flip(pair.reshape(count, -1, *size[1:]), c.flip_p)",
+        "both = torch.cat([geometry.flip(pair[:, view], c.flip_p) for view in (0, 1)], 1)",
+        "tests/train/test_augment.py",
+    ),
+    fault(
+        "one draw of grayscale for the whole batch",
+        f"{TRAIN}/colour.py",
+        "chosen = (torch.rand(len(x)) < p).nonzero()",
+        "chosen = (torch.rand(1) < p).expand(len(x)).nonzero()",
+        "tests/train/test_augment.py",
+    ),
+    fault(
+        "the same crops of an image in every epoch",
+        f"{TRAIN}/loader.py",
+        "torch.manual_seed(hash((self.seed, position, asked)))",
+        "torch.manual_seed(hash((self.seed, asked)))",
+        "tests/train/test_data.py",
+    ),
+    fault(
+        "small sets cropped from a centre square",
+        f"{TRAIN}/loader.py",
+        'if config.augment.geometry != "crop" and decoded_bytes',
+        "if decoded_bytes",
+        "tests/train/test_data.py",
+    ),
+    fault(
+        "a damaged image's label on its replacement",
+        f"{TRAIN}/data.py",
+        "labels[i] = source.labels[index]",
+        "labels[i] = source.labels[i]",
+        "tests/train/test_data.py",
+    ),
+    # ---- training
+    fault(
+        "upstream presets with the paper's λ",
+        f"{TRAIN}/config.py",
+        "penalty: float = 0.05",
+        "penalty: float = 0.04",
+        "tests/train/test_config.py",
+    ),
+    fault(
+        "warm-up starts at rate 0",
+        f"{TRAIN}/optim.py",
+        "min(1.0, (update + 1) / config.warmup_updates)",
+        "min(1.0, update / config.warmup_updates)",
+        "tests/train/test_optim_probes.py",
+    ),
+    fault(
+        "AdamW for Adam",
+        f"{TRAIN}/optim.py",
+        "return torch.optim.Adam(",
+        "return torch.optim.AdamW(",
+        "tests/train/test_optim_probes.py",
+    ),
+    fault(
+        "online probes train the encoder",
+        f"{TRAIN}/online_probes.py",
+        "x = features.detach().flatten(1)",
+        "x = features.flatten(1)",
+        "tests/train/test_optim_probes.py",
+    ),
+    fault(
+        "a resumed run starts its epoch anew",
+        f"{TRAIN}/loop.py",
+        "batches = self.loader.batches(self.step * config.optim.accumulate)",
+        "batches = self.loader.batches(0)",
+        "tests/train/test_loop.py",
+    ),
+    fault(
+        "a skipped update leaves its NaN in BatchNorm",
+        f"{TRAIN}/loop.py",
+        "            self._restore(buffers)\n            self._skip(",
+        "            self._skip(",
+        "tests/train/test_loop.py",
+    ),
+    fault(
+        "a broken probe holds up the encoder",
+        f"{TRAIN}/loop.py",
+        "        if bad:\n",
+        "        if bad or bad_probes:\n",
+        "tests/train/test_loop.py",
+    ),
+    fault(
+        "success without a single update",
+        f"{TRAIN}/loop.py",
+        "if self.skipped == self.step > 0 and",
+        "if False and",
+        "tests/train/test_loop.py",
+    ),
+    fault(
+        "moments in another memory format than their weights",
+        f"{TRAIN}/checkpoint.py",
+        "fits = torch.empty_like(like, dtype=value.dtype) if value.dim() else torch.empty_like(value)",
+        "fits = torch.empty_like(value)",
+        "tests/train/test_checkpoint.py",
+        "tests/train/test_loop.py",
+    ),
+    # ---- evaluation
+    fault(
+        "features with the statistics of the test batch",
+        f"{TRAIN}/features.py",
+        "    model.eval()\n    encode",
+        "    model.train()\n    encode",
+        "tests/train/test_eval_features.py",
+    ),
+    fault(
+        "test images in the standardisation",
+        f"{TRAIN}/probes.py",
+        "mean = bank.mean(axis=0, dtype=np.float64)",
+        "mean = np.concatenate([bank, queries]).mean(axis=0, dtype=np.float64)",
+        "tests/train/test_eval_probes.py",
+    ),
+    fault(
+        "the penalty chosen on rows that were fitted",
+        f"{TRAIN}/probes.py",
+        "found = fit_predict(known, labels[rows], features[held], c, own)",
+        "held = rows\n            found = fit_predict(known, labels[rows], features[held], c, own)",
+        "tests/train/test_eval_probes.py",
+    ),
+    fault(
+        "the probe's penalty not divided by the rows",
+        f"{TRAIN}/logistic.py",
+        "weight.square().sum() / (2 * c * n)",
+        "weight.square().sum() / (2 * c)",
+        "tests/train/test_eval_probes.py",
+    ),
+    fault(
+        "kNN by dot product",
+        f"{TRAIN}/knn.py",
+        "bank = functional.normalize(bank.float(), dim=1)",
+        "bank = bank.float()",
+        "tests/train/test_eval_knn.py",
+    ),
+)
