@@ -13,18 +13,12 @@ from typing import Any
 
 import torch
 
+from fused_nce.train.host import cores, cpuinfo, processor
+
 ROOT = Path(__file__).resolve().parent.parent
 ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
 # Numbers come from the code, not from the documents that quote them.
 NOT_CODE = (":!bench/results", ":!docs", ":!*.md")
-
-
-def _cpuinfo(key: str) -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == key:
-            return value.strip()
-    return ""
 
 
 def _caches_kib() -> dict[str, int]:
@@ -38,12 +32,12 @@ def _caches_kib() -> dict[str, int]:
 
 def facts() -> dict[str, Any]:
     """CPU, instruction sets, cores, threads, caches, memory."""
-    flags = set(_cpuinfo("flags").split())
+    flags = set(cpuinfo("flags").split())
     return {
-        "cpu_model": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "cpu_model": processor(),
         "isa_flags": [flag for flag in ISA_FLAGS if flag in flags],
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "cache": _caches_kib(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

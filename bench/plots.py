@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from .rivals import RIVALS
-from .verdict import time_ms
+from bench.rivals import RIVALS
+from bench.verdict import time_ms
 
 matplotlib.use("Agg")
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cases import CLIP, PENALTY, Case
-from . import naive
+from bench.cases import CLIP, PENALTY, Case
+from fused_nce.train.loss_cost import naive_loss
 
 Step = Callable[[], Tensor]  # one forward and backward: the loss; gradients in the leaves' .grad
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -24,7 +24,7 @@ class Rival(NamedTuple):
 
 
 def _naive() -> Loss:
-    return lambda a, c: naive.amdim_nce(a, c, clip=CLIP, penalty=PENALTY)
+    return lambda a, c: naive_loss(a, c, clip=CLIP, penalty=PENALTY)
 
 
 def _compiled() -> Loss:
