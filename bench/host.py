@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -17,6 +18,7 @@ from fused_nce.train.host import cores, cpuinfo, processor
 
 ROOT = Path(__file__).resolve().parent.parent
 ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
+CODE_ENDINGS = (".cpp", ".cu", ".cuh", ".h", ".inl")
 # Numbers come from the code, not from the documents that quote them.
 NOT_CODE = (":!bench/results", ":!docs", ":!*.md")
 
@@ -66,8 +68,25 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "fused_nce": fused_nce.__version__,
         "numpy": metadata.version("numpy"),
+        "triton": _version("triton"),
         "kernels": ", ".join(f"{k} {v}" for k, v in module.build_info().items()) if module else f"none: {reason}",
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def sources_sha256() -> str:
+    """A fingerprint of the code that a figure depends on: it names the code where there is no repository to ask."""
+    digest = hashlib.sha256()
+    for folder, endings in {"fused_nce": (".py",), "csrc": CODE_ENDINGS, "bench": (".py",)}.items():
+        for path in sorted(path for path in (ROOT / folder).rglob("*") if path.suffix in endings):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def commit() -> dict[str, Any]:

@@ -10,23 +10,19 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench import roofline
+from bench.gpu import tables as gpu_tables
 from bench.host import ROOT
 from bench.rivals import RIVALS
+from bench.text import markdown
 from bench.verdict import LIBRARY_LABELS, cells, judged, linear_fit, time_ms
 
 PUBLISHED = ROOT / "bench/results/cpu-intel-xeon-2c-amx.json"  # the host that the documents quote
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 Record = dict[str, Any]
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; first column left, the others right."""
-    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def shape(row: Record) -> str:
@@ -151,6 +147,12 @@ def report(record: Record) -> str:
     return "\n\n".join(parts)
 
 
+def newest_gpu_record() -> Record | None:
+    """The last committed run on a card; None before there is one."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in PUBLISHED.parent.glob("gpu-*.json")]
+    return max(records, key=lambda record: record["date_utc"], default=None)
+
+
 BLOCKS: dict[str, Callable[[Record], str]] = {
     "cpu-table": main_table,
     "cpu-targets": targets_table,
@@ -159,6 +161,7 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "cpu-memory-fit": memory_fit,
     "cpu-host": host_line,
     "when-it-matters": lambda record: roofline.table(),
+    "gpu": lambda record: gpu_tables.block(newest_gpu_record()),
 }
 
 

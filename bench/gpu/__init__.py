@@ -1,1 +1,1 @@
-"""The losses on one GPU against the rivals that people use: `python -m bench.gpu`, or all of it by `bash bench/gpu.sh`."""
+"""The losses on one GPU against the rivals that people use: `python -m bench.gpu`, within `bash bench/gpu.sh`."""

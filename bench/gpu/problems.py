@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+TINY = "tiny "
+SWEEP = "sweep over widths"
 GRADIENTS = ("scores", "grad_q", "grad_k")  # the GEMMs that no loss with both gradients can do without
 
 
@@ -32,6 +34,7 @@ class Problem:
     gemms: tuple[str, ...] = GRADIENTS
     target: Target | None = None
     workspace_mb: int | None = None  # the limit for this call, None for the default
+    role: str = "table"
 
     @property
     def flop(self) -> int:
@@ -44,10 +47,11 @@ class Problem:
         return self.n * self.m
 
     def tiny(self) -> Problem:
-        """The same call at a size that any machine runs at once: what the runner's own test measures."""
-        n = min(self.n, 8)
-        m = n * min(self.n_c, 3) if self.loss == "amdim_nce" else n if self.n == self.m else 24
-        return replace(self, n=n, m=m, d=min(self.d, 16), n_c=min(self.n_c, 3), steps=min(self.steps, 2))
+        """The same call at a size that any machine runs at once, and so named: what tries the runner."""
+        n, n_c = min(self.n, 8), min(self.n_c, 3)
+        m = n * n_c if n_c > 1 else n if self.n == self.m else 24
+        label, d, steps = TINY + self.label, self.d // 16, min(self.steps, 2)
+        return replace(self, label=label, n=n, m=m, d=d, n_c=n_c, steps=steps)
 
 
 def amdim(images: int, d: int, n_c: int = 49, target: Target | None = None, workspace_mb: int | None = None) -> Problem:
@@ -66,6 +70,11 @@ GLOBAL = amdim(1008, 2560, target=Target(1.2, 4.4, 1.18, 130.0))
 BOUNDED = replace(amdim(1008, 2560, workspace_mb=32), target=None)
 BOUNDED_SLOWDOWN = 1.3  # BOUNDED over GLOBAL, at most
 
+# The queue's keys want no gradient: two GEMMs. "≈ 0" of extra memory is read as a sixteenth of the bf16 scores.
+MOCO = replace(
+    Problem("moco_nce", "MoCo 256 × 65,536, D 128", 256, 65536, 128, target=Target(0.035, 10.0, 2.8, 2.1)),
+    gemms=("scores", "grad_q"),
+)
 # Both sides' statistics must be there before any weight: in a bounded workspace the scores are computed twice.
 TWO_SIDED = ("scores", "scores_again", "grad_q", "grad_k")
 TABLE = (
@@ -73,11 +82,7 @@ TABLE = (
     amdim(126, 2560, target=Target(0.045, 7.0, 1.5, 5.0)),
     GLOBAL,
     BOUNDED,
-    # The queue's keys want no gradient: two GEMMs. "≈ 0" of extra memory is read as a sixteenth of the bf16 scores.
-    Problem(
-        "moco_nce", "MoCo 256 × 65,536, D 128", 256, 65536, 128,
-        gemms=("scores", "grad_q"), target=Target(0.035, 10.0, 2.8, 2.1),
-    ),  # fmt: skip
+    MOCO,
     # Rows and columns are one tensor, dz = (W + Wᵀ)z: two GEMMs.
     square("nt_xent", "SimCLR", 65536, 128, Target(8.0, 10.0, 2.8, 256.0), gemms=("scores", "grad_q")),
     square("clip_loss", "CLIP", 32768, 512, Target(7.2, 3.8, 1.9, 256.0), gemms=TWO_SIDED),
@@ -90,7 +95,7 @@ TABLE = (
 
 # Where the flash kernels hand over to the GEMM loop: one shape, many widths.
 CROSSOVER_WIDTHS = (64, 128, 192, 256, 384, 512)
-CROSSOVER = tuple(amdim(256, d) for d in CROSSOVER_WIDTHS)
+CROSSOVER = tuple(replace(amdim(256, d), role=SWEEP) for d in CROSSOVER_WIDTHS)
 
 QUICK_TABLE = tuple(p for p in TABLE if p.loss in ("amdim_nce", "moco_nce"))
-QUICK_CROSSOVER = tuple(amdim(256, d) for d in (128, 512))
+QUICK_CROSSOVER = tuple(p for p in CROSSOVER if p.d in (64, 192, 512))
