@@ -21,6 +21,7 @@ from bench.plots import DPI, STYLES, Style, milliseconds
 
 Record = dict[str, Any]
 GREY = "#555555"
+LABELS = {"bound": "the least GEMMs"}
 BACKENDS = {
     "triton": Style("triton", "#009E73", "D"),
     "cuda": Style("cuda", "#0072B2", "o"),
@@ -68,7 +69,13 @@ def _dots(
         if points:
             style = STYLES[name]
             marker = style.marker or "|"
-            ax.plot(*zip(*points, strict=True), marker, color=style.colour, markersize=8, label=style.label)
+            ax.plot(
+                *zip(*points, strict=True),
+                marker,
+                color=style.colour,
+                markersize=8,
+                label=LABELS.get(name, style.label),
+            )
             shown = True
     if not shown:
         return None
@@ -95,7 +102,7 @@ def _widths(rows: list[Record], clock: str) -> Figure | None:
             ax.plot(*zip(*points, strict=True), "-", marker=style.marker, color=style.colour, label=style.label)
     floor = [(row["d"], ms) for row in rows if (ms := time_ms(row, "bound", clock)) is not None]
     if floor:
-        ax.plot(*zip(*floor, strict=True), "--", color=GREY, label=STYLES["bound"].label)
+        ax.plot(*zip(*floor, strict=True), "--", color=GREY, label=LABELS["bound"])
     ax.set_title(f"AMDIM, {rows[0]['n']} × {rows[0]['m']} scores: our backends", fontsize=10.5, loc="left")
     ax.set_xlabel("width D", fontsize=9)
     ax.set_ylim(bottom=0)
