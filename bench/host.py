@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -13,18 +14,13 @@ from typing import Any
 
 import torch
 
+from fused_nce.train.host import cores, cpuinfo, processor
+
 ROOT = Path(__file__).resolve().parent.parent
 ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
+CODE_ENDINGS = (".cpp", ".cu", ".cuh", ".h", ".inl")
 # Numbers come from the code, not from the documents that quote them.
 NOT_CODE = (":!bench/results", ":!docs", ":!*.md")
-
-
-def _cpuinfo(key: str) -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == key:
-            return value.strip()
-    return ""
 
 
 def _caches_kib() -> dict[str, int]:
@@ -38,12 +34,12 @@ def _caches_kib() -> dict[str, int]:
 
 def facts() -> dict[str, Any]:
     """CPU, instruction sets, cores, threads, caches, memory."""
-    flags = set(_cpuinfo("flags").split())
+    flags = set(cpuinfo("flags").split())
     return {
-        "cpu_model": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "cpu_model": processor(),
         "isa_flags": [flag for flag in ISA_FLAGS if flag in flags],
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "cache": _caches_kib(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -72,8 +68,25 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "fused_nce": fused_nce.__version__,
         "numpy": metadata.version("numpy"),
+        "triton": _version("triton"),
         "kernels": ", ".join(f"{k} {v}" for k, v in module.build_info().items()) if module else f"none: {reason}",
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def sources_sha256() -> str:
+    """A fingerprint of the code that a figure depends on: it names the code where there is no repository to ask."""
+    digest = hashlib.sha256()
+    for folder, endings in {"fused_nce": (".py",), "csrc": CODE_ENDINGS, "bench": (".py",)}.items():
+        for path in sorted(path for path in (ROOT / folder).rglob("*") if path.suffix in endings):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def commit() -> dict[str, Any]:

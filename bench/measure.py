@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from bench import rivals
+from bench.cases import Case
+from bench.host import BusyMeter
+from bench.rivals import bound
+from bench.timers import Timer, wall_ms
 from fused_nce import last_path
-
-from . import rivals
-from .cases import Case
-from .host import BusyMeter
-from .rivals import bound
 
 WARMUPS = 2  # after the one that compiles; the last of them tells how many rounds the budget allows
 NOISY_SHARE = 0.05  # of all cores, in use by others: one burst of it moved a median of five rounds by half
@@ -59,8 +59,8 @@ def case_times(case: Case, names: list[str], rounds: int, budget_s: float, min_r
         "rounds": rounds,
         "others_cpu_share": round(busy, 4),
         "ours_backend": path.backend if path else None,
-        "rivals": {name: summary(times[name], case) for name in names},
-        "bound": bound_summary({key: times[key] for key in gemms}, case),
+        "rivals": {name: summary(times[name], case.flop) for name in names},
+        "bound": bound_summary({key: times[key] for key in gemms}, case.flop),
     }
 
 
@@ -78,7 +78,7 @@ def quietest(
 
 
 def interleave(
-    calls: Mapping[Any, Callable[[], Any]], rounds: int, reset: Callable[[], None]
+    calls: Mapping[Any, Callable[[], Any]], rounds: int, reset: Callable[[], None], timer: Timer = wall_ms
 ) -> dict[Any, list[float]]:
     """Milliseconds of each call in each round; the order within a round is random, and the same in every run."""
     order, shuffle = list(calls), random.Random(0).shuffle
@@ -87,44 +87,48 @@ def interleave(
         shuffle(order)
         for key in order:
             reset()  # freeing the last gradients belongs to nobody
-            begin = time.perf_counter()
-            result = calls[key]()
-            times[key].append((time.perf_counter() - begin) * 1e3)
-            del result
+            times[key].append(timer(calls[key]))
     return times
 
 
-def summary(times_ms: list[float], case: Case) -> dict[str, float]:
-    """Median, spread and rate of one rival."""
+def spread(times_ms: list[float], clock: str = "time") -> dict[str, float]:
+    """Median, interquartile range and minimum, the clock's name in the keys."""
     low, median, high = statistics.quantiles(times_ms, n=4, method="inclusive")
     return {
-        "time_ms_median": round(median, 4),
-        "time_ms_iqr": round(high - low, 4),
-        "time_ms_min": round(min(times_ms), 4),
-        "useful_gflop_per_s": round(case.flop / median / 1e6, 1),
+        f"{clock}_ms_median": round(median, 4),
+        f"{clock}_ms_iqr": round(high - low, 4),
+        f"{clock}_ms_min": round(min(times_ms), 4),
     }
 
 
-def bound_summary(times: dict[tuple[str, str], list[float]], case: Case) -> dict[str, Any]:
-    """Each GEMM at its faster library; the bound's round is the sum of the winners' times in that round."""
-    libraries = {gemm: [library for g, library in times if g == gemm] for gemm in bound.GEMMS}
-    winner = {
-        gemm: min(found, key=lambda library: statistics.median(times[gemm, library]))
-        for gemm, found in libraries.items()
-    }
-    rounds_ms = [sum(parts) for parts in zip(*(times[gemm, winner[gemm]] for gemm in bound.GEMMS), strict=True)]
+def summary(times_ms: list[float], flop: int, clock: str = "time") -> dict[str, float]:
+    """Spread, and the rate at the median, of something that takes this many FLOP."""
+    rate = flop / statistics.median(times_ms) / 1e6
+    return spread(times_ms, clock) | {"useful_gflop_per_s": round(rate, 1)}
+
+
+def bound_summary(times: dict[tuple[str, str], list[float]], flop: int, clock: str = "time") -> dict[str, Any]:
+    """Each GEMM at its faster library; the bound's round is the sum of the winners' times in that round.
+
+    Args:
+        times: (GEMM, library) → milliseconds of each round.
+        flop: of all GEMMs together, which are of one size.
+        clock: the name for the keys.
+    """
+    gemms: dict[str, dict[str, float]] = {}
+    for gemm, library in times:
+        gemms.setdefault(gemm, {})[library] = statistics.median(times[gemm, library])
+    winner = {gemm: min(found, key=lambda library: found[library]) for gemm, found in gemms.items()}
+    rounds_ms = [sum(parts) for parts in zip(*(times[gemm, winner[gemm]] for gemm in gemms), strict=True)]
     return {
-        **summary(rounds_ms, case),
+        **summary(rounds_ms, flop, clock),
         "gemms": {
             gemm: {
                 "winner": winner[gemm],
-                "time_ms_median": {name: round(statistics.median(times[gemm, name]), 4) for name in libraries[gemm]},
-                "gflop_per_s": {
-                    name: round(case.flop / 3 / statistics.median(times[gemm, name]) / 1e6, 1)
-                    for name in libraries[gemm]
-                },
+                f"{clock}_ms_median": {library: round(ms, 4) for library, ms in found.items()},
+                "gflop_per_s": {library: round(flop / len(gemms) / ms / 1e6, 1) for library, ms in found.items()},
             }
-            for gemm in bound.GEMMS
+            for gemm, found in gemms.items()
         },
     }
 

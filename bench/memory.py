@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from . import rivals
-from .cases import Case
+from bench import rivals
+from bench.cases import Case
 
 TINY = {"n_a": 4, "n_c": 3, "d": 16}
 MIB = 2**20

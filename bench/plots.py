@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from .rivals import RIVALS
-from .verdict import time_ms
+from bench.rivals import RIVALS
+from bench.verdict import time_ms
 
 matplotlib.use("Agg")
 
@@ -84,7 +84,7 @@ def _sweep(record: Row, d: int) -> list[Row]:
 
 def _time(ax: Axes, record: Row, d: int) -> None:
     _lines(ax, record, d, lambda row, name: time_ms(row, name), "bound")
-    _decorate(ax, record, d, "Time of one step's loss", _milliseconds)
+    _decorate(ax, record, d, "Time of one step's loss", milliseconds)
 
 
 def _memory(ax: Axes, record: Row, d: int) -> None:
@@ -136,7 +136,8 @@ def _decorate(ax: Axes, record: Row, d: int, title: str, tick: Callable[[float, 
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _milliseconds(value: float, _: int) -> str:
+def milliseconds(value: float, _: int) -> str:
+    """An axis label."""
     return f"{value / 1000:g} s" if value >= 1000 else f"{value:g} ms"
 
 

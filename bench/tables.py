@@ -10,23 +10,19 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import roofline
-from .host import ROOT
-from .rivals import RIVALS
-from .verdict import LIBRARY_LABELS, cells, judged, linear_fit, time_ms
+from bench import roofline
+from bench.gpu import tables as gpu_tables
+from bench.host import ROOT
+from bench.rivals import RIVALS
+from bench.text import markdown
+from bench.verdict import LIBRARY_LABELS, cells, judged, linear_fit, time_ms
 
 PUBLISHED = ROOT / "bench/results/cpu-intel-xeon-2c-amx.json"  # the host that the documents quote
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 Record = dict[str, Any]
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; first column left, the others right."""
-    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def shape(row: Record) -> str:
@@ -145,21 +141,16 @@ def memory_fit(record: Record) -> str:
     return "\n".join(lines) or "Fewer than four batch sizes of one width: no fit."
 
 
-def headline(record: Record) -> str:
-    """The judged shapes in one sentence."""
-    rows = judged(record)
-    faster = [time_ms(row, "naive") / time_ms(row, "ours") for row in rows]
-    less = [r["rivals"]["naive"]["peak_memory_mib"] / r["rivals"]["ours"]["peak_memory_mib"] for r in rows]
-    return (
-        f"On these shapes the loss and both gradients run {min(faster):.1f} to {max(faster):.1f} times faster than "
-        f"eager torch, in {min(less):.0f} to {max(less):.0f} times less memory."
-    )
-
-
 def report(record: Record) -> str:
     """What a run prints, and writes beside its JSON."""
     parts = [host_line(record), targets_table(record), spread_table(record), bound_table(record), memory_fit(record)]
     return "\n\n".join(parts)
+
+
+def newest_gpu_record() -> Record | None:
+    """The last committed run on a card; None before there is one."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in PUBLISHED.parent.glob("gpu-*.json")]
+    return max(records, key=lambda record: record["date_utc"], default=None)
 
 
 BLOCKS: dict[str, Callable[[Record], str]] = {
@@ -169,8 +160,8 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "cpu-spread": spread_table,
     "cpu-memory-fit": memory_fit,
     "cpu-host": host_line,
-    "cpu-headline": headline,
     "when-it-matters": lambda record: roofline.table(),
+    "gpu": lambda record: gpu_tables.block(newest_gpu_record()),
 }
 
 

@@ -7,9 +7,9 @@ import gc
 import pytest
 import torch
 
-from . import host, rivals
-from .cases import BFLOAT16, TABLE, Case
-from .rivals import bound
+from bench import host, rivals
+from bench.cases import BFLOAT16, TABLE, Case
+from bench.rivals import bound
 
 CASES = [*TABLE, *(Case(case.n_a, case.n_c, case.d, BFLOAT16) for case in TABLE)]
 ROUNDS, WARMUPS = 20, 2

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from . import cases
-from .cases import Case, Target
+from bench import cases
+from bench.cases import Case, Target
 
 Row = dict[str, Any]
 LIBRARY_LABELS = {"mm": "torch.mm", "onednn": "oneDNN"}

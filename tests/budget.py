@@ -18,6 +18,12 @@ import torch
 from .oracle import Array, Coefficients, Gradients, Oracle
 
 ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+# w enters the gradient GEMMs in the inputs' dtype there, as the matrix units want it.
+ROUNDS_WEIGHTS = {
+    "cpu": (torch.bfloat16,),
+    "cuda": (torch.bfloat16, torch.float16),
+    "triton": (torch.bfloat16, torch.float16),
+}
 NOISE = 0.05  # a score off by more than this says nothing
 
 
@@ -42,8 +48,8 @@ class Precision:
 
 
 def precision(dtype: torch.dtype, backend: str) -> Precision:
-    """The roundings of inputs of `dtype` on a backend. `cpu` rounds w to bfloat16 for its bfloat16 GEMMs."""
-    rounded = backend == "cpu" and dtype == torch.bfloat16
+    """The roundings of inputs of `dtype` on a backend; `ROUNDS_WEIGHTS` has those whose w meets the inputs' dtype."""
+    rounded = dtype in ROUNDS_WEIGHTS.get(backend, ())
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return Precision(ROUNDOFF[wide], ROUNDOFF[dtype] if rounded else 0.0, dtype)
 
@@ -179,7 +185,7 @@ def eta(out: torch.Tensor, exact: Any, budget: Any) -> float:
     if tuple(out.shape) != exact.shape:
         return float("inf")
     wide = torch.float64 if out.dtype != torch.float64 else out.dtype
-    found = out.detach().to(wide).numpy().astype(exact.dtype)
+    found = out.detach().to("cpu", wide).numpy().astype(exact.dtype)
     with np.errstate(invalid="ignore"):
         error = np.abs(found - exact)
         beyond = np.abs(exact) + budget >= torch.finfo(out.dtype).max

@@ -58,6 +58,7 @@ class Case:
     upstream: str = "randn"
     needs: str = "qks"  # which of q, k, scale want a gradient
     workspace_mb: float | None = None
+    device: str = "cpu"
 
     @property
     def spec(self) -> Spec:
@@ -78,7 +79,7 @@ def load(text: str) -> Case:
     return Case(**{**fields, "layouts": tuple(fields.get("layouts", Case.layouts))})
 
 
-def draw(rng: np.random.Generator, backend: str, dtype: str) -> Case:
+def draw(rng: np.random.Generator, backend: str, dtype: str, device: str = "cpu") -> Case:
     """A random case: sizes log-uniform, with the edges of tiles and vectors forced in."""
 
     def size(most: int, edges: tuple[int, ...] = ()) -> int:
@@ -118,6 +119,7 @@ def draw(rng: np.random.Generator, backend: str, dtype: str) -> Case:
         upstream=pick(*UPSTREAMS),
         needs=pick("qks", "qks", "q", "k", "qk", "s", ""),
         workspace_mb=pick(None, None, 0.002, 0.02, 0.2),
+        device=device,
     )
     if case.plant.startswith("margin"):
         # Only where the other scores are small does the margin mean p → 1, and a narrow clip would take it back.
@@ -160,10 +162,10 @@ def features(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def upstream(case: Case, shape: torch.Size, salt: int) -> Tensor:
-    """dL/d output, in the accumulation dtype."""
+    """dL/d output, in the accumulation dtype, on the case's device."""
     generator = torch.Generator().manual_seed(case.seed + salt)
     wide = torch.promote_types(DTYPES[case.dtype], torch.float32)
-    g = torch.randn(shape, generator=generator, dtype=torch.float64).to(wide)
+    g = torch.randn(shape, generator=generator, dtype=torch.float64).to(case.device, wide)
     match case.upstream:
         case "ones":
             return torch.ones_like(g)
@@ -204,9 +206,10 @@ def run(case: Case) -> dict[str, float]:
     """
     dtype = DTYPES[case.dtype]
     plain = features(case)
-    q, k = (LAYOUTS[name](x.clone()).detach() for name, x in zip(case.layouts, plain, strict=True))
+    placed = [x.to(case.device, copy=True) for x in plain]
+    q, k = (LAYOUTS[name](x).detach() for name, x in zip(case.layouts, placed, strict=True))
     wide = torch.promote_types(dtype, torch.float32)
-    scale = torch.tensor(case.scale, dtype=wide) if case.tensor_scale else case.scale
+    scale = torch.tensor(case.scale, dtype=wide, device=case.device) if case.tensor_scale else case.scale
     leaves = {"q": q, "k": k, **({"s": scale} if isinstance(scale, Tensor) else {})}
     for letter, leaf in leaves.items():
         leaf.requires_grad_(letter in case.needs)
@@ -231,8 +234,8 @@ def run(case: Case) -> dict[str, float]:
     for letter, leaf in leaves.items():
         assert (leaf.grad is not None) == leaf.requires_grad, f"gradient of {letter}: {leaf.grad}"
     assert versions == [leaf._version for leaf in leaves.values()], "an input's version counter moved"
-    assert torch.equal(q, plain[0]), "q was written to"
-    assert torch.equal(k, plain[1]), "k was written to"
+    assert torch.equal(q.cpu(), plain[0]), "q was written to"
+    assert torch.equal(k.cpu(), plain[1]), "k was written to"
     return etas
 
 
@@ -268,7 +271,7 @@ def _loss(case: Case, q: Tensor, k: Tensor, scale: float | Tensor, exact: Oracle
         g_nce, g_penalty = upstream(case, out.nce.shape, 2), upstream(case, out.penalty.shape, 3)
         parts, ups = [out.loss, out.nce, out.penalty], [g_loss, g_nce, g_penalty]
         share = 1.0 / element.size if case.reduction == "mean" else 1.0
-        g_element = g_element + g_nce.double().numpy() * share
+        g_element = g_element + g_nce.double().cpu().numpy() * share
         g_square += float(g_penalty)
     torch.autograd.backward(parts, ups)
     g_square *= strength / (exact.n * exact.m)
@@ -306,7 +309,7 @@ def _stats(case: Case, q: Tensor, k: Tensor, scale: float | Tensor, exact: Oracl
     wanted = ["pos", "neg_lse", "square"]
     ups = [upstream(case, out[name].shape, i) for i, name in enumerate(wanted)]
     torch.autograd.backward([out[name] for name in wanted], ups)
-    d = Coefficients(*(g.double().numpy() for g in ups))
+    d = Coefficients(*(g.double().cpu().numpy() for g in ups))
     gradients = exact.gradients(d)
     return etas | _gradient_etas(case, (q, k, scale), gradients, budget.stats_gradients(d, gradients))
 
@@ -322,6 +325,6 @@ def _gradient_etas(case: Case, leaves: tuple[Any, ...], exact: Any, allowed: Any
 def can_run(case: Case) -> str | None:
     """Why the case's backend cannot take it; None if it can."""
     sizes = (case.images * case.rows_per_image, case.n_k * case.n_c)
-    q, k = (torch.empty(size, case.d, dtype=DTYPES[case.dtype]) for size in sizes)
+    q, k = (torch.empty(size, case.d, dtype=DTYPES[case.dtype], device=case.device) for size in sizes)
     with environment(FUSED_NCE_WORKSPACE_MB=None if case.workspace_mb is None else str(case.workspace_mb)):
         return dispatch.why_not(case.backend, case.spec, q, k)

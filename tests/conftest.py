@@ -88,7 +88,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not worst:
         return
     terminalreporter.section("largest error / budget")
-    terminalreporter.write_line(f"{'backend':10} {'dtype':9} " + " ".join(f"{name:>7}" for name in COLUMNS))
+    terminalreporter.write_line(f"{'backend':14} {'dtype':9} " + " ".join(f"{name:>7}" for name in COLUMNS))
     for (backend, dtype), row in sorted(worst.items()):
         cells = " ".join(f"{row[name]:7.2f}" if name in row else f"{'-':>7}" for name in COLUMNS)
-        terminalreporter.write_line(f"{backend:10} {dtype:9} {cells}")
+        terminalreporter.write_line(f"{backend:14} {dtype:9} {cells}")

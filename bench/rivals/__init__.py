@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cases import CLIP, PENALTY, Case
-from . import naive
+from bench.cases import CLIP, PENALTY, Case
+from fused_nce.train.loss_cost import naive_loss
 
 Step = Callable[[], Tensor]  # one forward and backward: the loss; gradients in the leaves' .grad
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -24,7 +24,7 @@ class Rival(NamedTuple):
 
 
 def _naive() -> Loss:
-    return lambda a, c: naive.amdim_nce(a, c, clip=CLIP, penalty=PENALTY)
+    return lambda a, c: naive_loss(a, c, clip=CLIP, penalty=PENALTY)
 
 
 def _compiled() -> Loss:
@@ -75,8 +75,6 @@ def check_agreement(case: Case, steps: dict[str, Step], a: Tensor, c: Tensor) ->
     Raises:
         ValueError: naming the rival, the quantity and the relative difference.
     """
-    # bf16 leaves agree to their own rounding; in float32 two orders of summation differ by about 1e-5 of the largest.
-    tolerance = 1e-3 if case.dtype == "float32" else 5e-2
     found = {}
     for name in ("naive", *(name for name in steps if name != "naive")):
         step = steps[name] if name in steps else prepare(name, a, c)
@@ -85,10 +83,20 @@ def check_agreement(case: Case, steps: dict[str, Step], a: Tensor, c: Tensor) ->
         assert a.grad is not None
         assert c.grad is not None
         found[name] = {"loss": value, "antecedents' gradient": a.grad, "consequents' gradient": c.grad}
-        for quantity, tensor in found[name].items():
-            expected = found["naive"][quantity].float()
-            difference = ((tensor.float() - expected).norm() / expected.norm()).item()
-            if not difference <= tolerance:
-                where = f"{name} on {case.name} {case.dtype}"
-                raise ValueError(f"{where}: {quantity} differs by {difference:.1e}, need <= {tolerance:.0e}")
+        require_close(f"{name} on {case.name} {case.dtype}", found[name], found["naive"], case.dtype)
     clear(a, c)
+
+
+def require_close(where: str, found: dict[str, Tensor], expected: dict[str, Tensor], dtype: str) -> None:
+    """Each quantity within the dtype's rounding of what another way of computing it gave, in the Euclidean norm.
+
+    Raises:
+        ValueError: naming the place, the quantity and the relative difference.
+    """
+    # 16-bit leaves agree to their own rounding; in float32 two orders of summation differ by about 1e-5 of the largest.
+    tolerance = 1e-3 if dtype == "float32" else 5e-2
+    for quantity, tensor in found.items():
+        wanted = expected[quantity].float()
+        difference = ((tensor.float() - wanted).norm() / wanted.norm()).item()
+        if not difference <= tolerance:
+            raise ValueError(f"{where}: {quantity} differs by {difference:.1e}, need <= {tolerance:.0e}")

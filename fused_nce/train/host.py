@@ -13,27 +13,36 @@ import torch
 LIBRARIES = ("torch", "torchvision", "accelerate", "scikit-learn", "numpy")
 
 
+def cpuinfo(key: str) -> str:
+    """The first value that Linux's /proc/cpuinfo has under a key; empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
 def processor() -> str:
     """The CPU's marketing name where the system tells it, else its architecture."""
-    path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def environment() -> dict[str, Any]:
     """Machine, thread count, instruction set and versions, as one flat table."""
     import fused_nce
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     table: dict[str, Any] = {
         "fused_nce": fused_nce.__version__,
         "device": device,
         "processor": processor(),
-        "cores": cores,
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "instruction set": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.release()}",

@@ -27,21 +27,32 @@ CLIP, PENALTY = 20.0, 0.04
 
 
 def naive_loss(
-    antecedents: Tensor,  # (B, n_r, D): n_r rows an image
+    antecedents: Tensor,  # (B, D), or (B, n_r, D): n_r rows an image
     consequents: Tensor,  # (B, n_c, D)
+    clip: float = CLIP,
+    penalty: float = PENALTY,
 ) -> Tensor:
-    """AMDIM's loss as one writes it down: the whole (B·n_r, B, n_c) score tensor in eager torch."""
-    images, rows, width = antecedents.shape
-    scores = torch.matmul(antecedents.flatten(0, 1), consequents.flatten(0, 1).T).float() * width**-0.5
-    scores = scores.unflatten(1, (images, -1))
-    penalty = PENALTY * scores.square().mean()
-    clipped = CLIP * torch.tanh(scores / CLIP)
-    own = torch.eye(images, dtype=torch.bool).repeat_interleave(rows, dim=0)
-    positive = clipped[own]  # (B·n_r, n_c)
-    negative = clipped.masked_fill(own[:, :, None], -torch.inf).flatten(1).logsumexp(dim=1, keepdim=True)
-    # softplus by logaddexp: torch's own goes linear at 20 and loses the gradient's tail.
-    loss: Tensor = torch.logaddexp(torch.zeros_like(positive), negative - positive).mean() + penalty
-    return loss
+    """AMDIM's loss in the order its authors' code computes it, in today's torch: each step on the whole score tensor.
+
+    The one naive loss of the project: reports and benchmarks measure against it.
+    """
+    images, n_c, width = consequents.shape
+    rows = antecedents.reshape(-1, width)
+    own = torch.eye(images, dtype=torch.float32, device=rows.device)
+    if len(rows) > images:
+        own = own.repeat_interleave(len(rows) // images, dim=0)
+    own = own[:, :, None].expand(-1, -1, n_c)  # (rows, images, n_c)
+    other = 1.0 - own
+    raw = torch.mm(rows, consequents.flatten(0, 1).T).float().reshape(len(rows), images, n_c) / width**0.5
+    square = penalty * (raw**2).mean()
+    score = clip * torch.tanh(raw / clip)
+    pos = (own * score).sum(dim=1)  # (rows, n_c)
+    neg = (other * score - clip * own).flatten(1)  # (rows, images·n_c), the own image at the clip's floor
+    peak = neg.amax(dim=1, keepdim=True)
+    mass = (other.flatten(1) * torch.exp(neg - peak)).sum(dim=1, keepdim=True)
+    shifted = pos - peak
+    log_softmax = shifted - torch.log(torch.exp(shifted) + mass)
+    return square - log_softmax.mean()
 
 
 def fused_loss(antecedents: Tensor, consequents: Tensor) -> Tensor:

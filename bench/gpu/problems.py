@@ -1,0 +1,101 @@
+"""What is measured on a GPU: one loss on one score matrix each, and what is asked of it. bf16, loss and gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+TINY = "tiny "
+SWEEP = "sweep over widths"
+GRADIENTS = ("scores", "grad_q", "grad_k")  # the GEMMs that no loss with both gradients can do without
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked of our automatic choice on one H200; times of the device, like with like in the ratios."""
+
+    device_ms: float  # at most
+    naive_over_ours: float  # at least
+    compile_over_ours: float  # at least
+    peak_mb: float  # at most, above inputs and gradients, in 10^6 bytes
+    graph_ms: float | None = None  # at most, as a replayed CUDA graph
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call of one loss whose score matrix is n × m, `steps` of them, at width d."""
+
+    loss: str  # a function of `fused_nce.losses`
+    label: str
+    n: int
+    m: int
+    d: int
+    n_c: int = 1  # columns an image: AMDIM's locations
+    steps: int = 1  # CPC's prediction steps
+    gemms: tuple[str, ...] = GRADIENTS
+    target: Target | None = None
+    workspace_mb: int | None = None  # the limit for this call, None for the default
+    role: str = "table"
+
+    @property
+    def flop(self) -> int:
+        """Of the least GEMMs, 2·N·M·D each."""
+        return len(self.gemms) * self.steps * 2 * self.n * self.m * self.d
+
+    @property
+    def scores(self) -> int:
+        """Entries of one score matrix."""
+        return self.n * self.m
+
+    def tiny(self) -> Problem:
+        """The same call at a size that any machine runs at once, and so named: what tries the runner."""
+        n, n_c = min(self.n, 8), min(self.n_c, 3)
+        m = n * n_c if n_c > 1 else n if self.n == self.m else 24
+        label, d, steps = TINY + self.label, self.d // 16, min(self.steps, 2)
+        return replace(self, label=label, n=n, m=m, d=d, n_c=n_c, steps=steps)
+
+
+def amdim(images: int, d: int, n_c: int = 49, target: Target | None = None, workspace_mb: int | None = None) -> Problem:
+    """One antecedent an image against n_c consequents of each."""
+    suffix = "" if workspace_mb is None else f", in {workspace_mb} MiB"
+    label = f"AMDIM {images}×{n_c}, D {d}{suffix}"
+    return Problem("amdim_nce", label, images, images * n_c, d, n_c, target=target, workspace_mb=workspace_mb)
+
+
+def square(loss: str, name: str, n: int, d: int, target: Target | None, **more: object) -> Problem:
+    """As many rows as columns."""
+    return replace(Problem(loss, f"{name} {n:,}², D {d}", n, n, d, target=target), **more)  # type: ignore[arg-type]
+
+
+GLOBAL = amdim(1008, 2560, target=Target(1.2, 4.4, 1.18, 130.0))
+BOUNDED = replace(amdim(1008, 2560, workspace_mb=32), target=None)
+BOUNDED_SLOWDOWN = 1.3  # BOUNDED over GLOBAL, at most
+
+# The queue's keys want no gradient: two GEMMs. "≈ 0" of extra memory is read as a sixteenth of the bf16 scores.
+MOCO = replace(
+    Problem("moco_nce", "MoCo 256 × 65,536, D 128", 256, 65536, 128, target=Target(0.035, 10.0, 2.8, 2.1)),
+    gemms=("scores", "grad_q"),
+)
+# Both sides' statistics must be there before any weight: in a bounded workspace the scores are computed twice.
+TWO_SIDED = ("scores", "scores_again", "grad_q", "grad_k")
+TABLE = (
+    amdim(128, 1024, target=Target(0.035, 9.0, 2.0, 5.0, graph_ms=0.022)),
+    amdim(126, 2560, target=Target(0.045, 7.0, 1.5, 5.0)),
+    GLOBAL,
+    BOUNDED,
+    MOCO,
+    # Rows and columns are one tensor, dz = (W + Wᵀ)z: two GEMMs.
+    square("nt_xent", "SimCLR", 65536, 128, Target(8.0, 10.0, 2.8, 256.0), gemms=("scores", "grad_q")),
+    square("clip_loss", "CLIP", 32768, 512, Target(7.2, 3.8, 1.9, 256.0), gemms=TWO_SIDED),
+    square("clip_loss", "CLIP", 32768, 1024, Target(13.5, 3.8, 1.9, 256.0), gemms=TWO_SIDED),
+    replace(
+        square("cpc_nce", "CPC", 12544, 1024, Target(8.2, 2.5, 1.2, 256.0), steps=5), label="CPC 5 × 12,544², D 1024"
+    ),
+    square("info_nce", "InfoNCE", 8192, 256, None),
+)
+
+# Where the flash kernels hand over to the GEMM loop: one shape, many widths.
+CROSSOVER_WIDTHS = (64, 128, 192, 256, 384, 512)
+CROSSOVER = tuple(replace(amdim(256, d), role=SWEEP) for d in CROSSOVER_WIDTHS)
+
+QUICK_TABLE = tuple(p for p in TABLE if p.loss in ("amdim_nce", "moco_nce"))
+QUICK_CROSSOVER = tuple(p for p in CROSSOVER if p.d in (64, 192, 512))

@@ -1,0 +1,154 @@
+"""The ways to compute one problem's loss with its gradients: eager torch, torch.compile, and every backend of ours."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.gpu.formulas import FORMULAS
+from bench.gpu.machine import Machine
+from bench.gpu.problems import Problem
+from bench.rivals import require_close
+from bench.timers import Call
+from fused_nce import last_path
+from fused_nce.core import dispatch
+
+LABELS = {"naive": "eager torch", "compile": "torch.compile", "ours": "fused_nce"}
+NAIVE = ("naive", "compile")
+NO_GRAPH = ("chunked",)  # its tiles' own images are found by `nonzero`, which waits for the device
+DTYPE = torch.bfloat16
+
+Inputs = tuple[Tensor, ...]
+Loss = Callable[..., Tensor]
+
+
+class Rotation:
+    """A call that takes the next set of inputs each time, so that none is in the cache from the call before."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._next = itertools.cycle(calls)
+
+    def __call__(self) -> Any:
+        """The next one's result."""
+        return next(self._next)()
+
+
+def step(loss: Loss, inputs: Inputs) -> tuple[Tensor, ...]:
+    """What a training step asks of a loss: its value, and fresh gradients of the leaves that want one."""
+    value = loss(*inputs)
+    return value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
+
+
+def losses(problem: Problem, machine: Machine, compiled: bool) -> dict[str, Loss]:
+    """Each contender by name. Ours are `ours`, the automatic choice, and every backend but the oracle's by its own."""
+    formula = FORMULAS[problem.loss]
+    found: dict[str, Loss] = {"naive": formula.naive}
+    if compiled:
+        found["compile"] = torch.compile(formula.naive, dynamic=False, fullgraph=True, backend=machine.compiler)
+    for name in ("ours", *(name for name in dispatch.BACKENDS if name != "reference")):
+        found[name] = partial(_ours, formula.ours, None if name == "ours" else name)
+    return found
+
+
+def _ours(loss: Loss, backend: str | None, *inputs: Tensor) -> Tensor:
+    return loss(*inputs, backend)
+
+
+def failure(call: Call) -> tuple[Any, str]:
+    """(result, "") of a call, or (None, why it has none) in one line: a rival that fails does not end the run."""
+    try:
+        return call(), ""
+    except torch.OutOfMemoryError:
+        return None, "out of memory"
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        return None, f"{type(error).__name__}: {first}"[:300]
+
+
+def agreeing(
+    problem: Problem, contenders: dict[str, Loss], inputs: Inputs
+) -> tuple[dict[str, Loss], dict[str, str], str]:
+    """Who runs and computes the same loss and gradients as the first that runs: eager torch where its memory is there.
+
+    Returns:
+        The contenders to time, the others with the reason, and the backend that the automatic choice took.
+    """
+    able: dict[str, Loss] = {}
+    refused: dict[str, str] = {}
+    expected: dict[str, Tensor] | None = None
+    chosen = ""
+    for name, loss in contenders.items():
+        result, reason = failure(partial(step, loss, inputs))
+        if name == "ours" and not reason:
+            path = last_path()
+            chosen = path.backend if path else ""
+        if name == chosen:
+            continue  # it is `ours`
+        if not reason:
+            # A scalar leaf's gradient is a sum that cancels: it says little about who is right.
+            found = {f"output {i}": x for i, x in enumerate(result) if i == 0 or x.dim()}
+            expected = found if expected is None else expected
+            where = f"{name} on {problem.label}"
+            _, reason = failure(partial(require_close, where, found, expected, str(DTYPE).removeprefix("torch.")))
+        if reason:
+            refused[name] = reason
+        else:
+            able[name] = loss
+    return able, refused, chosen
+
+
+def gemm_calls(problem: Problem, machine: Machine, sets: int) -> dict[tuple[str, str], Call]:
+    """(GEMM, kind of result) → a call, for the least GEMMs of the problem; empty where they do not fit.
+
+    Scores leave in float32, as a loss needs them; gradients in float32 or in the inputs' dtype, whichever is faster.
+    """
+    n, m, d = problem.n, problem.m, problem.d
+    if not machine.fits((2 + 4) * n * m):
+        return {}
+    operands = []
+    for seed in range(sets):
+        draw = machine.draw(seed, DTYPE)
+        operands.append((draw(n, d), draw(m, d), draw(n, m)))
+    products: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+        "scores": lambda q, k, w: (q, k.T),
+        "scores_again": lambda q, k, w: (q, k.T),
+        "grad_q": lambda q, k, w: (w, k),
+        "grad_k": lambda q, k, w: (w.T, q),
+    }
+    calls: dict[tuple[str, str], Call] = {}
+    for gemm in problem.gemms:
+        kinds = {"float32": torch.float32, "bfloat16": None}
+        if gemm.startswith("scores"):
+            del kinds["bfloat16"]
+        for kind, out in kinds.items():
+            call = Rotation([partial(_mm, *products[gemm](*each), out) for each in operands])
+            if not failure(call)[1]:
+                calls[gemm, kind] = call
+        if not any(found == gemm for found, _ in calls):  # this torch or device has no float32 result of bf16 operands
+            calls[gemm, "bfloat16"] = Rotation([partial(_mm, *products[gemm](*each), None) for each in operands])
+    return calls
+
+
+def _mm(x: Tensor, y: Tensor, out: torch.dtype | None) -> Tensor:
+    return torch.mm(x, y) if out is None else torch.mm(x, y, out_dtype=out)
+
+
+@contextmanager
+def workspace(limit_mb: int | None) -> Iterator[None]:
+    """`FUSED_NCE_WORKSPACE_MB`, set for a while; None leaves the default."""
+    before = os.environ.pop("FUSED_NCE_WORKSPACE_MB", None)
+    if limit_mb is not None:
+        os.environ["FUSED_NCE_WORKSPACE_MB"] = str(limit_mb)
+    try:
+        yield
+    finally:
+        os.environ.pop("FUSED_NCE_WORKSPACE_MB", None)
+        if before is not None:
+            os.environ["FUSED_NCE_WORKSPACE_MB"] = before

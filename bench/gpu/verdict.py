@@ -1,0 +1,134 @@
+"""The targets against one GPU record, cell by cell, and where the cost model's crossover lies by these times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.gpu import problems
+from bench.gpu.problems import Target
+from bench.verdict import Cell, linear_fit
+
+Record = dict[str, Any]
+Row = dict[str, Any]
+TARGETS: dict[str, Target] = {p.label: p.target for p in problems.TABLE if p.target is not None}
+
+
+def time_ms(row: Row, rival: str, clock: str) -> float | None:
+    """A rival's median on a clock, or the bound's; None where it was not measured."""
+    found = row["bound"] if rival == "bound" else row["rivals"].get(rival)
+    return None if found is None else found.get(f"{clock}_ms_median")
+
+
+def floor_ms(record: Record, row: Row) -> float:
+    """The least GEMMs at the rate of the card's best GEMM: no kernel is faster."""
+    return float(row["flop"] / record["card"]["gemm_tflop_per_s"] / 1e9)
+
+
+def cells(record: Record, row: Row) -> list[Cell]:
+    """Each target of a row that has any; what could not be measured is a miss that says so."""
+    clock = record["clock"]
+    label = row["label"].removeprefix(problems.TINY)
+    if label == problems.BOUNDED.label:
+        return [_bounded(record, row, clock)]
+    target = TARGETS.get(label)
+    if target is None:
+        return []
+    ours = time_ms(row, "ours", clock)
+    if ours is None:
+        return [Cell("time", float("nan"), f"≤ {target.device_ms:g} ms", False, row["refused"].get("ours", "not run"))]
+    peak = row["rivals"]["ours"]["peak_memory_mb"]
+    found = [_most("time, ms", ours, target.device_ms, _why_slow(record, row, ours, clock))]
+    if target.graph_ms is not None:
+        graph = time_ms(row, "ours", "graph")
+        why = "the kernels, and the gaps between them"
+        if graph is None:
+            why = row["rivals"]["ours"].get("graph_refused", "no graph here")
+        found.append(_most("in a graph, ms", graph, target.graph_ms, why))
+    for rival, least in (("naive", target.naive_over_ours), ("compile", target.compile_over_ours)):
+        found.append(_ratio(row, rival, ours, least, clock))
+    scores = f"the bf16 scores alone are {2 * row['steps'] * row['n'] * row['m'] / 1e6:.1f} MB"
+    found.append(_most("extra MB", peak, target.peak_mb, "not measured" if peak is None else scores))
+    return found
+
+
+def _most(name: str, value: float | None, limit: float, why: str) -> Cell:
+    passed = value is not None and value <= limit
+    return Cell(name, float("nan") if value is None else value, f"≤ {limit:g}", passed, "" if passed else why)
+
+
+def _ratio(row: Row, rival: str, ours_ms: float, least: float, clock: str) -> Cell:
+    theirs = time_ms(row, rival, clock)
+    name = f"{rival} / ours"
+    if theirs is None:
+        reason = row["refused"].get(rival, "not run")
+        # A rival that this card has no memory for is beaten; anything else that kept it from running is no pass.
+        return Cell(name, float("nan"), f"≥ {least:g}", reason == "out of memory", f"{rival}: {reason}")
+    ratio, floor = theirs / ours_ms, time_ms(row, "bound", clock)
+    ceiling = "" if floor is None else f"{rival} runs at {theirs / floor:.2f}× the bound"
+    return Cell(name, ratio, f"≥ {least:g}", ratio >= least, "" if ratio >= least else ceiling)
+
+
+def _why_slow(record: Record, row: Row, ours_ms: float, clock: str) -> str:
+    parts = [f"{ours_ms / floor_ms(record, row):.2f}× the least GEMMs at the card's best rate"]
+    bound = time_ms(row, "bound", clock)
+    if bound is not None:
+        parts.append(f"{ours_ms / bound:.2f}× them at these shapes")
+    return ", ".join(parts)
+
+
+def _bounded(record: Record, row: Row, clock: str) -> Cell:
+    """The same shape in less memory: at most so much slower."""
+    names = (problems.GLOBAL.label, problems.TINY + problems.GLOBAL.label)
+    whole = [time_ms(r, "ours", clock) for r in record["cases"] if r["label"] in names]
+    ours = time_ms(row, "ours", clock)
+    limit, name = problems.BOUNDED_SLOWDOWN, "slower than unbounded"
+    if not whole or whole[0] is None or ours is None:
+        return Cell(name, float("nan"), f"≤ {limit:g}", False, row["refused"].get("ours", "not run"))
+    ratio = ours / whole[0]
+    return Cell(name, ratio, f"≤ {limit:g}", ratio <= limit, "" if ratio <= limit else "smaller buffers, more passes")
+
+
+# ---- the cost model ---------------------------------------------------------------------------------------------
+
+
+def backends_ms(row: Row, clock: str) -> dict[str, float]:
+    """Our backends' times on a row; the automatic choice under the name of the backend that it took."""
+    found = {}
+    for name, times in row["rivals"].items():
+        if name not in ("naive", "compile"):
+            found[row["ours_backend"] if name == "ours" else name] = float(times[f"{clock}_ms_median"])
+    return found
+
+
+def crossover(record: Record, one: str = "triton", other: str = "cuda") -> dict[str, Any] | None:
+    """The width from which `other` is faster than `one`: straight lines through their times over the widths.
+
+    Both are linear in D: what a score costs, and what a score's GEMMs cost. None without three widths of both.
+    """
+    points = []
+    rows = [row for row in record["cases"] if row["role"] == problems.SWEEP]
+    for row in rows:
+        times = backends_ms(row, record["clock"])
+        if one in times and other in times:
+            points.append((float(row["d"]), times[one], times[other]))
+    if len(points) < 3:
+        return None
+    points.sort()
+    widths, one_ms, other_ms = (list(column) for column in zip(*points, strict=True))
+    fits = {one: linear_fit(widths, one_ms), other: linear_fit(widths, other_ms)}
+    (a1, b1, _), (a2, b2, _) = fits[one], fits[other]
+    return {
+        "n": rows[0]["n"],
+        "m": rows[0]["m"],
+        "faster_from_d": round((a2 - a1) / (b1 - b2), 1) if b1 > b2 else None,
+        "backend_below": one,
+        "backend_above": other,
+        "fits": {
+            name: {
+                "intercept_ms": round(fit[0], 5),
+                "slope_ms_per_d": round(fit[1], 8),
+                "largest_residual_ms": round(fit[2], 5),
+            }
+            for name, fit in fits.items()
+        },
+    }

@@ -1,0 +1,78 @@
+"""Clocks for `measure.interleave`: each takes a call, runs it once and says how many milliseconds it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+Timer = Callable[[Call], float]
+
+
+def wall_ms(call: Call) -> float:
+    """Until the call returns. What it returned is freed off the clock."""
+    begin = time.perf_counter()
+    result = call()
+    elapsed = 1e3 * (time.perf_counter() - begin)
+    del result
+    return elapsed
+
+
+def synchronized_wall_ms(call: Call) -> float:
+    """Until the GPU has finished: what a training step waits for, launches included."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    result = call()
+    torch.cuda.synchronize()
+    elapsed = 1e3 * (time.perf_counter() - begin)
+    del result
+    return elapsed
+
+
+class DeviceTimer:
+    """Time between two CUDA events, with the whole call queued behind a spinning kernel.
+
+    Without the spin, a call of many short kernels would be timed by the speed at which Python launches them. The spin
+    lasts a little longer than the host took to launch the call before; where the host was slower this time, the sample
+    is taken again. A call that waits for the GPU itself never gets ahead of it: after `ATTEMPTS` its gaps count.
+    """
+
+    MARGIN_MS = 0.05
+    LONGEST_SPIN_MS = 30.0
+    ATTEMPTS = 4
+
+    def __init__(self) -> None:
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._host_ms: dict[int, float] = {}
+        self._cycles_per_ms = self._calibrate()
+
+    def __call__(self, call: Call) -> float:
+        """Milliseconds of device time."""
+        for _ in range(self.ATTEMPTS):
+            spin_ms = min(self.LONGEST_SPIN_MS, 1.5 * self._host_ms.get(id(call), 0.0) + self.MARGIN_MS)
+            torch.cuda.synchronize()
+            torch.cuda._sleep(int(spin_ms * self._cycles_per_ms))
+            begin = time.perf_counter()
+            self._begin.record()
+            result = call()
+            self._end.record()
+            self._host_ms[id(call)] = host_ms = 1e3 * (time.perf_counter() - begin)
+            self._end.synchronize()
+            elapsed = float(self._begin.elapsed_time(self._end))
+            del result
+            if host_ms <= spin_ms:
+                break
+        return elapsed
+
+    def _calibrate(self) -> float:
+        """Cycles that a spin of one millisecond takes, at the clock of a GPU that is awake."""
+        cycles = 20_000_000
+        for _ in range(3):  # the first ones load the module and raise the clock
+            self._begin.record()
+            torch.cuda._sleep(cycles)
+            self._end.record()
+            self._end.synchronize()
+        return cycles / float(self._begin.elapsed_time(self._end))

@@ -1,0 +1,61 @@
+"""`python -m tests.gpu.probe`: small odd problems on one device, without pytest, for compute-sanitizer to watch.
+
+Prints each case's largest error in units of its budget; the exit status is the number of cases that fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from fused_nce.core import dispatch
+from tests.cases import Case, can_run, run
+
+# Below, at and beyond tiles and vectors; own images at an offset; rows apart in memory; a workspace that splits both ways.
+SHAPES = (
+    {"images": 1, "n_k": 1, "n_c": 1, "d": 1},
+    {"images": 3, "n_k": 4, "n_c": 7, "d": 33, "offset": 1},
+    {"images": 17, "n_k": 17, "n_c": 3, "d": 65, "layouts": ("sliced", "stepped_rows")},
+    {"images": 5, "n_k": 9, "n_c": 31, "d": 129, "rows_per_image": 3, "offset": 4, "entry": "stats"},
+    {"images": 129, "n_k": 129, "n_c": 2, "d": 15, "clip": None, "tensor_scale": True},
+    {"images": 40, "n_k": 40, "n_c": 5, "d": 64, "workspace_mb": 0.2, "entry": "parts"},
+)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def cases(device: str, backend: str) -> list[Case]:
+    """Every shape in every dtype."""
+    first = Case(backend, "float32", 0, device=device)
+    return [
+        dataclasses.replace(first, dtype=dtype, seed=i, **{"scale": 0.3, **shape})  # type: ignore[arg-type]
+        for dtype in DTYPES
+        for i, shape in enumerate(SHAPES)
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run them; how many failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.probe", description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", required=True, choices=dispatch.BACKENDS)
+    options = parser.parse_args(argv)
+    failed = ran = 0
+    for case in cases(options.device, options.backend):
+        reason = can_run(case)
+        if reason is not None:
+            print(f"not run: {reason}\n    {case.line}")
+            continue
+        worst = max(run(case).values())
+        ran += 1
+        failed += not worst <= 1
+        print(f"{case.dtype:9} eta = {worst:.3g}{'' if worst <= 1 else '   FAILED'}", flush=True)
+        if not worst <= 1:
+            print(f"    {case.line}")
+    print(f"{options.backend} on {options.device}: {ran} cases, {failed} failed")
+    return failed if ran else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Random problems on every device, backend and dtype: each value and gradient within its error budget."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from tests.cases import DTYPES, can_run, draw, run
+from tests.gpu.conftest import repeats, require
+
+FIXED = 20261124
+# A Triton kernel is compiled for each new spec: the fuzz takes what it can in this time, and never fewer than LEAST.
+SECONDS, LEAST = 40.0, 12
+
+
+def sweep(place, dtype, seed, count, record_eta):
+    """Up to `count` cases within `SECONDS`; every failure is named by the command that repeats it."""
+    require(place, DTYPES[dtype])
+    rng, failures, refused, ran = np.random.default_rng(seed), [], set(), 0
+    begin = time.monotonic()
+    for _ in range(4 * count):
+        if ran == count or (ran >= LEAST and time.monotonic() - begin > SECONDS):
+            break
+        case = draw(rng, place.backend, dtype, place.device)
+        if (reason := can_run(case)) is not None:
+            refused.add(reason)
+            continue
+        ran += 1
+        try:
+            etas = run(case)
+        except Exception as error:
+            failures.append(f"{type(error).__name__}: {error}\n    {case.line}")
+            continue
+        record_eta(" ".join(reversed(place)), dtype, etas)
+        name, worst = max(etas.items(), key=lambda item: item[1])
+        if not worst <= 1:
+            failures.append(f"{name}: error is {worst:.3g} of its budget\n    {case.line}")
+    assert not failures, f"{len(failures)} of {ran} cases failed:\n" + "\n".join(failures[:5])
+    assert ran >= LEAST, f"it ran {ran} cases and refused the rest: {refused}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fixed_cases(place, dtype, record_eta):
+    sweep(place, dtype, FIXED, repeats(place, on_cpu=LEAST, on_gpu=40), record_eta)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fresh_cases(place, dtype, fresh_seed, record_eta):
+    sweep(place, dtype, fresh_seed, repeats(place, on_cpu=LEAST, on_gpu=300), record_eta)
+
+
+def test_float32_is_not_tf32(place):
+    """TF32 keeps 10 bits: at these sizes its dot products are off by a hundred budgets."""
+    assert not torch.backends.cuda.matmul.allow_tf32
+    rng = np.random.default_rng(1)
+    case = draw(rng, place.backend, "float32", place.device)
+    while case.d < 64 or case.plant != "random" or abs(case.scale) * case.d**0.5 > 3:
+        case = draw(rng, place.backend, "float32", place.device)
+    assert max(run(case).values()) <= 1
