@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../integers.h"
+
 namespace fused_nce {
 
 enum class Elements {
@@ -37,9 +39,6 @@ constexpr int64_t kLaneBlock = 16;
 constexpr int64_t kMostLanes = 256;
 constexpr int64_t kLeastStoredLanes = 64;
 constexpr int64_t kMostGroups = 16;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Buffers of one strip, shared by all groups.
 inline int64_t strip_bytes(const Work& w, const Plan& p) {
