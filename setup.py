@@ -1,7 +1,8 @@
 """Build the C++ kernels of ``csrc/`` where torch and a compiler are at hand; install pure Python where not.
 
-``FUSED_NCE_BUILD=none|cpu|cpu,cuda`` decides; unset, it is ``cpu`` where possible. What is asked for by name and cannot
-be built is an error; what is merely possible and cannot be built is a line that says what to do.
+``FUSED_NCE_BUILD=none|cpu|cpu,cuda`` decides; unset, it is ``cpu`` where possible, and ``cuda`` too where torch sees a
+GPU. What is asked for by name and cannot be built is an error; what is merely possible and cannot be built is a line
+that says what to do. No GPU is needed to build.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def load_by_path(path: Path) -> ModuleType:
 
 
 extension = load_by_path(ROOT / "fused_nce" / "_extension.py")
+nvcc_finder = load_by_path(ROOT / "fused_nce" / "_nvcc.py")
 
 
 def say(line: str) -> None:
@@ -78,15 +80,32 @@ def obstacle(parts: set[str]) -> str | None:
     if not find_torch():
         return "torch cannot be imported by the build"
     os.environ["CXX"] = compiler
-    if "cuda" in parts:
-        import torch
-        from torch.utils.cpp_extension import CUDA_HOME
+    return cuda_obstacle() if "cuda" in parts else None
 
-        if not list((ROOT / "csrc" / "cuda").glob("*.cu")):
-            return "there are no sources in csrc/cuda/"
-        if torch.version.cuda is None or CUDA_HOME is None:
-            return f"cuda needs a CUDA build of torch (CUDA {torch.version.cuda}) and nvcc (CUDA_HOME {CUDA_HOME})"
+
+def cuda_obstacle() -> str | None:
+    """Why nvcc cannot build here, or None where it can. Tells torch where the toolkit is on the way."""
+    import torch
+
+    nvcc = nvcc_finder.find()
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    if nvcc is None:
+        return "there is no nvcc (on the path, in CUDA_HOME or in /usr/local/cuda)"
+    if nvcc.release[0] != int(torch.version.cuda.partition(".")[0]):
+        release = ".".join(map(str, nvcc.release))
+        return f"nvcc is of CUDA {release} and torch of CUDA {torch.version.cuda}: their first numbers must agree"
+    os.environ["CUDA_HOME"] = str(nvcc.home)
+    if not torch.cuda.is_available():  # else the card at hand
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(nvcc.architectures) + "+PTX")
     return None
+
+
+def sees_gpu() -> bool:
+    """Whether torch, which can be imported, finds an NVIDIA GPU."""
+    import torch
+
+    return torch.version.cuda is not None and torch.cuda.is_available()
 
 
 def version_line(compiler: str) -> str:
@@ -122,22 +141,26 @@ def extension_arguments(parts: set[str]) -> dict[str, Any]:
             try:
                 super().run()
             except Exception:
-                say("the kernels do not compile here (errors above); FUSED_NCE_BUILD=none installs without them")
+                less = "=cpu leaves out CUDA's, =none all" if cuda else "=none installs without them"
+                say(f"the kernels do not compile here (errors above); FUSED_NCE_BUILD{less}")
                 raise
             stamp.write_text(json.dumps(stamp_of(parts, compiler), indent=2) + "\n", encoding="utf-8")
 
     cuda = "cuda" in parts
     compiler = os.environ["CXX"]
     sources = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").glob("*.cpp")]
-    sources += (ROOT / "csrc" / "cuda").glob("*.c[pu]*") if cuda else []
+    # The driver and the row text of the GPU's kernels are plain C++ and are tested on the CPU; the rest needs nvcc.
+    needs_nvcc = ("rows.cu", "device.cpp")
+    sources += [path for path in (ROOT / "csrc" / "cuda").glob("*.c[pu]*") if cuda or path.name not in needs_nvcc]
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     library = (CUDAExtension if cuda else CppExtension)(
         "fused_nce._C",
         sorted(str(path.relative_to(ROOT)) for path in sources),
-        include_dirs=[str(ROOT / "csrc")],
+        include_dirs=[str(ROOT / "csrc"), *(nvcc_finder.wheel_includes(nvcc_finder.find()) if cuda else [])],
+        define_macros=[("FUSED_NCE_CUDA", None)] if cuda else [],
         extra_compile_args={
             "cxx": ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *openmp],
-            "nvcc": ["-O3"],
+            "nvcc": list(nvcc_finder.FLAGS),
         },
         # g++ code is linked without -fopenmp on purpose: its OpenMP calls then resolve to the runtime that torch has
         # loaded. A second runtime would have threads of its own, deaf to torch.set_num_threads.
@@ -151,6 +174,12 @@ def main() -> None:
     asked = requested()
     parts = {"cpu"} if asked is None else asked
     reason = obstacle(parts) if parts else "FUSED_NCE_BUILD=none"
+    if asked is None and reason is None and sees_gpu():
+        without = cuda_obstacle()
+        if without is None:
+            parts = {"cpu", "cuda"}
+        else:
+            say(f"no CUDA kernels, because {without}")
     if reason is None:
         setup(**extension_arguments(parts))
         return

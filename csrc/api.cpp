@@ -4,12 +4,12 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
-#include <cmath>
 #include <tuple>
 
 #include "atoms.h"
 #include "cpu/isa.h"
 #include "cpu/sweep.h"
+#include "cuda/plan.h"
 
 namespace fused_nce {
 namespace {
@@ -18,60 +18,6 @@ using at::Tensor;
 using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using GradientTuple = std::tuple<Tensor, Tensor, Tensor>;
 using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// GEMMs read rows in place where their elements are adjacent and rows do not overlap; anything else is copied.
-Tensor with_rows(const Tensor& x) {
-  const bool in_place = (x.size(1) == 1 || x.stride(1) == 1) && x.stride(0) >= x.size(1);
-  return in_place ? x : x.clone(at::MemoryFormat::Contiguous);
-}
-
-void check_matrix(const char* name, const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0, name, " has shape ", x.sizes(),
-                    ", needed: two non-empty dimensions");
-  const auto type = x.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, name, " is ", type,
-                   ", needed: float32, bfloat16 or float16");
-}
-
-SweepInputs inputs(const Tensor& q, const Tensor& k, double scale, int64_t n_c, int64_t rows_per_image, int64_t offset,
-                   double clip, bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes) {
-  check_matrix("q", q);
-  check_matrix("k", k);
-  TORCH_CHECK_TYPE(q.scalar_type() == k.scalar_type(), "k is ", k.scalar_type(), ", needed: the dtype of q, ",
-                   q.scalar_type());
-  TORCH_CHECK_VALUE(q.size(1) == k.size(1), "k has width ", k.size(1), ", needed: the width of q, ", q.size(1));
-  TORCH_CHECK_VALUE(n_c > 0 && k.size(0) % n_c == 0, "n_c is ", n_c, ", needed: a divisor of the ", k.size(0),
-                    " columns");
-  TORCH_CHECK_VALUE(rows_per_image > 0, "rows_per_image is ", rows_per_image, ", needed: at least 1");
-  const int64_t images = k.size(0) / n_c, last = (q.size(0) - 1) / rows_per_image + offset;
-  TORCH_CHECK_VALUE(offset >= 0 && last < images, "offset is ", offset, ", so the rows are of images ", offset, " to ",
-                    last, ", needed: within the ", images, " images of k");
-  TORCH_CHECK_VALUE(clip >= 0.0 && std::isfinite(clip), "clip is ", clip, ", needed: 0 (none) or a positive number");
-  TORCH_CHECK_VALUE(workspace_bytes > 0, "workspace_bytes is ", workspace_bytes, ", needed: a positive number");
-  const Scoring scoring{static_cast<float>(scale), static_cast<float>(clip), n_c, rows_per_image, offset};
-  return {with_rows(q), with_rows(k), scoring, need_q, need_k, need_scale, workspace_bytes};
-}
-
-at::TensorOptions floats(const Tensor& q) { return q.options().dtype(at::kFloat); }
-
-RowStatistics new_statistics(const Tensor& q, int64_t n_c) {
-  const int64_t n = q.size(0);
-  const auto options = floats(q);
-  return {at::empty({n, n_c}, options), at::empty({n}, options), at::empty({n}, options), at::empty({n}, options)};
-}
-
-Gradients new_gradients(const SweepInputs& in, at::ScalarType dk_type) {
-  const auto options = floats(in.q);
-  return {at::empty(in.need_q ? in.q.sizes() : at::IntArrayRef{0}, options),
-          at::empty(in.need_k ? in.k.sizes() : at::IntArrayRef{0}, options.dtype(dk_type)),
-          in.need_scale ? at::empty({}, options) : at::empty({0}, options)};
-}
-
-Tensor coefficients(const char* name, const Tensor& x, at::IntArrayRef shape) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, name, " is ", x.scalar_type(), ", needed: float32");
-  TORCH_CHECK_VALUE(x.sizes() == shape, name, " has shape ", x.sizes(), ", needed: ", shape);
-  return x.contiguous();
-}
 
 Statistics cpu_stats(const Tensor& q, const Tensor& k, double scale, int64_t n_c, int64_t rows_per_image,
                      int64_t offset, double clip, int64_t workspace_bytes) {
@@ -153,6 +99,23 @@ pybind11::dict plan(int64_t rows, int64_t columns, int64_t width, at::ScalarType
   return out;
 }
 
+pybind11::dict cuda_plan(int64_t rows, int64_t columns, int64_t width, int64_t positives, int64_t element_bytes,
+                         int64_t workspace_bytes, bool statistics, bool gradients) {
+  const cuda::Work work{rows, columns, width, positives, element_bytes, statistics, gradients};
+  const cuda::Plan p = cuda::make_plan(work, workspace_bytes);
+  pybind11::dict out;
+  out["fits"] = p.fits;
+  out["strip_rows"] = p.strip;
+  out["block_rows"] = p.block;
+  out["panel_columns"] = p.panel;
+  out["panels"] = p.panels;
+  out["parts"] = p.parts;
+  out["threads"] = p.threads;
+  out["score_bytes"] = p.score_bytes;
+  out["total_bytes"] = p.bytes;
+  return out;
+}
+
 pybind11::dict build_info() {
   pybind11::dict out;
   out["torch_version"] = TORCH_VERSION;
@@ -163,7 +126,11 @@ pybind11::dict build_info() {
 #endif
   out["isa_compiled"] = compiled_isas();
   out["isa_active"] = active_kernels().name;
+#ifdef FUSED_NCE_CUDA
+  out["cuda"] = true;
+#else
   out["cuda"] = false;
+#endif
   out["bf16_hardware"] = has_bf16_gemm();
   return out;
 }
@@ -198,6 +165,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("plan", &plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("dtype"),
         py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true, py::arg("need_q") = true,
         py::arg("need_k") = true, py::arg("need_scale") = false);
+  m.def("cuda_plan", &cuda_plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("positives"),
+        py::arg("element_bytes"), py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true,
+        py::arg("gradients") = true);
 }
 
 }  // namespace fused_nce

@@ -107,24 +107,26 @@ constexpr float kMaxShiftFreeClip = 43.0f;
 FUSED_NCE_HD bool needs_no_shift(float clip) { return clip > 0.0f && clip <= kMaxShiftFreeClip; }
 
 // sum_j exp(t_j) as exp(shift) * sum. A row without terms has sum 0.
+template <class Real>
 struct LogSum {
   float shift;
-  double sum;
+  Real sum;
 };
 
 // The shift that a running maximum of t asks for; a row that has seen nothing (-infinity) asks for 0.
 FUSED_NCE_HD float shift_of(float maximum) { return maximum == -infinity() ? 0.0f : maximum; }
 
-FUSED_NCE_HD LogSum merge(LogSum a, LogSum b) {
-  if (b.sum == 0.0) return a;
-  if (a.sum == 0.0) return b;
-  LogSum out;
+template <class Real>
+FUSED_NCE_HD LogSum<Real> merge(LogSum<Real> a, LogSum<Real> b) {
+  if (b.sum == 0) return a;
+  if (a.sum == 0) return b;
+  LogSum<Real> out;
   out.shift = a.shift > b.shift ? a.shift : b.shift;
   out.sum = a.sum * exp_value(a.shift - out.shift) + b.sum * exp_value(b.shift - out.shift);
   return out;
 }
 
-FUSED_NCE_HD float log_value(LogSum a) { return static_cast<float>(a.shift + __builtin_log(a.sum)); }
+FUSED_NCE_HD float log_value(LogSum<double> a) { return static_cast<float>(a.shift + __builtin_log(a.sum)); }
 
 // Kahan: a sum of many equal terms is otherwise rounded the same way every time, 30 ulp after 128 of them.
 FUSED_NCE_HD void add_exactly(float& sum, float& error, float x) {

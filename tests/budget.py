@@ -34,6 +34,7 @@ class Precision:
     u: float  # of the accumulation dtype
     u_in: float  # of the dtype in which w enters the gradient GEMMs; 0 if that is the accumulation dtype
     out: torch.dtype  # of the gradients
+    floor: float = 0.0  # absolute error of w, in units of the largest that its coefficients allow
 
     @property
     def tiny(self) -> float:
@@ -48,10 +49,14 @@ class Precision:
 
 
 def precision(dtype: torch.dtype, backend: str) -> Precision:
-    """The roundings of inputs of `dtype` on a backend; `ROUNDS_WEIGHTS` has those whose w meets the inputs' dtype."""
+    """The roundings of inputs of `dtype` on a backend; `ROUNDS_WEIGHTS` has those whose w meets the inputs' dtype.
+
+    float16 has its smallest step 2^-24, and `cuda` scales the largest possible w to between 2^6 and 2^8.
+    """
     rounded = dtype in ROUNDS_WEIGHTS.get(backend, ())
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return Precision(ROUNDOFF[wide], ROUNDOFF[dtype] if rounded else 0.0, dtype)
+    floor = 2.0**-31 if backend == "cuda" and dtype == torch.float16 else 0.0
+    return Precision(ROUNDOFF[wide], ROUNDOFF[dtype] if rounded else 0.0, dtype, floor)
 
 
 class Budget:
@@ -148,6 +153,9 @@ class Budget:
         if o.clip:
             error = error + 4 * u * before
         error = np.where(delta > NOISE, np.maximum(error, self._spread_limit(limit)), error)
+        if self.p.floor:
+            penalty = limit.square.max() * max(1024.0, 2 * float(np.sqrt(o.square.max())))
+            error = error + self.p.floor * max(o.n_c * limit.pos.max(), limit.neg_lse.max(), penalty)
         w = after + squared
         flush = self.scale * self.p.tiny * max(1.0, float(limit.pos.sum()), float(limit.neg_lse.sum()))
         sizes = (np.abs(o.q), np.abs(o.k))

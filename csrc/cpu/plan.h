@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../integers.h"
+
 namespace fused_nce {
 
 enum class Elements {
@@ -40,9 +42,6 @@ constexpr int64_t kMostLanes = 256;
 constexpr int64_t kLeastStoredLanes = 64;
 // Each group holds a share of dq, so there are few; even, or one of two threads would wait for the odd one's end.
 constexpr int64_t kGroups[] = {16, 12, 8, 6, 4, 2, 1};
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Buffers of one strip, shared by all groups.
 inline int64_t strip_bytes(const Work& w, const Plan& p) {

@@ -27,12 +27,12 @@ float transformed(float s, const Scoring& scoring) {
 void finish_statistics(const Strip& strip, const Scoring& scoring, const std::vector<Accumulators>& groups,
                        const StatisticArrays& out, const Coefficients& coefficients) {
   for (int64_t l = 0; l < strip.rows; ++l) {
-    LogSum total{0.0f, 0.0};
+    LogSum<double> total{0.0f, 0.0};
     float max = -infinity(), bad = 0.0f;
     double square = 0.0;
     for (const Accumulators& acc : groups) {
       max = acc.max[l] > max ? acc.max[l] : max;
-      total = merge(total, {acc.shift[l], static_cast<double>(acc.sum[l]) - acc.sum_error[l]});
+      total = merge(total, LogSum<double>{acc.shift[l], static_cast<double>(acc.sum[l]) - acc.sum_error[l]});
       square += static_cast<double>(acc.square[l]) - acc.square_error[l];
       bad += acc.bad[l];
     }

@@ -1,35 +1,10 @@
 // The one driver behind `stats`, `grads` and `loss`.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include "../params.h"
+#include "../problem.h"
 #include "plan.h"
 
 namespace fused_nce {
-
-struct SweepInputs {
-  at::Tensor q, k;  // (N, D), (M, D), rows contiguous
-  Scoring scoring;
-  bool need_q, need_k, need_scale;
-  int64_t workspace_bytes;
-};
-
-// Statistics: written by stats and loss, read by grads.
-struct RowStatistics {
-  at::Tensor pos;                       // (N, n_c)
-  at::Tensor neg_lse, neg_max, square;  // (N)
-};
-
-// Coefficients given by the caller (grads), or the weights of the NCE tail that the statistics feed (loss).
-struct Upstream {
-  at::Tensor d_pos, d_neg_lse, d_square;  // (N, n_c), (N), (N); undefined for loss
-  float nce_weight = 0.0f, square_weight = 0.0f;
-};
-
-struct Gradients {
-  at::Tensor dq, dk, dscale;  // float, dk of `dk_type`; those not needed have no elements
-};
 
 // bfloat16 where one strip finishes dk: summed over several it has to stay float until the last. `statistics` as in
 // sweep_loss, not as in sweep_grads.

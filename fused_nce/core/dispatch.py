@@ -14,7 +14,7 @@ from fused_nce.core.problem import Backend
 from fused_nce.core.spec import Spec
 
 # Fastest first; the automatic choice takes the first that can. `reference` must be asked for: it holds the scores.
-BACKENDS = ("cpu", "chunked", "reference")
+BACKENDS = ("cpu", "cuda", "chunked", "reference")
 AUTOMATIC = ("cpu", "chunked")
 
 _logger = logging.getLogger("fused_nce")

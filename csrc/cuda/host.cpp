@@ -1,0 +1,124 @@
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <utility>
+#include <vector>
+
+#include "machines.h"
+
+namespace fused_nce {
+namespace cuda {
+
+namespace {
+
+// The threads of a CTA, one after the other; merged in the tree of `Cta` in rows.cu.
+struct Players {
+  int threads;
+
+  bool first() const { return true; }
+  void meet() const {}
+
+  template <class F, class Merge>
+  auto gather(const F& f, const Merge& merge) const {
+    std::vector<decltype(f(0, 1))> found, warps;
+    for (int t = 0; t < threads; ++t) found.push_back(f(t, threads));
+    for (int w = 0; w < threads; w += 32) {
+      for (int offset = 16; offset > 0; offset /= 2)
+        for (int lane = 0; lane < offset; ++lane) found[w + lane] = merge(found[w + lane], found[w + lane + offset]);
+      warps.push_back(found[w]);
+    }
+    for (size_t offset = 16; offset > 0; offset /= 2)
+      for (size_t w = 0; w < offset && w + offset < warps.size(); ++w) warps[w] = merge(warps[w], warps[w + offset]);
+    return warps[0];
+  }
+};
+
+template <class E>
+class StoreAs {
+ public:
+  StoreAs(const Strip& strip, int64_t row) : row_(static_cast<E*>(strip.weights) + row * strip.stride) {}
+
+  void operator()(int column, const float (&w)[kColumns]) const {
+    for (int u = 0; u < kColumns; ++u) row_[column + u] = static_cast<E>(w[u]);
+  }
+
+ private:
+  E* row_;
+};
+
+template <class F>
+void with_store(Element element, const F& f) {
+  if (element == Element::float32) return f(static_cast<StoreAs<float>*>(nullptr));
+  if (element == Element::bfloat16) return f(static_cast<StoreAs<c10::BFloat16>*>(nullptr));
+  f(static_cast<StoreAs<c10::Half>*>(nullptr));
+}
+
+at::ScalarType type_of(Element element) {
+  if (element == Element::float32) return at::kFloat;
+  return element == Element::bfloat16 ? at::kBFloat16 : at::kHalf;
+}
+
+// A stored operand as the (rows, columns) matrix that the product wants, in float.
+at::Tensor operand(const void* data, int64_t stride, bool transposed, int64_t rows, int64_t columns, Element element) {
+  if (transposed) std::swap(rows, columns);
+  const at::Tensor stored =
+      at::from_blob(const_cast<void*>(data), {rows, columns}, {stride, 1}, at::TensorOptions(type_of(element)));
+  return (transposed ? stored.t() : stored).to(at::kFloat);
+}
+
+class Host final : public Machine {
+ public:
+  void gemm(const Gemm& g) const override {
+    const at::Tensor left = operand(g.left, g.left_stride, g.left_transposed, g.m, g.depth, g.element);
+    const at::Tensor right = operand(g.right, g.right_stride, g.right_transposed, g.depth, g.n, g.element);
+    const at::Tensor out = at::from_blob(g.out, {g.m, g.n}, {g.out_stride, 1}, at::TensorOptions(at::kFloat));
+    const at::Tensor product = at::mm(left, right).mul_(g.alpha);
+    g.add ? out.add_(product) : out.copy_(product);
+  }
+
+  void fold(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const override {
+    Players group{rules.threads};
+    with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
+      for (int64_t r = 0; r < strip.rows; ++r)
+        for (int part = 0; part < rules.parts; ++part)
+          fold_row<clip.value, shift.value>(group, strip, rules, rows, r, part, first_slot + part);
+    });
+  }
+
+  void finish(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows, bool tail) const override {
+    Players group{32};
+    for (int64_t i = first_row; i < first_row + count; ++i)
+      needs_no_shift(rules.scoring.clip) ? finish_row<false>(group, rules, rows, i, tail)
+                                         : finish_row<true>(group, rules, rows, i, tail);
+  }
+
+  void weigh(const Strip& strip, const Rules& rules, const RowArrays& rows, Element element) const override {
+    Players group{rules.threads};
+    with_store(element, [&](auto* store) {
+      with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
+        for (int64_t r = 0; r < strip.rows; ++r)
+          for (int part = 0; part < rules.parts; ++part)
+            weigh_row<clip.value, shift.value, std::decay_t<decltype(*store)>>(group, strip, rules, rows, r, part);
+      });
+    });
+  }
+
+  void loss(const Strip& strip, const Rules& rules, const RowArrays& rows, Element element) const override {
+    Players group{rules.threads};
+    with_store(element, [&](auto* store) {
+      with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
+        for (int64_t r = 0; r < strip.rows; ++r)
+          loss_row<clip.value, shift.value, std::decay_t<decltype(*store)>>(group, strip, rules, rows, r);
+      });
+    });
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Machine> host_machine() { return std::make_unique<Host>(); }
+
+}  // namespace cuda
+}  // namespace fused_nce

@@ -1,0 +1,114 @@
+// How a call is cut up on a GPU, and what that costs: a function of the shapes, the element size and the limit alone.
+// The sum of the parts is the published formula.
+//
+//   strip   rows whose scores, in float, are alive together: 24 MB stay in the L2 between the GEMM that writes them and
+//           the kernel that reads them. Never below 128 rows where memory allows: thinner GEMMs waste their tiles
+//   block   rows whose weights are held together, in the inputs' precision: one pair of gradient GEMMs a block. A dk that
+//           is read and written once a block costs 8 D / block bytes a score, which 735 rows hide behind the GEMM
+//   panel   columns. One panel holds them all as long as a block of 256 rows fits: 3 GEMMs. Otherwise the statistics of
+//           all panels come first and the scores are computed again: 4 GEMMs, and no memory that grows with N * M
+//   part    a share of a row's columns, one CTA each: rows that are few would leave most of the GPU idle
+//
+// float weights take the place of their scores; then strip and block share one buffer.
+#pragma once
+
+#include <algorithm>
+
+#include "../integers.h"
+#include "rows.h"
+
+namespace fused_nce {
+namespace cuda {
+
+struct Work {
+  int64_t rows, columns, width;  // N, M, D
+  int64_t positives;             // a row: n_c
+  int64_t element_bytes;         // of q and k: 4 or 2
+  bool statistics, gradients;
+};
+
+struct Plan {
+  bool fits = false;
+  int64_t strip = 0, block = 0, panel = 0;  // rows, rows, columns
+  int64_t panels = 0, parts = 0;
+  int64_t threads = 0;      // of one CTA
+  int64_t score_bytes = 0;  // of the buffers, in the order in which the driver takes them
+  int64_t weight_bytes = 0;
+  int64_t partial_bytes = 0;
+  int64_t row_bytes = 0;
+  int64_t bytes = 0;  // everything allocated beyond inputs and outputs
+};
+
+constexpr int64_t kL2Bytes = 24 << 20;      // of an H100's 50 MB: the operands need their share
+constexpr int64_t kRowTile = 128;           // rows of a GEMM tile
+constexpr int64_t kLeastBlock = 256;        // rows for which one panel is worth keeping
+constexpr int64_t kPanelBlock = 1024;       // rows of a block whose columns are cut
+constexpr int64_t kBusyRows = 128;          // CTAs that fill a GPU
+constexpr int64_t kBusyThreads = 192 << 10;  // and threads
+constexpr int64_t kAllocation = 512;        // what the caching allocator rounds to
+constexpr int64_t kMostColumns = 1 << 30;   // of a panel: columns within one are counted in 32 bits
+
+// Row stride of scores and weights: whole vectors.
+inline int64_t stride_of(int64_t columns) { return round_up(columns, kColumns); }
+
+// Fills in what follows from strip, block and panel.
+inline void account(const Work& w, Plan& p) {
+  const bool in_place = w.gradients && w.element_bytes == 4;
+  p.panels = ceil_div(w.columns, p.panel);
+  // A part is worth a CTA from 2048 columns on.
+  const int64_t wanted = ceil_div(kBusyRows, p.strip);
+  p.parts = p.strip >= kBusyRows / 2 ? 1 : std::max<int64_t>(1, std::min(wanted, p.panel / 2048));
+  const int64_t vectors = ceil_div(stride_of(p.panel), kColumns * p.parts);
+  // Many rows fill the GPU with small CTAs, whose barriers cost less; few need every thread that they can have.
+  const int64_t most = std::min<int64_t>(kMostThreads, std::max<int64_t>(256, round_up(kBusyThreads / p.strip, 32)));
+  p.threads = std::min(most, std::max<int64_t>(64, round_up(vectors, 32)));
+  p.score_bytes = in_place ? 0 : round_up(p.strip * stride_of(p.panel) * 4, kAllocation);
+  p.weight_bytes = w.gradients ? round_up(p.block * stride_of(p.panel) * w.element_bytes, kAllocation) : 0;
+  p.partial_bytes = w.statistics ? round_up(p.block * p.panels * p.parts * static_cast<int64_t>(sizeof(RowPart)), kAllocation) : 0;
+  // d_pos and d_neg_lse of a block where the tail makes them, and the rows' shares of dscale.
+  const int64_t coefficients = w.statistics ? p.block * (w.positives + 1) : 0;
+  p.row_bytes = w.gradients ? round_up((coefficients + w.rows * p.parts) * 4, kAllocation) : 0;
+  p.bytes = p.score_bytes + p.weight_bytes + p.partial_bytes + p.row_bytes;
+}
+
+// `fits` is false if nothing does; `bytes` is then what the smallest plan needs.
+inline Plan make_plan(const Work& w, int64_t limit) {
+  Plan p;
+  const auto fits = [&](int64_t strip, int64_t block, int64_t panel) {
+    p.strip = strip;
+    p.block = block;
+    p.panel = panel;
+    account(w, p);
+    return p.fits = p.bytes <= limit;
+  };
+  // One panel: rows cut evenly into the fewest blocks, and a block into the fewest strips that stay in the L2.
+  if (w.columns <= kMostColumns) {
+    const int64_t in_l2 = std::min(kL2Bytes, limit / 4) / (4 * stride_of(w.columns));
+    const int64_t most = std::max(kRowTile, in_l2 / kRowTile * kRowTile);
+    const int64_t least = std::min(w.rows, w.gradients ? kLeastBlock : kRowTile);
+    for (int64_t blocks = 1, block = w.rows; block >= least; block = ceil_div(w.rows, ++blocks)) {
+      const int64_t strips = ceil_div(block, most);
+      const int64_t strip = strips == 1 ? block : std::min(block, round_up(ceil_div(block, strips), kRowTile));
+      if (fits(strip, w.gradients ? block : strip, w.columns)) return p;
+      if (blocks > 16) blocks += blocks / 16;
+    }
+  }
+  // Panels: as many columns as fit the L2 and the limit, for the tallest block that still leaves 512 of them.
+  for (const int64_t least : {512, kColumns}) {
+    for (int64_t block = std::min(w.rows, kPanelBlock);; block = ceil_div(block, 2)) {
+      const int64_t strip = std::min(block, 2 * kRowTile);
+      const int64_t most = std::min(w.columns, std::max<int64_t>(kColumns, kL2Bytes / (4 * strip) / kColumns * kColumns));
+      for (int64_t panels = ceil_div(w.columns, most);; panels += std::max<int64_t>(1, panels / 16)) {
+        const int64_t panel = std::min(w.columns, stride_of(ceil_div(w.columns, panels)));
+        if (panel < std::min<int64_t>(w.columns, least)) break;
+        if (fits(strip, w.gradients ? block : strip, panel)) return p;
+        if (panel <= kColumns) break;
+      }
+      if (block == 1) break;
+    }
+  }
+  return p;
+}
+
+}  // namespace cuda
+}  // namespace fused_nce

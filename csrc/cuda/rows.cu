@@ -1,0 +1,195 @@
+// The row kernels: rows.h, one CTA for each row or part of one. No torch headers, so three architectures compile in
+// seconds.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "launch.h"
+
+namespace fused_nce {
+namespace cuda {
+
+namespace {
+
+// The threads of a CTA. `gather` merges a warp's threads in a tree, then the warps in a tree: always the same one.
+class Cta {
+ public:
+  __device__ explicit Cta(Four* shared) : shared_(shared) {}
+
+  __device__ bool first() const { return threadIdx.x == 0; }
+  __device__ void meet() const { __syncthreads(); }
+
+  template <class F, class Merge>
+  __device__ auto gather(const F& f, const Merge& merge) {
+    using T = decltype(f(0, 1));
+    static_assert(sizeof(T) <= sizeof(Four), "a slot holds 16 bytes");
+    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    T x = f(static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
+#pragma unroll
+    for (unsigned offset = 16; offset > 0; offset /= 2) x = merge(x, from_lane_below(x, offset));
+    // The last slot is for the answer. Writing the others cannot race with a thread that still reads it.
+    if (lane == 0) *slot<T>(warp) = x;
+    __syncthreads();
+    if (warp == 0) {
+      if (lane < warps) x = *slot<T>(lane);
+#pragma unroll
+      for (unsigned offset = 16; offset > 0; offset /= 2) {
+        const T y = from_lane_below(x, offset);
+        if (lane + offset < warps) x = merge(x, y);
+      }
+      if (lane == 0) *slot<T>(32) = x;
+    }
+    __syncthreads();
+    return *slot<T>(32);
+  }
+
+ private:
+  template <class T>
+  __device__ T* slot(unsigned index) const {
+    return reinterpret_cast<T*>(shared_ + index);
+  }
+
+  // Word by word: x of the lane `offset` further down the warp.
+  template <class T>
+  __device__ static T from_lane_below(const T& x, unsigned offset) {
+    static_assert(sizeof(T) % 4 == 0, "shuffles move words");
+    T out;
+    const unsigned* from = reinterpret_cast<const unsigned*>(&x);
+    unsigned* to = reinterpret_cast<unsigned*>(&out);
+#pragma unroll
+    for (unsigned w = 0; w < sizeof(T) / 4; ++w) to[w] = __shfl_down_sync(0xffffffffu, from[w], offset);
+    return out;
+  }
+
+  Four* shared_;
+};
+
+__device__ unsigned pack(__nv_bfloat16*, float a, float b) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<const unsigned*>(&pair);
+}
+
+__device__ unsigned pack(__half*, float a, float b) {
+  const __half2 pair = __floats2half2_rn(a, b);
+  return *reinterpret_cast<const unsigned*>(&pair);
+}
+
+// Eight weights, rounded, in one 16-byte store; float ones in two.
+template <class E>
+class StoreAs {
+ public:
+  __device__ StoreAs(const Strip& strip, int64_t row) : row_(static_cast<E*>(strip.weights) + row * strip.stride) {}
+
+  __device__ void operator()(int column, const float (&w)[kColumns]) const {
+    E* at = row_ + column;
+    *reinterpret_cast<uint4*>(at) =
+        make_uint4(pack(at, w[0], w[1]), pack(at, w[2], w[3]), pack(at, w[4], w[5]), pack(at, w[6], w[7]));
+  }
+
+ private:
+  E* row_;
+};
+
+template <>
+__device__ void StoreAs<float>::operator()(int column, const float (&w)[kColumns]) const {
+  float4* at = reinterpret_cast<float4*>(row_ + column);
+  at[0] = make_float4(w[0], w[1], w[2], w[3]);
+  at[1] = make_float4(w[4], w[5], w[6], w[7]);
+}
+
+// Rows may be many, so they lie on the unbounded axis of the grid, parts next to each other.
+struct Place {
+  int64_t row;
+  int part;
+  __device__ explicit Place(const Rules& rules)
+      : row(blockIdx.x / rules.parts), part(static_cast<int>(blockIdx.x % rules.parts)) {}
+};
+
+template <bool kClip, bool kShift>
+__global__ void __launch_bounds__(kMostThreads) fold_kernel(const Strip strip, const Rules rules, const RowArrays rows,
+                                                    int64_t first_slot) {
+  __shared__ Four shared[33];
+  Cta cta(shared);
+  const Place at(rules);
+  fold_row<kClip, kShift>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
+}
+
+template <bool kShift>
+__global__ void __launch_bounds__(32) finish_kernel(int64_t first_row, const Rules rules, const RowArrays rows,
+                                                    bool tail) {
+  __shared__ Four shared[33];
+  Cta cta(shared);
+  finish_row<kShift>(cta, rules, rows, first_row + blockIdx.x, tail);
+}
+
+template <bool kClip, bool kShift, class E>
+__global__ void __launch_bounds__(kMostThreads) weigh_kernel(const Strip strip, const Rules rules, const RowArrays rows) {
+  __shared__ Four shared[33];
+  Cta cta(shared);
+  const Place at(rules);
+  weigh_row<kClip, kShift, StoreAs<E>>(cta, strip, rules, rows, at.row, at.part);
+}
+
+template <bool kClip, bool kShift, class E>
+__global__ void __launch_bounds__(kMostThreads) loss_kernel(const Strip strip, const Rules rules, const RowArrays rows) {
+  __shared__ Four shared[33];
+  Cta cta(shared);
+  loss_row<kClip, kShift, StoreAs<E>>(cta, strip, rules, rows, blockIdx.x);
+}
+
+template <class F>
+void with_element(Element element, const F& f) {
+  if (element == Element::float32) return f(static_cast<float*>(nullptr));
+  if (element == Element::bfloat16) return f(static_cast<__nv_bfloat16*>(nullptr));
+  f(static_cast<__half*>(nullptr));
+}
+
+template <class P>
+struct Pointee;
+template <class E>
+struct Pointee<E*> {
+  using type = E;
+};
+
+unsigned grid_of(const Strip& strip, const Rules& rules) {
+  return static_cast<unsigned>(strip.rows * rules.parts);
+}
+
+}  // namespace
+
+int launch_fold(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot, Stream stream) {
+  with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
+    fold_kernel<decltype(clip)::value, decltype(shift)::value>
+        <<<grid_of(strip, rules), rules.threads, 0, stream>>>(strip, rules, rows, first_slot);
+  });
+  return cudaGetLastError();
+}
+
+int launch_finish(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows, bool tail,
+                  Stream stream) {
+  const auto kernel = needs_no_shift(rules.scoring.clip) ? finish_kernel<false> : finish_kernel<true>;
+  kernel<<<static_cast<unsigned>(count), 32, 0, stream>>>(first_row, rules, rows, tail);
+  return cudaGetLastError();
+}
+
+int launch_weigh(const Strip& strip, const Rules& rules, const RowArrays& rows, Element element, Stream stream) {
+  with_element(element, [&](auto* e) {
+    with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
+      weigh_kernel<decltype(clip)::value, decltype(shift)::value, typename Pointee<decltype(e)>::type>
+          <<<grid_of(strip, rules), rules.threads, 0, stream>>>(strip, rules, rows);
+    });
+  });
+  return cudaGetLastError();
+}
+
+int launch_loss(const Strip& strip, const Rules& rules, const RowArrays& rows, Element element, Stream stream) {
+  with_element(element, [&](auto* e) {
+    with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
+      loss_kernel<decltype(clip)::value, decltype(shift)::value, typename Pointee<decltype(e)>::type>
+          <<<static_cast<unsigned>(strip.rows), rules.threads, 0, stream>>>(strip, rules, rows);
+    });
+  });
+  return cudaGetLastError();
+}
+
+}  // namespace cuda
+}  // namespace fused_nce

@@ -1,0 +1,91 @@
+// What every driver is given and gives back, and the checks of the operators' arguments.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <cmath>
+
+#include "params.h"
+
+namespace fused_nce {
+
+struct SweepInputs {
+  at::Tensor q, k;  // (N, D), (M, D), rows contiguous
+  Scoring scoring;
+  bool need_q, need_k, need_scale;
+  int64_t workspace_bytes;
+};
+
+// Statistics: written by stats and loss, read by grads.
+struct RowStatistics {
+  at::Tensor pos;                       // (N, n_c)
+  at::Tensor neg_lse, neg_max, square;  // (N)
+};
+
+// Coefficients given by the caller (grads), or the weights of the NCE tail that the statistics feed (loss).
+struct Upstream {
+  at::Tensor d_pos, d_neg_lse, d_square;  // (N, n_c), (N), (N); undefined for loss
+  float nce_weight = 0.0f, square_weight = 0.0f;
+};
+
+struct Gradients {
+  at::Tensor dq, dk, dscale;  // float, dk possibly the inputs' type; those not needed have no elements
+};
+
+// GEMMs read rows in place where their elements are adjacent and rows do not overlap; anything else is copied.
+inline at::Tensor with_rows(const at::Tensor& x) {
+  const bool in_place = (x.size(1) == 1 || x.stride(1) == 1) && x.stride(0) >= x.size(1);
+  return in_place ? x : x.clone(at::MemoryFormat::Contiguous);
+}
+
+inline void check_matrix(const char* name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0, name, " has shape ", x.sizes(),
+                    ", needed: two non-empty dimensions");
+  const auto type = x.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, name, " is ", type,
+                   ", needed: float32, bfloat16 or float16");
+}
+
+inline SweepInputs inputs(const at::Tensor& q, const at::Tensor& k, double scale, int64_t n_c, int64_t rows_per_image,
+                          int64_t offset, double clip, bool need_q, bool need_k, bool need_scale,
+                          int64_t workspace_bytes) {
+  check_matrix("q", q);
+  check_matrix("k", k);
+  TORCH_CHECK_TYPE(q.scalar_type() == k.scalar_type(), "k is ", k.scalar_type(), ", needed: the dtype of q, ",
+                   q.scalar_type());
+  TORCH_CHECK_VALUE(q.size(1) == k.size(1), "k has width ", k.size(1), ", needed: the width of q, ", q.size(1));
+  TORCH_CHECK_VALUE(n_c > 0 && k.size(0) % n_c == 0, "n_c is ", n_c, ", needed: a divisor of the ", k.size(0),
+                    " columns");
+  TORCH_CHECK_VALUE(rows_per_image > 0, "rows_per_image is ", rows_per_image, ", needed: at least 1");
+  const int64_t images = k.size(0) / n_c, last = (q.size(0) - 1) / rows_per_image + offset;
+  TORCH_CHECK_VALUE(offset >= 0 && last < images, "offset is ", offset, ", so the rows are of images ", offset, " to ",
+                    last, ", needed: within the ", images, " images of k");
+  TORCH_CHECK_VALUE(clip >= 0.0 && std::isfinite(clip), "clip is ", clip, ", needed: 0 (none) or a positive number");
+  TORCH_CHECK_VALUE(workspace_bytes > 0, "workspace_bytes is ", workspace_bytes, ", needed: a positive number");
+  const Scoring scoring{static_cast<float>(scale), static_cast<float>(clip), n_c, rows_per_image, offset};
+  return {with_rows(q), with_rows(k), scoring, need_q, need_k, need_scale, workspace_bytes};
+}
+
+inline at::TensorOptions floats(const at::Tensor& q) { return q.options().dtype(at::kFloat); }
+
+inline RowStatistics new_statistics(const at::Tensor& q, int64_t n_c) {
+  const int64_t n = q.size(0);
+  const auto options = floats(q);
+  return {at::empty({n, n_c}, options), at::empty({n}, options), at::empty({n}, options), at::empty({n}, options)};
+}
+
+inline Gradients new_gradients(const SweepInputs& in, at::ScalarType dk_type = at::kFloat) {
+  const auto options = floats(in.q);
+  return {at::empty(in.need_q ? in.q.sizes() : at::IntArrayRef{0}, options),
+          at::empty(in.need_k ? in.k.sizes() : at::IntArrayRef{0}, options.dtype(dk_type)),
+          in.need_scale ? at::empty({}, options) : at::empty({0}, options)};
+}
+
+inline at::Tensor coefficients(const char* name, const at::Tensor& x, at::IntArrayRef shape) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, name, " is ", x.scalar_type(), ", needed: float32");
+  TORCH_CHECK_VALUE(x.sizes() == shape, name, " has shape ", x.sizes(), ", needed: ", shape);
+  return x.contiguous();
+}
+
+}  // namespace fused_nce
