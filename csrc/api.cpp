@@ -19,23 +19,54 @@ using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using GradientTuple = std::tuple<Tensor, Tensor, Tensor>;
 using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// `itself` -1: no row is a column of its own.
+Layout layout(const Tensor& q, const Tensor& k, int64_t n_c, const std::optional<Tensor>& row_ids, int64_t itself,
+              const std::optional<Tensor>& positives) {
+  const int64_t n = q.size(0), m = k.size(0);
+  TORCH_CHECK_VALUE(m < int64_t{1} << 31, "k has ", m, " rows, needed: fewer than 2^31");
+  TORCH_CHECK_VALUE(itself == -1 || (itself >= 0 && itself + n <= m), "itself is ", itself, ", needed: -1, or 0 to ", m - n);
+  Layout out{n_c, {}, itself, {}};
+  if (row_ids) {
+    TORCH_CHECK_TYPE(row_ids->scalar_type() == at::kLong, "row_ids is ", row_ids->scalar_type(), ", needed: int64");
+    TORCH_CHECK_VALUE(row_ids->sizes() == at::IntArrayRef{n}, "row_ids has shape ", row_ids->sizes(), ", needed: ", n);
+    out.row_ids = row_ids->contiguous();
+  }
+  if (positives) {
+    TORCH_CHECK_VALUE(positives->dim() == 2 && positives->size(0) == n, "positives has shape ", positives->sizes(),
+                      ", needed: ", n, " rows");
+    out.positives = coefficients("positives", *positives, positives->sizes());
+    out.n_pos = positives->size(1);
+  }
+  return out;
+}
+
+// Positives from elsewhere are handed on: no column fills them in.
+RowStatistics statistics_for(const SweepInputs& in) {
+  const RowStatistics fresh = new_statistics(in.q, in.layout.n_pos);
+  if (in.layout.positives.defined()) fresh.pos.copy_(in.layout.positives);
+  return fresh;
+}
+
 Statistics cpu_stats(const Tensor& q, const Tensor& k, double scale, int64_t n_c, int64_t rows_per_image,
-                     int64_t offset, double clip, int64_t workspace_bytes) {
-  const auto in = inputs(q, k, scale, n_c, rows_per_image, offset, clip, false, false, false, workspace_bytes);
-  const RowStatistics out = new_statistics(q, n_c);
+                     int64_t offset, double clip, const std::optional<Tensor>& row_ids, int64_t itself,
+                     const std::optional<Tensor>& positives, int64_t workspace_bytes) {
+  const auto in = inputs(q, k, scale, n_c, rows_per_image, offset, clip, false, false, false, workspace_bytes,
+                         layout(q, k, n_c, row_ids, itself, positives));
+  const RowStatistics out = statistics_for(in);
   sweep_stats(in, out);
   return {out.pos, out.neg_lse, out.neg_max, out.square};
 }
 
 GradientTuple cpu_grads(const Tensor& q, const Tensor& k, double scale, int64_t n_c, int64_t rows_per_image,
-                        int64_t offset, double clip, const Tensor& pos, const Tensor& neg_lse, const Tensor& d_pos,
-                        const Tensor& d_neg_lse, const Tensor& d_square, bool need_q, bool need_k, bool need_scale,
-                        int64_t workspace_bytes) {
-  const auto in =
-      inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k, need_scale, workspace_bytes);
-  const int64_t n = q.size(0);
-  const RowStatistics stats{coefficients("pos", pos, {n, n_c}), coefficients("neg_lse", neg_lse, {n}), {}, {}};
-  const Upstream upstream{coefficients("d_pos", d_pos, {n, n_c}), coefficients("d_neg_lse", d_neg_lse, {n}),
+                        int64_t offset, double clip, const std::optional<Tensor>& row_ids, int64_t itself,
+                        const std::optional<Tensor>& positives, const Tensor& pos, const Tensor& neg_lse,
+                        const Tensor& d_pos, const Tensor& d_neg_lse, const Tensor& d_square, bool need_q, bool need_k,
+                        bool need_scale, int64_t workspace_bytes) {
+  const auto in = inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k, need_scale, workspace_bytes,
+                         layout(q, k, n_c, row_ids, itself, positives));
+  const int64_t n = q.size(0), n_pos = in.layout.n_pos;
+  const RowStatistics stats{coefficients("pos", pos, {n, n_pos}), coefficients("neg_lse", neg_lse, {n}), {}, {}};
+  const Upstream upstream{coefficients("d_pos", d_pos, {n, n_pos}), coefficients("d_neg_lse", d_neg_lse, {n}),
                           coefficients("d_square", d_square, {n})};
   const Gradients out = new_gradients(in, dk_type(in, false));
   sweep_grads(in, stats, upstream, out);
@@ -43,11 +74,12 @@ GradientTuple cpu_grads(const Tensor& q, const Tensor& k, double scale, int64_t 
 }
 
 LossTuple cpu_loss(const Tensor& q, const Tensor& k, double scale, int64_t n_c, int64_t rows_per_image, int64_t offset,
-                   double clip, double nce_weight, double square_weight, bool need_q, bool need_k, bool need_scale,
-                   int64_t workspace_bytes) {
-  const auto in =
-      inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k, need_scale, workspace_bytes);
-  const RowStatistics stats = new_statistics(q, n_c);
+                   double clip, const std::optional<Tensor>& row_ids, int64_t itself,
+                   const std::optional<Tensor>& positives, double nce_weight, double square_weight, bool need_q,
+                   bool need_k, bool need_scale, int64_t workspace_bytes) {
+  const auto in = inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k, need_scale, workspace_bytes,
+                         layout(q, k, n_c, row_ids, itself, positives));
+  const RowStatistics stats = statistics_for(in);
   const Upstream upstream{{}, {}, {}, static_cast<float>(nce_weight), static_cast<float>(square_weight)};
   const Gradients out = new_gradients(in, dk_type(in, true));
   sweep_loss(in, stats, upstream, out);
@@ -83,9 +115,10 @@ std::vector<Tensor> atom(const std::string& name, const Tensor& x, double parame
 }
 
 pybind11::dict plan(int64_t rows, int64_t columns, int64_t width, at::ScalarType dtype, int64_t workspace_bytes,
-                    bool statistics, bool need_q, bool need_k, bool need_scale) {
+                    int64_t positives, bool statistics, bool need_q, bool need_k, bool need_scale) {
   const bool gradients = need_q || need_k || need_scale;
-  const Work work{rows, columns, width, elements_of(dtype, width), statistics && gradients, gradients, need_q, need_k};
+  const Work work{rows, columns, width, positives, elements_of(dtype, width), statistics && gradients, gradients,
+                  need_q, need_k};
   const Plan p = make_plan(work, workspace_bytes);
   pybind11::dict out;
   out["fits"] = p.lanes > 0;
@@ -137,16 +170,20 @@ pybind11::dict build_info() {
 
 }  // namespace
 
+#define FUSED_NCE_SCORES \
+  "Tensor q, Tensor k, float scale, int n_c, int rows_per_image, int offset, float clip, Tensor? row_ids, " \
+  "int itself, Tensor? positives, "
+
 TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
   m.def(
-      "cpu_stats(Tensor q, Tensor k, float scale, int n_c, int rows_per_image, int offset, float clip, "
+      "cpu_stats(" FUSED_NCE_SCORES
       "int workspace_bytes) -> (Tensor pos, Tensor neg_lse, Tensor neg_max, Tensor square)");
   m.def(
-      "cpu_grads(Tensor q, Tensor k, float scale, int n_c, int rows_per_image, int offset, float clip, Tensor pos, "
-      "Tensor neg_lse, Tensor d_pos, Tensor d_neg_lse, Tensor d_square, bool need_q, bool need_k, bool need_scale, "
-      "int workspace_bytes) -> (Tensor dq, Tensor dk, Tensor dscale)");
+      "cpu_grads(" FUSED_NCE_SCORES
+      "Tensor pos, Tensor neg_lse, Tensor d_pos, Tensor d_neg_lse, Tensor d_square, bool need_q, bool need_k, "
+      "bool need_scale, int workspace_bytes) -> (Tensor dq, Tensor dk, Tensor dscale)");
   m.def(
-      "cpu_loss(Tensor q, Tensor k, float scale, int n_c, int rows_per_image, int offset, float clip, "
+      "cpu_loss(" FUSED_NCE_SCORES
       "float nce_weight, float square_weight, bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
       "(Tensor pos, Tensor neg_lse, Tensor neg_max, Tensor square, Tensor dq, Tensor dk, Tensor dscale)");
 }
@@ -163,8 +200,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("gemm_flop", &flop_of_gemms, "FLOP of all the GEMMs that the CPU kernels have run in this process");
   m.def("atom", &atom, py::arg("name"), py::arg("x"), py::arg("parameter") = 1.0);
   m.def("plan", &plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("dtype"),
-        py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true, py::arg("need_q") = true,
-        py::arg("need_k") = true, py::arg("need_scale") = false);
+        py::arg("workspace_bytes"), py::kw_only(), py::arg("positives") = 1, py::arg("statistics") = true,
+        py::arg("need_q") = true, py::arg("need_k") = true, py::arg("need_scale") = false);
   m.def("cuda_plan", &cuda_plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("positives"),
         py::arg("element_bytes"), py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true,
         py::arg("gradients") = true);

@@ -24,6 +24,8 @@ struct Tile {
   int64_t rows;          // rows of the strip
   int64_t first_column;  // of S
   int64_t first_row;     // of S
+  const int32_t* ids;     // (lanes): a column whose image has the row's id is its positive; -1: none is
+  const int32_t* itself;  // (lanes): the column that the row itself is, left out of every set; null: no row is
 };
 
 // Running statistics of a strip, `lanes` floats each.
@@ -43,25 +45,19 @@ struct Coefficients {
   float* inverse;     // exp(t - shift) * inverse = exp(t - neg_lse)
   float* d_neg_lse;   // dL/d neg_lse
   float* two_d_square;  // 2 * dL/d square
-};
-
-// What the positives' weights need: d_pos if it was given, otherwise the NCE tail's own.
-struct Positives {
-  const float* d_pos;    // (N, n_c) or null
-  const float* pos;      // (N, n_c)
-  const float* neg_lse;  // (N)
-  float nce_weight;
+  float* d_pos;         // dL/d pos, (n_c, lanes)
 };
 
 // The row kernels of one instruction set.
 struct RowKernels {
   const char* name;
-  // Adds a tile to the statistics, and stores the transformed scores of its positives in `pos` (N, n_c).
-  void (*fold)(const Tile&, const Scoring&, const Accumulators&, float* pos);
+  // Adds a tile to the statistics.
+  void (*fold)(const Tile&, const Scoring&, const Accumulators&);
+  // Stores the transformed scores of the tile's positives in `pos` (N, n_c).
+  void (*positives)(const Tile&, const Scoring&, float* pos);
   // Writes scale * w as bfloat16 to `rounded` (columns, lanes), or, where that is null, as float over the scores; and
-  // adds w * <q, k> to `d_scale` (lanes; null: not wanted). `spare` is (lanes) of scratch.
-  void (*weigh)(const Tile&, const Scoring&, const Coefficients&, const Positives&, uint16_t* rounded, float* d_scale,
-                float* spare);
+  // adds w * <q, k> to `d_scale` (lanes; null: not wanted).
+  void (*weigh)(const Tile&, const Scoring&, const Coefficients&, uint16_t* rounded, float* d_scale);
   // (columns, lanes) -> (rows, out_stride).
   void (*transpose)(const Tile&, float* out, int64_t out_stride);
   // The same of bfloat16 weights, in pairs of columns: (rows, out_stride) words, an odd last column paired with zeros.

@@ -5,14 +5,26 @@
 #include <ATen/ops/empty.h>
 
 #include <cmath>
+#include <utility>
 
 #include "params.h"
 
 namespace fused_nce {
 
+// Which columns are the positives of which rows, beyond the arithmetic of `Scoring`.
+struct Layout {
+  int64_t n_pos;          // P
+  at::Tensor row_ids;     // (N) int64: the image of each row; undefined: by arithmetic
+  int64_t itself = -1;    // column that row 0 is, as row i is column itself + i, left out of every set; -1: none is
+  at::Tensor positives;   // (N, P) transformed scores from elsewhere, no column being a positive; undefined: none
+
+  bool by_arithmetic() const { return !row_ids.defined() && !positives.defined(); }
+};
+
 struct SweepInputs {
   at::Tensor q, k;  // (N, D), (M, D), rows contiguous
   Scoring scoring;
+  Layout layout;
   bool need_q, need_k, need_scale;
   int64_t workspace_bytes;
 };
@@ -49,7 +61,7 @@ inline void check_matrix(const char* name, const at::Tensor& x) {
 
 inline SweepInputs inputs(const at::Tensor& q, const at::Tensor& k, double scale, int64_t n_c, int64_t rows_per_image,
                           int64_t offset, double clip, bool need_q, bool need_k, bool need_scale,
-                          int64_t workspace_bytes) {
+                          int64_t workspace_bytes, Layout layout) {
   check_matrix("q", q);
   check_matrix("k", k);
   TORCH_CHECK_TYPE(q.scalar_type() == k.scalar_type(), "k is ", k.scalar_type(), ", needed: the dtype of q, ",
@@ -59,12 +71,12 @@ inline SweepInputs inputs(const at::Tensor& q, const at::Tensor& k, double scale
                     " columns");
   TORCH_CHECK_VALUE(rows_per_image > 0, "rows_per_image is ", rows_per_image, ", needed: at least 1");
   const int64_t images = k.size(0) / n_c, last = (q.size(0) - 1) / rows_per_image + offset;
-  TORCH_CHECK_VALUE(offset >= 0 && last < images, "offset is ", offset, ", so the rows are of images ", offset, " to ",
+  TORCH_CHECK_VALUE(!layout.by_arithmetic() || (offset >= 0 && last < images), "offset is ", offset, ", so the rows are of images ", offset, " to ",
                     last, ", needed: within the ", images, " images of k");
   TORCH_CHECK_VALUE(clip >= 0.0 && std::isfinite(clip), "clip is ", clip, ", needed: 0 (none) or a positive number");
   TORCH_CHECK_VALUE(workspace_bytes > 0, "workspace_bytes is ", workspace_bytes, ", needed: a positive number");
   const Scoring scoring{static_cast<float>(scale), static_cast<float>(clip), n_c, rows_per_image, offset};
-  return {with_rows(q), with_rows(k), scoring, need_q, need_k, need_scale, workspace_bytes};
+  return {with_rows(q), with_rows(k), scoring, std::move(layout), need_q, need_k, need_scale, workspace_bytes};
 }
 
 inline at::TensorOptions floats(const at::Tensor& q) { return q.options().dtype(at::kFloat); }

@@ -23,6 +23,7 @@ enum class Elements {
 
 struct Work {
   int64_t rows, columns, width;  // N, M, D
+  int64_t positives;             // P
   Elements elements;
   bool both;                     // statistics and gradients in one call: scores may be stored
   bool gradients;                // any gradient at all
@@ -51,7 +52,7 @@ inline int64_t strip_bytes(const Work& w, const Plan& p) {
   const bool copied = w.elements == Elements::widened || (w.need_k && w.elements == Elements::bfloat16);
   if (copied) bytes += p.lanes * width * element;                                       // q, for dk
   if (p.stored) bytes += w.columns * p.lanes * 4;                                       // the scores
-  return bytes + 5 * p.lanes * 4;                                                       // coefficients
+  return bytes + (6 + w.positives) * p.lanes * 4;                                       // ids and coefficients
 }
 
 // The operands of dq: weights (lanes, columns), and bfloat16 keys in pairs. dk comes before dq, and what it leaves in
@@ -66,7 +67,7 @@ inline int64_t operand_bytes(const Work& w, const Plan& p) {
 // Buffers of one group; the first group writes its share of dq where it belongs.
 inline int64_t group_bytes(const Work& w, const Plan& p, bool first) {
   const int64_t columns = round_up(p.tile_columns, 2);
-  int64_t bytes = 9 * p.lanes * 4 + 8;                                             // statistics, dscale, scratch
+  int64_t bytes = 8 * p.lanes * 4 + 8;                                             // statistics, dscale
   if (!p.stored) bytes += columns * p.lanes * 4;                                   // a tile of scores
   if (w.elements == Elements::widened) bytes += columns * w.width * 4;             // a tile of keys as float
   if (!w.gradients) return bytes;

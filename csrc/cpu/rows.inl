@@ -7,52 +7,25 @@ namespace fused_nce {
 namespace FUSED_NCE_ISA {
 namespace {
 
-using Range = struct {
-  int64_t begin, end;
-};
-
-// The lanes whose image is `image`: their scores in a column of that image are positives, never negatives.
-inline Range lanes_of(const Tile& tile, const Scoring& scoring, int64_t image) {
-  const int64_t first = (image - scoring.offset) * scoring.rows_per_image - tile.first_row;
-  const int64_t last = first + scoring.rows_per_image;
-  Range r;
-  r.begin = first < 0 ? 0 : (first > tile.rows ? tile.rows : first);
-  r.end = last < 0 ? 0 : (last > tile.rows ? tile.rows : last);
-  return r;
-}
-
-// Walks the columns of a tile: which lanes are their positives, and where the column lies in its image.
+// Walks the columns of a tile: the image of each, and where in it the column lies.
 class Columns {
  public:
   Columns(const Tile& tile, const Scoring& scoring)
-      : tile_(tile), scoring_(scoring), image_(tile.first_column / scoring.n_c),
-        location_(tile.first_column - image_ * scoring.n_c), own_(lanes_of(tile, scoring, image_)) {}
+      : n_c_(scoring.n_c), image_(tile.first_column / n_c_), location_(tile.first_column - image_ * n_c_) {}
 
-  Range own() const { return own_; }
+  int image() const { return static_cast<int>(image_); }
   int64_t location() const { return location_; }
 
   void next() {
-    if (++location_ < scoring_.n_c) return;
+    if (++location_ < n_c_) return;
     location_ = 0;
-    own_ = lanes_of(tile_, scoring_, ++image_);
+    ++image_;
   }
 
  private:
-  const Tile& tile_;
-  const Scoring& scoring_;
+  const int64_t n_c_;
   int64_t image_, location_;
-  Range own_;
 };
-
-// A range of lanes as one unsigned comparison.
-struct Siblings {
-  unsigned begin, count;
-  bool hold(int lane) const { return static_cast<unsigned>(lane) - begin < count; }
-};
-
-inline Siblings siblings(Range own) {
-  return {static_cast<unsigned>(own.begin), static_cast<unsigned>(own.end - own.begin)};
-}
 
 struct Transform {
   float scale, clip, inverse_clip;
@@ -67,20 +40,23 @@ FUSED_NCE_HD float exp_shifted(float t, const float* shift, int lane) {
 }
 
 // Raises the shift of each lane to its largest negative score in the tile, and rescales what the old one had summed.
-template <bool kClip>
+template <bool kClip, bool kItself>
 void raise_shift(const Tile& tile, const Scoring& scoring, const Accumulators& acc) {
   const Transform f(scoring);
   const int lanes = static_cast<int>(tile.lanes);
   float* __restrict max = acc.max;
   float* __restrict shift = acc.shift;
+  const int* __restrict ids = tile.ids;
+  const int* __restrict itself = tile.itself;
   Columns column(tile, scoring);
   for (int64_t c = 0; c < tile.columns; ++c, column.next()) {
     const float* __restrict scores = tile.scores + c * tile.lanes;
-    const Siblings own = siblings(column.own());
+    const int image = column.image(), index = static_cast<int>(tile.first_column + c);
 #pragma omp simd
     for (int l = 0; l < lanes; ++l) {
       const float s = scores[l] * f.scale;
-      max[l] = !own.hold(l) && s > max[l] ? s : max[l];
+      const bool negative = ids[l] != image && !(kItself && itself[l] == index);
+      max[l] = negative && s > max[l] ? s : max[l];
     }
   }
   for (int l = 0; l < lanes; ++l) {
@@ -95,10 +71,11 @@ void raise_shift(const Tile& tile, const Scoring& scoring, const Accumulators& a
 
 // Folds kColumns columns at once. Four of them share the Kahan steps and the accumulators' loads and stores, which
 // were a third of the instructions.
-template <bool kClip, bool kShift, int kColumns>
-inline void fold_columns(const float* __restrict scores, const Tile& tile, const Transform& f, const Siblings* own,
+template <bool kClip, bool kShift, bool kItself, int kColumns>
+inline void fold_columns(const Tile& tile, int64_t first, const Transform& f, const int* image,
                          const Accumulators& acc) {
   const int lanes = static_cast<int>(tile.lanes);
+  const float* __restrict scores = tile.scores + first * tile.lanes;
   float* __restrict max = acc.max;
   float* __restrict sum = acc.sum;
   float* __restrict sum_error = acc.sum_error;
@@ -106,23 +83,28 @@ inline void fold_columns(const float* __restrict scores, const Tile& tile, const
   float* __restrict square_error = acc.square_error;
   float* __restrict bad = acc.bad;
   const float* __restrict shift = acc.shift;
-  const Siblings o0 = own[0], o1 = own[kColumns > 1], o2 = own[kColumns > 1 ? 2 : 0], o3 = own[kColumns > 1 ? 3 : 0];
+  const int* __restrict ids = tile.ids;
+  const int* __restrict itself = tile.itself;
+  const int index = static_cast<int>(tile.first_column + first);
+  const int i0 = image[0], i1 = image[kColumns > 1], i2 = image[kColumns > 1 ? 2 : 0], i3 = image[kColumns > 1 ? 3 : 0];
 #pragma omp simd
   for (int l = 0; l < lanes; ++l) {
     float top = max[l], e[kColumns], s[kColumns];
-    const auto term = [&](int u, Siblings o) __attribute__((always_inline)) {
+    const auto term = [&](int u, int its_image) __attribute__((always_inline)) {
       s[u] = scores[u * lanes + l] * f.scale;
-      const bool negative = !o.hold(l);
+      const bool out = kItself && itself[l] == index + u;
+      if (kItself) s[u] = out ? 0.0f : s[u];
+      const bool negative = ids[l] != its_image && !out;
       const float t = transform<kClip>(s[u], f.clip, f.inverse_clip).value;
       const float x = exp_shifted<kShift>(t, shift, l);
       e[u] = negative ? x : 0.0f;
       if (!kShift) top = negative && s[u] > top ? s[u] : top;
     };
-    term(0, o0);
+    term(0, i0);
     if constexpr (kColumns == 4) {
-      term(1, o1);
-      term(2, o2);
-      term(3, o3);
+      term(1, i1);
+      term(2, i2);
+      term(3, i3);
       add_exactly(sum[l], sum_error[l], (e[0] + e[1]) + (e[2] + e[3]));
       add_exactly(square[l], square_error[l], (s[0] * s[0] + s[1] * s[1]) + (s[2] * s[2] + s[3] * s[3]));
       bad[l] += (s[0] * 0.0f + s[1] * 0.0f) + (s[2] * 0.0f + s[3] * 0.0f);
@@ -135,38 +117,45 @@ inline void fold_columns(const float* __restrict scores, const Tile& tile, const
   }
 }
 
-template <bool kClip, bool kShift>
-void fold_tile(const Tile& tile, const Scoring& scoring, const Accumulators& acc, float* pos) {
+template <bool kClip, bool kShift, bool kItself>
+void fold_tile(const Tile& tile, const Scoring& scoring, const Accumulators& acc) {
   const Transform f(scoring);
-  if (kShift) raise_shift<kClip>(tile, scoring, acc);
+  if (kShift) raise_shift<kClip, kItself>(tile, scoring, acc);
   Columns column(tile, scoring);
-  Siblings own[4];
+  int image[4];
   for (int64_t c = 0; c < tile.columns;) {
-    const float* scores = tile.scores + c * tile.lanes;
     const int64_t step = tile.columns - c >= 4 ? 4 : 1;
-    for (int64_t u = 0; u < step; ++u, column.next()) {
-      const Range range = column.own();
-      own[u] = siblings(range);
-      for (int64_t l = range.begin; l < range.end; ++l)
-        pos[(tile.first_row + l) * scoring.n_c + column.location()] =
-            transform<kClip>(scores[u * tile.lanes + l] * f.scale, f.clip, f.inverse_clip).value;
-    }
-    if (step == 4) fold_columns<kClip, kShift, 4>(scores, tile, f, own, acc);
-    else fold_columns<kClip, kShift, 1>(scores, tile, f, own, acc);
+    for (int64_t u = 0; u < step; ++u, column.next()) image[u] = column.image();
+    if (step == 4) fold_columns<kClip, kShift, kItself, 4>(tile, c, f, image, acc);
+    else fold_columns<kClip, kShift, kItself, 1>(tile, c, f, image, acc);
     c += step;
   }
 }
 
-void fold(const Tile& tile, const Scoring& scoring, const Accumulators& acc, float* pos) {
-  if (needs_no_shift(scoring.clip)) return fold_tile<true, false>(tile, scoring, acc, pos);
-  if (scoring.clip > 0.0f) return fold_tile<true, true>(tile, scoring, acc, pos);
-  fold_tile<false, true>(tile, scoring, acc, pos);
+template <bool kItself>
+void fold_as(const Tile& tile, const Scoring& scoring, const Accumulators& acc) {
+  if (needs_no_shift(scoring.clip)) return fold_tile<true, false, kItself>(tile, scoring, acc);
+  if (scoring.clip > 0.0f) return fold_tile<true, true, kItself>(tile, scoring, acc);
+  fold_tile<false, true, kItself>(tile, scoring, acc);
 }
 
-// dL/d pos of one positive.
-inline float positive_slope(const Positives& positives, int64_t row, int64_t at) {
-  if (positives.d_pos) return positives.d_pos[at];
-  return positives.nce_weight * nce_slope_positive(positives.neg_lse[row], positives.pos[at]);
+void fold(const Tile& tile, const Scoring& scoring, const Accumulators& acc) {
+  if (tile.itself) fold_as<true>(tile, scoring, acc);
+  else fold_as<false>(tile, scoring, acc);
+}
+
+// Row by row, since a row knows its image: the columns of that image which lie in this tile.
+void positives(const Tile& tile, const Scoring& scoring, float* pos) {
+  const Transform f(scoring);
+  for (int64_t l = 0; l < tile.rows; ++l) {
+    if (tile.ids[l] < 0) continue;
+    const int64_t first = tile.ids[l] * scoring.n_c - tile.first_column, last = first + scoring.n_c;
+    for (int64_t c = first < 0 ? 0 : first; c < (last < tile.columns ? last : tile.columns); ++c) {
+      const float s = tile.scores[c * tile.lanes + l] * f.scale;
+      const float t = scoring.clip > 0.0f ? tanh_clip(s, f.clip, f.inverse_clip).value : s;
+      pos[(tile.first_row + l) * scoring.n_c + c - first] = t;
+    }
+  }
 }
 
 // Round to nearest even; a NaN whose payload would round away stays a NaN.
@@ -186,69 +175,58 @@ struct Rounded {
   static Element of(float weight) { return to_bf16(weight); }
 };
 
-template <bool kClip, bool kShift, bool kScale, class Out>
-void weigh_tile(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Positives& positives,
-                typename Out::Element* out, float* d_scale, float* spare) {
+template <bool kClip, bool kShift, bool kItself, bool kScale, class Out>
+void weigh_tile(const Tile& tile, const Scoring& scoring, const Coefficients& row, typename Out::Element* out,
+                float* d_scale) {
   const Transform f(scoring);
   const int lanes = static_cast<int>(tile.lanes);
   const float* __restrict shift = row.shift;
   const float* __restrict inverse = row.inverse;
   const float* __restrict d_neg_lse = row.d_neg_lse;
   const float* __restrict two_d_square = row.two_d_square;
+  const int* __restrict ids = tile.ids;
+  const int* __restrict itself = tile.itself;
   float* __restrict sum = d_scale;
-  float own_sum = 0.0f;
   Columns column(tile, scoring);
   for (int64_t c = 0; c < tile.columns; ++c, column.next()) {
-    const float* scores = tile.scores + c * tile.lanes;
+    const float* scores = tile.scores + c * tile.lanes;  // and `to` may be the same
     typename Out::Element* to = out + c * tile.lanes;
-    // The loop over the lanes treats the positives as negatives and overwrites their scores, so those are kept aside
-    // and their weights are put in afterwards. No vector may read what a scalar has just stored: the stall cost a
-    // quarter of the kernel.
-    const Range range = column.own();
-    const Siblings own = siblings(range);
-    for (int64_t l = range.begin; l < range.end; ++l) spare[l] = scores[l];
+    const float* __restrict d_pos = row.d_pos + column.location() * tile.lanes;
+    const int image = column.image(), index = static_cast<int>(tile.first_column + c);
 #pragma omp simd
     for (int l = 0; l < lanes; ++l) {
-      const float s = scores[l] * f.scale;
+      const float r = scores[l], s = r * f.scale;
       const Score t = transform<kClip>(s, f.clip, f.inverse_clip);
       const float e = exp_shifted<kShift>(t.value, shift, l);
-      const float weight = negative_weight(e, inverse[l], d_neg_lse[l], t.slope) + two_d_square[l] * s;
-      if (kScale) sum[l] += own.hold(l) ? 0.0f : weight * scores[l];
-      to[l] = Out::of(f.scale * weight);
-    }
-    for (int64_t l = range.begin; l < range.end; ++l) {
-      const int64_t i = tile.first_row + l;
-      const float s = spare[l] * f.scale;
-      const float slope = transform<kClip>(s, f.clip, f.inverse_clip).slope;
-      const float d_pos = positive_slope(positives, i, i * scoring.n_c + column.location());
-      const float weight = d_pos * slope + two_d_square[l] * s;
-      own_sum += weight * spare[l];
+      const float negative = negative_weight(e, inverse[l], d_neg_lse[l], t.slope), positive = d_pos[l] * t.slope;
+      float weight = (ids[l] == image ? positive : negative) + two_d_square[l] * s;
+      if (kItself) weight = itself[l] == index ? 0.0f : weight;
+      if (kScale) sum[l] += weight * r;
       to[l] = Out::of(f.scale * weight);
     }
   }
-  if (kScale) sum[0] += own_sum;
 }
 
-template <bool kClip, bool kShift, class Out>
-void weigh_either(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Positives& positives,
-                  typename Out::Element* out, float* d_scale, float* spare) {
-  if (d_scale) weigh_tile<kClip, kShift, true, Out>(tile, scoring, row, positives, out, d_scale, spare);
-  else weigh_tile<kClip, kShift, false, Out>(tile, scoring, row, positives, out, d_scale, spare);
+template <bool kClip, bool kShift, bool kItself, class Out>
+void weigh_either(const Tile& tile, const Scoring& scoring, const Coefficients& row, typename Out::Element* out,
+                  float* d_scale) {
+  if (d_scale) weigh_tile<kClip, kShift, kItself, true, Out>(tile, scoring, row, out, d_scale);
+  else weigh_tile<kClip, kShift, kItself, false, Out>(tile, scoring, row, out, d_scale);
 }
 
-template <class Out>
-void weigh_as(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Positives& positives,
-              typename Out::Element* out, float* d_scale, float* spare) {
-  if (needs_no_shift(scoring.clip))
-    return weigh_either<true, false, Out>(tile, scoring, row, positives, out, d_scale, spare);
-  if (scoring.clip > 0.0f) return weigh_either<true, true, Out>(tile, scoring, row, positives, out, d_scale, spare);
-  weigh_either<false, true, Out>(tile, scoring, row, positives, out, d_scale, spare);
+template <bool kItself, class Out>
+void weigh_as(const Tile& tile, const Scoring& scoring, const Coefficients& row, typename Out::Element* out,
+              float* d_scale) {
+  if (needs_no_shift(scoring.clip)) return weigh_either<true, false, kItself, Out>(tile, scoring, row, out, d_scale);
+  if (scoring.clip > 0.0f) return weigh_either<true, true, kItself, Out>(tile, scoring, row, out, d_scale);
+  weigh_either<false, true, kItself, Out>(tile, scoring, row, out, d_scale);
 }
 
-void weigh(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Positives& positives,
-           uint16_t* rounded, float* d_scale, float* spare) {
-  if (rounded) weigh_as<Rounded>(tile, scoring, row, positives, rounded, d_scale, spare);
-  else weigh_as<InPlace>(tile, scoring, row, positives, tile.scores, d_scale, spare);
+void weigh(const Tile& tile, const Scoring& scoring, const Coefficients& row, uint16_t* rounded, float* d_scale) {
+  if (rounded && tile.itself) weigh_as<true, Rounded>(tile, scoring, row, rounded, d_scale);
+  else if (rounded) weigh_as<false, Rounded>(tile, scoring, row, rounded, d_scale);
+  else if (tile.itself) weigh_as<true, InPlace>(tile, scoring, row, tile.scores, d_scale);
+  else weigh_as<false, InPlace>(tile, scoring, row, tile.scores, d_scale);
 }
 
 // kVector 32-bit words: one register where the instruction set has one as wide.
@@ -354,8 +332,8 @@ void interleave(const uint16_t* __restrict even, const uint16_t* __restrict odd,
 }  // namespace
 
 extern const RowKernels kernels;
-const RowKernels kernels = {FUSED_NCE_ISA_NAME, fold,       weigh,      transpose, transpose_pairs, narrow,
-                            interleave,         widen_bf16, widen_fp16};
+const RowKernels kernels = {FUSED_NCE_ISA_NAME, fold,   positives,  weigh,      transpose,
+                            transpose_pairs,    narrow, interleave, widen_bf16, widen_fp16};
 
 }  // namespace FUSED_NCE_ISA
 }  // namespace fused_nce

@@ -9,7 +9,7 @@ namespace fused_nce {
 
 // Where the statistics of all rows live; `neg_max` and `square` are null when they are only read.
 struct StatisticArrays {
-  float* pos;      // (N, n_c)
+  float* pos;      // (N, n_pos)
   float* neg_lse;  // (N)
   float* neg_max;  // (N)
   float* square;   // (N)
@@ -25,11 +25,12 @@ void finish_statistics(const Strip& strip, const Scoring& scoring, const std::ve
                        const StatisticArrays& out, const Coefficients& coefficients);
 
 // After finish_statistics: the coefficients of nce_weight * sum softplus(neg_lse - pos) + square_weight * sum square.
-void coefficients_of_loss(const Strip& strip, const Scoring& scoring, const StatisticArrays& stats, float nce_weight,
+void coefficients_of_loss(const Strip& strip, int64_t n_pos, const StatisticArrays& stats, float nce_weight,
                           float square_weight, const Coefficients& out);
 
-// All four coefficients from given statistics and upstream gradients, (N) each.
-void coefficients_of_caller(const Strip& strip, const Scoring& scoring, const StatisticArrays& stats,
-                            const float* d_neg_lse, const float* d_square, const Coefficients& out);
+// All coefficients from given statistics and upstream gradients, (N, n_pos), (N) and (N).
+void coefficients_of_caller(const Strip& strip, const Scoring& scoring, int64_t n_pos, const StatisticArrays& stats,
+                            const float* d_pos, const float* d_neg_lse, const float* d_square,
+                            const Coefficients& out);
 
 }  // namespace fused_nce

@@ -18,11 +18,16 @@ namespace fused_nce {
 
 namespace {
 
+Work work_of(const SweepInputs& in, bool statistics, bool gradients) {
+  return {in.q.size(0), in.k.size(0), in.q.size(1), in.layout.n_pos, elements_of(in.q.scalar_type(), in.q.size(1)),
+          statistics && gradients, gradients, in.need_q, in.need_k};
+}
+
 // What one task owns.
 template <class E>
 struct Group {
   Accumulators acc;
-  float *tile_d_scale, *spare;  // (lanes)
+  float* tile_d_scale;          // (lanes)
   float* scores;                // a tile of them, unless the strip stores its own
   float* wide_keys;             // (tile_columns, D), of widened elements
   E* left;                      // weights (rows, tile_columns), the left operand of dq
@@ -40,7 +45,7 @@ class Sweep {
  public:
   Sweep(const SweepInputs& in, bool statistics, bool gradients, const RowStatistics& stats, const Upstream& upstream,
         const Gradients& out)
-      : rows_(active_kernels()), scoring_(in.scoring), n_(in.q.size(0)), m_(in.k.size(0)), d_(in.q.size(1)),
+      : rows_(active_kernels()), scoring_(in.scoring), layout_(in.layout), n_(in.q.size(0)), m_(in.k.size(0)), d_(in.q.size(1)),
         elements_(elements_of(in.q.scalar_type(), d_)), half_(in.q.scalar_type() == at::kHalf),
         q_(in.q.data_ptr()), k_(in.k.data_ptr()), q_stride_(in.q.stride(0)), k_stride_(in.k.stride(0)),
         statistics_(statistics), gradients_(gradients), need_q_(in.need_q), need_k_(in.need_k),
@@ -48,15 +53,17 @@ class Sweep {
         stats_{stats.pos.data_ptr<float>(), stats.neg_lse.data_ptr<float>(),
                statistics ? stats.neg_max.data_ptr<float>() : nullptr,
                statistics ? stats.square.data_ptr<float>() : nullptr},
-        work_{n_, m_, d_, elements_, statistics && gradients, gradients, need_q_, need_k_},
+        n_pos_(in.layout.n_pos), work_{work_of(in, statistics, gradients)},
         plan_(checked_plan(in.workspace_bytes)), arena_(plan_.bytes) {
     const int64_t lanes = plan_.lanes;
     packed_ = arena_.take<E>(lanes * d_);
     const bool copied = elements_ == Elements::widened || (need_k_ && kBf16);
     q_rows_ = copied ? arena_.take<E>(lanes * d_) : nullptr;
     stored_ = plan_.stored ? arena_.take<float>(m_ * lanes) : nullptr;
+    ids_ = arena_.take<int32_t>(lanes);
+    itself_ = arena_.take<int32_t>(lanes);
     coefficients_ = {arena_.take<float>(lanes), arena_.take<float>(lanes), arena_.take<float>(lanes),
-                     arena_.take<float>(lanes)};
+                     arena_.take<float>(lanes), arena_.take<float>(n_pos_ * lanes)};
     for (int64_t g = 0; g < plan_.groups; ++g) {
       groups_.push_back(make_group(g == 0));
       accumulators_.push_back(groups_.back().acc);
@@ -71,15 +78,17 @@ class Sweep {
       const int64_t first = strip * plan_.lanes;
       strip_ = {first, std::min(plan_.lanes, n_ - first), plan_.lanes};
       pack_queries();
+      name_rows();
       if (statistics_) {
         for_each_group([this](Group<E>& group, int64_t begin, int64_t end) { fold(group, begin, end); });
         finish_statistics(strip_, scoring_, accumulators_, stats_, coefficients_);
       }
       if (!gradients_) continue;
       if (statistics_)
-        coefficients_of_loss(strip_, scoring_, stats_, upstream_.nce_weight, upstream_.square_weight, coefficients_);
+        coefficients_of_loss(strip_, n_pos_, stats_, upstream_.nce_weight, upstream_.square_weight, coefficients_);
       else
-        coefficients_of_caller(strip_, scoring_, stats_, upstream_.d_neg_lse.template data_ptr<float>(),
+        coefficients_of_caller(strip_, scoring_, n_pos_, stats_, upstream_.d_pos.template data_ptr<float>(),
+                               upstream_.d_neg_lse.template data_ptr<float>(),
                                upstream_.d_square.template data_ptr<float>(), coefficients_);
       for_each_group([this](Group<E>& group, int64_t begin, int64_t end) { weigh(group, begin, end); });
       for (const Group<E>& group : groups_) d_scale += group.d_scale;
@@ -99,8 +108,8 @@ class Sweep {
   Group<E> make_group(bool first) {
     const int64_t lanes = plan_.lanes, columns = round_up(plan_.tile_columns, 2);
     Group<E> g{};
-    float** const arrays[] = {&g.acc.max,          &g.acc.shift, &g.acc.sum,      &g.acc.sum_error, &g.acc.square,
-                              &g.acc.square_error, &g.acc.bad,   &g.tile_d_scale, &g.spare};
+    float** const arrays[] = {&g.acc.max,    &g.acc.shift,        &g.acc.sum, &g.acc.sum_error,
+                              &g.acc.square, &g.acc.square_error, &g.acc.bad, &g.tile_d_scale};
     for (float** array : arrays) *array = arena_.take<float>(lanes);
     if (!plan_.stored) g.scores = arena_.take<float>(columns * lanes);
     if (elements_ == Elements::widened) g.wide_keys = arena_.take<float>(columns * d_);
@@ -161,10 +170,23 @@ class Sweep {
     }
   }
 
+  // Whose positives are whose, and which column is which row itself.
+  void name_rows() {
+    std::fill_n(ids_, plan_.lanes, -1);
+    std::fill_n(itself_, plan_.lanes, -1);
+    for (int64_t l = 0; l < strip_.rows; ++l) {
+      const int64_t i = strip_.first + l;
+      if (layout_.row_ids.defined()) ids_[l] = static_cast<int32_t>(layout_.row_ids.template const_data_ptr<int64_t>()[i]);
+      else if (!layout_.positives.defined()) ids_[l] = static_cast<int32_t>(i / scoring_.rows_per_image + scoring_.offset);
+      if (layout_.itself >= 0) itself_[l] = static_cast<int32_t>(i + layout_.itself);
+    }
+  }
+
   Tile tile_of(const Group<E>& group, int64_t index) const {
     const int64_t first = index * plan_.tile_columns;
     return {stored_ ? stored_ + first * plan_.lanes : group.scores,
-            std::min(plan_.tile_columns, m_ - first), plan_.lanes, strip_.rows, first, strip_.first};
+            std::min(plan_.tile_columns, m_ - first), plan_.lanes, strip_.rows, first, strip_.first, ids_,
+            layout_.itself >= 0 ? itself_ : nullptr};
   }
 
   struct Keys {
@@ -191,21 +213,19 @@ class Sweep {
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tile_of(group, t);
       score(tile, keys_of(group, tile));
-      rows_.fold(tile, scoring_, acc, stats_.pos);
+      rows_.fold(tile, scoring_, acc);
+      rows_.positives(tile, scoring_, stats_.pos);
     }
   }
 
   void weigh(Group<E>& group, int64_t begin, int64_t end) {
-    const Positives positives{upstream_.d_pos.defined() ? upstream_.d_pos.template data_ptr<float>() : nullptr,
-                              stats_.pos, stats_.neg_lse, upstream_.nce_weight};
     group.d_scale = 0.0;
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tile_of(group, t);
       const Keys keys = stored_ && !need_q_ ? Keys{nullptr, 0} : keys_of(group, tile);
       if (!stored_) score(tile, keys);
       std::fill_n(group.tile_d_scale, plan_.lanes, 0.0f);
-      rows_.weigh(tile, scoring_, coefficients_, positives, group.rounded, need_scale_ ? group.tile_d_scale : nullptr,
-                  group.spare);
+      rows_.weigh(tile, scoring_, coefficients_, group.rounded, need_scale_ ? group.tile_d_scale : nullptr);
       for (int64_t l = 0; l < strip_.rows; ++l) group.d_scale += group.tile_d_scale[l];
       if (need_k_) write_dk(group, tile);
       if (need_q_) add_dq(group, tile, keys, t > begin);
@@ -260,6 +280,7 @@ class Sweep {
 
   const RowKernels& rows_;
   const Scoring scoring_;
+  const Layout& layout_;
   const int64_t n_, m_, d_;
   const Elements elements_;
   const bool half_;
@@ -269,11 +290,13 @@ class Sweep {
   const Upstream& upstream_;
   const Gradients& out_;
   const StatisticArrays stats_;
+  const int64_t n_pos_;
   const Work work_;
   const Plan plan_;
   Arena arena_;
   E *packed_, *q_rows_;
   float* stored_;
+  int32_t *ids_, *itself_;  // (lanes)
   Coefficients coefficients_;
   std::vector<Group<E>> groups_;
   std::vector<Accumulators> accumulators_;
@@ -293,9 +316,7 @@ void sweep(const SweepInputs& in, bool statistics, bool gradients, const RowStat
 int64_t flop_of_gemms() { return gemm_flop().load(); }
 
 at::ScalarType dk_type(const SweepInputs& in, bool statistics) {
-  const Elements elements = elements_of(in.q.scalar_type(), in.q.size(1));
-  const Work work{in.q.size(0), in.k.size(0), in.q.size(1), elements, statistics, true, in.need_q, in.need_k};
-  return make_plan(work, in.workspace_bytes).dk_rounded ? at::kBFloat16 : at::kFloat;
+  return make_plan(work_of(in, statistics, true), in.workspace_bytes).dk_rounded ? at::kBFloat16 : at::kFloat;
 }
 
 // An odd width has no pairs for the bfloat16 GEMM.

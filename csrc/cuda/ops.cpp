@@ -58,7 +58,7 @@ at::Tensor checked_scale(const std::optional<at::Tensor>& scale_tensor, const at
 Statistics stats(const at::Tensor& q, const at::Tensor& k, double scale,
                  const std::optional<at::Tensor>& scale_tensor, int64_t n_c, int64_t rows_per_image, int64_t offset,
                  double clip, int64_t workspace_bytes) {
-  const auto in = inputs(q, k, scale, n_c, rows_per_image, offset, clip, false, false, false, workspace_bytes);
+  const auto in = inputs(q, k, scale, n_c, rows_per_image, offset, clip, false, false, false, workspace_bytes, {n_c});
   const RowStatistics out = new_statistics(q, n_c);
   sweep(*Lease(q), in, checked_scale(scale_tensor, q), true, false, out, {}, 1.0f, {});
   return {out.pos, out.neg_lse, out.neg_max, out.square};
@@ -70,7 +70,7 @@ GradientTuple grads(const at::Tensor& q, const at::Tensor& k, double scale,
                     const at::Tensor& d_neg_lse, const at::Tensor& d_square, bool need_q, bool need_k, bool need_scale,
                     int64_t workspace_bytes) {
   const auto in =
-      inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k, need_scale, workspace_bytes);
+      inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k, need_scale, workspace_bytes, {n_c});
   const int64_t n = q.size(0);
   const RowStatistics stats{coefficients("pos", pos, {n, n_c}), coefficients("neg_lse", neg_lse, {n}), {}, {}};
   const Upstream upstream{coefficients("d_pos", d_pos, {n, n_c}), coefficients("d_neg_lse", d_neg_lse, {n}),
@@ -87,7 +87,7 @@ LossTuple loss(const at::Tensor& q, const at::Tensor& k, double scale,
                double clip, double nce_weight, double square_weight, bool need_q, bool need_k, bool need_scale,
                int64_t workspace_bytes) {
   const auto in =
-      inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k, need_scale, workspace_bytes);
+      inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k, need_scale, workspace_bytes, {n_c});
   const RowStatistics stats = new_statistics(q, n_c);
   const Upstream upstream{{}, {}, {}, static_cast<float>(nce_weight), static_cast<float>(square_weight)};
   const Gradients out = new_gradients(in);

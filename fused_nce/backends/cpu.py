@@ -90,7 +90,8 @@ def loss(problem: Problem, tail: Nce, needs: Needs) -> tuple[Statistics, Gradien
 def _arguments(problem: Problem) -> tuple[Any, ...]:
     layout = problem.spec.layout
     clip = problem.spec.clip or 0.0
-    return problem.q, problem.k, float(problem.scale), layout.n_c, layout.rows_per_image, problem.offset, clip
+    block = layout.n_c, layout.rows_per_image, problem.offset
+    return problem.q, problem.k, float(problem.scale), *block, clip, None, -1, None
 
 
 def _limit() -> int:

@@ -130,6 +130,10 @@ def _rows(spec: Spec, found: list[Tensor]) -> Tensor:
 def _total_bytes(module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_bytes: int) -> int:
     """The dearest of the three operations: `grads` has no statistics to hold, `stats` no weights."""
     return max(
-        int(module.cuda_plan(n, m, d, spec.layout.n_c, dtype_bytes, limit_bytes, statistics=s, gradients=g)["total_bytes"])
+        int(
+            module.cuda_plan(n, m, d, spec.layout.n_c, dtype_bytes, limit_bytes, statistics=s, gradients=g)[
+                "total_bytes"
+            ]
+        )
         for s, g in ((True, True), (True, False), (False, True))
     )

@@ -29,7 +29,7 @@ def arguments(n, n_c, d, dtype=torch.float32, clip=20.0, extra_images=0, offset=
     torch.manual_seed(n * n_c + d)
     images = -(-n // rows_per_image) + offset + extra_images
     q, k = torch.randn(n, d).to(dtype), torch.randn(images * n_c, d).to(dtype)
-    return q, k, 1 / math.sqrt(d), n_c, rows_per_image, offset, clip
+    return q, k, 1 / math.sqrt(d), n_c, rows_per_image, offset, clip, None, -1, None
 
 
 def loss(args, needs=(True, True, True), workspace=16 * MIB):
@@ -98,10 +98,10 @@ def test_an_unknown_instruction_set_is_an_error():
 def test_any_workspace_gives_the_same(dtype, clip):
     args = arguments(150, 7, 66, dtype, clip, extra_images=2, offset=1)
     wanted = loss(args)
-    smallest = MODULE.plan(150, args[1].shape[0], 66, dtype, 1)["total_bytes"]
+    smallest = MODULE.plan(150, args[1].shape[0], 66, dtype, 1, positives=7)["total_bytes"]
     strips = set()
     for workspace in (4 * MIB, MIB, MIB // 2, smallest):
-        plan = MODULE.plan(150, args[1].shape[0], 66, dtype, workspace)
+        plan = MODULE.plan(150, args[1].shape[0], 66, dtype, workspace, positives=7)
         assert plan["fits"]
         assert plan["total_bytes"] <= workspace
         strips.add((plan["strips"], plan["scores_stored"]))
@@ -169,13 +169,17 @@ BAD_ARGUMENTS = [
     ({"k": torch.randn(15, 7)}, "k has width 7, needed: the width of q, 8"),
     ({"k": torch.randn(15, 8).half()}, "k is Half, needed: the dtype of q, Float"),
     ({"q": torch.randn(5)}, "q has shape"),
+    ({"row_ids": torch.zeros(4, dtype=torch.int64)}, r"row_ids has shape \[4\], needed: 5"),
+    ({"row_ids": torch.zeros(5)}, "row_ids is Float, needed: int64"),
+    ({"itself": 11}, "itself is 11, needed: -1, or 0 to 10"),
+    ({"positives": torch.zeros(4, 1)}, r"positives has shape \[4, 1\], needed: 5 rows"),
     ({"workspace_bytes": 0}, "workspace_bytes is 0, needed: a positive number"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_ARGUMENTS)
 def test_bad_arguments_are_named(change, message):
-    names = ("q", "k", "scale", "n_c", "rows_per_image", "offset", "clip", "workspace_bytes")
-    values = dict(zip(names, (*arguments(5, 3, 8), MIB), strict=True))
+    names = ("q", "k", "scale", "n_c", "rows_per_image", "offset", "clip", "row_ids", "itself", "positives")
+    values = dict(zip(names, arguments(5, 3, 8), strict=True)) | {"workspace_bytes": MIB}
     with pytest.raises((ValueError, TypeError), match=message):
         torch.ops.fused_nce.cpu_stats(**(values | change))
