@@ -7,7 +7,7 @@ workspace. Gradients leave in float32 whatever the inputs.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from torch import Tensor
 from fused_nce import _extension
 from fused_nce.core import workspace
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
-from fused_nce.core.spec import Spec
-from fused_nce.core.tails import Coefficients, Nce
+from fused_nce.core.spec import Block, Spec
+from fused_nce.core.tails import Coefficients, Tail
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("neg_lse", "neg_max", "square")  # in the order in which the kernels return them
@@ -76,10 +76,10 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
     )
 
 
-def loss(problem: Problem, tail: Nce, needs: Needs) -> tuple[Statistics, Gradients]:
+def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
     """One sweep: one score GEMM, and one a gradient."""
     spec = problem.spec
-    nce_weight = tail.unit(problem.n * spec.layout.n_c)
+    nce_weight = tail.unit(problem.n * spec.n_pos)
     square_weight = tail.penalty / (problem.n * problem.m)
     pos, neg_lse, neg_max, square, *gradients = torch.ops.fused_nce.cpu_loss(
         *_arguments(problem), nce_weight, square_weight, *needs, _limit()
@@ -88,7 +88,7 @@ def loss(problem: Problem, tail: Nce, needs: Needs) -> tuple[Statistics, Gradien
 
 
 def _arguments(problem: Problem) -> tuple[Any, ...]:
-    layout = problem.spec.layout
+    layout = cast(Block, problem.spec.layout)
     clip = problem.spec.clip or 0.0
     return problem.q, problem.k, float(problem.scale), layout.n_c, layout.rows_per_image, problem.offset, clip
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +18,7 @@ from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
 from fused_nce.core.spec import Block, Identity, Spec, TanhClip
 from fused_nce.core.tails import REDUCTIONS, Nce
-
-
-class NCEOutput(NamedTuple):
-    """What a noise-contrastive loss returns; `loss`, `nce` and `penalty` are each differentiable."""
-
-    loss: Tensor  # 0-d: nce (its mean under reduction="none") + penalty
-    nce: Tensor  # 0-d, or (n_a, n_c) under reduction="none"
-    penalty: Tensor  # 0-d: λ·mean(s²)
-    stats: dict[str, Tensor]  # 0-d, detached: top1, pos_mean, neg_lse_mean, nce_minus_chance, mi_bound
+from fused_nce.losses.output import NCEOutput
 
 
 def amdim_nce(
