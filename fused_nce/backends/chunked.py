@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fused_nce.backends.tiles import AtomTile, LseTile, Merger, kind
+from fused_nce.backends.tiles import AtomTile, LseTile, Merger, Tile, kind
 from fused_nce.core import atoms, workspace
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import VOCABULARY, Bias, Block, Spec
@@ -95,9 +95,8 @@ class _Sweep:
         self.buffers = q.new_empty(held, self.plan.strip * self.plan.panel, dtype=self.wide)
         self.empty = q.new_empty(0, dtype=self.wide)
         # A positive that no column is (a target out of range, where a GPU cannot say so) stays NaN.
-        self.pos = problem.positives
-        if self.pos is None:
-            self.pos = q.new_full((problem.n, spec.n_pos), float("nan"), dtype=self.wide)
+        unknown = q.new_full((problem.n, spec.n_pos), float("nan"), dtype=self.wide)
+        self.pos = unknown if problem.positives is None else problem.positives
         self.rows = q.new_empty(len(spec.stats), problem.n, dtype=self.wide)
         self.columns = [Merger(spec.columns) for _ in self.panels()] if spec.columns else []
 
@@ -156,7 +155,7 @@ class _Sweep:
             out.dq.mul_(self.p.scale)
         return out
 
-    def fold_strip(self, rows: slice) -> AtomTile | LseTile | None:
+    def fold_strip(self, rows: slice) -> Tile | None:
         """Fill `pos` and `rows` for a strip; hands its tile on where one panel holds all columns."""
         parts = []
         for number, columns in enumerate(self.panels()):
@@ -174,7 +173,7 @@ class _Sweep:
         d: Coefficients,
         needs: Needs,
         out: Gradients,
-        tile: AtomTile | LseTile | None,
+        tile: Tile | None,
     ) -> None:
         """Add a strip's part to the gradients."""
         p, stats = self.p, self.p.spec.stats

@@ -52,7 +52,8 @@ class Tile:
 
     BUFFERS: int  # score-sized tensors alive together
 
-    def __init__(self, problem: Problem, rows: slice, panel: slice, buffers: Tensor) -> None:
+    def __init__(self, problem: Problem, rows: slice, panel: slice, buffers: Tensor, lse: Tensor | None) -> None:
+        """`lse` (strip,) is neg_lse, once it is known: a shift for exponentials."""
         self.p, self.spec = problem, problem.spec
         self.rows, self.columns = range(rows.start, rows.stop), range(panel.start, panel.stop)
         q, k = problem.q[rows].to(buffers.dtype), problem.k[panel].to(buffers.dtype)
@@ -80,7 +81,7 @@ class AtomTile(Tile):
     BUFFERS = 12
 
     def __init__(self, problem: Problem, rows: slice, panel: slice, buffers: Tensor, lse: Tensor | None) -> None:
-        super().__init__(problem, rows, panel, buffers)
+        super().__init__(problem, rows, panel, buffers, lse)
         self.s = self.r * problem.scale
         self.t = atoms.transform_value(self.spec.transform, self.s, problem.bias)
         self.of = atoms.sets(problem, self.rows, self.columns)
@@ -115,8 +116,7 @@ class LseTile(Tile):
     BUFFERS = 3  # s, t and w of a tile are alive together
 
     def __init__(self, problem: Problem, rows: slice, panel: slice, buffers: Tensor, lse: Tensor | None) -> None:
-        """`lse` (strip,) is the exponentials' shift, once it is known."""
-        super().__init__(problem, rows, panel, buffers)
+        super().__init__(problem, rows, panel, buffers, lse)
         r, x, e = self.buffers
         clip = self.spec.clip
         self.factor = clip or 1.0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
+from fused_nce.core import flop as _flop  # noqa: F401  (the ops' formulas)
 from fused_nce.core import ops as _ops  # noqa: F401  (defines torch.ops.fused_nce)
 from fused_nce.core.atoms import STATISTIC
 from fused_nce.core.spec import Block, Index, Labels, Spec

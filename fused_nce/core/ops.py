@@ -1,4 +1,4 @@
-"""The three ops: schema, body, fake kernel, autograd and FLOP formula, each once, for every backend.
+"""The three ops: schema, body, fake kernel and autograd, each once, for every backend.
 
 They are functional custom ops, not `autograd.Function`s: under `torch.compile` a Function has every output's gradient
 materialised, and the branch that recomputes would always be taken. The choice of a backend, logging and warnings happen
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fused_nce.core import atoms, checks, tails
 from fused_nce.core import spec as specs
@@ -80,6 +79,7 @@ def _problem(x: Scores) -> Problem:
     spec, wide, q = specs.parse(x.spec), _wide(x.q), x.q.detach()
     k = q if x.k is None else x.k.detach()
     bias = 0.0 if x.bias is None else x.bias.detach().to(wide)
+    positives = None if x.positives is None else x.positives.detach().to(wide, copy=True)  # `pos` is no input
     return Problem(
         q,
         k,
@@ -87,9 +87,7 @@ def _problem(x: Scores) -> Problem:
         spec,
         x.offset,
         bias,
-        None
-        if x.positives is None
-        else atoms.transform_value(spec.transform, x.positives.detach().to(wide, copy=True), bias),
+        None if positives is None else atoms.transform_value(spec.transform, positives, bias),
         x.row_ids,
         x.column_ids,
         shared=x.k is None,
@@ -317,31 +315,3 @@ def _times(stash: Tensor, upstream: Tensor) -> Tensor:
 
 torch.library.register_autograd("fused_nce::stats", _stats_backward, setup_context=_setup, lib=_lib)
 torch.library.register_autograd("fused_nce::loss", _loss_backward, setup_context=_setup, lib=_lib)
-
-
-# ---- FLOP formulas: one score GEMM is u = 2·N·M·D -----------------------------------------------------------------
-
-
-def _unit(q_shape: Any, k_shape: Any) -> int:
-    return int(2 * q_shape[0] * (k_shape or q_shape)[0] * q_shape[1])
-
-
-def _gemms(q_shape: Any, k_shape: Any, needs: list[bool]) -> int:
-    """The scores, and a GEMM a gradient; of one tensor in both roles, two."""
-    return 1 + (sum(needs[:2]) if k_shape else 2 * needs[0])
-
-
-@register_flop_formula(torch.ops.fused_nce.stats)
-def _stats_flop(q_shape: Any, k_shape: Any, *_: Any, **__: Any) -> int:
-    return _unit(q_shape, k_shape)
-
-
-@register_flop_formula(torch.ops.fused_nce.grads)
-def _grads_flop(q_shape: Any, k_shape: Any, *args: Any, **__: Any) -> int:
-    return _unit(q_shape, k_shape) * _gemms(q_shape, k_shape, args[-2])
-
-
-@register_flop_formula(torch.ops.fused_nce.loss)
-def _loss_flop(q_shape: Any, k_shape: Any, *args: Any, **__: Any) -> int:
-    again = bool(specs.parse(args[COUNT - 4]).columns and any(args[-3]))  # weights need the columns' statistics first
-    return _unit(q_shape, k_shape) * (_gemms(q_shape, k_shape, args[-3]) + again)

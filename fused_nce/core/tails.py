@@ -223,9 +223,8 @@ class _Supervised(Tail):
         d_rows[spec.stats.index("neg_lse")] = share
         d_rows[spec.stats.index("pos_lse")] = -share
         # A lone positive has no gap, whatever its score; and 1 − 1 of a recomputed score would not quite be 0.
-        d_rows[spec.stats.index("pos_gap")] = self.on_gap() * torch.where(
-            found["pos_count"] > 1, d, torch.zeros_like(d)
-        )
+        several = found["pos_count"] > 1
+        d_rows[spec.stats.index("pos_gap")] = torch.where(several, self.on_gap() * d, torch.zeros_like(d))
         return Coefficients(torch.zeros_like(pos), d_rows)
 
     def report(self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None, m: int) -> Tensor:
