@@ -1,4 +1,4 @@
-"""The supervised contrastive loss (Khosla et al. 2020, arXiv:2004.11362): rows of one label are positives of each other.
+"""The supervised contrastive loss (Khosla et al. 2020, arXiv:2004.11362): rows of one label are each other's positives.
 
 s = ⟨z, z'⟩ / temperature of unit vectors, A(i) all rows but i, P(i) those of i's label. Equation 2, the sum outside the
 log: −1/|P(i)| Σ_p log(e^(s_ip) / Σ_A e^(s_ia)). Equation 3, inside: −log(1/|P(i)| Σ_p e^(s_ip) / Σ_A e^(s_ia)), never
