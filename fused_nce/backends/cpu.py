@@ -44,6 +44,8 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
     if module is None:
         raise RuntimeError(reason)
     dtypes = [dtype for dtype in DTYPES if dtype.itemsize == dtype_bytes]
+    if not dtypes:
+        raise ValueError(f"dtype: got one of {dtype_bytes} bytes, need float32, bfloat16 or float16 for 'cpu'")
     return max(int(_plan(module, n, m, d, dtype, limit_bytes)["total_bytes"]) for dtype in dtypes)
 
 

@@ -90,13 +90,19 @@ def check_scale(name: str, scale: float | Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: got device {scale.device}, need the inputs' {device}")
 
 
-def check_no_tangent(name: str, x: object) -> None:
-    """Not a forward-mode dual: the ops would drop its tangent in silence.
+def check_no_transform(name: str, x: object) -> None:
+    """Not inside `torch.func`'s grad, vjp or jvp: the ops' gradients leave with the forward, and have no such rule.
 
     Raises:
         RuntimeError: for one.
     """
-    if isinstance(x, Tensor) and not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_gradtrackingtensor(x) and forward_ad.unpack_dual(x).tangent is None:
+        raise RuntimeError(
+            f"fused_nce: torch.func.grad, vjp and jacrev are not supported: got {name} from one, use torch.autograd.grad"
+        )
+    if forward_ad.unpack_dual(x).tangent is not None:
         raise RuntimeError(f"fused_nce: forward-mode differentiation (jvp) is not supported: {name} carries a tangent")
 
 
@@ -178,7 +184,7 @@ def check_scores(
     check_int("offset", offset)
     tensors = {"q": q, "k": k, "scale": scale, "bias": bias, "positives": positives}
     for name, x in tensors.items():
-        check_no_tangent(name, x)
+        check_no_transform(name, x)
     check_statistics(spec)
     if isinstance(spec.transform, TanhClip):
         check_number("clip", spec.transform.c, above=0)

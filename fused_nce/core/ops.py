@@ -263,6 +263,11 @@ def _as_inputs(ctx: Any, found: tuple[Tensor, ...]) -> list[Any]:
 
 def _recompute(ctx: Any, x: Scores, found: tuple[Tensor, ...], d: tails.Coefficients) -> list[Any]:
     """Gradients from coefficients: the scores once more, then one GEMM a gradient."""
+    if not torch.compiler.is_compiling() and any(_batched(g) for g in d if g is not None):
+        raise RuntimeError(
+            "fused_nce: batched upstream gradients (is_grads_batched, vmap) are supported for `loss` alone: "
+            "this backward computes the scores again, for one upstream at a time"
+        )
     d_columns = torch.zeros_like(found[2]) if d.d_columns is None else d.d_columns
     return _as_inputs(ctx, torch.ops.fused_nce.grads(*x, *found, d.d_pos, d.d_rows, d_columns, ctx.needs, ctx.backend))
 
@@ -300,11 +305,15 @@ def _loss_backward(
     return *_recompute(ctx, x, (pos, rows, columns), _to_columns(problem, d)), *rest
 
 
+def _batched(x: Tensor) -> bool:
+    """One of several upstream gradients that `is_grads_batched` or a vmap hands down at once."""
+    return "Batched" in torch._C._dispatch_key_set(x)  # either kind of vmap; no predicate knows both
+
+
 def _times(stash: Tensor, upstream: Tensor) -> Tensor:
     """stash·upstream, in the stash's own memory unless the graph is kept for another backward."""
     traced = torch.compiler.is_compiling() or type(upstream) is not Tensor
-    batched = torch._C._functorch.is_functorch_wrapped_tensor(upstream)  # is_grads_batched: one upstream of several
-    if traced or batched or torch._C._autograd._get_current_graph_task_keep_graph():
+    if traced or _batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph():
         return stash * upstream
     # `loss.backward()` has upstream 1, and multiplying would read and write every gradient once more: 20 % of the whole
     # call at N = 126, D = 2560. Only a CPU can look without waiting.

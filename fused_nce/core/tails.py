@@ -294,7 +294,8 @@ class Sigmoid(Tail):
         """−σ(−t) on the positives, 1 on the negatives' sum."""
         d_rows = torch.zeros_like(rows)
         d = torch.as_tensor(d_element, dtype=rows.dtype, device=rows.device).expand(rows.shape[1], 1)
-        d_rows[spec.stats.index("neg_softplus")] = d[:, 0]
+        found = rows[spec.stats.index("neg_softplus")]
+        d_rows[spec.stats.index("neg_softplus")] = d[:, 0] + _bad(found)  # σ(∞) = 1 would let the gradient look sound
         return Coefficients(-torch.sigmoid(-pos) * d, d_rows)
 
     def report(self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None, m: int) -> Tensor:
