@@ -6,16 +6,46 @@ from fused_nce.core.dispatch import last_path
 from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.workspace import workspace_bytes
 from fused_nce.doctor import backends, doctor
-from fused_nce.losses import AMDIMLoss, NCEOutput, amdim_nce
+from fused_nce.losses import (
+    AMDIMLoss,
+    CLIPLoss,
+    InfoNCELoss,
+    MemoryQueue,
+    MoCoLoss,
+    NCEOutput,
+    NTXentLoss,
+    SigLIPLoss,
+    SupConLoss,
+    amdim_nce,
+    clip_loss,
+    info_nce,
+    moco_nce,
+    nt_xent,
+    siglip_loss,
+    sup_con,
+)
 
 __all__ = [
     "AMDIMLoss",
+    "CLIPLoss",
+    "InfoNCELoss",
+    "MemoryQueue",
+    "MoCoLoss",
     "NCEOutput",
+    "NTXentLoss",
+    "SigLIPLoss",
+    "SupConLoss",
     "__version__",
     "amdim_nce",
     "backends",
+    "clip_loss",
     "doctor",
+    "info_nce",
     "last_path",
+    "moco_nce",
+    "nt_xent",
+    "siglip_loss",
+    "sup_con",
     "tile_loss",
     "tile_stats",
     "workspace_bytes",

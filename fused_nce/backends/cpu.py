@@ -1,11 +1,12 @@
 """The C++ kernels of `csrc/cpu`: tiles of scores that stay in the cache, float32, bfloat16 and float16.
 
 Inputs are used in place where the elements of a row are adjacent; any other layout is copied first, beyond the
-workspace. Gradients leave in float32 whatever the inputs.
+workspace. Gradients leave in float32, or dk in bfloat16 where the inputs are and one strip of rows finishes it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -15,11 +16,12 @@ from torch import Tensor
 from fused_nce import _extension
 from fused_nce.core import workspace
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
-from fused_nce.core.spec import Spec
-from fused_nce.core.tails import Coefficients, Nce
+from fused_nce.core.spec import STATISTICS, Block, Index, Spec
+from fused_nce.core.tails import Coefficients, Tail
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("neg_lse", "neg_max", "square")  # in the order in which the kernels return them
+ATOMS = frozenset({"block", "index", "separate", "drop_self", "self", "identity", "tanh_clip", *STATISTICS})
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
@@ -32,7 +34,9 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
     if q.dtype not in DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
     limit = workspace.limit_bytes("cpu")
-    plan = _plan(module, q.shape[0], k.shape[0], q.shape[1], q.dtype, limit)
+    if isinstance(spec.layout, Block) and spec.layout.n_c > 1 and spec.drop_self:
+        return "its kernels leave out a row's own column among single columns, not within an image"
+    plan = _plan(module, spec, q.shape[0], k.shape[0], q.shape[1], q.dtype, limit)
     if not plan["fits"]:
         return f"the workspace of {limit} bytes is below the {plan['total_bytes']} of its smallest plan"
     return None
@@ -44,7 +48,9 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
     if module is None:
         raise RuntimeError(reason)
     dtypes = [dtype for dtype in DTYPES if dtype.itemsize == dtype_bytes]
-    return max(int(_plan(module, n, m, d, dtype, limit_bytes)["total_bytes"]) for dtype in dtypes)
+    if not dtypes:
+        raise ValueError(f"dtype: got one of {dtype_bytes} bytes, need float32, bfloat16 or float16 for 'cpu'")
+    return max(int(_plan(module, spec, n, m, d, dtype, limit_bytes)["total_bytes"]) for dtype in dtypes)
 
 
 def stats(problem: Problem) -> Statistics:
@@ -62,36 +68,50 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
     }
     # Without neg_lse among the statistics no negative has a weight, as in a row that has no negatives.
     neg_lse = statistics.rows[stats.index("neg_lse")] if "neg_lse" in stats else zeros - float("inf")
-    return Gradients(
-        *torch.ops.fused_nce.cpu_grads(
+    return _gradients(
+        problem,
+        torch.ops.fused_nce.cpu_grads(
             *_arguments(problem),
             statistics.pos,
             neg_lse,
             coefficients.d_pos,
             d_rows["neg_lse"],
             d_rows["square"],
-            *needs,
+            *_needs(problem, needs),
             _limit(),
-        )
+        ),
     )
 
 
-def loss(problem: Problem, tail: Nce, needs: Needs) -> tuple[Statistics, Gradients]:
+def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
     """One sweep: one score GEMM, and one a gradient."""
     spec = problem.spec
-    nce_weight = tail.unit(problem.n * spec.layout.n_c)
+    nce_weight = tail.unit(problem.n * spec.n_pos)
     square_weight = tail.penalty / (problem.n * problem.m)
     pos, neg_lse, neg_max, square, *gradients = torch.ops.fused_nce.cpu_loss(
-        *_arguments(problem), nce_weight, square_weight, *needs, _limit()
+        *_arguments(problem), nce_weight, square_weight, *_needs(problem, needs), _limit()
     )
-    return Statistics(pos, _rows(spec, [neg_lse, neg_max, square])), Gradients(*gradients)
+    return Statistics(pos, _rows(spec, [neg_lse, neg_max, square])), _gradients(problem, gradients)
 
 
 def _arguments(problem: Problem) -> tuple[Any, ...]:
     layout = problem.spec.layout
-    clip = problem.spec.clip or 0.0
-    block = layout.n_c, layout.rows_per_image, problem.offset
-    return problem.q, problem.k, float(problem.scale), *block, clip, None, -1, None
+    block = (layout.n_c, layout.rows_per_image, problem.offset) if isinstance(layout, Block) else (1, 1, 0)
+    scores = problem.q, problem.k, float(problem.scale), *block, problem.spec.clip or 0.0
+    row_ids = problem.row_ids if isinstance(layout, Index) else None
+    return *scores, row_ids, problem.offset if problem.spec.drop_self else -1, problem.positives
+
+
+def _needs(problem: Problem, needs: Needs) -> Needs:
+    """Where k is q, its gradient as a key is part of q's."""
+    return needs._replace(k=needs.q) if problem.shared else needs
+
+
+def _gradients(problem: Problem, found: Sequence[Tensor]) -> Gradients:
+    dq, dk, dscale = found
+    if problem.shared and dk.numel():
+        dq, dk = dq.add_(dk), dk.new_empty(0)
+    return Gradients(dq, dk, dscale)
 
 
 def _limit() -> int:
@@ -103,6 +123,8 @@ def _rows(spec: Spec, found: list[Tensor]) -> Tensor:
     return torch.stack([found[NAMES.index(name)] for name in spec.stats])
 
 
-def _plan(module: ModuleType, n: int, m: int, d: int, dtype: torch.dtype, limit_bytes: int) -> dict[str, Any]:
-    plan: dict[str, Any] = module.plan(n, m, d, dtype, limit_bytes)
+def _plan(
+    module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype: torch.dtype, limit_bytes: int
+) -> dict[str, Any]:
+    plan: dict[str, Any] = module.plan(n, m, d, dtype, limit_bytes, positives=max(1, spec.n_pos))
     return plan

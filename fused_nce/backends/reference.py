@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, cast
+
 import torch
 from torch import Tensor
 
 from fused_nce.core import atoms
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
-from fused_nce.core.spec import Spec
-from fused_nce.core.tails import Coefficients, Nce
+from fused_nce.core.spec import VOCABULARY, Bias, Separate, Spec
+from fused_nce.core.tails import Coefficients, Tail
+
+ATOMS = VOCABULARY
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
@@ -24,52 +28,71 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
 
 def stats(problem: Problem) -> Statistics:
     """Statistics of the whole score matrix."""
-    return _fold(problem, *_scores(problem))
+    return _fold(problem, _scores(problem))
 
 
 def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
     """Gradients from finished statistics; the scores are computed again."""
-    return _descend(problem, *_scores(problem), statistics, coefficients, needs)
+    return _descend(problem, _scores(problem), statistics, coefficients, needs)
 
 
-def loss(problem: Problem, tail: Nce, needs: Needs) -> tuple[Statistics, Gradients]:
+def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
     """Statistics, then gradients, from the same scores."""
-    scores = _scores(problem)
-    found = _fold(problem, *scores)
-    unit = tail.unit(found.pos.numel())
-    coefficients = tail.coefficients(problem.spec, *found, unit, 1.0, problem.n * problem.m)
-    return found, _descend(problem, *scores, found, coefficients, needs)
+    scores, spec = _scores(problem), problem.spec
+    found = _fold(problem, scores)
+    unit = tail.unit(problem.n * tail.per_row(spec))
+    coefficients = tail.coefficients(spec, *found, unit, 1.0, problem.n * problem.m)
+    return found, _descend(problem, scores, found, coefficients, needs)
 
 
-def _fold(problem: Problem, s: Tensor, t: Tensor, own: Tensor) -> Statistics:
-    return Statistics(t[own].view(problem.n, -1), atoms.fold_tile(problem.spec, s, t, own))
+class _Scores(NamedTuple):
+    """Each (N, M)."""
+
+    s: Tensor
+    t: Tensor
+    of: atoms.Sets
+
+
+def _scores(problem: Problem) -> _Scores:
+    wide, spec = torch.promote_types(problem.q.dtype, torch.float32), problem.spec
+    s = problem.scale * (problem.q.to(wide) @ problem.k.to(wide).T)
+    of = atoms.sets(problem, range(problem.n), range(problem.m))
+    return _Scores(s, atoms.transform_value(spec.transform, s, problem.bias), of)
+
+
+def _fold(problem: Problem, x: _Scores) -> Statistics:
+    spec = problem.spec
+    pos = x.t.new_empty(problem.n, 0)
+    if isinstance(spec.layout, Separate):
+        pos = cast(Tensor, problem.positives)
+    elif spec.n_pos:
+        pos = x.t.gather(1, atoms.positive_columns(problem, range(problem.n)))
+    rows, columns = (
+        atoms.merge_tiles(names, [atoms.fold_tile(names, *x, dim)]) if names else None
+        for names, dim in ((spec.stats, 1), (spec.columns, 0))
+    )
+    return Statistics(pos, cast(Tensor, rows), columns)
 
 
 def _descend(
-    problem: Problem,
-    s: Tensor,
-    t: Tensor,
-    own: Tensor,
-    statistics: Statistics,
-    coefficients: Coefficients,
-    needs: Needs,
+    problem: Problem, x: _Scores, statistics: Statistics, coefficients: Coefficients, needs: Needs
 ) -> Gradients:
     """dL/dq = scale·W k, dL/dk = scale·Wᵀ q, dL/dscale = Σ W·⟨q,k⟩."""
-    w = atoms.tile_weights(problem.spec, s, t, own, statistics.rows, coefficients.d_rows)
-    positive = torch.zeros_like(s).masked_scatter(own, coefficients.d_pos)
-    w = w + positive * atoms.transform_slope(problem.spec.transform, t)
-    q, k = problem.q.to(s.dtype), problem.k.to(s.dtype)
-    none = s.new_empty(0)
+    spec = problem.spec
+    on_t, on_s = atoms.tile_weights(spec.stats, *x, statistics.rows, coefficients.d_rows)
+    if spec.columns:
+        found, d = cast(Tensor, statistics.columns), cast(Tensor, coefficients.d_columns)
+        across = atoms.tile_weights(spec.columns, *x, found, d, dim=0)
+        on_t, on_s = on_t + across[0], on_s + across[1]
+    if spec.n_pos and not isinstance(spec.layout, Separate):
+        on_t.scatter_add_(1, atoms.positive_columns(problem, range(problem.n)), coefficients.d_pos)
+    w = on_t * atoms.transform_slope(spec.transform, x.t) + on_s
+    q, k = problem.q.to(w.dtype), problem.k.to(w.dtype)
+    none = w.new_empty(0)
+    dq = problem.scale * ((w + w.T if problem.shared else w) @ k) if needs.q else none
     return Gradients(
-        problem.scale * (w @ k) if needs.q else none,
-        problem.scale * (w.T @ q) if needs.k else none,
+        dq,
+        problem.scale * (w.T @ q) if needs.k and not problem.shared else none,
         (w * (q @ k.T)).sum() if needs.scale else none,
+        on_t.sum() if needs.scale and isinstance(spec.transform, Bias) else None,
     )
-
-
-def _scores(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """(s, t, own), each (N, M)."""
-    wide = torch.promote_types(problem.q.dtype, torch.float32)
-    s = problem.scale * (problem.q.to(wide) @ problem.k.to(wide).T)
-    own = atoms.own_mask(problem.spec.layout, range(problem.n), range(problem.m), problem.offset, s.device)
-    return s, atoms.transform_value(problem.spec.transform, s), own

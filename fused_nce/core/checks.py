@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_nce.core.spec import Spec, TanhClip
+from fused_nce.core.atoms import STATISTIC
+from fused_nce.core.spec import Bias, Block, Index, Labels, Separate, Spec, TanhClip
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CASTABLE = (torch.float32, torch.bfloat16, torch.float16)  # what `matmul` casts under autocast; float64 it leaves alone
@@ -89,31 +90,146 @@ def check_scale(name: str, scale: float | Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: got device {scale.device}, need the inputs' {device}")
 
 
-def check_no_tangent(name: str, x: object) -> None:
-    """Not a forward-mode dual: the ops would drop its tangent in silence.
+def check_no_transform(name: str, x: object) -> None:
+    """Not inside `torch.func`'s grad, vjp or jvp: the ops' gradients leave with the forward, and have no such rule.
 
     Raises:
         RuntimeError: for one.
     """
-    if isinstance(x, Tensor) and not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_gradtrackingtensor(x) and forward_ad.unpack_dual(x).tangent is None:
+        raise RuntimeError(
+            f"fused_nce: torch.func.grad, vjp and jacrev are not supported: got {name} from one, use torch.autograd.grad"
+        )
+    if forward_ad.unpack_dual(x).tangent is not None:
         raise RuntimeError(f"fused_nce: forward-mode differentiation (jvp) is not supported: {name} carries a tangent")
 
 
-def check_scores(q: Tensor, k: Tensor, spec: Spec, scale: float | Tensor, offset: int) -> None:
-    """Everything that the engine needs of one problem."""
+def check_int(name: str, value: object) -> None:
+    """A Python int, or the symbol that stands for one while a graph is traced.
+
+    Raises:
+        TypeError: anything else; a bool and a float are no row numbers.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {type(value).__name__}, need an int")
+
+
+def check_ids(name: str, ids: Tensor | None, length: int, letter: str, device: torch.device) -> None:
+    """int64 ids of rows or columns on the inputs' device.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another shape or device.
+    """
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name}: got {type(ids).__name__}, need a ({letter},) int64 tensor")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name}: got {ids.dtype}, need int64")
+    if ids.dim() != 1 or ids.shape[0] != length:
+        raise ValueError(f"{name}: got shape {tuple(ids.shape)}, need ({letter},) = ({length},)")
+    if ids.device != device:
+        raise ValueError(f"{name}: got device {ids.device}, need the inputs' {device}")
+
+
+def check_targets(targets: Tensor, m: int) -> None:
+    """Targets within the M columns. Reads them, so for the CPU alone: elsewhere one out of range gives its row a NaN.
+
+    Raises:
+        ValueError: for one out of range.
+    """
+    low, high = (int(x) for x in torch.aminmax(targets))
+    if low < 0 or high >= m:
+        raise ValueError(f"targets: got {low if low < 0 else high}, need 0 <= target < M = {m}")
+
+
+def check_statistics(spec: Spec) -> None:
+    """Statistics beside those that they are derived from.
+
+    Raises:
+        ValueError: where one is missing, or none is named.
+    """
+    for names in (spec.stats, spec.columns):
+        for name in names:
+            missing = set(STATISTIC[name].reads) - set(names)
+            if missing:
+                raise ValueError(f"spec: got statistics {names}, need {', '.join(sorted(missing))} beside {name}")
+    if not spec.stats:
+        raise ValueError("spec: got no statistics, need at least one")
+
+
+def check_scores(
+    q: Tensor,
+    k: Tensor | None,
+    spec: Spec,
+    scale: float | Tensor,
+    offset: int,
+    *,
+    bias: float | Tensor | None = None,
+    positives: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    column_ids: Tensor | None = None,
+) -> None:
+    """Everything that the engine needs of one problem; `k` None is `q`."""
     check_tensor("q", q, ("N", "D"))
+    if k is None:
+        k = q
     check_tensor("k", k, ("M", "D"))
-    check_pair("q", q, "k", k)
+    if isinstance(spec.layout, Separate) and not k.requires_grad:
+        check_pair("q", q.to(k.dtype) if q.dtype != k.dtype else q, "k", k)  # a frozen bank may have its own dtype
+    else:
+        check_pair("q", q, "k", k)
     check_scale("scale", scale, q.device)
-    for name, x in (("q", q), ("k", k), ("scale", scale)):
-        check_no_tangent(name, x)
+    check_int("offset", offset)
+    tensors = {"q": q, "k": k, "scale": scale, "bias": bias, "positives": positives}
+    for name, x in tensors.items():
+        check_no_transform(name, x)
+    check_statistics(spec)
     if isinstance(spec.transform, TanhClip):
         check_number("clip", spec.transform.c, above=0)
-    n_c, per_image = spec.layout.n_c, spec.layout.rows_per_image
-    if n_c < 1 or k.shape[0] % n_c:
-        raise ValueError(f"k: got M = {k.shape[0]}, need a multiple of n_c = {n_c}")
-    if per_image < 1 or q.shape[0] % per_image:
-        raise ValueError(f"q: got N = {q.shape[0]}, need a multiple of rows_per_image = {per_image}")
-    images, owned = k.shape[0] // n_c, q.shape[0] // per_image
+    if isinstance(spec.transform, Bias):
+        check_scale("bias", 0.0 if bias is None else bias, q.device)
+    elif bias is not None:
+        raise ValueError(f"bias: got one with {spec.transform.code}, need the transform Bias()")
+    _check_layout(q, k, spec, offset, positives, row_ids, column_ids)
+
+
+def _check_layout(
+    q: Tensor,
+    k: Tensor,
+    spec: Spec,
+    offset: int,
+    positives: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+) -> None:
+    n, m, layout = q.shape[0], k.shape[0], spec.layout
+    given = {"positives": positives, "row_ids": row_ids, "column_ids": column_ids}
+    wanted = {Separate: ("positives",), Index: ("row_ids",), Labels: ("row_ids", "column_ids")}.get(type(layout), ())
+    for name, x in given.items():
+        if x is not None and name not in wanted:
+            raise ValueError(f"{name}: got a tensor with the layout {layout.code}, need None")
+    if isinstance(layout, Separate):
+        check_tensor("positives", positives, ("N", "P"))  # type: ignore[arg-type]
+        if positives.shape != (n, layout.p) or positives.device != q.device:  # type: ignore[union-attr]
+            seen = f"shape {tuple(positives.shape)} on {positives.device}"  # type: ignore[union-attr]
+            raise ValueError(f"positives: got {seen}, need (N, P) = {(n, layout.p)} on {q.device}")
+    if "row_ids" in wanted:
+        check_ids("targets" if isinstance(layout, Index) else "row_ids", row_ids, n, "N", q.device)
+    if "column_ids" in wanted:
+        check_ids("column_ids", column_ids, m, "M", q.device)
+    if not isinstance(layout, Block):
+        if spec.drop_self and not 0 <= offset <= m - n:
+            raise ValueError(f"offset: got {offset} with N = {n} rows of M = {m}, need 0 <= offset <= {m - n}")
+        return
+    n_c, per_image = layout.n_c, layout.rows_per_image
+    if n_c < 1 or m % n_c:
+        raise ValueError(f"k: got M = {m}, need a multiple of n_c = {n_c}")
+    if per_image < 1 or n % per_image:
+        raise ValueError(f"q: got N = {n}, need a multiple of rows_per_image = {per_image}")
+    if spec.drop_self and n_c != per_image:
+        raise ValueError(f"spec: got n_c = {n_c}, rows_per_image = {per_image}, need the same of both to drop the self")
+    images, owned = m // n_c, n // per_image
     if offset < 0 or offset + owned > images:
         raise ValueError(f"offset: got {offset} with {owned} images of rows, need 0 <= offset <= {images - owned}")

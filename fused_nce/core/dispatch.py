@@ -11,11 +11,13 @@ from typing import NamedTuple, cast
 from torch import Tensor
 
 from fused_nce.core.problem import Backend
-from fused_nce.core.spec import Spec
+from fused_nce.core.spec import STATISTICS, Spec
 
 # Fastest first; the automatic choice takes the first that can. `reference` must be asked for: it holds the scores.
 BACKENDS = ("cpu", "cuda", "chunked", "reference")
 AUTOMATIC = ("cpu", "chunked")
+# What a backend without `ATOMS` of its own is asked for. `self`: k is q; `mixed`: k has another dtype.
+AMDIM_ATOMS = frozenset({"block", "identity", "tanh_clip", *STATISTICS})
 
 _logger = logging.getLogger("fused_nce")
 _logged: set[tuple[str, str]] = set()
@@ -40,12 +42,17 @@ def backend_module(name: str) -> Backend:
     return cast(Backend, importlib.import_module(f"fused_nce.backends.{name}"))
 
 
-def why_not(backend: str, spec: Spec, q: Tensor, k: Tensor) -> str | None:
-    """Why a backend cannot run a spec on these tensors; None if it can."""
-    return backend_module(backend).why_not(spec, q, k)
+def why_not(backend: str, spec: Spec, q: Tensor, k: Tensor | None) -> str | None:
+    """Why a backend cannot run a spec on these tensors; None if it can. k None is q: one gradient for both roles."""
+    module = backend_module(backend)
+    used = spec.atoms | ({"self"} if k is None else {"mixed"} if k.dtype != q.dtype else set())
+    missing = used - getattr(module, "ATOMS", AMDIM_ATOMS)
+    if missing:
+        return f"it has no {', '.join(sorted(missing))}"
+    return module.why_not(spec, q, q if k is None else k)
 
 
-def choose(spec: Spec, q: Tensor, k: Tensor, requested: str) -> tuple[str, Backend]:
+def choose(spec: Spec, q: Tensor, k: Tensor | None, requested: str) -> tuple[str, Backend]:
     """The backend to run: the requested one (the call's, else `FUSED_NCE_BACKEND`), else the fastest that can.
 
     Raises:

@@ -2,117 +2,168 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_nce.core import checks
+from fused_nce.core import flop as _flop  # noqa: F401  (the ops' formulas)
 from fused_nce.core import ops as _ops  # noqa: F401  (defines torch.ops.fused_nce)
-from fused_nce.core.spec import STATISTICS, Spec
-from fused_nce.core.tails import REDUCTIONS, REPORT, Nce
+from fused_nce.core.atoms import STATISTIC
+from fused_nce.core.spec import Block, Index, Labels, Spec
+from fused_nce.core.tails import REDUCTIONS, Nce, Tail
 
 
 class LossParts(NamedTuple):
     """What one sweep gives. `loss`, `nce` and `penalty` are differentiable; the rest is detached, for logging."""
 
     loss: Tensor  # 0-d
-    nce: Tensor  # 0-d, or (N, P) under reduction="none"
+    nce: Tensor  # 0-d, or the elements, (N, P) or (N, 1), under reduction="none"
     penalty: Tensor  # 0-d
-    report: dict[str, Tensor]  # 0-d each, `tails.REPORT`
+    report: dict[str, Tensor]  # 0-d each, the tail's `REPORT`
     pos: Tensor  # (N, P) transformed scores of the positives
     rows: dict[str, Tensor]  # (N,) each, the spec's statistics
 
 
 def tile_stats(
     q: Tensor,  # (N, D) queries
-    k: Tensor,  # (M, D) keys
+    k: Tensor | None,  # (M, D) keys; None: q
     spec: Spec,
     *,
     scale: float | Tensor = 1.0,
     offset: int = 0,
+    bias: float | Tensor | None = None,
+    positives: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    column_ids: Tensor | None = None,
     backend: str | None = None,
 ) -> dict[str, Tensor]:
-    """Row statistics of the scores s = scale·⟨q_i, k_j⟩, differentiable in q, k and a tensor `scale`.
+    """Statistics of the scores s = scale·⟨q_i, k_j⟩, differentiable in q, k, tensor `scale` and `bias`, and positives.
 
-    Costs one score GEMM, and three more in a backward that wants both gradients. `neg_max` comes detached: its gradient
-    is undefined at ties.
+    Costs one score GEMM, and three more in a backward that wants both gradients. What has no gradient comes detached:
+    maxima, undefined at ties, and counts.
 
     Args:
         q: (N, D).
-        k: (M, D), whole images of `spec.layout.n_c` columns.
+        k: (M, D), for `Block` whole images of `n_c` columns; None is q, with one gradient for both roles.
         spec: layout, transform and the statistics wanted.
         scale: factor of the dot product; a 0-d tensor is learnable.
-        offset: the image of row 0.
+        offset: the image of row 0; under `drop_self`, in other layouts than `Block`, the column that row 0 is.
+        bias: of the `Bias` transform; a 0-d tensor is learnable.
+        positives: (N, P) raw scores, of `Separate`.
+        row_ids: (N,) int64, the targets of `Index` or the rows' `Labels`.
+        column_ids: (M,) int64, the columns' `Labels`; None with k=None is `row_ids`.
         backend: a name of `fused_nce.backends()`, or None to choose.
 
     Returns:
-        `pos` (N, P) and (N,) each of `spec.stats`, float32 (float64 for float64 inputs).
+        `pos` (N, P), (N,) each of `spec.stats`, (M,) each of `spec.columns` as `column_` and its name; float32 (float64
+        for float64 inputs).
 
     Raises:
         ValueError, TypeError: naming the argument, the value seen and the value needed.
     """
-    q, k, factor, tensor = _prepare(q, k, spec, scale, offset)
-    pos, rows = torch.ops.fused_nce.stats(q, k, tensor, factor, spec.code, offset, backend or "")
+    scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids)
+    pos, rows, columns = torch.ops.fused_nce.stats(*scores, backend or "")
     named = dict(zip(spec.stats, rows.unbind(0), strict=True))
-    if "neg_max" in named:
-        named["neg_max"] = named["neg_max"].detach()
+    named |= {f"column_{name}": x for name, x in zip(spec.columns, columns.unbind(0), strict=True)}
+    for name, x in named.items():
+        if STATISTIC[name.removeprefix("column_")].weight is None:
+            named[name] = x.detach()
     return {"pos": pos, **named}
 
 
 def tile_loss(
     q: Tensor,  # (N, D) queries
-    k: Tensor,  # (M, D) keys
+    k: Tensor | None,  # (M, D) keys; None: q
     spec: Spec,
-    tail: Nce,
+    tail: Tail,
     *,
     scale: float | Tensor = 1.0,
     offset: int = 0,
+    bias: float | Tensor | None = None,
+    positives: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    column_ids: Tensor | None = None,
+    parts: bool = True,
     backend: str | None = None,
 ) -> LossParts:
     """The tail's loss, its gradients leaving with the forward: three GEMMs, two where one side wants no gradient.
 
     `nce` and `penalty` stay differentiable apart from `loss`; a backward that reaches them recomputes the scores.
+    Column statistics, which every weight needs, cost one GEMM more.
 
     Args:
         q: (N, D).
-        k: (M, D), whole images of `spec.layout.n_c` columns.
-        spec: layout, transform; the statistics must be all of `STATISTICS`.
+        k: (M, D), or None; as in `tile_stats`.
+        spec: its statistics must be those that the tail reads, at least.
         tail: from statistics to the loss.
         scale: factor of the dot product; a 0-d tensor is learnable.
-        offset: the image of row 0.
+        offset: as in `tile_stats`.
+        bias: of the `Bias` transform; a 0-d tensor is learnable.
+        positives: (N, P) raw scores, of `Separate`.
+        row_ids: (N,) int64, as in `tile_stats`.
+        column_ids: (M,) int64, as in `tile_stats`.
+        parts: False where `loss` alone is differentiated: q and k are not kept, a bank may change before the backward.
         backend: a name of `fused_nce.backends()`, or None to choose.
 
     Raises:
         ValueError, TypeError: naming the argument, the value seen and the value needed.
     """
-    if spec.stats != STATISTICS:
-        raise ValueError(f"spec: got statistics {spec.stats}, need all of {STATISTICS} for a loss")
-    checks.check_choice("tail.reduction", tail.reduction, REDUCTIONS)
-    checks.check_number("tail.penalty", tail.penalty, at_least=0)
-    q, k, factor, tensor = _prepare(q, k, spec, scale, offset)
+    _check_tail(spec, tail)
+    scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids)
     graph = torch.is_grad_enabled()
-    needs = [graph and x is not None and x.requires_grad for x in (q, k, tensor)]
+    needs = [graph and x is not None and x.requires_grad for x in scores[:5]]
     loss, nce, penalty, report, pos, rows, *_ = torch.ops.fused_nce.loss(
-        q, k, tensor, factor, spec.code, offset, tail.code, needs, backend or ""
+        *scores, tail.code, needs, parts, backend or ""
     )
     return LossParts(
         loss,
         nce,
         penalty,
-        dict(zip(REPORT, report.unbind(0), strict=True)),
+        dict(zip(tail.REPORT, report.unbind(0), strict=True)),
         pos,
         dict(zip(spec.stats, rows.unbind(0), strict=True)),
     )
 
 
+def _check_tail(spec: Spec, tail: Tail) -> None:
+    """A tail that finds in the spec what it reads."""
+    if not set(tail.stats) <= set(spec.stats):
+        raise ValueError(f"spec: got statistics {spec.stats}, need all of {tail.stats} for a loss")
+    checks.check_choice("tail.reduction", tail.reduction, REDUCTIONS)
+    checks.check_number("tail.penalty", tail.penalty, at_least=0)
+    checks.check_number("tail.weight", tail.weight)
+    if tail.READS_POS and isinstance(spec.layout, Labels):
+        raise ValueError(f"spec: got the layout {spec.layout.code}, need one with a fixed number of positives")
+    two_way = isinstance(tail, Nce) and isinstance(spec.layout, (Block, Index)) and "neg_lse" in spec.columns
+    if spec.columns and not two_way:
+        raise ValueError(f"spec: got columns {spec.columns} with {tail.NAME}, need neg_lse, nce, and Block or Index")
+
+
 def _prepare(
-    q: Tensor, k: Tensor, spec: Spec, scale: float | Tensor, offset: int
-) -> tuple[Tensor, Tensor, float, Tensor | None]:
-    """Checked inputs, cast as `matmul` would under autocast (differentiably), and the scale as (host, tensor)."""
+    q: Tensor,
+    k: Tensor | None,
+    spec: Spec,
+    scale: float | Tensor,
+    offset: int,
+    bias: float | Tensor | None,
+    positives: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+) -> tuple[Any, ...]:
+    """Checked inputs in the ops' order, cast as `matmul` would under autocast (differentiably)."""
     device = q.device.type if isinstance(q, Tensor) else "cpu"
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        q, k = (x.to(dtype) if isinstance(x, Tensor) and x.dtype in checks.CASTABLE else x for x in (q, k))
-    checks.check_scores(q, k, spec, scale, offset)
-    return (q, k, 1.0, scale) if isinstance(scale, Tensor) else (q, k, float(scale), None)
+        q = q.to(dtype) if isinstance(q, Tensor) and q.dtype in checks.CASTABLE else q
+        k = k.to(dtype) if isinstance(k, Tensor) and k.dtype in checks.CASTABLE else k
+    if k is None and isinstance(spec.layout, Labels) and column_ids is None:
+        column_ids = row_ids
+    checks.check_scores(
+        q, k, spec, scale, offset, bias=bias, positives=positives, row_ids=row_ids, column_ids=column_ids
+    )
+    factor, tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
+    if isinstance(bias, (int, float)):
+        bias = q.new_full((), float(bias), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return q, k, tensor, bias, positives, row_ids, column_ids, factor, spec.code, offset

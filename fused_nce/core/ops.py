@@ -1,4 +1,4 @@
-"""The three ops: schema, body, fake kernel, autograd and FLOP formula, each once, for every backend.
+"""The three ops: schema, body, fake kernel and autograd, each once, for every backend.
 
 They are functional custom ops, not `autograd.Function`s: under `torch.compile` a Function has every output's gradient
 materialised, and the branch that recomputes would always be taken. The choice of a backend, logging and warnings happen
@@ -8,36 +8,62 @@ in the bodies, where they break no graph.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from fused_nce.core import atoms, checks, tails
 from fused_nce.core import spec as specs
-from fused_nce.core import tails
 from fused_nce.core.dispatch import choose
-from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
+from fused_nce.core.problem import Backend, Gradients, Needs, Problem, Statistics
+from fused_nce.core.spec import Block, Index, Separate
 
 _lib = torch.library.Library("fused_nce", "FRAGMENT")
-# scale·scale_tensor multiplies the dot product; needs = gradient wanted of q, k, scale_tensor; backend "" = choose.
-_SCORES = "Tensor q, Tensor k, Tensor? scale_tensor, float scale, str spec, SymInt offset"
-_lib.define(f"stats({_SCORES}, str backend) -> (Tensor pos, Tensor rows)", tags=(torch.Tag.pt2_compliant_tag,))
-_lib.define(
-    f"grads({_SCORES}, Tensor pos, Tensor rows, Tensor d_pos, Tensor d_rows, bool[] needs, str backend) -> "
-    "(Tensor dq, Tensor dk, Tensor dscale)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_lib.define(
-    f"loss({_SCORES}, str tail, bool[] needs, str backend) -> (Tensor loss, Tensor nce, Tensor penalty, Tensor report, "
-    "Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
-def _problem(q: Tensor, k: Tensor, scale_tensor: Tensor | None, scale: float, spec: str, offset: int) -> Problem:
-    factor = scale if scale_tensor is None else scale_tensor.detach().to(_wide(q)) * scale
-    return Problem(q.detach(), k.detach(), factor, specs.parse(spec), offset)
+class Scores(NamedTuple):
+    """The arguments with which every op begins, in the schema's order."""
+
+    q: Tensor
+    k: Tensor | None  # None is q: one gradient buffer for both roles
+    scale_tensor: Tensor | None  # scale·scale_tensor multiplies the dot product
+    bias: Tensor | None
+    positives: Tensor | None  # raw scores
+    row_ids: Tensor | None
+    column_ids: Tensor | None
+    scale: float
+    spec: str
+    offset: int
+
+    @property
+    def keys(self) -> Tensor:
+        """(M, D)."""
+        return self.q if self.k is None else self.k
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """What `needs` and the gradients speak of, in their order."""
+        return self.q, self.k, self.scale_tensor, self.bias, self.positives
+
+
+COUNT = len(Scores._fields)
+_SCORES = (
+    "Tensor q, Tensor? k, Tensor? scale_tensor, Tensor? bias, Tensor? positives, Tensor? row_ids, Tensor? column_ids, "
+    "float scale, str spec, SymInt offset"
+)
+_GRADIENTS = "Tensor dq, Tensor dk, Tensor dscale, Tensor dbias, Tensor dpositives"
+# needs: gradient wanted of q, k, scale_tensor, bias, positives. backend "": choose. parts: nce and penalty are
+# differentiable by themselves, for which q and k are kept; without, a key bank may change before the backward.
+_SCHEMAS = {
+    "stats": f"({_SCORES}, str backend) -> (Tensor pos, Tensor rows, Tensor columns)",
+    "grads": f"({_SCORES}, Tensor pos, Tensor rows, Tensor columns, Tensor d_pos, Tensor d_rows, Tensor d_columns, "
+    f"bool[] needs, str backend) -> ({_GRADIENTS})",
+    "loss": f"({_SCORES}, str tail, bool[] needs, bool parts, str backend) -> (Tensor loss, Tensor nce, "
+    f"Tensor penalty, Tensor report, Tensor pos, Tensor rows, Tensor columns, {_GRADIENTS})",
+}
+for _name, _schema in _SCHEMAS.items():
+    _lib.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _wide(q: Tensor) -> torch.dtype:
@@ -52,69 +78,125 @@ def _stash(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
-def _stashed(q: Tensor, k: Tensor, grads: Gradients, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What an op returns; the kernels give dL/d(scale·scale_tensor)."""
-    dq, dk = grads.dq.to(_stash(q)), grads.dk.to(_stash(k))
-    # What is unwanted may be one empty tensor in a backend, but not in an op.
-    return dq, dk.clone() if dk is dq else dk, grads.dscale * scale
-
-
 # ---- bodies -----------------------------------------------------------------------------------------------------
 
 
-def _stats(
-    q: Tensor, k: Tensor, scale_tensor: Tensor | None, scale: float, spec: str, offset: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    problem = _problem(q, k, scale_tensor, scale, spec, offset)
-    name, module = choose(problem.spec, q, k, backend)
-    with torch.autocast(q.device.type, enabled=False), torch.profiler.record_function(f"fused_nce::stats[{name}]"):
-        return module.stats(problem)
+def _problem(x: Scores) -> Problem:
+    """The backend's view: detached, in the accumulation dtype where a number is one."""
+    spec, wide, q = specs.parse(x.spec), _wide(x.q), x.q.detach()
+    k = q if x.k is None else x.k.detach()
+    bias = 0.0 if x.bias is None else x.bias.detach().to(wide)
+    positives = None if x.positives is None else x.positives.detach().to(wide, copy=True)  # `pos` is no input
+    return Problem(
+        q,
+        k,
+        x.scale if x.scale_tensor is None else x.scale_tensor.detach().to(wide) * x.scale,
+        spec,
+        x.offset,
+        bias,
+        None if positives is None else atoms.transform_value(spec.transform, positives, bias),
+        x.row_ids,
+        x.column_ids,
+        shared=x.k is None,
+    )
 
 
-def _grads(
-    q: Tensor,
-    k: Tensor,
-    scale_tensor: Tensor | None,
-    scale: float,
-    spec: str,
-    offset: int,
-    pos: Tensor,
-    rows: Tensor,
-    d_pos: Tensor,
-    d_rows: Tensor,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    problem = _problem(q, k, scale_tensor, scale, spec, offset)
-    name, module = choose(problem.spec, q, k, backend)
-    with torch.autocast(q.device.type, enabled=False), torch.profiler.record_function(f"fused_nce::grads[{name}]"):
-        out = module.grads(
-            problem, Statistics(pos, rows), tails.Coefficients(d_pos.contiguous(), d_rows.contiguous()), Needs(*needs)
-        )
-    return _stashed(q, k, out, scale)
+def _empty_columns(problem: Problem) -> Tensor:
+    return problem.q.new_empty(0, problem.m, dtype=_wide(problem.q))
 
 
-def _loss(
-    q: Tensor,
-    k: Tensor,
-    scale_tensor: Tensor | None,
-    scale: float,
-    spec: str,
-    offset: int,
-    tail: str,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, ...]:
-    problem = _problem(q, k, scale_tensor, scale, spec, offset)
-    if problem.m == problem.spec.layout.n_c:
-        warnings.warn("fused_nce: one image has no negatives; its nce is 0, and so is the gradient of it", stacklevel=2)
-    rule = tails.parse(tail)
-    name, module = choose(problem.spec, q, k, backend)
-    with torch.autocast(q.device.type, enabled=False), torch.profiler.record_function(f"fused_nce::loss[{name}]"):
-        found, out = module.loss(problem, rule, Needs(*needs))
-        values = rule.values(problem.spec, *found, problem.m)
-        report = rule.report(problem.spec, *found, problem.m)
-    return *values, report, *found, *_stashed(q, k, out, scale)
+def _finish(problem: Problem, x: Scores, out: Gradients, d_pos: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
+    """Gradients of the op's own arguments. What is unwanted may be one empty tensor there, but not in an op."""
+    none = problem.q.new_empty(0, dtype=_wide(problem.q))
+    dbias, dpositives = none, none.clone()
+    if needs[3] and out.dbias is not None:
+        dbias = out.dbias
+    if isinstance(problem.spec.layout, Separate):
+        through = d_pos * atoms.transform_slope(problem.spec.transform, cast(Tensor, problem.positives))
+        dpositives = through if needs[4] else dpositives
+        if needs[3] and out.dbias is not None:
+            dbias = dbias + tails.fixed_sum(d_pos)
+    dq = out.dq.to(_stash(problem.q)) if needs[0] else none.clone()
+    dk = out.dk.to(_stash(problem.k)) if needs[1] and not problem.shared else none.clone()
+    dscale = out.dscale * x.scale if needs[2] else none.clone()
+    return dq, dk, dscale, dbias, dpositives
+
+
+def _prepared(x: Scores, backend: str) -> tuple[Problem, str, Backend]:
+    problem = _problem(x)
+    if isinstance(problem.spec.layout, Index) and problem.q.device.type == "cpu":
+        checks.check_targets(cast(Tensor, x.row_ids), problem.m)
+    name, module = choose(problem.spec, problem.q, None if problem.shared else problem.k, backend)
+    return problem, name, module
+
+
+def _needs(needs: list[bool]) -> Needs:
+    return Needs(needs[0], needs[1], needs[2] or needs[3])
+
+
+def _at_positives(problem: Problem, columns: Tensor | None) -> Tensor | None:
+    """(S', M) column statistics as each positive sees them, (S', N, P)."""
+    return None if columns is None else columns[:, atoms.positive_columns(problem, range(problem.n))]
+
+
+def _to_columns(problem: Problem, d: tails.Coefficients) -> tails.Coefficients:
+    """The gradients of what `_at_positives` handed out, summed by column in a fixed order."""
+    if d.d_columns is None:
+        return d
+    index = atoms.positive_columns(problem, range(problem.n)).reshape(-1)
+    stat = torch.arange(d.d_columns.shape[0], device=index.device)[:, None]
+    total = d.d_columns.new_zeros(d.d_columns.shape[0], problem.m)
+    return d._replace(d_columns=total.index_put((stat, index), d.d_columns.flatten(1), accumulate=True))
+
+
+def _warn_without_negatives(problem: Problem) -> None:
+    layout = problem.spec.layout
+    own = layout.n_c if isinstance(layout, Block) else 0 if isinstance(layout, Separate) else 1
+    if problem.m == own:
+        warnings.warn("fused_nce: one image has no negatives; its nce is 0, and so is the gradient of it", stacklevel=3)
+
+
+def _stats(*args: Any) -> tuple[Tensor, ...]:
+    x, (backend,) = Scores(*args[:COUNT]), args[COUNT:]
+    problem, name, module = _prepared(x, backend)
+    with torch.autocast(x.q.device.type, enabled=False), torch.profiler.record_function(f"fused_nce::stats[{name}]"):
+        found = module.stats(problem)
+    return found.pos, found.rows, _empty_columns(problem) if found.columns is None else found.columns
+
+
+def _grads(*args: Any) -> tuple[Tensor, ...]:
+    x, (pos, rows, columns, d_pos, d_rows, d_columns, needs, backend) = Scores(*args[:COUNT]), args[COUNT:]
+    problem, name, module = _prepared(x, backend)
+    both = problem.spec.columns
+    found = Statistics(pos, rows, columns if both else None)
+    d = tails.Coefficients(d_pos.contiguous(), d_rows.contiguous(), d_columns.contiguous() if both else None)
+    with torch.autocast(x.q.device.type, enabled=False), torch.profiler.record_function(f"fused_nce::grads[{name}]"):
+        return _finish(problem, x, module.grads(problem, found, d, _needs(needs)), d_pos, needs)
+
+
+def _loss(*args: Any) -> tuple[Tensor, ...]:
+    x, (tail, needs, _, backend) = Scores(*args[:COUNT]), args[COUNT:]
+    problem, name, module = _prepared(x, backend)
+    _warn_without_negatives(problem)
+    rule, spec, wanted = tails.parse(tail), problem.spec, _needs(needs)
+    none = problem.q.new_empty(0, dtype=_wide(x.q))
+    out = Gradients(none, none, none)
+    with torch.autocast(x.q.device.type, enabled=False), torch.profiler.record_function(f"fused_nce::loss[{name}]"):
+        if spec.columns:
+            found = module.stats(problem)
+        else:
+            found, out = module.loss(problem, rule, wanted)
+        at = (spec, found.pos, found.rows, _at_positives(problem, found.columns))
+        values, report = rule.values(*at, problem.m), rule.report(*at, problem.m)
+        d_pos = found.pos
+        if spec.columns or needs[4]:
+            d = rule.coefficients(*at, rule.unit(problem.n * rule.per_row(spec)), 1.0, problem.n * problem.m)
+            d_pos = d.d_pos
+            if spec.columns and any(wanted):
+                out = module.grads(problem, found, _to_columns(problem, d), wanted)
+        gradients = _finish(problem, x, out, d_pos, needs)
+    columns = _empty_columns(problem) if found.columns is None else found.columns
+    return *values, report, found.pos, found.rows, columns, *gradients
 
 
 for _name, _body in (("stats", _stats), ("grads", _grads), ("loss", _loss)):
@@ -124,41 +206,34 @@ for _name, _body in (("stats", _stats), ("grads", _grads), ("loss", _loss)):
 # ---- fake kernels -----------------------------------------------------------------------------------------------
 
 
-def _fake_stats(q: Tensor, k: Tensor, t: Any, scale: float, spec: str, offset: int, backend: str) -> tuple[Tensor, ...]:
-    rule, n = specs.parse(spec), q.shape[0]
-    wide = _wide(q)
-    return q.new_empty(n, rule.layout.n_c, dtype=wide), q.new_empty(len(rule.stats), n, dtype=wide)
+def _fake_stats(*args: Any) -> tuple[Tensor, ...]:
+    x = Scores(*args[:COUNT])
+    spec, n, wide = specs.parse(x.spec), x.q.shape[0], _wide(x.q)
+    sizes = (n, spec.n_pos), (len(spec.stats), n), (len(spec.columns), x.keys.shape[0])
+    return tuple(x.q.new_empty(size, dtype=wide) for size in sizes)
 
 
-def _fake_gradients(q: Tensor, k: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        q.new_empty(q.shape if needs[0] else (0,), dtype=_stash(q)),
-        k.new_empty(k.shape if needs[1] else (0,), dtype=_stash(k)),
-        q.new_empty(() if needs[2] else (0,), dtype=_wide(q)),
+def _fake_gradients(x: Scores, needs: list[bool]) -> tuple[Tensor, ...]:
+    wide = _wide(x.q)
+    return tuple(
+        x.q.new_empty(0, dtype=wide)
+        if leaf is None or not need
+        else x.q.new_empty(leaf.shape, dtype=_stash(leaf) if leaf is x.q or leaf is x.k else wide)
+        for leaf, need in zip(x.differentiable, needs, strict=True)
     )
 
 
-def _fake_grads(
-    q: Tensor, k: Tensor, t: Any, scale: float, spec: str, offset: int, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(q, k, rest[-2])
+def _fake_grads(*args: Any) -> tuple[Tensor, ...]:
+    return _fake_gradients(Scores(*args[:COUNT]), args[-2])
 
 
-def _fake_loss(
-    q: Tensor,
-    k: Tensor,
-    t: Any,
-    scale: float,
-    spec: str,
-    offset: int,
-    tail: str,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, ...]:
-    pos, rows = _fake_stats(q, k, t, scale, spec, offset, backend)
-    scalar = [pos.new_empty(()) for _ in range(3)]
-    nce = torch.empty_like(pos) if tails.parse(tail).reduction == "none" else scalar[1]
-    return scalar[0], nce, scalar[2], pos.new_empty(len(tails.REPORT)), pos, rows, *_fake_gradients(q, k, needs)
+def _fake_loss(*args: Any) -> tuple[Tensor, ...]:
+    x, (tail, needs, *_) = Scores(*args[:COUNT]), args[COUNT:]
+    pos, rows, columns = _fake_stats(*args)
+    rule = tails.parse(tail)
+    elements = (x.q.shape[0], rule.per_row(specs.parse(x.spec))) if rule.reduction == "none" else ()
+    shapes = (), elements, (), (len(rule.REPORT),)
+    return *(pos.new_empty(shape) for shape in shapes), pos, rows, columns, *_fake_gradients(x, needs)
 
 
 for _name, _fake in (("stats", _fake_stats), ("grads", _fake_grads), ("loss", _fake_loss)):
@@ -177,71 +252,79 @@ def _refuse_double_backward() -> None:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Save what both backward rules share: the score inputs and the statistics."""
+    """Keep what the backward rule needs: the score inputs and the statistics, or the stash alone."""
     ctx.set_materialize_grads(False)
-    q, k, scale_tensor, ctx.scale, ctx.spec, ctx.offset = inputs[:6]
-    ctx.backend = inputs[-1]
-    ctx.needs = [q.requires_grad, k.requires_grad, scale_tensor is not None and scale_tensor.requires_grad]
-    if len(output) == 2:
-        ctx.save_for_backward(q, k, scale_tensor, *output)
+    x = Scores(*inputs[:COUNT])
+    ctx.rest, ctx.backend = (x.scale, x.spec, x.offset), inputs[-1]
+    ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in x.differentiable]
+    ctx.needs = [leaf is not None and leaf.requires_grad for leaf in x.differentiable]
+    if len(output) == 3:
+        ctx.save_for_backward(*x[:7], *output)
         return
-    ctx.tail, ctx.needs = inputs[6], inputs[7]
-    ctx.mark_non_differentiable(*output[3:])
-    ctx.save_for_backward(q, k, scale_tensor, *output[4:])
+    ctx.tail, ctx.needs, ctx.parts = inputs[COUNT : COUNT + 3]
+    ctx.mark_non_differentiable(*output[3 if ctx.parts else 1 :])
+    ctx.save_for_backward(*(output[7:] if not ctx.parts else (*x[:7], *output[4:])))
 
 
-def _as_inputs(ctx: Any, q: Tensor, k: Tensor, scale_tensor: Tensor | None, found: tuple[Tensor, ...]) -> list[Any]:
-    """(dq, dk, dscale) in the inputs' dtypes, None where not wanted."""
-    dtypes = (q.dtype, k.dtype, None if scale_tensor is None else scale_tensor.dtype)
-    return [g.to(dtype) if need else None for g, dtype, need in zip(found, dtypes, ctx.needs, strict=True)]
+def _as_inputs(ctx: Any, found: tuple[Tensor, ...]) -> list[Any]:
+    """The gradients of the op's tensors in their dtypes, None where not wanted; ids have none."""
+    wanted = [g.to(dtype) if need else None for g, dtype, need in zip(found, ctx.dtypes, ctx.needs, strict=True)]
+    return [*wanted, None, None]
 
 
-def _recompute(ctx: Any, saved: tuple[Any, ...], d: tails.Coefficients) -> list[Any]:
+def _recompute(ctx: Any, x: Scores, found: tuple[Tensor, ...], d: tails.Coefficients) -> list[Any]:
     """Gradients from coefficients: the scores once more, then one GEMM a gradient."""
-    q, k, scale_tensor, pos, rows = saved
-    out = torch.ops.fused_nce.grads(
-        q, k, scale_tensor, ctx.scale, ctx.spec, ctx.offset, pos, rows, d.d_pos, d.d_rows, ctx.needs, ctx.backend
-    )
-    return _as_inputs(ctx, q, k, scale_tensor, out)
+    if not torch.compiler.is_compiling() and any(_batched(g) for g in d if g is not None):
+        raise RuntimeError(
+            "fused_nce: batched upstream gradients (is_grads_batched, vmap) are supported for `loss` alone: "
+            "this backward computes the scores again, for one upstream at a time"
+        )
+    d_columns = torch.zeros_like(found[2]) if d.d_columns is None else d.d_columns
+    return _as_inputs(ctx, torch.ops.fused_nce.grads(*x, *found, d.d_pos, d.d_rows, d_columns, ctx.needs, ctx.backend))
 
 
-def _stats_backward(ctx: Any, d_pos: Tensor | None, d_rows: Tensor | None) -> tuple[Any, ...]:
+def _stats_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
     _refuse_double_backward()
-    pos, rows = ctx.saved_tensors[3:]
-    d = tails.Coefficients(
-        torch.zeros_like(pos) if d_pos is None else d_pos, torch.zeros_like(rows) if d_rows is None else d_rows
-    )
-    return *_recompute(ctx, ctx.saved_tensors, d), *([None] * 4)
+    saved = ctx.saved_tensors
+    x, found = Scores(*saved[:7], *ctx.rest), saved[7:]
+    d = [torch.zeros_like(y) if g is None else g for g, y in zip(upstream, found, strict=True)]
+    return *_recompute(ctx, x, found, tails.Coefficients(*d)), *([None] * 4)
 
 
 def _loss_backward(
     ctx: Any, d_loss: Tensor | None, d_nce: Tensor | None, d_penalty: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
     _refuse_double_backward()
-    *score_inputs, pos, rows, dq, dk, dscale = ctx.saved_tensors
-    q, k, scale_tensor = score_inputs
-    rest = [None] * 6
+    rest = [None] * 7
+    saved = ctx.saved_tensors
     if d_nce is None and d_penalty is None:
         if d_loss is None:
-            return None, None, None, *rest
-        stash = [_times(g, d_loss) if need else g for g, need in zip((dq, dk, dscale), ctx.needs, strict=True)]
-        return *_as_inputs(ctx, q, k, scale_tensor, tuple(stash)), *rest
+            return *([None] * 7), *rest
+        stash = tuple(_times(g, d_loss) if need else g for g, need in zip(saved[-5:], ctx.needs, strict=True))
+        return *_as_inputs(ctx, stash), *rest
     # A reported part was differentiated on its own: the stash, at upstream 1 on the sum, cannot serve it.
-    rule = tails.parse(ctx.tail)
-    n, m = q.shape[0], k.shape[0]
+    x, (pos, rows, columns) = Scores(*saved[:7], *ctx.rest), saved[7:10]
+    rule, problem = tails.parse(ctx.tail), _problem(x)
+    spec, n_elements = problem.spec, problem.n * rule.per_row(problem.spec)
     zero = torch.zeros((), dtype=pos.dtype, device=pos.device)
     on_loss = zero if d_loss is None else d_loss
-    mean = 1.0 / pos.numel() if rule.reduction == "mean" else 1.0
-    d_element = on_loss * rule.unit(pos.numel()) + (zero if d_nce is None else d_nce * mean)
+    mean = rule.weight / n_elements if rule.reduction == "mean" else rule.weight
+    d_element = on_loss * rule.unit(n_elements) + (zero if d_nce is None else d_nce * mean)
     d_sum = on_loss + (zero if d_penalty is None else d_penalty)
-    d = rule.coefficients(specs.parse(ctx.spec), pos, rows, d_element, d_sum, n * m)
-    return *_recompute(ctx, (*score_inputs, pos, rows), d), *rest
+    at = _at_positives(problem, columns if spec.columns else None)
+    d = rule.coefficients(spec, pos, rows, at, d_element, d_sum, problem.n * problem.m)
+    return *_recompute(ctx, x, (pos, rows, columns), _to_columns(problem, d)), *rest
+
+
+def _batched(x: Tensor) -> bool:
+    """One of several upstream gradients that `is_grads_batched` or a vmap hands down at once."""
+    return "Batched" in torch._C._dispatch_key_set(x)  # either kind of vmap; no predicate knows both
 
 
 def _times(stash: Tensor, upstream: Tensor) -> Tensor:
     """stash·upstream, in the stash's own memory unless the graph is kept for another backward."""
     traced = torch.compiler.is_compiling() or type(upstream) is not Tensor
-    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+    if traced or _batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph():
         return stash * upstream
     # `loss.backward()` has upstream 1, and multiplying would read and write every gradient once more: 20 % of the whole
     # call at N = 126, D = 2560. Only a CPU can look without waiting.
@@ -252,21 +335,3 @@ def _times(stash: Tensor, upstream: Tensor) -> Tensor:
 
 torch.library.register_autograd("fused_nce::stats", _stats_backward, setup_context=_setup, lib=_lib)
 torch.library.register_autograd("fused_nce::loss", _loss_backward, setup_context=_setup, lib=_lib)
-
-
-# ---- FLOP formulas: one score GEMM is u = 2·N·M·D -----------------------------------------------------------------
-
-
-@register_flop_formula(torch.ops.fused_nce.stats)
-def _stats_flop(q_shape: Any, k_shape: Any, *_: Any, **__: Any) -> int:
-    return int(2 * q_shape[0] * k_shape[0] * q_shape[1])
-
-
-@register_flop_formula(torch.ops.fused_nce.grads)
-def _grads_flop(q_shape: Any, k_shape: Any, *args: Any, **__: Any) -> int:
-    return _stats_flop(q_shape, k_shape) * (1 + sum(args[-2][:2]))
-
-
-@register_flop_formula(torch.ops.fused_nce.loss)
-def _loss_flop(q_shape: Any, k_shape: Any, *args: Any, **__: Any) -> int:
-    return _stats_flop(q_shape, k_shape) * (1 + sum(args[-2][:2]))

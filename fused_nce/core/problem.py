@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from fused_nce.core.spec import Spec
-from fused_nce.core.tails import Coefficients, Nce
+from fused_nce.core.tails import Coefficients, Tail
 
 
 class Problem(NamedTuple):
@@ -17,7 +17,12 @@ class Problem(NamedTuple):
     k: Tensor  # (M, D) keys
     scale: float | Tensor  # host factor; or, times a learnable one, a 0-d tensor on q's device
     spec: Spec
-    offset: int  # image of row 0
+    offset: int  # Block: image of row 0. Other layouts: the column that row 0 is itself, under drop_self
+    bias: float | Tensor = 0.0  # of the Bias transform; 0-d
+    positives: Tensor | None = None  # (N, P) transformed scores of `Separate` positives: a backend hands them on
+    row_ids: Tensor | None = None  # (N,) int64, of Index (targets) and Labels
+    column_ids: Tensor | None = None  # (M,) int64, of Labels
+    shared: bool = False  # k is q: dq must hold both roles' gradient, (W + Wᵀ) q, and dk is empty
 
     @property
     def n(self) -> int:
@@ -35,7 +40,7 @@ class Needs(NamedTuple):
 
     q: bool
     k: bool
-    scale: bool
+    scale: bool  # of the scale and, where there is one, of the bias
 
 
 class Statistics(NamedTuple):
@@ -43,6 +48,7 @@ class Statistics(NamedTuple):
 
     pos: Tensor  # (N, P) transformed scores of the positives
     rows: Tensor  # (S, N) in the order of spec.stats
+    columns: Tensor | None = None  # (S', M) in the order of spec.columns; None without any
 
 
 class Gradients(NamedTuple):
@@ -53,13 +59,17 @@ class Gradients(NamedTuple):
     dq: Tensor  # (N, D)
     dk: Tensor  # (M, D)
     dscale: Tensor  # 0-d
+    dbias: Tensor | None = None  # 0-d; None without a bias
 
 
 class Backend(Protocol):
-    """A module of `fused_nce.backends`."""
+    """A module of `fused_nce.backends`.
+
+    It may also have `ATOMS`, the names of `spec.VOCABULARY` that it runs; without, it is asked for AMDIM's alone.
+    """
 
     def why_not(self, spec: Spec, q: Tensor, k: Tensor) -> str | None:
-        """Why this backend cannot run the spec on these tensors, or None if it can."""
+        """Why this backend cannot run the spec on these tensors, or None if it can. Its `ATOMS` are checked before."""
 
     def workspace_bytes(self, spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_bytes: int) -> int:
         """Bytes that it allocates beside its outputs: the published formula, asserted by the tests."""
@@ -70,5 +80,8 @@ class Backend(Protocol):
     def grads(self, problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
         """The gradients of any tail, from its coefficients: recomputes the scores, one GEMM and one a gradient."""
 
-    def loss(self, problem: Problem, tail: Nce, needs: Needs) -> tuple[Statistics, Gradients]:
-        """Statistics, and the gradients of the tail's loss, in one sweep: no score is computed twice."""
+    def loss(self, problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
+        """Statistics, and the gradients of the tail's loss, in one sweep: no score is computed twice.
+
+        Not asked of a spec with column statistics, whose weights need all rows: the op calls `stats`, then `grads`.
+        """

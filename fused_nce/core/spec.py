@@ -3,6 +3,8 @@
 A spec that changed with N would recompile under `torch.compile`, so shapes, offsets, temperatures and labels are
 arguments of the ops, never part of it. It crosses the dispatcher as a short string (`Spec.code`), which is also what a
 profiler or a graph dump shows.
+
+All layouts are one idea: column j is a positive of row i iff their ids are equal. They differ in where ids come from.
 """
 
 from __future__ import annotations
@@ -11,12 +13,23 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 STATISTICS = ("neg_lse", "neg_max", "square")
-"""Row statistics, in the order of a backend's rows; `core/atoms.py` defines each. `pos` comes with every spec."""
+"""The row statistics of a spec that names none, in the order of a backend's rows: what the `nce` tail reads."""
+
+VOCABULARY = frozenset(
+    {
+        *("block", "index", "labels", "separate"),  # layouts
+        *("identity", "tanh_clip", "bias"),  # transforms
+        *STATISTICS,
+        *("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap"),
+        *("columns", "drop_self", "self", "mixed"),  # see `Spec.atoms` and `dispatch.why_not`
+    }
+)
+"""Every atom that a spec can name. A backend's `ATOMS` says which of them it can run; `core/atoms.py` defines each."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Columns come in images of `n_c`; row i belongs to image `i // rows_per_image + offset`.
+    """Ids by arithmetic: columns come in images of `n_c`; row i belongs to image `i // rows_per_image + offset`.
 
     The n_c columns of a row's image are its positives, every other column is a negative. `Block(1)` is the diagonal.
     """
@@ -24,10 +37,43 @@ class Block:
     n_c: int = 1
     rows_per_image: int = 1
 
+    @property
+    def code(self) -> str:
+        """`block(49,1)`."""
+        return f"block({self.n_c},{self.rows_per_image})"
+
+
+@dataclass(frozen=True)
+class Index:
+    """Row i's one positive is column `row_ids[i]`, a tensor of targets."""
+
+    code = "index()"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Row i's positives are the columns with `column_ids[j] == row_ids[i]`: any number, so statistics and no `pos`."""
+
+    code = "labels()"
+
+
+@dataclass(frozen=True)
+class Separate:
+    """No column is a positive; the p positives of each row come as scores of their own, (N, p)."""
+
+    p: int = 1
+
+    @property
+    def code(self) -> str:
+        """`separate(1)`."""
+        return f"separate({self.p})"
+
 
 @dataclass(frozen=True)
 class Identity:
     """t = s."""
+
+    code = "identity()"
 
 
 @dataclass(frozen=True)
@@ -36,26 +82,73 @@ class TanhClip:
 
     c: float
 
+    @property
+    def code(self) -> str:
+        """`tanh_clip(20.0)`."""
+        return f"tanh_clip({self.c!r})"
+
+
+@dataclass(frozen=True)
+class Bias:
+    """t = s + b, b an argument: a number or a learnable 0-d tensor."""
+
+    code = "bias()"
+
+
+Layout = Block | Index | Labels | Separate
+Transform = Identity | TanhClip | Bias
+
 
 @dataclass(frozen=True)
 class Spec:
-    """Layout, transform and the row statistics wanted."""
+    """Layout, transform and the statistics wanted.
 
-    layout: Block
-    transform: Identity | TanhClip = field(default_factory=Identity)  # an instance would not compile on torch 2.11
+    Attributes:
+        layout: which columns are a row's positives.
+        transform: from raw score s to t.
+        stats: statistics of each row.
+        columns: statistics of each column, from the same sweep; for losses that classify both ways.
+        drop_self: row i is also column `i + offset` (in `Block`, offset counts images) and is left out of every set.
+    """
+
+    layout: Layout
+    transform: Transform = field(default_factory=Identity)  # an instance would not compile on torch 2.11
     stats: tuple[str, ...] = STATISTICS
+    columns: tuple[str, ...] = ()
+    drop_self: bool = False
 
     @property
     def code(self) -> str:
         """The spec as one string, e.g. `block(49,1) tanh_clip(20.0) neg_lse,neg_max,square`; `parse` reads it back."""
-        layout = f"block({self.layout.n_c},{self.layout.rows_per_image})"
-        transform = f"tanh_clip({self.transform.c!r})" if isinstance(self.transform, TanhClip) else "identity()"
-        return f"{layout} {transform} {','.join(self.stats)}"
+        words = [self.layout.code, self.transform.code, ",".join(self.stats)]
+        if self.columns:
+            words.append(f"columns({','.join(self.columns)})")
+        if self.drop_self:
+            words.append("drop_self()")
+        return " ".join(words)
 
     @property
     def clip(self) -> float | None:
         """The clip's range, or None without one."""
         return self.transform.c if isinstance(self.transform, TanhClip) else None
+
+    @property
+    def n_pos(self) -> int:
+        """P, the width of `pos`: 0 where a row may have any number of positives."""
+        if isinstance(self.layout, Block):
+            return self.layout.n_c - self.drop_self
+        return self.layout.p if isinstance(self.layout, Separate) else int(isinstance(self.layout, Index))
+
+    @property
+    def atoms(self) -> frozenset[str]:
+        """The names in `VOCABULARY` that a backend must know to run this."""
+        names = {_call(word)[0] for word in (self.layout.code, self.transform.code)}
+        flags = {name for name, used in (("columns", self.columns), ("drop_self", self.drop_self)) if used}
+        return frozenset({*names, *self.stats, *self.columns, *flags})
+
+
+LAYOUTS: dict[str, type[Layout]] = {"block": Block, "index": Index, "labels": Labels, "separate": Separate}
+TRANSFORMS: dict[str, type[Transform]] = {"identity": Identity, "tanh_clip": TanhClip, "bias": Bias}
 
 
 @lru_cache(maxsize=256)
@@ -65,18 +158,28 @@ def parse(code: str) -> Spec:
     Raises:
         ValueError: for a layout, transform or statistic outside the vocabulary.
     """
-    layout_code, transform_code, stats_code = code.split(" ")
-    layout_name, layout_values = _call(layout_code)
-    transform_name, transform_values = _call(transform_code)
-    stats = tuple(stats_code.split(","))
-    known = layout_name == "block" and transform_name in ("identity", "tanh_clip")
-    if not known or any(name not in STATISTICS for name in stats):
+    layout_code, transform_code, stats_code, *rest = code.split(" ")
+    layout, layout_values = _call(layout_code)
+    transform, transform_values = _call(transform_code)
+    extra = dict(_call(word) for word in rest)
+    stats, columns = tuple(stats_code.split(",")), tuple(extra.get("columns", ()))
+    if (
+        layout not in LAYOUTS
+        or transform not in TRANSFORMS
+        or not VOCABULARY.issuperset((*stats, *columns))
+        or not {"columns", "drop_self"}.issuperset(extra)
+    ):
         raise ValueError(
-            f"spec: got {code!r}, need block(n_c,rows_per_image), identity() or tanh_clip(c), and some of {STATISTICS}"
+            f"spec: got {code!r}, need one of {', '.join(LAYOUTS)}, one of {', '.join(TRANSFORMS)}, "
+            f"and statistics that `core/atoms.py` defines"
         )
-    layout = Block(*(int(value) for value in layout_values))
-    transform = TanhClip(float(transform_values[0])) if transform_name == "tanh_clip" else Identity()
-    return Spec(layout, transform, stats)
+    return Spec(
+        LAYOUTS[layout](*map(int, layout_values)),
+        TRANSFORMS[transform](*map(float, transform_values)),
+        stats,
+        columns,
+        "drop_self" in extra,
+    )
 
 
 def _call(text: str) -> tuple[str, list[str]]:

@@ -44,5 +44,8 @@ def workspace_bytes(
         dtype: of the inputs.
         backend: a name of `fused_nce.backends()`.
         device: the device type whose limit holds.
+
+    Raises:
+        ValueError: for an unknown backend, or a dtype that it does not run.
     """
     return backend_module(backend).workspace_bytes(spec, n, m, d, dtype.itemsize, limit_bytes(device))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,9 @@ from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
 from fused_nce.core.spec import Block, Identity, Spec, TanhClip
 from fused_nce.core.tails import REDUCTIONS, Nce
-
-
-class NCEOutput(NamedTuple):
-    """What a noise-contrastive loss returns; `loss`, `nce` and `penalty` are each differentiable."""
-
-    loss: Tensor  # 0-d: nce (its mean under reduction="none") + penalty
-    nce: Tensor  # 0-d, or (n_a, n_c) under reduction="none"
-    penalty: Tensor  # 0-d: λ·mean(s²)
-    stats: dict[str, Tensor]  # 0-d, detached: top1, pos_mean, neg_lse_mean, nce_minus_chance, mi_bound
+from fused_nce.losses.common import dense_nce
+from fused_nce.losses.output import NCEOutput
+from fused_nce.losses.registry import Entry, dense_scores, features, register
 
 
 def amdim_nce(
@@ -64,26 +58,48 @@ def amdim_nce(
         TypeError: another dtype than a float one, two dtypes outside autocast, or something that is not a dense tensor.
         ValueError: wrong rank, sizes that do not fit, an empty batch, two devices, clip <= 0, penalty < 0, a NaN.
     """
+    _check_features(antecedents, consequents, offset)
+    _check_settings(scale, clip, penalty, antecedents.device)
+    checks.check_choice("reduction", reduction, REDUCTIONS)
+    return _nce(antecedents, consequents, offset, scale, clip, penalty, reduction, 1.0, backend)
+
+
+def _check_features(antecedents: Tensor, consequents: Tensor, offset: int) -> None:
     rows = ("n_a", "D") if not isinstance(antecedents, Tensor) or antecedents.dim() != 3 else ("n_a", "n_r", "D")
     checks.check_tensor("antecedents", antecedents, rows)
     checks.check_tensor("consequents", consequents, ("n_k", "n_c", "D"))
     if not torch.is_autocast_enabled(antecedents.device.type):
         checks.check_pair("antecedents", antecedents, "consequents", consequents)
-    n_a, d = antecedents.shape[0], antecedents.shape[-1]
-    n_k, n_c, _ = consequents.shape
-    if isinstance(offset, bool) or not isinstance(offset, int):
-        raise TypeError(f"offset: got {type(offset).__name__}, need an int")
+    n_a, n_k = antecedents.shape[0], consequents.shape[0]
+    checks.check_int("offset", offset)
     if offset < 0 or offset + n_a > n_k:
         raise ValueError(
             f"consequents: got n_k = {n_k} images for n_a = {n_a} antecedents at offset {offset}, "
             f"need 0 <= offset and n_k >= offset + n_a"
         )
+
+
+def _check_settings(scale: float | Tensor | None, clip: float | None, penalty: float, device: torch.device) -> None:
     if clip is not None:
         checks.check_number("clip", clip, above=0)
     checks.check_number("penalty", penalty, at_least=0)
-    checks.check_choice("reduction", reduction, REDUCTIONS)
     if scale is not None:
-        checks.check_scale("scale", scale, antecedents.device)
+        checks.check_scale("scale", scale, device)
+
+
+def _nce(
+    antecedents: Tensor,  # (n_a, D) or (n_a, n_r, D)
+    consequents: Tensor,  # (n_k, n_c, D)
+    offset: int,
+    scale: float | Tensor | None,
+    clip: float | None,
+    penalty: float,
+    reduction: str,
+    weight: float,
+    backend: str | None,
+) -> NCEOutput:
+    """`amdim_nce` of checked arguments, all of it times `weight`: a factor of the tail costs no pass over gradients."""
+    n_c, d = consequents.shape[1:]
     spec = Spec(
         Block(n_c, 1 if antecedents.dim() == 2 else antecedents.shape[1]),
         Identity() if clip is None else TanhClip(float(clip)),
@@ -92,7 +108,7 @@ def amdim_nce(
         antecedents.reshape(-1, d),
         consequents.reshape(-1, d),
         spec,
-        Nce(float(penalty), reduction),
+        Nce(weight * penalty, reduction, weight),
         scale=1 / math.sqrt(d) if scale is None else scale,
         offset=offset,
         backend=backend,
@@ -100,7 +116,9 @@ def amdim_nce(
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 
-PRESETS: dict[str, dict[str, float | str | None]] = {
+Settings = dict[str, float | Tensor | None]
+DEFAULTS: Settings = {"scale": None, "clip": 20.0, "penalty": 0.04}
+PRESETS: dict[str, Settings] = {
     # Bachman et al. 2019, eq. 4-5: a plain dot product.
     "paper": {"scale": 1.0, "clip": 20.0, "penalty": 0.04},
     # github.com/Philip-Bachman/amdim-public, costs.py and train.py.
@@ -116,8 +134,10 @@ class AMDIMLoss(nn.Module):
     Args:
         pairs: "antecedent>consequent" map sizes; "5>7" and "7>7" work too.
         antecedents: "sample" draws one antecedent location an image, anew for each view and call; "all" uses every one.
-        preset: "paper" or "amdim-public" sets scale, clip and penalty; None keeps the arguments.
-        scale, clip, penalty, backend: as in `amdim_nce`. The default is neither preset.
+        preset: "paper" or "amdim-public" gives scale, clip and penalty where they are not given; None is `amdim_nce`'s
+            defaults, which are neither.
+        scale, clip, penalty: as in `amdim_nce`; one that is given wins over the preset.
+        backend: as in `amdim_nce`.
 
     Shape:
         each view: mapping of "f1", "f5", "f7" to (B, D, H, W), or (B, D) for a 1×1 map; any sizes that the pairs name.
@@ -135,10 +155,8 @@ class AMDIMLoss(nn.Module):
         antecedents: str = "sample",
         *,
         preset: str | None = None,
-        scale: float | None = None,
-        clip: float | None = 20.0,
-        penalty: float = 0.04,
         backend: str | None = None,
+        **settings: float | None,
     ) -> None:
         super().__init__()
         checks.check_choice("antecedents", antecedents, ("sample", "all"))
@@ -151,8 +169,11 @@ class AMDIMLoss(nn.Module):
                 raise ValueError(f"pairs: got {pair!r}, need 'A>C' with the sizes of two maps, such as '1>5'")
         self.pairs = tuple(pairs)
         self.antecedents = antecedents
-        self.settings: dict[str, float | str | None] = {"scale": scale, "clip": clip, "penalty": penalty}
-        self.settings |= PRESETS[preset] if preset else {}
+        unknown = set(settings) - set(DEFAULTS)
+        if unknown:
+            raise TypeError(f"settings: got {', '.join(sorted(unknown))}, need some of {', '.join(DEFAULTS)}")
+        self.settings: Settings = {**(PRESETS[preset] if preset else DEFAULTS), **settings}
+        _check_settings(**self.settings, device=torch.device("cpu"))  # type: ignore[arg-type]
         self.backend = backend
 
     def extra_repr(self) -> str:
@@ -164,19 +185,11 @@ class AMDIMLoss(nn.Module):
         found: dict[str, NCEOutput] = {}
         for pair in self.pairs:
             source, target = (f"f{side}" for side in pair.split(">"))
-            ways = [
-                amdim_nce(
-                    self._antecedents(source, a),
-                    _locations(target, c),
-                    backend=self.backend,
-                    **self.settings,  # type: ignore[arg-type]
-                )
-                for a, c in ((view1, view2), (view2, view1))
-            ]
+            ways = [self._direction(source, target, *views) for views in ((view1, view2), (view2, view1))]
             found[pair] = NCEOutput(
-                (ways[0].loss + ways[1].loss) / 2,
-                (ways[0].nce + ways[1].nce) / 2,
-                (ways[0].penalty + ways[1].penalty) / 2,
+                ways[0].loss + ways[1].loss,
+                ways[0].nce + ways[1].nce,
+                ways[0].penalty + ways[1].penalty,
                 {name: (ways[0].stats[name] + ways[1].stats[name]) / 2 for name in ways[0].stats},
             )
         totals = [torch.stack(parts).sum() for parts in zip(*(out[:3] for out in found.values()), strict=True)]
@@ -184,6 +197,15 @@ class AMDIMLoss(nn.Module):
         stats = {name: torch.stack([out.stats[name] for out in found.values()]).mean() for name in names}
         stats |= {f"{pair}/{name}": value for pair, out in found.items() for name, value in out.stats.items()}
         return NCEOutput(totals[0], totals[1], totals[2], stats)
+
+    def _direction(
+        self, source: str, target: str, view1: Mapping[str, Tensor], view2: Mapping[str, Tensor]
+    ) -> NCEOutput:
+        """Half of one direction's loss."""
+        rows, columns = self._antecedents(source, view1), _locations(target, view2)
+        _check_features(rows, columns, 0)
+        settings: Any = self.settings
+        return _nce(rows, columns, 0, **settings, reduction="mean", weight=0.5, backend=self.backend)
 
     def _antecedents(self, name: str, view: Mapping[str, Tensor]) -> Tensor:
         """(B, D) sampled rows, or (B, H·W, D) all of them."""
@@ -205,3 +227,41 @@ def _locations(name: str, view: Mapping[str, Tensor]) -> Tensor:
         return features[:, None, :]
     checks.check_tensor(name, features, ("B", "D", "H", "W"))
     return features.flatten(2).transpose(1, 2)
+
+
+def oracle(
+    antecedents: Tensor,
+    consequents: Tensor,
+    *,
+    scale: float | Tensor,
+    clip: float | None = 20.0,
+    penalty: float = 0.04,
+) -> Tensor:
+    """`amdim_nce`'s loss, dense, for one row an image."""
+    n_k, n_c, d = consequents.shape
+    s = dense_scores(antecedents, consequents.reshape(-1, d), scale)
+    t = s if clip is None else clip * torch.tanh(s / clip)
+    own = torch.arange(len(antecedents))[:, None] == torch.arange(n_k * n_c) // n_c
+    return dense_nce(t, own, ~own).mean() + penalty * s.square().mean()
+
+
+def _example(seed: int) -> dict[str, Any]:
+    return {
+        "antecedents": features(seed, 5, 6),
+        "consequents": features(seed + 1, 5, 3, 6),
+        "scale": torch.tensor(0.41),
+        "clip": 4.0,
+    }
+
+
+register(
+    Entry(
+        "amdim_nce",
+        amdim_nce,
+        AMDIMLoss,
+        "mean_ip −log(e^t_ip / (e^t_ip + Σ_neg e^t)) + λ·mean s², t = c·tanh(s/c)",
+        "Bachman et al. 2019, arXiv:1906.00910",
+        _example,
+        oracle,
+    )
+)

@@ -238,6 +238,29 @@ def test_forward_mode_is_refused_by_name(backend, entry):
         torch.func.jvp(f, (q,), (torch.ones_like(q),))
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.hessian])
+@pytest.mark.parametrize("entry", ["loss", "stats"])
+def test_function_transforms_are_refused_by_name(backend, entry, transform):
+    q, k = (x.detach() for x in features())
+
+    def f(x):
+        found = run(backend, x, k).loss if entry == "loss" else tile_stats(x, k, SPEC, backend=backend)["neg_lse"].sum()
+        return found
+
+    with pytest.raises(RuntimeError, match=r"fused_nce: (torch\.func\.grad|forward-mode)"):
+        transform(f)(q)
+
+
+def test_batched_upstream_is_each_upstream_or_refused_by_name(backend):
+    q, k = features()
+    out = run(backend, q, k)
+    (both,) = torch.autograd.grad(out.loss, q, torch.tensor([1.0, -3.0]), is_grads_batched=True, retain_graph=True)
+    (one,) = torch.autograd.grad(out.loss, q, retain_graph=True)
+    torch.testing.assert_close(both, torch.stack((one, -3 * one)))
+    with pytest.raises(RuntimeError, match="fused_nce: batched upstream"):
+        torch.autograd.grad(out.nce, q, torch.ones(2), is_grads_batched=True)
+
+
 # ---- memory -----------------------------------------------------------------------------------------------------
 
 

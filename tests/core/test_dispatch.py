@@ -12,7 +12,7 @@ import torch
 import fused_nce
 from fused_nce import amdim_nce, tile_stats, workspace_bytes
 from fused_nce.core import dispatch
-from fused_nce.core.spec import Block, Spec, TanhClip
+from fused_nce.core.spec import Bias, Block, Labels, Spec, TanhClip
 from tests.conftest import why_not
 
 A, C = torch.ones(4, 8), torch.ones(4, 3, 8)
@@ -82,6 +82,24 @@ def test_workspace_settings_reach_the_formula(monkeypatch):
     monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", "1")
     small = workspace_bytes(SPEC, 4096, 4096 * 3, 64, backend="chunked")
     assert small < 3 << 20 < whole < 20 << 20
+
+
+def test_workspace_of_a_dtype_that_a_backend_does_not_run():
+    if why_not("cpu"):
+        pytest.skip(f"cpu: {why_not('cpu')}")
+    with pytest.raises(ValueError, match=r"^dtype: got one of 8 bytes, need float32, bfloat16 or float16 for 'cpu'$"):
+        workspace_bytes(SPEC, 4, 12, 8, torch.float64)
+
+
+def test_a_backend_refuses_what_it_has_no_atom_for():
+    """Each by name; k None is one tensor in both roles, and a bank of another dtype is mixed."""
+    q = torch.ones(4, 8)
+    spec = Spec(Labels(), Bias(), ("pos_lse",), ("neg_lse",), drop_self=True)
+    reason = dispatch.why_not("cpu", spec, q, None)
+    assert reason == "it has no bias, columns, drop_self, labels, pos_lse, self"
+    assert dispatch.why_not("cpu", SPEC, q, torch.ones(12, 8).bfloat16()) == "it has no mixed"
+    for name in ("reference", "chunked"):
+        assert dispatch.why_not(name, spec, q, None) is None
 
 
 def test_backends_and_doctor():

@@ -16,6 +16,7 @@ from fused_nce.core.tails import Nce
 
 SPEC = Spec(Block(3), TanhClip(20.0))
 OPS = torch.ops.fused_nce
+NO_IDS = (None,) * 4  # no bias, positives, row_ids, column_ids
 
 
 def features(n=4, n_c=3, d=5, dtype=torch.float32, grad="qk", seed=0):
@@ -37,16 +38,16 @@ def samples(backend):
         if i % 3 == 0:
             q = q.detach().T.contiguous().T.requires_grad_("q" in grad)
         scale = torch.tensor(0.5, requires_grad=i % 4 < 2) if i % 2 else None
-        needs = [x is not None and x.requires_grad for x in (q, k, scale)]
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        yield OPS.stats.default, (q, k, scale, 0.7, spec.code, 0, backend)
+        needs = [x is not None and x.requires_grad for x in (q, k, scale)] + [False, False]
+        rest = (*NO_IDS, 0.7, spec.code, 0)
+        yield OPS.stats.default, (q, k, scale, *rest, backend)
         for reduction in ("mean", "sum", "none"):
-            yield OPS.loss.default, (q, k, scale, 0.7, spec.code, 0, f"nce(0.04,{reduction})", needs, backend)
+            parts = reduction != "sum"
+            yield OPS.loss.default, (q, k, scale, *rest, f"nce(0.04,{reduction})", needs, parts, backend)
         with torch.no_grad():
-            pos, rows = OPS.stats(q, k, scale, 0.7, spec.code, 0, backend)
-        d_pos, d_rows = torch.ones_like(pos, dtype=wide), torch.ones_like(rows, dtype=wide)
+            found = OPS.stats(q, k, scale, *rest, backend)
         leaves = (q.detach(), k.detach(), None if scale is None else scale.detach())
-        yield OPS.grads.default, (*leaves, 0.7, spec.code, 0, pos, rows, d_pos, d_rows, needs, backend)
+        yield OPS.grads.default, (*leaves, *rest, *found, *map(torch.ones_like, found), needs, backend)
 
 
 @pytest.mark.parametrize("half", range(2))
@@ -246,8 +247,9 @@ def test_unwanted_gradients_are_empty(backend):
     """Nothing of their size is allocated either."""
     q, k = features(N, N_C, D)
     for needs in itertools.product([True, False], repeat=3):
-        out = OPS.loss(q.detach(), k.detach(), None, 0.3, SPEC.code, 0, "nce(0.04,mean)", list(needs), backend)
-        assert [x.numel() > 0 for x in out[-3:]] == list(needs)
+        wanted = [*needs, False, False]
+        arguments = (q.detach(), k.detach(), None, *NO_IDS, 0.3, SPEC.code, 0, "nce(0.04,mean)", wanted, True, backend)
+        assert [x.numel() > 0 for x in OPS.loss(*arguments)[-5:]] == wanted
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fused_nce.core import atoms, tails
-from fused_nce.core.spec import STATISTICS, Block, Identity, Spec, TanhClip, parse
-from fused_nce.core.tails import Nce
+from fused_nce.core.spec import STATISTICS, Bias, Block, Identity, Index, Labels, Separate, Spec, TanhClip, parse
+from fused_nce.core.tails import LogIn, LogOut, Nce, Sigmoid
 
 SPEC = Spec(Block(3))
 
@@ -26,7 +26,7 @@ def statistics(n=5, p=3, seed=0):
 def test_derivative_equals_autograd(reduction, penalty):
     pos, rows = statistics()
     tail, m = Nce(penalty, reduction), 15
-    loss, nce, value = tail.values(SPEC, pos, rows, m)
+    loss, nce, value = tail.values(SPEC, pos, rows, None, m)
     up_loss, up_penalty = 1.7, -0.6
     up_nce = torch.randn(nce.shape, dtype=torch.float64)
     total = up_loss * loss + (up_nce * nce).sum() + up_penalty * value
@@ -36,12 +36,59 @@ def test_derivative_equals_autograd(reduction, penalty):
         SPEC,
         pos,
         rows,
+        None,
         up_loss * tail.unit(pos.numel()) + up_nce * share,
         torch.tensor(up_loss + up_penalty, dtype=torch.float64),
         5 * m,
     )
     torch.testing.assert_close(found.d_pos, d_pos, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(found.d_rows, d_rows, rtol=1e-12, atol=1e-15)
+
+
+POSED = {  # tail: spec
+    "nce": SPEC,
+    "nce both ways": Spec(Block(3), columns=("neg_lse",)),
+    "log_out": Spec(Labels(), stats=(*LogOut.READS, "square")),
+    "log_in": Spec(Labels(), stats=(*LogIn.READS, "square")),
+    "sigmoid": Spec(Block(3), stats=(*Sigmoid.READS, "square")),
+}
+
+
+@pytest.mark.parametrize("reduction", tails.REDUCTIONS)
+@pytest.mark.parametrize("name", POSED)
+def test_every_tails_derivative_equals_autograd(name, reduction):
+    """By hand against autograd, statistics taken as free: weight, penalty and all reductions."""
+    spec, g = POSED[name], torch.Generator().manual_seed(1)
+    tail = tails.TAILS[name.split()[0]](0.3, reduction, 0.7)
+    n, m = 6, 15
+
+    def draw(*shape):
+        return (3 * torch.randn(*shape, dtype=torch.float64, generator=g)).requires_grad_()
+
+    pos, rows = draw(n, spec.n_pos), draw(len(spec.stats), n)
+    columns = draw(1, n, spec.n_pos) if spec.columns else None
+    if "pos_count" in spec.stats:
+        with torch.no_grad():
+            rows[spec.stats.index("pos_count")] = torch.tensor([0.0, 1, 2, 3, 2, 7])
+    loss, nce, value = tail.values(spec, pos, rows, columns, m)
+    up_nce = torch.randn(nce.shape, dtype=torch.float64, generator=g)
+    total = 1.7 * loss + (up_nce * nce).sum() - 0.6 * value
+    leaves = [x for x in (pos, rows, columns) if x is not None]
+    exact = torch.autograd.grad(total, leaves, allow_unused=True)
+    elements = n * tail.per_row(spec)
+    share = (1 / elements if reduction == "mean" else 1.0) * tail.weight
+    up = torch.tensor(1.7 - 0.6, dtype=torch.float64)
+    found = tail.coefficients(spec, pos, rows, columns, 1.7 * tail.unit(elements) + up_nce * share, up, n * m)
+    for stat, given, value in zip(spec.stats, found.d_rows, exact[1], strict=True):
+        # A count is a number, and the gap of a lone positive is 0 whatever its score.
+        if stat == "pos_gap":
+            given = torch.where(rows[spec.stats.index("pos_count")] == 1, value, given)
+        if stat != "pos_count":
+            torch.testing.assert_close(given, value, rtol=1e-12, atol=1e-15, msg=stat)
+    if exact[0] is not None:
+        torch.testing.assert_close(found.d_pos, exact[0], rtol=1e-12, atol=1e-15)
+    if columns is not None:
+        torch.testing.assert_close(found.d_columns, exact[2], rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("z", [-800.0, -40.0, -20.0, -1e-3, 0.0, 1e-3, 19.9, 20.1, 25.0, 40.0, 800.0])
@@ -55,7 +102,7 @@ def test_positive_gradient_does_not_cancel():
     """1 − p at p = 1 − 1e-30: p − 1 would be 0."""
     pos, rows = torch.zeros(1, 1, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
     rows[0] = math.log(1e-30)
-    d = Nce().coefficients(SPEC, pos, rows, 1.0, 1.0, 1)
+    d = Nce().coefficients(SPEC, pos, rows, None, 1.0, 1.0, 1)
     assert d.d_pos.item() == pytest.approx(-1e-30, rel=1e-12)
     assert d.d_rows[0].item() == pytest.approx(1e-30, rel=1e-12)
 
@@ -76,26 +123,53 @@ def test_fixed_sum_does_not_depend_on_threads():
     assert torch.equal(sums[0], sums[2])
 
 
-@pytest.mark.parametrize("name", STATISTICS)
-def test_partial_results_merge(name):
-    """A fold over two halves, merged, is the fold over both; an empty half changes nothing."""
+FOLDED = [name for name, stat in atoms.STATISTIC.items() if stat.derive is None]
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("name", FOLDED)
+def test_partial_results_merge(name, dim):
+    """A fold over two parts, merged, is the fold over both; an empty part changes nothing. Of rows and of columns."""
     stat = atoms.STATISTIC[name]
     x = 5 * torch.randn(4, 10, dtype=torch.float64)
-    whole, left, right = stat.fold(x), stat.fold(x[:, :3]), stat.fold(x[:, 3:])
-    torch.testing.assert_close(stat.merge(left, right), whole, rtol=1e-14, atol=0)
-    empty = stat.fold(torch.full((4, 2), stat.empty, dtype=torch.float64))
+    x = x if dim else x.T
+
+    def fold(scores):
+        return stat.fold(scores, dim)
+
+    parts = (x[:, :3], x[:, 3:]) if dim else (x[:3], x[3:])
+    whole, left, right = fold(x), *map(fold, parts)
+    torch.testing.assert_close(stat.merge(left, right), whole, rtol=1e-14, atol=1e-14)
+    empty = fold(torch.full((4, 2) if dim else (2, 4), stat.empty, dtype=torch.float64))
     assert torch.equal(stat.merge(left, empty), left)
 
 
-@pytest.mark.parametrize("name", STATISTICS)
+def test_derived_statistics_are_finished_after_the_merge():
+    names = ("pos_lse", "pos_sum", "pos_count", "pos_gap")
+    x = torch.randn(4, 10, dtype=torch.float64)
+    own = torch.rand(4, 10) < 0.4
+    own[0], own[1] = False, torch.arange(10) == 3  # no positive; one
+    of = [atoms.Sets(part, ~part, torch.ones_like(part)) for part in (own[:, :3], own[:, 3:])]
+    found = atoms.merge_tiles(
+        names, [atoms.fold_tile(names, y, y, o) for y, o in zip((x[:, :3], x[:, 3:]), of, strict=True)]
+    )
+    for i in range(4):
+        exact = (x[i][own[i]].logsumexp(0) - x[i][own[i]].mean()).item() if own[i].any() else 0.0
+        assert found[3, i].item() == pytest.approx(exact, abs=1e-14)
+    assert found[3, 1].item() == 0  # exactly: a lone positive has no gap
+
+
+@pytest.mark.parametrize("name", atoms.STATISTIC)
 def test_statistic_weight_is_its_derivative(name):
+    """Each weight against autograd of its fold, or of its definition where it is derived."""
     stat = atoms.STATISTIC[name]
     if stat.weight is None:
-        assert name == "neg_max"  # undefined at ties; no loss asks for it
+        assert name in ("neg_max", "pos_max", "pos_count")  # undefined at ties, or a number; no loss asks for it
         return
     x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
-    value = stat.fold(x)
-    torch.testing.assert_close(stat.weight(x, value[:, None]), torch.autograd.grad(value.sum(), x)[0])
+    found = {part: atoms.STATISTIC[part].fold(x, 1)[:, None] for part in stat.reads or (name,)}
+    value = stat.derive(found).squeeze(1) if stat.derive else found[name].squeeze(1)
+    torch.testing.assert_close(stat.weight(x, found), torch.autograd.grad(value.sum(), x)[0])
 
 
 @pytest.mark.parametrize("transform", [Identity(), TanhClip(4.0)])
@@ -113,14 +187,19 @@ def test_codes_round_trip():
         for stats in (STATISTICS, ("square",), ("neg_max", "neg_lse")):
             spec = Spec(Block(n_c, rows), transform, stats)
             assert parse(spec.code) == spec
+    for layout in (Index(), Labels(), Separate(), Separate(3), Block(2, 2)):
+        for columns, drop_self in itertools.product(((), ("neg_lse",), ("neg_lse", "neg_max")), (False, True)):
+            spec = Spec(layout, Bias(), LogOut.READS, columns, drop_self)
+            assert parse(spec.code) == spec
     for penalty, reduction in itertools.product((0.0, 0.04, 1 / 3, 1e-30), tails.REDUCTIONS):
-        assert tails.parse(Nce(penalty, reduction).code) == Nce(penalty, reduction)
+        for tail in tails.TAILS.values():
+            assert tails.parse(tail(penalty, reduction, 0.5).code) == tail(penalty, reduction, 0.5)
 
 
 def test_parity_of_the_report():
     """`mi_bound` and the rest, from their definitions."""
     pos, rows = (x.detach() for x in statistics(4, 3))
-    found = dict(zip(tails.REPORT, Nce().report(SPEC, pos, rows, 12).tolist(), strict=True))
+    found = dict(zip(tails.REPORT, Nce().report(SPEC, pos, rows, None, 12).tolist(), strict=True))
     lse, top = rows[0], rows[1]
     losses = [math.log1p(math.exp(lse[i] - pos[i, j])) for i in range(4) for j in range(3)]
     shifted = [math.log1p(math.exp(lse[i] - math.log(3) - pos[i, j])) for i in range(4) for j in range(3)]

@@ -1,0 +1,84 @@
+"""CLIP's loss (Radford et al. 2021, arXiv:2103.00020): InfoNCE of images among texts and of texts among images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_nce.core import checks
+from fused_nce.core.engine import tile_loss
+from fused_nce.core.spec import Block, Spec
+from fused_nce.core.tails import Nce
+from fused_nce.losses.common import check_rows, dense_nce
+from fused_nce.losses.output import NCEOutput
+from fused_nce.losses.registry import Entry, dense_scores, features, register
+
+SPEC = Spec(Block(1), stats=Nce().stats, columns=("neg_lse",))
+
+
+def clip_loss(
+    image: Tensor,  # (N, D)
+    text: Tensor,  # (N, D)
+    logit_scale: float | Tensor,
+    *,
+    backend: str | None = None,
+) -> NCEOutput:
+    """½(mean_i −log softmax_j(s_ij)_i + mean_j −log softmax_i(s_ij)_j), without holding the (N, N) scores s.
+
+    Args:
+        image: (N, D), unit rows; float64, 32, 16 or bfloat16.
+        text: (N, D), unit rows, same dtype and device.
+        logit_scale: factor of the dot product, the exponential of CLIP's parameter; a 0-d tensor is learnable.
+        backend: a name of `fused_nce.backends()`, or None to choose the fastest.
+
+    Returns:
+        NCEOutput, in nats; chance is log N. `stats` is of images among texts.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value seen and the value needed.
+    """
+    check_rows("image", image, "text", text, same_n=True)
+    checks.check_scale("logit_scale", logit_scale, image.device)
+    parts = tile_loss(image, text, SPEC, Nce(), scale=logit_scale, backend=backend)
+    return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
+
+
+class CLIPLoss(nn.Module):
+    """`clip_loss`; the scale is the model's, as in CLIP, and comes with each call."""
+
+    def __init__(self, *, backend: str | None = None) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, image: Tensor, text: Tensor, logit_scale: float | Tensor) -> NCEOutput:
+        """`clip_loss` of the batch."""
+        return clip_loss(image, text, logit_scale, backend=self.backend)
+
+
+def oracle(image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
+    """The loss, dense."""
+    s, own = dense_scores(image, text, logit_scale), torch.eye(len(image), dtype=torch.bool)
+    return (dense_nce(s, own, ~own).mean() + dense_nce(s.T, own, ~own).mean()) / 2
+
+
+def _example(seed: int) -> dict[str, Any]:
+    return {
+        "image": features(seed, 7, 5, unit=True),
+        "text": features(seed + 1, 7, 5, unit=True),
+        "logit_scale": torch.tensor(9.5),
+    }
+
+
+register(
+    Entry(
+        "clip_loss",
+        clip_loss,
+        CLIPLoss,
+        "½(mean_i −log softmax_j(s_ij)_i + mean_j −log softmax_i(s_ij)_j)",
+        "Radford et al. 2021, arXiv:2103.00020",
+        _example,
+        oracle,
+    )
+)

@@ -1,0 +1,123 @@
+"""MoCo's InfoNCE against a queue (He, Fan, Wu, Xie, Girshick 2020, arXiv:1911.05722).
+
+s = ⟨·,·⟩ / temperature of unit vectors; the positive is a query's own key, the negatives are the K keys of a queue and
+nothing else. Only the queries have a gradient: two GEMMs, the fewest there can be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_nce.core import checks
+from fused_nce.core.engine import tile_loss
+from fused_nce.core.spec import Separate, Spec
+from fused_nce.core.tails import Nce
+from fused_nce.losses.common import check_rows, inverse, normalized
+from fused_nce.losses.output import NCEOutput
+from fused_nce.losses.registry import Entry, dense_scores, features, register
+
+SPEC = Spec(Separate(1), stats=Nce().stats)
+
+
+def moco_nce(
+    queries: Tensor,  # (N, D)
+    keys: Tensor,  # (N, D)
+    queue: Tensor,  # (K, D)
+    *,
+    temperature: float | Tensor = 0.07,
+    normalize: bool = True,
+    backend: str | None = None,
+) -> NCEOutput:
+    """InfoNCE of each query between its key and a queue of older keys, without holding the (N, 1 + K) logits.
+
+    The queue may be written to before the backward: the gradients have left with the forward. `nce` is thus detached.
+
+    Args:
+        queries: (N, D), float64, 32, 16 or bfloat16.
+        keys: (N, D), the keys of the same images; no gradient.
+        queue: (K, D), K >= 1 rows of unit norm (`MemoryQueue.keys`), any float dtype; no gradient.
+        temperature: of the softmax, > 0; a 0-d tensor is learnable.
+        normalize: scale queries and keys to unit norm first; the queue is used as it is.
+        backend: a name of `fused_nce.backends()`, or None to choose the fastest.
+
+    Returns:
+        NCEOutput, in nats; chance is log(1 + K). `stats["top1"]` is the share of queries that choose their own key.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value seen and the value needed.
+    """
+    check_rows("queries", queries, "keys", keys, same_n=True)
+    checks.check_tensor("queue", queue, ("K", "D"))
+    if queue.device != queries.device:
+        raise ValueError(f"queue: got device {queue.device}, need queries's {queries.device}")
+    if queue.shape[1] != queries.shape[1]:
+        raise ValueError(f"queue: got width D = {queue.shape[1]}, need queries's {queries.shape[1]}")
+    keys = keys.detach()
+    if normalize:
+        queries, keys = normalized(queries), normalized(keys)
+    scale = inverse("temperature", temperature, queries.device)
+    wide = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
+    with torch.autocast(queries.device.type, enabled=False):  # a score never goes through 16 bits
+        positives = scale * (queries.to(wide) * keys.to(wide)).sum(dim=1, keepdim=True)
+    parts = tile_loss(
+        queries, queue.detach(), SPEC, Nce(), scale=scale, positives=positives, parts=False, backend=backend
+    )
+    return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
+
+
+class MoCoLoss(nn.Module):
+    """`moco_nce` with its settings kept: `temperature`, `normalize`, `backend`."""
+
+    def __init__(self, temperature: float = 0.07, *, normalize: bool = True, backend: str | None = None) -> None:
+        super().__init__()
+        inverse("temperature", temperature, torch.device("cpu"))
+        self.temperature, self.normalize, self.backend = temperature, normalize, backend
+
+    def extra_repr(self) -> str:
+        """The settings, as `print(module)` shows them."""
+        return f"temperature={self.temperature}, normalize={self.normalize}"
+
+    def forward(self, queries: Tensor, keys: Tensor, queue: Tensor) -> NCEOutput:
+        """`moco_nce` of the batch."""
+        return moco_nce(
+            queries, keys, queue, temperature=self.temperature, normalize=self.normalize, backend=self.backend
+        )
+
+
+def oracle(
+    queries: Tensor, keys: Tensor, queue: Tensor, *, temperature: float | Tensor = 0.07, normalize: bool = True
+) -> Tensor:
+    """The loss as MoCo's builder writes it: logits of the positive and the queue, class 0."""
+    if normalize:
+        queries, keys = (nn.functional.normalize(x, dim=1) for x in (queries, keys))
+    both = dense_scores(queries, torch.cat((keys, queue)), 1 / temperature)
+    n = len(queries)
+    logits = torch.cat((both[:, :n].diagonal()[:, None], both[:, n:]), dim=1)
+    return nn.functional.cross_entropy(logits, torch.zeros(n, dtype=torch.int64))
+
+
+def _example(seed: int) -> dict[str, Any]:
+    return {
+        "queries": features(seed, 6, 5, unit=True),
+        "keys": features(seed + 1, 6, 5, unit=True),
+        "queue": features(seed + 2, 11, 5, unit=True),
+        "temperature": torch.tensor(0.2),
+        "normalize": False,
+    }
+
+
+register(
+    Entry(
+        "moco_nce",
+        moco_nce,
+        MoCoLoss,
+        "mean_i −log(e^(s_i⁺) / (e^(s_i⁺) + Σ_queue e^s))",
+        "He et al. 2020, arXiv:1911.05722",
+        _example,
+        oracle,
+        frozen=("keys", "queue"),
+    )
+)

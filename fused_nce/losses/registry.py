@@ -1,0 +1,62 @@
+"""Every loss with its oracle and an example: what the tests, the benchmark and the docs' table are generated from.
+
+An entry is the loss's own file saying what it must equal. A test draws the example, runs the function on each backend
+and dtype, and holds value and gradients to the oracle's within the error budget; nothing is written for a loss twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_nce.losses.output import NCEOutput
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One loss.
+
+    Attributes:
+        name: of the public function.
+        function: returns an `NCEOutput`; takes `backend=`.
+        module: its `nn.Module` twin.
+        formula: one line, for the table.
+        source: paper, with its arXiv id or year.
+        example: seed to keyword arguments of `function`, float32 tensors and static options, at a size that a dense
+            oracle takes at once. The float tensors are the differentiable inputs but where `frozen` names them.
+        oracle: the same arguments, float64, to the loss, dense and in plain torch; it scores by `dense_scores`.
+        frozen: arguments without a gradient.
+    """
+
+    name: str
+    function: Callable[..., NCEOutput]
+    module: type[nn.Module]
+    formula: str
+    source: str
+    example: Callable[[int], dict[str, Any]]
+    oracle: Callable[..., Tensor]
+    frozen: tuple[str, ...] = ()
+
+
+LOSSES: dict[str, Entry] = {}
+"""By name, with a variant behind a slash: `info_nce/symmetric`."""
+
+
+def register(entry: Entry, variant: str = "") -> None:
+    """Add a loss, or another example of one."""
+    LOSSES[f"{entry.name}/{variant}" if variant else entry.name] = entry
+
+
+def dense_scores(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
+    """s = scale·q kᵀ, (N, M): where a test lets in the error that a score may have."""
+    return scale * (q @ k.T)
+
+
+def features(seed: int, *shape: int, unit: bool = False) -> Tensor:
+    """Normal features, each row of unit norm if asked; on the CPU, float32."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return nn.functional.normalize(x, dim=-1) if unit else x

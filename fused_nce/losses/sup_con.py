@@ -1,0 +1,139 @@
+"""The supervised contrastive loss (Khosla et al. 2020, arXiv:2004.11362): rows of one label are each other's positives.
+
+s = ⟨z, z'⟩ / temperature of unit vectors, A(i) all rows but i, P(i) those of i's label. Equation 2, the sum outside the
+log: −1/|P(i)| Σ_p log(e^(s_ip) / Σ_A e^(s_ia)). Equation 3, inside: −log(1/|P(i)| Σ_p e^(s_ip) / Σ_A e^(s_ia)), never
+larger, and worse in the paper. Of temperature/0.07, by which the authors' code multiplies, there is nothing here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_nce.core import checks
+from fused_nce.core.engine import tile_loss
+from fused_nce.core.spec import Labels, Spec
+from fused_nce.core.tails import LogIn, LogOut
+from fused_nce.losses import registry
+from fused_nce.losses.common import inverse, normalized
+from fused_nce.losses.output import NCEOutput
+from fused_nce.losses.registry import Entry, dense_scores, register
+
+SPEC = Spec(Labels(), stats=LogOut.READS, drop_self=True)
+TAILS = {"out": LogOut(), "in": LogIn()}
+
+
+def sup_con(
+    features: Tensor,  # (N, D)
+    labels: Tensor,  # (N,) int64
+    *,
+    temperature: float | Tensor = 0.1,
+    variant: str = "out",
+    normalize: bool = True,
+    backend: str | None = None,
+) -> NCEOutput:
+    """The supervised contrastive loss of N rows, every view a row of its own, without holding the (N, N) scores.
+
+    Args:
+        features: (N, D), float64, 32, 16 or bfloat16.
+        labels: (N,) int64, on the features' device; any values.
+        temperature: of the softmax, > 0; a 0-d tensor is learnable.
+        variant: "out" (equation 2) or "in" (equation 3).
+        normalize: scale every row to unit norm first; False for rows that are.
+        backend: a name of `fused_nce.backends()`, or None to choose the fastest.
+
+    Returns:
+        NCEOutput, in nats; the mean over all N rows, of which one without a positive counts as 0. `stats` has top1 (of
+        the rows with a positive, those whose nearest other has their label), pos_mean, neg_lse_mean, positives_a_row.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value seen and the value needed.
+    """
+    checks.check_tensor("features", features, ("N", "D"))
+    checks.check_ids("labels", labels, features.shape[0], "N", features.device)
+    checks.check_choice("variant", variant, tuple(TAILS))
+    scale = inverse("temperature", temperature, features.device)
+    z = normalized(features) if normalize else features
+    parts = tile_loss(z, None, SPEC, TAILS[variant], scale=scale, row_ids=labels, backend=backend)
+    return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
+
+
+class SupConLoss(nn.Module):
+    """`sup_con` with its settings kept: `temperature`, `variant`, `normalize`, `backend`."""
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        variant: str = "out",
+        normalize: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        inverse("temperature", temperature, torch.device("cpu"))
+        checks.check_choice("variant", variant, tuple(TAILS))
+        self.temperature, self.variant, self.normalize, self.backend = temperature, variant, normalize, backend
+
+    def extra_repr(self) -> str:
+        """The settings, as `print(module)` shows them."""
+        return f"temperature={self.temperature}, variant={self.variant!r}, normalize={self.normalize}"
+
+    def forward(self, features: Tensor, labels: Tensor) -> NCEOutput:
+        """`sup_con` of the batch."""
+        return sup_con(
+            features,
+            labels,
+            temperature=self.temperature,
+            variant=self.variant,
+            normalize=self.normalize,
+            backend=self.backend,
+        )
+
+
+def oracle(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    variant: str = "out",
+    normalize: bool = True,
+) -> Tensor:
+    """The loss, dense, row by row."""
+    z = nn.functional.normalize(features, dim=1) if normalize else features
+    s = dense_scores(z, z, 1 / temperature)
+    total = s.new_zeros(())
+    for i in range(len(z)):
+        others = torch.arange(len(z)) != i
+        own = others & (labels == labels[i])
+        if own.any():
+            log_p = s[i] - s[i][others].logsumexp(0)
+            total = total - (log_p[own].mean() if variant == "out" else log_p[own].exp().mean().log())
+    return total / len(z)
+
+
+def _entry(variant: str) -> Entry:
+    def example(seed: int) -> dict[str, Any]:
+        return {
+            "features": registry.features(seed, 11, 5, unit=True),
+            "labels": torch.tensor([0, 1, 0, 2, 1, 0, 3, -4, 2, 0, 0]),  # 3 and −4 are alone, 1 and 2 are pairs
+            "temperature": torch.tensor(0.3),
+            "variant": variant,
+            "normalize": False,
+        }
+
+    formula = {"out": "mean_i −1/|P| Σ_p log softmax_A(s_i)_p", "in": "mean_i −log 1/|P| Σ_p softmax_A(s_i)_p"}
+    return Entry(
+        "sup_con",
+        sup_con,
+        SupConLoss,
+        formula[variant],
+        "Khosla et al. 2020, arXiv:2004.11362",
+        example,
+        oracle,
+    )
+
+
+register(_entry("out"))
+register(_entry("in"), "in")

@@ -1,0 +1,165 @@
+"""Every registered loss on every backend and dtype: value, gradients, determinism, compiled, and its module twin."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_nce
+from fused_nce.losses.registry import LOSSES
+from tests.budget import eta, precision
+from tests.cases import DTYPES
+from tests.losses.sensitivity import exact
+
+
+def cast(entry, inputs, dtype):
+    """The example in a dtype: numbers on which the softmax depends stay wide, as a model keeps them."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return {
+        name: x.to(wide if x.dim() == 0 else dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+
+
+def widened(x, wanted):
+    """The same values, float64."""
+    return x.detach().double().requires_grad_(wanted) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def posed(name, seed=0, dtype=torch.float64):
+    """(entry, inputs with gradients wanted, the names of those)."""
+    entry = LOSSES[name]
+    inputs = cast(entry, entry.example(seed), dtype)
+    leaves = [
+        key for key, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point() and key not in entry.frozen
+    ]
+    return (
+        entry,
+        {key: x.detach().clone().requires_grad_() if key in leaves else x for key, x in inputs.items()},
+        leaves,
+    )
+
+
+def run(entry, inputs, leaves, backend, upstream=1.0):
+    """The loss, and {name: gradient} of upstream·loss."""
+    out = entry.function(**inputs, backend=backend)
+    grads = torch.autograd.grad(upstream * out.loss, [inputs[key] for key in leaves])
+    return out, dict(zip(leaves, grads, strict=True))
+
+
+def able(name, backend, dtype=torch.float32):
+    """Skip where the backend refuses, with its reason; the two that know every atom may not."""
+    entry, inputs, _ = posed(name, 0, dtype)
+    try:
+        entry.function(**inputs, backend=backend)
+    except ValueError as error:
+        if backend in ("reference", "chunked") or "which cannot run this: " not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_and_gradients(name, backend, dtype, monkeypatch, record_eta):
+    able(name, backend, DTYPES[dtype])
+    for seed, upstream in ((0, 1.0), (3, -2.5), (7, 300.0)):
+        entry, inputs, leaves = posed(name, seed, DTYPES[dtype])
+        p = precision(DTYPES[dtype], backend)
+        wide = {
+            key: x.detach().double().requires_grad_(key in leaves)
+            if isinstance(x, Tensor) and x.is_floating_point()
+            else x
+            for key, x in inputs.items()
+        }
+        budget = exact(entry, wide, leaves, p, monkeypatch)
+        out, grads = run(entry, inputs, leaves, backend, upstream)
+        etas = {"loss": eta(out.loss, budget.loss.numpy(), budget.loss_budget.numpy())}
+        for key in leaves:
+            value, allowed = upstream * budget.grads[key], abs(upstream) * budget.grad_budgets[key]
+            etas[key] = eta(grads[key], value.numpy(), allowed.numpy())
+        record_eta(backend, dtype, etas)
+        assert max(etas.values()) <= 1, (name, seed, etas)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_across_strips_and_panels(name, monkeypatch):
+    """The chunk loop at its smallest: every strip and panel has to merge. float64, so that a lost term shows."""
+    entry, inputs, leaves = posed(name)
+    whole = run(entry, inputs, leaves, "reference")
+    monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", "0.0004")
+    found = run(entry, inputs, leaves, "chunked")
+    torch.testing.assert_close(found[0].loss, whole[0].loss, rtol=1e-12, atol=1e-14)
+    for key in leaves:
+        torch.testing.assert_close(found[1][key], whole[1][key], rtol=1e-10, atol=1e-13)
+    for key, value in whole[0].stats.items():
+        torch.testing.assert_close(found[0].stats[key], value, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradcheck(name):
+    entry, inputs, leaves = posed(name)
+
+    def loss(*values):
+        return entry.function(**{**inputs, **dict(zip(leaves, values, strict=True))}, backend="reference").loss
+
+    assert torch.autograd.gradcheck(loss, [inputs[key] for key in leaves], eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_same_bits_twice(name, backend):
+    able(name, backend)
+    entry, inputs, leaves = posed(name, 1, torch.float32)
+    first, again = run(entry, inputs, leaves, backend), run(entry, inputs, leaves, backend)
+    assert torch.equal(first[0].loss, again[0].loss)
+    assert all(torch.equal(first[1][key], again[1][key]) for key in leaves)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiles_without_a_break(name):
+    torch._dynamo.reset()
+    entry, inputs, leaves = posed(name, 2, torch.float32)
+    compiled = torch.compile(
+        lambda **x: entry.function(**x, backend="chunked").loss, fullgraph=True, backend="aot_eager"
+    )
+    eager = run(entry, inputs, leaves, "chunked")
+    found = torch.autograd.grad(compiled(**inputs), [inputs[key] for key in leaves])
+    for key, gradient in zip(leaves, found, strict=True):
+        torch.testing.assert_close(gradient, eager[1][key], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_module_twin(name):
+    """The same number through the module, a copy of it and a pickle of it; what is not an input is a setting."""
+    entry, inputs, _ = posed(name)
+    if name == "amdim_nce":
+        pytest.skip("AMDIMLoss takes feature maps, and has tests of its own")
+    accepted = inspect.signature(entry.module.forward).parameters
+    settings = {key: x.item() if isinstance(x, Tensor) else x for key, x in inputs.items() if key not in accepted}
+    given = {key: x for key, x in inputs.items() if key in accepted}
+    module = entry.module(**settings, backend="chunked")
+    expected = entry.function(**given, **settings, backend="chunked").loss
+    for twin in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(**given).loss, expected)
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    module.load_state_dict(torch.load(buffer, weights_only=True))
+
+
+def test_registry_covers_the_public_functions():
+    """Each loss of the package has an entry, an oracle beside it, and a public name."""
+    functions = {entry.function for entry in LOSSES.values()}
+    public: dict[str, Any] = {key: getattr(fused_nce, key) for key in fused_nce.__all__}
+    named = {f for key, f in public.items() if inspect.isfunction(f) and f.__module__.startswith("fused_nce.losses")}
+    assert functions == named
+    for entry in LOSSES.values():
+        assert public[entry.name] is entry.function
+        assert sys.modules[entry.oracle.__module__] is sys.modules[entry.function.__module__]
