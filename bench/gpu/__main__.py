@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             record["cases"].append(row)
             print(_line(row, device.clock), flush=True)
         device.clean()
-        record["crossover"] = verdict.crossover(record)
+        record["crossover"], record["cost_times"] = verdict.crossover(record), verdict.cost_times(record)
         _write(path, record)
     record["card"] |= {f"{key}_after": value for key, value in device.clocks().items()}
     _write(path, record)
@@ -104,6 +104,7 @@ def _opening(options: argparse.Namespace, device: Machine) -> dict[str, Any]:
         "cases": [],
         "left_out": {},
         "crossover": None,
+        "cost_times": [],
     }
 
 

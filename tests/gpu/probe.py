@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from fused_nce.core import dispatch
 from tests.cases import Case, can_run, run
 
-# Below, at and beyond tiles and vectors; own images at an offset; rows apart in memory; a workspace that splits both ways.
+# Below, at and beyond tiles and vectors; an offset; rows apart in memory; a workspace that splits both ways.
 SHAPES = (
     {"images": 1, "n_k": 1, "n_c": 1, "d": 1},
     {"images": 3, "n_k": 4, "n_c": 7, "d": 33, "offset": 1},
