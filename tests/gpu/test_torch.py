@@ -26,7 +26,8 @@ def placed(place):
         try:
             op(*here)
         except ValueError as error:
-            assert "cannot run this" in str(error)
+            if "cannot run this" not in str(error):
+                raise
         else:
             yield op, here
 
