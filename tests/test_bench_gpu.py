@@ -145,7 +145,7 @@ def test_inputs_rotate_through_twice_the_cache():
     assert CPU.input_sets(100 << 20) == 1
     assert CPU.input_sets(20 << 20) == 5  # four others lie between two uses of one: 80 MiB
     assert CPU.input_sets(1) == 16
-    calls = rivals.Rotation([lambda i=i: i for i in range(3)])
+    calls = rivals.Rotation([partial(int, i) for i in range(3)])
     assert [calls() for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
 
 
@@ -256,8 +256,8 @@ def test_bounded_means_bounded(slowdown, passed):
 def test_crossover_is_where_the_lines_meet():
     rows = []
     for p in problems.CROSSOVER:  # cuda 0.030 + 1e-5·D under its own name `ours`, triton 0.010 + 1.5e-4·D
-        times = (0.030 + 1e-5 * p.d, 0.010 + 1.5e-4 * p.d)
-        rows.append(made_up(p.label, times[0], 1.0, 1.0, 0.01, backends={"triton": times[1]}))
+        cuda, triton = 0.030 + 1e-5 * p.d, 0.010 + 1.5e-4 * p.d
+        rows.append(made_up(p.label, cuda, 1.0, 1.0, 0.01, backends={"triton": triton}))
     cross = record_of(*rows)["crossover"]
     assert cross["faster_from_d"] == pytest.approx(0.020 / 1.4e-4, abs=0.1)
     assert (cross["n"], cross["m"]) == (256, 256 * 49)

@@ -93,6 +93,7 @@ def check_large(place, sizes):
     torch.testing.assert_close(loss.double(), exact.loss, rtol=1e-4, atol=0)
     for found, of, size in ((dq, exact.dq, n), (dk, exact.dk, images * N_C)):
         few = min(64, size) // N_C * N_C
+        assert found is not None
         for part in (slice(0, few), slice(size - few, size)):
             wanted = of(part)
             error = (found[part].double() - wanted).norm() / wanted.norm()
