@@ -141,6 +141,14 @@ def test_the_bound_multiplies_what_it_says():
     assert rivals.gemm_calls(huge, CPU, sets=1) == {}
 
 
+@pytest.mark.parametrize(("m", "tensors"), [(400, 3), (40_000, 1)])
+def test_weights_beyond_the_cache_are_held_once(m, tensors):
+    p = Problem("amdim_nce", "x", 512, m, 1)
+    found = rivals.gemm_operands(p, CPU, sets=3)
+    assert len({w.data_ptr() for _, _, w in found}) == tensors
+    assert len({q.data_ptr() for q, _, _ in found}) == 3
+
+
 def test_inputs_rotate_through_twice_the_cache():
     assert CPU.input_sets(100 << 20) == 1
     assert CPU.input_sets(20 << 20) == 5  # four others lie between two uses of one: 80 MiB

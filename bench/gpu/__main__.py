@@ -29,7 +29,7 @@ SCHEMA = 1
 ROUNDS = 50
 COUNTING = {
     "device": "between CUDA events, the call queued behind a spinning kernel: no launch gap of the host's counts",
-    "wall": "until the GPU has finished, launches included; ten rounds where there are more than 2^26 scores",
+    "wall": "until the GPU has finished, launches included; ten rounds where there are more than 2^25 scores",
     "graph": "device time of a replayed CUDA graph of the same call",
     "time": "loss + its gradients; median and interquartile range over interleaved rounds; compilation and warm-up "
     "excluded; inputs rotated through twice the L2; a ratio compares two times of the same clock",

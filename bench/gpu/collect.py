@@ -15,7 +15,7 @@ from bench.timers import Call, Timer
 
 WARMUPS = 5
 # Beyond, a call's launches are nothing beside its work: a graph would only hold memory, and ten wall times say enough.
-LAUNCHES_COUNT_SCORES = 1 << 26
+LAUNCHES_COUNT_SCORES = 1 << 25
 FEW_ROUNDS = 10
 
 

@@ -44,7 +44,7 @@ class Machine:
     def draw(self, seed: int, dtype: torch.dtype) -> Callable[..., Tensor]:
         """Sizes → standard normal numbers on the device."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        return lambda *sizes: torch.randn(sizes, generator=generator, device=self.device).to(dtype)
+        return lambda *sizes: torch.randn(sizes, generator=generator, device=self.device, dtype=dtype)
 
     def input_sets(self, set_bytes: int) -> int:
         """How many sets of inputs it takes to find none of them in the cache: twice its size, at most 16 sets."""
