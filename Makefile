@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 KERNELS := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu)
 
-.PHONY: demo test nightly mutants bench lint format install clean
+.PHONY: demo test nightly mutants bench gpu lint format install clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -43,6 +43,9 @@ mutants: install  ## plant faults; the suite must catch every one
 
 bench: install  ## time and peak memory against the rivals, into bench/results/
 	@$(PY) -m bench
+
+gpu: install  ## build, test and measure on the GPU at hand; OPTIONS="--quick" and the others of bench/gpu.sh
+	@PYTHON=$(PY) bash bench/gpu.sh $(OPTIONS)
 
 lint: install
 	@$(PY) -m ruff check .

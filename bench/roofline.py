@@ -98,7 +98,7 @@ def table(batches: tuple[int, ...] = BATCHES) -> str:
             lines.append(f"| {method.label} | {batch} | {time} | {memory} | {_number(s.naive_bytes / GIB)} |")
     lines += [
         "",
-        "**Modelled, not measured** (for GPU kernels that are still to come): "
+        "**Modelled, not measured**: "
         f"{GEMM_FLOP_PER_S / 1e12:.0f} TFLOP/s of bf16 GEMM and "
         f"{HBM_BYTES_PER_S / 1e12:.1f} TB/s (one H200), encoders at {ENCODER_RATE:.0%} of that rate with all their "
         f"activations kept; naive is eager torch, fused is a kernel at {METHODS[1].fused_rate:.0%} (width 128) to "

@@ -18,12 +18,6 @@ import torch
 from .oracle import Array, Coefficients, Gradients, Oracle
 
 ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-# w enters the gradient GEMMs in the inputs' dtype there, as the matrix units want it.
-ROUNDS_WEIGHTS = {
-    "cpu": (torch.bfloat16,),
-    "cuda": (torch.bfloat16, torch.float16),
-    "triton": (torch.bfloat16, torch.float16),
-}
 NOISE = 0.05  # a score off by more than this says nothing
 
 
@@ -48,15 +42,24 @@ class Precision:
         return max(float(info.smallest_normal * info.eps / 2), 1e-37 if self.u == 2.0**-24 else 1e-300)
 
 
+# What w is rounded to for its GEMMs, where that is not the accumulation dtype.
+WEIGHTS = {
+    ("cpu", torch.bfloat16): ROUNDOFF[torch.bfloat16],
+    ("cuda", torch.bfloat16): ROUNDOFF[torch.bfloat16],
+    ("cuda", torch.float16): ROUNDOFF[torch.float16],
+    ("triton", torch.bfloat16): ROUNDOFF[torch.bfloat16],
+    ("triton", torch.float16): 2.0**-10,
+}
+
+
 def precision(dtype: torch.dtype, backend: str) -> Precision:
-    """The roundings of inputs of `dtype` on a backend; `ROUNDS_WEIGHTS` has those whose w meets the inputs' dtype.
+    """The roundings of inputs of `dtype` on a backend.
 
     float16 has its smallest step 2^-24, and `cuda` scales the largest possible w to between 2^6 and 2^8.
     """
-    rounded = dtype in ROUNDS_WEIGHTS.get(backend, ())
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     floor = 2.0**-31 if backend == "cuda" and dtype == torch.float16 else 0.0
-    return Precision(ROUNDOFF[wide], ROUNDOFF[dtype] if rounded else 0.0, dtype, floor)
+    return Precision(ROUNDOFF[wide], WEIGHTS.get((backend, dtype), 0.0), dtype, floor)
 
 
 class Budget:

@@ -29,7 +29,7 @@ SCHEMA = 1
 ROUNDS = 50
 COUNTING = {
     "device": "between CUDA events, the call queued behind a spinning kernel: no launch gap of the host's counts",
-    "wall": "until the GPU has finished, launches included",
+    "wall": "until the GPU has finished, launches included; ten rounds where there are more than 2^25 scores",
     "graph": "device time of a replayed CUDA graph of the same call",
     "time": "loss + its gradients; median and interquartile range over interleaved rounds; compilation and warm-up "
     "excluded; inputs rotated through twice the L2; a ratio compares two times of the same clock",
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             record["cases"].append(row)
             print(_line(row, device.clock), flush=True)
         device.clean()
-        record["crossover"] = verdict.crossover(record)
+        record["crossover"], record["cost_times"] = verdict.crossover(record), verdict.cost_times(record)
         _write(path, record)
     record["card"] |= {f"{key}_after": value for key, value in device.clocks().items()}
     _write(path, record)
@@ -104,6 +104,7 @@ def _opening(options: argparse.Namespace, device: Machine) -> dict[str, Any]:
         "cases": [],
         "left_out": {},
         "crossover": None,
+        "cost_times": [],
     }
 
 

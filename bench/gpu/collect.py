@@ -14,7 +14,9 @@ from bench.gpu.rivals import DTYPE, Inputs, Loss, Rotation
 from bench.timers import Call, Timer
 
 WARMUPS = 5
-LARGEST_GRAPH_SCORES = 1 << 26  # beyond, a call's launches are nothing beside its work, and a graph holds its memory
+# Beyond, a call's launches are nothing beside its work: a graph would only hold memory, and ten wall times say enough.
+LAUNCHES_COUNT_SCORES = 1 << 25
+FEW_ROUNDS = 10
 
 
 def collect(problem: Problem, machine: Machine, rounds: int, compiled: bool) -> dict[str, Any]:
@@ -79,14 +81,15 @@ def _times(
     with measure.without_gc():
         for clock, timer in machine.timers.items():
             main = clock == machine.clock
-            times = _rounds({**calls, **(gemms if main else {})}, rounds, timer)
+            enough = rounds if main or problem.scores <= LAUNCHES_COUNT_SCORES else min(rounds, FEW_ROUNDS)
+            times = _rounds({**calls, **(gemms if main else {})}, enough, timer)
             for name in able:
                 parts = times[name], problem.flop, clock
                 found[name] |= measure.summary(*parts) if main else measure.spread(times[name], clock)
             if gemms and main:
                 scaled = {key: [problem.steps * ms for ms in times[key]] for key in gemms}
                 floor = measure.bound_summary(scaled, problem.flop, clock)
-        if problem.scores <= LARGEST_GRAPH_SCORES:
+        if problem.scores <= LAUNCHES_COUNT_SCORES:
             _graph_times(machine, each, rounds, found)
     return found, floor
 

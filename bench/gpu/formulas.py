@@ -96,7 +96,8 @@ def _nt_xent(view0: Tensor, view1: Tensor, backend: str | None) -> Tensor:
 
 def _naive_nt_xent(view0: Tensor, view1: Tensor) -> Tensor:
     z = normalize(torch.cat([view0, view1]), dim=1)
-    scores = (z @ z.T / 0.5).float().fill_diagonal_(-torch.inf)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    scores = (z @ z.T / 0.5).float().masked_fill(itself, -torch.inf)
     return cross_entropy(scores, torch.arange(len(z), device=z.device).roll(len(view0)))
 
 

@@ -44,7 +44,7 @@ class Machine:
     def draw(self, seed: int, dtype: torch.dtype) -> Callable[..., Tensor]:
         """Sizes → standard normal numbers on the device."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        return lambda *sizes: torch.randn(sizes, generator=generator, device=self.device).to(dtype)
+        return lambda *sizes: torch.randn(sizes, generator=generator, device=self.device, dtype=dtype)
 
     def input_sets(self, set_bytes: int) -> int:
         """How many sets of inputs it takes to find none of them in the cache: twice its size, at most 16 sets."""
@@ -66,7 +66,7 @@ class Machine:
         """The rates that no kernel beats: bf16 GEMM and copy."""
         size = 256
         a, b = (self.draw(seed, torch.bfloat16)(size, size) for seed in (0, 1))
-        return {"gemm_tflop_per_s": 2 * size**3 / self._fastest_ms(lambda: a @ b) / 1e9}
+        return {"gemm_tflop_per_s": 2 * size**3 / self._median_ms(lambda: a @ b) / 1e9}
 
     def facts(self) -> dict[str, Any]:
         """What a figure belongs to, units in the keys."""
@@ -87,7 +87,7 @@ class Machine:
         torch._dynamo.reset()
         gc.collect()
 
-    def _fastest_ms(self, call: Call, runs: int = 10) -> float:
+    def _median_ms(self, call: Call, runs: int = 10) -> float:
         for _ in range(3):
             self.timers[self.clock](call)
         return statistics.median(self.timers[self.clock](call) for _ in range(runs))
@@ -145,10 +145,10 @@ class Gpu(Machine):
         """Random data: on zeros a GEMM runs faster than it ever will."""
         size = 8192
         a, b = (self.draw(seed, torch.bfloat16)(size, size) for seed in (0, 1))
-        gemm_ms = self._fastest_ms(lambda: a @ b, runs=30)
+        gemm_ms = self._median_ms(lambda: a @ b, runs=30)
         source = torch.empty(1 << 30, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
-        copy_ms = self._fastest_ms(lambda: target.copy_(source), runs=30)
+        copy_ms = self._median_ms(lambda: target.copy_(source), runs=30)
         return {
             "gemm_tflop_per_s": round(2 * size**3 / gemm_ms / 1e9, 1),
             "copy_tb_per_s": round(2 * source.numel() / copy_ms / 1e9, 3),

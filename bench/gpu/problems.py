@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 TINY = "tiny "
 SWEEP = "sweep over widths"
+SWEPT_LOSS = "amdim_nce"
 GRADIENTS = ("scores", "grad_q", "grad_k")  # the GEMMs that no loss with both gradients can do without
 
 

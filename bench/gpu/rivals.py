@@ -104,18 +104,28 @@ def agreeing(
     return able, refused, chosen
 
 
+def gemm_operands(problem: Problem, machine: Machine, sets: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(q, k, w) for each set of inputs, w being the weights, n × m.
+
+    Weights larger than the cache are out of it by themselves: they are one tensor for all sets.
+    """
+    n, m, d = problem.n, problem.m, problem.d
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for seed in range(sets):
+        draw = machine.draw(seed, DTYPE)
+        w = found[0][2] if found and 2 * n * m > machine.cache_bytes else draw(n, m)
+        found.append((draw(n, d), draw(m, d), w))
+    return found
+
+
 def gemm_calls(problem: Problem, machine: Machine, sets: int) -> dict[tuple[str, str], Call]:
     """(GEMM, kind of result) → a call, for the least GEMMs of the problem; empty where they do not fit.
 
     Scores leave in float32, as a loss needs them; gradients in float32 or in the inputs' dtype, whichever is faster.
     """
-    n, m, d = problem.n, problem.m, problem.d
-    if not machine.fits((2 + 4) * n * m):
+    if not machine.fits((2 + 4) * problem.scores):
         return {}
-    operands = []
-    for seed in range(sets):
-        draw = machine.draw(seed, DTYPE)
-        operands.append((draw(n, d), draw(m, d), draw(n, m)))
+    operands = gemm_operands(problem, machine, sets)
     products: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
         "scores": lambda q, k, w: (q, k.T),
         "scores_again": lambda q, k, w: (q, k.T),

@@ -100,6 +100,23 @@ def backends_ms(row: Row, clock: str) -> dict[str, float]:
     return found
 
 
+def cost_times(record: Record) -> list[dict[str, Any]]:
+    """Every backend's time on the losses of three GEMMs and one sweep: what the model of the choice is fitted to."""
+    return [
+        {
+            "backend": name,
+            "element_bytes": 2,
+            "n": row["n"],
+            "m": row["m"],
+            "d": row["d"],
+            "time_us": round(1e3 * ms, 2),
+        }
+        for row in record["cases"]
+        if row["loss"] == problems.SWEPT_LOSS and row["workspace_limit_mib"] is None
+        for name, ms in backends_ms(row, record["clock"]).items()
+    ]
+
+
 def crossover(record: Record, one: str = "triton", other: str = "cuda") -> dict[str, Any] | None:
     """The width from which `other` is faster than `one`: straight lines through their times over the widths.
 

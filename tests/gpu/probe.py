@@ -9,12 +9,13 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from fused_nce.core import dispatch
 from tests.cases import Case, can_run, run
 
-# Below, at and beyond tiles and vectors; own images at an offset; rows apart in memory; a workspace that splits both ways.
-SHAPES = (
+# Below, at and beyond tiles and vectors; an offset; rows apart in memory; a workspace that splits both ways.
+SHAPES: tuple[dict[str, Any], ...] = (
     {"images": 1, "n_k": 1, "n_c": 1, "d": 1},
     {"images": 3, "n_k": 4, "n_c": 7, "d": 33, "offset": 1},
     {"images": 17, "n_k": 17, "n_c": 3, "d": 65, "layouts": ("sliced", "stepped_rows")},
@@ -27,11 +28,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def cases(device: str, backend: str) -> list[Case]:
     """Every shape in every dtype."""
-    first = Case(backend, "float32", 0, device=device)
+    first = Case(backend, "float32", 0, scale=0.3, device=device)
     return [
-        dataclasses.replace(first, dtype=dtype, seed=i, **{"scale": 0.3, **shape})  # type: ignore[arg-type]
-        for dtype in DTYPES
-        for i, shape in enumerate(SHAPES)
+        dataclasses.replace(first, dtype=dtype, seed=i, **shape) for dtype in DTYPES for i, shape in enumerate(SHAPES)
     ]
 
 

@@ -94,17 +94,17 @@ def test_a_side_stream(kernels):
         return
     side = torch.cuda.Stream()
     for _ in range(20):
-        late = [torch.full_like(x, float("nan")).requires_grad_() for x in (q, k)]
+        late_q, late_k = (torch.full_like(x, float("nan")).requires_grad_() for x in (q, k))
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             torch.cuda._sleep(2_000_000)
-            for x, source in zip(late, (q, k), strict=True):
+            for x, source in ((late_q, q), (late_k, k)):
                 x.data.copy_(source.detach())
-            found = step(*late, shape[1], kernels)
+            found = step(late_q, late_k, shape[1], kernels)
         torch.empty(1 << 22, device="cuda").fill_(float("nan"))  # what a workspace on the wrong stream would meet
         torch.cuda.current_stream().wait_stream(side)
         assert all_equal(expected, found)
-        for x in (*late, *found):
+        for x in (late_q, late_k, *found):
             x.record_stream(torch.cuda.current_stream())
 
 
