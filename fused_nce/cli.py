@@ -12,6 +12,8 @@ COMMANDS = {
     "doctor": ("fused_nce.cli", "doctor", "say what this installation can do, and why not more"),
 }
 
+INTERRUPTED = 128 + 2  # as a shell reports a process that SIGINT ended
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. An error is one line on stderr and status 2; FUSED_NCE_DEBUG=1 shows the traceback."""
@@ -36,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"fused-nce: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # the training loop catches its own, and saves
+        print("fused-nce: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return status
 
 

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     print(describe(settings), flush=True)
     try:
         trainer = Trainer(settings, run_dir, resume=resume)
-    except (ValueError, OSError):
+    except BaseException:  # Ctrl-C while the images are read, too
         if not resume:  # nothing was trained: the corrected command must not find a run there
             (run_dir / config.CONFIG_NAME).unlink(missing_ok=True)
             with suppress(OSError):
@@ -85,6 +85,8 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path, bool]:
     values = parser.parse_args(argv)
     if values.preset not in PRESETS:
         raise ValueError(f"preset: must be one of {', '.join(PRESETS)}, got {values.preset!r}")
+    if values.resume is not None and (values.out is not None or values.overwrite):
+        raise ValueError(f"resume: goes on in {values.resume} itself; leave out --out and --overwrite")
     if values.resume is not None:
         return _resumed(parser, argv, Path(values.resume), values.allow_changed)
     parser.set_defaults(config.flatten(PRESETS[values.preset]))

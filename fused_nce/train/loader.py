@@ -1,5 +1,6 @@
 """Batches of uint8 images in an order that depends on seed and position alone, so that a run resumes exactly."""
 
+import signal
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -91,14 +92,23 @@ class Loader:
             batch_sampler=Keys(self.order, position),
             num_workers=workers,
             timeout=WORKER_TIMEOUT_S if workers else 0,
+            worker_init_fn=_ignore_interrupts,
             # Its own: the loader draws a seed when it starts, and a resumed run starts it once more.
             generator=torch.Generator().manual_seed(self.config.seed),
         )
-        for images, indices, asked in loader:
-            for index in asked[asked != indices].tolist():
-                self.damage.report(index, self.source.name(index))
-            labels = torch.tensor([self.source.labels[i] for i in indices.tolist()])
-            yield Batch(images, labels, indices)
+        try:
+            for images, indices, asked in loader:
+                for index in asked[asked != indices].tolist():
+                    self.damage.report(index, self.source.name(index))
+                labels = torch.tensor([self.source.labels[i] for i in indices.tolist()])
+                yield Batch(images, labels, indices)
+        except ValueError as error:  # a worker's comes with its traceback as the message
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal: the readers must live until the loop has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Keys:

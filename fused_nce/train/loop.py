@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fused_nce.train import checkpoint, journal, machine, optim, progress, rng
 from fused_nce.train.augment import TwoViews
-from fused_nce.train.config import TrainConfig
+from fused_nce.train.config import TrainConfig, check
 from fused_nce.train.loader import Loader
 from fused_nce.train.online_probes import OnlineProbes
 from fused_nce.train.signals import Interrupt
@@ -36,15 +36,16 @@ class Trainer:
     """Trains the model of a configuration, and writes log and checkpoints to a folder.
 
     Args:
-        config: checked settings.
+        config: settings.
         run_dir: folder of the run; it holds the configuration already.
         resume: continue from the newest whole checkpoint of the folder.
 
     Raises:
-        ValueError: for data that cannot be used, or a resume without a checkpoint.
+        ValueError: for settings or data that cannot be used, or a resume without a checkpoint.
     """
 
     def __init__(self, config: TrainConfig, run_dir: Path, *, resume: bool = False) -> None:
+        check(config)
         self.config, self.run_dir = config, run_dir
         # Precision is the step's own (see TrainStep): accelerate's wrapper is a setting of the whole process.
         self.accelerator = Accelerator(

@@ -172,9 +172,10 @@ def _cost(result: dict[str, Any]) -> tuple[str, str, str]:
     batch = cost["batch"]
     sizes = ", ".join(dict.fromkeys(f"{batch * rows} × {batch} × {columns}" for rows, columns in cost["terms"]))
     terms = f"{len(cost['terms'])} terms, scores {sizes}, D = {cost['width']}"
+    threads = "1 thread" if cost["threads"] == 1 else f"{cost['threads']} threads"
     note = (
         f"One step's loss, forward and both gradients, on random {cost['dtype']} features of the run's own shapes "
-        f"({terms}), in a process of its own with {cost['threads']} threads, the two in turn, median of "
+        f"({terms}), in a process of its own with {threads}, the two in turn, median of "
         f"{cost['repeats']}. Naive: the whole score tensor in eager torch. Memory: the rise of the process's "
         "high-water mark above the inputs and their gradients."
     )
@@ -207,7 +208,9 @@ def render(result: dict[str, Any], log: list[runlog.Line], config_text: str, fig
     cost_note, cost_bars, cost_table = _cost(result)
     share = training["loss_share"]
     note = f"{training['steps']:,} steps in {training['minutes']:.1f} minutes"
-    note += f"; the loss took {100 * share:.1f} % of a step (median)." if share is not None else "."
+    note += f"; the loss took {100 * share:.1f} % of a step (median)" if share is not None else ""
+    note += f"; {training['skipped']:,} updates were skipped (not finite)" if training.get("skipped") else ""
+    note += f"; {training['damaged']:,} images could not be read" if training.get("damaged") else ""
     template = Template(Path(__file__).with_name("report_template.html").read_text())
     return template.substitute(
         title=escape(f"{result['method'].upper()} on {result['data_name']}"),
@@ -220,7 +223,7 @@ def render(result: dict[str, Any], log: list[runlog.Line], config_text: str, fig
         ),
         bars=_probe_bars(result),
         probe_table=_probe_table(result),
-        training_note=escape(note),
+        training_note=escape(f"{note}."),
         curves=_curves(result, log),
         closer_note="None of these images was seen in pre-training or by a probe.",
         closer=_closer(result, figures),

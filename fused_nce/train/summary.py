@@ -17,6 +17,8 @@ def training(log: list[runlog.Line]) -> dict[str, Any]:
         "loss_share": runlog.median(log, "loss_share"),
         "peak_memory_mb": last.get("peak_memory_mb"),
         "nce_minus_chance": last.get("nce_minus_chance"),
+        "skipped": last.get("skipped", 0),
+        "damaged": last.get("damaged", 0),
     }
 
 

@@ -123,6 +123,12 @@ def test_a_resume_with_other_settings_is_refused_with_the_difference(saved):
     assert settings.optim.lr == 0.5
 
 
+def test_a_resume_takes_no_other_folder(saved, tmp_path):
+    for extra in (["--out", str(tmp_path / "other")], ["--overwrite"]):
+        with pytest.raises(ValueError, match=r"resume: goes on in .*run itself; leave out --out and --overwrite"):
+            command.parse(["--resume", saved, *extra])
+
+
 def test_a_resume_without_a_run_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.yaml"):
         command.parse(["--resume", str(tmp_path / "nothing")])
@@ -263,6 +269,16 @@ def test_cli_errors_are_one_line_and_status_2(tmp_path, capsys):
 def test_a_slip_on_the_command_line_is_one_line(argv, line, capsys):
     assert cli.main(argv.split()) == 2
     assert capsys.readouterr().err == f"fused-nce: {line}\n"
+
+
+def test_ctrl_c_outside_the_loop_is_one_line_and_leaves_no_run(tmp_path, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fused_nce.train.loader.load_split", interrupted)
+    assert cli.main(["train", "amdim", "--preset", "digits", "--out", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().err == "fused-nce: interrupted\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_cli_help_version_and_doctor(capsys):

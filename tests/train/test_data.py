@@ -194,6 +194,16 @@ def test_crops_of_workers_depend_on_the_position_alone(tmp_path, monkeypatch):
     assert torch.equal(whole[2].images, again[0].images)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_damaged_images_on_the_way_are_one_line(tmp_path, workers, monkeypatch):
+    write_folder(tmp_path, 40, classes=("one",))
+    for name in ("0007.png", "0008.png"):
+        (tmp_path / "one" / name).write_bytes(b"")
+    monkeypatch.setattr(loader, "decoded_bytes", lambda source, size: 1 << 40)
+    with pytest.raises(ValueError, match=r"^data: 1 of 40 images are damaged, above 1 %; the last: [^\n]*$"):
+        first_batches(tmp_path, "translate", workers, 64, count=10)
+
+
 def test_an_image_is_cropped_anew_at_every_position(tmp_path):
     write_folder(tmp_path, 4, size=(50, 40))
     reader = loader.Reader(open_source(str(tmp_path), "train"), TrainConfig(augment=AugmentConfig(geometry="crop")))

@@ -138,6 +138,15 @@ def test_parts_that_were_not_measured_are_left_out():
     assert "not measurable here" in report.render(result, make_log(), "", FIGURES)
 
 
+def test_what_did_not_go_into_the_weights_is_said():
+    log = make_log()
+    log[-1] |= {"skipped": 3, "damaged": 12}
+    result = make_result() | {"training": summary.training(log) | {"loss_share": 0.25}}
+    page = report.render(result, log, "", FIGURES)
+    assert "of a step (median); 3 updates were skipped (not finite); 12 images could not be read." in page
+    assert "skipped" not in report.render(make_result(), log, "", FIGURES)
+
+
 def test_many_classes_become_a_list_of_mistakes():
     names = [f"class {i}" for i in range(120)]
     text = " ".join(parse(report.render(make_result(classes=names), make_log(), "", FIGURES)).words)

@@ -1,0 +1,41 @@
+"""Tiny runs on the digits, and what they leave on the disk."""
+
+import json
+
+from safetensors.torch import load_file
+
+from fused_nce.train import command
+from fused_nce.train.loop import Trainer
+
+TINY = [
+    "--preset=digits",
+    "--model.ndf=4",
+    "--model.n_rkhs=16",
+    "--model.n_depth=1",
+    "--batch-size=8",
+    "--run.log_every=4",
+]
+TIMES = {"time_s", "images_per_s", "loss_share", "loss_ms", "peak_memory_mb"}
+KEYS = TIMES | {"step", "epoch", "loss", "nce", "nce_minus_chance", "penalty", "top1", "linear_acc", "mlp_acc", "lr"}
+
+
+def trainer(out, *argv):
+    return Trainer(*command.parse([*TINY, "--out", str(out), *argv])[:2])
+
+
+def resumed(out, *argv):
+    settings, run_dir, resume = command.parse(["--resume", str(out), *argv])
+    return Trainer(settings, run_dir, resume=resume)
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def tensors(out, step):
+    folder = out / "checkpoints" / f"step_{step:08d}"
+    return {f"{p.stem}/{k}": v for p in folder.glob("*.safetensors") for k, v in load_file(p).items()}
+
+
+def untimed(lines):
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]

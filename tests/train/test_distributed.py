@@ -1,0 +1,64 @@
+"""Two processes, and what they need to know of the model."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fused_nce.train import step
+from tests.train.runs import TINY, log, resumed, tensors, trainer, untimed
+
+
+@pytest.mark.parametrize("pairs", ["1>5,1>7,5>5", "1>5", "7>7", "5>7", "1>1"])
+def test_ddp_is_told_of_unused_parameters_exactly_where_there_are_some(tmp_path, pairs):
+    run = trainer(tmp_path / "a", f"--loss.pairs=[{pairs}]")
+    images, labels, _ = next(run.loader.batches(0))
+    run.module(*run.views(images), labels)[0].backward()
+    unused = [name for name, p in run.module.named_parameters() if p.grad is None]
+    assert step.leaves_some_unused(run.config.loss.pairs) == bool(unused)
+    assert run.accelerator.ddp_handler.find_unused_parameters == bool(unused)
+
+
+def distributed(*argv):
+    """Two processes on this machine, over gloo."""
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "fused_nce.cli",
+    ]
+    done = subprocess.run(
+        [*launch, "train", "amdim", *map(str, argv)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.nightly  # launches ten processes; beside a second test worker one once aborted at exit
+def test_two_processes_train_resume_exactly_and_refuse_to_be_one(tmp_path):
+    for out, first in (("a", "6"), ("b", "3")):
+        status, printed = distributed(*TINY, f"--out={tmp_path / out}", f"--max-steps={first}")
+        assert status == 0, printed
+    status, printed = distributed(f"--resume={tmp_path / 'b'}", "--max-steps=6")
+    assert status == 0, printed
+    ours, theirs = tensors(tmp_path / "b", 6), tensors(tmp_path / "a", 6)
+    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
+    assert untimed(log(tmp_path / "b")) == untimed(log(tmp_path / "a"))
+    with pytest.raises(ValueError, match="was saved by 2 processes; got 1, need the same"):
+        resumed(tmp_path / "a")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("pairs", ["1>5", "7>7"])
+def test_two_processes_train_pairs_that_leave_a_head_unused(tmp_path, pairs):
+    status, printed = distributed(*TINY, f"--loss.pairs=[{pairs}]", f"--out={tmp_path / 'a'}", "--max-steps=4")
+    assert status == 0, printed
+    assert log(tmp_path / "a")[-1]["step"] == 4
