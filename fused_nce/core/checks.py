@@ -100,7 +100,7 @@ def check_no_transform(name: str, x: object) -> None:
         return
     if torch._C._functorch.is_gradtrackingtensor(x) and forward_ad.unpack_dual(x).tangent is None:
         raise RuntimeError(
-            f"fused_nce: torch.func.grad, vjp and jacrev are not supported: got {name} from one, use torch.autograd.grad"
+            f"fused_nce: torch.func.grad, vjp and jacrev are not supported: got {name} from one, need torch.autograd"
         )
     if forward_ad.unpack_dual(x).tangent is not None:
         raise RuntimeError(f"fused_nce: forward-mode differentiation (jvp) is not supported: {name} carries a tangent")

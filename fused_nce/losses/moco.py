@@ -119,5 +119,6 @@ register(
         _example,
         oracle,
         frozen=("keys", "queue"),
+        two_paths=("queries",),
     )
 )

@@ -30,6 +30,7 @@ class Entry:
             oracle takes at once. The float tensors are the differentiable inputs but where `frozen` names them.
         oracle: the same arguments, float64, to the loss, dense and in plain torch; it scores by `dense_scores`.
         frozen: arguments without a gradient.
+        two_paths: arguments whose gradient is a sum of two, each rounded to their dtype: the op's and torch's own.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Entry:
     example: Callable[[int], dict[str, Any]]
     oracle: Callable[..., Tensor]
     frozen: tuple[str, ...] = ()
+    two_paths: tuple[str, ...] = ()
 
 
 LOSSES: dict[str, Entry] = {}

@@ -57,7 +57,7 @@ def exact(entry: Entry, inputs: dict[str, Any], leaves: list[str], p: Precision,
             gross = w.detach().abs().sum().reshape(1)
         sums = (ROUNDINGS + math.sqrt(s.numel())) * p.u + p.u_in
         u_out = torch.finfo(x.dtype if x.dim() == 0 else p.out).eps / 2
-        out = max(u_out, p.u) * g.detach().abs().reshape(-1)
+        out = max(u_out, p.u) * (g.detach().abs().reshape(-1) + (gross if name in entry.two_paths else 0))
         budgets[name] = (2 * moved + 2 * sums * gross + 2 * out + p.step).reshape(x.shape)
     value = 2 * (w.detach().abs() * delta).sum() + 2 * ROUNDINGS * p.u * (1 + loss.detach().abs())
     return Exact(loss.detach(), value, dict(zip(leaves, (g.detach() for g in grads), strict=True)), budgets)
