@@ -41,11 +41,18 @@ class Precision:
         return max(float(info.smallest_normal * info.eps / 2), 1e-37 if self.u == 2.0**-24 else 1e-300)
 
 
+# What w is rounded to for its GEMMs, where that is not the accumulation dtype. A TF32 product drops the low bits.
+WEIGHTS = {
+    ("cpu", torch.bfloat16): ROUNDOFF[torch.bfloat16],
+    ("triton", torch.bfloat16): ROUNDOFF[torch.bfloat16],
+    ("triton", torch.float16): 2.0**-10,
+}
+
+
 def precision(dtype: torch.dtype, backend: str) -> Precision:
-    """The roundings of inputs of `dtype` on a backend. `cpu` rounds w to bfloat16 for its bfloat16 GEMMs."""
-    rounded = backend == "cpu" and dtype == torch.bfloat16
+    """The roundings of inputs of `dtype` on a backend."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return Precision(ROUNDOFF[wide], ROUNDOFF[dtype] if rounded else 0.0, dtype)
+    return Precision(ROUNDOFF[wide], WEIGHTS.get((backend, dtype), 0.0), dtype)
 
 
 class Budget:

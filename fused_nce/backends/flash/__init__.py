@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,14 +26,14 @@ MOST_ROWS = 2**31 - 2**16  # a row's number is a 32-bit integer, a tile or a spl
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
     """Needs Triton, a GPU that the table of tiles knows, 16 or 32 bits."""
-    if q.dtype not in configs.BITS:
+    if q.dtype not in configs.DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
     interpreted = q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if q.device.type != "cuda" and not interpreted:
         return f"needs a GPU, not {q.device}"
     if interpreted and q.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 wrongly"
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed"
     if configs.architecture_of(q.device) is None:
         return f"has no tiles for {q.device}, only for sm_{', sm_'.join(map(str, configs.ARCHITECTURES))}"
@@ -59,6 +60,11 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
 def loss(problem: Problem, tail: Nce, needs: Needs) -> tuple[Statistics, Gradients]:
     """Statistics and gradients, without a stored score."""
     return _launch().loss(problem, tail, needs)
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _launch() -> Any:

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_nce.backends.flash import configs, kernels, plan
+from fused_nce.backends.flash import configs, gather, kernels, plan
 from fused_nce.core import atoms, workspace
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import STATISTICS
@@ -53,7 +53,11 @@ class Sweep:
         self.clip, self.inverse_clip = (clip, 1 / clip) if clip else (1.0, 1.0)
         self.limit = workspace.limit_bytes(q.device.type)
         self.shiftless = clip is not None and clip <= atoms.SHIFTLESS_CLIP
-        self.compiled = {"D": d, "CLIP": clip is not None, "TENSOR_SCALE": isinstance(problem.scale, Tensor)}
+        self.compiled: dict[str, Any] = {
+            "D": d,
+            "CLIP": clip is not None,
+            "TENSOR_SCALE": isinstance(problem.scale, Tensor),
+        }
         tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
         self.tiled = self.compiled | {
             "PRECISION": "tf32" if tf32 else "ieee",
@@ -78,7 +82,7 @@ class Sweep:
         p, n_c = self.p, self.spec.layout.n_c
         side, shape = self.rows_side, configs.gather_tile(self.d, n_c)
         pos = self.new(p.n, n_c)
-        kernels.positives_kernel[(triton.cdiv(p.n, shape.x), triton.cdiv(n_c, shape.partners))](
+        gather.positives_kernel[(triton.cdiv(p.n, shape.x), triton.cdiv(n_c, shape.partners))](
             side.x, side.y, p.scale, self.clip, self.inverse_clip, pos, p.n, p.m, p.offset,
             side.x.stride(0), side.y.stride(0), n_c, self.spec.layout.rows_per_image,
             X=shape.x, PARTNERS=shape.partners, WIDTH=shape.width, **self.compiled,
@@ -89,23 +93,23 @@ class Sweep:
         """(3, N) statistics, and in the same pass the sums that become dq."""
         p, side = self.p, self.rows_side
         split = plan.split(p.n, p.m, self.d, self.limit)
-        partial, out = self.new(split.count, len(STATISTICS), p.n), self.new(len(STATISTICS), p.n)
-        sums = self.new(split.count, p.n, self.d) if gradient else self.empty
+        partial, out = self.new(split.parts, len(STATISTICS), p.n), self.new(len(STATISTICS), p.n)
+        sums = self.new(split.parts, p.n, self.d) if gradient else self.empty
         slices = triton.cdiv(self.d, self.tile.slice) if gradient else 1
-        kernels.rows_kernel[(triton.cdiv(p.n, self.tile.x), split.count, slices)](
+        kernels.rows_kernel[(triton.cdiv(p.n, self.tile.x), split.parts, slices)](
             side.x, side.y, p.scale, self.clip, self.inverse_clip, partial, sums, p.n, p.m, p.offset, split.walk,
             side.x.stride(0), side.y.stride(0), self.spec.layout.n_c, self.spec.layout.rows_per_image,
             SHIFTLESS=self.shiftless, GRADIENT=gradient, **self.tiled,
         )  # fmt: skip
-        kernels.merge_kernel[(triton.cdiv(p.n, 128),)](partial, out, p.n, split.count, SHIFTLESS=self.shiftless, X=128)
+        gather.merge_kernel[(triton.cdiv(p.n, 128),)](partial, out, p.n, split.parts, SHIFTLESS=self.shiftless, X=128)
         return out, Sums(sums, partial) if gradient else None
 
     def weights(self, side: Side, neg_lse: Tensor, d_neg_lse: Tensor, d_square: Tensor | None) -> Sums:
         """Σ w·y over the negatives and the penalty, from finished rows."""
         (n_x, _), (n_y, _) = side.x.shape, side.y.shape
         split = plan.split(n_x, n_y, self.d, self.limit)
-        sums = self.new(split.count, n_x, self.d)
-        grid = (triton.cdiv(n_x, self.tile.x), split.count, triton.cdiv(self.d, self.tile.slice))
+        sums = self.new(split.parts, n_x, self.d)
+        grid = (triton.cdiv(n_x, self.tile.x), split.parts, triton.cdiv(self.d, self.tile.slice))
         kernels.weights_kernel[grid](
             side.x, side.y, self.p.scale, self.clip, self.inverse_clip, neg_lse, d_neg_lse,
             self.empty if d_square is None else d_square, sums, n_x, n_y, side.x_first, side.y_first, split.walk,
@@ -124,7 +128,7 @@ class Sweep:
         widths = triton.cdiv(self.d, shape.width)
         out = sums.parts[0] if splits == 1 else self.new(n_x, self.d)
         dots = self.new(widths, n_x) if scale else self.empty
-        kernels.finish_kernel[(triton.cdiv(n_x, shape.x), widths)](
+        gather.finish_kernel[(triton.cdiv(n_x, shape.x), widths)](
             side.x, side.y, self.p.scale, self.inverse_clip, sums.parts,
             self.empty if sums.partial is None else sums.partial, neg_lse, d_neg_lse, pos, d_pos, out, dots,
             n_x, n_y, side.x_first, side.y_first, splits, side.x.stride(0), side.y.stride(0),

@@ -10,9 +10,9 @@ STEP = 256  # a split is a multiple of this many rows: of every tile in the tabl
 
 
 class Split(NamedTuple):
-    """`count` programs walk `walk` rows each."""
+    """`parts` programs walk `walk` rows each."""
 
-    count: int
+    parts: int
     walk: int
 
 
@@ -30,7 +30,7 @@ def workspace_bytes(n: int, m: int, d: int, positives: int, limit_bytes: int) ->
     One split needs no partial sums: the gradient is their place. A scale's gradient wanted alone costs one dq more, and
     inputs whose rows are not adjacent elements are copied, beyond this.
     """
-    by_row, by_column = split(n, m, d, limit_bytes).count, split(m, n, d, limit_bytes).count
+    by_row, by_column = split(n, m, d, limit_bytes).parts, split(m, n, d, limit_bytes).parts
     row_sums = 4 * n * d * by_row if by_row > 1 else 0
     column_sums = 4 * m * d * by_column if by_column > 1 else 0
     dots = 4 * max(n, m) * -(-d // 16)
