@@ -98,7 +98,9 @@ def build(variant: str, architecture: int, dtype: torch.dtype, width: int) -> Bu
     name, flags = VARIANTS[variant]
     kernel, tile = getattr(kernels, name), configs.tile(architecture, dtype, width)
     constants: dict[str, Any] = {"D": width, "X": tile.x, "Y": tile.y, "CHUNK": tile.chunk, "SLICE": tile.slice}
+    constants |= {"N_C": 49, "ROWS_PER_IMAGE": 1, "X_PER_IMAGE": 49, "Y_PER_IMAGE": 49}
     constants |= {"TENSOR_SCALE": False, "PRECISION": "ieee", **flags}
+    constants = {letter: value for letter, value in constants.items() if letter in kernel.arg_names}
     signature, attributes = {}, {}
     for index, parameter in enumerate(kernel.params):
         letter = parameter.name

@@ -227,8 +227,9 @@ def test_offsets_are_64_bit(first, stride):
     assert not torch.equal(wrapped, exact)  # the probe would show a product in 32 bits
 
 
+@pytest.mark.nightly
 def test_rows_beyond_two_to_the_31_elements():
-    """Three rows, 2^30 elements apart, in memory that only the pages of these rows are ever given."""
+    """Three rows, 2^30 elements apart: 4 GiB, which the interpreter touches."""
     apart, d = 2**30, 40
     buffer = torch.empty(2 * apart + d, dtype=torch.float16)
     q, k = features(3, 3, d, torch.float16)

@@ -18,14 +18,17 @@ from torch import Tensor
 
 from fused_nce.backends.flash import configs, plan
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
-from fused_nce.core.spec import Spec
+from fused_nce.core.spec import Block, Identity, Spec, TanhClip
 from fused_nce.core.tails import Coefficients, Nce
 
 MOST_ROWS = 2**31 - 2**16  # a row's number is a 32-bit integer, a tile or a split beyond the last row too
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
-    """Needs Triton, a GPU that the table of tiles knows, 16 or 32 bits."""
+    """Needs Triton, a GPU that the table of tiles knows, 16 or 32 bits, and atoms that have a twin here."""
+    unknown = [name for name in spec.stats if name not in plan.STATISTICS]
+    if type(spec.layout) is not Block or type(spec.transform) not in (Identity, TanhClip) or unknown:
+        return f"its kernels do not know {spec.code}"
     if q.dtype not in configs.DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
     interpreted = q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"

@@ -16,9 +16,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def image_of(index, per_image, first):
+def image_of(index, first, PER_IMAGE: tl.constexpr):
     """The image that each row or column of `index` belongs to."""
-    return index // per_image + first
+    return index // PER_IMAGE + first
 
 
 @triton.jit

@@ -47,11 +47,13 @@ def merge_kernel(
 
 
 @triton.jit
-def partners(xs, n_x, n_y, p, x_first, y_first, x_per_image, y_per_image, PARTNERS: tl.constexpr):
+def partners(
+    xs, n_x, n_y, p, x_first, y_first, X_PER_IMAGE: tl.constexpr, Y_PER_IMAGE: tl.constexpr, PARTNERS: tl.constexpr
+):
     """The rows of y in the image of each x, from the p-th: (X, PARTNERS) indices, which of them there are, places."""
     place = p + tl.arange(0, PARTNERS)
-    ys = (image_of(xs, x_per_image, x_first)[:, None] - y_first) * y_per_image + place[None, :]
-    return ys, (place < y_per_image)[None, :] & (xs < n_x)[:, None] & (ys >= 0) & (ys < n_y), place
+    ys = (image_of(xs, x_first, X_PER_IMAGE)[:, None] - y_first) * Y_PER_IMAGE + place[None, :]
+    return ys, (place < Y_PER_IMAGE)[None, :] & (xs < n_x)[:, None] & (ys >= 0) & (ys < n_y), place
 
 
 @triton.jit
@@ -74,8 +76,8 @@ def positives_kernel(
     x_first,
     stride_q,
     stride_k,
-    n_c,
-    rows_per_image,
+    N_C: tl.constexpr,
+    ROWS_PER_IMAGE: tl.constexpr,
     D: tl.constexpr,
     CLIP: tl.constexpr,
     TENSOR_SCALE: tl.constexpr,
@@ -86,7 +88,7 @@ def positives_kernel(
     """Transformed scores of PARTNERS positives of X rows."""
     rows = tl.program_id(0) * X + tl.arange(0, X)
     columns, paired, place = partners(
-        rows, n, m, tl.program_id(1) * PARTNERS, x_first, 0, rows_per_image, n_c, PARTNERS
+        rows, n, m, tl.program_id(1) * PARTNERS, x_first, 0, ROWS_PER_IMAGE, N_C, PARTNERS
     )
     r = tl.zeros((X, PARTNERS), tl.float32)
     for d0 in range(0, D, WIDTH):
@@ -94,7 +96,7 @@ def positives_kernel(
         mine = load_tile(q, rows, n, stride_q, d0, D, WIDTH).to(tl.float32)
         r += tl.sum(mine[:, None, :] * gather(k, columns, paired, stride_k, d, D), 2)
     t, _ = transform(load_scale(scale, TENSOR_SCALE) * r, clip, inverse_clip, CLIP)
-    tl.store(pos + offsets(rows, n_c)[:, None] + place[None, :], t, mask=paired)
+    tl.store(pos + offsets(rows, N_C)[:, None] + place[None, :], t, mask=paired)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -118,9 +120,9 @@ def finish_kernel(
     splits,
     stride_x,
     stride_y,
-    x_per_image,
-    y_per_image,
-    n_c,
+    N_C: tl.constexpr,
+    X_PER_IMAGE: tl.constexpr,
+    Y_PER_IMAGE: tl.constexpr,
     D: tl.constexpr,
     CLIP: tl.constexpr,
     SHIFTLESS: tl.constexpr,
@@ -153,12 +155,12 @@ def finish_kernel(
             term = term * share[:, None] * d_lse[:, None]
         acc += term
         place, top = place + length * D, top + 3 * length
-    for p in range(0, y_per_image, PARTNERS):
-        ys, paired, place = partners(xs, n_x, n_y, p, x_first, y_first, x_per_image, y_per_image, PARTNERS)
+    for p in range(0, Y_PER_IMAGE, PARTNERS):
+        ys, paired, place = partners(xs, n_x, n_y, p, x_first, y_first, X_PER_IMAGE, Y_PER_IMAGE, PARTNERS)
         if BY_COLUMN:  # noqa: SIM108
-            positive = offsets(ys, n_c) + (xs % n_c)[:, None]
+            positive = offsets(ys, N_C) + (xs % N_C)[:, None]
         else:
-            positive = offsets(xs, n_c)[:, None] + place[None, :]
+            positive = offsets(xs, N_C)[:, None] + place[None, :]
         w = tl.load(d_pos + positive, mask=paired, other=0.0)
         w = w * slope_of(tl.load(pos + positive, mask=paired, other=0.0), inverse_clip, CLIP)
         acc += tl.sum(w[:, :, None] * gather(y, ys, paired, stride_y, d, D), 1)

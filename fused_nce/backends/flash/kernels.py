@@ -79,8 +79,8 @@ def rows_kernel(
     walk,  # columns of a split
     stride_q,
     stride_k,
-    n_c,
-    rows_per_image,
+    N_C: tl.constexpr,
+    ROWS_PER_IMAGE: tl.constexpr,
     D: tl.constexpr,
     CLIP: tl.constexpr,
     SHIFTLESS: tl.constexpr,  # e^t needs no shift: the clip bounds it
@@ -96,7 +96,7 @@ def rows_kernel(
     block, split, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     factor = load_scale(scale, TENSOR_SCALE)
     rows = block * X + tl.arange(0, X)
-    images = image_of(rows, rows_per_image, x_first)
+    images = image_of(rows, x_first, ROWS_PER_IMAGE)
     kept = load_tile(q, rows, n, stride_q, 0, D, CHUNK)
     top = tl.full((X,), float("-inf"), tl.float32)
     total = tl.zeros((X,), tl.float32)
@@ -110,7 +110,7 @@ def rows_kernel(
         r, walked = score_tile(kept, q, k, rows, columns, n, m, stride_q, stride_k, part, D, CHUNK, SLICE, PRECISION)
         s = factor * r
         t, slope = transform(s, clip, inverse_clip, CLIP)
-        own = own_mask(images, image_of(columns, n_c, 0))
+        own = own_mask(images, image_of(columns, 0, N_C))
         negative = tl.where(own | (columns >= m)[None, :], float("-inf"), t)
         seen = tl.maximum(top, tl.max(negative, 1))
         if SHIFTLESS:
@@ -174,8 +174,8 @@ def weights_kernel(
     walk,  # rows of y in a split
     stride_x,
     stride_y,
-    x_per_image,
-    y_per_image,
+    X_PER_IMAGE: tl.constexpr,
+    Y_PER_IMAGE: tl.constexpr,
     D: tl.constexpr,
     CLIP: tl.constexpr,
     BY_COLUMN: tl.constexpr,
@@ -191,7 +191,7 @@ def weights_kernel(
     block, split, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     factor = load_scale(scale, TENSOR_SCALE)
     xs = block * X + tl.arange(0, X)
-    images = image_of(xs, x_per_image, x_first)
+    images = image_of(xs, x_first, X_PER_IMAGE)
     kept = load_tile(x, xs, n_x, stride_x, 0, D, CHUNK)
     if not BY_COLUMN:
         lse, d_lse, d_sq = load_coefficients(neg_lse, d_neg_lse, d_square, xs, n_x, SQUARE)
@@ -208,7 +208,7 @@ def weights_kernel(
             lse, d_lse, d_sq = lse[None, :], d_lse[None, :], d_sq[None, :]
         w = d_lse * (tl.exp2(t * LOG2E - lse) * slope)
         # Beyond n_y a row of zeros stands for y, but e^(0 − neg_lse) may be infinite.
-        w = tl.where(own_mask(images, image_of(ys, y_per_image, y_first)) | (ys >= n_y)[None, :], 0.0, w)
+        w = tl.where(own_mask(images, image_of(ys, y_first, Y_PER_IMAGE)) | (ys >= n_y)[None, :], 0.0, w)
         if SQUARE:
             w += d_sq * s
         acc = add_product(acc, w, walked, PRECISION)

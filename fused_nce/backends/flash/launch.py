@@ -10,9 +10,9 @@ import triton
 from torch import Tensor
 
 from fused_nce.backends.flash import configs, gather, kernels, plan
+from fused_nce.backends.flash.plan import STATISTICS
 from fused_nce.core import atoms, workspace
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
-from fused_nce.core.spec import STATISTICS
 from fused_nce.core.tails import Coefficients, Nce, fixed_sum
 
 
@@ -46,6 +46,7 @@ class Sweep:
         self.rows_side = Side(q, k, problem.offset, 0, layout.rows_per_image, layout.n_c, False)
         self.columns_side = Side(k, q, 0, problem.offset, layout.n_c, layout.rows_per_image, True)
         self.d, self.empty = d, q.new_empty(0, dtype=torch.float32)
+        self.row_sums: Sums | None = None  # dq's, where the statistics' own pass gave them
         architecture = configs.architecture_of(q.device)
         assert architecture is not None, "why_not was not asked"
         self.tile = configs.tile(architecture, q.dtype, d)
@@ -53,6 +54,7 @@ class Sweep:
         self.clip, self.inverse_clip = (clip, 1 / clip) if clip else (1.0, 1.0)
         self.limit = workspace.limit_bytes(q.device.type)
         self.shiftless = clip is not None and clip <= atoms.SHIFTLESS_CLIP
+        self.images = {"N_C": layout.n_c, "ROWS_PER_IMAGE": layout.rows_per_image}
         self.compiled: dict[str, Any] = {
             "D": d,
             "CLIP": clip is not None,
@@ -84,13 +86,13 @@ class Sweep:
         pos = self.new(p.n, n_c)
         gather.positives_kernel[(triton.cdiv(p.n, shape.x), triton.cdiv(n_c, shape.partners))](
             side.x, side.y, p.scale, self.clip, self.inverse_clip, pos, p.n, p.m, p.offset,
-            side.x.stride(0), side.y.stride(0), n_c, self.spec.layout.rows_per_image,
-            X=shape.x, PARTNERS=shape.partners, WIDTH=shape.width, **self.compiled,
+            side.x.stride(0), side.y.stride(0),
+            X=shape.x, PARTNERS=shape.partners, WIDTH=shape.width, **self.images, **self.compiled,
         )  # fmt: skip
         return pos
 
-    def rows(self, gradient: bool) -> tuple[Tensor, Sums | None]:
-        """(3, N) statistics, and in the same pass the sums that become dq."""
+    def rows(self, gradient: bool) -> Tensor:
+        """(3, N) statistics, and in the same pass `row_sums`, which become dq."""
         p, side = self.p, self.rows_side
         split = plan.split(p.n, p.m, self.d, self.limit)
         partial, out = self.new(split.parts, len(STATISTICS), p.n), self.new(len(STATISTICS), p.n)
@@ -98,11 +100,12 @@ class Sweep:
         slices = triton.cdiv(self.d, self.tile.slice) if gradient else 1
         kernels.rows_kernel[(triton.cdiv(p.n, self.tile.x), split.parts, slices)](
             side.x, side.y, p.scale, self.clip, self.inverse_clip, partial, sums, p.n, p.m, p.offset, split.walk,
-            side.x.stride(0), side.y.stride(0), self.spec.layout.n_c, self.spec.layout.rows_per_image,
-            SHIFTLESS=self.shiftless, GRADIENT=gradient, **self.tiled,
+            side.x.stride(0), side.y.stride(0),
+            SHIFTLESS=self.shiftless, GRADIENT=gradient, **self.images, **self.tiled,
         )  # fmt: skip
         gather.merge_kernel[(triton.cdiv(p.n, 128),)](partial, out, p.n, split.parts, SHIFTLESS=self.shiftless, X=128)
-        return out, Sums(sums, partial) if gradient else None
+        self.row_sums = Sums(sums, partial) if gradient else None
+        return out
 
     def weights(self, side: Side, neg_lse: Tensor, d_neg_lse: Tensor, d_square: Tensor | None) -> Sums:
         """Σ w·y over the negatives and the penalty, from finished rows."""
@@ -113,7 +116,7 @@ class Sweep:
         kernels.weights_kernel[grid](
             side.x, side.y, self.p.scale, self.clip, self.inverse_clip, neg_lse, d_neg_lse,
             self.empty if d_square is None else d_square, sums, n_x, n_y, side.x_first, side.y_first, split.walk,
-            side.x.stride(0), side.y.stride(0), side.x_per_image, side.y_per_image,
+            side.x.stride(0), side.y.stride(0), X_PER_IMAGE=side.x_per_image, Y_PER_IMAGE=side.y_per_image,
             BY_COLUMN=side.by_column, SQUARE=d_square is not None, **self.tiled,
         )  # fmt: skip
         return Sums(sums, None)
@@ -132,24 +135,34 @@ class Sweep:
             side.x, side.y, self.p.scale, self.inverse_clip, sums.parts,
             self.empty if sums.partial is None else sums.partial, neg_lse, d_neg_lse, pos, d_pos, out, dots,
             n_x, n_y, side.x_first, side.y_first, splits, side.x.stride(0), side.y.stride(0),
-            side.x_per_image, side.y_per_image, self.spec.layout.n_c,
+            N_C=self.spec.layout.n_c, X_PER_IMAGE=side.x_per_image, Y_PER_IMAGE=side.y_per_image,
             SHIFTLESS=self.shiftless, NORMALISE=sums.partial is not None, BY_COLUMN=side.by_column, DOTS=scale,
             X=shape.x, PARTNERS=shape.partners, WIDTH=shape.width, **self.compiled,
         )  # fmt: skip
         return out, fixed_sum(dots) if scale else self.empty
 
-    def gradients(
-        self, pos: Tensor, neg_lse: Tensor, d_pos: Tensor, d_neg_lse: Tensor, d_square: Tensor | None,
-        needs: Needs, sums: Sums | None,
-    ) -> Gradients:  # fmt: skip
-        """The wanted gradients; `sums` are dq's where the statistics' own pass gave them."""
+    def statistics(self, rows: Tensor) -> Statistics:
+        """The spec's choice of the (3, N) rows, in its order, and the positives."""
+        names = self.spec.stats
+        chosen = rows if names == STATISTICS else rows[[STATISTICS.index(name) for name in names]]
+        return Statistics(self.positives(), chosen)
+
+    def gradients(self, found: Statistics, d: Coefficients, square: bool, needs: Needs) -> Gradients:
+        """The wanted gradients, from finished statistics; the penalty's part where `square`."""
+        names = self.spec.stats
+        if "neg_lse" in names:
+            neg_lse, d_neg_lse = (x[names.index("neg_lse")].contiguous() for x in (found.rows, d.d_rows))
+        else:  # no negative has a weight, as in a row that has none
+            neg_lse, d_neg_lse = torch.full_like(found.rows[0], float("-inf")), torch.zeros_like(found.rows[0])
+        d_square = d.d_rows[names.index("square")].contiguous() if square else None
+        finished = (neg_lse, d_neg_lse, found.pos.contiguous(), d.d_pos.contiguous())
         dq = dk = dscale = self.empty
-        finished = (neg_lse, d_neg_lse, pos, d_pos)
         by_row = needs.q or (needs.scale and not needs.k)
         if by_row:
-            sums = sums or self.weights(self.rows_side, neg_lse, d_neg_lse, d_square)
+            sums = self.row_sums or self.weights(self.rows_side, neg_lse, d_neg_lse, d_square)
             dq, dscale = self.finish(self.rows_side, sums, *finished, needs.scale)
-            sums = None  # its memory serves the next pass
+            self.row_sums = None
+            del sums  # their memory serves the next pass
         if needs.k:
             sums = self.weights(self.columns_side, neg_lse, d_neg_lse, d_square)
             dk, by_column = self.finish(self.columns_side, sums, *finished, needs.scale and not by_row)
@@ -161,24 +174,14 @@ def stats(problem: Problem) -> Statistics:
     """One score GEMM."""
     sweep = Sweep(problem)
     with sweep.device():
-        rows, _ = sweep.rows(gradient=False)
-        pos = sweep.positives()
-    chosen = [STATISTICS.index(name) for name in problem.spec.stats]
-    return Statistics(pos, rows if problem.spec.stats == STATISTICS else rows[chosen])
+        return sweep.statistics(sweep.rows(gradient=False))
 
 
 def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
     """The scores again, and one GEMM a gradient, for each of dq and dk."""
-    sweep, names = Sweep(problem), problem.spec.stats
-    rows, d_rows = statistics.rows, coefficients.d_rows
-    if "neg_lse" in names:
-        neg_lse, d_neg_lse = (x[names.index("neg_lse")].contiguous() for x in (rows, d_rows))
-    else:  # no negative has a weight, as in a row that has none
-        neg_lse, d_neg_lse = torch.full_like(rows[0], float("-inf")), torch.zeros_like(rows[0])
-    d_square = d_rows[names.index("square")].contiguous() if "square" in names else None
+    sweep = Sweep(problem)
     with sweep.device():
-        pos, d_pos = statistics.pos.contiguous(), coefficients.d_pos.contiguous()
-        return sweep.gradients(pos, neg_lse, d_pos, d_neg_lse, d_square, needs, None)
+        return sweep.gradients(statistics, coefficients, "square" in problem.spec.stats, needs)
 
 
 def loss(problem: Problem, tail: Nce, needs: Needs) -> tuple[Statistics, Gradients]:
@@ -191,10 +194,9 @@ def loss(problem: Problem, tail: Nce, needs: Needs) -> tuple[Statistics, Gradien
     sweep = Sweep(problem)
     single = not tail.penalty and (needs.q or (needs.scale and not needs.k))
     with sweep.device():
-        rows, sums = sweep.rows(gradient=single)
-        found = Statistics(sweep.positives(), rows)
+        found = sweep.statistics(sweep.rows(gradient=single))
+        if not any(needs):
+            return found, Gradients(sweep.empty, sweep.empty, sweep.empty)
         unit = tail.unit(found.pos.numel())
         d = tail.coefficients(problem.spec, *found, unit, 1.0, problem.n * problem.m)
-        d_square = d.d_rows[STATISTICS.index("square")] if tail.penalty else None
-        d_neg_lse = d.d_rows[STATISTICS.index("neg_lse")]
-        return found, sweep.gradients(found.pos, rows[0], d.d_pos.contiguous(), d_neg_lse, d_square, needs, sums)
+        return found, sweep.gradients(found, d, bool(tail.penalty), needs)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Never specialised: another batch does not recompile. D, the transform and the tile are compiled in.
+# Never specialised: another batch does not recompile. The spec, D and the tile are compiled in: a division by a number
+# known then is a multiplication, and each tile makes one for every row and column.
 SIZES = ["n", "m", "n_x", "n_y", "x_first", "y_first", "walk", "splits"]
 
 

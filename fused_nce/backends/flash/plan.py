@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+STATISTICS = ("neg_lse", "neg_max", "square")  # in the order of the kernels' rows
 PROGRAMS = 264  # enough for two on each of an H100's 132 multiprocessors
 BLOCK = 64  # rows that a program keeps, nominally
 STEP = 256  # a split is a multiple of this many rows: of every tile in the table
