@@ -42,7 +42,7 @@ class Precision:
         return max(float(info.smallest_normal * info.eps / 2), 1e-37 if self.u == 2.0**-24 else 1e-300)
 
 
-# What w is rounded to for its GEMMs, where that is not the accumulation dtype.
+# What w is rounded to for its GEMMs, where that is not the accumulation dtype. A TF32 product drops the low bits.
 WEIGHTS = {
     ("cpu", torch.bfloat16): ROUNDOFF[torch.bfloat16],
     ("cuda", torch.bfloat16): ROUNDOFF[torch.bfloat16],

@@ -14,8 +14,9 @@ from fused_nce.core.problem import Backend
 from fused_nce.core.spec import STATISTICS, Spec
 
 # Fastest first; the automatic choice takes the first that can. `reference` must be asked for: it holds the scores.
-BACKENDS = ("cpu", "cuda", "chunked", "reference")
-AUTOMATIC = ("cpu", "chunked")
+BACKENDS = ("cpu", "triton", "cuda", "chunked", "reference")
+AUTOMATIC = {"cpu": ("cpu", "chunked"), "cuda": ("triton", "cuda", "chunked")}  # other devices choose as the CPU does
+MODULES = {"triton": "flash"}  # where the module has another name than the backend
 # What a backend without `ATOMS` of its own is asked for. `self`: k is q; `mixed`: k has another dtype.
 AMDIM_ATOMS = frozenset({"block", "identity", "tanh_clip", *STATISTICS})
 
@@ -39,7 +40,7 @@ def backend_module(name: str) -> Backend:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, need one of {BACKENDS}")
-    return cast(Backend, importlib.import_module(f"fused_nce.backends.{name}"))
+    return cast(Backend, importlib.import_module(f"fused_nce.backends.{MODULES.get(name, name)}"))
 
 
 def why_not(backend: str, spec: Spec, q: Tensor, k: Tensor | None) -> str | None:
@@ -67,7 +68,7 @@ def choose(spec: Spec, q: Tensor, k: Tensor | None, requested: str) -> tuple[str
         _local.path = Path(requested, "requested")
         return requested, backend_module(requested)
     reasons: list[str] = []
-    for name in AUTOMATIC:
+    for name in AUTOMATIC.get(q.device.type, AUTOMATIC["cpu"]):
         reason = why_not(name, spec, q, k)
         if reason is None:
             _record(name, "; ".join(reasons))

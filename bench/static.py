@@ -1,0 +1,210 @@
+"""`python -m bench.static`: compile the shipped Triton tiles ahead of time, and read what the compiler made of them.
+
+No GPU is needed. For every kernel, architecture, dtype and width: no spill, no stack, shared memory within the
+architecture's limit, matrix instructions where the inputs have 16 bits. And no regression against the committed table:
+with the Triton that wrote it, registers may grow by 8 (they are handed out eight at a time), all else by nothing.
+By default the two kernels that carry a training step, for bfloat16; `--all` for everything, `--write` for a new table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fused_nce.backends.flash import configs
+
+from .host import ROOT
+from .tables import markdown
+
+TABLE = ROOT / "bench/results/static-triton.json"
+WIDTHS = (*configs.WIDTHS, 1024)
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+SHARED_LIMIT_BYTES = {80: 166912, 90: 232448, 100: 232448}
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}  # what 16-bit products compile to
+REGISTERS_MAY_GROW_BY = 8
+
+CLIPPED, FREE = {"CLIP": True, "SHIFTLESS": True}, {"CLIP": False, "SHIFTLESS": False}
+VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
+    "rows, dq, clip": ("rows_kernel", {**CLIPPED, "GRADIENT": True}),
+    "dk, clip, penalty": ("weights_kernel", {"CLIP": True, "BY_COLUMN": True, "SQUARE": True}),
+    "rows, dq": ("rows_kernel", {**FREE, "GRADIENT": True}),
+    "rows, dq, wide clip": ("rows_kernel", {"CLIP": True, "SHIFTLESS": False, "GRADIENT": True}),
+    "rows, clip": ("rows_kernel", {**CLIPPED, "GRADIENT": False}),
+    "dk": ("weights_kernel", {"CLIP": False, "BY_COLUMN": True, "SQUARE": False}),
+    "dq, clip, penalty": ("weights_kernel", {"CLIP": True, "BY_COLUMN": False, "SQUARE": True}),
+}
+DEFAULT = ("rows, dq, clip", "dk, clip, penalty")
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compiled kernel."""
+
+    variant: str
+    architecture: int
+    dtype: str
+    width: int
+    tile: tuple[int, ...]
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    spill_instructions: int
+    matrix_instructions: int  # of the architecture's own kind
+    mufu_per_score: float  # special functions a score and thread, all copies of the loop counted
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What it is, without what became of it."""
+        return self.variant, self.architecture, self.dtype, self.width
+
+    def faults(self) -> Iterator[str]:
+        """What must not be, whatever was before."""
+        if self.stack_bytes or self.spill_instructions:
+            yield f"spills: {self.spill_instructions} instructions, {self.stack_bytes} bytes of stack"
+        if self.shared_bytes > SHARED_LIMIT_BYTES[self.architecture]:
+            yield f"shared memory: {self.shared_bytes} of {SHARED_LIMIT_BYTES[self.architecture]} bytes"
+        if self.dtype != "fp32" and not self.matrix_instructions:
+            yield f"no {MATRIX[self.architecture]} instruction"
+
+    def regressions(self, before: Build) -> Iterator[str]:
+        """What became worse."""
+        for name, slack in (("registers", REGISTERS_MAY_GROW_BY), ("shared_bytes", 0), ("mufu_per_score", 0.0)):
+            old, new = getattr(before, name), getattr(self, name)
+            if new > old + slack:
+                yield f"{name}: {old} became {new}"
+        if self.tile == before.tile and self.matrix_instructions < before.matrix_instructions:
+            yield f"matrix_instructions: {before.matrix_instructions} became {self.matrix_instructions}"
+
+
+def build(variant: str, architecture: int, dtype: torch.dtype, width: int) -> Build:
+    """Compile one kernel for an architecture that need not be here, and take its binary apart."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fused_nce.backends.flash import kernels
+
+    name, flags = VARIANTS[variant]
+    kernel, tile = getattr(kernels, name), configs.tile(architecture, dtype, width)
+    constants: dict[str, Any] = {"D": width, "X": tile.x, "Y": tile.y, "CHUNK": tile.chunk, "SLICE": tile.slice}
+    constants |= {"N_C": 49, "ROWS_PER_IMAGE": 1, "X_PER_IMAGE": 49, "Y_PER_IMAGE": 49}
+    constants |= {"TENSOR_SCALE": False, "PRECISION": "ieee", **flags}
+    constants = {letter: value for letter, value in constants.items() if letter in kernel.arg_names}
+    signature, attributes = {}, {}
+    for index, parameter in enumerate(kernel.params):
+        letter = parameter.name
+        if letter in constants:
+            signature[letter] = "constexpr"
+        elif letter in ("scale", "clip", "inverse_clip"):
+            signature[letter] = "fp32"
+        elif letter in ("q", "k", "x", "y"):
+            signature[letter] = f"*{DTYPES[dtype]}"
+        elif letter in ("partial", "sums", "neg_lse", "d_neg_lse", "d_square"):
+            signature[letter] = "*fp32"
+        else:
+            signature[letter] = "i32"
+        # What a call of aligned tensors specialises; sizes never are.
+        if signature[letter].startswith("*") or letter.startswith("stride"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": tile.warps, "num_stages": tile.stages},
+    )
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        code = _output(tools / "nvdisasm", "-c", file.name)
+    registers, stack = (int(re.findall(rf"{field}:(\d+)", usage)[0]) for field in ("REG", "STACK"))
+    scores = tile.x * tile.y / (32 * tile.warps)
+    return Build(
+        variant,
+        architecture,
+        DTYPES[dtype],
+        width,
+        tuple(tile),
+        registers,
+        int(compiled.metadata.shared),
+        stack,
+        len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        len(re.findall(rf"\b{MATRIX[architecture]}\b", code)),
+        round(len(re.findall(r"\bMUFU\b", code)) / scores, 2),
+    )
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def judge(found: Sequence[Build]) -> list[str]:
+    """One line for each thing that is wrong, or worse than in the committed table."""
+    import triton
+
+    lines = [f"{' '.join(map(str, one.key))}: {fault}" for one in found for fault in one.faults()]
+    if not TABLE.exists():
+        return lines
+    record = json.loads(TABLE.read_text(encoding="utf-8"))
+    if record["triton"] != triton.__version__:
+        return lines
+    table = [Build(**{**row, "tile": tuple(row["tile"])}) for row in record["builds"]]
+    before = {one.key: one for one in table}
+    missing = [f"{' '.join(map(str, one.key))}: not in {TABLE.name}" for one in found if one.key not in before]
+    worse = [(one, fault) for one in found if one.key in before for fault in one.regressions(before[one.key])]
+    return lines + missing + [f"{' '.join(map(str, one.key))}: {fault}" for one, fault in worse]
+
+
+def report(found: Sequence[Build]) -> str:
+    """A Markdown table."""
+    header = ["kernel", "sm", "dtype", "D", "tile", "registers", "shared KiB", "spills", "matrix", "MUFU/score"]
+    rows = [
+        [one.variant, f"{one.architecture}", one.dtype, f"{one.width}", "×".join(map(str, one.tile)),
+         f"{one.registers}", f"{one.shared_bytes / 1024:.0f}", f"{one.spill_instructions}",
+         f"{one.matrix_instructions}", f"{one.mufu_per_score:.2f}"]
+        for one in found
+    ]  # fmt: skip
+    return markdown(header, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile, print, judge; the number of faults."""
+    parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every kernel and dtype")
+    parser.add_argument("--architecture", type=int, choices=configs.ARCHITECTURES, help="one alone")
+    parser.add_argument("--width", type=int, choices=WIDTHS, help="one alone")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)} (with --all)")
+    options = parser.parse_args(argv)
+    plan = [
+        (variant, architecture, dtype, width)
+        for architecture in ([options.architecture] if options.architecture else configs.ARCHITECTURES)
+        for dtype in (DTYPES if options.all else [torch.bfloat16])
+        for width in ([options.width] if options.width else WIDTHS)
+        for variant in (VARIANTS if options.all else DEFAULT)
+    ]
+    found = [build(*one) for one in tqdm(plan, unit="kernel", disable=None, dynamic_ncols=True)]
+    print(report(found))
+    if options.write:
+        import triton
+
+        record = {"schema": 1, "triton": triton.__version__, "builds": [asdict(one) for one in found]}
+        text = json.dumps(record, indent=None, separators=(",", ":")).replace("},{", "},\n{")
+        TABLE.write_text(text + "\n", encoding="utf-8")
+    faults = judge(found)
+    print("\n".join(faults) or f"{len(found)} kernels: no spill, no stack, nothing worse than before", file=sys.stderr)
+    return len(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 100))

@@ -1,0 +1,74 @@
+"""Flash-style kernels in Triton: a tile of scores lives and dies on the chip, and no compiler is needed.
+
+Without a penalty, one pass over the scores gives the row statistics and, not yet normalised, dq; dk takes a second.
+Inputs are used in place where the elements of a row are adjacent, as the `cpu` backend does; any other layout is copied
+first, beyond the workspace. Triton itself is imported when the first kernel is launched: `fused_nce` needs torch alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_nce.backends.flash import configs, plan
+from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
+from fused_nce.core.spec import Block, Identity, Spec, TanhClip
+from fused_nce.core.tails import Coefficients, Nce
+
+MOST_ROWS = 2**31 - 2**16  # a row's number is a 32-bit integer, a tile or a split beyond the last row too
+
+
+def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
+    """Needs Triton, a GPU that the table of tiles knows, 16 or 32 bits, and atoms that have a twin here."""
+    unknown = [name for name in spec.stats if name not in plan.STATISTICS]
+    if type(spec.layout) is not Block or type(spec.transform) not in (Identity, TanhClip) or unknown:
+        return f"its kernels do not know {spec.code}"
+    if q.dtype not in configs.DTYPES:
+        return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+    interpreted = q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if q.device.type != "cuda" and not interpreted:
+        return f"needs a GPU, not {q.device}"
+    if interpreted and q.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly"
+    if not _installed():
+        return "triton is not installed"
+    if configs.architecture_of(q.device) is None:
+        return f"has no tiles for {q.device}, only for sm_{', sm_'.join(map(str, configs.ARCHITECTURES))}"
+    if max(q.shape[0], k.shape[0]) > MOST_ROWS:
+        return f"numbers at most {MOST_ROWS} rows, not {max(q.shape[0], k.shape[0])}"
+    return None
+
+
+def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_bytes: int) -> int:
+    """`plan.workspace_bytes`: partial sums of the splits, and O(N·P) statistics."""
+    return plan.workspace_bytes(n, m, d, spec.layout.n_c, limit_bytes)
+
+
+def stats(problem: Problem) -> Statistics:
+    """One score GEMM."""
+    return _launch().stats(problem)
+
+
+def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
+    """The scores again for each gradient, and one GEMM a gradient."""
+    return _launch().grads(problem, statistics, coefficients, needs)
+
+
+def loss(problem: Problem, tail: Nce, needs: Needs) -> tuple[Statistics, Gradients]:
+    """Statistics and gradients, without a stored score."""
+    return _launch().loss(problem, tail, needs)
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _launch() -> Any:
+    return importlib.import_module("fused_nce.backends.flash.launch")

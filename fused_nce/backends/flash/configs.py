@@ -1,0 +1,128 @@
+"""Tiles: one shipped table, by architecture, dtype and width. Nothing is tuned at run time.
+
+`python -m bench.static` compiles every entry for its architecture and holds it to no spill and no stack.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """The shape of one program."""
+
+    x: int  # rows that it keeps
+    y: int  # rows of the other side a step
+    chunk: int  # width of a step of the score GEMM; all of D where it holds it
+    slice: int  # width of the sums that it keeps
+    warps: int
+    stages: int
+
+
+# By float32's FMA or by TF32's matrix instructions, whatever `torch.backends` allows: small enough for both.
+_FLOAT32 = (
+    Tile(32, 32, 32, 64, 4, 2),
+    Tile(32, 32, 32, 128, 8, 2),
+    Tile(32, 32, 32, 256, 8, 2),
+    Tile(32, 32, 32, 512, 8, 2),
+    Tile(32, 32, 32, 512, 8, 2),
+)
+# The interpreter's: small, so that small problems have many tiles, chunks and slices.
+_INTERPRETED = (Tile(16, 64, 64, 64, 4, 1), *4 * (Tile(32, 64, 32, 64, 4, 1),))
+INTERPRETED = 0
+
+WIDTHS = (64, 128, 256, 512)  # the bounds of the table's columns; the last entry is for anything wider
+# 128 rows where they fit: half the traffic of 64. At D >= 256 the sums, X·SLICE float32, take most of the registers.
+TABLE: dict[tuple[int, torch.dtype], tuple[Tile, ...]] = {
+    (80, torch.bfloat16): (
+        Tile(128, 64, 64, 64, 8, 3),
+        Tile(128, 32, 128, 128, 8, 3),
+        Tile(64, 64, 256, 256, 8, 2),
+        Tile(64, 32, 64, 512, 8, 2),
+        Tile(64, 32, 64, 512, 8, 3),
+    ),
+    (80, torch.float16): (
+        Tile(128, 64, 64, 64, 8, 3),
+        Tile(128, 32, 128, 128, 8, 3),
+        Tile(64, 32, 256, 256, 8, 2),
+        Tile(64, 32, 64, 256, 8, 2),
+        Tile(64, 32, 64, 256, 8, 2),
+    ),
+    (80, torch.float32): _FLOAT32,
+    (90, torch.bfloat16): (
+        Tile(128, 64, 64, 64, 8, 3),
+        Tile(128, 64, 128, 128, 8, 3),
+        Tile(128, 32, 256, 256, 8, 2),
+        Tile(64, 32, 512, 512, 8, 2),
+        Tile(64, 32, 64, 512, 8, 3),
+    ),
+    (90, torch.float16): (
+        Tile(128, 64, 64, 64, 8, 3),
+        Tile(128, 32, 128, 128, 8, 2),
+        Tile(64, 32, 256, 256, 8, 2),
+        Tile(64, 32, 64, 512, 8, 3),
+        Tile(64, 32, 64, 512, 8, 3),
+    ),
+    (90, torch.float32): _FLOAT32,
+    (100, torch.bfloat16): (
+        Tile(128, 64, 64, 64, 8, 3),
+        Tile(128, 64, 128, 128, 8, 3),
+        Tile(128, 32, 256, 256, 8, 2),
+        Tile(64, 32, 512, 512, 8, 2),
+        Tile(64, 32, 64, 512, 8, 3),
+    ),
+    (100, torch.float16): (
+        Tile(128, 64, 64, 64, 8, 3),
+        Tile(128, 32, 128, 128, 8, 2),
+        Tile(128, 32, 256, 256, 8, 2),
+        Tile(64, 32, 64, 512, 8, 2),
+        Tile(64, 32, 64, 512, 8, 2),
+    ),
+    (100, torch.float32): _FLOAT32,
+    (INTERPRETED, torch.float16): _INTERPRETED,
+    (INTERPRETED, torch.float32): _INTERPRETED,
+}
+ARCHITECTURES = sorted({architecture for architecture, _ in TABLE} - {INTERPRETED})
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that holds `size`, at least 16: what a matrix instruction takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def tile(architecture: int, dtype: torch.dtype, d: int) -> Tile:
+    """The tile for width D."""
+    column = sum(d > width for width in WIDTHS)
+    found = TABLE[architecture, dtype][column]
+    width = power_of_two(d)
+    return found._replace(chunk=min(found.chunk, width), slice=min(found.slice, width))
+
+
+class Gather(NamedTuple):
+    """The shape of one program that gathers positives."""
+
+    x: int
+    partners: int
+    width: int
+
+
+def gather_tile(d: int, partners: int) -> Gather:
+    """4096 elements a program of four warps: 32 a thread, all in flight at once."""
+    width = min(128, power_of_two(d))
+    count = min(16, 1 << (partners - 1).bit_length())
+    return Gather(4096 // (width * count), count, width)
+
+
+def architecture_of(device: torch.device) -> int | None:
+    """The table's architecture for a device, None where it has none. The interpreter runs on the CPU."""
+    if device.type == "cpu":
+        return INTERPRETED
+    if torch.version.hip is not None:
+        return None  # an MI200 calls itself 9.0 too
+    major, minor = torch.cuda.get_device_capability(device)
+    found = 10 * major + minor
+    # 8.6, 8.9 and 12.0 have 99 KiB of shared memory and tiles of their own to find; 10.3 is 10.0 with another clock.
+    return {80: 80, 87: 80, 90: 90, 100: 100, 103: 100}.get(found)

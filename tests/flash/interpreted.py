@@ -1,0 +1,250 @@
+"""The Triton backend under its interpreter: `test_interpret.py` runs this file in a process of its own.
+
+TRITON_INTERPRET must be set before Triton is imported, and torch itself imports it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fused_nce import tile_stats
+from fused_nce.backends.flash import atoms, configs, memory, plan
+from fused_nce.core import atoms as definition
+from fused_nce.core import dispatch
+from fused_nce.core.spec import Block, Identity, Spec, TanhClip
+from tests.backends.test_atoms import SIZES, U, compare
+from tests.cases import Case, can_run, draw, run
+from tests.core.problems import features, grads_of
+from tests.core.problems import run as tile_loss
+from tests.layouts import LAYOUTS
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_interpret.py"
+FIXED = 20261124
+MOST_TILES = 64  # the interpreter takes a millisecond a tile
+
+
+# ---- random problems --------------------------------------------------------------------------------------------
+
+
+def tiles_of(case: Case) -> int:
+    """Tiles of scores that one pass walks through, chunks counted apart."""
+    tile = configs.tile(configs.INTERPRETED, torch.float32, case.d)
+    n, m = case.images * case.rows_per_image, case.n_k * case.n_c
+    return -(-n // tile.x) * -(-m // tile.y) * -(-case.d // tile.chunk) * -(-case.d // tile.slice)
+
+
+def sweep(dtype: str, seed: int | tuple[int, int], count: int) -> None:
+    rng, failures = np.random.default_rng(seed), []
+    for _ in range(count):
+        case = draw(rng, "triton", dtype)
+        while tiles_of(case) > MOST_TILES:
+            case = draw(rng, "triton", dtype)
+        assert can_run(case) is None
+        name, worst = max(run(case).items(), key=lambda item: item[1])
+        if not worst <= 1:
+            failures.append(f"{name}: error is {worst:.3g} of its budget\n    TRITON_INTERPRET=1 {case.line}")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_fixed_cases(dtype):
+    sweep(dtype, FIXED, 8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_fresh_cases(dtype, fresh_seed):
+    sweep(dtype, fresh_seed, 7)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_many_cases(dtype, block, fresh_seed):
+    sweep(dtype, (fresh_seed, block), 15)
+
+
+# ---- each path on purpose ---------------------------------------------------------------------------------------
+
+# Columns, then rows, of more than plan.STEP: splits in the pass for dq, then in the pass for dk.
+WIDE = Case("triton", "float32", 1, images=3, n_k=190, n_c=5, d=9, offset=11)
+TALL = Case("triton", "float32", 2, images=150, rows_per_image=5, n_k=150, n_c=1, d=9)
+
+
+@pytest.mark.parametrize("clip", [None, 20.0, 300.0])
+@pytest.mark.parametrize("penalty", [0.0, 0.04])
+@pytest.mark.parametrize("shape", [WIDE, TALL], ids=["wide", "tall"])
+def test_split_walks(shape, penalty, clip):
+    n, m = shape.images * shape.rows_per_image, shape.n_k * shape.n_c
+    assert max(plan.split(n, m, shape.d, 1 << 28).parts, plan.split(m, n, shape.d, 1 << 28).parts) > 1
+    assert max(run(dataclasses.replace(shape, penalty=penalty, clip=clip)).values()) <= 1
+
+
+@pytest.mark.parametrize("needs", ["q", "k", "s", "qs", "ks", "qks", ""])
+@pytest.mark.parametrize("entry", ["loss", "stats"])
+def test_wanted_gradients(needs, entry):
+    """With a scale that is a tensor: its gradient comes from whichever of dq and dk there is."""
+    penalty = 0.0 if "q" in needs else 0.04
+    case = Case("triton", "float32", 3, n_c=17, tensor_scale=True, needs=needs, entry=entry, penalty=penalty)
+    assert max(run(case).values()) <= 1
+
+
+@pytest.mark.parametrize("d", [64, 65, 130])
+@pytest.mark.parametrize("clip", [None, 20.0])
+def test_chunks_and_slices_of_the_width(d, clip):
+    tile = configs.tile(configs.INTERPRETED, torch.float32, d)
+    assert (tile.chunk < d) == (d > 64)
+    case = Case("triton", "float32", 4, images=20, n_k=23, offset=2, n_c=3, d=d, clip=clip, scale=0.2, penalty=0.0)
+    assert max(run(case).values()) <= 1
+    assert max(run(dataclasses.replace(case, entry="stats")).values()) <= 1
+
+
+@pytest.mark.parametrize("stats", [("neg_lse",), ("neg_max", "square"), ("square", "neg_lse")])
+def test_some_statistics(stats):
+    """In the order asked for; without neg_lse no negative has a weight."""
+    q, k = features()
+    found = {}
+    for backend in ("triton", "reference"):
+        out = tile_stats(q, k, Spec(Block(3), Identity(), stats), scale=0.2, backend=backend)
+        total = out["pos"].sum() + sum(out[name].sum() for name in stats if name != "neg_max")
+        found[backend] = [*out.values(), *grads_of(total, q, k)]
+    for ours, exact in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_does_not_matter(layout):
+    q, k = features()
+    plain = tile_loss("triton", q, k)
+    laid_q, laid_k = (LAYOUTS[layout](x.detach().clone()).requires_grad_() for x in (q, k))
+    laid = tile_loss("triton", laid_q, laid_k)
+    for a, b in zip(grads_of(plain.loss, q, k), grads_of(laid.loss, laid_q, laid_k), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_runs_are_equal():
+    q, k = features(40, 3, 20)
+    runs = []
+    for _ in range(5):
+        out = tile_loss("triton", q, k, penalty=0.0)
+        runs.append((out.loss, *grads_of(out.loss, q, k)))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_the_interpreters_bfloat16_is_refused():
+    q, k = features(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="which cannot run this: Triton's interpreter multiplies bfloat16 wrongly"):
+        tile_loss("triton", q, k)
+    assert "triton" not in dispatch.AUTOMATIC["cpu"]
+
+
+# ---- atoms ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _transform_probe(x, value, slope, again, clip, inverse_clip, CLIP: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    t, dt = atoms.transform(tl.load(x + i), clip, inverse_clip, CLIP)
+    tl.store(value + i, t)
+    tl.store(slope + i, dt)
+    tl.store(again + i, atoms.slope_of(t, inverse_clip, CLIP))
+
+
+def pad(x):
+    return torch.nn.functional.pad(x, (0, -len(x) % 1024))
+
+
+X = pad(torch.cat([-SIZES.flip(0), SIZES]).float())
+
+
+@pytest.mark.parametrize("clip", [4.0, 20.0, 43.0, 300.0])
+def test_transform(clip):
+    """Relative: small scores keep their digits."""
+    value, slope, again = (torch.empty_like(X) for _ in range(3))
+    _transform_probe[(len(X) // 1024,)](X, value, slope, again, clip, 1 / clip, CLIP=True, BLOCK=1024)
+    exact = definition.transform_value(TanhClip(clip), X.double())
+    sech = torch.cosh(X.double() / clip).reciprocal().square()
+    compare(value, exact, 8 * U, 0)
+    compare(slope, sech, 8 * U, 4 * U)
+    compare(again, definition.transform_slope(TanhClip(clip), value.double()), 4 * U, 4 * U)
+
+
+def test_transform_of_bad_scores():
+    x = pad(torch.tensor([float("inf"), -float("inf"), float("nan")]))
+    value, slope, again = (torch.empty_like(x) for _ in range(3))
+    _transform_probe[(1,)](x, value, slope, again, 20.0, 0.05, CLIP=True, BLOCK=1024)
+    assert value[:2].tolist() == [20, -20]
+    assert slope[:2].tolist() == [0, 0]
+    assert value[2].isnan()
+
+
+@triton.jit
+def _sum_probe(x, out, kahan, count, BLOCK: tl.constexpr):
+    plain = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    lost = tl.zeros((BLOCK,), tl.float32)
+    value = tl.load(x + tl.arange(0, BLOCK))
+    for _ in range(count):
+        plain += value
+        total, lost = atoms.add_exactly(total, lost, value)
+    tl.store(out + tl.arange(0, BLOCK), plain)
+    tl.store(kahan + tl.arange(0, BLOCK), total)
+
+
+def test_many_equal_terms():
+    x = torch.full((16,), 0.1)
+    plain, kahan = torch.empty(16), torch.empty(16)
+    _sum_probe[(1,)](x, plain, kahan, 1000, BLOCK=16)
+    exact = 1000 * x.double()
+    assert ((plain - exact).abs() > 8 * U * exact).all()
+    compare(kahan, exact, 2 * U, 0)
+
+
+# ---- more than 2^31 elements ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _offset_probe(out, wrapped, first, stride, BLOCK: tl.constexpr):
+    rows = first + tl.arange(0, BLOCK)
+    tl.store(out + tl.arange(0, BLOCK), memory.offsets(rows, stride))
+    tl.store(wrapped + tl.arange(0, BLOCK), (rows * stride).to(tl.int64))
+
+
+@pytest.mark.parametrize(("first", "stride"), [(2**20, 4096), (2**31 - 2**16, 2**31 - 1), (0, 2**31 - 1)])
+def test_offsets_are_64_bit(first, stride):
+    out, wrapped = torch.empty(16, dtype=torch.int64), torch.empty(16, dtype=torch.int64)
+    with np.errstate(over="ignore"):
+        _offset_probe[(1,)](out, wrapped, first, stride, BLOCK=16)
+    exact = torch.tensor([(first + i) * stride for i in range(16)])
+    assert torch.equal(out, exact)
+    assert not torch.equal(wrapped, exact)  # the probe would show a product in 32 bits
+
+
+@pytest.mark.nightly
+def test_rows_beyond_two_to_the_31_elements():
+    """Three rows, 2^30 elements apart: 4 GiB, which the interpreter touches."""
+    apart, d = 2**30, 40
+    buffer = torch.empty(2 * apart + d, dtype=torch.float16)
+    q, k = features(3, 3, d, torch.float16)
+    far = buffer.as_strided((3, d), (apart, 1))
+    far.copy_(q.detach())
+    near = tile_loss("triton", q, k)
+    out = tile_loss("triton", far.requires_grad_(), k)
+    assert torch.equal(out.nce, near.nce)
+    assert torch.equal(grads_of(out.loss, far, k)[1], grads_of(near.loss, q, k)[1])
+
+
+def test_splits_of_the_most_rows_stay_in_32_bits():
+    from fused_nce.backends.flash import MOST_ROWS
+
+    for n_x in (1, 64, 10**6):
+        split = plan.split(n_x, MOST_ROWS, 64, 1 << 28)
+        assert (split.parts - 1) * split.walk < MOST_ROWS <= split.parts * split.walk
+        assert (split.parts - 1) * split.walk + 2 * plan.STEP < 2**31

@@ -1,0 +1,42 @@
+"""The Triton kernels on a machine without a GPU: under the interpreter, in processes of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def interpret(*arguments: str, selected: str = "", marked: str = "not nightly") -> str:
+    """Run tests under the interpreter; their last line. Fails with all they say."""
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "-k", selected, "-m", marked, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_its_own_tests():
+    assert "passed" in interpret("tests/flash/interpreted.py")
+
+
+@pytest.mark.parametrize("file", ["test_golden.py", "test_nonfinite.py"])
+def test_what_every_backend_is_held_to(file):
+    assert "passed" in interpret(f"tests/core/{file}", selected="triton")
+
+
+@pytest.mark.nightly
+def test_many_cases():
+    assert "passed" in interpret("tests/flash/interpreted.py", marked="nightly")
