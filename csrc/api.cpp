@@ -26,6 +26,7 @@ Layout layout(const Tensor& q, const Tensor& k, int64_t n_c, const std::optional
   TORCH_CHECK_VALUE(m < int64_t{1} << 31, "k has ", m, " rows, needed: fewer than 2^31");
   TORCH_CHECK_VALUE(itself == -1 || (itself >= 0 && itself + n <= m), "itself is ", itself, ", needed: -1, or 0 to ", m - n);
   Layout out{n_c, {}, itself, {}};
+  if (itself >= 0 && !row_ids && !positives) --out.n_pos;  // it lies in its own image
   if (row_ids) {
     TORCH_CHECK_TYPE(row_ids->scalar_type() == at::kLong, "row_ids is ", row_ids->scalar_type(), ", needed: int64");
     TORCH_CHECK_VALUE(row_ids->sizes() == at::IntArrayRef{n}, "row_ids has shape ", row_ids->sizes(), ", needed: ", n);
@@ -115,9 +116,9 @@ std::vector<Tensor> atom(const std::string& name, const Tensor& x, double parame
 }
 
 pybind11::dict plan(int64_t rows, int64_t columns, int64_t width, at::ScalarType dtype, int64_t workspace_bytes,
-                    int64_t positives, bool statistics, bool need_q, bool need_k, bool need_scale) {
+                    int64_t image, bool statistics, bool need_q, bool need_k, bool need_scale) {
   const bool gradients = need_q || need_k || need_scale;
-  const Work work{rows, columns, width, positives, elements_of(dtype, width), statistics && gradients, gradients,
+  const Work work{rows, columns, width, image, elements_of(dtype, width), statistics && gradients, gradients,
                   need_q, need_k};
   const Plan p = make_plan(work, workspace_bytes);
   pybind11::dict out;
@@ -200,7 +201,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("gemm_flop", &flop_of_gemms, "FLOP of all the GEMMs that the CPU kernels have run in this process");
   m.def("atom", &atom, py::arg("name"), py::arg("x"), py::arg("parameter") = 1.0);
   m.def("plan", &plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("dtype"),
-        py::arg("workspace_bytes"), py::kw_only(), py::arg("positives") = 1, py::arg("statistics") = true,
+        py::arg("workspace_bytes"), py::kw_only(), py::arg("image") = 1, py::arg("statistics") = true,
         py::arg("need_q") = true, py::arg("need_k") = true, py::arg("need_scale") = false);
   m.def("cuda_plan", &cuda_plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("positives"),
         py::arg("element_bytes"), py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true,

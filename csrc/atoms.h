@@ -156,5 +156,11 @@ FUSED_NCE_HD float negative_weight(float exp_shifted, float inverse, float d_lse
   return exp_shifted * inverse * d_lse * slope;
 }
 
+// Where in the image of its positives a row itself lies; negative, or n_c and more, where it does not. `itself` may be
+// null: no row is a column.
+FUSED_NCE_HD long long own_place(const int* ids, const int* itself, long long n_c, long long row) {
+  return itself ? itself[row] - ids[row] * n_c : -1;
+}
+
 }  // namespace FUSED_NCE_ISA
 }  // namespace fused_nce

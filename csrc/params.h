@@ -45,7 +45,7 @@ struct Coefficients {
   float* inverse;     // exp(t - shift) * inverse = exp(t - neg_lse)
   float* d_neg_lse;   // dL/d neg_lse
   float* two_d_square;  // 2 * dL/d square
-  float* d_pos;         // dL/d pos, (n_c, lanes)
+  float* d_pos;         // dL/d pos by place in the image, (n_c, lanes)
 };
 
 // The row kernels of one instruction set.
@@ -53,8 +53,8 @@ struct RowKernels {
   const char* name;
   // Adds a tile to the statistics.
   void (*fold)(const Tile&, const Scoring&, const Accumulators&);
-  // Stores the transformed scores of the tile's positives in `pos` (N, n_c).
-  void (*positives)(const Tile&, const Scoring&, float* pos);
+  // Stores the transformed scores of the tile's positives in `pos` (N, n_pos): n_c a row, less itself.
+  void (*positives)(const Tile&, const Scoring&, int64_t n_pos, float* pos);
   // Writes scale * w as bfloat16 to `rounded` (columns, lanes), or, where that is null, as float over the scores; and
   // adds w * <q, k> to `d_scale` (lanes; null: not wanted).
   void (*weigh)(const Tile&, const Scoring&, const Coefficients&, uint16_t* rounded, float* d_scale);

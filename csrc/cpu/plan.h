@@ -23,7 +23,7 @@ enum class Elements {
 
 struct Work {
   int64_t rows, columns, width;  // N, M, D
-  int64_t positives;             // P
+  int64_t image;                 // n_c, columns that share an id
   Elements elements;
   bool both;                     // statistics and gradients in one call: scores may be stored
   bool gradients;                // any gradient at all
@@ -52,7 +52,7 @@ inline int64_t strip_bytes(const Work& w, const Plan& p) {
   const bool copied = w.elements == Elements::widened || (w.need_k && w.elements == Elements::bfloat16);
   if (copied) bytes += p.lanes * width * element;                                       // q, for dk
   if (p.stored) bytes += w.columns * p.lanes * 4;                                       // the scores
-  return bytes + (6 + w.positives) * p.lanes * 4;                                       // ids and coefficients
+  return bytes + (6 + w.image) * p.lanes * 4;                                       // ids and coefficients
 }
 
 // The operands of dq: weights (lanes, columns), and bfloat16 keys in pairs. dk comes before dq, and what it leaves in

@@ -145,15 +145,18 @@ void fold(const Tile& tile, const Scoring& scoring, const Accumulators& acc) {
 }
 
 // Row by row, since a row knows its image: the columns of that image which lie in this tile.
-void positives(const Tile& tile, const Scoring& scoring, float* pos) {
+void positives(const Tile& tile, const Scoring& scoring, int64_t n_pos, float* pos) {
   const Transform f(scoring);
   for (int64_t l = 0; l < tile.rows; ++l) {
     if (tile.ids[l] < 0) continue;
     const int64_t first = tile.ids[l] * scoring.n_c - tile.first_column, last = first + scoring.n_c;
+    const long long own = own_place(tile.ids, tile.itself, scoring.n_c, l);
     for (int64_t c = first < 0 ? 0 : first; c < (last < tile.columns ? last : tile.columns); ++c) {
+      const int64_t place = c - first;
+      if (place == own) continue;
       const float s = tile.scores[c * tile.lanes + l] * f.scale;
       const float t = scoring.clip > 0.0f ? tanh_clip(s, f.clip, f.inverse_clip).value : s;
-      pos[(tile.first_row + l) * scoring.n_c + c - first] = t;
+      pos[(tile.first_row + l) * n_pos + place - (own >= 0 && place > own)] = t;
     }
   }
 }

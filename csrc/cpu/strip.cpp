@@ -13,11 +13,17 @@ using namespace portable;
 namespace {
 
 // Padding lanes hold the products of zeros: with zero coefficients their weights are 0 too.
-void clear_padding(const Strip& strip, int64_t n_pos, const Coefficients& c) {
+void clear_padding(const Strip& strip, const Coefficients& c) {
   for (float* array : {c.shift, c.inverse, c.d_neg_lse, c.two_d_square})
     std::fill(array + strip.rows, array + strip.lanes, 0.0f);
-  for (int64_t p = 0; p < n_pos; ++p)
-    std::fill(c.d_pos + p * strip.lanes + strip.rows, c.d_pos + (p + 1) * strip.lanes, 0.0f);
+  for (int64_t place = 0; place < strip.n_c; ++place)
+    std::fill(c.d_pos + place * strip.lanes + strip.rows, c.d_pos + (place + 1) * strip.lanes, 0.0f);
+}
+
+// Where the weights of lane l's positive p will be looked for.
+float& d_pos_of(const Strip& strip, const Coefficients& c, int64_t l, int64_t p) {
+  const long long own = own_place(strip.ids, strip.itself, strip.n_c, l);
+  return c.d_pos[(p + (own >= 0 && p >= own)) * strip.lanes + l];
 }
 
 float transformed(float s, const Scoring& scoring) {
@@ -48,16 +54,17 @@ void finish_statistics(const Strip& strip, const Scoring& scoring, const std::ve
   }
 }
 
-void coefficients_of_loss(const Strip& strip, int64_t n_pos, const StatisticArrays& stats, float nce_weight,
-                          float square_weight, const Coefficients& out) {
-  clear_padding(strip, n_pos, out);
+void coefficients_of_loss(const Strip& strip, const StatisticArrays& stats, float nce_weight, float square_weight,
+                          const Coefficients& out) {
+  const int64_t n_pos = strip.n_pos;
+  clear_padding(strip, out);
   at::parallel_for(0, strip.rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t l = begin; l < end; ++l) {
       const int64_t i = strip.first + l;
       double sum = 0.0;
       for (int64_t p = 0; p < n_pos; ++p) {
         const float slope = nce_slope_positive(stats.neg_lse[i], stats.pos[i * n_pos + p]);
-        out.d_pos[p * strip.lanes + l] = nce_weight * slope;
+        d_pos_of(strip, out, l, p) = nce_weight * slope;
         sum -= slope;
       }
       out.d_neg_lse[l] = static_cast<float>(nce_weight * sum);
@@ -66,10 +73,11 @@ void coefficients_of_loss(const Strip& strip, int64_t n_pos, const StatisticArra
   });
 }
 
-void coefficients_of_caller(const Strip& strip, const Scoring& scoring, int64_t n_pos, const StatisticArrays& stats,
+void coefficients_of_caller(const Strip& strip, const Scoring& scoring, const StatisticArrays& stats,
                             const float* d_pos, const float* d_neg_lse, const float* d_square,
                             const Coefficients& out) {
-  clear_padding(strip, n_pos, out);
+  const int64_t n_pos = strip.n_pos;
+  clear_padding(strip, out);
   const bool no_shift = needs_no_shift(scoring.clip);
   for (int64_t l = 0; l < strip.rows; ++l) {
     const int64_t i = strip.first + l;
@@ -79,7 +87,7 @@ void coefficients_of_caller(const Strip& strip, const Scoring& scoring, int64_t 
     out.inverse[l] = none ? 0.0f : (no_shift ? exp_value(-lse) : 1.0f);
     out.d_neg_lse[l] = d_neg_lse[i];
     out.two_d_square[l] = 2.0f * d_square[i];
-    for (int64_t p = 0; p < n_pos; ++p) out.d_pos[p * strip.lanes + l] = d_pos[i * n_pos + p];
+    for (int64_t p = 0; p < n_pos; ++p) d_pos_of(strip, out, l, p) = d_pos[i * n_pos + p];
   }
 }
 

@@ -18,6 +18,8 @@ struct StatisticArrays {
 // Rows first .. first + rows - 1, in lanes 0 .. rows - 1 of the strip's arrays.
 struct Strip {
   int64_t first, rows, lanes;
+  int64_t n_c, n_pos;     // columns of an image, and how many of them are a row's positives
+  const int32_t *ids, *itself;  // of a `Tile`
 };
 
 // Merges the groups' statistics in their order, and sets `shift` and `inverse`.
@@ -25,12 +27,11 @@ void finish_statistics(const Strip& strip, const Scoring& scoring, const std::ve
                        const StatisticArrays& out, const Coefficients& coefficients);
 
 // After finish_statistics: the coefficients of nce_weight * sum softplus(neg_lse - pos) + square_weight * sum square.
-void coefficients_of_loss(const Strip& strip, int64_t n_pos, const StatisticArrays& stats, float nce_weight,
-                          float square_weight, const Coefficients& out);
+void coefficients_of_loss(const Strip& strip, const StatisticArrays& stats, float nce_weight, float square_weight,
+                          const Coefficients& out);
 
 // All coefficients from given statistics and upstream gradients, (N, n_pos), (N) and (N).
-void coefficients_of_caller(const Strip& strip, const Scoring& scoring, int64_t n_pos, const StatisticArrays& stats,
-                            const float* d_pos, const float* d_neg_lse, const float* d_square,
-                            const Coefficients& out);
+void coefficients_of_caller(const Strip& strip, const Scoring& scoring, const StatisticArrays& stats,
+                            const float* d_pos, const float* d_neg_lse, const float* d_square, const Coefficients& out);
 
 }  // namespace fused_nce

@@ -19,7 +19,7 @@ namespace fused_nce {
 namespace {
 
 Work work_of(const SweepInputs& in, bool statistics, bool gradients) {
-  return {in.q.size(0), in.k.size(0), in.q.size(1), in.layout.n_pos, elements_of(in.q.scalar_type(), in.q.size(1)),
+  return {in.q.size(0), in.k.size(0), in.q.size(1), in.scoring.n_c, elements_of(in.q.scalar_type(), in.q.size(1)),
           statistics && gradients, gradients, in.need_q, in.need_k};
 }
 
@@ -63,7 +63,7 @@ class Sweep {
     ids_ = arena_.take<int32_t>(lanes);
     itself_ = arena_.take<int32_t>(lanes);
     coefficients_ = {arena_.take<float>(lanes), arena_.take<float>(lanes), arena_.take<float>(lanes),
-                     arena_.take<float>(lanes), arena_.take<float>(n_pos_ * lanes)};
+                     arena_.take<float>(lanes), arena_.take<float>(scoring_.n_c * lanes)};
     for (int64_t g = 0; g < plan_.groups; ++g) {
       groups_.push_back(make_group(g == 0));
       accumulators_.push_back(groups_.back().acc);
@@ -76,7 +76,8 @@ class Sweep {
     double d_scale = 0.0;
     for (int64_t strip = 0; strip < plan_.strips; ++strip) {
       const int64_t first = strip * plan_.lanes;
-      strip_ = {first, std::min(plan_.lanes, n_ - first), plan_.lanes};
+      strip_ = {first, std::min(plan_.lanes, n_ - first), plan_.lanes, scoring_.n_c, n_pos_, ids_,
+                layout_.itself >= 0 ? itself_ : nullptr};
       pack_queries();
       name_rows();
       if (statistics_) {
@@ -85,9 +86,9 @@ class Sweep {
       }
       if (!gradients_) continue;
       if (statistics_)
-        coefficients_of_loss(strip_, n_pos_, stats_, upstream_.nce_weight, upstream_.square_weight, coefficients_);
+        coefficients_of_loss(strip_, stats_, upstream_.nce_weight, upstream_.square_weight, coefficients_);
       else
-        coefficients_of_caller(strip_, scoring_, n_pos_, stats_, upstream_.d_pos.template data_ptr<float>(),
+        coefficients_of_caller(strip_, scoring_, stats_, upstream_.d_pos.template data_ptr<float>(),
                                upstream_.d_neg_lse.template data_ptr<float>(),
                                upstream_.d_square.template data_ptr<float>(), coefficients_);
       for_each_group([this](Group<E>& group, int64_t begin, int64_t end) { weigh(group, begin, end); });
@@ -185,8 +186,8 @@ class Sweep {
   Tile tile_of(const Group<E>& group, int64_t index) const {
     const int64_t first = index * plan_.tile_columns;
     return {stored_ ? stored_ + first * plan_.lanes : group.scores,
-            std::min(plan_.tile_columns, m_ - first), plan_.lanes, strip_.rows, first, strip_.first, ids_,
-            layout_.itself >= 0 ? itself_ : nullptr};
+            std::min(plan_.tile_columns, m_ - first), plan_.lanes, strip_.rows, first, strip_.first, strip_.ids,
+            strip_.itself};
   }
 
   struct Keys {
@@ -214,7 +215,7 @@ class Sweep {
       const Tile tile = tile_of(group, t);
       score(tile, keys_of(group, tile));
       rows_.fold(tile, scoring_, acc);
-      rows_.positives(tile, scoring_, stats_.pos);
+      rows_.positives(tile, scoring_, n_pos_, stats_.pos);
     }
   }
 

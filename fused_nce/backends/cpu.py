@@ -34,8 +34,6 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
     if q.dtype not in DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
     limit = workspace.limit_bytes("cpu")
-    if isinstance(spec.layout, Block) and spec.layout.n_c > 1 and spec.drop_self:
-        return "its kernels leave out a row's own column among single columns, not within an image"
     plan = _plan(module, spec, q.shape[0], k.shape[0], q.shape[1], q.dtype, limit)
     if not plan["fits"]:
         return f"the workspace of {limit} bytes is below the {plan['total_bytes']} of its smallest plan"
@@ -99,7 +97,8 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     block = (layout.n_c, layout.rows_per_image, problem.offset) if isinstance(layout, Block) else (1, 1, 0)
     scores = problem.q, problem.k, float(problem.scale), *block, problem.spec.clip or 0.0
     row_ids = problem.row_ids if isinstance(layout, Index) else None
-    return *scores, row_ids, problem.offset if problem.spec.drop_self else -1, problem.positives
+    itself = problem.offset * block[0] if problem.spec.drop_self else -1
+    return *scores, row_ids, itself, problem.positives
 
 
 def _needs(problem: Problem, needs: Needs) -> Needs:
@@ -126,5 +125,5 @@ def _rows(spec: Spec, found: list[Tensor]) -> Tensor:
 def _plan(
     module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype: torch.dtype, limit_bytes: int
 ) -> dict[str, Any]:
-    plan: dict[str, Any] = module.plan(n, m, d, dtype, limit_bytes, positives=max(1, spec.n_pos))
+    plan: dict[str, Any] = module.plan(n, m, d, dtype, limit_bytes, image=spec.layout.n_c if isinstance(spec.layout, Block) else 1)
     return plan

@@ -95,7 +95,7 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
 
 def loss(problem: Problem, tail: Nce, needs: Needs) -> tuple[Statistics, Gradients]:
     """One sweep: one score GEMM, and one a gradient."""
-    nce_weight = tail.unit(problem.n * problem.spec.layout.n_c)
+    nce_weight = tail.unit(problem.n * problem.spec.block.n_c)
     square_weight = tail.penalty / (problem.n * problem.m)
     pos, neg_lse, neg_max, square, *gradients = torch.ops.fused_nce.cuda_loss(
         *_arguments(problem), nce_weight, square_weight, *needs, _limit(problem)
@@ -113,7 +113,7 @@ def _power_of_two(d_pos: Tensor, d_neg_lse: Tensor, d_square: Tensor, square: Te
 
 
 def _arguments(problem: Problem) -> tuple[Any, ...]:
-    layout, scale = problem.spec.layout, problem.scale
+    layout, scale = problem.spec.block, problem.scale
     factors = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
     return problem.q, problem.k, *factors, layout.n_c, layout.rows_per_image, problem.offset, problem.spec.clip or 0.0
 
@@ -131,7 +131,7 @@ def _total_bytes(module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype_b
     """The dearest of the three operations: `grads` has no statistics to hold, `stats` no weights."""
     return max(
         int(
-            module.cuda_plan(n, m, d, spec.layout.n_c, dtype_bytes, limit_bytes, statistics=s, gradients=g)[
+            module.cuda_plan(n, m, d, spec.block.n_c, dtype_bytes, limit_bytes, statistics=s, gradients=g)[
                 "total_bytes"
             ]
         )

@@ -133,6 +133,13 @@ class Spec:
         return self.transform.c if isinstance(self.transform, TanhClip) else None
 
     @property
+    def block(self) -> Block:
+        """The layout, for a backend that has no other."""
+        if not isinstance(self.layout, Block):
+            raise TypeError(f"spec: got layout {self.layout}, need Block")
+        return self.layout
+
+    @property
     def n_pos(self) -> int:
         """P, the width of `pos`: 0 where a row may have any number of positives."""
         if isinstance(self.layout, Block):

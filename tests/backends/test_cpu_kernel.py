@@ -98,10 +98,10 @@ def test_an_unknown_instruction_set_is_an_error():
 def test_any_workspace_gives_the_same(dtype, clip):
     args = arguments(150, 7, 66, dtype, clip, extra_images=2, offset=1)
     wanted = loss(args)
-    smallest = MODULE.plan(150, args[1].shape[0], 66, dtype, 1, positives=7)["total_bytes"]
+    smallest = MODULE.plan(150, args[1].shape[0], 66, dtype, 1, image=7)["total_bytes"]
     strips = set()
     for workspace in (4 * MIB, MIB, MIB // 2, smallest):
-        plan = MODULE.plan(150, args[1].shape[0], 66, dtype, workspace, positives=7)
+        plan = MODULE.plan(150, args[1].shape[0], 66, dtype, workspace, image=7)
         assert plan["fits"]
         assert plan["total_bytes"] <= workspace
         strips.add((plan["strips"], plan["scores_stored"]))

@@ -6,7 +6,6 @@ What is not run here is cuBLAS and the launches: `bench/static_cuda.py` tells wh
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from fused_nce import _extension, tile_loss
 from fused_nce.backends import cuda
 from fused_nce.core.spec import Block, Spec, TanhClip
 from fused_nce.core.tails import Nce
-from tests.cases import Case, can_run, draw, environment, features, run
+from tests.cases import Case, can_run, draw, features, run
 
 MODULE: Any
 MODULE, REASON = _extension.status()

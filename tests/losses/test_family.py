@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import pytest
 import torch
@@ -211,7 +212,7 @@ ERRORS = [
     ),
     (lambda: tile_stats(A, B, Spec(Separate())), TypeError, r"^positives: got NoneType, need a \(N, P\) tensor$"),
     (lambda: tile_stats(A, B, Spec(Block()), bias=1.0), ValueError, r"^bias: got one with identity\(\), need .*$"),
-    (lambda: tile_stats(A, B, Spec(Block()), offset=0.0), TypeError, r"^offset: got float, need an int$"),
+    (lambda: tile_stats(A, B, Spec(Block()), offset=cast(int, 0.0)), TypeError, r"^offset: got float, need an int$"),
     (lambda: tile_stats(A, B, Spec(Block()), offset=False), TypeError, r"^offset: got bool, need an int$"),
     (
         lambda: tile_stats(A, None, Spec(Block(), stats=("pos_gap",))),

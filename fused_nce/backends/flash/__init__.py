@@ -47,7 +47,7 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
 
 def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_bytes: int) -> int:
     """`plan.workspace_bytes`: partial sums of the splits, and O(N·P) statistics."""
-    return plan.workspace_bytes(n, m, d, spec.layout.n_c, limit_bytes)
+    return plan.workspace_bytes(n, m, d, spec.block.n_c, limit_bytes)
 
 
 def stats(problem: Problem) -> Statistics:

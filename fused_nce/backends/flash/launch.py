@@ -42,7 +42,7 @@ class Sweep:
         self.p, self.spec = problem, problem.spec
         # The elements of a row must be adjacent; rows may lie anywhere.
         q, k = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (problem.q, problem.k))
-        layout, d = self.spec.layout, q.shape[1]
+        layout, d = self.spec.block, q.shape[1]
         self.rows_side = Side(q, k, problem.offset, 0, layout.rows_per_image, layout.n_c, False)
         self.columns_side = Side(k, q, 0, problem.offset, layout.n_c, layout.rows_per_image, True)
         self.d, self.empty = d, q.new_empty(0, dtype=torch.float32)
@@ -81,7 +81,7 @@ class Sweep:
 
     def positives(self) -> Tensor:
         """(N, P) transformed scores of the positives."""
-        p, n_c = self.p, self.spec.layout.n_c
+        p, n_c = self.p, self.spec.block.n_c
         side, shape = self.rows_side, configs.gather_tile(self.d, n_c)
         pos = self.new(p.n, n_c)
         gather.positives_kernel[(triton.cdiv(p.n, shape.x), triton.cdiv(n_c, shape.partners))](
@@ -135,7 +135,7 @@ class Sweep:
             side.x, side.y, self.p.scale, self.inverse_clip, sums.parts,
             self.empty if sums.partial is None else sums.partial, neg_lse, d_neg_lse, pos, d_pos, out, dots,
             n_x, n_y, side.x_first, side.y_first, splits, side.x.stride(0), side.y.stride(0),
-            N_C=self.spec.layout.n_c, X_PER_IMAGE=side.x_per_image, Y_PER_IMAGE=side.y_per_image,
+            N_C=self.spec.block.n_c, X_PER_IMAGE=side.x_per_image, Y_PER_IMAGE=side.y_per_image,
             SHIFTLESS=self.shiftless, NORMALISE=sums.partial is not None, BY_COLUMN=side.by_column, DOTS=scale,
             X=shape.x, PARTNERS=shape.partners, WIDTH=shape.width, **self.compiled,
         )  # fmt: skip
