@@ -56,7 +56,7 @@ def gpu(monkeypatch):
 def test_a_slow_host_is_given_a_longer_spin_and_timed_again(gpu):
     timer = DeviceTimer()
     assert gpu.spins_ms == [10.0] * 3
-    calls = []
+    calls: list[None] = []
 
     def slow_to_launch():
         calls.append(None)
@@ -72,7 +72,7 @@ def test_a_slow_host_is_given_a_longer_spin_and_timed_again(gpu):
 
 def test_a_call_that_waits_for_the_device_is_timed_with_its_gaps(gpu):
     timer = DeviceTimer()
-    calls = []
+    calls: list[None] = []
 
     def waits():
         calls.append(None)
