@@ -42,16 +42,21 @@ class Precision:
         return max(float(info.smallest_normal * info.eps / 2), 1e-37 if self.u == 2.0**-24 else 1e-300)
 
 
-def precision(dtype: torch.dtype, backend: str) -> Precision:
-    """The roundings of inputs of `dtype` on a backend.
+# What w is rounded to for its GEMMs, where that is not the accumulation dtype.
+WEIGHTS = {
+    ("cpu", torch.bfloat16): ROUNDOFF[torch.bfloat16],
+    ("cuda", torch.bfloat16): ROUNDOFF[torch.bfloat16],
+    ("cuda", torch.float16): ROUNDOFF[torch.float16],
+}
+# float16 ends at 2^-24, and `cuda` scales the largest possible w to between 2^6 and 2^8.
+FLOOR = {("cuda", torch.float16): 2.0**-31}
 
-    `cpu` rounds w to bfloat16 for its bfloat16 GEMMs, `cuda` to the inputs' dtype for all of 16 bits. float16 has its
-    smallest step 2^-24, and the largest possible w is scaled to between 2^6 and 2^8.
-    """
-    rounded = (backend == "cpu" and dtype == torch.bfloat16) or (backend == "cuda" and dtype.itemsize == 2)
+
+def precision(dtype: torch.dtype, backend: str) -> Precision:
+    """The roundings of inputs of `dtype` on a backend."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    floor = 2.0**-31 if backend == "cuda" and dtype == torch.float16 else 0.0
-    return Precision(ROUNDOFF[wide], ROUNDOFF[dtype] if rounded else 0.0, dtype, floor)
+    key = (backend, dtype)
+    return Precision(ROUNDOFF[wide], WEIGHTS.get(key, 0.0), dtype, FLOOR.get(key, 0.0))
 
 
 class Budget:

@@ -1,8 +1,9 @@
-"""The chunk loop of `csrc/cuda`: cuBLAS GEMMs with float32 scores that stay in the GPU's L2, and one kernel for the rows.
+"""The chunk loop of `csrc/cuda`: cuBLAS GEMMs with float32 scores that stay in the GPU's L2, one kernel for the rows.
 
 Best where D is large: the scores cross the L2, never the memory, and each is computed once (3 GEMMs) unless the columns
-are too many for one strip (4 GEMMs). Inputs are used in place where the elements of a row are adjacent; any other layout
-is copied first, beyond the workspace. Gradients leave in float32. Nothing waits for the GPU, so a call can be captured.
+are too many for one strip (4 GEMMs). Inputs are used in place where the elements of a row are adjacent; any other
+layout is copied first, beyond the workspace. Gradients leave in float32. Nothing waits for the GPU, so a call can be
+captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
 
 def stats(problem: Problem) -> Statistics:
     """One score GEMM, strip by strip."""
-    pos, *found = torch.ops.fused_nce.cuda_stats(*_arguments(problem), _limit(problem))
-    return Statistics(pos, _rows(problem.spec, found))
+    pos, rows = torch.ops.fused_nce.cuda_stats(*_arguments(problem), _limit(problem))
+    return Statistics(pos, _wanted(problem.spec, rows))
 
 
 def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
@@ -97,10 +98,18 @@ def loss(problem: Problem, tail: Nce, needs: Needs) -> tuple[Statistics, Gradien
     """One sweep: one score GEMM, and one a gradient."""
     nce_weight = tail.unit(problem.n * problem.spec.layout.n_c)
     square_weight = tail.penalty / (problem.n * problem.m)
-    pos, neg_lse, neg_max, square, *gradients = torch.ops.fused_nce.cuda_loss(
+    pos, rows, *gradients = torch.ops.fused_nce.cuda_loss(
         *_arguments(problem), nce_weight, square_weight, *needs, _limit(problem)
     )
-    return Statistics(pos, _rows(problem.spec, [neg_lse, neg_max, square])), Gradients(*gradients)
+    return Statistics(pos, _wanted(problem.spec, rows)), Gradients(*gradients)
+
+
+def summary(problem: Problem, tail: Nce, found: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tail's (loss, nce, penalty, report) in one or two launches: in torch's own operations they take forty."""
+    out: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.fused_nce.cuda_summary(
+        found.pos, found.rows, problem.m, tail.penalty, tail.reduction != "sum", tail.reduction == "none"
+    )
+    return out
 
 
 def _power_of_two(d_pos: Tensor, d_neg_lse: Tensor, d_square: Tensor, square: Tensor) -> Tensor:
@@ -122,14 +131,18 @@ def _limit(problem: Problem) -> int:
     return workspace.limit_bytes(problem.q.device.type)
 
 
-def _rows(spec: Spec, found: list[Tensor]) -> Tensor:
+def _wanted(spec: Spec, rows: Tensor) -> Tensor:
     """(S, N) in the spec's order."""
-    return torch.stack([found[NAMES.index(name)] for name in spec.stats])
+    return rows if spec.stats == NAMES else torch.stack([rows[NAMES.index(name)] for name in spec.stats])
 
 
 def _total_bytes(module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_bytes: int) -> int:
     """The dearest of the three operations: `grads` has no statistics to hold, `stats` no weights."""
     return max(
-        int(module.cuda_plan(n, m, d, spec.layout.n_c, dtype_bytes, limit_bytes, statistics=s, gradients=g)["total_bytes"])
+        int(
+            module.cuda_plan(n, m, d, spec.layout.n_c, dtype_bytes, limit_bytes, statistics=s, gradients=g)[
+                "total_bytes"
+            ]
+        )
         for s, g in ((True, True), (True, False), (False, True))
     )

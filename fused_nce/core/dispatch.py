@@ -10,12 +10,13 @@ from typing import NamedTuple, cast
 
 from torch import Tensor
 
+from fused_nce.core import cost
 from fused_nce.core.problem import Backend
 from fused_nce.core.spec import Spec
 
-# Fastest first; the automatic choice takes the first that can. `reference` must be asked for: it holds the scores.
+# The automatic choice takes the first that can of `automatic`. `reference` must be asked for: it holds the scores.
 BACKENDS = ("cpu", "cuda", "chunked", "reference")
-AUTOMATIC = ("cpu", "chunked")
+AUTOMATIC = ("cpu", "chunked")  # beside a GPU, where `core/cost.py` puts those of its own first
 
 _logger = logging.getLogger("fused_nce")
 _logged: set[tuple[str, str]] = set()
@@ -45,6 +46,14 @@ def why_not(backend: str, spec: Spec, q: Tensor, k: Tensor) -> str | None:
     return backend_module(backend).why_not(spec, q, k)
 
 
+def automatic(q: Tensor, k: Tensor) -> tuple[str, ...]:
+    """What the automatic choice tries for these tensors, the fastest first."""
+    if q.device.type != "cuda":
+        return AUTOMATIC
+    ranked = cost.fastest_first(q.shape[0], k.shape[0], q.shape[1], q.dtype)
+    return (*(name for name in ranked if name in BACKENDS), "chunked")
+
+
 def choose(spec: Spec, q: Tensor, k: Tensor, requested: str) -> tuple[str, Backend]:
     """The backend to run: the requested one (the call's, else `FUSED_NCE_BACKEND`), else the fastest that can.
 
@@ -60,7 +69,7 @@ def choose(spec: Spec, q: Tensor, k: Tensor, requested: str) -> tuple[str, Backe
         _local.path = Path(requested, "requested")
         return requested, backend_module(requested)
     reasons: list[str] = []
-    for name in AUTOMATIC:
+    for name in automatic(q, k):
         reason = why_not(name, spec, q, k)
         if reason is None:
             _record(name, "; ".join(reasons))
