@@ -26,7 +26,7 @@ class Nvcc(NamedTuple):
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        """What to build for where no GPU is visible: A100, H100 and, from CUDA 12.8 on, B200; the last one as PTX too."""
+        """What to build for where no GPU is visible: A100, H100 and, from CUDA 12.8 on, B200."""
         return ("8.0", "9.0", "10.0") if self.release >= (12, 8) else ("8.0", "9.0")
 
 

@@ -50,16 +50,15 @@ WEIGHTS = {
     ("triton", torch.bfloat16): ROUNDOFF[torch.bfloat16],
     ("triton", torch.float16): 2.0**-10,
 }
+# float16 ends at 2^-24, and `cuda` scales the largest possible w to between 2^6 and 2^8.
+FLOOR = {("cuda", torch.float16): 2.0**-31}
 
 
 def precision(dtype: torch.dtype, backend: str) -> Precision:
-    """The roundings of inputs of `dtype` on a backend.
-
-    float16 has its smallest step 2^-24, and `cuda` scales the largest possible w to between 2^6 and 2^8.
-    """
+    """The roundings of inputs of `dtype` on a backend."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    floor = 2.0**-31 if backend == "cuda" and dtype == torch.float16 else 0.0
-    return Precision(ROUNDOFF[wide], WEIGHTS.get((backend, dtype), 0.0), dtype, floor)
+    key = (backend, dtype)
+    return Precision(ROUNDOFF[wide], WEIGHTS.get(key, 0.0), dtype, FLOOR.get(key, 0.0))
 
 
 class Budget:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fused_nce
-from fused_nce import _extension
+from fused_nce import _extension, _nvcc
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -212,6 +212,50 @@ def test_a_wheel_with_kernels_holds_the_library_and_a_stamp_that_fits(tmp_path):
     assert _extension.mismatch(stamp, _extension.running()) is None
     assert stamp["compiler"]
     assert "generic" in stamp["isa"]
+
+
+@needs_build_tools
+def test_gpu_kernels_that_are_asked_for_and_cannot_be_built_are_refused():
+    done = run_setup("--version", FUSED_NCE_BUILD="cpu,cuda", CUDA_HOME="/nowhere")
+    assert done.returncode == 1
+    reason = "there is no nvcc" if torch.version.cuda else "this torch was built without CUDA"
+    assert f"FUSED_NCE_BUILD=cpu,cuda, but {reason}" in done.stderr
+
+
+def test_nvcc_is_asked_where_its_toolkit_is(tmp_path, monkeypatch):
+    """The one on the path may be a script that calls another."""
+    script = tmp_path / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.write_text(
+        "#!/bin/sh\n"
+        f'case "$1" in --version) echo "Cuda compilation tools, release 12.9, V12.9.1";;\n'
+        f'*) echo "#\\$ _HERE_=/x" >&2; echo "#\\$ TOP={tmp_path}/kit/bin/.." >&2;; esac\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    (tmp_path / "kit" / "bin").mkdir(parents=True)
+    assert _nvcc.find() == (str(script), tmp_path / "kit", (12, 9))
+    script.write_text("#!/bin/sh\nexit 1\n")
+    assert _nvcc.find() is None
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    assert _nvcc.find() is None
+
+
+@needs_build_tools
+@pytest.mark.nightly
+def test_the_gpu_kernels_compile_link_and_load_without_a_gpu(tmp_path):
+    if _nvcc.find() is None or torch.version.cuda is None:
+        pytest.skip(f"needs nvcc ({_nvcc.find()}) and a torch with CUDA ({torch.version.cuda})")
+    project = copy_of_the_project(tmp_path)
+    done = run_setup("-q", "build_ext", "--inplace", cwd=project, FUSED_NCE_BUILD="cpu,cuda")
+    assert done.returncode == 0, done.stderr
+    code = (
+        "from fused_nce import _extension, doctor; print(_extension.status()[0].build_info()['cuda']); print(doctor())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("True\n")
+    if not torch.cuda.is_available():
+        assert "torch finds no GPU here" in done.stdout
 
 
 @needs_build_tools

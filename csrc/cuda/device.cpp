@@ -51,6 +51,8 @@ class Device final : public Machine {
     check(launch_loss(strip, rules, rows, element, stream_));
   }
 
+  void summarize(const Summary& summary) const override { check(launch_summary(summary, stream_)); }
+
  private:
   cudaStream_t stream_;
 };

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "groups.h"
 #include "machines.h"
 
 namespace fused_nce {
@@ -113,6 +114,12 @@ class Host final : public Machine {
           loss_row<clip.value, shift.value, std::decay_t<decltype(*store)>>(group, strip, rules, rows, r);
       });
     });
+  }
+
+  void summarize(const Summary& summary) const override {
+    Players group{kSummaryThreads};
+    for (int g = 0; g < summary.groups; ++g) sum_up(group, summary, g);
+    if (summary.groups > 1) sum_up_groups(group, summary);
   }
 };
 

@@ -1,13 +1,13 @@
 // What the driver asks of the machine that it drives: a GPU, or a CPU that plays one.
 #pragma once
 
-#include "rows.h"
+#include "summary.h"
 
 namespace fused_nce {
 namespace cuda {
 
-// out (m, n) = alpha * left (m, depth) @ right (depth, n) [+ out], row-major, accumulated in float. A transposed operand
-// is stored (depth, m) or (n, depth).
+// out (m, n) = alpha * left (m, depth) @ right (depth, n) [+ out], row-major, accumulated in float. A transposed
+// operand is stored (depth, m) or (n, depth).
 struct Gemm {
   int64_t m, n, depth;
   const void* left;
@@ -32,6 +32,7 @@ class Machine {
   virtual void finish(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const = 0;
   virtual void weigh(const Strip&, const Rules&, const RowArrays&, Element) const = 0;
   virtual void loss(const Strip&, const Rules&, const RowArrays&, Element) const = 0;
+  virtual void summarize(const Summary&) const = 0;
 };
 
 template <bool kValue>

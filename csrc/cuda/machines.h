@@ -8,7 +8,7 @@
 namespace fused_nce {
 namespace cuda {
 
-std::unique_ptr<Machine> host_machine();    // a CPU that plays a GPU: this driver and the row text of rows.h, without one
+std::unique_ptr<Machine> host_machine();    // a CPU that plays a GPU, for the tests
 std::unique_ptr<Machine> device_machine();  // the current CUDA device, on its current stream
 
 }  // namespace cuda

@@ -3,10 +3,10 @@
 //
 //   strip   rows whose scores, in float, are alive together: 24 MB stay in the L2 between the GEMM that writes them and
 //           the kernel that reads them. Never below 128 rows where memory allows: thinner GEMMs waste their tiles
-//   block   rows whose weights are held together, in the inputs' precision: one pair of gradient GEMMs a block. A dk that
-//           is read and written once a block costs 8 D / block bytes a score, which 735 rows hide behind the GEMM
-//   panel   columns. One panel holds them all as long as a block of 256 rows fits: 3 GEMMs. Otherwise the statistics of
-//           all panels come first and the scores are computed again: 4 GEMMs, and no memory that grows with N * M
+//   block   rows whose weights are held together, in the inputs' precision: one pair of gradient GEMMs a block. A dk
+//           that is read and written once a block costs 8 D / block bytes a score, which 735 rows hide behind the GEMM
+//   panel   columns. One panel holds them all as long as a block of 256 rows fits: 3 GEMMs. Otherwise the statistics
+//           of all panels come first and the scores are computed again: 4 GEMMs, and no memory that grows with N * M
 //   part    a share of a row's columns, one CTA each: rows that are few would leave most of the GPU idle
 //
 // float weights take the place of their scores; then strip and block share one buffer.
@@ -64,7 +64,8 @@ inline void account(const Work& w, Plan& p) {
   p.threads = std::min(most, std::max<int64_t>(64, round_up(vectors, 32)));
   p.score_bytes = in_place ? 0 : round_up(p.strip * stride_of(p.panel) * 4, kAllocation);
   p.weight_bytes = w.gradients ? round_up(p.block * stride_of(p.panel) * w.element_bytes, kAllocation) : 0;
-  p.partial_bytes = w.statistics ? round_up(p.block * p.panels * p.parts * static_cast<int64_t>(sizeof(RowPart)), kAllocation) : 0;
+  const int64_t partials = p.block * p.panels * p.parts * static_cast<int64_t>(sizeof(RowPart));
+  p.partial_bytes = w.statistics ? round_up(partials, kAllocation) : 0;
   // d_pos and d_neg_lse of a block where the tail makes them, and the rows' shares of dscale.
   const int64_t coefficients = w.statistics ? p.block * (w.positives + 1) : 0;
   p.row_bytes = w.gradients ? round_up((coefficients + w.rows * p.parts) * 4, kAllocation) : 0;
@@ -97,7 +98,8 @@ inline Plan make_plan(const Work& w, int64_t limit) {
   for (const int64_t least : {512, kColumns}) {
     for (int64_t block = std::min(w.rows, kPanelBlock);; block = ceil_div(block, 2)) {
       const int64_t strip = std::min(block, 2 * kRowTile);
-      const int64_t most = std::min(w.columns, std::max<int64_t>(kColumns, kL2Bytes / (4 * strip) / kColumns * kColumns));
+      const int64_t in_l2 = kL2Bytes / (4 * strip) / kColumns * kColumns;
+      const int64_t most = std::min(w.columns, std::max<int64_t>(kColumns, in_l2));
       for (int64_t panels = ceil_div(w.columns, most);; panels += std::max<int64_t>(1, panels / 16)) {
         const int64_t panel = std::min(w.columns, stride_of(ceil_div(w.columns, panels)));
         if (panel < std::min<int64_t>(w.columns, least)) break;

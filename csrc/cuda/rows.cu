@@ -1,8 +1,9 @@
-// The row kernels: rows.h, one CTA for each row or part of one. No torch headers, so three architectures compile in
+// The row kernels: groups.h, one CTA for each row or part of one. No torch headers, so three architectures compile in
 // seconds.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "groups.h"
 #include "launch.h"
 
 namespace fused_nce {
@@ -10,10 +11,14 @@ namespace cuda {
 
 namespace {
 
+struct alignas(16) Slot {
+  Four halves[2];
+};
+
 // The threads of a CTA. `gather` merges a warp's threads in a tree, then the warps in a tree: always the same one.
 class Cta {
  public:
-  __device__ explicit Cta(Four* shared) : shared_(shared) {}
+  __device__ explicit Cta(Slot* shared) : shared_(shared) {}
 
   __device__ bool first() const { return threadIdx.x == 0; }
   __device__ void meet() const { __syncthreads(); }
@@ -21,7 +26,7 @@ class Cta {
   template <class F, class Merge>
   __device__ auto gather(const F& f, const Merge& merge) {
     using T = decltype(f(0, 1));
-    static_assert(sizeof(T) <= sizeof(Four), "a slot holds 16 bytes");
+    static_assert(sizeof(T) <= sizeof(Slot), "a slot holds 32 bytes");
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     T x = f(static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
 #pragma unroll
@@ -60,7 +65,7 @@ class Cta {
     return out;
   }
 
-  Four* shared_;
+  Slot* shared_;
 };
 
 __device__ unsigned pack(__nv_bfloat16*, float a, float b) {
@@ -105,35 +110,51 @@ struct Place {
 };
 
 template <bool kClip, bool kShift>
-__global__ void __launch_bounds__(kMostThreads) fold_kernel(const Strip strip, const Rules rules, const RowArrays rows,
-                                                    int64_t first_slot) {
-  __shared__ Four shared[33];
+__global__ void __launch_bounds__(kMostThreads)
+fold_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
+  __shared__ Slot shared[33];
   Cta cta(shared);
   const Place at(rules);
   fold_row<kClip, kShift>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
 }
 
 template <bool kShift>
-__global__ void __launch_bounds__(32) finish_kernel(int64_t first_row, const Rules rules, const RowArrays rows,
-                                                    bool tail) {
-  __shared__ Four shared[33];
+__global__ void __launch_bounds__(32)
+finish_kernel(int64_t first_row, const Rules rules, const RowArrays rows, bool tail) {
+  __shared__ Slot shared[33];
   Cta cta(shared);
   finish_row<kShift>(cta, rules, rows, first_row + blockIdx.x, tail);
 }
 
 template <bool kClip, bool kShift, class E>
-__global__ void __launch_bounds__(kMostThreads) weigh_kernel(const Strip strip, const Rules rules, const RowArrays rows) {
-  __shared__ Four shared[33];
+__global__ void __launch_bounds__(kMostThreads)
+weigh_kernel(const Strip strip, const Rules rules, const RowArrays rows) {
+  __shared__ Slot shared[33];
   Cta cta(shared);
   const Place at(rules);
   weigh_row<kClip, kShift, StoreAs<E>>(cta, strip, rules, rows, at.row, at.part);
 }
 
 template <bool kClip, bool kShift, class E>
-__global__ void __launch_bounds__(kMostThreads) loss_kernel(const Strip strip, const Rules rules, const RowArrays rows) {
-  __shared__ Four shared[33];
+__global__ void __launch_bounds__(kMostThreads)
+loss_kernel(const Strip strip, const Rules rules, const RowArrays rows) {
+  __shared__ Slot shared[33];
   Cta cta(shared);
   loss_row<kClip, kShift, StoreAs<E>>(cta, strip, rules, rows, blockIdx.x);
+}
+
+__global__ void __launch_bounds__(kSummaryThreads)
+summary_kernel(const Summary summary) {
+  __shared__ Slot shared[33];
+  Cta cta(shared);
+  sum_up(cta, summary, static_cast<int>(blockIdx.x));
+}
+
+__global__ void __launch_bounds__(kSummaryThreads)
+last_summary_kernel(const Summary summary) {
+  __shared__ Slot shared[33];
+  Cta cta(shared);
+  sum_up_groups(cta, summary);
 }
 
 template <class F>
@@ -188,6 +209,12 @@ int launch_loss(const Strip& strip, const Rules& rules, const RowArrays& rows, E
           <<<static_cast<unsigned>(strip.rows), rules.threads, 0, stream>>>(strip, rules, rows);
     });
   });
+  return cudaGetLastError();
+}
+
+int launch_summary(const Summary& summary, Stream stream) {
+  summary_kernel<<<static_cast<unsigned>(summary.groups), kSummaryThreads, 0, stream>>>(summary);
+  if (summary.groups > 1) last_summary_kernel<<<1, kSummaryThreads, 0, stream>>>(summary);
   return cudaGetLastError();
 }
 

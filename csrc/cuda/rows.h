@@ -1,8 +1,4 @@
-// What happens to one row of scores, for a group of threads that share it: the text is the same on a GPU, where a group
-// is a CTA, and on a CPU, where a loop plays its threads one after the other. Formulas come from atoms.h.
-//
-// Nothing here depends on timing: a thread takes fixed columns, `Group::gather` merges what the threads found in a fixed
-// tree, and parts of a row that different CTAs summed are merged by index.
+// What one thread does to its columns of a row. Formulas come from atoms.h; groups.h puts threads together.
 #pragma once
 
 #include "../atoms.h"
@@ -252,74 +248,6 @@ FUSED_NCE_HD float weigh_thread(const Row& row, const Rules& rules, const RowArr
     store(c, w);
   }
   return sum - error;
-}
-
-// ---- what one group does ------------------------------------------------------------------------------------------
-// A group has `first()`, true for one thread, and `gather(f, merge)`: f(thread, threads) of all its threads, merged, for
-// all of them to see, after all that they wrote before it.
-
-// A share of a row into its slot.
-template <bool kClip, bool kShift, class Group>
-FUSED_NCE_HD void fold_row(Group& group, const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t r,
-                           int part, int64_t slot) {
-  const Row row = row_of(strip, rules, r, part);
-  const RowPart found = group.gather(
-      [&](int thread, int threads) { return fold_thread<kClip, kShift>(row, rules, rows, thread, threads); },
-      MergeParts<kShift>());
-  if (group.first()) rows.partials[(row.index - rows.block_first) * rows.slots + slot] = found;
-}
-
-// The slots of a row into its statistics and, where `tail`, its coefficient of the NCE tail.
-template <bool kShift, class Group>
-FUSED_NCE_HD void finish_row(Group& group, const Rules& rules, const RowArrays& rows, int64_t i, bool tail) {
-  const RowPart* slots = rows.partials + (i - rows.block_first) * rows.slots;
-  const RowPart all = group.gather(
-      [&](int thread, int threads) {
-        RowPart part = no_part();
-        for (int64_t s = thread; s < rows.slots; s += threads) part = MergeParts<kShift>()(part, slots[s]);
-        return part;
-      },
-      MergeParts<kShift>());
-  finish_tail<kShift>(group, rules, rows, all, i, tail);
-}
-
-template <bool kShift, class Group>
-FUSED_NCE_HD void finish_tail(Group& group, const Rules& rules, const RowArrays& rows, const RowPart& all, int64_t i,
-                              bool tail) {
-  if (group.first()) write_statistics<kShift>(all, i, rows);
-  if (!tail) return;
-  group.meet();
-  const float slopes = group.gather(
-      [&](int thread, int threads) { return tail_thread(rows, i, rules.scoring.n_c, thread, threads); }, Add());
-  if (group.first()) rows.d_neg_lse[i - rows.first_coefficient] = -rows.nce_weight * slopes;
-  group.meet();
-}
-
-// A share of a row from scores to weights. Panels add to dscale one after the other.
-template <bool kClip, bool kShift, class Store, class Group>
-FUSED_NCE_HD void weigh_row(Group& group, const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t r,
-                            int part) {
-  const Row row = row_of(strip, rules, r, part);
-  const Store store(strip, r);
-  const float found = group.gather(
-      [&](int thread, int threads) {
-        return weigh_thread<kClip, kShift>(row, rules, rows, rows.d_scale != nullptr, store, thread, threads);
-      },
-      Add());
-  if (!rows.d_scale || !group.first()) return;
-  float& sum = rows.d_scale[row.index * rules.parts + part];
-  sum = strip.first_column > 0 ? sum + found : found;
-}
-
-// A whole row from scores to statistics to weights, in one go.
-template <bool kClip, bool kShift, class Store, class Group>
-FUSED_NCE_HD void loss_row(Group& group, const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t r) {
-  const Row row = row_of(strip, rules, r, 0);
-  const RowPart all = group.gather(
-      [&](int thread, int threads) { return fold_thread<kClip, kShift>(row, rules, rows, thread, threads); },
-      MergeParts<kShift>());
-  finish_tail<kShift>(group, rules, rows, all, row.index, true);
-  weigh_row<kClip, kShift, Store>(group, strip, rules, rows, r, 0);
 }
 
 }  // namespace cuda

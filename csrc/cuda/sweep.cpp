@@ -21,7 +21,8 @@ class Sweep {
       : machine_(machine), in_(in), scale_tensor_(scale_tensor), out_(out), n_(in.q.size(0)), m_(in.k.size(0)),
         d_(in.q.size(1)), element_bytes_(in.q.element_size()), element_(element_of(in.q.scalar_type())),
         statistics_(statistics), gradients_(gradients), plan_(checked_plan()),
-        rules_{in.scoring, floats_of(scale_tensor), static_cast<int>(plan_.parts), static_cast<int>(plan_.threads), unit} {
+        rules_{in.scoring, floats_of(scale_tensor), static_cast<int>(plan_.parts), static_cast<int>(plan_.threads),
+               unit} {
     scores_ = bytes(plan_.score_bytes);
     weights_ = bytes(plan_.weight_bytes);
     partials_ = bytes(plan_.partial_bytes);
@@ -37,7 +38,8 @@ class Sweep {
     rows_.d_square = floats_of(upstream.d_square);
     rows_.nce_weight = upstream.nce_weight;
     rows_.square_weight = upstream.square_weight;
-    if (gradients && in.need_scale) d_scale_ = row_numbers_.view(at::kFloat).narrow(0, coefficients, n_ * plan_.parts);
+    if (gradients && in.need_scale)
+      d_scale_ = row_numbers_.view(at::kFloat).narrow(0, coefficients, n_ * plan_.parts);
     rows_.d_scale = floats_of(d_scale_);
     rows_.partials = reinterpret_cast<RowPart*>(partials_.data_ptr());
     rows_.slots = plan_.panels * plan_.parts;
@@ -62,7 +64,8 @@ class Sweep {
 
  private:
   Plan checked_plan() const {
-    const Plan plan = make_plan({n_, m_, d_, in_.scoring.n_c, element_bytes_, statistics_, gradients_}, in_.workspace_bytes);
+    const Work work{n_, m_, d_, in_.scoring.n_c, element_bytes_, statistics_, gradients_};
+    const Plan plan = make_plan(work, in_.workspace_bytes);
     TORCH_CHECK_VALUE(plan.fits, "workspace_bytes is ", in_.workspace_bytes, ", needed: at least ", plan.bytes, " for ",
                       n_, " rows, ", m_, " columns of width ", d_);
     return plan;
@@ -74,7 +77,7 @@ class Sweep {
     return static_cast<const char*>(x.data_ptr()) + i * x.stride(0) * element_bytes_;
   }
 
-  // A strip of a block and a panel. Its weights have their place in the block's buffer; float ones that of their scores.
+  // A strip of a block and a panel. Its weights have their place in the block's buffer; float ones are their scores.
   Strip strip_at(int64_t block_first, int64_t block_rows, int64_t first, int64_t column) const {
     const int64_t columns = std::min(plan_.panel, m_ - column), stride = stride_of(columns);
     void* weights = nullptr;

@@ -1,8 +1,9 @@
-"""The chunk loop of `csrc/cuda`: cuBLAS GEMMs with float32 scores that stay in the GPU's L2, and one kernel for the rows.
+"""The chunk loop of `csrc/cuda`: cuBLAS GEMMs with float32 scores that stay in the GPU's L2, one kernel for the rows.
 
 Best where D is large: the scores cross the L2, never the memory, and each is computed once (3 GEMMs) unless the columns
-are too many for one strip (4 GEMMs). Inputs are used in place where the elements of a row are adjacent; any other layout
-is copied first, beyond the workspace. Gradients leave in float32. Nothing waits for the GPU, so a call can be captured.
+are too many for one strip (4 GEMMs). Inputs are used in place where the elements of a row are adjacent; any other
+layout is copied first, beyond the workspace. Gradients leave in float32. Nothing waits for the GPU, so a call can be
+captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 from fused_nce import _extension
 from fused_nce.core import workspace
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
-from fused_nce.core.spec import Block, Identity, Spec, TanhClip
-from fused_nce.core.tails import Coefficients, Nce
+from fused_nce.core.spec import STATISTICS, Block, Identity, Spec, TanhClip
+from fused_nce.core.tails import Coefficients, Nce, Tail
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("neg_lse", "neg_max", "square")  # in the order in which the kernels return them
@@ -64,8 +65,8 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
 
 def stats(problem: Problem) -> Statistics:
     """One score GEMM, strip by strip."""
-    pos, *found = torch.ops.fused_nce.cuda_stats(*_arguments(problem), _limit(problem))
-    return Statistics(pos, _rows(problem.spec, found))
+    pos, rows = torch.ops.fused_nce.cuda_stats(*_arguments(problem), _limit(problem))
+    return Statistics(pos, _wanted(problem.spec, rows))
 
 
 def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
@@ -93,14 +94,31 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
     return Gradients(*(found if factor is None else (x.div_(factor) for x in found)))
 
 
-def loss(problem: Problem, tail: Nce, needs: Needs) -> tuple[Statistics, Gradients]:
+def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
     """One sweep: one score GEMM, and one a gradient."""
     nce_weight = tail.unit(problem.n * problem.spec.block.n_c)
     square_weight = tail.penalty / (problem.n * problem.m)
-    pos, neg_lse, neg_max, square, *gradients = torch.ops.fused_nce.cuda_loss(
+    pos, rows, *gradients = torch.ops.fused_nce.cuda_loss(
         *_arguments(problem), nce_weight, square_weight, *needs, _limit(problem)
     )
-    return Statistics(pos, _rows(problem.spec, [neg_lse, neg_max, square])), Gradients(*gradients)
+    return Statistics(pos, _wanted(problem.spec, rows)), Gradients(*gradients)
+
+
+def summary(problem: Problem, tail: Tail, found: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """The tail's (loss, nce, penalty, report) in one or two launches, where torch's own operations take forty.
+
+    None for a tail that it does not know.
+    """
+    plain = tail.weight == 1 or tail.reduction != "none"
+    if type(tail) is not Nce or not plain or problem.spec.stats != STATISTICS:
+        return None
+    loss, nce, penalty, report = torch.ops.fused_nce.cuda_summary(
+        found.pos, found.rows, problem.m, tail.penalty, tail.reduction != "sum", tail.reduction == "none"
+    )
+    if tail.weight != 1:
+        nce = nce * tail.weight
+        loss = nce + penalty
+    return loss, nce, penalty, report
 
 
 def _power_of_two(d_pos: Tensor, d_neg_lse: Tensor, d_square: Tensor, square: Tensor) -> Tensor:
@@ -122,9 +140,9 @@ def _limit(problem: Problem) -> int:
     return workspace.limit_bytes(problem.q.device.type)
 
 
-def _rows(spec: Spec, found: list[Tensor]) -> Tensor:
+def _wanted(spec: Spec, rows: Tensor) -> Tensor:
     """(S, N) in the spec's order."""
-    return torch.stack([found[NAMES.index(name)] for name in spec.stats])
+    return rows if spec.stats == NAMES else torch.stack([rows[NAMES.index(name)] for name in spec.stats])
 
 
 def _total_bytes(module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_bytes: int) -> int:

@@ -10,12 +10,13 @@ from typing import NamedTuple, cast
 
 from torch import Tensor
 
+from fused_nce.core import cost
 from fused_nce.core.problem import Backend
 from fused_nce.core.spec import STATISTICS, Spec
 
-# Fastest first; the automatic choice takes the first that can. `reference` must be asked for: it holds the scores.
+# The automatic choice takes the first that can of `automatic`. `reference` must be asked for: it holds the scores.
 BACKENDS = ("cpu", "triton", "cuda", "chunked", "reference")
-AUTOMATIC = {"cpu": ("cpu", "chunked"), "cuda": ("triton", "cuda", "chunked")}  # other devices choose as the CPU does
+AUTOMATIC = ("cpu", "chunked")  # beside a GPU, where `core/cost.py` puts those of its own first
 MODULES = {"triton": "flash"}  # where the module has another name than the backend
 # What a backend without `ATOMS` of its own is asked for. `self`: k is q; `mixed`: k has another dtype.
 AMDIM_ATOMS = frozenset({"block", "identity", "tanh_clip", *STATISTICS})
@@ -53,6 +54,13 @@ def why_not(backend: str, spec: Spec, q: Tensor, k: Tensor | None) -> str | None
     return module.why_not(spec, q, q if k is None else k)
 
 
+def automatic(q: Tensor, k: Tensor | None) -> tuple[str, ...]:
+    """What the automatic choice tries for these tensors, the fastest first."""
+    if q.device.type != "cuda":
+        return AUTOMATIC
+    return (*cost.fastest_first(q.shape[0], (q if k is None else k).shape[0], q.shape[1], q.dtype), "chunked")
+
+
 def choose(spec: Spec, q: Tensor, k: Tensor | None, requested: str) -> tuple[str, Backend]:
     """The backend to run: the requested one (the call's, else `FUSED_NCE_BACKEND`), else the fastest that can.
 
@@ -68,7 +76,7 @@ def choose(spec: Spec, q: Tensor, k: Tensor | None, requested: str) -> tuple[str
         _local.path = Path(requested, "requested")
         return requested, backend_module(requested)
     reasons: list[str] = []
-    for name in AUTOMATIC.get(q.device.type, AUTOMATIC["cpu"]):
+    for name in automatic(q, k):
         reason = why_not(name, spec, q, k)
         if reason is None:
             _record(name, "; ".join(reasons))

@@ -187,7 +187,10 @@ def _loss(*args: Any) -> tuple[Tensor, ...]:
         else:
             found, out = module.loss(problem, rule, wanted)
         at = (spec, found.pos, found.rows, _at_positives(problem, found.columns))
-        values, report = rule.values(*at, problem.m), rule.report(*at, problem.m)
+        # On a GPU the tail's forty small launches would cost more than the GEMMs of a small batch.
+        summary = getattr(module, "summary", None)
+        brief = summary(problem, rule, found) if summary is not None else None
+        *values, report = brief or (*rule.values(*at, problem.m), rule.report(*at, problem.m))
         d_pos = found.pos
         if spec.columns or needs[4]:
             d = rule.coefficients(*at, rule.unit(problem.n * rule.per_row(spec)), 1.0, problem.n * problem.m)

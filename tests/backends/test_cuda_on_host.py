@@ -111,3 +111,84 @@ def test_an_overflow_is_seen():
     assert loss.isfinite()
     assert not dq[1].isfinite().any()
     assert not dk[2].isfinite().any()
+
+
+def statistics(n, n_c, seed=0):
+    """Arguments of `cuda_summary`: pos (n, n_c) and rows (3, n)."""
+    g = torch.Generator().manual_seed(seed)
+    pos, lse = torch.randn(n, n_c, generator=g) * 8, torch.randn(n, generator=g) * 4 + 3
+    return pos, torch.stack([lse, lse - 1.5, torch.rand(n, generator=g) * 100])
+
+
+@pytest.mark.parametrize(("n", "n_c"), [(1, 1), (7, 3), (700, 49), (9000, 4)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("penalty", [0.0, 0.05])
+def test_summary_is_the_tail(n, n_c, reduction, penalty):
+    """Against `core/tails.py` in float64; several groups of threads from 4096 positives on."""
+    found = statistics(n, n_c)
+    tail, spec, m = Nce(penalty, reduction), Spec(Block(n_c), TanhClip(20.0)), (n + 3) * n_c
+    pos, rows = found[0].double(), found[1].double()
+    exact = (*tail.values(spec, pos, rows, None, m), tail.report(spec, pos, rows, None, m))
+    out = torch.ops.fused_nce.cuda_summary(*found, m, penalty, reduction != "sum", reduction == "none")
+    for x, y in zip(out, exact, strict=True):
+        assert x.shape == y.shape
+        torch.testing.assert_close(x.double(), y, rtol=2e-6, atol=2e-6)
+
+
+def test_summary_of_rows_without_negatives():
+    pos, rows = statistics(3, 2)
+    rows[:2] = -float("inf")
+    loss, nce, penalty, report = torch.ops.fused_nce.cuda_summary(pos, rows, 2, 0.0, True, False)
+    assert (loss, nce, penalty) == (0, 0, 0)
+    assert report[2] == -float("inf")
+    rows[2] = float("inf")
+    assert torch.ops.fused_nce.cuda_summary(pos, rows, 2, 0.0, True, False)[0] == 0  # no penalty: not 0·inf
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_repeat_and_do_not_depend_on_the_way(dtype):
+    """One kernel for a whole row gives what its three parts give, where they take the same columns."""
+    q, k = features(Case("cuda", dtype, 3, images=40, n_k=40, n_c=5, d=16))
+    arguments = (q, k, 0.2, None, 5, 1, 0, 20.0)
+    first = torch.ops.fused_nce.cuda_loss(*arguments, 0.25, 0.0, True, True, True, 16 * MIB)
+    again = torch.ops.fused_nce.cuda_loss(*arguments, 0.25, 0.0, True, True, True, 16 * MIB)
+    stats = torch.ops.fused_nce.cuda_stats(*arguments, 16 * MIB)
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(first[:2], stats, strict=True))
+
+
+def test_bad_numbers_reach_what_they_touch():
+    """A bad query its row and all dk, a bad key every row, with a clip that would hide them and without."""
+    for clip in (20.0, 60.0, 0.0):
+        for bad in (float("nan"), float("inf")):
+            q, k = features(Case("cuda", "float32", 3, images=6, n_k=6, n_c=2, d=4))
+            q[2, 1] = bad
+            _, rows, dq, dk, _ = torch.ops.fused_nce.cuda_loss(
+                q, k, 0.2, None, 2, 1, 0, clip, 0.1, 0.0, True, True, False, MIB
+            )
+            touched = torch.arange(6) == 2
+            assert torch.equal(rows[0].isnan(), touched), (clip, bad)
+            assert torch.equal(dq.isfinite().all(1), ~touched)
+            assert not dk.isfinite().any()
+            q, k = features(Case("cuda", "float32", 3, images=6, n_k=6, n_c=2, d=4))
+            k[7, 0] = bad
+            lse = torch.ops.fused_nce.cuda_stats(q, k, 0.2, None, 2, 1, 0, clip, MIB)[1][0]
+            assert lse.isnan()[torch.arange(6) != 3].all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({2: torch.ones(2)}, "scale_tensor has shape"),
+        ({2: torch.ones((), dtype=torch.float64)}, "scale_tensor is Double, needed: float32"),
+        ({3: 3}, "n_c is 3, needed: a divisor"),
+        ({7: 10}, "workspace_bytes is 10, needed: at least"),
+    ],
+)
+def test_arguments_are_checked_before_any_work(change, message):
+    arguments = [torch.ones(4, 8), torch.ones(8, 8), None, 2, 1, 0, 20.0, MIB]
+    for index, value in change.items():
+        arguments[index] = value
+    q, k, *rest = arguments
+    with pytest.raises((ValueError, TypeError), match=message):
+        torch.ops.fused_nce.cuda_stats(q, k, 1.0, *rest)

@@ -1,0 +1,97 @@
+// From the statistics of all rows to the numbers that a loss reports: what `core/tails.py` does in some forty small
+// operations, whose launches alone would take longer than the GEMMs of a small batch. The same text on GPU and CPU.
+#pragma once
+
+#include "rows.h"
+
+namespace fused_nce {
+namespace cuda {
+
+// Sums over all positives, and over all rows.
+struct Totals {
+  float nce, bound, pos, top1, neg_lse, square;
+};
+
+struct AddTotals {
+  FUSED_NCE_HD Totals operator()(const Totals& a, const Totals& b) const {
+    return {a.nce + b.nce, a.bound + b.bound,     a.pos + b.pos,
+            a.top1 + b.top1, a.neg_lse + b.neg_lse, a.square + b.square};
+  }
+};
+
+struct Summary {
+  const float *pos, *neg_lse, *neg_max, *square;  // (N, n_c), (N)
+  int64_t rows, positives;                        // N, n_c
+  bool mean;                                      // of nce, else the sum
+  float penalty_weight;                           // lambda / (N * M)
+  float chance, log_images, log_positives;        // log(1 + (n_k - 1) n_c), log n_k, log n_c
+  Totals* partials;                               // (groups)
+  int groups;
+  float *loss, *nce, *penalty, *report;  // 0-d; report in the order of core/tails.py
+  float* elements;                       // (N, n_c) of nce, or null
+};
+
+// Elements that one thread sums one after the other; all else is a tree.
+constexpr int kSummaryThreads = 256;
+constexpr int kSummaryElements = 16;
+
+inline int summary_groups(int64_t elements) {
+  constexpr int64_t share = kSummaryThreads * kSummaryElements;
+  return static_cast<int>((elements + share - 1) / share);
+}
+
+FUSED_NCE_HD Totals totals_thread(const Summary& s, int64_t thread, int64_t threads) {
+  Totals sum = {};
+  for (int64_t e = thread; e < s.rows * s.positives; e += threads) {
+    const int64_t i = e / s.positives;
+    const float gap = s.neg_lse[i] - s.pos[e], nce = softplus(gap);
+    const bool first = e == i * s.positives;
+    if (s.elements) s.elements[e] = nce;
+    sum = AddTotals()(sum, {nce, softplus(gap - s.log_positives), s.pos[e], s.pos[e] > s.neg_max[i] ? 1.0f : 0.0f,
+                            first ? s.neg_lse[i] : 0.0f, first ? s.square[i] : 0.0f});
+  }
+  return sum;
+}
+
+FUSED_NCE_HD void write_summary(const Summary& s, const Totals& all) {
+  const float count = static_cast<float>(s.rows * s.positives), mean = all.nce / count;
+  const float nce = s.mean ? mean : all.nce;
+  // A weight of 0 leaves the penalty out rather than multiply: 0 * infinity would turn a finite loss into NaN.
+  const float penalty = s.penalty_weight > 0.0f ? all.square * s.penalty_weight : 0.0f;
+  *s.loss = nce + penalty;
+  *s.nce = nce;
+  *s.penalty = penalty;
+  s.report[0] = all.top1 / count;
+  s.report[1] = all.pos / count;
+  s.report[2] = all.neg_lse / static_cast<float>(s.rows);
+  s.report[3] = mean - s.chance;
+  s.report[4] = s.log_images - all.bound / count;
+}
+
+// Group g of all groups; where there is one alone, that is all.
+template <class Group>
+FUSED_NCE_HD void sum_up(Group& group, const Summary& s, int g) {
+  const Totals found = group.gather(
+      [&](int thread, int threads) {
+        return totals_thread(s, static_cast<int64_t>(g) * threads + thread, static_cast<int64_t>(s.groups) * threads);
+      },
+      AddTotals());
+  if (!group.first()) return;
+  if (s.groups == 1) write_summary(s, found);
+  else s.partials[g] = found;
+}
+
+template <class Group>
+FUSED_NCE_HD void sum_up_groups(Group& group, const Summary& s) {
+  const Totals all = group.gather(
+      [&](int thread, int threads) {
+        Totals sum = {};
+        for (int g = thread; g < s.groups; g += threads) sum = AddTotals()(sum, s.partials[g]);
+        return sum;
+      },
+      AddTotals());
+  if (group.first()) write_summary(s, all);
+}
+
+}  // namespace cuda
+}  // namespace fused_nce

@@ -1,0 +1,78 @@
+"""How the GPU's backend cuts a call up, and what that costs: `csrc/cuda/plan.h`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fused_nce import _extension
+from fused_nce.backends import cuda
+from fused_nce.core.spec import Block, Spec, TanhClip
+
+MODULE: Any
+MODULE, REASON = _extension.status()
+pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")
+MIB = 1 << 20
+
+
+def plan(n, m, d, n_c=1, element_bytes=2, limit=256 * MIB, **options):
+    return MODULE.cuda_plan(n, m, d, n_c, element_bytes, limit, **options)
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_every_plan_keeps_its_promises(element_bytes):
+    """Within the limit, covering everything, and with vectors, threads and parts that the kernels can take."""
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        n, m, d = (int(np.exp(rng.uniform(0, np.log(top)))) for top in (3e5, 3e6, 4096))
+        n_c = int(rng.integers(1, 50))
+        limit = int(np.exp(rng.uniform(np.log(1e5), np.log(1e9))))
+        statistics, gradients = [(True, True), (True, False), (False, True)][int(rng.integers(3))]
+        p = plan(n, m, d, n_c, element_bytes, limit, statistics=statistics, gradients=gradients)
+        if not p["fits"]:
+            assert p["total_bytes"] > limit
+            continue
+        assert p["total_bytes"] <= limit
+        assert 1 <= p["strip_rows"] <= p["block_rows"] <= n
+        assert p["panels"] * p["panel_columns"] >= m > (p["panels"] - 1) * p["panel_columns"]
+        assert p["panels"] == 1 or p["panel_columns"] % 8 == 0
+        assert p["threads"] % 32 == 0
+        assert 64 <= p["threads"] <= 896
+        assert p["strip_rows"] * p["parts"] < 2**31
+
+
+def test_published_shapes():
+    """What the design says of them."""
+    small = plan(128, 128 * 49, 1024, 49)
+    assert (small["panels"], small["parts"], small["strip_rows"], small["block_rows"]) == (1, 1, 128, 128)
+    assert small["total_bytes"] < 5 * MIB
+    large = plan(1008, 1008 * 49, 2560, 49)
+    assert (large["panels"], large["block_rows"]) == (1, 1008)  # one pair of gradient GEMMs
+    assert large["score_bytes"] < 25 * MIB  # strips stay in the L2
+    clip = plan(65536, 65536, 768)
+    assert clip["panels"] == 1
+    assert clip["block_rows"] >= 735  # dk's traffic hides behind its GEMM
+
+
+def test_a_bank_of_a_million_columns_stays_within_the_limit():
+    for n in (1, 256, 65536):
+        p = plan(n, 1_280_000, 128)
+        assert p["fits"]
+        assert p["total_bytes"] <= 256 * MIB
+    assert plan(65536, 1_280_000, 128)["panels"] > 1
+
+
+def test_workspace_does_not_grow_with_the_problem():
+    sizes = [plan(n, n, 512)["total_bytes"] for n in (2**14, 2**16, 2**18)]
+    assert max(sizes) <= 256 * MIB
+    assert min(sizes) >= 64 * MIB
+
+
+def test_published_formula_and_refusal():
+    spec = Spec(Block(4), TanhClip(20.0))
+    assert cuda.workspace_bytes(spec, 64, 256, 32, 2, 256 * MIB) >= 64 * 256 * 6  # scores and weights
+    assert "its kernels run on NVIDIA GPUs, not on cpu" in str(cuda.why_not(spec, torch.ones(4, 8), torch.ones(16, 8)))
+    assert "float64" in str(cuda._unable(MODULE, spec, torch.ones(4, 8).double(), torch.ones(16, 8).double()))
