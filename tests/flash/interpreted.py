@@ -74,7 +74,7 @@ def test_many_cases(dtype, block, fresh_seed):
 
 # Columns, then rows, of more than plan.STEP: splits in the pass for dq, then in the pass for dk.
 WIDE = Case("triton", "float32", 1, images=3, n_k=190, n_c=5, d=9, offset=11)
-TALL = Case("triton", "float32", 2, images=150, rows_per_image=5, n_k=150, n_c=1, d=9)
+TALL = Case("triton", "float32", 2, images=60, rows_per_image=5, n_k=60, n_c=1, d=9)
 
 
 @pytest.mark.parametrize("clip", [None, 20.0, 300.0])

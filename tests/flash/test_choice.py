@@ -43,7 +43,7 @@ def test_a_cpu_tensor_is_refused_by_name():
     q = torch.ones(3, 4)
     assert flash.why_not(SPEC, q, q) == "needs a GPU, not cpu"
     with pytest.raises(ValueError, match=r"^backend: got 'triton', which cannot run this: needs a GPU, not cpu$"):
-        tile_stats(q, q, SPEC, backend="triton")
+        tile_stats(q, q, Spec(Block(1)), backend="triton")
 
 
 def test_cpu_tensors_never_choose_it(monkeypatch):

@@ -23,7 +23,7 @@ class Tile(NamedTuple):
 
 # By float32's FMA or by TF32's matrix instructions, whatever `torch.backends` allows: small enough for both.
 _FLOAT32 = (
-    Tile(32, 32, 32, 64, 4, 2),
+    Tile(32, 32, 16, 64, 4, 2),
     Tile(32, 32, 32, 128, 8, 2),
     Tile(32, 32, 32, 256, 8, 2),
     Tile(32, 32, 32, 512, 8, 2),
