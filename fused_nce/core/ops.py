@@ -254,6 +254,14 @@ def _refuse_double_backward() -> None:
         )
 
 
+def _refuse_batched(*upstream: Tensor | None) -> None:
+    if not torch.compiler.is_compiling() and any(_batched(g) for g in upstream if g is not None):
+        raise RuntimeError(
+            "fused_nce: batched upstream gradients (is_grads_batched, vmap) are supported for `loss` alone: "
+            "this backward computes the scores again, for one upstream at a time"
+        )
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep what the backward rule needs: the score inputs and the statistics, or the stash alone."""
     ctx.set_materialize_grads(False)
@@ -277,17 +285,13 @@ def _as_inputs(ctx: Any, found: tuple[Tensor, ...]) -> list[Any]:
 
 def _recompute(ctx: Any, x: Scores, found: tuple[Tensor, ...], d: tails.Coefficients) -> list[Any]:
     """Gradients from coefficients: the scores once more, then one GEMM a gradient."""
-    if not torch.compiler.is_compiling() and any(_batched(g) for g in d if g is not None):
-        raise RuntimeError(
-            "fused_nce: batched upstream gradients (is_grads_batched, vmap) are supported for `loss` alone: "
-            "this backward computes the scores again, for one upstream at a time"
-        )
     d_columns = torch.zeros_like(found[2]) if d.d_columns is None else d.d_columns
     return _as_inputs(ctx, torch.ops.fused_nce.grads(*x, *found, d.d_pos, d.d_rows, d_columns, ctx.needs, ctx.backend))
 
 
 def _stats_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
     _refuse_double_backward()
+    _refuse_batched(*upstream)
     saved = ctx.saved_tensors
     x, found = Scores(*saved[:7], *ctx.rest), saved[7:]
     d = [torch.zeros_like(y) if g is None else g for g, y in zip(upstream, found, strict=True)]
@@ -306,6 +310,7 @@ def _loss_backward(
         stash = tuple(_times(g, d_loss) if need else g for g, need in zip(saved[-5:], ctx.needs, strict=True))
         return *_as_inputs(ctx, stash), *rest
     # A reported part was differentiated on its own: the stash, at upstream 1 on the sum, cannot serve it.
+    _refuse_batched(d_loss, d_nce, d_penalty)
     x, (pos, rows, columns) = Scores(*saved[:7], *ctx.rest), saved[7:10]
     rule, problem = tails.parse(ctx.tail), _problem(x)
     spec, n_elements = problem.spec, problem.n * rule.per_row(problem.spec)

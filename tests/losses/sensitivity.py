@@ -37,7 +37,7 @@ def exact(entry: Entry, inputs: dict[str, Any], leaves: list[str], p: Precision,
     def probed(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
         s = scale * (q @ k.T)
         error = torch.zeros_like(s, requires_grad=True)
-        terms = abs(float(scale)) * (q.detach().abs() @ k.detach().abs().T)
+        terms = abs(float(torch.as_tensor(scale).detach())) * (q.detach().abs() @ k.detach().abs().T)
         seen.append((s, error, p.u * (4 + math.sqrt(q.shape[1])) * terms))
         return s + error
 

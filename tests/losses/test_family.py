@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any
 
 import pytest
 import torch
@@ -181,6 +181,7 @@ def test_a_key_bank_may_change_before_the_backward_and_have_its_own_dtype(wide):
 
 A, B = torch.ones(4, 3), torch.ones(4, 3)
 T = torch.arange(4)
+FLOAT: Any = 0.0
 ERRORS = [
     (lambda: info_nce(A, B[:3]), ValueError, r"^keys: got N = 3, need queries's 4$"),
     (lambda: info_nce(A, B, T.int()), TypeError, r"^targets: got torch.int32, need int64$"),
@@ -212,7 +213,7 @@ ERRORS = [
     ),
     (lambda: tile_stats(A, B, Spec(Separate())), TypeError, r"^positives: got NoneType, need a \(N, P\) tensor$"),
     (lambda: tile_stats(A, B, Spec(Block()), bias=1.0), ValueError, r"^bias: got one with identity\(\), need .*$"),
-    (lambda: tile_stats(A, B, Spec(Block()), offset=cast(int, 0.0)), TypeError, r"^offset: got float, need an int$"),
+    (lambda: tile_stats(A, B, Spec(Block()), offset=FLOAT), TypeError, r"^offset: got float, need an int$"),
     (lambda: tile_stats(A, B, Spec(Block()), offset=False), TypeError, r"^offset: got bool, need an int$"),
     (
         lambda: tile_stats(A, None, Spec(Block(), stats=("pos_gap",))),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
-from typing import cast
+from typing import Any
 
 import pytest
 import torch
 
 from fused_nce import MemoryQueue, moco_nce
+
+FLOAT: Any = 2.0
 
 
 def contents(queue):
@@ -29,8 +31,8 @@ def test_any_batch_size_wraps_without_loss(size, dtype):
         queue.update(new, torch.full((batch,), i))
         seen, labels = torch.cat((seen, new)), torch.cat((labels, torch.full((batch,), i)))
         assert torch.equal(contents(queue), seen[-size:].to(dtype))
-        assert queue.labels is not None
-        assert sorted(queue.labels[queue.labels >= 0].tolist()) == sorted(labels[-size:].tolist())
+        kept = queue.state_dict()["labels"]
+        assert sorted(kept[kept >= 0].tolist()) == sorted(labels[-size:].tolist())
         assert int(queue.fill) == min(size, len(seen))
         assert queue.filled().shape[0] == min(size, len(seen))
 
@@ -81,7 +83,7 @@ def test_compiled_step_has_no_break_and_equals_eager():
     ("call", "kind", "pattern"),
     [
         (lambda: MemoryQueue(0, 3), ValueError, r"^size: got 0, need >= 1$"),
-        (lambda: MemoryQueue(cast(int, 2.0), 3), TypeError, r"^size: got float, need an int$"),
+        (lambda: MemoryQueue(FLOAT, 3), TypeError, r"^size: got float, need an int$"),
         (lambda: MemoryQueue(2, 3, dtype=torch.int8), TypeError, r"^dtype: got torch.int8, need float64, .*$"),
         (lambda: MemoryQueue(2, 3).update(torch.ones(2, 4)), ValueError, r"^keys: got width D = 4, need .* 3$"),
         (lambda: MemoryQueue(2, 3).update(torch.ones(2, 3), torch.arange(2)), ValueError, r"^labels: got some, .*$"),

@@ -31,6 +31,9 @@ TESTS = [
     "tests/core/test_contract.py",
     "tests/core/test_nonfinite.py",
     "tests/losses/test_amdim.py",
+    "tests/losses/test_family.py",
+    "tests/losses/test_queue.py",
+    "tests/losses/test_registry.py",
     "tests/core/test_dispatch.py",
     "tests/core/test_ops.py",
 ]

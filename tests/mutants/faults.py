@@ -20,7 +20,8 @@ class Fault(NamedTuple):
 
 ATOMS, TAILS, OPS, ENGINE = (f"fused_nce/core/{name}.py" for name in ("atoms", "tails", "ops", "engine"))
 CHUNKED, DISPATCH, AMDIM = "fused_nce/backends/chunked.py", "fused_nce/core/dispatch.py", "fused_nce/losses/amdim.py"
-CPU = "fused_nce/backends/cpu.py"
+CPU, TILES, REFERENCE = (f"fused_nce/backends/{name}.py" for name in ("cpu", "tiles", "reference"))
+QUEUE = "fused_nce/losses/queue.py"
 
 PYTHON = (
     # ---- formulas
@@ -30,19 +31,29 @@ PYTHON = (
         "return torch.logaddexp(torch.zeros_like(z), z)",
         "return torch.nn.functional.softplus(z)",
     ),
-    Fault("reference: NaN hidden by clip or max", ATOMS, "return s.sum(dim=1) * 0", "return torch.zeros_like(s[:, 0])"),
-    Fault("reference: clip's slope missing", ATOMS, "part = part * slope", "part = part * 1"),
+    Fault(
+        "reference: NaN hidden by clip or max",
+        ATOMS,
+        "return s.sum(dim=dim) * 0",
+        "return torch.zeros_like(s.sum(dim=dim))",
+    ),
+    Fault(
+        "reference: clip's slope missing",
+        REFERENCE,
+        "w = on_t * atoms.transform_slope(spec.transform, x.t) + on_s",
+        "w = on_t + on_s",
+    ),
     Fault(
         "reference: siblings in the denominator",
         ATOMS,
-        'stat.fold(x.masked_fill(own, stat.empty) if stat.over == "neg" else x)',
-        "stat.fold(x)",
+        "stat.fold(x.masked_fill(~getattr(of, stat.over), stat.empty), dim)",
+        "stat.fold(x, dim)",
     ),
     Fault(
         "reference: siblings weighed as negatives",
         ATOMS,
-        'w = w + (part.masked_fill(own, 0.0) if stat.over == "neg" else part)',
-        "w = w + part",
+        "w[stat.of] += part.masked_fill(~getattr(of, stat.over), 0.0)",
+        "w[stat.of] += part",
     ),
     Fault(
         "offset ignored",
@@ -59,8 +70,8 @@ PYTHON = (
     Fault(
         "penalty after the clip",
         ATOMS,
-        '"square": Statistic(\n        over="all",\n        of="s",',
-        '"square": Statistic(\n        over="all",\n        of="t",',
+        '"square": _sum("all", "s",',
+        '"square": _sum("all", "t",',
     ),
     Fault(
         "p − 1 cancels as p → 1",
@@ -68,14 +79,16 @@ PYTHON = (
         'q = torch.sigmoid(rows[spec.stats.index("neg_lse")][:, None] - pos) * d_element',
         'q = (1 - torch.sigmoid(pos - rows[spec.stats.index("neg_lse")][:, None])) * d_element',
     ),
-    Fault("penalty: mean over the positives", TAILS, "(self.penalty / (n * m))", "(self.penalty / pos.numel())"),
+    Fault(
+        "penalty: mean over the positives", TAILS, "(self.penalty / (pos.shape[0] * m))", "(self.penalty / pos.numel())"
+    ),
     Fault("penalty's slope: not a mean", TAILS, "d_penalty * (self.penalty / n_scores)", "d_penalty * self.penalty"),
     Fault("λ = 0 times inf is NaN", TAILS, " if self.penalty else torch.zeros_like(total)", ""),
     Fault(
         "sum reduced like mean",
         TAILS,
-        'return 1.0 if self.reduction == "sum" else 1.0 / n_elements',
-        "return 1.0 / n_elements",
+        'return self.weight if self.reduction == "sum" else self.weight / n_elements',
+        "return self.weight / n_elements",
     ),
     Fault(
         "mutual information overstated: chance − nce",
@@ -84,7 +97,12 @@ PYTHON = (
         "bound = math.log1p((n_k - 1) * n_c) - nce",
     ),
     # ---- upstream gradients and the graph
-    Fault("upstream gradient ignored", OPS, "stash = [_times(g, d_loss) if need else g", "stash = [g if need else g"),
+    Fault(
+        "upstream gradient ignored",
+        OPS,
+        "stash = tuple(_times(g, d_loss) if need else g",
+        "stash = tuple(g if need else g",
+    ),
     Fault(
         "upstream of row 0 used for all rows",
         OPS,
@@ -106,14 +124,14 @@ PYTHON = (
     Fault(
         "stash scaled in place although the graph is kept",
         OPS,
-        "if traced or torch._C._autograd._get_current_graph_task_keep_graph():",
-        "if traced:",
+        "if traced or _batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph():",
+        "if traced or _batched(upstream):",
     ),
     Fault(
         "stash cast to the inputs' dtype before the upstream",
         OPS,
-        "return *values, report, *found, *_chain_scale(out, scale)",
-        "return *values, report, *found, *(g.to(q.dtype).to(g.dtype) for g in _chain_scale(out, scale))",
+        "return *values, report, found.pos, found.rows, columns, *gradients",
+        "return *values, report, found.pos, found.rows, columns, *(g.to(x.q.dtype).to(g.dtype) for g in gradients)",
     ),
     Fault(
         "double backward dropped in silence",
@@ -130,11 +148,11 @@ PYTHON = (
     Fault("gradient work under no_grad", ENGINE, "graph = torch.is_grad_enabled()", "graph = True"),
     # ---- the chunk loop
     Fault("dk not accumulated across strips", CHUNKED, "beta=int(rows.start > 0)", "beta=0"),
-    Fault("dq not accumulated across panels", CHUNKED, "beta=int(columns.start > 0)", "beta=0"),
+    Fault("dq not accumulated across panels", CHUNKED, "beta=int(columns.start > 0 or p.shared)", "beta=int(p.shared)"),
     Fault(
         "panels overwrite instead of merge",
         CHUNKED,
-        "atoms.merge_tiles(self.p.spec, parts)",
+        "atoms.merge_tiles(self.p.spec.stats, parts)",
         "parts[-1]",
     ),
     Fault(
@@ -144,21 +162,24 @@ PYTHON = (
         "range(0, self.p.m - self.plan.panel + 1, self.plan.panel)",
     ),
     Fault(
-        "max shift missing", CHUNKED, "peak = x.amax(dim=1, keepdim=True) * factor if lse", "peak = x[:, :1] * 0 if lse"
+        "max shift missing",
+        TILES,
+        "peak = x.amax(dim=1, keepdim=True) * self.factor if lse",
+        "peak = x[:, :1] * 0 if lse",
     ),
     Fault(
         "one shift for all rows",
-        CHUNKED,
-        "x.amax(dim=1, keepdim=True) * factor if lse",
-        "(x.amax() * factor).expand(x.shape[0], 1) if lse",
+        TILES,
+        "x.amax(dim=1, keepdim=True) * self.factor if lse",
+        "(x.amax() * self.factor).expand(x.shape[0], 1) if lse",
     ),
-    Fault("clip's slope missing", CHUNKED, "w.addcmul_(w, tile.x.square_(), value=-1)", "tile.x.square_()"),
-    Fault("NaN hidden by clip or max", CHUNKED, " + atoms.poison(tile.r)", ""),
+    Fault("clip's slope missing", TILES, "w.addcmul_(w, self.x.square_(), value=-1)", "self.x.square_()"),
+    Fault("NaN hidden by clip or max", TILES, ".add_(shift) + bad", ".add_(shift)"),
     Fault(
         "scores through bfloat16",
-        CHUNKED,
-        "torch.mm(q, k.T, out=r)\n",
-        "torch.mm(q, k.T, out=r)\n        r.copy_(r.bfloat16())\n",
+        TILES,
+        "self.r = torch.mm(q, k.T, out=self.buffers[0])",
+        "self.r = self.buffers[0].copy_(torch.mm(q, k.T).bfloat16())",
     ),
     Fault(
         "dk rounded to the inputs' dtype after each strip",
@@ -168,25 +189,28 @@ PYTHON = (
     ),
     Fault(
         "a row without negatives is NaN",
-        CHUNKED,
-        'shift = torch.where(peak == float("-inf"), 0.0, peak)',
-        "shift = peak",
+        TILES,
+        'self.shift = torch.where(peak == float("-inf"), 0.0, peak)',
+        "self.shift = peak",
     ),
     Fault(
         "scale missing in dk",
         CHUNKED,
-        "q = self.p.q[rows].to(self.wide) * self.p.scale",
-        "q = self.p.q[rows].to(self.wide)",
+        "q = p.q[rows].to(self.wide) * (1.0 if p.shared else p.scale)",
+        "q = p.q[rows].to(self.wide)",
     ),
     Fault(
         "strided input read as contiguous",
-        CHUNKED,
-        "q, k = self.p.q[rows].to(self.wide), self.p.k[columns].to(self.wide)",
-        "q, k = self.p.q[rows].to(self.wide), "
-        "self.p.k.as_strided(self.p.k.shape, (self.p.k.shape[1], 1))[columns].to(self.wide)",
+        TILES,
+        "problem.q[rows].to(buffers.dtype), problem.k[panel].to(buffers.dtype)",
+        "problem.q[rows].to(buffers.dtype), "
+        "problem.k.as_strided(problem.k.shape, (problem.k.shape[1], 1))[panel].to(buffers.dtype)",
     ),
     Fault(
-        "positives not dropped from the negatives", CHUNKED, 'by_image[own_rows, own_images] = float("-inf")', "pass"
+        "positives not dropped from the negatives",
+        TILES,
+        'self.own.put(x, x.new_full((), float("-inf")))',
+        "pass",
     ),
     # ---- around the kernels
     Fault(
@@ -208,7 +232,34 @@ PYTHON = (
         '{"scale": None, "clip": 20.0, "penalty": 0.05}',
         '{"scale": None, "clip": 20.0, "penalty": 0.04}',
     ),
-    Fault("directions summed, not averaged", AMDIM, "(ways[0].nce + ways[1].nce) / 2", "(ways[0].nce + ways[1].nce)"),
+    Fault("directions summed, not averaged", AMDIM, "weight=0.5", "weight=1.0"),
+    # ---- the rest of the vocabulary
+    Fault("the row itself among its negatives", ATOMS, "~own & kept, kept)", "~own, kept)"),
+    Fault("the row itself among its exponentials", TILES, 'self.itself.put(x, x.new_full((), float("-inf")))', "pass"),
+    Fault("one tensor in both roles: half the gradient", CHUNKED, "out.dq[columns].addmm_(w.T, q)", "pass"),
+    Fault(
+        "reference: one tensor in both roles, half the gradient", REFERENCE, "(w + w.T if problem.shared else w)", "w"
+    ),
+    Fault(
+        "strips' column statistics overwrite", TILES, "atoms.merge_two(self.names, waiting, part), None", "part, None"
+    ),
+    Fault("both ways summed, not averaged", TAILS, "- pos)) / 2", "- pos))"),
+    Fault(
+        "an anchor without positives is NaN",
+        TAILS,
+        'torch.where(found["pos_count"] > 0, value, _bad(found["neg_lse"]))[:, None]',
+        "value[:, None]",
+    ),
+    Fault("gradient of the bias dropped", CHUNKED, "out.dbias.add_(part.bias_sum)", "pass"),
+    Fault(
+        "separate positives without a gradient", OPS, "through if needs[4] else dpositives", "torch.zeros_like(d_pos)"
+    ),
+    Fault(
+        "queue: a batch that overflows is cut",
+        QUEUE,
+        "self.keys.device)) % self.size",
+        "self.keys.device)).clamp(max=self.size - 1)",
+    ),
     Fault(
         "one location drawn for the whole batch",
         AMDIM,
