@@ -80,7 +80,7 @@ TABLE: dict[tuple[int, torch.dtype], tuple[Tile, ...]] = {
         Tile(64, 32, 64, 512, 8, 2),
         Tile(64, 32, 64, 512, 8, 2),
     ),
-    (100, torch.float32): _FLOAT32,
+    (100, torch.float32): (Tile(32, 32, 32, 64, 8, 2), *_FLOAT32[1:]),
     (INTERPRETED, torch.float16): _INTERPRETED,
     (INTERPRETED, torch.float32): _INTERPRETED,
 }
