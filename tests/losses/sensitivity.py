@@ -45,7 +45,8 @@ def exact(entry: Entry, inputs: dict[str, Any], leaves: list[str], p: Precision,
         patch.setattr(sys.modules[entry.oracle.__module__], "dense_scores", probed)
         loss = entry.oracle(**inputs)
     ((s, error, noise),) = seen
-    size = 1 + s.detach().abs().max() + math.log(s.numel()) + abs(float(inputs.get("logit_bias", 0.0)))
+    shift = float(torch.as_tensor(inputs.get("logit_bias", 0.0)).detach())
+    size = 1 + s.detach().abs().max() + math.log(s.numel()) + abs(shift)
     delta = noise + ROUNDINGS * p.u * size
     tensors = [inputs[name] for name in leaves]
     *grads, w = torch.autograd.grad(loss, [*tensors, error], create_graph=True)

@@ -101,6 +101,32 @@ def test_normalize_is_the_loss_of_unit_rows(wide):
         torch.testing.assert_close(found.loss, expected.loss, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("name", ["info_nce", "symmetric", "nt_xent", "moco", "clip", "siglip", "sup_con"])
+def test_many_strips_and_panels(name, monkeypatch):
+    """Three strips of rows at the least, and panels that do not divide: what the strips hand on must add up."""
+    a, b = (torch.randn(300, 6, dtype=torch.float64).requires_grad_() for _ in range(2))
+    labels = torch.randint(20, (300,))
+    losses = {
+        "info_nce": lambda w: info_nce(a, b, torch.arange(300).flip(0), clip=9.0, penalty=0.1, backend=w),
+        "symmetric": lambda w: info_nce(a, b, torch.randperm(300), symmetric=True, temperature=0.5, backend=w),
+        "nt_xent": lambda w: nt_xent(a, b, backend=w),
+        "moco": lambda w: moco_nce(a, b, b, backend=w),
+        "clip": lambda w: clip_loss(a, b, 2.0, backend=w),
+        "siglip": lambda w: siglip_loss(a, b, 2.0, -1.0, backend=w),
+        "sup_con": lambda w: sup_con(a, labels, backend=w),
+    }
+    leaves = [a] if name in ("moco", "sup_con") else [a, b]
+    results = []
+    for backend, workspace_mb in (("reference", "16"), ("chunked", "0.1"), ("chunked", "0.5")):
+        monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", workspace_mb)
+        torch.manual_seed(0)
+        loss = losses[name](backend).loss
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for other in results[1:]:
+        for found, expected in zip(other, results[0], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+
 # ---- too little -------------------------------------------------------------------------------------------------
 
 
