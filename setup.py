@@ -152,14 +152,16 @@ def extension_arguments(parts: set[str]) -> dict[str, Any]:
     # The driver and the row text of the GPU's kernels are plain C++ and are tested on the CPU; the rest needs nvcc.
     needs_nvcc = ("rows.cu", "device.cpp")
     sources += [path for path in (ROOT / "csrc" / "cuda").glob("*.c[pu]*") if cuda or path.name not in needs_nvcc]
+    # After all others: what the toolkit has comes from the toolkit.
+    headers = [f"-idirafter{folder}" for folder in nvcc_finder.wheel_includes(nvcc_finder.find())] if cuda else []
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     library = (CUDAExtension if cuda else CppExtension)(
         "fused_nce._C",
         sorted(str(path.relative_to(ROOT)) for path in sources),
-        include_dirs=[str(ROOT / "csrc"), *(nvcc_finder.wheel_includes(nvcc_finder.find()) if cuda else [])],
+        include_dirs=[str(ROOT / "csrc")],
         define_macros=[("FUSED_NCE_CUDA", None)] if cuda else [],
         extra_compile_args={
-            "cxx": ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *openmp],
+            "cxx": ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *openmp, *headers],
             "nvcc": list(nvcc_finder.FLAGS),
         },
         # g++ code is linked without -fopenmp on purpose: its OpenMP calls then resolve to the runtime that torch has

@@ -189,7 +189,7 @@ class Budget:
 def eta(out: torch.Tensor, exact: Any, budget: Any) -> float:
     """max |out − exact| / budget; inf where a shape, an infinity or a NaN is not as it must be.
 
-    A value beyond the range of `out`'s dtype may come out as an infinity of its sign.
+    Where the budget reaches beyond the range of `out`'s dtype, an infinity of that side is within it.
     """
     exact, budget = np.broadcast_arrays(np.asarray(exact), np.asarray(budget))
     if tuple(out.shape) != exact.shape:
@@ -198,7 +198,6 @@ def eta(out: torch.Tensor, exact: Any, budget: Any) -> float:
     found = out.detach().to("cpu", wide).numpy().astype(exact.dtype)
     with np.errstate(invalid="ignore"):
         error = np.abs(found - exact)
-        beyond = np.abs(exact) + budget >= torch.finfo(out.dtype).max
-        right_infinity = np.isinf(found) & (np.sign(found) == np.sign(exact)) & (beyond | np.isinf(exact))
+        right_infinity = np.isinf(found) & (np.sign(found) * exact + budget >= torch.finfo(out.dtype).max)
         ratio = np.where(right_infinity, 0.0, error / budget)
     return float(np.where(np.isfinite(ratio), ratio, np.inf).max(initial=0.0))

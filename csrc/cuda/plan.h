@@ -87,11 +87,11 @@ inline Plan make_plan(const Work& w, int64_t limit) {
     const int64_t in_l2 = std::min(kL2Bytes, limit / 4) / (4 * stride_of(w.columns));
     const int64_t most = std::max(kRowTile, in_l2 / kRowTile * kRowTile);
     const int64_t least = std::min(w.rows, w.gradients ? kLeastBlock : kRowTile);
-    for (int64_t blocks = 1, block = w.rows; block >= least; block = ceil_div(w.rows, ++blocks)) {
+    for (int64_t blocks = 1; blocks <= w.rows && ceil_div(w.rows, blocks) >= least; blocks += 1 + blocks / 16) {
+      const int64_t block = ceil_div(w.rows, blocks);
       const int64_t strips = ceil_div(block, most);
       const int64_t strip = strips == 1 ? block : std::min(block, round_up(ceil_div(block, strips), kRowTile));
       if (fits(strip, w.gradients ? block : strip, w.columns)) return p;
-      if (blocks > 16) blocks += blocks / 16;
     }
   }
   // Panels: as many columns as fit the L2 and the limit, for the tallest block that still leaves 512 of them.

@@ -6,6 +6,9 @@ What is not run here is cuBLAS and the launches: `bench/static_cuda.py` tells wh
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -192,3 +195,21 @@ def test_arguments_are_checked_before_any_work(change, message):
     q, k, *rest = arguments
     with pytest.raises((ValueError, TypeError), match=message):
         torch.ops.fused_nce.cuda_stats(q, k, 1.0, *rest)
+
+
+def test_the_contract_holds_too():
+    """What every backend is held to: golden values, non-finite inputs, layouts, autocast, `torch.compile`."""
+    files = ("contract", "golden", "nonfinite", "determinism", "ops")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.backends.play_gpu", "-p", "no:cacheprovider"]
+    select = ["-k", "cuda and not opcheck"]  # opcheck wants float64
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": "", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [*command, *select, *(f"tests/core/test_{name}.py" for name in files)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout.splitlines()[-1]

@@ -74,5 +74,6 @@ def test_workspace_does_not_grow_with_the_problem():
 def test_published_formula_and_refusal():
     spec = Spec(Block(4), TanhClip(20.0))
     assert cuda.workspace_bytes(spec, 64, 256, 32, 2, 256 * MIB) >= 64 * 256 * 6  # scores and weights
-    assert "its kernels run on NVIDIA GPUs, not on cpu" in str(cuda.why_not(spec, torch.ones(4, 8), torch.ones(16, 8)))
-    assert "float64" in str(cuda._unable(MODULE, spec, torch.ones(4, 8).double(), torch.ones(16, 8).double()))
+    on_cpu = cuda.why_not(spec, torch.ones(4, 8), torch.ones(16, 8)) or ""
+    assert on_cpu.startswith("its kernels run on NVIDIA GPUs, not on cpu")
+    assert "float64" in (cuda._unable(MODULE, spec, torch.ones(4, 8).double(), torch.ones(16, 8).double()) or "")

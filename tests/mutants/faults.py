@@ -270,6 +270,8 @@ PYTHON = (
 
 ROWS, STRIP, SWEEP, FORMULAS = "csrc/cpu/rows.inl", "csrc/cpu/strip.cpp", "csrc/cpu/sweep.cpp", "csrc/atoms.h"
 
+GPU_ROWS, GPU_GROUPS, GPU_SWEEP = "csrc/cuda/rows.h", "csrc/cuda/groups.h", "csrc/cuda/sweep.cpp"
+
 CPP = (
     Fault(
         "kernels: p − 1 cancels", FORMULAS, "return -sigmoid(neg_lse - pos);", "return sigmoid(pos - neg_lse) - 1.0f;"
@@ -297,5 +299,18 @@ CPP = (
     ),
     Fault(
         "kernels: groups summed without their shifts", FORMULAS, "+ b.sum * exp_value(b.shift - out.shift)", "+ b.sum"
+    ),
+    Fault("gpu: dk not accumulated across blocks", GPU_SWEEP, "alpha, first > 0,", "alpha, false,"),
+    Fault("gpu: dq not accumulated across panels", GPU_SWEEP, "alpha, column > 0,", "alpha, false,"),
+    Fault("gpu: padding counted", GPU_ROWS, "negative[u] = inside && !own;", "negative[u] = !own;"),
+    Fault(
+        "gpu: parts share columns",
+        GPU_ROWS,
+        "clamp((part + 1) * share, strip.columns)",
+        "clamp(strip.columns, strip.columns)",
+    ),
+    Fault("gpu: only the first part counts", GPU_GROUPS, "s < rows.slots;", "s < 1;"),
+    Fault(
+        "gpu: learnable scale left out of the gradients", GPU_SWEEP, "if (in_.need_k) out_.dk.mul_(scale_tensor_);", ""
     ),
 )

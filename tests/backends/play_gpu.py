@@ -1,0 +1,13 @@
+"""A pytest plugin, `-p tests.backends.play_gpu`: the `cuda` backend takes CPU tensors, and the CPU plays the GPU."""
+
+from typing import Any
+
+from fused_nce import _extension
+from fused_nce.backends import cuda
+
+MODULE: Any = _extension.status()[0]
+
+
+def pytest_configure() -> None:
+    """For the whole run."""
+    cuda.why_not = lambda spec, q, k: cuda._unable(MODULE, spec, q, k)  # type: ignore[assignment]
