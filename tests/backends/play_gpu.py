@@ -10,4 +10,4 @@ MODULE: Any = _extension.status()[0]
 
 def pytest_configure() -> None:
     """For the whole run."""
-    cuda.why_not = lambda spec, q, k: cuda._unable(MODULE, spec, q, k)  # type: ignore[assignment]
+    cuda.why_not = lambda spec, q, k: cuda._unable(MODULE, spec, q, k)
