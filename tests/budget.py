@@ -164,7 +164,8 @@ class Budget:
         dq = self.scale * ((error + u * self.growth(o.m) * w) @ sizes[1]) + o.m * flush * sizes[1].max()
         dk = self.scale * ((error + u * self.growth(o.n) * w).T @ sizes[0]) + o.n * flush * sizes[0].max()
         noise = 4 * (w * delta).sum() / self.scale if self.scale else 0.0
-        dscale = (error * np.abs(o.r)).sum() + noise + 16 * u * (w * np.abs(o.r)).sum() + 1e-30
+        summed = max(16.0, self.growth(o.n * o.m)) if self.equal else 16.0
+        dscale = (error * np.abs(o.r)).sum() + noise + summed * u * (w * np.abs(o.r)).sum() + 1e-30
         # bfloat16 gradients wait for the upstream one in bfloat16, so they are rounded before it and after.
         u_out = ROUNDOFF[self.p.out] * (2 if self.p.out == torch.bfloat16 else 1)
         return Gradients(

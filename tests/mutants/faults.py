@@ -28,7 +28,7 @@ PYTHON = (
     Fault(
         "softplus linear from 20 on",
         ATOMS,
-        "return torch.logaddexp(torch.zeros_like(z), z)",
+        "return -torch.nn.functional.logsigmoid(-z)",
         "return torch.nn.functional.softplus(z)",
     ),
     Fault(
@@ -284,9 +284,9 @@ CPP = (
     ),
     Fault(
         "kernels: offset ignored",
-        ROWS,
-        "(image - scoring.offset) * scoring.rows_per_image",
-        "image * scoring.rows_per_image",
+        SWEEP,
+        "i / scoring_.rows_per_image + scoring_.offset",
+        "i / scoring_.rows_per_image",
     ),
     Fault("kernels: NaN hidden", STRIP, "= log_value(total) + bad;", "= log_value(total);"),
     Fault("kernels: dk not accumulated across strips", SWEEP, "strip_.first > 0", "false"),
