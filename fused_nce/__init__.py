@@ -24,6 +24,7 @@ from fused_nce.losses import (
     siglip_loss,
     sup_con,
 )
+from fused_nce.verify import verify
 
 __all__ = [
     "AMDIMLoss",
@@ -48,5 +49,6 @@ __all__ = [
     "sup_con",
     "tile_loss",
     "tile_stats",
+    "verify",
     "workspace_bytes",
 ]

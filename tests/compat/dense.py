@@ -1,0 +1,74 @@
+"""The losses that the adapters stand in for, dense, in float64 and plain torch, written from their formulas."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+def amdim_scores(r_src, r_trg, n_images, tclip, penalty=0.05, offset=0):
+    """(log-probabilities, clipped positives, penalty·mean(s²)), each positive against all other images, one by one."""
+    n_locs = r_trg.shape[1] // n_images
+    s = (r_src @ r_trg).view(len(r_src), n_images, n_locs) / math.sqrt(r_src.shape[1])
+    t = tclip * torch.tanh(s / tclip)
+    rows, scores = [], []
+    for i in range(len(r_src)):
+        others = torch.cat([t[i, k] for k in range(n_images) if k != i + offset] or [t.new_full((1,), -math.inf)])
+        own = t[i, i + offset]
+        rows.append(torch.stack([x - torch.logsumexp(torch.cat((x[None], others)), 0) for x in own]))
+        scores.append(own)
+    return torch.stack(rows), torch.stack(scores), penalty * s.square().mean()
+
+
+def amdim_multi(sources, targets, n_images, tclip):
+    """Four numbers of sources r1_1, r5_1, r1_2, r5_2 and targets r5_1, r7_1, r5_2, r7_2."""
+    (r1_1, r5_1, r1_2, r5_2), (t5_1, t7_1, t5_2, t7_2) = sources, targets
+    ways = [(r1_1, t5_2), (r1_2, t5_1), (r1_1, t7_2), (r1_2, t7_1), (r5_1, t5_2), (r5_2, t5_1)]
+    found = [amdim_scores(a, b, n_images, tclip) for a, b in ways]
+    losses = [-0.5 * (found[2 * i][0].mean() + found[2 * i + 1][0].mean()) for i in range(3)]
+    return (*losses, 0.5 * sum(x[2] for x in found))
+
+
+def nt_xent(out0, out1, temperature):
+    """Mean cross-entropy of each of 2N rows among the others, its twin the target."""
+    z = torch.cat((out0, out1))
+    s = (z @ z.T / temperature).masked_fill(torch.eye(len(z), dtype=torch.bool), -math.inf)
+    return nn.functional.cross_entropy(s, torch.arange(len(z)).roll(len(out0)))
+
+
+def bank(out0, out1, negatives, temperature):
+    """Mean cross-entropy of the own twin against the bank."""
+    z0, z1 = (nn.functional.normalize(x, dim=1) for x in (out0, out1))
+    logits = torch.cat(((z0 * z1).sum(1, keepdim=True), z0 @ negatives.T), dim=1) / temperature
+    return nn.functional.cross_entropy(logits, torch.zeros(len(z0), dtype=torch.int64))
+
+
+def clip(image, text, logit_scale, logit_bias):
+    """Mean of two cross-entropies."""
+    logits, labels = logit_scale * image @ text.T + logit_bias, torch.arange(len(image))
+    return (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
+
+
+def siglip(image, text, logit_scale, logit_bias):
+    """Every pair a question of its own, divided by N."""
+    logits = logit_scale * image @ text.T + logit_bias
+    signs = 2 * torch.eye(len(image), dtype=logits.dtype) - 1
+    return -nn.functional.logsigmoid(signs * logits).sum() / len(image)
+
+
+def sup_con(features, classes, temperature, base_temperature, mode):
+    """Each anchor's mean log-probability of its positives among all rows but itself; 0 without one."""
+    images, views = features.shape[:2]
+    rows = [(b, v) for v in range(views) for b in range(images)]
+    total = 0 * features.sum()
+    anchors = rows if mode == "all" else rows[:images]
+    for b, v in anchors:
+        others = [(c, w) for c, w in rows if (c, w) != (b, v)]
+        s = torch.stack([features[b, v].flatten() @ features[c, w].flatten() for c, w in others] or [total])
+        log_p = (s / temperature).log_softmax(0)
+        own = [log_p[i] for i, (c, _) in enumerate(others) if classes[c] == classes[b]]
+        if own:
+            total = total - torch.stack(own).mean()
+    return temperature / base_temperature * total / len(anchors)

@@ -1,0 +1,265 @@
+"""Every adapter on 50 random configurations: values and gradients are those of the formula that it stands in for.
+
+float64 shows a wrong formula: within 1e-10 of the largest gradient. float32, on whatever backend is chosen, is held to
+5e-5 of it: 2^-24·(4 + √D)·|s| for the scores, whose largest here is 1/0.07, with a factor of ten to spare.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from fused_nce.compat import amdim, bolts, lightly, open_clip, supcontrast
+from tests.compat import dense
+
+CONFIGURATIONS = 50
+WITHIN = {torch.float64: 1e-10, torch.float32: 5e-5}
+
+
+def agree(ours, formula, tensors, dtype, seed):
+    """Values, and the gradients of a random weighting of them by every tensor."""
+    exact = [x.double().requires_grad_() for x in tensors]
+    given = [x.to(dtype).requires_grad_() for x in tensors]
+    expected, found = formula(*exact), ours(*given)
+    expected, found = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (expected, found))
+    weights = torch.rand(len(expected), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 0.5
+    within = WITHIN[dtype]
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, rtol=within, atol=within, msg=f"value, seed {seed}")
+    want = torch.autograd.grad(sum((w * x.sum() for w, x in zip(weights, expected, strict=True))), exact)
+    have = torch.autograd.grad(sum((w.item() * x.sum() for w, x in zip(weights, found, strict=True))), given)
+    for i, (a, b) in enumerate(zip(have, want, strict=True)):
+        assert a.dtype == dtype
+        allowed = within * b.abs().max() + 1e-2 * within
+        assert (a.double() - b).abs().max() <= allowed, f"gradient {i}, seed {seed}"
+
+
+def held(loss):
+    """The keys of a loss's memory bank, (K, D)."""
+    return loss.get_buffer("memory_bank.keys")
+
+
+def drawn(seed):
+    """A generator for tensors and one for sizes."""
+    return torch.Generator().manual_seed(seed), random.Random(seed)
+
+
+def unit(*shape, generator):
+    return nn.functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def both(test):
+    """Run `test(seed, dtype)` on every configuration, in both dtypes."""
+
+    @pytest.mark.parametrize("dtype", WITHIN)
+    def every(dtype):
+        for seed in range(CONFIGURATIONS):
+            test(seed, dtype)
+
+    every.__doc__ = test.__doc__
+    return every
+
+
+@both
+def test_amdim_nce_mi_multi(seed, dtype):
+    """Rows of some images against all of them, as DataParallel hands them out; the four numbers weighted apart."""
+    g, pick = drawn(seed)
+    images, width, tclip = pick.randint(1, 6), pick.choice((3, 8, 17)), pick.choice((4.0, 10.0, 20.0))
+    n = pick.randint(1, images)
+    offset = pick.randint(0, images - n)
+    mask = torch.eye(images)[offset : offset + n]
+    shapes = [(n, width)] * 4 + [(width, images * locs) for locs in (25, 49, 25, 49)]
+    tensors = [pick.choice((0.5, 2.0)) * torch.randn(*shape, generator=g, dtype=torch.float64) for shape in shapes]
+    loss = amdim.NCE_MI_MULTI(tclip)
+
+    def formula(*x):
+        ways = [(x[0], x[6]), (x[2], x[4]), (x[0], x[7]), (x[2], x[5]), (x[1], x[6]), (x[3], x[4])]
+        found = [dense.amdim_scores(a, b, images, tclip, offset=offset) for a, b in ways]
+        losses = [-0.5 * (found[2 * i][0].mean() + found[2 * i + 1][0].mean()) for i in range(3)]
+        return (*losses, 0.5 * sum(way[2] for way in found))
+
+    agree(lambda *x: loss(*x[:4], *(t[None] for t in x[4:]), mask, "train"), formula, tensors, dtype, seed)
+    if seed % 10 == 0:
+        seen = loss(*tensors[:4], *(t[None] for t in tensors[4:]), mask, mode="viz")
+        wanted = dense.amdim_scores(tensors[0], tensors[7], images, tclip, offset=offset)[:2]
+        for a, b in zip(seen, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@both
+def test_amdim_loss_multi_nce(seed, dtype):
+    """From maps, the 5×5 sources drawn from torch's generator in upstream's order."""
+    g, pick = drawn(seed)
+    images, width, tclip = pick.randint(2, 5), pick.choice((4, 9)), pick.choice((10.0, 20.0))
+    maps = [torch.randn(images, width, s, s, generator=g, dtype=torch.float64) for s in (1, 5, 7) * 2]
+    if pick.random() < 0.5:
+        maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
+    loss = amdim.LossMultiNCE(tclip=tclip)
+    torch.manual_seed(seed)
+    places = [torch.randint(0, 25, (images,)) for _ in range(2)]
+
+    def ours(*x):
+        torch.manual_seed(seed)
+        return loss(*x)
+
+    def formula(*x):
+        at = [torch.stack([x[m][i, :, p // 5, p % 5] for i, p in enumerate(places[v])]) for v, m in enumerate((1, 4))]
+        sources = (x[0][:, :, 0, 0], at[0], x[3][:, :, 0, 0], at[1])
+        targets = [x[m].permute(1, 0, 2, 3).reshape(width, -1) for m in (1, 2, 4, 5)]
+        return dense.amdim_multi(sources, targets, images, tclip)
+
+    agree(ours, formula, maps, dtype, seed)
+
+
+@both
+def test_bolts_amdim(seed, dtype):
+    g, pick = drawn(seed)
+    images, width, locs, tclip = pick.randint(1, 7), pick.choice((3, 16)), pick.randint(1, 9), pick.choice((5.0, 10.0))
+    tensors = [torch.randn(*s, generator=g, dtype=torch.float64) for s in ((images, width), (width, images * locs))]
+
+    def formula(a, b):
+        scores, _, penalty = dense.amdim_scores(a, b, images, tclip)
+        return -scores.mean(), penalty
+
+    agree(lambda a, b: bolts.AmdimNCELoss(tclip)(a, b, torch.eye(images)), formula, tensors, dtype, seed)
+
+
+@both
+def test_bolts_nt_xent(seed, dtype):
+    g, pick = drawn(seed)
+    n, width, temperature = pick.randint(1, 20), pick.choice((3, 16, 33)), pick.choice((0.07, 0.5, 1.0))
+    views = [unit(n, width, generator=g) for _ in range(2)]
+    agree(
+        lambda a, b: bolts.nt_xent_loss(a, b, temperature),
+        lambda a, b: dense.nt_xent(a, b, temperature),
+        views,
+        dtype,
+        seed,
+    )
+
+
+@both
+def test_lightly_nt_xent(seed, dtype):
+    """Any row lengths, a negative temperature too."""
+    g, pick = drawn(seed)
+    n, width, temperature = pick.randint(1, 20), pick.choice((3, 16, 33)), pick.choice((0.07, 0.1, 0.5, -0.5))
+    views = [torch.randn(n, width, generator=g, dtype=torch.float64) for _ in range(2)]
+    loss = lightly.NTXentLoss(temperature)
+    agree(
+        loss,
+        lambda a, b: dense.nt_xent(nn.functional.normalize(a, dim=1), nn.functional.normalize(b, dim=1), temperature),
+        views,
+        dtype,
+        seed,
+    )
+
+
+@both
+def test_lightly_with_a_bank(seed, dtype):
+    """View 0 against the bank as it was before the call; gradients of both views."""
+    g, pick = drawn(seed)
+    n, width, size = pick.randint(1, 9), pick.choice((3, 16)), pick.randint(1, 40)
+    temperature = pick.choice((0.07, 0.5, -1.0))
+    views = [torch.randn(n, width, generator=g, dtype=torch.float64) for _ in range(2)]
+    loss = lightly.NTXentLoss(temperature, memory_bank_size=(size, width))
+    before = held(loss).clone().double()
+    agree(loss, lambda a, b: dense.bank(a, b, before, temperature), views, dtype, seed)
+    newest = nn.functional.normalize(views[1], dim=1)[-size:].float()
+    bank = held(loss)
+    assert all((bank - row).abs().sum(1).min() < 1e-5 for row in newest)
+
+
+@both
+def test_open_clip_clip(seed, dtype):
+    """Scale and bias tensors, 0-d or of one element; the bias has a zero gradient, not none."""
+    g, pick = drawn(seed)
+    n, width = pick.randint(2, 20), pick.choice((3, 16, 33))
+    shape = pick.choice(((), (1,)))
+    tensors = [
+        *(unit(n, width, generator=g) for _ in range(2)),
+        torch.full(shape, pick.choice((1.0, 5.0, 14.0)), dtype=torch.float64),
+        torch.full(shape, -2.0, dtype=torch.float64),
+    ]
+    loss = open_clip.ClipLoss(cache_labels=True)
+    agree(lambda *x: loss(*x, output_dict=True)["contrastive_loss"], dense.clip, tensors, dtype, seed)
+    if seed == 0:
+        assert torch.equal(
+            loss(*tensors[:3]), loss(image_features=tensors[0], text_features=tensors[1], logit_scale=tensors[2])
+        )
+
+
+@both
+def test_open_clip_sig_lip(seed, dtype):
+    g, pick = drawn(seed)
+    n, width = pick.randint(1, 20), pick.choice((3, 16, 33))
+    shape = pick.choice(((), (1,)))
+    tensors = [
+        *(unit(n, width, generator=g) for _ in range(2)),
+        torch.full(shape, pick.choice((1.0, 10.0)), dtype=torch.float64),
+        torch.full(shape, pick.choice((-10.0, 0.0)), dtype=torch.float64),
+    ]
+    loss = open_clip.SigLipLoss(dist_impl=pick.choice((None, "gather")), chunk_size=pick.choice((0, 8)))
+    agree(lambda *x: loss(*x, output_dict=True)["contrastive_loss"], dense.siglip, tensors, dtype, seed)
+
+
+@both
+def test_supcontrast(seed, dtype):
+    """Views, maps as features, labels or a mask or neither, anchors of one view or all."""
+    g, pick = drawn(seed)
+    images, views, mode = pick.randint(1, 6), pick.randint(1, 3), pick.choice(("all", "one"))
+    temperature, base = pick.choice((0.07, 0.5)), pick.choice((0.07, 0.5))
+    features = unit(images, views, 12, generator=g)
+    if pick.random() < 0.3:
+        features = features.reshape(images, views, 3, 2, 2)
+    labels = torch.tensor([pick.randint(-1, 2) for _ in range(images)])
+    how = pick.choice(("labels", "column", "mask", "none"))
+    given = {
+        "labels": {"labels": labels.to(pick.choice((torch.int32, torch.int64)))},
+        "column": {"labels": labels[:, None]},
+        "mask": {"mask": (labels[:, None] == labels).to(pick.choice((torch.float32, torch.bool)))},
+        "none": {},
+    }[how]
+    classes = labels if how != "none" else torch.arange(images)
+    loss = supcontrast.SupConLoss(temperature, mode, base)
+    agree(
+        lambda x: loss(x, **given),
+        lambda x: dense.sup_con(x, classes.tolist(), temperature, base, mode),
+        [features],
+        dtype,
+        seed,
+    )
+
+
+def test_copies_and_state_dicts():
+    """Upstream's keys load strictly; what is saved comes back."""
+    assert list(amdim.LossMultiNCE().state_dict()) == ["masks_r5"]
+    masks = amdim.LossMultiNCE().masks_r5
+    assert masks.dtype == torch.uint8
+    assert masks.shape == (25, 1, 5, 5)
+    assert all(masks[5 * i + j, 0, i, j] == 1 for i in range(5) for j in range(5))
+    assert masks.sum() == 25
+    one, two = (lightly.NTXentLoss(memory_bank_size=(8, 3)) for _ in range(2))
+    kept = held(two).clone()
+    two.load_state_dict({})  # upstream saves no bank
+    assert torch.equal(held(two), kept)
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(held(two), held(one))
+    assert not torch.equal(held(two), kept)
+    assert torch.equal(held(copy.deepcopy(one)), held(one))
+
+
+def test_the_bank_stands_still_for_an_evaluation():
+    loss = lightly.NTXentLoss(memory_bank_size=(8, 3))
+    kept = held(loss).clone()
+    loss(torch.randn(4, 3), torch.randn(4, 3))
+    assert torch.equal(held(loss), kept)
+
+
+def test_an_empty_mask_is_upstreams_sign_to_skip():
+    x = [torch.randn(2, 4) for _ in range(4)] + [torch.randn(1, 4, 2 * n) for n in (25, 49, 25, 49)]
+    assert [float(v) for v in amdim.NCE_MI_MULTI()(*x, torch.zeros(2, 2), "train")] == [0, 0, 0, 0]
