@@ -14,11 +14,15 @@ from fused_nce.core.cost import Cost, Measured
 
 def test_the_width_decides():
     """Recomputing wins while D is small; for float32 the tensor cores that it does without decide at any D."""
-    for n, m in ((256, 65536), (8192, 8192)):
+    for n, m in ((4096, 65536), (32768, 32768)):
         assert cost.fastest_first(n, m, 64, torch.bfloat16)[0] == "triton"
         assert cost.fastest_first(n, m, 256, torch.bfloat16)[0] == "cuda"
         assert cost.fastest_first(n, m, 2560, torch.float16) == ["cuda", "triton"]
         assert cost.fastest_first(n, m, 64, torch.float32)[0] == "cuda"
+
+
+def test_few_launches_win_where_there_are_few_scores():
+    assert cost.fastest_first(128, 6272, 64, torch.bfloat16) == ["cuda", "triton"]
 
 
 def test_between_and_beyond_the_entries():

@@ -52,7 +52,8 @@ def partners(
 ):
     """The rows of y in the image of each x, from the p-th: (X, PARTNERS) indices, which of them there are, places."""
     place = p + tl.arange(0, PARTNERS)
-    ys = (image_of(xs, x_first, X_PER_IMAGE)[:, None] - y_first) * Y_PER_IMAGE + place[None, :]
+    image = (image_of(xs, x_first, X_PER_IMAGE) - y_first).to(tl.int64)  # times its rows it may pass 2^31
+    ys = image[:, None] * Y_PER_IMAGE + place[None, :]
     return ys, (place < Y_PER_IMAGE)[None, :] & (xs < n_x)[:, None] & (ys >= 0) & (ys < n_y), place
 
 

@@ -144,7 +144,8 @@ class Sweep:
     def statistics(self, rows: Tensor) -> Statistics:
         """The spec's choice of the (3, N) rows, in its order, and the positives."""
         names = self.spec.stats
-        chosen = rows if names == STATISTICS else rows[[STATISTICS.index(name) for name in names]]
+        # Not indexed by a list: that is a tensor on the host, and copying it would wait for the GPU.
+        chosen = rows if names == STATISTICS else torch.stack([rows[STATISTICS.index(name)] for name in names])
         return Statistics(self.positives(), chosen)
 
     def gradients(self, found: Statistics, d: Coefficients, square: bool, needs: Needs) -> Gradients:
