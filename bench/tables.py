@@ -20,7 +20,7 @@ from bench.rivals import RIVALS
 from bench.text import markdown
 from bench.verdict import LIBRARY_LABELS, cells, judged, linear_fit, time_ms
 
-PUBLISHED = ROOT / "bench/results/cpu-intel-xeon-2c-amx.json"  # the host that the documents quote
+PUBLISHED = ROOT / "bench/results/cpu-amd-epyc-2c-avx512.json"  # the host that the documents quote
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 Record = dict[str, Any]
 

@@ -3,8 +3,10 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "params.h"
@@ -27,6 +29,7 @@ struct SweepInputs {
   Layout layout;
   bool need_q, need_k, need_scale;
   int64_t workspace_bytes;
+  bool shared;  // q is k
 };
 
 // Statistics: written by stats and loss, read by grads.
@@ -73,10 +76,12 @@ inline SweepInputs inputs(const at::Tensor& q, const at::Tensor& k, double scale
   const int64_t images = k.size(0) / n_c, last = (q.size(0) - 1) / rows_per_image + offset;
   TORCH_CHECK_VALUE(!layout.by_arithmetic() || (offset >= 0 && last < images), "offset is ", offset, ", so the rows are of images ", offset, " to ",
                     last, ", needed: within the ", images, " images of k");
-  TORCH_CHECK_VALUE(clip >= 0.0 && std::isfinite(clip), "clip is ", clip, ", needed: 0 (none) or a positive number");
+  TORCH_CHECK_VALUE(clip == 0.0 || (static_cast<float>(clip) > 0.0f && std::isfinite(static_cast<float>(clip))),
+                    "clip is ", clip, ", needed: 0 (none) or a positive number in the range of float");
   TORCH_CHECK_VALUE(workspace_bytes > 0, "workspace_bytes is ", workspace_bytes, ", needed: a positive number");
   const Scoring scoring{static_cast<float>(scale), static_cast<float>(clip), n_c, rows_per_image, offset};
-  return {with_rows(q), with_rows(k), scoring, std::move(layout), need_q, need_k, need_scale, workspace_bytes};
+  return {with_rows(q), with_rows(k), scoring, std::move(layout), need_q, need_k, need_scale, workspace_bytes,
+          q.is_same(k)};
 }
 
 inline at::TensorOptions floats(const at::Tensor& q) { return q.options().dtype(at::kFloat); }
@@ -84,7 +89,8 @@ inline at::TensorOptions floats(const at::Tensor& q) { return q.options().dtype(
 inline RowStatistics new_statistics(const at::Tensor& q, int64_t n_c) {
   const int64_t n = q.size(0);
   const auto options = floats(q);
-  return {at::empty({n, n_c}, options), at::empty({n}, options), at::empty({n}, options), at::empty({n}, options)};
+  // A row whose positive is nowhere shows it.
+  return {at::full({n, n_c}, std::numeric_limits<float>::quiet_NaN(), options), at::empty({n}, options), at::empty({n}, options), at::empty({n}, options)};
 }
 
 inline Gradients new_gradients(const SweepInputs& in, at::ScalarType dk_type = at::kFloat) {

@@ -23,11 +23,12 @@ enum class Elements {
 
 struct Work {
   int64_t rows, columns, width;  // N, M, D
-  int64_t image;                 // n_c, columns that share an id
+  int64_t image;                 // n_c, columns that share an id; or P, where positives are no columns
   Elements elements;
   bool both;                     // statistics and gradients in one call: scores may be stored
   bool gradients;                // any gradient at all
   bool need_q, need_k;
+  bool shared = false;           // q is k: dk is one half of a gradient, and is not rounded alone
 };
 
 struct Plan {
@@ -87,7 +88,7 @@ inline bool try_plan(const Work& w, Plan& p, int64_t strips, int64_t most_column
                      int64_t limit) {
   p.lanes = round_up(ceil_div(w.rows, strips), kLaneBlock);
   p.strips = ceil_div(w.rows, p.lanes);
-  p.dk_rounded = w.need_k && p.strips == 1 && w.elements == Elements::bfloat16;
+  p.dk_rounded = w.need_k && !w.shared && p.strips == 1 && w.elements == Elements::bfloat16;
   p.tiles = ceil_div(w.columns, std::min(most_columns, round_up(ceil_div(w.columns, 4), 2)));
   p.tile_columns = round_up(ceil_div(w.columns, p.tiles), 2);
   p.tiles = ceil_div(w.columns, p.tile_columns);

@@ -19,8 +19,9 @@ namespace fused_nce {
 namespace {
 
 Work work_of(const SweepInputs& in, bool statistics, bool gradients) {
-  return {in.q.size(0), in.k.size(0), in.q.size(1), in.scoring.n_c, elements_of(in.q.scalar_type(), in.q.size(1)),
-          statistics && gradients, gradients, in.need_q, in.need_k};
+  return {in.q.size(0), in.k.size(0), in.q.size(1), std::max(in.scoring.n_c, in.layout.n_pos),
+          elements_of(in.q.scalar_type(), in.q.size(1)), statistics && gradients, gradients, in.need_q, in.need_k,
+          in.shared};
 }
 
 // What one task owns.
@@ -63,7 +64,7 @@ class Sweep {
     ids_ = arena_.take<int32_t>(lanes);
     itself_ = arena_.take<int32_t>(lanes);
     coefficients_ = {arena_.take<float>(lanes), arena_.take<float>(lanes), arena_.take<float>(lanes),
-                     arena_.take<float>(lanes), arena_.take<float>(scoring_.n_c * lanes)};
+                     arena_.take<float>(lanes), arena_.take<float>(work_.image * lanes)};
     for (int64_t g = 0; g < plan_.groups; ++g) {
       groups_.push_back(make_group(g == 0));
       accumulators_.push_back(groups_.back().acc);

@@ -125,6 +125,6 @@ def _rows(spec: Spec, found: list[Tensor]) -> Tensor:
 def _plan(
     module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype: torch.dtype, limit_bytes: int
 ) -> dict[str, Any]:
-    image = spec.layout.n_c if isinstance(spec.layout, Block) else 1
+    image = spec.layout.n_c if isinstance(spec.layout, Block) else max(1, spec.n_pos)
     plan: dict[str, Any] = module.plan(n, m, d, dtype, limit_bytes, image=image)
     return plan

@@ -142,7 +142,7 @@ class LseTile(Tile):
         """From the exponentials and the norms of the dot products."""
         if self.own:
             pos.copy_(torch.where(self.own.inside, self.own_x * self.factor, pos))
-        bad = atoms.poison(self.r)
+        bad = atoms.poison(self.r) + 0 * self.p.scale  # a scale that is not finite shows too
         shift = self.shift.squeeze(1) if isinstance(self.shift, Tensor) else self.shift
         value = {
             "neg_lse": lambda: self.e.sum(dim=1).log_().add_(shift) + bad,

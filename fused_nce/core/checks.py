@@ -45,7 +45,7 @@ def check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
         TypeError: two dtypes (outside autocast).
         ValueError: two devices or widths.
     """
-    if a.dtype != b.dtype:
+    if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
         raise TypeError(f"{name_b}: got {b.dtype}, need {name_a}'s {a.dtype} (torch.autocast casts both)")
     if a.device != b.device:
         raise ValueError(f"{name_b}: got device {b.device}, need {name_a}'s {a.device}")
@@ -133,15 +133,25 @@ def check_ids(name: str, ids: Tensor | None, length: int, letter: str, device: t
         raise ValueError(f"{name}: got device {ids.device}, need the inputs' {device}")
 
 
-def check_targets(targets: Tensor, m: int) -> None:
+def check_targets(targets: Tensor, m: int, itself: int | None) -> None:
     """Targets within the M columns. Reads them, so for the CPU alone: elsewhere one out of range gives its row a NaN.
 
+    Args:
+        targets: (N,) int64.
+        m: columns M.
+        itself: the column that row 0 is, where rows are left out; None where they are not.
+
     Raises:
-        ValueError: for one out of range.
+        ValueError: for one out of range, or a row that is its own target and left out.
     """
     low, high = (int(x) for x in torch.aminmax(targets))
     if low < 0 or high >= m:
         raise ValueError(f"targets: got {low if low < 0 else high}, need 0 <= target < M = {m}")
+    if itself is not None:
+        own = targets == torch.arange(itself, itself + targets.shape[0])
+        if own.any():
+            row = int(own.to(torch.int64).argmax())
+            raise ValueError(f"targets: got row {row} itself, which drop_self leaves out, need another column")
 
 
 def check_statistics(spec: Spec) -> None:

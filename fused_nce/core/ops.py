@@ -125,7 +125,7 @@ def _finish(problem: Problem, x: Scores, out: Gradients, d_pos: Tensor, needs: l
 def _prepared(x: Scores, backend: str) -> tuple[Problem, str, Backend]:
     problem = _problem(x)
     if isinstance(problem.spec.layout, Index) and problem.q.device.type == "cpu":
-        checks.check_targets(cast(Tensor, x.row_ids), problem.m)
+        checks.check_targets(cast(Tensor, x.row_ids), problem.m, x.offset if problem.spec.drop_self else None)
     name, module = choose(problem.spec, problem.q, None if problem.shared else problem.k, backend)
     return problem, name, module
 

@@ -68,8 +68,7 @@ def _check_features(antecedents: Tensor, consequents: Tensor, offset: int) -> No
     rows = ("n_a", "D") if not isinstance(antecedents, Tensor) or antecedents.dim() != 3 else ("n_a", "n_r", "D")
     checks.check_tensor("antecedents", antecedents, rows)
     checks.check_tensor("consequents", consequents, ("n_k", "n_c", "D"))
-    if not torch.is_autocast_enabled(antecedents.device.type):
-        checks.check_pair("antecedents", antecedents, "consequents", consequents)
+    checks.check_pair("antecedents", antecedents, "consequents", consequents)
     n_a, n_k = antecedents.shape[0], consequents.shape[0]
     checks.check_int("offset", offset)
     if offset < 0 or offset + n_a > n_k:

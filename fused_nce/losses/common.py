@@ -35,8 +35,7 @@ def check_rows(name_a: str, a: Tensor, name_b: str, b: Tensor, *, same_n: bool) 
     """
     checks.check_tensor(name_a, a, ("N", "D"))
     checks.check_tensor(name_b, b, ("N" if same_n else "M", "D"))
-    if not torch.is_autocast_enabled(a.device.type):
-        checks.check_pair(name_a, a, name_b, b)
+    checks.check_pair(name_a, a, name_b, b)
     if same_n and a.shape[0] != b.shape[0]:
         raise ValueError(f"{name_b}: got N = {b.shape[0]}, need {name_a}'s {a.shape[0]}")
 

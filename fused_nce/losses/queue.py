@@ -82,12 +82,13 @@ class MemoryQueue(nn.Module):
             kept = "no labels" if self.labels is None else "labels"
             raise ValueError(f"labels: got {'none' if labels is None else 'some'}, need what the queue keeps: {kept}")
         batch = keys.shape[0]
+        if labels is not None:
+            checks.check_ids("labels", labels, batch, "B", self.keys.device)
         kept_rows = min(batch, self.size)
         first = self.pointer + (batch - kept_rows)
         slots = (first + torch.arange(kept_rows, device=self.keys.device)) % self.size
         self.keys.index_copy_(0, slots, keys[batch - kept_rows :].to(self.keys.dtype))
         if labels is not None and self.labels is not None:
-            checks.check_ids("labels", labels, batch, "B", self.keys.device)
             self.labels.index_copy_(0, slots, labels[batch - kept_rows :])
         self.pointer.copy_((self.pointer + batch) % self.size)
         self.fill.copy_((self.fill + batch).clamp(max=self.size))
