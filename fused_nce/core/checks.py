@@ -176,7 +176,7 @@ def check_scores(
     if k is None:
         k = q
     check_tensor("k", k, ("M", "D"))
-    if isinstance(spec.layout, Separate) and not k.requires_grad:
+    if isinstance(spec.layout, (Separate, Index)) and not k.requires_grad:
         check_pair("q", q.to(k.dtype) if q.dtype != k.dtype else q, "k", k)  # a frozen bank may have its own dtype
     else:
         check_pair("q", q, "k", k)
