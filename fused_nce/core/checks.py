@@ -22,7 +22,7 @@ def check_tensor(name: str, x: Tensor, shape: tuple[str, ...]) -> None:
         TypeError: not a tensor, a DTensor, sparse or quantized, or a dtype outside `DTYPES`.
         ValueError: another rank, or an empty dimension.
     """
-    wanted = f"({', '.join(shape)})"
+    wanted = f"({', '.join(shape)}{',' * (len(shape) == 1)})"
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, need a {wanted} tensor")
     if type(x).__name__ == "DTensor":

@@ -56,7 +56,8 @@ def dim_mi(
         2·log 2.
 
     Raises:
-        TypeError, ValueError: naming the argument, the value seen and the value needed; "dv" of one image.
+        TypeError, ValueError: naming the argument, the value seen and the value needed. One image has no product pairs:
+            "jsd" and "dv" refuse it, of "nce" it costs 0, with a warning.
     """
     checks.check_tensor("local", local, ("B", "L", "D"))
     several = isinstance(global_, Tensor) and global_.dim() == 3
@@ -94,14 +95,14 @@ def _divergence(local: Tensor, global_: Tensor, estimator: str, backend: str | N
     """Of "jsd" and "dv", whose two means are over the whole batch: no row has a loss of its own."""
     images, n_c, d = local.shape
     n_global = global_.shape[1] if global_.dim() == 3 else 1
-    if images == 1 and estimator == "dv":
-        raise ValueError("local: got B = 1, need B >= 2 for estimator='dv': one image has no product pairs")
+    if images == 1:
+        raise ValueError(f"local: got B = 1, need B >= 2 for estimator={estimator!r}: one image has no product pairs")
     n_product = images * (images - 1) * n_c * n_global
     name = {"jsd": "neg_softplus", "dv": "neg_lse"}[estimator]
     spec = Spec(Block(n_c, n_global), Identity(), (name,))
     found = tile_stats(global_.reshape(-1, d), local.reshape(-1, d), spec, backend=backend)
     if estimator == "jsd":
-        product = fixed_sum(found[name]) / max(n_product, 1)
+        product = fixed_sum(found[name]) / n_product
         loss = fixed_mean(softplus(-found["pos"])) + product
         bound = {"js_bound": math.log(2) - loss / 2}
     else:
