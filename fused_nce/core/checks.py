@@ -22,7 +22,7 @@ def check_tensor(name: str, x: Tensor, shape: tuple[str, ...]) -> None:
         TypeError: not a tensor, a DTensor, sparse or quantized, or a dtype outside `DTYPES`.
         ValueError: another rank, or an empty dimension.
     """
-    wanted = f"({', '.join(shape)})"
+    wanted = f"({', '.join(shape)}{',' * (len(shape) == 1)})"
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, need a {wanted} tensor")
     if type(x).__name__ == "DTensor":
@@ -186,7 +186,7 @@ def check_scores(
     if k is None:
         k = q
     check_tensor("k", k, ("M", "D"))
-    if isinstance(spec.layout, Separate) and not k.requires_grad:
+    if isinstance(spec.layout, (Separate, Index)) and not k.requires_grad:
         check_pair("q", q.to(k.dtype) if q.dtype != k.dtype else q, "k", k)  # a frozen bank may have its own dtype
     else:
         check_pair("q", q, "k", k)

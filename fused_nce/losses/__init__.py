@@ -1,9 +1,16 @@
 """Losses: one file each, a spec and a tail on the engine, and what it must equal. They import no backend."""
 
 from fused_nce.losses.amdim import AMDIMLoss, amdim_nce
+from fused_nce.losses.binary_nce import BinaryNCELoss, binary_nce
 from fused_nce.losses.clip import CLIPLoss, clip_loss
+from fused_nce.losses.club import CLUBLoss, club
+from fused_nce.losses.cpc import CPCLoss, cpc_nce
+from fused_nce.losses.dim import DIMLoss, dim_mi
+from fused_nce.losses.gaussian_kl import GaussianKLLoss, gaussian_kl
 from fused_nce.losses.info_nce import InfoNCELoss, info_nce
+from fused_nce.losses.mine import MINELoss, mine_dv
 from fused_nce.losses.moco import MoCoLoss, moco_nce
+from fused_nce.losses.npid import NPIDSoftmaxLoss, npid_softmax
 from fused_nce.losses.nt_xent import NTXentLoss, nt_xent
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.queue import MemoryQueue
@@ -12,18 +19,32 @@ from fused_nce.losses.sup_con import SupConLoss, sup_con
 
 __all__ = [
     "AMDIMLoss",
+    "BinaryNCELoss",
     "CLIPLoss",
+    "CLUBLoss",
+    "CPCLoss",
+    "DIMLoss",
+    "GaussianKLLoss",
     "InfoNCELoss",
+    "MINELoss",
     "MemoryQueue",
     "MoCoLoss",
     "NCEOutput",
+    "NPIDSoftmaxLoss",
     "NTXentLoss",
     "SigLIPLoss",
     "SupConLoss",
     "amdim_nce",
+    "binary_nce",
     "clip_loss",
+    "club",
+    "cpc_nce",
+    "dim_mi",
+    "gaussian_kl",
     "info_nce",
+    "mine_dv",
     "moco_nce",
+    "npid_softmax",
     "nt_xent",
     "siglip_loss",
     "sup_con",

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
+from fused_nce.core.tails import fixed_sum
+from fused_nce.losses.output import NCEOutput
 
 
 def inverse(name: str, temperature: float | Tensor, device: torch.device) -> float | Tensor:
@@ -21,10 +23,30 @@ def inverse(name: str, temperature: float | Tensor, device: torch.device) -> flo
     return 1 / temperature
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in the dtype that everything is accumulated in: float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def normalized(x: Tensor) -> Tensor:
     """Rows of unit norm, in x's dtype; the norm in float32 at least. A zero row stays zero."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.nn.functional.normalize(wide, dim=-1).to(x.dtype)
+    return torch.nn.functional.normalize(widened(x), dim=-1).to(x.dtype)
+
+
+def fixed_mean(x: Tensor) -> Tensor:
+    """Mean of all elements, 0-d, in `fixed_sum`'s order."""
+    return fixed_sum(x) / x.numel()
+
+
+def fixed_lse(x: Tensor) -> Tensor:
+    """log Σ e^x of all elements, 0-d, in `fixed_sum`'s order."""
+    top = x.detach().amax()
+    return top + fixed_sum((x - top).exp()).log()
+
+
+def output(loss: Tensor, stats: dict[str, Tensor]) -> NCEOutput:
+    """A loss of one part, without a penalty; the stats are detached here."""
+    return NCEOutput(loss, loss, torch.zeros_like(loss), {name: x.detach() for name, x in stats.items()})
 
 
 def check_rows(name_a: str, a: Tensor, name_b: str, b: Tensor, *, same_n: bool) -> None:
@@ -38,6 +60,18 @@ def check_rows(name_a: str, a: Tensor, name_b: str, b: Tensor, *, same_n: bool) 
     checks.check_pair(name_a, a, name_b, b)
     if same_n and a.shape[0] != b.shape[0]:
         raise ValueError(f"{name_b}: got N = {b.shape[0]}, need {name_a}'s {a.shape[0]}")
+
+
+def check_same(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    """Two tensors of one shape and device; they are widened before they meet, so dtypes may differ.
+
+    Raises:
+        ValueError: naming the argument, the value seen and the value needed.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"{name_a}: got shape {tuple(a.shape)}, need {name_b}'s {tuple(b.shape)}")
+    if a.device != b.device:
+        raise ValueError(f"{name_a}: got device {a.device}, need {name_b}'s {b.device}")
 
 
 def dense_nce(s: Tensor, positive: Tensor, negative: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
 from fused_nce.core.spec import Separate, Spec
 from fused_nce.core.tails import Nce
-from fused_nce.losses.common import check_rows, inverse, normalized
+from fused_nce.losses.common import check_rows, inverse, normalized, widened
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, dense_scores, features, register
 
@@ -59,9 +59,8 @@ def moco_nce(
     if normalize:
         queries, keys = normalized(queries), normalized(keys)
     scale = inverse("temperature", temperature, queries.device)
-    wide = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
     with torch.autocast(queries.device.type, enabled=False):  # a score never goes through 16 bits
-        positives = scale * (queries.to(wide) * keys.to(wide)).sum(dim=1, keepdim=True)
+        positives = scale * (widened(queries) * widened(keys)).sum(dim=1, keepdim=True)
     parts = tile_loss(
         queries, queue.detach(), SPEC, Nce(), scale=scale, positives=positives, parts=False, backend=backend
     )

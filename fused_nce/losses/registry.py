@@ -22,7 +22,7 @@ class Entry:
 
     Attributes:
         name: of the public function.
-        function: returns an `NCEOutput`; takes `backend=`.
+        function: returns an `NCEOutput`; takes `backend=`, unless closed.
         module: its `nn.Module` twin.
         formula: one line, for the table.
         source: paper, with its arXiv id or year.
@@ -31,6 +31,7 @@ class Entry:
         oracle: the same arguments, float64, to the loss, dense and in plain torch; it scores by `dense_scores`.
         frozen: arguments without a gradient.
         two_paths: arguments whose gradient is a sum of two, each rounded to their dtype: the op's and torch's own.
+        closed: plain torch, linear in its inputs' size: no scores of pairs, so no `dense_scores` and no backend.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Entry:
     oracle: Callable[..., Tensor]
     frozen: tuple[str, ...] = ()
     two_paths: tuple[str, ...] = ()
+    closed: bool = False
 
 
 LOSSES: dict[str, Entry] = {}

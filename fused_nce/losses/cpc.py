@@ -1,0 +1,181 @@
+"""CPC's InfoNCE of several prediction steps (van den Oord, Li, Vinyals 2018, arXiv:1807.03748, equation 4).
+
+A context predicts what comes s steps later by a matrix of its own, s_ij = ⟨W_s c_i, z_j⟩ without normalisation or
+temperature. Each prediction is classified among the targets of its step, its own being the positive; the steps are
+averaged. Nothing crosses steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_nce.core import checks
+from fused_nce.core.atoms import softplus
+from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.spec import Block, Labels, Spec
+from fused_nce.core.tails import Nce
+from fused_nce.losses.common import dense_nce, fixed_mean, output, widened
+from fused_nce.losses.output import NCEOutput
+from fused_nce.losses.registry import Entry, dense_scores, features, register
+
+BATCH = Spec(Block(1), stats=Nce().stats)
+# The columns of a row's sequence are its `pos` set: less the row itself, they are the negatives.
+SEQUENCE = Spec(Labels(), stats=("pos_lse", "pos_max"), drop_self=True)
+
+
+def cpc_nce(
+    predictions: Tensor,  # (S, N, D), W_s c_i
+    targets: Tensor,  # (S, N, D), z_(i+s)
+    *,
+    weights: Sequence[float] | None = None,
+    negatives: str = "batch",
+    groups: Tensor | None = None,  # (N,) int64
+    backend: str | None = None,
+) -> NCEOutput:
+    """Σ_s w_s·mean_i −log(e^(s_ii) / (e^(s_ii) + Σ_neg e^(s_ij))) / Σ_s w_s, without holding the (S, N, N) scores.
+
+    Args:
+        predictions: (S, N, D), of S steps and N positions (of all sequences); float64, 32, 16 or bfloat16.
+        targets: (S, N, D), what each is a prediction of; same dtype and device.
+        weights: S numbers >= 0, not all 0; None is the mean over the steps.
+        negatives: "batch", all other targets of the step; or "sequence", those of the row's own group. The latter costs
+            the scores of the whole batch, and one GEMM more.
+        groups: (N,) int64, the sequence of each position; needed by "sequence", and by nothing else.
+        backend: a name of `fused_nce.backends()`, or None to choose the fastest.
+
+    Returns:
+        NCEOutput, in nats. `stats` is the plain mean over the steps, and "step0/top1" etc. of each; "sequence" has top1
+        and pos_mean. A position without negatives costs 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value seen and the value needed.
+    """
+    checks.check_tensor("predictions", predictions, ("S", "N", "D"))
+    checks.check_tensor("targets", targets, ("S", "N", "D"))
+    if not torch.is_autocast_enabled(predictions.device.type):
+        checks.check_pair("predictions", predictions, "targets", targets)
+    if targets.shape != predictions.shape:
+        raise ValueError(f"targets: got shape {tuple(targets.shape)}, need predictions's {tuple(predictions.shape)}")
+    _check_negatives(negatives)
+    n_steps, n = predictions.shape[:2]
+    if negatives == "sequence":
+        checks.check_ids("groups", groups, n, "N", predictions.device)
+    elif groups is not None:
+        raise ValueError("groups: got a tensor with negatives='batch', need None, or negatives='sequence'")
+    steps = [
+        _step(prediction, target, share, groups, backend)
+        for prediction, target, share in zip(
+            predictions.unbind(0), targets.unbind(0), _shares(weights, n_steps), strict=True
+        )
+    ]
+    loss, nce, penalty = (torch.stack(parts).sum() for parts in zip(*(step[:3] for step in steps), strict=True))
+    stats = {name: torch.stack([step.stats[name] for step in steps]).mean() for name in steps[0].stats}
+    stats |= {f"step{i}/{name}": x for i, step in enumerate(steps) for name, x in step.stats.items()}
+    return NCEOutput(loss, nce, penalty, stats)
+
+
+def _check_negatives(negatives: object) -> None:
+    if isinstance(negatives, Tensor):
+        raise ValueError(
+            "negatives: got a tensor, need 'batch' or 'sequence': sampled ones need scores of gathered columns, "
+            "which the engine does not have"
+        )
+    checks.check_choice("negatives", negatives, ("batch", "sequence"))
+
+
+def _shares(weights: Sequence[float] | None, n_steps: int) -> list[float]:
+    """Each step's part of the loss; they add up to 1."""
+    if weights is None:
+        return [1 / n_steps] * n_steps
+    if isinstance(weights, Tensor) or len(weights) != n_steps:
+        seen = "a tensor" if isinstance(weights, Tensor) else f"{len(weights)} of them"
+        raise ValueError(f"weights: got {seen}, need a number for each of S = {n_steps} steps")
+    for weight in weights:
+        checks.check_number("weights", weight, at_least=0)
+    total = sum(weights)
+    if not total > 0:
+        raise ValueError(f"weights: got {tuple(weights)}, need one > 0")
+    return [weight / total for weight in weights]
+
+
+def _step(prediction: Tensor, target: Tensor, share: float, groups: Tensor | None, backend: str | None) -> NCEOutput:
+    """`share` times one step's loss, of (N, D) predictions and targets."""
+    if groups is None:
+        parts = tile_loss(prediction, target, BATCH, Nce(weight=share), backend=backend)
+        return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
+    found = tile_stats(prediction, target, SEQUENCE, row_ids=groups, column_ids=groups, backend=backend)
+    with torch.autocast(prediction.device.type, enabled=False):  # a score never goes through 16 bits
+        own = (widened(prediction) * widened(target)).sum(dim=1)
+    loss = share * fixed_mean(softplus(found["pos_lse"] - own))
+    top1 = (own > found["pos_max"]).to(own.dtype)
+    return output(loss, {"top1": fixed_mean(top1), "pos_mean": fixed_mean(own)})
+
+
+class CPCLoss(nn.Module):
+    """`cpc_nce` with its settings kept: `weights`, `negatives`, `backend`."""
+
+    def __init__(
+        self, weights: Sequence[float] | None = None, *, negatives: str = "batch", backend: str | None = None
+    ) -> None:
+        super().__init__()
+        _check_negatives(negatives)
+        self.weights, self.negatives, self.backend = weights, negatives, backend
+
+    def extra_repr(self) -> str:
+        """The settings, as `print(module)` shows them."""
+        return f"weights={self.weights}, negatives={self.negatives!r}"
+
+    def forward(self, predictions: Tensor, targets: Tensor, groups: Tensor | None = None) -> NCEOutput:
+        """`cpc_nce` of the batch."""
+        return cpc_nce(
+            predictions, targets, weights=self.weights, negatives=self.negatives, groups=groups, backend=self.backend
+        )
+
+
+def oracle(
+    predictions: Tensor,
+    targets: Tensor,
+    *,
+    weights: Sequence[float] | None = None,
+    negatives: str = "batch",
+    groups: Tensor | None = None,
+) -> Tensor:
+    """The loss from the scores of every step against every step, of which a mask keeps each step's own."""
+    n_steps, n, d = predictions.shape
+    s = dense_scores(predictions.reshape(-1, d), targets.reshape(-1, d), 1.0)
+    step = torch.arange(n_steps).repeat_interleave(n)
+    kept = step[:, None] == step
+    if negatives == "sequence" and groups is not None:
+        kept &= groups.repeat(n_steps)[:, None] == groups.repeat(n_steps)
+    own = torch.eye(len(s), dtype=torch.bool)
+    each = dense_nce(s, own, kept & ~own).view(n_steps, n).mean(dim=1)
+    w = s.new_tensor(weights or [1.0] * n_steps)
+    return (w * each).sum() / w.sum()
+
+
+def _entry(**options: Any) -> Entry:
+    def example(seed: int) -> dict[str, Any]:
+        found = {"predictions": features(seed, 3, 6, 4), "targets": features(seed + 1, 3, 6, 4), **options}
+        if options.get("negatives") == "sequence":
+            found["groups"] = torch.tensor([0, 5, 0, -2, 5, -2])
+        return found
+
+    return Entry(
+        "cpc_nce",
+        cpc_nce,
+        CPCLoss,
+        "mean_s mean_i −log(e^(s_ii) / Σ_j e^(s_ij)), of each step s",
+        "van den Oord et al. 2018, arXiv:1807.03748",
+        example,
+        oracle,
+        two_paths=("predictions", "targets") if options.get("negatives") == "sequence" else (),
+    )
+
+
+register(_entry())
+register(_entry(weights=(1.0, 0.5, 3.0)), "weights")
+register(_entry(negatives="sequence", weights=(2.0, 1.0, 1.0)), "sequence")

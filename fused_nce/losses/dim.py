@@ -1,0 +1,172 @@
+"""Deep InfoMax's estimators of local-global mutual information (Hjelm et al. 2019, arXiv:1808.06670).
+
+u = ⟨global, local⟩ of every global vector with every location of every image, without scale or clip. Those of one image
+are samples of the joint distribution, the others of the product of the marginals:
+
+- "jsd", equation 4: mean_joint softplus(−u) + mean_product softplus(u), each mean with a weight of 1;
+- "dv", equation 2: −mean_joint u + log mean_product e^u, one log for the whole batch;
+- "nce", equation 5: every joint pair is classified against the product pairs that share its global vector (anchor
+  "global"), its location ("local"), or either, averaged ("both").
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_nce.core import checks
+from fused_nce.core.atoms import softplus
+from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.spec import Block, Identity, Spec
+from fused_nce.core.tails import Nce, fixed_sum
+from fused_nce.losses.common import dense_nce, fixed_lse, fixed_mean, output
+from fused_nce.losses.output import NCEOutput
+from fused_nce.losses.registry import Entry, dense_scores, features, register
+
+ESTIMATORS = ("jsd", "dv", "nce")
+ANCHORS = ("global", "local", "both")
+
+
+def dim_mi(
+    local: Tensor,  # (B, L, D)
+    global_: Tensor,  # (B, D) or (B, G, D)
+    *,
+    estimator: str = "jsd",
+    anchor: str = "global",
+    backend: str | None = None,
+) -> NCEOutput:
+    """The negative of a bound on the information between an image's locations and its global vectors, to be minimised.
+
+    The (B·G, B·L) scores are never held. "nce" leaves its gradients with the forward, three GEMMs (four for "both");
+    the others, whose terms are averaged over the batch, cost four.
+
+    Args:
+        local: (B, L, D), L locations of each image; float64, 32, 16 or bfloat16.
+        global_: (B, D), or (B, G, D) for several global vectors an image; same dtype and device.
+        estimator: "jsd", "dv" or "nce".
+        anchor: of "nce", "global", "local" or "both"; the others have none.
+        backend: a name of `fused_nce.backends()`, or None to choose the fastest.
+
+    Returns:
+        NCEOutput, in nats. `stats` has pos_mean; of "dv" and "nce" `mi_bound`, a lower bound on the information; of
+        "jsd" `js_bound`, one on the Jensen-Shannon divergence of joint and product. DIM's own code reports "jsd" less
+        2·log 2.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value seen and the value needed. One image has no product pairs:
+            "jsd" and "dv" refuse it, of "nce" it costs 0, with a warning.
+    """
+    checks.check_tensor("local", local, ("B", "L", "D"))
+    several = isinstance(global_, Tensor) and global_.dim() == 3
+    checks.check_tensor("global_", global_, ("B", "G", "D") if several else ("B", "D"))
+    if not torch.is_autocast_enabled(local.device.type):
+        checks.check_pair("local", local, "global_", global_)
+    if global_.shape[0] != local.shape[0]:
+        raise ValueError(f"global_: got B = {global_.shape[0]}, need local's {local.shape[0]}")
+    if global_.shape[-1] != local.shape[-1]:
+        raise ValueError(f"global_: got width D = {global_.shape[-1]}, need local's {local.shape[-1]}")
+    _check_settings(estimator, anchor)
+    if estimator == "nce":
+        return _nce(local, global_, anchor, backend)
+    return _divergence(local, global_, estimator, backend)
+
+
+def _check_settings(estimator: str, anchor: str) -> None:
+    checks.check_choice("estimator", estimator, ESTIMATORS)
+    checks.check_choice("anchor", anchor, ANCHORS)
+    if estimator != "nce" and anchor != "global":
+        raise ValueError(f"anchor: got {anchor!r} with estimator={estimator!r}, which has none, need the default")
+
+
+def _nce(local: Tensor, global_: Tensor, anchor: str, backend: str | None) -> NCEOutput:
+    """Global vectors as rows and locations as columns, or the other way; "both" reads rows and columns of one sweep."""
+    rows, columns = (local, global_) if anchor == "local" else (global_, local)
+    d = local.shape[2]
+    n_rows, n_columns = (x.shape[1] if x.dim() == 3 else 1 for x in (rows, columns))
+    spec = Spec(Block(n_columns, n_rows), Identity(), Nce().stats, ("neg_lse",) if anchor == "both" else ())
+    parts = tile_loss(rows.reshape(-1, d), columns.reshape(-1, d), spec, Nce(), backend=backend)
+    return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
+
+
+def _divergence(local: Tensor, global_: Tensor, estimator: str, backend: str | None) -> NCEOutput:
+    """Of "jsd" and "dv", whose two means are over the whole batch: no row has a loss of its own."""
+    images, n_c, d = local.shape
+    n_global = global_.shape[1] if global_.dim() == 3 else 1
+    if images == 1:
+        raise ValueError(f"local: got B = 1, need B >= 2 for estimator={estimator!r}: one image has no product pairs")
+    n_product = images * (images - 1) * n_c * n_global
+    name = {"jsd": "neg_softplus", "dv": "neg_lse"}[estimator]
+    spec = Spec(Block(n_c, n_global), Identity(), (name,))
+    found = tile_stats(global_.reshape(-1, d), local.reshape(-1, d), spec, backend=backend)
+    if estimator == "jsd":
+        product = fixed_sum(found[name]) / n_product
+        loss = fixed_mean(softplus(-found["pos"])) + product
+        bound = {"js_bound": math.log(2) - loss / 2}
+    else:
+        loss = fixed_lse(found[name]) - math.log(n_product) - fixed_mean(found["pos"])
+        bound = {"mi_bound": -loss}
+    return output(loss, {"pos_mean": fixed_mean(found["pos"]), **bound})
+
+
+class DIMLoss(nn.Module):
+    """`dim_mi` with its settings kept: `estimator`, `anchor`, `backend`."""
+
+    def __init__(self, estimator: str = "jsd", *, anchor: str = "global", backend: str | None = None) -> None:
+        super().__init__()
+        _check_settings(estimator, anchor)
+        self.estimator, self.anchor, self.backend = estimator, anchor, backend
+
+    def extra_repr(self) -> str:
+        """The settings, as `print(module)` shows them."""
+        return f"estimator={self.estimator!r}, anchor={self.anchor!r}"
+
+    def forward(self, local: Tensor, global_: Tensor) -> NCEOutput:
+        """`dim_mi` of the batch."""
+        return dim_mi(local, global_, estimator=self.estimator, anchor=self.anchor, backend=self.backend)
+
+
+def oracle(local: Tensor, global_: Tensor, *, estimator: str = "jsd", anchor: str = "global") -> Tensor:
+    """The loss, dense."""
+    d = local.shape[2]
+    rows = global_.reshape(-1, d)
+    u = dense_scores(rows, local.reshape(-1, d), 1.0)
+    image = [torch.arange(len(u)) * len(local) // len(u), torch.arange(u.shape[1]) // local.shape[1]]
+    own = image[0][:, None] == image[1]
+    if estimator == "jsd":
+        zero = u.new_zeros(())
+        return torch.logaddexp(zero, -u[own]).mean() + torch.logaddexp(zero, u[~own]).mean()
+    if estimator == "dv":
+        return u[~own].exp().mean().log() - u[own].mean()
+    ways = {"global": dense_nce(u, own, ~own).mean(), "local": dense_nce(u.T, own.T, ~own.T).mean()}
+    return (ways["global"] + ways["local"]) / 2 if anchor == "both" else ways[anchor]
+
+
+def _entry(*global_shape: int, **options: Any) -> Entry:
+    def example(seed: int) -> dict[str, Any]:
+        return {"local": features(seed, 4, 3, 5), "global_": features(seed + 1, 4, *global_shape, 5), **options}
+
+    formulas = {
+        "jsd": "mean_joint softplus(−u) + mean_product softplus(u)",
+        "dv": "−mean_joint u + log mean_product e^u",
+        "nce": "mean_joint −log(e^u / (e^u + Σ_product e^u))",
+    }
+    return Entry(
+        "dim_mi",
+        dim_mi,
+        DIMLoss,
+        formulas[options["estimator"]],
+        "Hjelm et al. 2019, arXiv:1808.06670",
+        example,
+        oracle,
+    )
+
+
+for _estimator in ESTIMATORS:
+    register(_entry(estimator=_estimator), "" if _estimator == "jsd" else _estimator)
+    register(_entry(2, estimator=_estimator), f"{_estimator}, several globals")
+register(_entry(estimator="nce", anchor="local"), "nce, local")
+register(_entry(2, estimator="nce", anchor="local"), "nce, local, several globals")
+register(_entry(2, estimator="nce", anchor="both"), "nce, both, several globals")

@@ -1,0 +1,105 @@
+"""NPID's non-parametric softmax (Wu, Xiong, Yu, Lin 2018, arXiv:1805.01978, equation 2): every image its own class.
+
+The classes' vectors are a memory bank of unit features, one an image: −log(e^(⟨v_i,f⟩/τ) / Σ_j e^(⟨v_j,f⟩/τ)), exact
+over all of it. The bank has no gradient: two GEMMs, the fewest there can be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_nce.core import checks
+from fused_nce.core.engine import tile_loss
+from fused_nce.core.spec import Index, Spec
+from fused_nce.core.tails import Nce
+from fused_nce.losses.common import inverse
+from fused_nce.losses.output import NCEOutput
+from fused_nce.losses.registry import Entry, dense_scores, register
+from fused_nce.losses.registry import features as random_features
+
+SPEC = Spec(Index(), stats=Nce().stats)
+
+
+def npid_softmax(
+    features: Tensor,  # (N, D)
+    bank: Tensor,  # (n, D)
+    indices: Tensor,  # (N,) int64
+    *,
+    temperature: float | Tensor = 0.07,
+    backend: str | None = None,
+) -> NCEOutput:
+    """mean_i −log softmax_j(⟨f_i, v_j⟩ / temperature)_indices(i) over the whole bank, the (N, n) logits never held.
+
+    The bank may be written to before the backward: the gradients have left with the forward. `nce` is thus detached.
+
+    Args:
+        features: (N, D), unit rows; float64, 32, 16 or bfloat16.
+        bank: (n, D), a unit row an image, any float dtype; no gradient.
+        indices: (N,) int64, each image's row of the bank. On a GPU one out of range gives a NaN.
+        temperature: of the softmax, > 0; a 0-d tensor is learnable.
+        backend: a name of `fused_nce.backends()`, or None to choose the fastest.
+
+    Returns:
+        NCEOutput, in nats; chance is log n. `stats["top1"]` is the share of images that choose themselves.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value seen and the value needed.
+    """
+    checks.check_tensor("features", features, ("N", "D"))
+    checks.check_tensor("bank", bank, ("n", "D"))
+    if bank.device != features.device:
+        raise ValueError(f"bank: got device {bank.device}, need features's {features.device}")
+    if bank.shape[1] != features.shape[1]:
+        raise ValueError(f"bank: got width D = {bank.shape[1]}, need features's {features.shape[1]}")
+    checks.check_ids("indices", indices, features.shape[0], "N", features.device)
+    scale = inverse("temperature", temperature, features.device)
+    parts = tile_loss(features, bank.detach(), SPEC, Nce(), scale=scale, row_ids=indices, parts=False, backend=backend)
+    return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
+
+
+class NPIDSoftmaxLoss(nn.Module):
+    """`npid_softmax` with its settings kept: `temperature`, `backend`."""
+
+    def __init__(self, temperature: float = 0.07, *, backend: str | None = None) -> None:
+        super().__init__()
+        inverse("temperature", temperature, torch.device("cpu"))
+        self.temperature, self.backend = temperature, backend
+
+    def extra_repr(self) -> str:
+        """The settings, as `print(module)` shows them."""
+        return f"temperature={self.temperature}"
+
+    def forward(self, features: Tensor, bank: Tensor, indices: Tensor) -> NCEOutput:
+        """`npid_softmax` of the batch."""
+        return npid_softmax(features, bank, indices, temperature=self.temperature, backend=self.backend)
+
+
+def oracle(features: Tensor, bank: Tensor, indices: Tensor, *, temperature: float | Tensor = 0.07) -> Tensor:
+    """The loss, dense."""
+    return nn.functional.cross_entropy(dense_scores(features, bank, 1 / temperature), indices)
+
+
+def _example(seed: int) -> dict[str, Any]:
+    return {
+        "features": random_features(seed, 6, 5, unit=True),
+        "bank": random_features(seed + 1, 13, 5, unit=True),
+        "indices": torch.tensor([4, 0, 12, 4, 7, 1]),  # an image may come twice in a batch
+        "temperature": torch.tensor(0.2),
+    }
+
+
+register(
+    Entry(
+        "npid_softmax",
+        npid_softmax,
+        NPIDSoftmaxLoss,
+        "mean_i −log softmax_j(⟨f_i, v_j⟩ / τ)_i",
+        "Wu et al. 2018, arXiv:1805.01978",
+        _example,
+        oracle,
+        frozen=("bank",),
+    )
+)

@@ -1,0 +1,292 @@
+"""CPC, NPID, DIM and the closed forms: golden values, identities, what has too little, refusals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from fused_nce import (
+    CPCLoss,
+    DIMLoss,
+    MINELoss,
+    binary_nce,
+    club,
+    cpc_nce,
+    dim_mi,
+    gaussian_kl,
+    info_nce,
+    mine_dv,
+    npid_softmax,
+)
+
+SCORES = torch.tensor([[2, 0.5, -0.5], [1, 3, 0], [-1, 2, 1]], dtype=torch.float64)
+EYE = torch.eye(3, dtype=torch.float64)
+DV, JSD = -1.1721420694806857, 1.1453844392115755
+ROWS, BOTH = 0.5950753787105353, 0.4950243614767367  # InfoNCE of the rows, and its mean with the columns'
+
+
+@pytest.fixture(params=("reference", "chunked"))
+def wide(request):
+    """The backends that run float64."""
+    return request.param
+
+
+def normal(*shape, seed=0):
+    """float64 features that want a gradient."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
+
+
+# ---- CPC --------------------------------------------------------------------------------------------------------
+
+
+def test_golden_cpc(wide):
+    """A step is InfoNCE at temperature 1; two are averaged, or weighted."""
+    predictions, targets = torch.stack((EYE, EYE)), torch.stack((SCORES.T, SCORES))
+    columns = 2 * BOTH - ROWS
+    found = cpc_nce(predictions, targets, backend=wide)
+    assert found.loss.item() == pytest.approx(BOTH, rel=1e-14)
+    assert cpc_nce(predictions, targets, weights=(3, 1), backend=wide).loss.item() == pytest.approx(
+        (3 * ROWS + columns) / 4, rel=1e-14
+    )
+    assert found.stats["step0/top1"].item() == pytest.approx(2 / 3)
+    assert found.stats["top1"].item() == pytest.approx(
+        (found.stats["step0/top1"] + found.stats["step1/top1"]).item() / 2
+    )
+
+
+def test_cpc_within_sequences_is_each_sequence_alone(wide):
+    p, t, groups = normal(2, 7, 4), normal(2, 7, 4, seed=1), torch.tensor([9, -1, 9, 3, -1, 9, -1])  # 3 is alone
+    found = cpc_nce(p, t, negatives="sequence", groups=groups, backend=wide).loss
+    alone = [
+        info_nce(p[s][groups == g], t[s][groups == g], temperature=1.0, reduction="sum", backend=wide).loss
+        for s in range(2)
+        for g in (9, -1)
+    ]
+    expected = torch.stack(alone).sum() / 14
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+    grads, exact = torch.autograd.grad(found, (p, t)), torch.autograd.grad(expected, (p, t))
+    for one, other in zip(grads, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-14)
+        assert not one[:, 3].any()  # no negatives, no gradient
+
+
+def test_cpc_of_one_group_is_the_batch(wide):
+    p, t = normal(3, 5, 4), normal(3, 5, 4, seed=1)
+    one = cpc_nce(p, t, negatives="sequence", groups=torch.zeros(5, dtype=torch.int64), backend=wide)
+    batch = cpc_nce(p, t, backend=wide)
+    torch.testing.assert_close(one.loss, batch.loss, rtol=1e-13, atol=0)
+    assert one.stats["top1"] == batch.stats["top1"]
+
+
+# ---- NPID -------------------------------------------------------------------------------------------------------
+
+
+def test_golden_npid_softmax(wide):
+    found = npid_softmax(EYE, SCORES.T, torch.arange(3), temperature=1.0, backend=wide)
+    assert found.loss.item() == pytest.approx(ROWS, rel=1e-15)
+
+
+def test_npid_bank_may_change_before_the_backward_and_have_its_own_dtype(wide):
+    q, bank, indices = normal(4, 3), normal(9, 3, seed=1), torch.tensor([8, 0, 3, 0])
+    found = npid_softmax(q, bank, indices, backend=wide)
+    (expected,) = torch.autograd.grad(found.loss, q)
+    loss = npid_softmax(q, bank, indices, backend=wide).loss
+    bank.detach().zero_()
+    (late,) = torch.autograd.grad(loss, q)
+    assert torch.equal(late, expected)
+    half = normal(9, 3, seed=2).detach().bfloat16()
+    torch.testing.assert_close(
+        npid_softmax(q, half, indices, backend=wide).loss, npid_softmax(q, half.double(), indices, backend=wide).loss
+    )
+
+
+# ---- DIM --------------------------------------------------------------------------------------------------------
+
+
+def test_golden_dim(wide):
+    """One location an image: the scores are the table of the golden values."""
+
+    def value(**options):
+        return dim_mi(SCORES.T[:, None], EYE, **options, backend=wide).loss.item()
+
+    assert value() == pytest.approx(JSD, rel=1e-14)
+    assert value(estimator="dv") == pytest.approx(DV, rel=1e-14)
+    assert value(estimator="nce") == pytest.approx(ROWS, rel=1e-14)
+    assert value(estimator="nce", anchor="local") == pytest.approx(2 * BOTH - ROWS, rel=1e-14)
+    assert value(estimator="nce", anchor="both") == pytest.approx(BOTH, rel=1e-14)
+
+
+@pytest.mark.parametrize("estimator", ["jsd", "dv", "nce"])
+def test_one_global_vector_is_several_of_one(wide, estimator):
+    local, global_ = normal(4, 6, 5), normal(4, 5, seed=1)
+    flat = dim_mi(local, global_, estimator=estimator, backend=wide).loss
+    assert torch.equal(flat, dim_mi(local, global_[:, None], estimator=estimator, backend=wide).loss)
+
+
+def test_dim_bounds_are_what_they_are_called(wide):
+    local, global_ = normal(4, 6, 5), normal(4, 5, seed=1)
+    dv, jsd = (dim_mi(local, global_, estimator=name, backend=wide) for name in ("dv", "jsd"))
+    assert dv.stats["mi_bound"].item() == -dv.loss.item()
+    blind = dim_mi(0 * local, global_, backend=wide)  # a critic that knows nothing bounds the divergence by 0
+    assert blind.stats["js_bound"].item() == pytest.approx(0, abs=1e-15)
+    assert jsd.stats["js_bound"].item() == pytest.approx(math.log(2) - jsd.loss.item() / 2, rel=1e-14)
+
+
+def test_one_image_alone(wide):
+    local, global_ = normal(1, 3, 5), normal(1, 5, seed=1)
+    for estimator in ("jsd", "dv"):
+        with pytest.raises(ValueError, match=rf"^local: got B = 1, need B >= 2 for estimator='{estimator}'"):
+            dim_mi(local, global_, estimator=estimator, backend=wide)
+    with pytest.warns(UserWarning, match="no negatives"):
+        found = dim_mi(local, global_, estimator="nce", backend=wide).loss
+    assert found.item() == 0
+    assert not torch.autograd.grad(found, local)[0].any()
+
+
+# ---- closed forms -----------------------------------------------------------------------------------------------
+
+
+def test_golden_mine():
+    own = torch.eye(3, dtype=torch.bool)
+    assert mine_dv(SCORES[own], SCORES[~own]).loss.item() == pytest.approx(DV, rel=1e-15)
+    far = mine_dv(SCORES[own] + 2000, SCORES[~own] + 2000)  # a constant cancels, and overflows nothing
+    assert far.loss.item() == pytest.approx(DV, rel=1e-12)
+
+
+def test_mine_divides_by_the_moving_average():
+    """The value is the batch's; the product's gradient is e^T / (Q·average)."""
+    joint, product = normal(5), normal(8, seed=1)
+    plain, moved = mine_dv(joint, product), mine_dv(joint, product, ema=torch.tensor(0.7, dtype=torch.float64))
+    assert torch.equal(plain.loss, moved.loss)
+    on_joint, on_product = torch.autograd.grad(moved.loss, (joint, product))
+    torch.testing.assert_close(on_joint, torch.full_like(joint, -1 / 5))
+    torch.testing.assert_close(on_product, product.detach().exp() / (8 * math.exp(0.7)), rtol=1e-13, atol=0)
+
+
+def test_mine_module_keeps_the_average():
+    loss = MINELoss(0.25).double()
+    batches = [normal(6, seed=i).detach() for i in range(3)]
+    average = batches[0].exp().mean()
+    for i, product in enumerate(batches):
+        loss(batches[0], product)
+        average = average if i == 0 else 0.75 * average + 0.25 * product.exp().mean()
+    assert loss.log_mean.item() == pytest.approx(average.log().item(), rel=1e-13)
+    assert loss.updates.item() == 3
+    state = loss.log_mean.clone()
+    assert loss(batches[0], batches[1] * math.inf).loss.isfinite().logical_not()
+    loss.eval()
+    loss(batches[0], batches[1])
+    assert torch.equal(loss.log_mean, state)
+    assert loss.updates.item() == 3
+
+
+def test_mine_module_gradient_survives_the_next_update():
+    loss, joint, products = MINELoss(0.5), normal(4), [normal(6, seed=i) for i in (1, 2)]
+    first = loss(joint, products[0]).loss
+    (expected,) = torch.autograd.grad(first, products[0], retain_graph=True)
+    loss(joint, products[1])
+    assert torch.equal(torch.autograd.grad(first, products[0])[0], expected)
+
+
+def test_golden_gaussian_kl():
+    mu = torch.tensor([[1.0, -2.0], [0.0, 0.0]], dtype=torch.float64)
+    logvar = torch.tensor([[0.0, math.log(3)], [0.0, 0.0]], dtype=torch.float64)
+    expected = (1 + 4 + 3 - 1 - math.log(3)) / 2 / 2
+    assert gaussian_kl(mu, logvar).loss.item() == pytest.approx(expected, rel=1e-15)
+    tiny = gaussian_kl(torch.zeros(1, 1), torch.full((1, 1), 1e-3)).loss  # σ² − 1 − log σ² = v²/2 + v³/6
+    assert tiny.item() == pytest.approx((1e-6 / 2 + 1e-9 / 6) / 2, rel=2e-4)
+
+
+def test_golden_club():
+    """y and μ 0 and 1, σ 1: matched pairs cost 0, and half of all pairs a distance of 1."""
+    y = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    found = club(y, y, torch.zeros_like(y))
+    assert found.loss.item() == pytest.approx(0.25, rel=1e-15)
+    assert found.stats["log_likelihood"].item() == pytest.approx(-math.log(2 * math.pi) / 2, rel=1e-15)
+    assert club(y + 1e6, y + 1e6, torch.zeros_like(y)).loss.item() == pytest.approx(0.25, rel=1e-9)
+
+
+def test_golden_binary_nce():
+    """NPID's sampled loss of one row: n = 50, m = 4, Z = 60, temperature 0.1."""
+    cosines = torch.tensor([0.3, 0.1, -0.05, 0.02, 0.0], dtype=torch.float64)
+    scores = cosines / 0.1 - math.log(60)
+    kq = torch.full((1, 5), math.log(4 / 50), dtype=torch.float64)
+    found = binary_nce(scores[:1], scores[None, 1:], kq[0, :1], kq[:, 1:])
+    assert found.loss.item() == pytest.approx(1.197946518518904, rel=1e-14)
+    assert found.stats["noise_right"].item() == 1
+
+
+# ---- bad numbers and refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_number_is_never_hidden(wide, bad):
+    a, b = normal(4, 3).detach(), normal(4, 3, seed=1).detach()
+    a[2, 1] = bad
+    a.requires_grad_()
+    calls = [
+        lambda: cpc_nce(a[None], b[None], backend=wide),
+        lambda: cpc_nce(a[None], b[None], negatives="sequence", groups=torch.tensor([0, 1, 0, 1]), backend=wide),
+        lambda: npid_softmax(a, b, torch.arange(4), backend=wide),
+        *(lambda e=e: dim_mi(b[:, None], a, estimator=e, backend=wide) for e in ("jsd", "dv", "nce")),
+        lambda: dim_mi(b[:, None], a, estimator="nce", anchor="both", backend=wide),
+        lambda: mine_dv(a[2], b[2]),
+        lambda: gaussian_kl(a, b),
+        lambda: club(a, b, b),
+    ]
+    for call in calls:
+        assert not call().loss.isfinite()
+
+
+A, T = torch.ones(4, 3), torch.arange(4)
+ANY: Any = T
+S = torch.ones(2, 4, 3)
+ERRORS = [
+    (lambda: cpc_nce(A, A), ValueError, r"^predictions: got shape \(4, 3\), need \(S, N, D\)$"),
+    (lambda: cpc_nce(S, S[:, :3]), ValueError, r"^targets: got shape \(2, 3, 3\), need predictions's \(2, 4, 3\)$"),
+    (
+        lambda: cpc_nce(S, S, weights=(1.0,)),
+        ValueError,
+        r"^weights: got 1 of them, need a number for each of S = 2 .*$",
+    ),
+    (lambda: cpc_nce(S, S, weights=(1.0, -1.0)), ValueError, r"^weights: got -1.0, need a finite number >= 0$"),
+    (lambda: cpc_nce(S, S, weights=(0, 0)), ValueError, r"^weights: got \(0, 0\), need one > 0$"),
+    (lambda: cpc_nce(S, S, negatives="all"), ValueError, r"^negatives: got 'all', need one of 'batch', 'sequence'$"),
+    (lambda: cpc_nce(S, S, negatives=ANY), ValueError, r"^negatives: got a tensor, need .* gathered columns, .*$"),
+    (lambda: cpc_nce(S, S, negatives="sequence"), TypeError, r"^groups: got NoneType, need a \(N,\) int64 tensor$"),
+    (lambda: cpc_nce(S, S, groups=T), ValueError, r"^groups: got a tensor with negatives='batch', need None.*$"),
+    (lambda: CPCLoss(negatives="all"), ValueError, r"^negatives: got 'all', need one of .*$"),
+    (lambda: npid_softmax(A, A[:, :2], T), ValueError, r"^bank: got width D = 2, need features's 3$"),
+    (lambda: npid_softmax(A, A, T.int()), TypeError, r"^indices: got torch.int32, need int64$"),
+    (lambda: npid_softmax(A, A, T + 1), ValueError, r"^targets: got 4, need 0 <= target < M = 4$"),
+    (lambda: npid_softmax(A, A, T, temperature=0), ValueError, r"^temperature: got 0, need a finite number > 0$"),
+    (lambda: dim_mi(S, A), ValueError, r"^global_: got B = 4, need local's 2$"),
+    (lambda: dim_mi(S, A[:2, :2]), ValueError, r"^global_: got width D = 2, need local's 3$"),
+    (lambda: dim_mi(S, A[:2], estimator="kl"), ValueError, r"^estimator: got 'kl', need one of .*$"),
+    (lambda: dim_mi(S, A[:2], anchor="both"), ValueError, r"^anchor: got 'both' with estimator='jsd', .*$"),
+    (lambda: DIMLoss("nce", anchor="none"), ValueError, r"^anchor: got 'none', need one of .*$"),
+    (lambda: mine_dv(A, A[0]), ValueError, r"^joint: got shape \(4, 3\), need \(P,\)$"),
+    (lambda: mine_dv(A[0], A[0, :0]), ValueError, r"^product: got shape \(0,\), need \(Q,\) with Q >= 1$"),
+    (lambda: mine_dv(A[0], A[0], ema=math.nan), ValueError, r"^ema: got nan, need a finite number$"),
+    (lambda: MINELoss(1.0), ValueError, r"^rate: got 1.0, need a number < 1$"),
+    (lambda: gaussian_kl(A, A[:3]), ValueError, r"^logvar: got shape \(3, 3\), need mu's \(4, 3\)$"),
+    (lambda: club(A, A, A[:3]), ValueError, r"^logvar: got shape \(3, 3\), need y's \(4, 3\)$"),
+    (lambda: binary_nce(A[0], A, A[0], A), ValueError, r"^noise_scores: got N = 4, need data_scores's 3$"),
+    (
+        lambda: binary_nce(A[:, 0], A, A[0], A),
+        ValueError,
+        r"^log_kq_data: got shape \(3,\), need data_scores's \(4,\)$",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", range(len(ERRORS)))
+def test_message(case):
+    call, kind, pattern = ERRORS[case]
+    with pytest.raises(kind, match=pattern) as caught:
+        call()
+    assert "\n" not in str(caught.value)
