@@ -136,7 +136,7 @@ def _check_tail(spec: Spec, tail: Tail) -> None:
     checks.check_number("tail.weight", tail.weight)
     if tail.READS_POS and isinstance(spec.layout, Labels):
         raise ValueError(f"spec: got the layout {spec.layout.code}, need one with a fixed number of positives")
-    if tail.READS_POS and spec.n_pos < 1:
+    if tail.READS_POS and spec.drop_self and spec.n_pos < 1:
         raise ValueError(f"spec: got {spec.code}, which leaves a row no positive, need at least one for {tail.NAME}")
     two_way = isinstance(tail, Nce) and isinstance(spec.layout, (Block, Index)) and "neg_lse" in spec.columns
     if spec.columns and not two_way:
