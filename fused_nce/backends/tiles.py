@@ -6,6 +6,7 @@ made of, in three buffers that it overwrites as it goes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import cast
 
@@ -47,7 +48,7 @@ class Places:
         x.scatter_(1, self.at, torch.where(self.inside, cast(Tensor, values), here))
 
 
-class Tile:
+class Tile(ABC):
     """What both kinds share: the tile's dot products and the places of its positives and its rows themselves."""
 
     BUFFERS: int  # score-sized tensors alive together
@@ -66,13 +67,13 @@ class Tile:
         self.r = torch.mm(q, k.T, out=self.buffers[0])  # (strip, panel) ⟨q,k⟩, unscaled
         self.bias_sum: Tensor | None = None  # 0-d Σ dL/dt, of a bias
 
+    @abstractmethod
     def fold(self, pos: Tensor) -> Tensor:
         """The tile's row statistics, (S, strip); its positives go to `pos`, (strip, P)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(self, found: Statistics, d: Coefficients) -> Tensor:
         """w = dL/ds, (strip, panel), from statistics and coefficients of the tile's rows and columns."""
-        raise NotImplementedError
 
 
 class AtomTile(Tile):
