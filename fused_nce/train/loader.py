@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fused_nce.train.augment import crop_pair
+from fused_nce.train.augment import crops
 from fused_nce.train.config import AugmentConfig, TrainConfig
 from fused_nce.train.data import ImageSet, decode, decoded_bytes, load_split, open_source
 from fused_nce.train.sources import Damage, Source, fit
@@ -19,7 +19,7 @@ WORKER_TIMEOUT_S = 300  # a stuck reader is an error, not a wait for ever
 class Batch(NamedTuple):
     """Images of one forward pass of one process."""
 
-    images: Tensor  # (B, 3, S, S) uint8, or (B, 2, 3, H, H): two crops, taken by a worker
+    images: Tensor  # (B, 3, S, S) uint8, or (B, V, 3, H, H): V crops, taken by a worker
     labels: Tensor  # (B,)
     indices: Tensor  # (B,) into the set
 
@@ -125,11 +125,12 @@ class Keys:
 
 
 class Reader(Dataset[tuple[Tensor, int, int]]):
-    """Reads, decodes and, if the geometry is "crop", cuts two views from the whole image."""
+    """Reads, decodes and, if the geometry is "crop", cuts the views from the whole image."""
 
     def __init__(self, source: Source, config: TrainConfig) -> None:
         self.source, self.size, self.seed = source, config.model.image_size, config.seed
         self.augment: AugmentConfig = config.augment
+        self.views = config.view_count
         self.damage = Damage(len(source))
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
@@ -139,7 +140,7 @@ class Reader(Dataset[tuple[Tensor, int, int]]):
             return fit(image, self.size, self.size), index, asked
         with torch.random.fork_rng(devices=[]):  # without workers this is the trainer's own generator
             torch.manual_seed(hash((self.seed, position, asked)))
-            return crop_pair(image, self.augment, self.size), index, asked
+            return crops(image, self.augment, self.size, self.views), index, asked
 
 
 def open_data(config: TrainConfig) -> tuple[ImageSet | None, Source | None]:

@@ -30,17 +30,17 @@ TRAINER = (
     fault(
         "both views in one batch: BatchNorm mixes them",
         f"{MODELS}/amdim.py",
-        "losses: Losses = self.loss(self.encode(view1), self.encode(view2))",
-        "both = self.encode(torch.cat((view1, view2)))\n"
-        "        losses: Losses = self.loss(*({k: v.chunk(2)[i] for k, v in both.items()} for i in (0, 1)))",
+        "taps = self.encode(view1), self.encode(view2)",
+        "both = self.encode(__import__('torch').cat((view1, view2)))\n"
+        "        taps = tuple({k: v.chunk(2)[i] for k, v in both.items()} for i in (0, 1))",
         "tests/models/test_amdim.py",
     ),
     # ---- data and augmentation
     fault(
         "flip drawn for each view",
         f"{TRAIN}/augment.py",
-        "both = geometry.flip(pair.reshape(count, -1, *size[1:]), c.flip_p)",
-        "both = torch.cat([geometry.flip(pair[:, view], c.flip_p) for view in (0, 1)], 1)",
+        "flipped = geometry.flip(cut.reshape(one_draw, -1, *size[1:]), c.flip_p)",
+        "flipped = geometry.flip(cut.reshape(2 * count, -1, *size[1:]), c.flip_p)",
         "tests/train/test_augment.py",
     ),
     fault(
@@ -74,7 +74,7 @@ TRAINER = (
     # ---- training
     fault(
         "upstream presets with the paper's λ",
-        f"{TRAIN}/config.py",
+        f"{TRAIN}/methods/amdim.py",
         "penalty: float = 0.05",
         "penalty: float = 0.04",
         "tests/train/test_config.py",
@@ -89,8 +89,8 @@ TRAINER = (
     fault(
         "AdamW for Adam",
         f"{TRAIN}/optim.py",
-        "return torch.optim.Adam(",
-        "return torch.optim.AdamW(",
+        "return torch.optim.Adam(groups",
+        "return torch.optim.AdamW(groups",
         "tests/train/test_optim_probes.py",
     ),
     fault(

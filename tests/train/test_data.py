@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from fused_nce.train import loader
-from fused_nce.train.config import AugmentConfig, OptimConfig, RunConfig, TrainConfig
+from fused_nce.train.config import AugmentConfig, OptimConfig, RunConfig
 from fused_nce.train.data import load_split, open_source
+from fused_nce.train.methods.amdim import AMDIMConfig
 
 
 def picture(value, size=(32, 32), kind="PNG"):
@@ -158,7 +159,7 @@ def test_a_batch_larger_than_the_set_is_refused():
 
 
 def first_batches(tmp_path, geometry, workers, limit_mb, position=0, count=3):
-    config = TrainConfig(
+    config = AMDIMConfig(
         data=str(tmp_path),
         augment=AugmentConfig(geometry=geometry),
         optim=OptimConfig(batch_size=4),
@@ -206,7 +207,7 @@ def test_too_many_damaged_images_on_the_way_are_one_line(tmp_path, workers, monk
 
 def test_an_image_is_cropped_anew_at_every_position(tmp_path):
     write_folder(tmp_path, 4, size=(50, 40))
-    reader = loader.Reader(open_source(str(tmp_path), "train"), TrainConfig(augment=AugmentConfig(geometry="crop")))
+    reader = loader.Reader(open_source(str(tmp_path), "train"), AMDIMConfig(augment=AugmentConfig(geometry="crop")))
     first, again, later = (reader[key][0] for key in ((0, 3), (0, 3), (7, 3)))
     assert torch.equal(first, again)
     assert not torch.equal(first, later)

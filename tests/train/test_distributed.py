@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 
-from fused_nce.train import step
 from tests.train.runs import TINY, log, resumed, tensors, trainer, untimed
 
 
@@ -15,9 +14,9 @@ from tests.train.runs import TINY, log, resumed, tensors, trainer, untimed
 def test_ddp_is_told_of_unused_parameters_exactly_where_there_are_some(tmp_path, pairs):
     run = trainer(tmp_path / "a", f"--loss.pairs=[{pairs}]")
     images, labels, _ = next(run.loader.batches(0))
-    run.module(*run.views(images), labels)[0].backward()
+    run.module(run.views(images), labels)[0].backward()
     unused = [name for name, p in run.module.named_parameters() if p.grad is None]
-    assert step.leaves_some_unused(run.config.loss.pairs) == bool(unused)
+    assert run.config.leaves_some_unused() == bool(unused)
     assert run.accelerator.ddp_handler.find_unused_parameters == bool(unused)
 
 

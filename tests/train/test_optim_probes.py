@@ -35,7 +35,7 @@ def test_weight_decay_is_in_the_gradient():
     """Adam, not AdamW: with zero gradients the first update is lr * sign(w), whatever the decay."""
     layer = nn.Linear(4, 4)
     before = layer.weight.detach().clone()
-    optimizer = optim.adam(layer, OptimConfig(lr=1e-3, weight_decay=1e-2))
+    optimizer = optim.build(layer, OptimConfig(lr=1e-3, weight_decay=1e-2))
     (layer.weight.sum() * 0 + layer.bias.sum() * 0).backward()
     optimizer.step()
     torch.testing.assert_close(layer.weight, before - 1e-3 * before.sign(), atol=1e-6, rtol=0)
