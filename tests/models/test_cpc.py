@@ -93,7 +93,7 @@ def test_the_loss_is_called_once_a_step_with_all_positions():
 
     model = audio(steps=2, negatives="sequence", loss=Count())
     out = model(waves(2, 960))
-    assert model.loss.calls == [((1, 2 * n, 12), (1, 2 * n, 12), [0] * n + [1] * n) for n in (5, 4)]
+    assert model.loss.loss.calls == [((1, 2 * n, 12), (1, 2 * n, 12), [0] * n + [1] * n) for n in (5, 4)]
     assert out.stats.keys() == {"nce", "x", "step1/nce", "step1/x", "step2/nce", "step2/x"}
 
 
@@ -198,8 +198,8 @@ def test_jitter_moves_each_patch_on_its_own_and_only_in_training():
 
 
 def test_the_fused_loss_is_the_default():
-    assert isinstance(audio().loss, CPCLoss)
-    assert audio(negatives="sequence").loss.negatives == "sequence"
+    assert isinstance(audio().loss.loss, CPCLoss)
+    assert audio(negatives="sequence").loss.loss.negatives == "sequence"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from fused_nce.train.config import TrainConfig
 # name on the command line: module and class, imported when it is asked for.
 METHODS = {
     "amdim": ("amdim", "AMDIMConfig"),
+    "dim": ("dim", "DIMConfig"),
 }
 
 
