@@ -11,7 +11,7 @@ from fused_nce.train import progress
 from fused_nce.train.sources import Damage, FolderSource, ShardSource, Source, digits, fit
 
 # Short side that an image is resized to before the centre crop of the tests (amdim-public: 70 -> 64, 146 -> 128).
-TEST_RESIZE = {32: 32, 64: 70, 128: 146}
+TEST_RESIZE = {32: 32, 64: 70, 128: 146, 224: 256}
 DEFAULT_LIMIT_BYTES = 4096 << 20
 
 

@@ -64,10 +64,14 @@ class Loader:
         self.order = Order(self.count, config.optim.batch_size, config.seed, rank, world)
 
     @property
+    def labels(self) -> Tensor:  # (count,)
+        """Of every image, −1 where there is none."""
+        return self.held.labels if self.held else torch.tensor(self.source.labels if self.source else [])
+
+    @property
     def labelled(self) -> bool:
         """Whether there is anything for a classifier to learn."""
-        labels = self.held.labels if self.held else torch.tensor(self.source.labels if self.source else [])
-        return len(self.classes) > 1 and bool((labels >= 0).any())
+        return len(self.classes) > 1 and bool((self.labels >= 0).any())
 
     @property
     def damaged(self) -> int:
