@@ -43,7 +43,7 @@ class MoCo(Projected):
         hidden: width of its layers but the last; the features' if None.
         queue_size: K, keys that are kept.
         momentum: of the key encoder.
-        splits: parts of a batch that have BatchNorm statistics of their own; must divide the batch.
+        splits: parts of a batch that have BatchNorm statistics of their own.
         symmetric: the mean of both directions, each view once the query.
         loss: called with `(queries, keys, queue)`; `MoCoLoss()` if left out.
 

@@ -11,6 +11,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     """Each of `splits` consecutive parts of the batch is normalised by its own statistics, in training.
 
     The running statistics move once a pass, towards the mean of the parts'. Parameters and names are `BatchNorm2d`'s.
+    A batch that the splits do not divide has parts that differ by one image.
     """
 
     splits: int = 1
@@ -21,20 +22,19 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     ) -> Tensor:
         if not self.training:
             return super().forward(x)
-        if len(x) % self.splits:
-            raise ValueError(f"batch: must be a multiple of the {self.splits} splits, got {len(x)}")
-        mean, var = self.running_mean, self.running_var
-        if mean is None or var is None or self.momentum is None:
-            raise ValueError("SplitBatchNorm2d: needs running statistics with a momentum")
-        means, variances = ([old.clone() for _ in range(self.splits)] for old in (mean, var))
+        mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
+        if mean is None or var is None or count is None:
+            raise ValueError("SplitBatchNorm2d: needs running statistics, got track_running_stats=False")
+        count.add_(1)
+        step = 1 / int(count) if self.momentum is None else self.momentum  # None is the plain mean over the passes
+        pieces = x.tensor_split(min(self.splits, len(x)))
+        means, variances = ([old.clone() for _ in pieces] for old in (mean, var))
         parts = [
-            F.batch_norm(part, m, v, self.weight, self.bias, True, self.momentum, self.eps)
-            for part, m, v in zip(x.chunk(self.splits), means, variances, strict=True)
+            F.batch_norm(piece, m, v, self.weight, self.bias, True, step, self.eps)
+            for piece, m, v in zip(pieces, means, variances, strict=True)
         ]
         mean.copy_(torch.stack(means).mean(0))
         var.copy_(torch.stack(variances).mean(0))
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
         return torch.cat(parts)
 
 

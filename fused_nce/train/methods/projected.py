@@ -14,7 +14,7 @@ from fused_nce.train.limits import ABOVE_0, AT_LEAST_1, Rule, number, one_of, op
 CIFAR_R18: dict[str, Any] = {"image_size": 32, "backbone": "resnet18", "stem": "cifar"}
 CIFAR_R50: dict[str, Any] = {"image_size": 32, "backbone": "resnet50", "stem": "cifar"}
 TINY: dict[str, Any] = {"image_size": 32, "backbone": "tiny", "layers": 2}
-MINI: dict[str, Any] = {"image_size": 32, "backbone": "mini", "layers": 2, "dim": 64}
+MINI: dict[str, Any] = {"image_size": 16, "backbone": "mini", "layers": 2, "dim": 64}
 # As long as AMDIM's `cifar10-tiny`: 1,170 updates.
 TINY_OPTIM: dict[str, Any] = {"epochs": 3, "batch_size": 128, "warmup_updates": 100, "schedule": "cosine"}
 DIGITS_OPTIM: dict[str, Any] = {
