@@ -109,15 +109,15 @@ def test_supcon_gives_each_view_its_images_label():
         model(views())
 
 
-def test_the_bank_moves_halfway_and_stays_on_the_sphere():
+def test_the_bank_moves_by_its_momentum_and_stays_on_the_sphere():
     torch.manual_seed(0)
-    bank = MemoryBank(4000, 32)
+    bank = MemoryBank(4000, 32, 0.3)
     assert bank.vectors.norm(dim=1).mean() == pytest.approx(1, abs=0.02)
     assert bank.vectors.abs().max() <= (3 / 32) ** 0.5
     before = bank.vectors.clone()
     features, rows = F.normalize(torch.randn(3, 32), dim=1), torch.tensor([7, 2, 5])
     bank.update(features, rows)
-    torch.testing.assert_close(bank.vectors[rows], F.normalize(0.5 * before[rows] + 0.5 * features, dim=1))
+    torch.testing.assert_close(bank.vectors[rows], F.normalize(0.3 * before[rows] + 0.7 * features, dim=1))
     rest = torch.ones(4000, dtype=torch.bool).scatter(0, rows, False)
     assert torch.equal(bank.vectors[rest], before[rest])
 
