@@ -1,6 +1,7 @@
 """Encoders by name, heads, and BatchNorm over parts of a batch."""
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_published_sizes(name, stem, width, parameters):
 
 
 def test_the_cifar_stem_keeps_the_resolution():
-    model, _ = backbone("resnet18", stem="cifar")
+    model: Any = backbone("resnet18", stem="cifar")[0]
     seen = []
     model.layer1.register_forward_hook(lambda m, x, y: seen.append(y.shape))
     model.eval()(torch.zeros(1, 3, 32, 32))
@@ -42,7 +43,7 @@ def test_the_cifar_stem_keeps_the_resolution():
 def test_zero_branches(name):
     """With every branch at zero a block is the ReLU of its shortcut."""
     model, _ = backbone(name, init="zero")
-    block = [m for m in model.modules() if hasattr(m, "downsample") and m.downsample is not None][-1].eval()
+    block: Any = [m for m in model.modules() if hasattr(m, "downsample") and m.downsample is not None][-1].eval()
     x = torch.rand(2, block.conv1.in_channels, 4, 4)
     assert torch.equal(block(x), F.relu(block.downsample(x)))
 
@@ -92,7 +93,8 @@ def test_heads():
 
 def test_split_norm_is_batch_norm_of_each_part():
     torch.manual_seed(0)
-    plain, split = nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4))
+    plain = nn.BatchNorm2d(4)
+    split: Any = nn.Sequential(nn.BatchNorm2d(4))
     split_batch_norm(split, 2)
     assert isinstance(split[0], SplitBatchNorm2d)
     assert split.state_dict().keys() == nn.Sequential(nn.BatchNorm2d(4)).state_dict().keys()

@@ -1,6 +1,7 @@
 """MoCo, SimCLR, SupCon and NPID in a loop of one's own: what a batch becomes, what follows a step."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from fused_nce.losses.nt_xent import oracle as nt_xent_oracle
 from fused_nce.models import NPID, MoCo, SimCLR, SupCon
 from fused_nce.models.npid import MemoryBank, Proximal
 
-MINI = {"backbone": "mini", "dim": 16}
+MINI: dict[str, Any] = {"backbone": "mini", "dim": 16}
 
 
 def views(count=8, seed=0):
