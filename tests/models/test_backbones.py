@@ -39,13 +39,16 @@ def test_the_cifar_stem_keeps_the_resolution():
     assert seen == [(1, 64, 32, 32)]
 
 
-@pytest.mark.parametrize("name", ["mini", "resnet18", "resnet50"])
-def test_zero_branches(name):
-    """With every branch at zero a block is the ReLU of its shortcut."""
+@pytest.mark.parametrize(("name", "last"), [("mini", "bn2"), ("resnet18", "bn2"), ("resnet50", "bn3")])
+def test_zero_branches(name, last):
+    """With every branch at zero a block is the ReLU of its shortcut; the other norms are as they were."""
     model, _ = backbone(name, init="zero")
     block: Any = [m for m in model.modules() if hasattr(m, "downsample") and m.downsample is not None][-1].eval()
     x = torch.rand(2, block.conv1.in_channels, 4, 4)
     assert torch.equal(block(x), F.relu(block.downsample(x)))
+    norms = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+    zero = {path for path, layer in norms.items() if not layer.weight.any()}
+    assert zero == {path for path in norms if path.endswith(f".{last}")}
 
 
 def test_other_classifiers_lose_their_last_layer():
@@ -103,7 +106,7 @@ def test_split_norm_is_batch_norm_of_each_part():
     var, mean = torch.var_mean(x.reshape(2, 3, 4, 5, 5), dim=(1, 3, 4))
     torch.testing.assert_close(split[0].running_mean, 0.1 * mean.mean(0))
     torch.testing.assert_close(split[0].running_var, 0.9 + 0.1 * var.mean(0))
-    assert int(split[0].num_batches_tracked) == 1
+    assert split[0].num_batches_tracked == 1
     split.eval()
     torch.testing.assert_close(split(x), F.batch_norm(x, split[0].running_mean, split[0].running_var))
     split.train()[0].momentum = None  # as the calibration of untrained encoders sets it: the plain mean
