@@ -44,7 +44,7 @@ IGNORE = shutil.ignore_patterns("__pycache__", "*.pyc", "mutants")
 
 def plant(fault: Fault | None, folder: Path, *, kernels: bool) -> None:
     """A copy of what the tests need, with the fault in it; `kernels` to be built from the copy's own sources."""
-    for name in ("fused_nce", "tests"):
+    for name in ("fused_nce", "tests", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=IGNORE)
     shutil.copy(ROOT / "pyproject.toml", folder)
     if kernels:
