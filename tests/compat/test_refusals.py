@@ -45,6 +45,7 @@ def encoder(num_classes):
         (ValueError, "out0: got width D = 3", lambda: lightly.NTXentLoss(memory_bank_size=(8, 5))(ROWS, ROWS)),
         (NotImplementedError, "world_size: got 2, need 1", lambda: open_clip.ClipLoss(world_size=2)),
         (NotImplementedError, "world_size: got 2, need 1", lambda: open_clip.SigLipLoss(world_size=2)),
+        (ValueError, "ddp_compat: got 'both'", lambda: open_clip.ClipLoss(ddp_compat="both")),
         (ValueError, "dist_impl: got 'ring'", lambda: open_clip.SigLipLoss(dist_impl="ring")),
         (TypeError, "Mine: got get_logits", lambda: type("Mine", (open_clip.ClipLoss,), {"get_logits": print})),
         (ValueError, "contrast_mode: got 'two'", lambda: supcontrast.SupConLoss(contrast_mode="two")),
