@@ -5,7 +5,8 @@ distance or reducer, a regularizer, a miner, `indices_tuple`) goes to the packag
 line in the log; where it is not, it raises.
 """
 
+from fused_nce.compat.pml.base import OPTIONS
 from fused_nce.compat.pml.losses import NTXentLoss, SupConLoss
 from fused_nce.compat.pml.wrappers import CrossBatchMemory, DistributedLossWrapper, SelfSupervisedLoss
 
-__all__ = ["CrossBatchMemory", "DistributedLossWrapper", "NTXentLoss", "SelfSupervisedLoss", "SupConLoss"]
+__all__ = ["OPTIONS", "CrossBatchMemory", "DistributedLossWrapper", "NTXentLoss", "SelfSupervisedLoss", "SupConLoss"]
