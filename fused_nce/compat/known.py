@@ -27,8 +27,8 @@ class Known(NamedTuple):
 
 
 def words(adapter: Callable[..., nn.Module], *names: str) -> Build:
-    """Of an adapter whose constructor words are upstream's attributes."""
-    return lambda theirs: adapter(**{name: getattr(theirs, name) for name in names})
+    """Of an adapter whose constructor words are upstream's attributes, as far as its release has them."""
+    return lambda theirs: adapter(**{name: getattr(theirs, name) for name in names if hasattr(theirs, name)})
 
 
 def is_known(module: nn.Module) -> bool:
