@@ -1,4 +1,4 @@
-"""`python -m tests.mutants [python|cpp|trainer|adapters|all] [PART]`: plant each fault in a copy of the project and test that.
+"""`python -m tests.mutants [python|cpp|trainer|adapters|all] [PART]`: plant each fault in a copy, and test that.
 
 `JOBS` at a time, 2 by default. A fault that no test notices survives: the table says so and the exit status is 1.
 """
@@ -103,7 +103,7 @@ def main(group: str = "all", part: str = "") -> int:
     cpp = CPP if _extension.status()[0] is not None else ()
     if group in ("cpp", "all") and not cpp:
         print(f"C++ faults left out: {_extension.status()[1]}")
-    groups = {"python": PYTHON, "cpp": cpp, "trainer": TRAINER, "adapters": ADAPTERS}
+    groups: dict[str, tuple[Fault, ...]] = {"python": PYTHON, "cpp": cpp, "trainer": TRAINER, "adapters": ADAPTERS}
     groups["all"] = tuple(fault for some in groups.values() for fault in some)
     faults = [f for f in groups[group] if part in f.reason]
     own = tuple(sorted({name for f in faults for name in f.tests}))
