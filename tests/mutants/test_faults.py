@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.mutants.__main__ import ROOT
+from tests.mutants.adapters import ADAPTERS
 from tests.mutants.faults import CPP, PYTHON
 from tests.mutants.trainer import TRAINER
 
-FAULTS = (*PYTHON, *CPP, *TRAINER)
+FAULTS = (*PYTHON, *CPP, *TRAINER, *ADAPTERS)
 
 
 def test_there_are_enough():
