@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,32 @@ class Embedded(NamedTuple):
 
     taps: tuple[dict[str, Tensor], ...]
     inputs: tuple[Any, ...]
+
+
+T = TypeVar("T")
+MAX_PENDING = 1024  # passes of one update; more than anyone accumulates
+
+
+class Pending(Generic[T]):
+    """What the passes since the last update leave for `after_step`."""
+
+    def __init__(self) -> None:
+        self._items: list[T] = []
+
+    def add(self, item: T) -> None:
+        """Of one pass.
+
+        Raises:
+            RuntimeError: if nothing was taken for too long: `after_step` is not called.
+        """
+        if len(self._items) >= MAX_PENDING:
+            raise RuntimeError(f"after_step: not called for {MAX_PENDING} passes; call it after each optimizer.step()")
+        self._items.append(item)
+
+    def take(self) -> list[T]:
+        """All of them, which are gone then."""
+        items, self._items = self._items, []
+        return items
 
 
 class Model(nn.Module):
@@ -67,6 +93,10 @@ class Model(nn.Module):
         """The losses of a batch."""
         losses: Losses = self.loss(*self.embed(batch).inputs)
         return losses
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What an optimizer is given: all but those of a momentum encoder."""
+        return [p for p in self.parameters() if p.requires_grad]
 
     def after_step(self, *, skipped: bool = False) -> None:
         """To be called after each update of the weights.

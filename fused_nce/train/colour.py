@@ -105,10 +105,10 @@ def blur(
 
     The kernel spans a tenth of the side, as SimCLR's: an odd width, 3 px at the least.
     """
-    chosen = (torch.rand(len(x)) < p).nonzero().squeeze(1)
-    width = torch.empty(len(x)).uniform_(*sigma)[chosen]
+    on, width = torch.rand(len(x)) < p, torch.empty(len(x)).uniform_(*sigma)
+    chosen = on.nonzero().squeeze(1)
     if len(chosen):
-        x[chosen] = gaussian(x[chosen], width, max(3, x.shape[-1] // 10 | 1))
+        x[chosen] = gaussian(x[chosen], width[chosen], max(3, x.shape[-1] // 10 | 1))
     return x
 
 

@@ -120,7 +120,8 @@ class RunConfig:
         save_minutes: minutes between two checkpoints.
         keep: checkpoints kept, at least 2.
         workers: processes that read images that are not held in memory.
-        memory_limit_mb: a data set that takes less as uint8 is decoded once and held, unless the geometry is "crop".
+        memory_limit_mb: a data set that takes less as uint8 is decoded once and held; under the geometry "crop" only
+            if all images have the model's size already.
         tensorboard: write TensorBoard events too, if it is installed.
     """
 

@@ -2,10 +2,47 @@
 
 from typing import Any
 
+from fused_nce.train.config import AugmentConfig
+
 STL_CROPS: dict[str, Any] = {"geometry": "crop", "mean": [0.43, 0.42, 0.39], "std": [0.27, 0.26, 0.27]}
-IMAGENET_CROPS: dict[str, Any] = {
-    "geometry": "crop",
-    "jitter": [0.4, 0.4, 0.4, 0.1],
-    "mean": [0.485, 0.456, 0.406],
-    "std": [0.229, 0.224, 0.225],
+IMAGENET_COLOURS: dict[str, Any] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+IMAGENET_CROPS: dict[str, Any] = {"geometry": "crop", "jitter": [0.4, 0.4, 0.4, 0.1], **IMAGENET_COLOURS}
+CIFAR10_COLOURS: dict[str, Any] = {
+    "mean": [125.3 / 255, 123.0 / 255, 113.9 / 255],
+    "std": [63.0 / 255, 62.1 / 255, 66.7 / 255],
 }
+CIFAR100_COLOURS: dict[str, Any] = {"mean": [0.5071, 0.4867, 0.4408], "std": [0.2675, 0.2565, 0.2761]}
+
+# Digits have no colour and no mirror image.
+DIGITS_VIEWS: dict[str, Any] = {
+    "flip_p": 0.0,
+    "geometry": "affine",
+    "geometry_p": 1.0,
+    "jitter": [0.4, 0.4, 0.0, 0.0],
+    "gray_p": 0.0,
+    "mean": [0.3, 0.3, 0.3],
+    "std": [0.35, 0.35, 0.35],
+}
+# SimCLR's for CIFAR-10: half the colour strength, no blur (appendix B.9); lightly, solo-learn and SupContrast agree.
+CIFAR_VIEWS: dict[str, Any] = {
+    "crop_area": [0.08, 1.0],
+    "jitter": [0.4, 0.4, 0.4, 0.1],
+    "jitter_p": 0.8,
+    "gray_p": 0.2,
+    "blur_p": 0.0,
+    **CIFAR10_COLOURS,
+}
+
+
+def crops(**changes: Any) -> AugmentConfig:
+    """Random resized crops of ImageNet, each view flipped by itself: the ground that MoCo, SimCLR and NPID share."""
+    shared: dict[str, Any] = {
+        "flip_shared": False,
+        "geometry": "crop",
+        "crop_area": (0.2, 1.0),
+        "crop_ratio": (3 / 4, 4 / 3),
+        "gray_p": 0.2,
+        "mean": tuple(IMAGENET_COLOURS["mean"]),
+        "std": tuple(IMAGENET_COLOURS["std"]),
+    }
+    return AugmentConfig(**shared | changes)

@@ -178,3 +178,30 @@ def test_the_seed_decides_everything(images):
 def test_refusals(images):
     with pytest.raises(TypeError, match=r"images: must be uint8, got torch\.float32"):
         augment.test_transform(AMDIMConfig())(images)
+
+
+def test_blur_is_torchvisions_image_by_image(images):
+    sigma = torch.linspace(0.1, 2.0, len(images))
+    expected = torch.stack([TF.gaussian_blur(x, [5, 5], [s.item()] * 2) for x, s in zip(images, sigma, strict=True)])
+    torch.testing.assert_close(colour.gaussian(images, sigma, 5), expected, atol=2e-6, rtol=0)
+
+
+def test_blur_is_drawn_for_every_image(images):
+    torch.manual_seed(0)
+    many = images.repeat(20, 1, 1, 1)
+    changed = (colour.blur(many.clone(), (1.0, 2.0), 0.5) != many).flatten(1).any(1)
+    assert 0.4 < changed.float().mean() < 0.6
+    small = augment.Views(replace(PLAIN, blur_p=1.0), 32)(torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8))
+    assert not torch.equal(*small)  # each view its own width
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_as_many_views_as_asked_for_each_flipped_by_itself(count):
+    torch.manual_seed(0)
+    ramp = STEPS.expand(200, 3, 32, 32).clone()
+    for shared in (True, False):
+        views = augment.Views(replace(PLAIN, flip_p=0.5, flip_shared=shared), 32, count)(ramp)
+        assert [tuple(view.shape) for view in views] == [(200, 3, 32, 32)] * count
+        turned = torch.stack([view[:, 0, 0, 0] > 0.05 for view in views])
+        agreement = (turned == turned[0]).all(0).float().mean()
+        assert agreement == 1 if shared or count == 1 else agreement < 0.7

@@ -232,3 +232,14 @@ def test_a_damaged_image_on_the_way_keeps_the_batch_full(tmp_path, monkeypatch):
     assert [len(b.images) for b in batches] == [4] * 25
     assert source.damaged == 1
     assert 41 not in torch.cat([b.indices for b in batches]).tolist()
+
+
+def test_images_of_the_models_own_size_are_held_for_crops_too(tmp_path):
+    write_folder(tmp_path, 10, size=(32, 32))
+    source, batches = first_batches(tmp_path, "crop", 0, 64)
+    assert source.held is not None
+    assert batches[0].images.shape == (4, 3, 32, 32)
+    write_folder(tmp_path / "other", 10, size=(32, 33))
+    source, batches = first_batches(tmp_path / "other", "crop", 0, 64)
+    assert source.held is None
+    assert batches[0].images.shape == (4, 2, 3, 32, 32)

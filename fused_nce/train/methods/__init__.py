@@ -7,6 +7,10 @@ from fused_nce.train.config import TrainConfig
 # name on the command line: module and class, imported when it is asked for.
 METHODS = {
     "amdim": ("amdim", "AMDIMConfig"),
+    "moco": ("moco", "MoCoConfig"),
+    "simclr": ("simclr", "SimCLRConfig"),
+    "supcon": ("supcon", "SupConConfig"),
+    "npid": ("npid", "NPIDConfig"),
     "dim": ("dim", "DIMConfig"),
 }
 

@@ -10,6 +10,7 @@ from fused_nce.models import AMDIM
 from fused_nce.models.encoders.amdim import IMAGE_SIZES, trunk_width
 from fused_nce.train.config import TrainConfig
 from fused_nce.train.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Rule, one_of, optional
+from fused_nce.train.presets import DIGITS_VIEWS
 from fused_nce.train.presets import IMAGENET_CROPS as IMAGENET
 from fused_nce.train.presets import STL_CROPS as STL
 
@@ -77,15 +78,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
         "model": {"ndf": 32, "n_rkhs": 256, "n_depth": 2},
         "loss": PAPER_PENALTY,
-        "augment": {
-            "flip_p": 0.0,
-            "geometry": "affine",
-            "geometry_p": 1.0,
-            "jitter": [0.4, 0.4, 0.0, 0.0],
-            "gray_p": 0.0,
-            "mean": [0.3, 0.3, 0.3],
-            "std": [0.35, 0.35, 0.35],
-        },
+        "augment": DIGITS_VIEWS,
         "optim": {
             "epochs": 80,
             "batch_size": 128,
