@@ -71,9 +71,9 @@ class DIM(Model):
     DIM(L) 0, 1, 0.1; DIM(L+G) 0.5, 0.1, and a γ that it does not state. A part whose weight is 0 is not built.
 
     Args:
-        architecture: `dcgan32` (CIFAR), `alexnet64` (STL-10, Tiny ImageNet), `dcgan64`, or one that runs on strided
-            crops, a 7×7 map: `crops-resnet19-32`, `crops-resnet37-32`, `crops-alexnet64`, and with a 5×5 map of global
-            vectors `crops-resnet19-32-several`, `crops-alexnet64-several`.
+        architecture: `dcgan32` (CIFAR), `alexnet64` (STL-10, Tiny ImageNet), `dcgan64`, our `tiny32`, or one that runs
+            on strided crops, a 7×7 map: `crops-resnet19-32`, `crops-resnet37-32`, `crops-alexnet64`, and with a 5×5 map
+            of global vectors `crops-resnet19-32-several`, `crops-alexnet64-several`.
         width: multiplies the encoder's channels; 1 is the paper's.
         code: units of Y.
         critic: "dot" embeds locations and code and takes dot products, on the engine; "concat" has a network of its own

@@ -1,6 +1,6 @@
 """Deep InfoMax in the loop (arXiv 1808.06670): one view, and a discriminator with an optimizer of its own."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,6 +11,8 @@ from fused_nce.models.encoders.dim import ARCHITECTURES
 from fused_nce.train import optim
 from fused_nce.train.config import AugmentConfig, OptimConfig, TrainConfig
 from fused_nce.train.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, one_of, optional
+from fused_nce.train.methods.projected import TINY_OPTIM
+from fused_nce.train.presets import unmoved
 
 
 @dataclass
@@ -68,10 +70,6 @@ class LossConfig:
     occlusion: float = 0.0
 
 
-# To [−1, 1], and nothing moved: the paper augments STL-10 alone.
-PLAIN: dict[str, Any] = {
-    "flip_p": 0.0, "geometry": "none", "jitter_p": 0.0, "gray_p": 0.0, "mean": [0.5] * 3, "std": [0.5] * 3
-}  # fmt: skip
 SHORTER = {"epochs": 200}
 ALEXNET = {"architecture": "alexnet64"}
 # A 64 px piece of an image of 96 px, unscaled, and a flip.
@@ -90,8 +88,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "run": {"log_every": 5},
     },
     "cifar10-tiny": {
+        "model": {"architecture": "tiny32"},
         "loss": {"mi_units": 256},
-        "optim": {"epochs": 8, "batch_size": 128, "lr": 5e-4, "warmup_updates": 100, "schedule": "cosine"},
+        "optim": {**TINY_OPTIM, "epochs": 6, "lr": 1e-3},  # one view an image
     },
     "cifar10": {},
     "cifar100": {},
@@ -143,7 +142,7 @@ class DIMConfig(TrainConfig):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    augment: AugmentConfig = field(default_factory=lambda: replace(AugmentConfig(), **_tuples(PLAIN)))
+    augment: AugmentConfig = field(default_factory=unmoved)  # the paper augments STL-10 alone
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             epochs=1000, batch_size=64, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup_updates=0,
@@ -170,7 +169,3 @@ class DIMConfig(TrainConfig):
         """Several global vectors are taken before the fully connected layers, which the other parts alone train."""
         several, c = ARCHITECTURES[self.model.architecture].several, self.loss
         return several and not any((c.alpha, c.gamma, c.absolute, c.relative))
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
