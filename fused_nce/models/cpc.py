@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from fused_nce.core import checks
 from fused_nce.losses import CPCLoss, NCEOutput
 from fused_nce.models.base import Embedded, Losses, Model
+from fused_nce.models.cpc_sampled import SampledCPCLoss
 from fused_nce.models.encoders.cpc import AudioEncoder, GRUContext, NoContext, PatchEncoder, PixelCNN
 
-NEGATIVES = ("batch", "sequence")
+NEGATIVES = ("batch", "sequence", "sampled")
 
 
 class EachStep(nn.Module):
@@ -59,10 +60,11 @@ class CPC(Model):
         context: makes c (B, C, R, W) of which row r has not seen a later row of z, and has `channels`.
         steps: K.
         skip: rows left out before the first prediction. 1 for images, whose patches share a half with the next row's.
-        negatives: "batch", every other target of the step; or "sequence", those of the prediction's own sequence or
-            image.
+        negatives: "batch", every other target of the step; "sequence", those of the prediction's own sequence or
+            image; or "sampled", a few of the batch, drawn for each prediction.
+        sampled: how many of "sampled".
         loss: called with predictions and targets (1, N, D), and in "sequence" the sequence of each (N,), once a step;
-            `CPCLoss` if left out. The model's `loss` wraps it.
+            `CPCLoss` or `SampledCPCLoss` if left out. The model's `loss` wraps it.
 
     Raises:
         TypeError, ValueError: for a setting outside these.
@@ -76,6 +78,7 @@ class CPC(Model):
         steps: int,
         skip: int = 0,
         negatives: str = "batch",
+        sampled: int = 10,
         loss: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -91,7 +94,9 @@ class CPC(Model):
         self.steps, self.skip, self.negatives = steps, skip, negatives
         width: Any = encoder.channels
         self.predict = nn.ModuleList(nn.Linear(context.channels, width, bias=False) for _ in range(steps))  # type: ignore[arg-type]
-        self.loss = EachStep(CPCLoss(negatives=negatives) if loss is None else loss)
+        if loss is None:
+            loss = SampledCPCLoss(sampled) if negatives == "sampled" else CPCLoss(negatives=negatives)
+        self.loss = EachStep(loss)
 
     @classmethod
     def audio(

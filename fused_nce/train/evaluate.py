@@ -78,6 +78,10 @@ def evaluate(
     taps = list(taps or config.taps)
     log = runlog.read_log(folder)
     features.check_taps(model, config.sample(), taps)
+    if (judge := config.judge()) is not None:
+        settings = {"labels_per_class": labels_per_class, "draws": draws, "seed": seed}
+        judged, figures = judge(model, config, taps=taps, baselines=baselines, **settings)
+        return _finish(folder, config, log, {**settings, **judged}, figures, start)
     probe, test = (_labelled(config, split, seed) for split in ("probe", "test"))
     plan = scoring.plan(probe.labels, test.labels, labels_per_class=labels_per_class, draws=draws, seed=seed)
 
@@ -98,32 +102,47 @@ def evaluate(
     )  # fmt: skip
     matrix = scoring.confusion_matrix(kept["predicted"], plan.truth, len(test.classes))
     result: dict[str, Any] = {
-        "run": folder.resolve().name,
-        "method": config.method,
-        "data": config.data,
-        "data_name": Path(config.data).name,
-        "date": time.strftime("%Y-%m-%d"),
         "classes": test.classes,
         "taps": taps,
-        "online_tap": config.taps[0],
         "labels_per_class": labels_per_class,
         "draws": draws,
         "seed": seed,
         "splits": {"probe": len(probe.labels), "test": len(test.labels)},
         "probes": rows,
         "confusion": {"tap": taps[0], "probe": "linear", "labels": "all", "matrix": matrix},
-        "training": summary.training(log),
-        "loss_cost": None,
-        "loss_cost_error": None,
         "protocol": summary.protocol(config.data, labels_per_class, draws, baselines),
-        "environment": host.environment(),
     }
     if cost:
         result |= _loss_cost(config)
-    result["evaluation_s"] = round(time.perf_counter() - start, 1)
+    return _finish(folder, config, log, result, figures, start)
+
+
+def _finish(
+    folder: Path,
+    config: TrainConfig,
+    log: list[runlog.Line],
+    judged: dict[str, Any],
+    figures: report.Figures,
+    start: float,
+) -> dict[str, Any]:
+    """What `eval.json` holds: how the run was made and what it is worth. Writes it, the table and the report."""
+    result: dict[str, Any] = {
+        "run": folder.resolve().name,
+        "method": config.method,
+        "data": config.data,
+        "data_name": Path(config.data).name,
+        "date": time.strftime("%Y-%m-%d"),
+        "online_tap": config.taps[0],
+        "training": summary.training(log),
+        "loss_cost": None,
+        "loss_cost_error": None,
+        "environment": host.environment(),
+        **judged,
+        "evaluation_s": round(time.perf_counter() - start, 1),
+    }
     _write(folder / "eval.json", json.dumps(result, indent=1) + "\n")
-    _write_csv(folder / "eval.csv", rows)
-    (folder / PARTIAL).unlink()
+    _write_csv(folder / "eval.csv", result["probes"])
+    (folder / PARTIAL).unlink(missing_ok=True)
     _write(folder / "report.html", report.render(result, log, (folder / CONFIG_NAME).read_text(), figures))
     return result
 

@@ -52,6 +52,11 @@ def heading(result: dict[str, Any], probe: str, labels: str) -> str:
     return f"{NAMES[probe]}, {few if labels == 'few' else 'all labels'}"
 
 
+def things(result: dict[str, Any]) -> str:
+    """What was encoded, in the plural."""
+    return str(result.get("things", "images"))
+
+
 def mebibytes(count: int | None) -> str:
     return "not measurable here" if count is None else f"{count / 2**20:.1f} MiB"
 
@@ -73,7 +78,7 @@ def _tiles(result: dict[str, Any]) -> str:
         if row is not None:
             tiles.append(_tile(f"{shown(row)} %", f"{heading(result, probe, labels)}, on {tap}"))
     if speed is not None:
-        tiles.append(_tile(f"{speed:,.0f} images/s", "in training, median"))
+        tiles.append(_tile(f"{speed:,.0f} {things(result)}/s", "in training, median"))
     if cost is not None:
         ratio = cost["naive"]["time_ms"] / cost["fused"]["time_ms"]
         speed_up = f"{ratio:.1f}× faster" if ratio >= 1 else f"{1 / ratio:.1f}× slower"
@@ -107,7 +112,7 @@ def _probe_table(result: dict[str, Any]) -> str:
     rows = []
     for tap in dict.fromkeys(row["tap"] for row in result["probes"]):
         width = next(row["width"] for row in result["probes"] if row["tap"] == tap)
-        size = f"<small> · {width:,} numbers an image</small>"
+        size = f"<small> · {width:,} numbers a{'n' if things(result) == 'images' else ''} {things(result)[:-1]}</small>"
         rows.append(f'<tr class="group"><td colspan="{len(columns) + 1}">{escape(tap)}{size}</td></tr>')
         for name in encoders(result, tap):
             cells = "".join(f"<td>{shown(find(result, name, tap, *column))}</td>" for column in columns)
@@ -123,7 +128,7 @@ def _curves(result: dict[str, Any], log: list[runlog.Line]) -> str:
 
     charts: list[tuple[str, str, tuple[float, float] | None, list[Series]]] = [
         ("NCE minus its chance level (0 = guessing)", "nats", None, [series("NCE − chance", "nce_minus_chance", 0)]),
-        (f"Online probes on detached {result['online_tap']} (training images)", "accuracy, %", (0.0, 100.0), [
+        (f"Online probes on detached {result['online_tap']} (training {things(result)})", "accuracy, %", (0.0, 100.0), [
             series("linear", "linear_acc", 0, 100), series("MLP", "mlp_acc", 1, 100)]),
         ("Loss and its penalty", "nats", None, [series("loss", "loss", 0), series("penalty", "penalty", 1)]),
         ("Positives ranked first", "%", None, [series("top-1", "top1", 2, 100)]),
@@ -141,7 +146,7 @@ def _closer(result: dict[str, Any], figures: Figures) -> str:
     cards = [_card(f"Confusions of the linear probe on {tap}, all labels", _confusion(result))]
     if figures.points:
         picture = plots.scatter(figures.points, figures.point_labels, result["classes"])
-        cards.append(_card(f"{len(figures.points):,} test images by their {tap} (PCA, then t-SNE)", picture))
+        cards.append(_card(f"{len(figures.points):,} test {things(result)} by their {tap} (PCA, then t-SNE)", picture))
     return "".join(cards)
 
 
@@ -154,13 +159,23 @@ def _confusion(result: dict[str, Any]) -> str:
     return f"<p>{len(classes):,} classes are too many to draw; the twenty commonest mistakes:</p><ul>{items}</ul>"
 
 
-def _neighbours(figures: Figures) -> str:
+def _neighbours(result: dict[str, Any], figures: Figures) -> str:
+    """A card of thumbnails, where there are any."""
+    if not figures.neighbours:
+        return ""
+    note = (
+        f"A test image (dark line) and the labelled images nearest to it by cosine on {result['taps'][0]}: green for "
+        "its own class, orange for another."
+    )
     rows = []
     for row in figures.neighbours:
         (query, _), rest = row[0], row[1:]
         images = "".join(f'<img alt="" src="{uri}"{"" if right else " class=miss"}>' for uri, right in rest)
         rows.append(f'<div><img alt="" class="query" src="{query}"><em>→</em>{images}</div>')
-    return "".join(rows)
+    return (
+        f'<div class="card" style="margin-top:14px"><h3>Nearest neighbours</h3><p class="note">{escape(note)}</p>'
+        f'<div class="neighbours">{"".join(rows)}</div></div>'
+    )
 
 
 def _cost(result: dict[str, Any]) -> tuple[str, str, str]:
@@ -217,21 +232,18 @@ def render(result: dict[str, Any], log: list[runlog.Line], config_text: str, fig
         subtitle=escape(f"Run {result['run']} · {result['date']} · fused_nce {result['environment']['fused_nce']}"),
         tiles=_tiles(result),
         probes_note=escape(
-            f"Accuracy on {splits['test']:,} test images of probes fitted on frozen features of {splits['probe']:,} "
-            f"labelled images. With {result['labels_per_class']} labels a class: mean ± standard deviation of "
-            f"{result['draws']} draws."
+            f"Accuracy on {splits['test']:,} test {things(result)} of probes fitted on frozen features of "
+            f"{splits['probe']:,} labelled {things(result)}. With {result['labels_per_class']} labels a class: mean ± "
+            f"standard deviation of {result['draws']} draws."
         ),
         bars=_probe_bars(result),
         probe_table=_probe_table(result),
         training_note=escape(f"{note}."),
         curves=_curves(result, log),
-        closer_note="None of these images was seen in pre-training or by a probe.",
+        closer_note=f"None of these {things(result)} was seen in pre-training or by a probe.",
         closer=_closer(result, figures),
-        neighbours_note=escape(
-            f"A test image (dark line) and the labelled images nearest to it by cosine on {result['taps'][0]}: "
-            "green for its own class, orange for another."
-        ),
-        neighbours=_neighbours(figures),
+        things=things(result),
+        neighbours=_neighbours(result, figures),
         cost_note=escape(cost_note),
         cost_bars=cost_bars,
         cost_table=cost_table,

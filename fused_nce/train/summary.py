@@ -62,7 +62,9 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{name:30}" + "".join(f"{cell:>18}" for cell in cells))
     speed, cost = result["training"]["images_per_s"], result["loss_cost"]
     if speed is not None:
-        lines.append(f"\ntraining {speed:,.0f} images/s (median), {result['training']['minutes']:.1f} minutes")
+        lines.append(
+            f"\ntraining {speed:,.0f} {report.things(result)}/s (median), {result['training']['minutes']:.1f} minutes"
+        )
     if cost is not None:
         lines.append(f"{'the loss of one step':30}{'time':>18}{'peak memory':>18}")
         for name in ("fused", "naive"):

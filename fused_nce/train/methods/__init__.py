@@ -12,6 +12,7 @@ METHODS = {
     "supcon": ("supcon", "SupConConfig"),
     "npid": ("npid", "NPIDConfig"),
     "dim": ("dim", "DIMConfig"),
+    "cpc": ("cpc", "CPCConfig"),
 }
 
 
