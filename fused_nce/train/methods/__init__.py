@@ -13,6 +13,7 @@ METHODS = {
     "npid": ("npid", "NPIDConfig"),
     "dim": ("dim", "DIMConfig"),
     "cpc": ("cpc", "CPCConfig"),
+    "cpc-vision": ("cpc_vision", "CPCVisionConfig"),
 }
 
 

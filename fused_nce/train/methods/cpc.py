@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -17,6 +16,7 @@ from fused_nce.models.cpc_sampled import SampledCPCLoss
 from fused_nce.models.encoders.cpc import AudioEncoder
 from fused_nce.train.config import OptimConfig, TrainConfig
 from fused_nce.train.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Rule, each, one_of, optional
+from fused_nce.train.methods import inits
 from fused_nce.train.recordings import WindowLoader
 
 LAYERS = Rule("at least one layer, each at least 1", lambda v: len(v) > 0 and all(map(AT_LEAST_1.holds, v)))
@@ -115,16 +115,6 @@ def optimizer(**changes: Any) -> OptimConfig:
     return OptimConfig(**shared | changes)
 
 
-def kaiming_(module: nn.Module) -> nn.Module:
-    """Every convolution by Kaiming's rule for ReLU, its bias 0."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv1d | nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-    return module
-
-
 @dataclass
 class CPCConfig(TrainConfig):
     __doc__ = TrainConfig.__doc__
@@ -156,8 +146,7 @@ class CPCConfig(TrainConfig):
     def build(self, *, images: int = 1) -> CPC:
         settings = {name: value for name, value in vars(self.model).items() if name != "init"}
         model = CPC.audio(**settings, negatives=self.loss.negatives, loss=self.loss.build())
-        if self.model.init == "kaiming":
-            kaiming_(model.encoder)
+        inits.draw_(model.encoder, self.model.init)
         return model
 
     def check_together(self) -> None:
@@ -179,11 +168,7 @@ class CPCConfig(TrainConfig):
         return torch.zeros(1, self.augment.window)
 
     def untrained(self) -> dict[str, TrainConfig]:
-        inits: dict[str, Literal["torch", "kaiming"]] = {"torch's": "torch", "Kaiming": "kaiming"}
-        return {
-            f"random, {name} init": dataclasses.replace(self, model=dataclasses.replace(self.model, init=init))
-            for name, init in inits.items()
-        }
+        return inits.both(self)
 
     def judge(self) -> Callable[..., tuple[dict[str, Any], Any]]:
         from fused_nce.train.evaluate_audio import evaluate

@@ -11,6 +11,7 @@ from fused_nce.models.encoders.dim import ARCHITECTURES
 from fused_nce.train import optim
 from fused_nce.train.config import AugmentConfig, OptimConfig, TrainConfig
 from fused_nce.train.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, one_of, optional
+from fused_nce.train.methods import inits
 from fused_nce.train.methods.projected import TINY_OPTIM
 from fused_nce.train.presets import unmoved
 
@@ -23,11 +24,13 @@ class ModelConfig:
         architecture: by layers and image size; see `fused_nce.models.DIM`.
         width: multiplies the channels; 1 is the paper's.
         code: units of Y.
+        init: of the encoder: torch's, or Kaiming's for ReLU.
     """
 
     architecture: str = "dcgan32"
     width: float = 1.0
     code: int = 64
+    init: Literal["torch", "kaiming"] = "torch"
 
     @property
     def image_size(self) -> int:
@@ -151,7 +154,10 @@ class DIMConfig(TrainConfig):
     )  # fmt: skip
 
     def build(self, *, images: int = 1) -> DIM:
-        return DIM(**vars(self.model), **vars(self.loss))
+        settings = {name: value for name, value in vars(self.model).items() if name != "init"}
+        model = DIM(**settings, **vars(self.loss))
+        inits.draw_(model.encoder, self.model.init)
+        return model
 
     def check_together(self) -> None:
         """Refuse settings that do not fit each other: the model's own checks, on weights that nothing stores."""
@@ -164,6 +170,9 @@ class DIMConfig(TrainConfig):
         prior: nn.Module | None = module.get_submodule("model").prior  # type: ignore[assignment]
         found = {"optimizer": optim.build(module, self.optim, without=prior)}
         return found if prior is None else found | {"discriminator": optim.build(prior, self.optim)}
+
+    def untrained(self) -> dict[str, TrainConfig]:
+        return inits.both(self)
 
     def leaves_some_unused(self) -> bool:
         """Several global vectors are taken before the fully connected layers, which the other parts alone train."""
