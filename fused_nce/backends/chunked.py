@@ -34,6 +34,9 @@ def plan(spec: Spec, n: int, m: int, d: int, wide_bytes: int, cast: bool, limit_
     """The tiling, by shape alone. `cast`: 16-bit inputs need their part of q and k in float32 beside the scores."""
     n_c = spec.layout.n_c if isinstance(spec.layout, Block) else 1
     row_bytes = kind(spec).BUFFERS * wide_bytes
+    if spec.whole_rows:
+        left = limit_bytes - (m * d * wide_bytes if cast else 0)
+        return Plan(max(1, min(n, left // (m * row_bytes + (d * wide_bytes if cast else 0)))), m)
     if not cast and n * m * row_bytes <= limit_bytes:
         return Plan(n, m)
     strip = min(n, limit_bytes // (m * row_bytes))
@@ -46,7 +49,12 @@ def plan(spec: Spec, n: int, m: int, d: int, wide_bytes: int, cast: bool, limit_
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
-    """Plain torch refuses nothing."""
+    """Plain torch refuses nothing, but a row that may not be cut has to fit."""
+    if spec.whole_rows:
+        limit, wide = workspace.limit_bytes(q.device.type), max(q.dtype.itemsize, 4)
+        needed = wide * (kind(spec).BUFFERS * k.shape[0] + ((k.shape[0] + 1) * q.shape[1] if q.itemsize < 4 else 0))
+        if needed > limit:
+            return f"the workspace of {limit} bytes is below the {needed} of one row's {k.shape[0]} scores, sorted"
     return None
 
 
@@ -192,11 +200,19 @@ class _Sweep:
                 out.dscale.add_(torch.dot(w.view(-1), part.r.view(-1)))
             if out.dbias is not None and part.bias_sum is not None:
                 out.dbias.add_(part.bias_sum)
+            k = p.k[columns].to(self.wide) if needs.q or p.spec.distance else p.k[columns]
             if needs.q:
-                out.dq[rows].addmm_(w, p.k[columns].to(self.wide), beta=int(columns.start > 0 or p.shared))
+                out.dq[rows].addmm_(w, k, beta=int(columns.start > 0 or p.shared))
             if p.shared and needs.q:
                 out.dq[columns].addmm_(w.T, q)
             elif needs.k:
                 out.dk[columns].addmm_(w.T, q, beta=int(rows.start > 0))
+            if p.spec.distance:
+                if needs.q:
+                    atoms.less_itself(out.dq[rows], w, p.q[rows].to(self.wide), dim=1)
+                if p.shared and needs.q:
+                    atoms.less_itself(out.dq[columns], w, k, dim=0)
+                elif needs.k:
+                    atoms.less_itself(out.dk[columns], w, k, dim=0, factor=p.scale)
         if needs.q and not p.shared:
             out.dq[rows].mul_(p.scale)

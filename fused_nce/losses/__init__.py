@@ -13,9 +13,11 @@ from fused_nce.losses.moco import MoCoLoss, moco_nce
 from fused_nce.losses.npid import NPIDSoftmaxLoss, npid_softmax
 from fused_nce.losses.nt_xent import NTXentLoss, nt_xent
 from fused_nce.losses.output import NCEOutput
+from fused_nce.losses.pairs import PairContrastiveLoss, pair_contrastive
 from fused_nce.losses.queue import MemoryQueue
 from fused_nce.losses.siglip import SigLIPLoss, siglip_loss
 from fused_nce.losses.sup_con import SupConLoss, sup_con
+from fused_nce.losses.triplet import TripletMarginLoss, triplet_margin
 
 __all__ = [
     "AMDIMLoss",
@@ -32,8 +34,10 @@ __all__ = [
     "NCEOutput",
     "NPIDSoftmaxLoss",
     "NTXentLoss",
+    "PairContrastiveLoss",
     "SigLIPLoss",
     "SupConLoss",
+    "TripletMarginLoss",
     "amdim_nce",
     "binary_nce",
     "clip_loss",
@@ -46,6 +50,8 @@ __all__ = [
     "moco_nce",
     "npid_softmax",
     "nt_xent",
+    "pair_contrastive",
     "siglip_loss",
     "sup_con",
+    "triplet_margin",
 ]

@@ -74,6 +74,12 @@ def check_same(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
         raise ValueError(f"{name_a}: got device {a.device}, need {name_b}'s {b.device}")
 
 
+def dense_distances(s: Tensor) -> Tensor:
+    """‖x_i − x_j‖² from (N, N) dot products, whose diagonal holds the norms; 0 on it."""
+    square = s.diagonal()
+    return (square[:, None] + square - 2 * s).masked_fill(torch.eye(len(s), dtype=torch.bool), 0.0)
+
+
 def dense_nce(s: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """−log(e^pos / (e^pos + Σ_neg e^s)) of every True of `positive`, in row order; masks (N, M) bool."""
     others = s.masked_fill(~negative, float("-inf")).logsumexp(dim=1, keepdim=True).expand_as(s)[positive]

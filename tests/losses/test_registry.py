@@ -104,6 +104,8 @@ def test_across_strips_and_panels(name, monkeypatch):
     entry, inputs, leaves = posed(name)
     whole = run(entry, inputs, leaves, "reference")
     monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", "0.0004")
+    if "mining" in inputs and inputs["mining"] != "hard":  # sorts whole rows: strips of one
+        monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", "0.002")
     found = run(entry, inputs, leaves, "chunked")
     torch.testing.assert_close(found[0].loss, whole[0].loss, rtol=1e-12, atol=1e-14)
     for key in leaves:
