@@ -42,6 +42,7 @@ from fused_nce.losses import (
     sup_con,
     triplet_margin,
 )
+from fused_nce.patch import patch
 from fused_nce.verify import verify
 
 __all__ = [
@@ -80,6 +81,7 @@ __all__ = [
     "npid_softmax",
     "nt_xent",
     "pair_contrastive",
+    "patch",
     "siglip_loss",
     "sup_con",
     "tile_loss",

@@ -65,6 +65,11 @@ def positive_columns(problem: Problem, rows: range) -> Tensor:
     return first[:, None] + place
 
 
+def at_positives(problem: Problem, columns: Tensor | None) -> Tensor | None:
+    """(S', M) column statistics as each positive sees them, (S', N, P)."""
+    return None if columns is None else columns[:, positive_columns(problem, range(problem.n))]
+
+
 def sets(problem: Problem, rows: range, columns: range) -> Sets:
     """The sets of one tile."""
     ids = row_ids(problem, rows)
@@ -116,7 +121,8 @@ def transform_value(transform: Transform, s: Tensor, bias: float | Tensor = 0.0)
     if isinstance(transform, SqDist):
         return 2 * s
     if isinstance(transform, Dist):
-        return -torch.sqrt(-2 * s)
+        at_zero = s == 0  # where the root has no slope, and an infinite one would become NaN behind a mask
+        return -torch.sqrt((-2 * s).masked_fill(at_zero, 1.0)).masked_fill(at_zero, 0.0)
     return transform.c * torch.tanh(s / transform.c) if isinstance(transform, TanhClip) else s
 
 

@@ -187,7 +187,8 @@ class Sigmoid(Tail):
 
 
 REPORT = Nce.REPORT
-TAILS: dict[str, type[Tail]] = {tail.NAME: tail for tail in (Nce, LogOut, LogIn, Sigmoid, *MARGIN_TAILS)}
+ALL: tuple[type[Tail], ...] = (Nce, LogOut, LogIn, Sigmoid, *MARGIN_TAILS)
+TAILS: dict[str, type[Tail]] = {tail.NAME: tail for tail in ALL}
 
 
 @lru_cache(maxsize=256)

@@ -210,6 +210,7 @@ def test_statistic_weight_is_its_derivative(name):
     (exact,) = torch.autograd.grad(found[-1].sum(), x)
     named = {key: row.detach()[:, None] for key, row in zip(names, found, strict=True)}
     slope = stat.slope(scores(x.detach(), own), named)
+    assert slope is not None
     torch.testing.assert_close(slope, exact)
     assert slope.any()
 
@@ -238,8 +239,8 @@ def test_codes_round_trip():
             assert parse(spec.code) == spec
     for layout in (Index(), Labels(), Separate(), Separate(3), Block(2, 2)):
         for columns, drop_self in itertools.product(((), ("neg_lse",), ("neg_lse", "neg_max")), (False, True)):
-            for transform in (Bias(), SqDist(), Dist()):
-                spec = Spec(layout, transform, LogOut.READS, columns, drop_self)
+            for other in (Bias(), SqDist(), Dist()):
+                spec = Spec(layout, other, LogOut.READS, columns, drop_self)
                 assert parse(spec.code) == spec
     for penalty, reduction in itertools.product((0.0, 0.04, 1 / 3, 1e-30), tails.REDUCTIONS):
         for tail in tails.TAILS.values():
