@@ -4,6 +4,7 @@ from fused_nce import backends as _package  # noqa: F401  (loaded before `doctor
 from fused_nce._version import __version__
 from fused_nce.core.dispatch import last_path
 from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.gathered import gathered_scores
 from fused_nce.core.workspace import workspace_bytes
 from fused_nce.doctor import backends, doctor
 from fused_nce.losses import (
@@ -19,6 +20,7 @@ from fused_nce.losses import (
     MINELoss,
     MoCoLoss,
     NCEOutput,
+    NPIDNCELoss,
     NPIDSoftmaxLoss,
     NTXentLoss,
     PairContrastiveLoss,
@@ -35,6 +37,7 @@ from fused_nce.losses import (
     info_nce,
     mine_dv,
     moco_nce,
+    npid_nce,
     npid_softmax,
     nt_xent,
     pair_contrastive,
@@ -58,6 +61,7 @@ __all__ = [
     "MemoryQueue",
     "MoCoLoss",
     "NCEOutput",
+    "NPIDNCELoss",
     "NPIDSoftmaxLoss",
     "NTXentLoss",
     "PairContrastiveLoss",
@@ -73,11 +77,13 @@ __all__ = [
     "cpc_nce",
     "dim_mi",
     "doctor",
+    "gathered_scores",
     "gaussian_kl",
     "info_nce",
     "last_path",
     "mine_dv",
     "moco_nce",
+    "npid_nce",
     "npid_softmax",
     "nt_xent",
     "pair_contrastive",

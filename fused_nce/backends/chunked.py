@@ -13,9 +13,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fused_nce.backends import gathered
 from fused_nce.backends.tiles import AtomTile, LseTile, Merger, Tile, kind
 from fused_nce.core import atoms, workspace
-from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
+from fused_nce.core.problem import GatheredGradients, Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import VOCABULARY, Bias, Block, Spec
 from fused_nce.core.tails import Coefficients, Tail
 
@@ -78,6 +79,18 @@ def stats(problem: Problem) -> Statistics:
 def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
     """Gradients from finished statistics; the scores are computed again."""
     return _Sweep(problem).gradients(needs, statistics, coefficients)
+
+
+def gathered_scores(q: Tensor, k: Tensor, indices: Tensor) -> Tensor:
+    """Of the rows that a block of the workspace's size takes, one after the other."""
+    return gathered.scores(q, k, indices, workspace.limit_bytes(q.device.type))
+
+
+def gathered_grads(
+    q: Tensor, k: Tensor, indices: Tensor, d: Tensor, need_q: bool, need_k: bool, need_scale: bool
+) -> GatheredGradients:
+    """The same blocks."""
+    return gathered.grads(q, k, indices, d, need_q, need_k, need_scale, workspace.limit_bytes(q.device.type))
 
 
 def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from fused_nce.backends import gathered
 from fused_nce.core import atoms
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import VOCABULARY, Bias, Separate, Spec
 from fused_nce.core.tails import Coefficients, Tail
 
 ATOMS = VOCABULARY
+gathered_scores = partial(gathered.scores, limit_bytes=None)
+gathered_grads = partial(gathered.grads, limit_bytes=None)
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:

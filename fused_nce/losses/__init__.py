@@ -11,6 +11,7 @@ from fused_nce.losses.info_nce import InfoNCELoss, info_nce
 from fused_nce.losses.mine import MINELoss, mine_dv
 from fused_nce.losses.moco import MoCoLoss, moco_nce
 from fused_nce.losses.npid import NPIDSoftmaxLoss, npid_softmax
+from fused_nce.losses.npid_nce import NPIDNCELoss, npid_nce
 from fused_nce.losses.nt_xent import NTXentLoss, nt_xent
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.pairs import PairContrastiveLoss, pair_contrastive
@@ -32,6 +33,7 @@ __all__ = [
     "MemoryQueue",
     "MoCoLoss",
     "NCEOutput",
+    "NPIDNCELoss",
     "NPIDSoftmaxLoss",
     "NTXentLoss",
     "PairContrastiveLoss",
@@ -48,6 +50,7 @@ __all__ = [
     "info_nce",
     "mine_dv",
     "moco_nce",
+    "npid_nce",
     "npid_softmax",
     "nt_xent",
     "pair_contrastive",

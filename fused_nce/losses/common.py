@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
+from fused_nce.core.atoms import poison
 from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.output import NCEOutput
 
@@ -42,6 +43,11 @@ def fixed_lse(x: Tensor) -> Tensor:
     """log Σ e^x of all elements, 0-d, in `fixed_sum`'s order."""
     top = x.detach().amax()
     return top + fixed_sum((x - top).exp()).log()
+
+
+def exposed(s: Tensor) -> Tensor:
+    """(N, m) scores, a row NaN throughout where one is not finite: what saturates would hide an infinite one."""
+    return s * (1 + poison(s))[:, None]
 
 
 def output(loss: Tensor, stats: dict[str, Tensor]) -> NCEOutput:

@@ -19,6 +19,7 @@ from fused_nce import (
     gaussian_kl,
     info_nce,
     mine_dv,
+    npid_nce,
     npid_softmax,
 )
 
@@ -231,7 +232,9 @@ def test_a_bad_number_is_never_hidden(wide, bad):
     calls = [
         lambda: cpc_nce(a[None], b[None], backend=wide),
         lambda: cpc_nce(a[None], b[None], negatives="sequence", groups=torch.tensor([0, 1, 0, 1]), backend=wide),
+        lambda: cpc_nce(a[None], b[None], negatives=torch.tensor([[1, 2, 3]] * 4), backend=wide),
         lambda: npid_softmax(a, b, torch.arange(4), backend=wide),
+        lambda: npid_nce(a, b, torch.arange(4), torch.tensor([[0, 1]] * 4), z=9.0, backend=wide),
         *(lambda e=e: dim_mi(b[:, None], a, estimator=e, backend=wide) for e in ("jsd", "dv", "nce")),
         lambda: dim_mi(b[:, None], a, estimator="nce", anchor="both", backend=wide),
         lambda: mine_dv(a[2], b[2]),
@@ -256,7 +259,13 @@ ERRORS = [
     (lambda: cpc_nce(S, S, weights=(1.0, -1.0)), ValueError, r"^weights: got -1.0, need a finite number >= 0$"),
     (lambda: cpc_nce(S, S, weights=(0, 0)), ValueError, r"^weights: got \(0, 0\), need one > 0$"),
     (lambda: cpc_nce(S, S, negatives="all"), ValueError, r"^negatives: got 'all', need one of 'batch', 'sequence'$"),
-    (lambda: cpc_nce(S, S, negatives=ANY), ValueError, r"^negatives: got a tensor, need .* gathered columns, .*$"),
+    (lambda: cpc_nce(S, S, negatives=ANY), ValueError, r"^negatives: got shape \(4,\), need \(N, m\) = \(4, m\) .*$"),
+    (lambda: cpc_nce(S, S, negatives=ANY[:, None] + 1), ValueError, r"^negatives: got 4, need 0 <= index < 4$"),
+    (
+        lambda: cpc_nce(S, S, negatives=ANY[:, None], group="world"),
+        ValueError,
+        r"^group: got one with .* a sample, .*$",
+    ),
     (lambda: cpc_nce(S, S, negatives="sequence"), TypeError, r"^groups: got NoneType, need a \(N,\) int64 tensor$"),
     (lambda: cpc_nce(S, S, groups=T), ValueError, r"^groups: got a tensor with negatives='batch', need None.*$"),
     (lambda: CPCLoss(negatives="all"), ValueError, r"^negatives: got 'all', need one of .*$"),
