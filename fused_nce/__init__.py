@@ -9,6 +9,7 @@ from fused_nce.core.workspace import workspace_bytes
 from fused_nce.doctor import backends, doctor
 from fused_nce.losses import (
     AMDIMLoss,
+    AMDIMMixtureLoss,
     BinaryNCELoss,
     CLIPLoss,
     CLUBLoss,
@@ -27,6 +28,7 @@ from fused_nce.losses import (
     SigLIPLoss,
     SupConLoss,
     TripletMarginLoss,
+    amdim_mixture_nce,
     amdim_nce,
     binary_nce,
     clip_loss,
@@ -50,6 +52,7 @@ from fused_nce.verify import verify
 
 __all__ = [
     "AMDIMLoss",
+    "AMDIMMixtureLoss",
     "BinaryNCELoss",
     "CLIPLoss",
     "CLUBLoss",
@@ -69,6 +72,7 @@ __all__ = [
     "SupConLoss",
     "TripletMarginLoss",
     "__version__",
+    "amdim_mixture_nce",
     "amdim_nce",
     "backends",
     "binary_nce",

@@ -1,6 +1,7 @@
 """Losses: one file each, a spec and a tail on the engine, and what it must equal. They import no backend."""
 
 from fused_nce.losses.amdim import AMDIMLoss, amdim_nce
+from fused_nce.losses.amdim_mixture import AMDIMMixtureLoss, amdim_mixture_nce
 from fused_nce.losses.binary_nce import BinaryNCELoss, binary_nce
 from fused_nce.losses.clip import CLIPLoss, clip_loss
 from fused_nce.losses.club import CLUBLoss, club
@@ -22,6 +23,7 @@ from fused_nce.losses.triplet import TripletMarginLoss, triplet_margin
 
 __all__ = [
     "AMDIMLoss",
+    "AMDIMMixtureLoss",
     "BinaryNCELoss",
     "CLIPLoss",
     "CLUBLoss",
@@ -40,6 +42,7 @@ __all__ = [
     "SigLIPLoss",
     "SupConLoss",
     "TripletMarginLoss",
+    "amdim_mixture_nce",
     "amdim_nce",
     "binary_nce",
     "clip_loss",

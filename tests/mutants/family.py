@@ -6,6 +6,8 @@ from tests.mutants.faults import ATOMS, CHUNKED, REFERENCE, STATISTICS, Fault
 
 MARGINS, TRIPLETS = "fused_nce/core/margins.py", "fused_nce/core/triplets.py"
 
+GATHERED, SAMPLED = "fused_nce/backends/gathered.py", ("tests/losses/test_gathered.py",)
+
 FAMILY = (
     # ---- distances, margins, triplets
     Fault(
@@ -33,5 +35,34 @@ FAMILY = (
     Fault("all triplets: margin on the wrong side", TRIPLETS, "(t - 1).masked_fill(~pos", "(t + 1).masked_fill(~pos"),
     Fault(
         "semi-hard: the nearest negative of all", TRIPLETS, "searchsorted(others, own) - 1", "searchsorted(others, own)"
+    ),
+    # ---- gathered columns, mixtures
+    Fault("gathered: the last block alone", GATHERED, "dq[rows] += towards", "dq[rows] = towards", SAMPLED),
+    Fault(
+        "gathered: out of range unseen", GATHERED, 'found.masked_fill_(block.missing, float("nan"))', "found", SAMPLED
+    ),
+    Fault(
+        "gathered: a learnable scale dropped", GATHERED, "fixed_sum(towards * part) if need_scale else 0", "0", SAMPLED
+    ),
+    Fault(
+        "npid: noise as if one were drawn",
+        "fused_nce/losses/npid_nce.py",
+        "math.log(m / bank.shape[0])",
+        "math.log(1 / bank.shape[0])",
+        SAMPLED,
+    ),
+    Fault(
+        "npid: every batch its own Z",
+        "fused_nce/losses/npid_nce.py",
+        "torch.where(self.log_z.isnan(), own, self.log_z)",
+        "own",
+        SAMPLED,
+    ),
+    Fault(
+        "mixture: the best component alone",
+        "fused_nce/losses/amdim_mixture.py",
+        "fixed_mean((-tau * each).logsumexp(dim=1)) / -tau",
+        "fixed_mean(each.amin(dim=1))",
+        ("tests/losses/test_estimators.py",),
     ),
 )
