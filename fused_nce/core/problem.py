@@ -62,6 +62,26 @@ class Gradients(NamedTuple):
     dbias: Tensor | None = None  # 0-d; None without a bias
 
 
+class GatheredGradients(NamedTuple):
+    """Of unscaled scores of gathered columns, in their dtype; what is not wanted is empty, dscale 0."""
+
+    dq: Tensor  # (N, D)
+    dk: Tensor  # (M, D)
+    dscale: Tensor  # 0-d
+
+
+class GatheredBackend(Protocol):
+    """What a module of `fused_nce.backends` may have beside the rest, for columns that each row chooses."""
+
+    def gathered_scores(self, q: Tensor, k: Tensor, indices: Tensor) -> Tensor:
+        """(N, m) ⟨q_i, k_(indices_ij)⟩, unscaled; NaN for an index out of range."""
+
+    def gathered_grads(
+        self, q: Tensor, k: Tensor, indices: Tensor, d: Tensor, need_q: bool, need_k: bool, need_scale: bool
+    ) -> GatheredGradients:
+        """From dL/d score, (N, m)."""
+
+
 class Backend(Protocol):
     """A module of `fused_nce.backends`.
 

@@ -64,13 +64,13 @@ def amdim_nce(
         TypeError: another dtype than a float one, two dtypes outside autocast, or something that is not a dense tensor.
         ValueError: wrong rank, sizes that do not fit, an empty batch, two devices, clip <= 0, penalty < 0, a NaN.
     """
-    _check_features(antecedents, consequents, offset)
-    _check_settings(scale, clip, penalty, antecedents.device)
+    check_features(antecedents, consequents, offset)
+    check_settings(scale, clip, penalty, antecedents.device)
     checks.check_choice("reduction", reduction, REDUCTIONS)
     return _nce(antecedents, consequents, offset, scale, clip, penalty, reduction, 1.0, group, backend)
 
 
-def _check_features(antecedents: Tensor, consequents: Tensor, offset: int) -> None:
+def check_features(antecedents: Tensor, consequents: Tensor, offset: int) -> None:
     rows = ("n_a", "D") if not isinstance(antecedents, Tensor) or antecedents.dim() != 3 else ("n_a", "n_r", "D")
     checks.check_tensor("antecedents", antecedents, rows)
     checks.check_tensor("consequents", consequents, ("n_k", "n_c", "D"))
@@ -84,7 +84,7 @@ def _check_features(antecedents: Tensor, consequents: Tensor, offset: int) -> No
         )
 
 
-def _check_settings(scale: float | Tensor | None, clip: float | None, penalty: float, device: torch.device) -> None:
+def check_settings(scale: float | Tensor | None, clip: float | None, penalty: float, device: torch.device) -> None:
     if clip is not None:
         checks.check_number("clip", clip, above=0)
     checks.check_number("penalty", penalty, at_least=0)
@@ -189,7 +189,7 @@ class AMDIMLoss(nn.Module):
         if unknown:
             raise TypeError(f"settings: got {', '.join(sorted(unknown))}, need some of {', '.join(DEFAULTS)}")
         self.settings: Settings = {**(PRESETS[preset] if preset else DEFAULTS), **settings}
-        _check_settings(**self.settings, device=torch.device("cpu"))  # type: ignore[arg-type]
+        check_settings(**self.settings, device=torch.device("cpu"))  # type: ignore[arg-type]
         self.group, self.backend = group, backend
 
     def extra_repr(self) -> str:
@@ -241,7 +241,7 @@ class AMDIMLoss(nn.Module):
     def _direction(self, source: str, view: Mapping[str, Tensor], keys: Keys) -> NCEOutput:
         """Half of one direction's loss."""
         rows, settings = self._antecedents(source, view), cast(Any, self.settings)
-        _check_features(rows, keys.columns, keys.offset)
+        check_features(rows, keys.columns, keys.offset)
         return _nce(
             rows,
             keys.columns,

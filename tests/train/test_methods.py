@@ -70,6 +70,7 @@ BAD = [
     ("moco", "model.splits", 5, "divide optim.batch_size 256"),
     ("npid", "model.momentum", 1.0, "in [0, 1)"),
     ("npid", "loss.proximal", -0.1, "at least 0"),
+    ("npid", "loss.noise", 0, "at least 1"),
     ("supcon", "loss.variant", "both", "one of out, in"),
 ]
 
@@ -131,7 +132,10 @@ def test_the_published_settings():
 
 # --- the loop -----------------------------------------------------------------------------------------------------
 
-EXTRA = {"moco": ["--model.splits=2", "--model.queue_size=20"], "npid": ["--loss.proximal=0.1"]}
+EXTRA = {
+    "moco": ["--model.splits=2", "--model.queue_size=20"],
+    "npid": ["--loss.proximal=0.1", "--loss.loss=nce", "--loss.noise=7"],
+}
 
 
 @pytest.mark.parametrize("name", IMAGES)
