@@ -100,7 +100,7 @@ PYTHON = (
     Fault(
         "upstream gradient ignored",
         OPS,
-        "stash = tuple(_times(g, d_loss) if need else g",
+        "stash = tuple(upstreams.times(g, d_loss) if need else g",
         "stash = tuple(g if need else g",
     ),
     Fault(
@@ -123,9 +123,9 @@ PYTHON = (
     ),
     Fault(
         "stash scaled in place although the graph is kept",
-        OPS,
-        "if traced or _batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph():",
-        "if traced or _batched(upstream):",
+        "fused_nce/core/upstream.py",
+        "if traced or batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph():",
+        "if traced or batched(upstream):",
     ),
     Fault(
         "stash cast to the inputs' dtype before the upstream",
@@ -136,8 +136,22 @@ PYTHON = (
     Fault(
         "double backward dropped in silence",
         OPS,
-        "    if torch.is_grad_enabled():\n        raise",
-        "    if False:\n        raise",
+        "    if torch.is_grad_enabled():\n        return *_with_graph(ctx, tails",
+        "    if False:\n        return *_with_graph(ctx, tails",
+    ),
+    Fault(
+        "double backward along a path between the inputs",
+        OPS,
+        ".each(lambda y: y.view_as(y))",
+        "",
+        ("tests/core/test_twice.py",),
+    ),
+    Fault(
+        "double backward of an empty set",
+        "fused_nce/core/twice.py",
+        "torch.where(some, x.masked_fill(~inside, stat.empty), 0.0)",
+        "x.masked_fill(~inside, stat.empty)",
+        ("tests/core/test_twice.py",),
     ),
     Fault(
         "frozen side pays for a gradient",
