@@ -184,8 +184,22 @@ BAD_ARGUMENTS = [
 
 @pytest.mark.parametrize(("change", "message"), BAD_ARGUMENTS)
 def test_bad_arguments_are_named(change, message):
-    names = ("q", "k", "scale", "n_c", "rows_per_image", "offset", "clip", "row_ids", "itself", "positives")
-    names += ("column_ids", "bias", "stats", "columns")
+    names = [
+        "q",
+        "k",
+        "scale",
+        "n_c",
+        "rows_per_image",
+        "offset",
+        "clip",
+        "row_ids",
+        "itself",
+        "positives",
+        "column_ids",
+        "bias",
+        "stats",
+        "columns",
+    ]
     values = dict(zip(names, arguments(5, 3, 8), strict=True)) | {"workspace_bytes": MIB}
     with pytest.raises((ValueError, TypeError), match=message):
         torch.ops.fused_nce.cpu_stats(**(values | change))

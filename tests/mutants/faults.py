@@ -156,8 +156,8 @@ PYTHON = (
     Fault(
         "frozen side pays for a gradient",
         ENGINE,
-        "graph and x is not None and x.requires_grad",
-        "graph and x is not None",
+        "graph and leaf is not None and leaf.requires_grad",
+        "graph and leaf is not None",
     ),
     Fault("gradient work under no_grad", ENGINE, "graph = torch.is_grad_enabled()", "graph = True"),
     # ---- the chunk loop
@@ -230,8 +230,8 @@ PYTHON = (
     Fault(
         "cpu: statistics in another order",
         CPU,
-        'NAMES = ("neg_lse", "neg_max", "square")',
-        'NAMES = ("neg_max", "neg_lse", "square")',
+        'NAMES = ("neg_lse", "neg_max", ',
+        'NAMES = ("neg_max", "neg_lse", ',
     ),
     Fault("strict mode ignored", DISPATCH, 'if os.environ.get("FUSED_NCE_STRICT") == "1":', "if False:"),
     Fault(
@@ -283,6 +283,7 @@ PYTHON = (
 )
 
 ROWS, STRIP, SWEEP, FORMULAS = "csrc/cpu/rows.inl", "csrc/cpu/strip.cpp", "csrc/cpu/sweep.cpp", "csrc/atoms.h"
+IDS = "csrc/cpu/ids.h"
 
 GPU_ROWS, GPU_GROUPS, GPU_SWEEP = "csrc/cuda/rows.h", "csrc/cuda/groups.h", "csrc/cuda/sweep.cpp"
 
@@ -298,18 +299,18 @@ CPP = (
     ),
     Fault(
         "kernels: offset ignored",
-        SWEEP,
+        IDS,
         "i / scoring_.rows_per_image + scoring_.offset",
         "i / scoring_.rows_per_image",
     ),
-    Fault("kernels: NaN hidden", STRIP, "= log_value(total) + bad;", "= log_value(total);"),
+    Fault("kernels: NaN hidden", STRIP, "log_value(total) + scoring.bias + bad)", "log_value(total) + scoring.bias)"),
     Fault("kernels: dk not accumulated across strips", SWEEP, "strip_.first > 0", "false"),
-    Fault("kernels: upstream of row 0 for all rows", STRIP, "= d_neg_lse[i];", "= d_neg_lse[0];"),
+    Fault("kernels: upstream of row 0 for all rows", STRIP, "? d_neg_lse[i] :", "? d_neg_lse[0] :"),
     Fault(
         "kernels: tail columns dropped",
         ROWS,
-        "const int64_t step = tile.columns - c >= 4 ? 4 : 1;",
-        "const int64_t step = 4;\n    if (tile.columns - c < step) break;",
+        "for (; c < tile.columns; ++c) fold_columns",
+        "for (; false; ++c) fold_columns",
     ),
     Fault(
         "kernels: groups summed without their shifts", FORMULAS, "+ b.sum * exp_value(b.shift - out.shift)", "+ b.sum"
