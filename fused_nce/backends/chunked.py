@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_nce.backends import gathered
-from fused_nce.backends.tiles import AtomTile, LseTile, Merger, Tile, kind
+from fused_nce.backends.tiles import AtomTile, LseTile, Tile, kind
 from fused_nce.core import atoms, workspace
 from fused_nce.core.problem import GatheredGradients, Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import VOCABULARY, Bias, Block, Spec
@@ -119,7 +119,7 @@ class _Sweep:
         unknown = q.new_full((problem.n, spec.n_pos), float("nan"), dtype=self.wide)
         self.pos = unknown if problem.positives is None else problem.positives
         self.rows = q.new_empty(len(spec.stats), problem.n, dtype=self.wide)
-        self.columns = [Merger(spec.columns) for _ in self.panels()] if spec.columns else []
+        self.columns = [atoms.Merger(spec.columns) for _ in self.panels()] if spec.columns else []
 
     def strips(self) -> list[slice]:
         """Row slices."""

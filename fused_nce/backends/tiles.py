@@ -7,7 +7,6 @@ made of, in three buffers that it overwrites as it goes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -187,25 +186,3 @@ class LseTile(Tile):
         if self.itself:
             self.itself.put(self.r, self.r.new_zeros(()))
         return self.r
-
-
-class Merger:
-    """Partial statistics, pushed one by one and merged in pairs of pairs; log2 of them are held."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
-        self.levels: list[Tensor | None] = []
-
-    def push(self, part: Tensor) -> None:
-        """Add one, (S, ·)."""
-        for level, waiting in enumerate(self.levels):
-            if waiting is None:
-                self.levels[level] = part
-                return
-            part, self.levels[level] = atoms.merge_two(self.names, waiting, part), None
-        self.levels.append(part)
-
-    def result(self) -> Tensor:
-        """All of them as one, finished."""
-        left = [part for part in reversed(self.levels) if part is not None]
-        return atoms.merge_tiles(self.names, left)

@@ -169,6 +169,28 @@ def merge_tiles(names: Sequence[str], parts: list[Tensor]) -> Tensor:
     return torch.stack([derived.get(name, value) for name, value in named.items()]) if derived else parts[0]
 
 
+class Merger:
+    """Partial statistics, pushed one by one and merged in pairs of pairs; log2 of them are held."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.levels: list[Tensor | None] = []
+
+    def push(self, part: Tensor) -> None:
+        """Add one, (S, ·)."""
+        for level, waiting in enumerate(self.levels):
+            if waiting is None:
+                self.levels[level] = part
+                return
+            part, self.levels[level] = merge_two(self.names, waiting, part), None
+        self.levels.append(part)
+
+    def result(self) -> Tensor:
+        """All of them as one, finished."""
+        left = [part for part in reversed(self.levels) if part is not None]
+        return merge_tiles(self.names, left)
+
+
 def tile_weights(
     names: Sequence[str],
     x: Scores,

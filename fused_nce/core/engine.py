@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_nce.core import checks, remote
+from fused_nce.core import checks, remote, ring
 from fused_nce.core import flop as _flop  # noqa: F401  (the ops' formulas)
 from fused_nce.core.atoms import STATISTIC
 from fused_nce.core.ops import Scores  # and defines torch.ops.fused_nce
@@ -69,11 +69,11 @@ def tile_stats(
     """
     scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids)
     everyone = peers(group)
-    if everyone is not None:
+    if everyone is not None and everyone.ring:
+        backend = ring.code(everyone, backend or "")
+    elif everyone is not None:
         if spec.columns:
-            raise ValueError(
-                f"group: got columns {spec.columns}, whose rows lie on other processes, need row statistics"
-            )
+            raise ValueError(f"group: got columns {spec.columns}, whose rows lie on other processes, need ring=True")
         (scores,) = remote.spread(scores, spec, everyone)
     pos, rows, columns = torch.ops.fused_nce.stats(*scores, backend or "")
     named = dict(zip(spec.stats, rows.unbind(0), strict=True))
@@ -151,10 +151,13 @@ def _sweep(x: Scores, spec: Spec, tail: Tail, parts: bool, backend: str | None) 
 
 
 def _sweeps(x: Scores, spec: Spec, tail: Tail, parts: bool, everyone: Peers, backend: str | None) -> LossParts:
-    """This process's part of the loss of all: its rows, and with column statistics half of it from its keys as rows."""
+    """This process's part of the loss of all: its rows; with column statistics, half of it from its keys as rows."""
+    if tail.reduction == "sum":
+        tail = replace(tail, weight=tail.weight * everyone.size)
+    if everyone.ring:
+        return _sweep(x, spec, tail, parts, ring.code(everyone, backend or ""))
     both = bool(spec.columns)
-    share = tail.weight * (everyone.size if tail.reduction == "sum" else 1) / (2 if both else 1)
-    tail = replace(tail, weight=share)
+    tail = replace(tail, weight=tail.weight / 2) if both else tail
     scores = remote.spread(x, spec, everyone)
     there = _sweep(scores[0], spec, tail, parts, backend)
     if not both:

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fused_nce.core import atoms, checks, tails, twice
+from fused_nce.core import atoms, checks, ring, tails, twice
 from fused_nce.core import spec as specs
 from fused_nce.core import upstream as upstreams
-from fused_nce.core.dispatch import choose
 from fused_nce.core.problem import Backend, Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import Block, Index, Separate
 
@@ -88,12 +87,12 @@ def _stash(x: Tensor) -> torch.dtype:
 # ---- bodies -----------------------------------------------------------------------------------------------------
 
 
-def _problem(x: Scores) -> Problem:
+def _problem(x: Scores, backend: str) -> Problem:
     """The backend's view: detached."""
-    return _as_problem(x.each(Tensor.detach))
+    return _as_problem(x.each(Tensor.detach), backend)
 
 
-def _as_problem(x: Scores) -> Problem:
+def _as_problem(x: Scores, backend: str) -> Problem:
     """In the accumulation dtype where a number is one."""
     spec, wide = specs.parse(x.spec), _wide(x.q)
     bias = 0.0 if x.bias is None else x.bias.to(wide)
@@ -109,6 +108,7 @@ def _as_problem(x: Scores) -> Problem:
         x.row_ids,
         x.column_ids,
         shared=x.k is None,
+        blocks=everyone.size if (everyone := ring.parse(backend)[0]) is not None else 1,
     )
 
 
@@ -134,10 +134,10 @@ def _finish(problem: Problem, x: Scores, out: Gradients, d_pos: Tensor, needs: l
 
 
 def _prepared(x: Scores, backend: str) -> tuple[Problem, str, Backend]:
-    problem = _problem(x)
+    problem = _problem(x, backend)
     if isinstance(problem.spec.layout, Index) and problem.q.device.type == "cpu":
         checks.check_targets(cast(Tensor, x.row_ids), problem.m, x.offset if problem.spec.drop_self else None)
-    name, module = choose(problem.spec, problem.q, None if problem.shared else problem.k, backend)
+    name, module = ring.backend(problem, backend)
     return problem, name, module
 
 
@@ -158,7 +158,7 @@ def _to_columns(problem: Problem, d: tails.Coefficients) -> tails.Coefficients:
 def _warn_without_negatives(problem: Problem) -> None:
     layout = problem.spec.layout
     own = layout.n_c if isinstance(layout, Block) else 0 if isinstance(layout, Separate) else 1
-    if problem.m == own:
+    if problem.n_columns == own:
         warnings.warn("fused_nce: one image has no negatives; its nce is 0, and so is the gradient of it", stacklevel=3)
 
 
@@ -196,10 +196,11 @@ def _loss(*args: Any) -> tuple[Tensor, ...]:
         # On a GPU the tail's forty small launches would cost more than the GEMMs of a small batch.
         summary = getattr(module, "summary", None)
         brief = summary(problem, rule, found) if summary is not None else None
-        *values, report = brief or (*rule.values(*at, problem.m), rule.report(*at, problem.m))
+        *values, report = brief or (*rule.values(*at, problem.n_columns), rule.report(*at, problem.n_columns))
         d_pos = found.pos
         if spec.columns or needs[4]:
-            d = rule.coefficients(*at, rule.unit(problem.n * rule.per_row(spec)), 1.0, problem.n * problem.m)
+            n_scores = problem.n * problem.n_columns
+            d = rule.coefficients(*at, rule.unit(problem.n * rule.per_row(spec)), 1.0, n_scores)
             d_pos = d.d_pos
             if spec.columns and any(wanted):
                 out = module.grads(problem, found, _to_columns(problem, d), wanted)
@@ -256,7 +257,7 @@ def _with_graph(ctx: Any, tail: tails.Tail | None, *upstream: Tensor | None) -> 
     """The backward under create_graph=True, of inputs that are views of themselves: none is a function of another."""
     twice.check_asked_for(ctx.backend, tail is None or ctx.parts)
     x = Scores(*ctx.saved_tensors[:7], *ctx.rest).each(lambda y: y.view_as(y))
-    problem = _as_problem(x)
+    problem = _as_problem(x, ctx.backend)
     found = twice.statistics(problem)
     outputs = found if tail is None else twice.loss(problem, tail, found)
     return [*twice.gradients(outputs, upstream, x.differentiable, ctx.needs), None, None]
@@ -314,7 +315,7 @@ def _loss_backward(
     # A reported part was differentiated on its own: the stash, at upstream 1 on the sum, cannot serve it.
     upstreams.refuse_batched(d_loss, d_nce, d_penalty)
     x, (pos, rows, columns) = Scores(*saved[:7], *ctx.rest), saved[7:10]
-    rule, problem = tails.parse(ctx.tail), _problem(x)
+    rule, problem = tails.parse(ctx.tail), _problem(x, ctx.backend)
     spec, n_elements = problem.spec, problem.n * rule.per_row(problem.spec)
     zero = torch.zeros((), dtype=pos.dtype, device=pos.device)
     on_loss = zero if d_loss is None else d_loss
@@ -322,7 +323,7 @@ def _loss_backward(
     d_element = on_loss * rule.unit(n_elements) + (zero if d_nce is None else d_nce * mean)
     d_sum = on_loss + (zero if d_penalty is None else d_penalty)
     at = atoms.at_positives(problem, columns if spec.columns else None)
-    d = rule.coefficients(spec, pos, rows, at, d_element, d_sum, problem.n * problem.m)
+    d = rule.coefficients(spec, pos, rows, at, d_element, d_sum, problem.n * problem.n_columns)
     return *_recompute(ctx, x, (pos, rows, columns), _to_columns(problem, d)), *rest
 
 

@@ -23,6 +23,7 @@ class Problem(NamedTuple):
     row_ids: Tensor | None = None  # (N,) int64, of Index (targets) and Labels
     column_ids: Tensor | None = None  # (M,) int64, of Labels
     shared: bool = False  # k is q: dq must hold both roles' gradient, (W + Wᵀ) q, and dk is empty
+    blocks: int = 1  # blocks of M keys that the rows meet: more than k where keys go round several processes
 
     @property
     def n(self) -> int:
@@ -31,8 +32,13 @@ class Problem(NamedTuple):
 
     @property
     def m(self) -> int:
-        """M, columns."""
+        """M, columns of k."""
         return self.k.shape[0]
+
+    @property
+    def n_columns(self) -> int:
+        """Columns that each row meets."""
+        return self.m * self.blocks
 
 
 class Needs(NamedTuple):
