@@ -45,6 +45,8 @@ class CPC(nn.Module):
         TypeError, ValueError: for a setting outside these.
     """
 
+    encoders = ("encoder", "context")
+
     def __init__(
         self,
         *,
