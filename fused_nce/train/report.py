@@ -16,8 +16,10 @@ from fused_nce.train import plots, runlog
 from fused_nce.train.plots import Bar, Series
 
 TRAINED, PIXELS = "trained", "pixels"
-COLUMNS = (("linear", "all"), ("knn", "all"), ("linear", "few"), ("knn", "few"))
-NAMES = {"linear": "Linear", "knn": "kNN"}
+NAMES = {
+    "linear": "Linear", "knn": "kNN", "sgd": "Linear, SGD", "svm": "Linear SVM", "mlp": "MLP",
+    "prototype": "Prototype", "logistic": "Logistic",
+}  # fmt: skip
 
 
 @dataclass
@@ -40,16 +42,30 @@ def encoders(result: dict[str, Any], tap: str) -> list[str]:
     return list(dict.fromkeys(row["encoder"] for row in result["probes"] if row["tap"] == tap))
 
 
+def columns(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """(probe, labels) of the table, in the order of the result."""
+    return list(dict.fromkeys((row["probe"], row["labels"]) for row in result["probes"]))
+
+
+def spread(row: dict[str, Any]) -> float | None:
+    """The standard deviation of the draws, or half the mean's 95 % interval of few-shot tasks; None of one value."""
+    found: float | None = row["sd_pct"] if row["sd_pct"] is not None else row.get("ci95_pct")
+    return found
+
+
 def shown(row: dict[str, Any] | None) -> str:
     """`95.2 ± 0.8`, `97.7`, or a dash for what was not measured."""
     if row is None:
         return "–"
-    return f"{row['accuracy_pct']:.1f}" + (f" ± {row['sd_pct']:.1f}" if row["sd_pct"] is not None else "")
+    around = spread(row)
+    return f"{row['accuracy_pct']:.1f}" + (f" ± {around:.1f}" if around is not None else "")
 
 
-def heading(result: dict[str, Any], probe: str, labels: str) -> str:
-    few = f"{result['labels_per_class']} labels a class"
-    return f"{NAMES[probe]}, {few if labels == 'few' else 'all labels'}"
+def heading(probe: str, labels: str) -> str:
+    """`Linear, 10 labels a class`, `Prototype, 5-way 1-shot`."""
+    count, few, _ = labels.partition("/class")
+    words = f"{count} label{'' if count == '1' else 's'} a class" if few else labels
+    return f"{NAMES.get(probe, probe)}, {'all labels' if labels == 'all' else words}"
 
 
 def mebibytes(count: int | None) -> str:
@@ -68,10 +84,10 @@ def _card(title: str, body: str) -> str:
 def _tiles(result: dict[str, Any]) -> str:
     tap, cost, speed = result["taps"][0], result["loss_cost"], result["training"]["images_per_s"]
     tiles = []
-    for probe, labels in COLUMNS[:3]:
+    for probe, labels in columns(result)[:3]:
         row = find(result, TRAINED, tap, probe, labels)
         if row is not None:
-            tiles.append(_tile(f"{shown(row)} %", f"{heading(result, probe, labels)}, on {tap}"))
+            tiles.append(_tile(f"{shown(row)} %", f"{heading(probe, labels)}, on {tap}"))
     if speed is not None:
         tiles.append(_tile(f"{speed:,.0f} images/s", "in training, median"))
     if cost is not None:
@@ -87,30 +103,31 @@ def _tiles(result: dict[str, Any]) -> str:
 def _probe_bars(result: dict[str, Any]) -> str:
     tap = result["taps"][0]
     cards = []
-    for probe, labels in (("linear", "few"), ("linear", "all")):
+    found = columns(result)
+    for probe, labels in sorted((c for c in found if c[0] == "linear"), key=lambda c: c[1] == "all") or found[:2]:
         bars = []
         for encoder in [*encoders(result, tap), *encoders(result, PIXELS)]:
             row = find(result, encoder, PIXELS if encoder == "raw pixels" else tap, probe, labels)
             if row is not None:
                 color = "var(--series-0)" if encoder == TRAINED else "var(--quiet)"
-                bars.append(Bar(encoder, row["accuracy_pct"], row["sd_pct"], color))
+                bars.append(Bar(encoder, row["accuracy_pct"], spread(row), color))
         if bars:
             chart = plots.dot_chart(bars, unit="%", high=100.0)
-            chance = 100 / len(result["classes"])
-            cards.append(_card(f"{heading(result, probe, labels)} ({tap}; chance {chance:.2g} %)", chart))
+            chance = 100 / (int(labels[0]) if "-way" in labels else len(result["classes"]))
+            cards.append(_card(f"{heading(probe, labels)} ({tap}; chance {chance:.2g} %)", chart))
     return "".join(cards)
 
 
 def _probe_table(result: dict[str, Any]) -> str:
-    columns = [c for c in COLUMNS if any((row["probe"], row["labels"]) == c for row in result["probes"])]
-    head = "".join(f"<th>{escape(heading(result, *column))}</th>" for column in columns)
+    found = columns(result)
+    head = "".join(f"<th>{escape(heading(*column))}</th>" for column in found)
     rows = []
     for tap in dict.fromkeys(row["tap"] for row in result["probes"]):
         width = next(row["width"] for row in result["probes"] if row["tap"] == tap)
         size = f"<small> · {width:,} numbers an image</small>"
-        rows.append(f'<tr class="group"><td colspan="{len(columns) + 1}">{escape(tap)}{size}</td></tr>')
+        rows.append(f'<tr class="group"><td colspan="{len(found) + 1}">{escape(tap)}{size}</td></tr>')
         for name in encoders(result, tap):
-            cells = "".join(f"<td>{shown(find(result, name, tap, *column))}</td>" for column in columns)
+            cells = "".join(f"<td>{shown(find(result, name, tap, *column))}</td>" for column in found)
             mark = ' class="ours"' if name == TRAINED else ""
             rows.append(f"<tr{mark}><td>{escape(name)}</td>{cells}</tr>")
     return f"<table><thead><tr><th>accuracy, %</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
@@ -137,8 +154,11 @@ def _curves(result: dict[str, Any], log: list[runlog.Line]) -> str:
 
 
 def _closer(result: dict[str, Any], figures: Figures) -> str:
-    tap = result["taps"][0]
-    cards = [_card(f"Confusions of the linear probe on {tap}, all labels", _confusion(result))]
+    tap, confusion = result["taps"][0], result["confusion"]
+    cards = []
+    if confusion is not None:
+        probe = NAMES[confusion.get("probe", "linear")]
+        cards.append(_card(f"Confusions of the probe on {tap}: {probe}, all labels", _confusion(result)))
     if figures.points:
         picture = plots.scatter(figures.points, figures.point_labels, result["classes"])
         cards.append(_card(f"{len(figures.points):,} test images by their {tap} (PCA, then t-SNE)", picture))
@@ -195,6 +215,21 @@ def _cost(result: dict[str, Any]) -> tuple[str, str, str]:
     return note, bars, f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
+def _title(result: dict[str, Any]) -> str:
+    trained_on = result.get("trained_on", result["data_name"])
+    other = f", evaluated on {result['data_name']}" if trained_on != result["data_name"] else ""
+    return f"{result['method'].upper()} on {trained_on}{other}"
+
+
+def _spreads(result: dict[str, Any]) -> str:
+    found, lines = [labels for _, labels in columns(result)], []
+    if any(labels.endswith("/class") for labels in found):
+        lines.append(f"With few labels a class: mean ± standard deviation of {result['draws']} draws.")
+    if any("-shot" in labels for labels in found):
+        lines.append(f"Few-shot: mean ± 95 % interval of {result['tasks']:,} tasks.")
+    return " ".join(lines)
+
+
 def render(result: dict[str, Any], log: list[runlog.Line], config_text: str, figures: Figures) -> str:
     """The page.
 
@@ -213,13 +248,12 @@ def render(result: dict[str, Any], log: list[runlog.Line], config_text: str, fig
     note += f"; {training['damaged']:,} images could not be read" if training.get("damaged") else ""
     template = Template(Path(__file__).with_name("report_template.html").read_text())
     return template.substitute(
-        title=escape(f"{result['method'].upper()} on {result['data_name']}"),
+        title=escape(_title(result)),
         subtitle=escape(f"Run {result['run']} · {result['date']} · fused_nce {result['environment']['fused_nce']}"),
         tiles=_tiles(result),
         probes_note=escape(
             f"Accuracy on {splits['test']:,} test images of probes fitted on frozen features of {splits['probe']:,} "
-            f"labelled images. With {result['labels_per_class']} labels a class: mean ± standard deviation of "
-            f"{result['draws']} draws."
+            f"labelled images. {_spreads(result)}"
         ),
         bars=_probe_bars(result),
         probe_table=_probe_table(result),
