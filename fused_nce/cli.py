@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 COMMANDS = {
     "train": ("fused_nce.train.command", "main", "train an encoder: fused-nce train amdim --preset digits"),
     "eval": ("fused_nce.cli", "evaluate", "evaluate a run and write its report: fused-nce eval RUN"),
+    "compare": ("fused_nce.train.compare", "main", "one report of several evaluated runs: fused-nce compare RUN RUN"),
     "export": ("fused_nce.cli", "export", "write a run's encoder alone: fused-nce export RUN --out FOLDER"),
     "doctor": ("fused_nce.cli", "doctor", "say what this installation can do, and why not more"),
 }

@@ -84,7 +84,7 @@ def evaluate(
         raise ValueError("taps: none given; need at least one, such as f1")
     names = check_names(list(protocols))
     model, config = checkpoint.load_model(folder)
-    trained_on, suffix = Path(config.data).name, _suffix(data)
+    trained_on, ending = Path(config.data).name, suffix(data)
     if data is not None:
         config = dataclasses.replace(config, data=data)
     taps = list(taps or config.taps)
@@ -104,7 +104,7 @@ def evaluate(
     for encoder, tap, bank, queries in progress.bar(sets, desc="probes", total=count, unit="set", leave=False):
         found, shown = scoring.score(bank, queries, plan, names)
         rows += [{"encoder": encoder, "tap": tap} | row for row in found]
-        _write_csv(folder / f"eval{suffix}.partial.csv", rows)
+        _write_csv(folder / f"eval{ending}.partial.csv", rows)
         if not kept:  # the trained encoder's first tap comes first
             kept = {"bank": bank, "queries": queries, "shown": shown}
     figures = draw_figures(
@@ -143,14 +143,14 @@ def evaluate(
     if cost:
         result |= _loss_cost(config)
     result["evaluation_s"] = round(time.perf_counter() - start, 1)
-    _write(folder / f"eval{suffix}.json", json.dumps(result, indent=1) + "\n")
-    _write_csv(folder / f"eval{suffix}.csv", rows)
-    (folder / f"eval{suffix}.partial.csv").unlink()
-    _write(folder / f"report{suffix}.html", report.render(result, log, (folder / CONFIG_NAME).read_text(), figures))
+    write_text(folder / f"eval{ending}.json", json.dumps(result, indent=1) + "\n")
+    _write_csv(folder / f"eval{ending}.csv", rows)
+    (folder / f"eval{ending}.partial.csv").unlink()
+    write_text(folder / f"report{ending}.html", report.render(result, log, (folder / CONFIG_NAME).read_text(), figures))
     return result
 
 
-def _suffix(data: str | None) -> str:
+def suffix(data: str | None) -> str:
     """What the names of the files of another data set end in."""
     return "" if data is None else "-" + re.sub(r"[^\w.-]+", "_", Path(data).name)
 
@@ -167,7 +167,7 @@ def run_and_print(run: str, **options: Any) -> int:
     """
     result = evaluate(run, **options)
     print(summary.table(result))
-    name = f"report{_suffix(options.get('data'))}.html"
+    name = f"report{suffix(options.get('data'))}.html"
     print(f"\nReport: {Path(run) / name}")
     if result["loss_cost_error"] is not None:
         print(f"fused-nce: {result['loss_cost_error']}", file=sys.stderr)
@@ -237,7 +237,7 @@ def _loss_cost(config: TrainConfig) -> dict[str, Any]:
         return {"loss_cost_error": str(error)}
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Under a temporary name, then renamed: a reader never sees half a file."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     temporary.write_text(text, encoding="utf-8")

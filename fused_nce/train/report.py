@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from html import escape
-from pathlib import Path
-from string import Template
 from typing import Any
 
-from fused_nce.train import plots, runlog
+from fused_nce.train import page, plots, runlog
 from fused_nce.train.plots import Bar, Series
 
 TRAINED, PIXELS = "trained", "pixels"
@@ -77,7 +75,8 @@ def _tile(value: str, text: str) -> str:
     return f'<div class="tile"><b>{escape(number)} <small>{escape(unit)}</small></b><span>{escape(text)}</span></div>'
 
 
-def _card(title: str, body: str) -> str:
+def card(title: str, body: str) -> str:
+    """A chart in its frame."""
     return f'<div class="card"><h3>{escape(title)}</h3>{body}</div>'
 
 
@@ -114,7 +113,7 @@ def _probe_bars(result: dict[str, Any]) -> str:
         if bars:
             chart = plots.dot_chart(bars, unit="%", high=100.0)
             chance = 100 / (int(labels[0]) if "-way" in labels else len(result["classes"]))
-            cards.append(_card(f"{heading(probe, labels)} ({tap}; chance {chance:.2g} %)", chart))
+            cards.append(card(f"{heading(probe, labels)} ({tap}; chance {chance:.2g} %)", chart))
     return "".join(cards)
 
 
@@ -149,7 +148,7 @@ def _curves(result: dict[str, Any], log: list[runlog.Line]) -> str:
     for title, unit, limits, lines in charts:
         lines = [line for line in lines if line.x]
         if lines:
-            cards.append(_card(title, plots.line_chart(lines, x_label="step", y_label=unit, y_range=limits)))
+            cards.append(card(title, plots.line_chart(lines, x_label="step", y_label=unit, y_range=limits)))
     return "".join(cards)
 
 
@@ -158,10 +157,10 @@ def _closer(result: dict[str, Any], figures: Figures) -> str:
     cards = []
     if confusion is not None:
         probe = NAMES[confusion.get("probe", "linear")]
-        cards.append(_card(f"Confusions of the probe on {tap}: {probe}, all labels", _confusion(result)))
+        cards.append(card(f"Confusions of the probe on {tap}: {probe}, all labels", _confusion(result)))
     if figures.points:
         picture = plots.scatter(figures.points, figures.point_labels, result["classes"])
-        cards.append(_card(f"{len(figures.points):,} test images by their {tap} (PCA, then t-SNE)", picture))
+        cards.append(card(f"{len(figures.points):,} test images by their {tap} (PCA, then t-SNE)", picture))
     return "".join(cards)
 
 
@@ -201,10 +200,10 @@ def _cost(result: dict[str, Any]) -> tuple[str, str, str]:
     )
     colors = {"fused": "var(--series-0)", "naive": "var(--quiet)"}
     times = [Bar(name, cost[name]["time_ms"], None, color) for name, color in colors.items()]
-    bars = _card("Time a step", plots.bar_chart(times, unit="ms"))
+    bars = card("Time a step", plots.bar_chart(times, unit="ms"))
     if all(cost[name]["peak_bytes"] is not None for name in colors):
         peaks = [Bar(name, cost[name]["peak_bytes"] / 2**20, None, color) for name, color in colors.items()]
-        bars += _card("Peak memory", plots.bar_chart(peaks, unit="MiB"))
+        bars += card("Peak memory", plots.bar_chart(peaks, unit="MiB"))
     rows = "".join(
         f"<tr{' class=ours' if name == 'fused' else ''}><td>{name}</td><td>{cost[name]['time_ms']:.1f}</td>"
         f"<td>{' – '.join(f'{value:.1f}' for value in cost[name]['quartiles_ms'])}</td>"
@@ -246,8 +245,8 @@ def render(result: dict[str, Any], log: list[runlog.Line], config_text: str, fig
     note += f"; the loss took {100 * share:.1f} % of a step (median)" if share is not None else ""
     note += f"; {training['skipped']:,} updates were skipped (not finite)" if training.get("skipped") else ""
     note += f"; {training['damaged']:,} images could not be read" if training.get("damaged") else ""
-    template = Template(Path(__file__).with_name("report_template.html").read_text())
-    return template.substitute(
+    return page.fill(
+        "report_template.html",
         title=escape(_title(result)),
         subtitle=escape(f"Run {result['run']} · {result['date']} · fused_nce {result['environment']['fused_nce']}"),
         tiles=_tiles(result),
