@@ -72,7 +72,7 @@ def _lightly(read: Callable[[str], Any]) -> _Ring | None:
 
 
 def _pml(read: Callable[[str], Any]) -> _Ring | None:
-    """`embedding_memory` (K, D) of rows as they came, `label_memory` (K,); where and how full is in the module alone."""
+    """`embedding_memory` (K, D) of rows as they came, `label_memory` (K,); where and how full is in the module."""
     keys = read("embedding_memory")
     if keys is None:
         return None

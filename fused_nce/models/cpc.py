@@ -70,6 +70,8 @@ class CPC(Model):
         TypeError, ValueError: for a setting outside these.
     """
 
+    encoders = ("encoder", "context")
+
     def __init__(
         self,
         *,

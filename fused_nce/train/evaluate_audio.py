@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_nce.train import features, figures, log_mel, progress, recordings, report, scoring
+from fused_nce.train import features, figures, log_mel, progress, recordings, report, scoring, summary
 from fused_nce.train.recordings import Recordings
 
 LOG_MEL = "log-mel mean"
 
 
-class Task(NamedTuple):
+class Target(NamedTuple):
     """A label that every recording of both splits may have."""
 
     name: str
@@ -28,19 +28,23 @@ def evaluate(
     config: Any,
     *,
     taps: Sequence[str],
-    labels_per_class: int,
+    protocols: Sequence[str],
+    labels_per_class: Sequence[int],
     draws: int,
+    tasks: int,
     baselines: bool,
     seed: int,
 ) -> tuple[dict[str, Any], report.Figures]:
-    """Linear probe and kNN on the mean over time of each tap, for each label.
+    """Every protocol asked for, on the mean over time of each tap, for each label.
 
     Args:
         model: the trained one.
         config: of its run.
         taps: of `encode`.
-        labels_per_class: size of the small label sets.
-        draws: how many of them, at least 2.
+        protocols: names, in the order of the table.
+        labels_per_class: sizes of the small label sets.
+        draws: how many of each, at least 2.
+        tasks: of few-shot, at least 2.
         baselines: untrained encoders and log-mel spectra too.
         seed: of the draws, the untrained encoders and the embedding.
 
@@ -51,39 +55,46 @@ def evaluate(
         ValueError: for recordings without a label of 2 or more classes, or a class that is too small.
     """
     probe, test = (recordings.load(config.data, split) for split in ("probe", "test"))
-    tasks = find_tasks(probe, test, config.data)
+    targets = find_targets(probe, test, config.data)
     plans = {
-        task.name: scoring.plan(task.probe, task.test, labels_per_class=labels_per_class, draws=draws, seed=seed)
-        for task in tasks
-    }
+        target.name: scoring.plan(
+            target.probe, target.test, protocols=protocols, labels_per_class=labels_per_class, draws=draws,
+            tasks=tasks, seed=seed,
+        )
+        for target in targets
+    }  # fmt: skip
     rows: list[dict[str, Any]] = []
     first: dict[str, Any] = {}
     for encoder, tap, bank, queries in _feature_sets(model, config, probe, test, taps, baselines, seed):
-        for task in tasks:
+        for target in targets:
             # The log-mel mean is no tap: it stands beside each.
             for shown in [tap] if tap is not None else taps:
-                found, predicted = scoring.score(bank, queries, plans[task.name])
-                rows += [{"encoder": encoder, "tap": f"{shown}, {task.name}"} | row for row in found]
+                found, predicted = scoring.score(bank, queries, plans[target.name], protocols)
+                rows += [{"encoder": encoder, "tap": f"{shown}, {target.name}"} | row for row in found]
             if not first:
                 first = {"queries": queries, "predicted": predicted}
-    main = tasks[0]
-    names = [f"{tap}, {task.name}" for tap in taps for task in tasks]
-    matrix = scoring.confusion_matrix(first["predicted"], plans[main.name].truth, len(main.classes))
+    main = targets[0]
+    names = [f"{tap}, {target.name}" for tap in taps for target in targets]
+    confusion = None
+    if first["predicted"] is not None:
+        name, predicted = first["predicted"]
+        matrix = scoring.confusion_matrix(predicted, plans[main.name].truth, len(main.classes))
+        confusion = {"tap": names[0], "probe": name, "labels": "all", "matrix": matrix}
     result = {
         "things": "recordings",
         "classes": main.classes,
         "taps": names,
         "splits": {"probe": len(probe.waves), "test": len(test.waves)},
         "probes": sorted(rows, key=lambda row: names.index(row["tap"])),
-        "confusion": {"tap": names[0], "probe": "linear", "labels": "all", "matrix": matrix},
-        "protocol": protocol(labels_per_class, draws),
+        "confusion": confusion,
+        "protocol": protocol(protocols, draws, tasks),
     }
     return result, report.Figures(figures.embed(first["queries"], seed), main.test.tolist())
 
 
-def find_tasks(probe: Recordings, test: Recordings, data: str) -> list[Task]:
+def find_targets(probe: Recordings, test: Recordings, data: str) -> list[Target]:
     """Every label that all recordings have, in both splits, with 2 classes or more."""
-    tasks = []
+    targets = []
     for name in probe.tags:
         classes = recordings.classes(probe.tags[name])
         complete = all("" not in split.tags.get(name, [""]) for split in (probe, test))
@@ -91,10 +102,10 @@ def find_tasks(probe: Recordings, test: Recordings, data: str) -> list[Task]:
             new = set(test.tags[name]) - set(classes)
             if new:
                 raise ValueError(f"data: no training recording has {name} {min(new)!r}, which a test recording has")
-            tasks.append(Task(name, classes, probe.labels(name, classes), test.labels(name, classes)))
-    if not tasks:
+            targets.append(Target(name, classes, probe.labels(name, classes), test.labels(name, classes)))
+    if not targets:
         raise ValueError(f"data: {data} has no label of 2 or more classes on every recording; need one to evaluate")
-    return tasks
+    return targets
 
 
 def _feature_sets(
@@ -156,19 +167,14 @@ def extract(
     return stacked
 
 
-def protocol(labels_per_class: int, draws: int) -> list[str]:
+def protocol(protocols: Sequence[str], draws: int, tasks: int) -> list[str]:
     """What a reader must know to judge the accuracies, one sentence a line."""
     return [
         "Probes are fitted on the labelled training recordings and judged on the test recordings, which nothing else "
         "sees; the speakers are the same in both where the data set's own split has it so.",
         "A recording is encoded whole and by itself, in eval mode; a tap is averaged over its frames. The paper probes "
         "every frame of c_t, Greedy InfoMax the average for speakers, as here.",
-        "Linear probe: multinomial logistic regression on standardised features; its penalty is chosen on a held-out "
-        "quarter of the probe split, never on the test recordings.",
-        f"{labels_per_class} labels a class: {draws} draws from the other three quarters, the same for every encoder; "
-        "mean ± standard deviation over the draws.",
-        "kNN: cosine similarity, votes weighted by exp(similarity / 0.1); 200 neighbours, or 2 % of a bank below "
-        "10,000 recordings (at least 5).",
+        *summary.of_protocols(protocols, draws, tasks, things="recordings"),
         "Log-mel mean: 40 bands, windows of 25 ms every 10 ms, the logarithm averaged over the recording; at the level "
         "that the encoder is given.",
     ]

@@ -1,6 +1,6 @@
 """Charts as inline SVG: text that scales, colours that follow the page's theme, nothing to download.
 
-Colours are CSS custom properties defined by the report's template (`--series-0` … `--series-9`, `--quiet`, `--ink`,
+Colours are CSS custom properties defined in `page.css` (`--series-0` … `--series-9`, `--quiet`, `--ink`,
 `--line`), so the same markup serves the light and the dark page.
 """
 

@@ -24,6 +24,9 @@ class Encoder(nn.Module):
 class Bank(nn.Module):
     """lightly's buffers."""
 
+    bank: torch.Tensor
+    bank_ptr: torch.Tensor
+
     def __init__(self, size, dim):
         super().__init__()
         self.register_buffer("bank", nn.functional.normalize(torch.randn(size, dim), dim=1), persistent=False)
@@ -51,7 +54,7 @@ def test_moco_goes_on_in_the_same_slots():
 def test_lightly_as_a_module_a_loss_or_a_persistent_state():
     bank = Bank(6, 3)
     loss = nn.Module()
-    loss.memory_bank = bank
+    loss.add_module("memory_bank", bank)
     state = {"criterion.bank": bank.bank, "criterion.bank_ptr": bank.bank_ptr}
     for queue in (memory_queue(bank), memory_queue(loss), memory_queue(state, "criterion.")):
         assert torch.equal(queue.keys, bank.bank)

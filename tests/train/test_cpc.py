@@ -223,9 +223,9 @@ def test_features_are_the_mean_over_the_frames_of_the_whole_recording(data, tmp_
 def test_a_test_label_that_no_training_recording_has_is_refused():
     known = recordings.Recordings([], {"digit": ["0", "1"]}, 8000)
     with pytest.raises(ValueError, match="data: no training recording has digit '2', which a test recording has"):
-        evaluate_audio.find_tasks(known, recordings.Recordings([], {"digit": ["2"]}, 8000), "shards")
+        evaluate_audio.find_targets(known, recordings.Recordings([], {"digit": ["2"]}, 8000), "shards")
     with pytest.raises(ValueError, match="data: shards has no label of 2 or more classes on every recording"):
-        evaluate_audio.find_tasks(known, recordings.Recordings([], {"digit": [""]}, 8000), "shards")
+        evaluate_audio.find_targets(known, recordings.Recordings([], {"digit": [""]}, 8000), "shards")
 
 
 def test_train_and_evaluate_from_the_command_line(data, tmp_path, capsys):
