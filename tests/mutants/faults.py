@@ -255,7 +255,7 @@ PYTHON = (
     Fault("one tensor in both roles: half the gradient", CHUNKED, "out.dq[columns].addmm_(w.T, q)", "pass"),
     Fault("reference: one tensor in both roles, half the gradient", REFERENCE, "w + w.T if problem.shared else w", "w"),
     Fault(
-        "strips' column statistics overwrite", TILES, "atoms.merge_two(self.names, waiting, part), None", "part, None"
+        "strips' column statistics overwrite", ATOMS, "merge_two(self.names, waiting, part), None", "part, None"
     ),
     Fault("both ways summed, not averaged", TAILS, "- pos)) / 2", "- pos))"),
     Fault(
