@@ -19,40 +19,11 @@ using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using GradientTuple = std::tuple<Tensor, Tensor, Tensor>;
 using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// `itself` -1: no row is a column of its own.
-Layout layout(const Tensor& q, const Tensor& k, int64_t n_c, const std::optional<Tensor>& row_ids, int64_t itself,
-              const std::optional<Tensor>& positives) {
-  const int64_t n = q.size(0), m = k.size(0);
-  TORCH_CHECK_VALUE(m < int64_t{1} << 31, "k has ", m, " rows, needed: fewer than 2^31");
-  TORCH_CHECK_VALUE(itself == -1 || (itself >= 0 && itself + n <= m), "itself is ", itself, ", needed: -1, or 0 to ", m - n);
-  Layout out{n_c, {}, itself, {}};
-  if (itself >= 0 && !row_ids && !positives) --out.n_pos;  // it lies in its own image
-  if (row_ids) {
-    TORCH_CHECK_TYPE(row_ids->scalar_type() == at::kLong, "row_ids is ", row_ids->scalar_type(), ", needed: int64");
-    TORCH_CHECK_VALUE(row_ids->sizes() == at::IntArrayRef{n}, "row_ids has shape ", row_ids->sizes(), ", needed: ", n);
-    out.row_ids = row_ids->contiguous();
-  }
-  if (positives) {
-    TORCH_CHECK_VALUE(positives->dim() == 2 && positives->size(0) == n, "positives has shape ", positives->sizes(),
-                      ", needed: ", n, " rows");
-    out.positives = coefficients("positives", *positives, positives->sizes());
-    out.n_pos = positives->size(1);
-  }
-  return out;
-}
-
-// Positives from elsewhere are handed on: no column fills them in.
-RowStatistics statistics_for(const SweepInputs& in) {
-  const RowStatistics fresh = new_statistics(in.q, in.layout.n_pos);
-  if (in.layout.positives.defined()) fresh.pos.copy_(in.layout.positives);
-  return fresh;
-}
-
 Statistics cpu_stats(const Tensor& q, const Tensor& k, double scale, int64_t n_c, int64_t rows_per_image,
                      int64_t offset, double clip, const std::optional<Tensor>& row_ids, int64_t itself,
                      const std::optional<Tensor>& positives, int64_t workspace_bytes) {
   const auto in = inputs(q, k, scale, n_c, rows_per_image, offset, clip, false, false, false, workspace_bytes,
-                         layout(q, k, n_c, row_ids, itself, positives));
+                         layout_of(q, k, n_c, row_ids, itself, positives));
   const RowStatistics out = statistics_for(in);
   sweep_stats(in, out);
   return {out.pos, out.neg_lse, out.neg_max, out.square};
@@ -64,7 +35,7 @@ GradientTuple cpu_grads(const Tensor& q, const Tensor& k, double scale, int64_t 
                         const Tensor& d_pos, const Tensor& d_neg_lse, const Tensor& d_square, bool need_q, bool need_k,
                         bool need_scale, int64_t workspace_bytes) {
   const auto in = inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k, need_scale, workspace_bytes,
-                         layout(q, k, n_c, row_ids, itself, positives));
+                         layout_of(q, k, n_c, row_ids, itself, positives));
   const int64_t n = q.size(0), n_pos = in.layout.n_pos;
   const RowStatistics stats{coefficients("pos", pos, {n, n_pos}), coefficients("neg_lse", neg_lse, {n}), {}, {}};
   const Upstream upstream{coefficients("d_pos", d_pos, {n, n_pos}), coefficients("d_neg_lse", d_neg_lse, {n}),
@@ -79,7 +50,7 @@ LossTuple cpu_loss(const Tensor& q, const Tensor& k, double scale, int64_t n_c, 
                    const std::optional<Tensor>& positives, double nce_weight, double square_weight, bool need_q,
                    bool need_k, bool need_scale, int64_t workspace_bytes) {
   const auto in = inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k, need_scale, workspace_bytes,
-                         layout(q, k, n_c, row_ids, itself, positives));
+                         layout_of(q, k, n_c, row_ids, itself, positives));
   const RowStatistics stats = statistics_for(in);
   const Upstream upstream{{}, {}, {}, static_cast<float>(nce_weight), static_cast<float>(square_weight)};
   const Gradients out = new_gradients(in, dk_type(in, true));
@@ -134,8 +105,9 @@ pybind11::dict plan(int64_t rows, int64_t columns, int64_t width, at::ScalarType
 }
 
 pybind11::dict cuda_plan(int64_t rows, int64_t columns, int64_t width, int64_t positives, int64_t element_bytes,
-                         int64_t workspace_bytes, bool statistics, bool gradients) {
-  const cuda::Work work{rows, columns, width, positives, element_bytes, statistics, gradients};
+                         int64_t workspace_bytes, bool statistics, bool gradients, bool need_scale, bool both_ways) {
+  const cuda::Work work{rows,       columns,   width,      positives, element_bytes,
+                        statistics, gradients, need_scale, both_ways};
   const cuda::Plan p = cuda::make_plan(work, workspace_bytes);
   pybind11::dict out;
   out["fits"] = p.fits;
@@ -150,6 +122,10 @@ pybind11::dict cuda_plan(int64_t rows, int64_t columns, int64_t width, int64_t p
   return out;
 }
 
+// `sm_90,compute_90` as text: what setup.py asked nvcc for.
+#define FUSED_NCE_TEXT_OF(...) #__VA_ARGS__
+#define FUSED_NCE_TEXT(...) FUSED_NCE_TEXT_OF(__VA_ARGS__)
+
 pybind11::dict build_info() {
   pybind11::dict out;
   out["torch_version"] = TORCH_VERSION;
@@ -162,8 +138,10 @@ pybind11::dict build_info() {
   out["isa_active"] = active_kernels().name;
 #ifdef FUSED_NCE_CUDA
   out["cuda"] = true;
+  out["cuda_architectures"] = FUSED_NCE_TEXT(FUSED_NCE_ARCHITECTURES);
 #else
   out["cuda"] = false;
+  out["cuda_architectures"] = "";
 #endif
   out["bf16_hardware"] = has_bf16_gemm();
   return out;
@@ -205,7 +183,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("need_q") = true, py::arg("need_k") = true, py::arg("need_scale") = false);
   m.def("cuda_plan", &cuda_plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("positives"),
         py::arg("element_bytes"), py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true,
-        py::arg("gradients") = true);
+        py::arg("gradients") = true, py::arg("need_scale") = true, py::arg("both_ways") = false);
 }
 
 }  // namespace fused_nce

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <utility>
 
 #include "params.h"
@@ -86,6 +87,35 @@ inline SweepInputs inputs(const at::Tensor& q, const at::Tensor& k, double scale
 
 inline at::TensorOptions floats(const at::Tensor& q) { return q.options().dtype(at::kFloat); }
 
+inline at::Tensor coefficients(const char* name, const at::Tensor& x, at::IntArrayRef shape) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, name, " is ", x.scalar_type(), ", needed: float32");
+  TORCH_CHECK_VALUE(x.sizes() == shape, name, " has shape ", x.sizes(), ", needed: ", shape);
+  return x.contiguous();
+}
+
+// `itself` -1: no row is a column of its own.
+inline Layout layout_of(const at::Tensor& q, const at::Tensor& k, int64_t n_c, const std::optional<at::Tensor>& row_ids,
+                        int64_t itself, const std::optional<at::Tensor>& positives) {
+  const int64_t n = q.size(0), m = k.size(0);
+  TORCH_CHECK_VALUE(m < int64_t{1} << 31, "k has ", m, " rows, needed: fewer than 2^31");
+  TORCH_CHECK_VALUE(itself == -1 || (itself >= 0 && itself + n <= m), "itself is ", itself, ", needed: -1, or 0 to ",
+                    m - n);
+  Layout out{n_c, {}, itself, {}};
+  if (itself >= 0 && !row_ids && !positives) --out.n_pos;  // it lies in its own image
+  if (row_ids) {
+    TORCH_CHECK_TYPE(row_ids->scalar_type() == at::kLong, "row_ids is ", row_ids->scalar_type(), ", needed: int64");
+    TORCH_CHECK_VALUE(row_ids->sizes() == at::IntArrayRef{n}, "row_ids has shape ", row_ids->sizes(), ", needed: ", n);
+    out.row_ids = row_ids->contiguous();
+  }
+  if (positives) {
+    TORCH_CHECK_VALUE(positives->dim() == 2 && positives->size(0) == n, "positives has shape ", positives->sizes(),
+                      ", needed: ", n, " rows");
+    out.positives = coefficients("positives", *positives, positives->sizes());
+    out.n_pos = positives->size(1);
+  }
+  return out;
+}
+
 inline RowStatistics new_statistics(const at::Tensor& q, int64_t n_c) {
   const int64_t n = q.size(0);
   const auto options = floats(q);
@@ -100,10 +130,11 @@ inline Gradients new_gradients(const SweepInputs& in, at::ScalarType dk_type = a
           in.need_scale ? at::empty({}, options) : at::empty({0}, options)};
 }
 
-inline at::Tensor coefficients(const char* name, const at::Tensor& x, at::IntArrayRef shape) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, name, " is ", x.scalar_type(), ", needed: float32");
-  TORCH_CHECK_VALUE(x.sizes() == shape, name, " has shape ", x.sizes(), ", needed: ", shape);
-  return x.contiguous();
+// Positives from elsewhere are handed on: no column fills them in.
+inline RowStatistics statistics_for(const SweepInputs& in) {
+  const RowStatistics fresh = new_statistics(in.q, in.layout.n_pos);
+  if (in.layout.positives.defined()) fresh.pos.copy_(in.layout.positives);
+  return fresh;
 }
 
 }  // namespace fused_nce

@@ -1,12 +1,13 @@
 // What a group of threads does to the row that it shares. The text is the same on a GPU, where a group is a CTA, and on
 // a CPU, where a loop plays its threads one after the other.
 //
-// A group has `first()`, true for one thread; `meet()`, a barrier; and `gather(f, merge)`, which merges f(thread,
-// threads) of all threads for all of them to see, after all that they wrote before it. Nothing depends on timing: a
-// thread takes fixed columns, gather merges in a fixed tree, and parts of a row that several groups found, by index.
+// A group has `first()`, true for one thread; `meet()`, a barrier; `gather(f, merge)`, which merges f(thread, threads)
+// of all threads for all of them to see, after all that they wrote before it; and `across`, for columns.h. Nothing
+// depends on timing: a thread takes fixed columns, gather merges in a fixed tree, and parts of a row that several groups
+// found, by index.
 #pragma once
 
-#include "rows.h"
+#include "columns.h"
 
 namespace fused_nce {
 namespace cuda {
@@ -30,7 +31,7 @@ FUSED_NCE_HD void finish_tail(Group& group, const Rules& rules, const RowArrays&
   if (!tail) return;
   group.meet();
   const float slopes = group.gather(
-      [&](int thread, int threads) { return tail_thread(rows, i, rules.scoring.n_c, thread, threads); }, Add());
+      [&](int thread, int threads) { return tail_thread(rows, i, rules.positives, thread, threads); }, Add());
   if (group.first()) rows.d_neg_lse[i - rows.first_coefficient] = -rows.nce_weight * slopes;
   group.meet();
 }
@@ -50,14 +51,14 @@ FUSED_NCE_HD void finish_row(Group& group, const Rules& rules, const RowArrays& 
 }
 
 // A share of a row from scores to weights. Panels add to dscale one after the other.
-template <bool kClip, bool kShift, class Store, class Group>
+template <bool kClip, bool kShift, bool kBothWays, class Store, class Group>
 FUSED_NCE_HD void weigh_row(Group& group, const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t r,
                             int part) {
   const Row row = row_of(strip, rules, r, part);
   const Store store(strip, r);
   const float found = group.gather(
       [&](int thread, int threads) {
-        return weigh_thread<kClip, kShift>(row, rules, rows, rows.d_scale != nullptr, store, thread, threads);
+        return weigh_thread<kClip, kShift, kBothWays>(row, rules, rows, rows.d_scale != nullptr, store, thread, threads);
       },
       Add());
   if (!rows.d_scale || !group.first()) return;
@@ -73,7 +74,7 @@ FUSED_NCE_HD void loss_row(Group& group, const Strip& strip, const Rules& rules,
       [&](int thread, int threads) { return fold_thread<kClip, kShift>(row, rules, rows, thread, threads); },
       MergeParts<kShift>());
   finish_tail<kShift>(group, rules, rows, all, row.index, true);
-  weigh_row<kClip, kShift, Store>(group, strip, rules, rows, r, 0);
+  weigh_row<kClip, kShift, false, Store>(group, strip, rules, rows, r, 0);
 }
 
 }  // namespace cuda

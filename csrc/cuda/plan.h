@@ -9,6 +9,8 @@
 //           of all panels come first and the scores are computed again: 4 GEMMs, and no memory that grows with N * M
 //   part    a share of a row's columns, one CTA each: rows that are few would leave most of the GPU idle
 //
+// Statistics of columns are kept for all of them, 24 bytes each.
+//
 // float weights take the place of their scores; then strip and block share one buffer.
 #pragma once
 
@@ -22,9 +24,11 @@ namespace cuda {
 
 struct Work {
   int64_t rows, columns, width;  // N, M, D
-  int64_t positives;             // a row: n_c
+  int64_t positives;             // a row: P
   int64_t element_bytes;         // of q and k: 4 or 2
   bool statistics, gradients;
+  bool need_scale;               // dscale is wanted
+  bool both_ways;                // statistics of columns too
 };
 
 struct Plan {
@@ -36,6 +40,7 @@ struct Plan {
   int64_t weight_bytes = 0;
   int64_t partial_bytes = 0;
   int64_t row_bytes = 0;
+  int64_t column_bytes = 0;
   int64_t bytes = 0;  // everything allocated beyond inputs and outputs
 };
 
@@ -68,8 +73,10 @@ inline void account(const Work& w, Plan& p) {
   p.partial_bytes = w.statistics ? round_up(partials, kAllocation) : 0;
   // d_pos and d_neg_lse of a block where the tail makes them, and the rows' shares of dscale.
   const int64_t coefficients = w.statistics ? p.block * (w.positives + 1) : 0;
-  p.row_bytes = w.gradients ? round_up((coefficients + w.rows * p.parts) * 4, kAllocation) : 0;
-  p.bytes = p.score_bytes + p.weight_bytes + p.partial_bytes + p.row_bytes;
+  const int64_t d_scale = w.need_scale ? w.rows * p.parts : 0;
+  p.row_bytes = w.gradients ? round_up((coefficients + d_scale) * 4, kAllocation) : 0;
+  p.column_bytes = w.both_ways ? round_up(w.columns * static_cast<int64_t>(sizeof(ColumnPart)), kAllocation) : 0;
+  p.bytes = p.score_bytes + p.weight_bytes + p.partial_bytes + p.row_bytes + p.column_bytes;
 }
 
 // `fits` is false if nothing does; `bytes` is then what the smallest plan needs.

@@ -20,15 +20,15 @@ struct AddTotals {
 };
 
 struct Summary {
-  const float *pos, *neg_lse, *neg_max, *square;  // (N, n_c), (N)
-  int64_t rows, positives;                        // N, n_c
+  const float *pos, *neg_lse, *neg_max, *square;  // (N, P), (N); square null where there is no penalty
+  int64_t rows, positives;                        // N, P
   bool mean;                                      // of nce, else the sum
   float penalty_weight;                           // lambda / (N * M)
   float chance, log_images, log_positives;        // log(1 + (n_k - 1) n_c), log n_k, log n_c
   Totals* partials;                               // (groups)
   int groups;
   float *loss, *nce, *penalty, *report;  // 0-d; report in the order of core/tails.py
-  float* elements;                       // (N, n_c) of nce, or null
+  float* elements;                       // (N, P) of nce, or null
 };
 
 // Elements that one thread sums one after the other; all else is a tree.
@@ -48,7 +48,7 @@ FUSED_NCE_HD Totals totals_thread(const Summary& s, int64_t thread, int64_t thre
     const bool first = e == i * s.positives;
     if (s.elements) s.elements[e] = nce;
     sum = AddTotals()(sum, {nce, softplus(gap - s.log_positives), s.pos[e], s.pos[e] > s.neg_max[i] ? 1.0f : 0.0f,
-                            first ? s.neg_lse[i] : 0.0f, first ? s.square[i] : 0.0f});
+                            first ? s.neg_lse[i] : 0.0f, first && s.square ? s.square[i] : 0.0f});
   }
   return sum;
 }

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fused_nce.core import atoms, checks, tails
+from fused_nce.core import atoms, checks, tails, upstreams
 from fused_nce.core import spec as specs
 from fused_nce.core.dispatch import choose
 from fused_nce.core.problem import Backend, Gradients, Needs, Problem, Statistics
@@ -246,22 +246,6 @@ for _name, _fake in (("stats", _fake_stats), ("grads", _fake_grads), ("loss", _f
 # ---- autograd ---------------------------------------------------------------------------------------------------
 
 
-def _refuse_double_backward() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "fused_nce: double backward (create_graph=True) is not supported: "
-            "the gradients leave with the forward and carry no graph of their own"
-        )
-
-
-def _refuse_batched(*upstream: Tensor | None) -> None:
-    if not torch.compiler.is_compiling() and any(_batched(g) for g in upstream if g is not None):
-        raise RuntimeError(
-            "fused_nce: batched upstream gradients (is_grads_batched, vmap) are supported for `loss` alone: "
-            "this backward computes the scores again, for one upstream at a time"
-        )
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep what the backward rule needs: the score inputs and the statistics, or the stash alone."""
     ctx.set_materialize_grads(False)
@@ -290,8 +274,8 @@ def _recompute(ctx: Any, x: Scores, found: tuple[Tensor, ...], d: tails.Coeffici
 
 
 def _stats_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-    _refuse_double_backward()
-    _refuse_batched(*upstream)
+    upstreams.refuse_double_backward()
+    upstreams.refuse_batched(*upstream)
     saved = ctx.saved_tensors
     x, found = Scores(*saved[:7], *ctx.rest), saved[7:]
     d = [torch.zeros_like(y) if g is None else g for g, y in zip(upstream, found, strict=True)]
@@ -301,16 +285,16 @@ def _stats_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
 def _loss_backward(
     ctx: Any, d_loss: Tensor | None, d_nce: Tensor | None, d_penalty: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
-    _refuse_double_backward()
+    upstreams.refuse_double_backward()
     rest = [None] * 7
     saved = ctx.saved_tensors
     if d_nce is None and d_penalty is None:
         if d_loss is None:
             return *([None] * 7), *rest
-        stash = tuple(_times(g, d_loss) if need else g for g, need in zip(saved[-5:], ctx.needs, strict=True))
+        stash = tuple(upstreams.times(g, d_loss) if need else g for g, need in zip(saved[-5:], ctx.needs, strict=True))
         return *_as_inputs(ctx, stash), *rest
     # A reported part was differentiated on its own: the stash, at upstream 1 on the sum, cannot serve it.
-    _refuse_batched(d_loss, d_nce, d_penalty)
+    upstreams.refuse_batched(d_loss, d_nce, d_penalty)
     x, (pos, rows, columns) = Scores(*saved[:7], *ctx.rest), saved[7:10]
     rule, problem = tails.parse(ctx.tail), _problem(x)
     spec, n_elements = problem.spec, problem.n * rule.per_row(problem.spec)
@@ -322,23 +306,6 @@ def _loss_backward(
     at = _at_positives(problem, columns if spec.columns else None)
     d = rule.coefficients(spec, pos, rows, at, d_element, d_sum, problem.n * problem.m)
     return *_recompute(ctx, x, (pos, rows, columns), _to_columns(problem, d)), *rest
-
-
-def _batched(x: Tensor) -> bool:
-    """One of several upstream gradients that `is_grads_batched` or a vmap hands down at once."""
-    return "Batched" in torch._C._dispatch_key_set(x)  # either kind of vmap; no predicate knows both
-
-
-def _times(stash: Tensor, upstream: Tensor) -> Tensor:
-    """stash·upstream, in the stash's own memory unless the graph is kept for another backward."""
-    traced = torch.compiler.is_compiling() or type(upstream) is not Tensor
-    if traced or _batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph():
-        return stash * upstream
-    # `loss.backward()` has upstream 1, and multiplying would read and write every gradient once more: 20 % of the whole
-    # call at N = 126, D = 2560. Only a CPU can look without waiting.
-    if upstream.device.type == "cpu" and upstream.item() == 1.0:
-        return stash
-    return stash.mul_(upstream)
 
 
 torch.library.register_autograd("fused_nce::stats", _stats_backward, setup_context=_setup, lib=_lib)

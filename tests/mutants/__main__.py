@@ -36,6 +36,7 @@ TESTS = [
     "tests/losses/test_registry.py",
     "tests/core/test_dispatch.py",
     "tests/core/test_ops.py",
+    "tests/backends/test_cuda_layouts.py",
     "tests/backends/test_cuda_on_host.py",
 ]
 SELECT = "not fresh and not opcheck and not compile"

@@ -19,6 +19,7 @@ class Fault(NamedTuple):
 
 
 ATOMS, TAILS, OPS, ENGINE = (f"fused_nce/core/{name}.py" for name in ("atoms", "tails", "ops", "engine"))
+UPSTREAMS = "fused_nce/core/upstreams.py"
 CHUNKED, DISPATCH, AMDIM = "fused_nce/backends/chunked.py", "fused_nce/core/dispatch.py", "fused_nce/losses/amdim.py"
 CPU, TILES, REFERENCE = (f"fused_nce/backends/{name}.py" for name in ("cpu", "tiles", "reference"))
 QUEUE = "fused_nce/losses/queue.py"
@@ -100,7 +101,7 @@ PYTHON = (
     Fault(
         "upstream gradient ignored",
         OPS,
-        "stash = tuple(_times(g, d_loss) if need else g",
+        "stash = tuple(upstreams.times(g, d_loss) if need else g",
         "stash = tuple(g if need else g",
     ),
     Fault(
@@ -123,7 +124,7 @@ PYTHON = (
     ),
     Fault(
         "stash scaled in place although the graph is kept",
-        OPS,
+        UPSTREAMS,
         "if traced or _batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph():",
         "if traced or _batched(upstream):",
     ),
@@ -135,7 +136,7 @@ PYTHON = (
     ),
     Fault(
         "double backward dropped in silence",
-        OPS,
+        UPSTREAMS,
         "    if torch.is_grad_enabled():\n        raise",
         "    if False:\n        raise",
     ),
@@ -271,6 +272,7 @@ PYTHON = (
 ROWS, STRIP, SWEEP, FORMULAS = "csrc/cpu/rows.inl", "csrc/cpu/strip.cpp", "csrc/cpu/sweep.cpp", "csrc/atoms.h"
 
 GPU_ROWS, GPU_GROUPS, GPU_SWEEP = "csrc/cuda/rows.h", "csrc/cuda/groups.h", "csrc/cuda/sweep.cpp"
+GPU_COLUMNS = "csrc/cuda/columns.h"
 
 CPP = (
     Fault(
@@ -300,8 +302,8 @@ CPP = (
     Fault(
         "kernels: groups summed without their shifts", FORMULAS, "+ b.sum * exp_value(b.shift - out.shift)", "+ b.sum"
     ),
-    Fault("gpu: dk not accumulated across blocks", GPU_SWEEP, "alpha, first > 0,", "alpha, false,"),
-    Fault("gpu: dq not accumulated across panels", GPU_SWEEP, "alpha, column > 0,", "alpha, false,"),
+    Fault("gpu: dk not accumulated across blocks", GPU_SWEEP, "shared || first > 0,", "shared,"),
+    Fault("gpu: dq not accumulated across panels", GPU_SWEEP, "shared || column > 0,", "shared,"),
     Fault("gpu: padding counted", GPU_ROWS, "negative[u] = inside && !own;", "negative[u] = !own;"),
     Fault(
         "gpu: parts share columns",
@@ -312,5 +314,22 @@ CPP = (
     Fault("gpu: only the first part counts", GPU_GROUPS, "s < rows.slots;", "s < 1;"),
     Fault(
         "gpu: learnable scale left out of the gradients", GPU_SWEEP, "if (in_.need_k) out_.dk.mul_(scale_tensor_);", ""
+    ),
+    Fault(
+        "gpu: the row itself is a negative",
+        GPU_ROWS,
+        "negative[u] = inside && !own;",
+        "negative[u] = column < row.end && !own;",
+    ),
+    Fault("gpu: positives beyond the row itself one place too far", GPU_ROWS, "column - (column > after)", "column"),
+    Fault("gpu: an index taken for arithmetic", GPU_ROWS, "rules.row_ids ? rules.row_ids[out.index] :", ""),
+    Fault("gpu: strips of a column summed without their shifts", GPU_COLUMNS, "all.sum *= old;", ""),
+    Fault("gpu: a column's positives are its negatives", GPU_COLUMNS, "inside && !column.own(row)", "inside"),
+    Fault("gpu: a column's NaN hidden", GPU_COLUMNS, "= log_value(sum) + all.bad;", "= log_value(sum);"),
+    Fault(
+        "gpu: columns weigh nothing",
+        GPU_ROWS,
+        "if (kBothWays && inside) weight += back_weight",
+        "if (false) weight += back_weight",
     ),
 )
