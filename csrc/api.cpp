@@ -119,6 +119,7 @@ pybind11::dict cuda_plan(int64_t rows, int64_t columns, int64_t width, int64_t p
   out["threads"] = p.threads;
   out["score_bytes"] = p.score_bytes;
   out["total_bytes"] = p.bytes;
+  out["sum_bytes"] = p.sum_bytes;
   return out;
 }
 

@@ -11,6 +11,9 @@
 //
 // Statistics of columns are kept for all of them, 24 bytes each.
 //
+// 16-bit gradients that several GEMMs add to are float until the last of them. That is beyond `bytes`, but where it is at
+// most half of the limit, it and the workspace share the limit; a sixteenth is left to what the tail computes.
+//
 // float weights take the place of their scores; then strip and block share one buffer.
 #pragma once
 
@@ -42,6 +45,7 @@ struct Plan {
   int64_t row_bytes = 0;
   int64_t column_bytes = 0;
   int64_t bytes = 0;  // everything allocated beyond inputs and outputs
+  int64_t sum_bytes = 0;  // of float gradients that will leave in 16 bits
 };
 
 constexpr int64_t kL2Bytes = 24 << 20;      // of an H100's 50 MB: the operands need their share
@@ -77,17 +81,20 @@ inline void account(const Work& w, Plan& p) {
   p.row_bytes = w.gradients ? round_up((coefficients + d_scale) * 4, kAllocation) : 0;
   p.column_bytes = w.both_ways ? round_up(w.columns * static_cast<int64_t>(sizeof(ColumnPart)), kAllocation) : 0;
   p.bytes = p.score_bytes + p.weight_bytes + p.partial_bytes + p.row_bytes + p.column_bytes;
+  const int64_t sums = (p.block < w.rows ? w.columns : 0) + (p.panels > 1 ? w.rows : 0);
+  p.sum_bytes = w.gradients && !in_place ? sums * w.width * 4 : 0;
 }
 
-// `fits` is false if nothing does; `bytes` is then what the smallest plan needs.
-inline Plan make_plan(const Work& w, int64_t limit) {
+// The first plan within the limit; `roomy`: with the float sums and a sixteenth of it to spare.
+inline Plan search_plan(const Work& w, int64_t limit, bool roomy) {
   Plan p;
   const auto fits = [&](int64_t strip, int64_t block, int64_t panel) {
     p.strip = strip;
     p.block = block;
     p.panel = panel;
     account(w, p);
-    return p.fits = p.bytes <= limit;
+    const int64_t sums = p.sum_bytes <= limit / 2 ? p.sum_bytes : 0;
+    return p.fits = roomy ? p.bytes + sums <= limit - limit / 16 : p.bytes <= limit;
   };
   // One panel: rows cut evenly into the fewest blocks, and a block into the fewest strips that stay in the L2.
   if (w.columns <= kMostColumns) {
@@ -117,6 +124,12 @@ inline Plan make_plan(const Work& w, int64_t limit) {
     }
   }
   return p;
+}
+
+// `fits` is false if nothing does; `bytes` is then what the smallest plan needs.
+inline Plan make_plan(const Work& w, int64_t limit) {
+  const Plan roomy = search_plan(w, limit, true);
+  return roomy.fits ? roomy : search_plan(w, limit, false);
 }
 
 }  // namespace cuda

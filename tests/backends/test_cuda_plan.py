@@ -58,6 +58,15 @@ def test_published_shapes():
     assert clip["block_rows"] >= 735  # dk's traffic hides behind its GEMM
 
 
+@pytest.mark.parametrize(("name", "n", "d"), [("CLIP", 32768, 512), ("CLIP", 32768, 1024), ("CPC", 12544, 1024)])
+def test_float_sums_of_16_bit_gradients_are_within_the_limit_too(name, n, d):
+    """256 MB in all, of which dk in float until the last block is up to half."""
+    p = plan(n, n, d, statistics=name == "CPC")
+    assert p["block_rows"] >= 735
+    assert p["total_bytes"] + p["sum_bytes"] <= 252e6
+    assert plan(n, n, d, element_bytes=4)["sum_bytes"] == 0
+
+
 def test_a_bank_of_a_million_columns_stays_within_the_limit():
     for n in (1, 256, 65536):
         p = plan(n, 1_280_000, 128)
