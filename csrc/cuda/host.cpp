@@ -151,8 +151,9 @@ class Host final : public Machine {
 
   void summarize(const Summary& summary) const override {
     Players group{kSummaryThreads};
-    for (int g = 0; g < summary.groups; ++g) sum_up(group, summary, g);
-    if (summary.groups > 1) sum_up_groups(group, summary);
+    const int groups = summary.groups * summary.reports;
+    for (int g = 0; g < groups; ++g) sum_up(group, summary, g);
+    if (groups > 1) sum_up_groups(group, summary);
   }
 };
 

@@ -152,28 +152,29 @@ void multiply(const Tensor& x, const Tensor& factor) {
   (*Lease(x)).multiply(x.data_ptr(), element_of(x.scalar_type()), x.numel(), factor.const_data_ptr<float>());
 }
 
-// loss, nce, penalty, report of the NCE tail; nce (N, P) where `elements`, else its mean or sum. `images` of n_c columns
+// loss, nce, penalty, report (reports, 5) of the NCE tail; nce (N, P) where `elements`, else its mean or sum. `images` of n_c columns
 // each, a positive that stands apart being one more.
 SummaryTuple summary(const Tensor& pos, const Tensor& rows, int64_t n_c, int64_t images, int64_t columns,
-                     double penalty, bool mean, bool elements) {
+                     double penalty, bool mean, bool elements, int64_t reports) {
   check_matrix("pos", pos);
   const int64_t n = pos.size(0), positives = pos.size(1), known = penalty > 0.0 ? 3 : 2;
   TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(0) >= known, "rows has shape ", rows.sizes(), ", needed: ", known,
                     " statistics or more");
+  TORCH_CHECK_VALUE(reports > 0 && n % reports == 0, "reports is ", reports, ", needed: a divisor of the ", n, " rows");
   const Tensor p = coefficients("pos", pos, {n, positives}), r = coefficients("rows", rows, {rows.size(0), n});
   const float* statistics = r.data_ptr<float>();
   const auto options = floats(pos);
   const Tensor loss = at::empty({}, options), nce = at::empty({}, options), cost = at::empty({}, options),
-               report = at::empty({5}, options), each = elements ? at::empty_like(p) : Tensor();
-  const int groups = summary_groups(p.numel());
-  const Tensor partials = at::empty({groups * static_cast<int64_t>(sizeof(Totals))}, options.dtype(at::kByte));
+               report = at::empty({reports, kReport}, options), each = elements ? at::empty_like(p) : Tensor();
+  const int groups = summary_groups(p.numel() / reports);
+  const Tensor partials = at::empty({reports * groups * static_cast<int64_t>(sizeof(Totals))}, options.dtype(at::kByte));
   const double pairs = static_cast<double>(n) * static_cast<double>(columns);
   (*Lease(pos)).summarize({p.data_ptr<float>(), statistics, statistics + n,
                            known == 3 ? statistics + 2 * n : nullptr, n, positives, mean,
                            static_cast<float>(penalty / pairs),
                            static_cast<float>(std::log1p(static_cast<double>((images - 1) * n_c))),
                            static_cast<float>(std::log(images)), static_cast<float>(std::log(n_c)),
-                           static_cast<Totals*>(partials.data_ptr()), groups, loss.data_ptr<float>(),
+                           static_cast<int>(reports), static_cast<Totals*>(partials.data_ptr()), groups, loss.data_ptr<float>(),
                            nce.data_ptr<float>(), cost.data_ptr<float>(), report.data_ptr<float>(),
                            elements ? each.data_ptr<float>() : nullptr});
   return {loss, elements ? each : nce, cost, report};
@@ -205,7 +206,7 @@ TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
         "(Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale)");
   m.def(
       "cuda_summary(Tensor pos, Tensor rows, int n_c, int images, int columns, float penalty, bool mean, "
-      "bool elements) -> (Tensor loss, Tensor nce, Tensor penalty, Tensor report)");
+      "bool elements, int reports) -> (Tensor loss, Tensor nce, Tensor penalty, Tensor report)");
   m.def("cuda_multiply_(Tensor(a!) x, Tensor factor) -> ()");
 }
 

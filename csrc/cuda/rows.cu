@@ -290,8 +290,9 @@ int launch_multiply(void* x, Element element, int64_t count, const float* factor
 }
 
 int launch_summary(const Summary& summary, Stream stream) {
-  summary_kernel<<<static_cast<unsigned>(summary.groups), kSummaryThreads, 0, stream>>>(summary);
-  if (summary.groups > 1) last_summary_kernel<<<1, kSummaryThreads, 0, stream>>>(summary);
+  const int groups = summary.groups * summary.reports;
+  summary_kernel<<<static_cast<unsigned>(groups), kSummaryThreads, 0, stream>>>(summary);
+  if (groups > 1) last_summary_kernel<<<1, kSummaryThreads, 0, stream>>>(summary);
   return cudaGetLastError();
 }
 

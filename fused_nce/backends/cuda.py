@@ -135,7 +135,9 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
     return Statistics(pos, _wanted(problem.spec.stats, rows)), Gradients(*gradients)
 
 
-def summary(problem: Problem, tail: Tail, found: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+def summary(
+    problem: Problem, tail: Tail, found: Statistics, reports: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """The tail's (loss, nce, penalty, report) in one or two launches, where torch's own operations take forty.
 
     None for a tail that it does not know.
@@ -147,7 +149,15 @@ def summary(problem: Problem, tail: Tail, found: Statistics) -> tuple[Tensor, Te
     n_c = spec.layout.n_c if isinstance(spec.layout, Block) else 1
     images = problem.m // n_c + isinstance(spec.layout, Separate)  # a separate positive stands beside the M columns
     loss, nce, penalty, report = torch.ops.fused_nce.cuda_summary(
-        found.pos, found.rows, n_c, images, problem.m, tail.penalty, tail.reduction != "sum", tail.reduction == "none"
+        found.pos,
+        found.rows,
+        n_c,
+        images,
+        problem.m,
+        tail.penalty,
+        tail.reduction != "sum",
+        tail.reduction == "none",
+        reports,
     )
     if tail.weight != 1:
         nce = nce * tail.weight

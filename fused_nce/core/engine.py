@@ -21,7 +21,7 @@ class LossParts(NamedTuple):
     loss: Tensor  # 0-d
     nce: Tensor  # 0-d, or the elements, (N, P) or (N, 1), under reduction="none"
     penalty: Tensor  # 0-d
-    report: dict[str, Tensor]  # 0-d each, the tail's `REPORT`
+    report: dict[str, Tensor]  # the tail's `REPORT`, 0-d each, or (reports,)
     pos: Tensor  # (N, P) transformed scores of the positives
     rows: dict[str, Tensor]  # (N,) each, the spec's statistics
 
@@ -86,6 +86,7 @@ def tile_loss(
     row_ids: Tensor | None = None,
     column_ids: Tensor | None = None,
     parts: bool = True,
+    reports: int = 1,
     backend: str | None = None,
 ) -> LossParts:
     """The tail's loss, its gradients leaving with the forward: three GEMMs, two where one side wants no gradient.
@@ -105,6 +106,7 @@ def tile_loss(
         row_ids: (N,) int64, as in `tile_stats`.
         column_ids: (M,) int64, as in `tile_stats`.
         parts: False where `loss` alone is differentiated: q and k are not kept, a bank may change before the backward.
+        reports: several losses in one: the report of rows r, r + reports, … comes apart for each r < reports.
         backend: a name of `fused_nce.backends()`, or None to choose.
 
     Raises:
@@ -112,16 +114,19 @@ def tile_loss(
     """
     _check_tail(spec, tail)
     scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids)
+    checks.check_int("reports", reports)
+    if reports < 1 or q.shape[0] % reports:
+        raise ValueError(f"reports: got {reports} for N = {q.shape[0]} rows, need a divisor of them")
     graph = torch.is_grad_enabled()
     needs = [graph and x is not None and x.requires_grad for x in scores[:5]]
     loss, nce, penalty, report, pos, rows, *_ = torch.ops.fused_nce.loss(
-        *scores, tail.code, needs, parts, backend or ""
+        *scores, tail.code, needs, parts, reports, backend or ""
     )
     return LossParts(
         loss,
         nce,
         penalty,
-        dict(zip(tail.REPORT, report.unbind(0), strict=True)),
+        dict(zip(tail.REPORT, (report[0] if reports == 1 else report.T).unbind(0), strict=True)),
         pos,
         dict(zip(spec.stats, rows.unbind(0), strict=True)),
     )

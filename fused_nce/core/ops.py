@@ -54,12 +54,13 @@ _SCORES = (
 )
 _GRADIENTS = "Tensor dq, Tensor dk, Tensor dscale, Tensor dbias, Tensor dpositives"
 # needs: gradient wanted of q, k, scale_tensor, bias, positives. backend "": choose. parts: nce and penalty are
-# differentiable by themselves, for which q and k are kept; without, a key bank may change before the backward.
+# differentiable by themselves, for which q and k are kept; without, a key bank may change before the backward. reports:
+# rows r, r + reports, … have a line of `report` of their own.
 _SCHEMAS = {
     "stats": f"({_SCORES}, str backend) -> (Tensor pos, Tensor rows, Tensor columns)",
     "grads": f"({_SCORES}, Tensor pos, Tensor rows, Tensor columns, Tensor d_pos, Tensor d_rows, Tensor d_columns, "
     f"bool[] needs, str backend) -> ({_GRADIENTS})",
-    "loss": f"({_SCORES}, str tail, bool[] needs, bool parts, str backend) -> (Tensor loss, Tensor nce, "
+    "loss": f"({_SCORES}, str tail, bool[] needs, bool parts, int reports, str backend) -> (Tensor loss, Tensor nce, "
     f"Tensor penalty, Tensor report, Tensor pos, Tensor rows, Tensor columns, {_GRADIENTS})",
 }
 for _name, _schema in _SCHEMAS.items():
@@ -175,7 +176,7 @@ def _grads(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _loss(*args: Any) -> tuple[Tensor, ...]:
-    x, (tail, needs, _, backend) = Scores(*args[:COUNT]), args[COUNT:]
+    x, (tail, needs, _, reports, backend) = Scores(*args[:COUNT]), args[COUNT:]
     problem, name, module = _prepared(x, backend)
     _warn_without_negatives(problem)
     rule, spec, wanted = tails.parse(tail), problem.spec, _needs(needs)
@@ -189,8 +190,8 @@ def _loss(*args: Any) -> tuple[Tensor, ...]:
         at = (spec, found.pos, found.rows, _at_positives(problem, found.columns))
         # On a GPU the tail's forty small launches would cost more than the GEMMs of a small batch.
         summary = getattr(module, "summary", None)
-        brief = summary(problem, rule, found) if summary is not None else None
-        *values, report = brief or (*rule.values(*at, problem.m), rule.report(*at, problem.m))
+        brief = summary(problem, rule, found, reports) if summary is not None else None
+        *values, report = brief or (*rule.values(*at, problem.m), rule.reports(*at, problem.m, reports))
         d_pos = found.pos
         if spec.columns or needs[4]:
             d = rule.coefficients(*at, rule.unit(problem.n * rule.per_row(spec)), 1.0, problem.n * problem.m)
@@ -231,11 +232,11 @@ def _fake_grads(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_loss(*args: Any) -> tuple[Tensor, ...]:
-    x, (tail, needs, *_) = Scores(*args[:COUNT]), args[COUNT:]
+    x, (tail, needs, _, reports, _) = Scores(*args[:COUNT]), args[COUNT:]
     pos, rows, columns = _fake_stats(*args)
     rule = tails.parse(tail)
     elements = (x.q.shape[0], rule.per_row(specs.parse(x.spec))) if rule.reduction == "none" else ()
-    shapes = (), elements, (), (len(rule.REPORT),)
+    shapes = (), elements, (), (reports, len(rule.REPORT))
     return *(pos.new_empty(shape) for shape in shapes), pos, rows, columns, *_fake_gradients(x, needs)
 
 
@@ -286,7 +287,7 @@ def _loss_backward(
     ctx: Any, d_loss: Tensor | None, d_nce: Tensor | None, d_penalty: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
     upstreams.refuse_double_backward()
-    rest = [None] * 7
+    rest = [None] * 8
     saved = ctx.saved_tensors
     if d_nce is None and d_penalty is None:
         if d_loss is None:

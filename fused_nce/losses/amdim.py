@@ -61,7 +61,7 @@ def amdim_nce(
     _check_features(antecedents, consequents, offset)
     _check_settings(scale, clip, penalty, antecedents.device)
     checks.check_choice("reduction", reduction, REDUCTIONS)
-    return _nce(antecedents, consequents, offset, scale, clip, penalty, reduction, 1.0, backend)
+    return _nce(antecedents, consequents, offset, scale, clip, penalty, reduction, 1.0, 1, backend)
 
 
 def _check_features(antecedents: Tensor, consequents: Tensor, offset: int) -> None:
@@ -95,9 +95,13 @@ def _nce(
     penalty: float,
     reduction: str,
     weight: float,
+    reports: int,
     backend: str | None,
 ) -> NCEOutput:
-    """`amdim_nce` of checked arguments, all of it times `weight`: a factor of the tail costs no pass over gradients."""
+    """`amdim_nce` of checked arguments, all of it times `weight`: a factor of the tail costs no pass over gradients.
+
+    `stats` has (reports,) numbers each where there are several, as in `tile_loss`.
+    """
     n_c, d = consequents.shape[1:]
     spec = Spec(
         Block(n_c, 1 if antecedents.dim() == 2 else antecedents.shape[1]),
@@ -110,6 +114,7 @@ def _nce(
         Nce(weight * penalty, reduction, weight),
         scale=1 / math.sqrt(d) if scale is None else scale,
         offset=offset,
+        reports=reports,
         backend=backend,
     )
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
@@ -181,30 +186,50 @@ class AMDIMLoss(nn.Module):
 
     def forward(self, view1: Mapping[str, Tensor], view2: Mapping[str, Tensor]) -> NCEOutput:
         """The loss of two views' maps."""
-        found: dict[str, NCEOutput] = {}
-        for pair in self.pairs:
-            source, target = (f"f{side}" for side in pair.split(">"))
-            ways = [self._direction(source, target, *views) for views in ((view1, view2), (view2, view1))]
-            found[pair] = NCEOutput(
-                ways[0].loss + ways[1].loss,
-                ways[0].nce + ways[1].nce,
-                ways[0].penalty + ways[1].penalty,
-                {name: (ways[0].stats[name] + ways[1].stats[name]) / 2 for name in ways[0].stats},
-            )
-        totals = [torch.stack(parts).sum() for parts in zip(*(out[:3] for out in found.values()), strict=True)]
-        names = next(iter(found.values())).stats
-        stats = {name: torch.stack([out.stats[name] for out in found.values()]).mean() for name in names}
-        stats |= {f"{pair}/{name}": value for pair, out in found.items() for name, value in out.stats.items()}
-        return NCEOutput(totals[0], totals[1], totals[2], stats)
+        parts: list[NCEOutput] = []
+        reports: dict[str, list[dict[str, Tensor]]] = {pair: [] for pair in self.pairs}
+        for source_view, target_view in ((view1, view2), (view2, view1)):
+            for target, sources in self._by_target().items():
+                columns = _locations(f"f{target}", target_view)
+                rows = {source: self._antecedents(f"f{source}", source_view) for source in sources}
+                for each in rows.values():
+                    _check_features(each, columns, 0)
+                for group in _together(rows):
+                    parts.append(self._half([rows[source] for source in group], columns))
+                    for source, report in zip(group, _apart(parts[-1].stats, len(group)), strict=True):
+                        reports[f"{source}>{target}"].append(report)
+        loss, nce, penalty = (torch.stack(each).sum() for each in zip(*(out[:3] for out in parts), strict=True))
+        ways = {pair: {name: (one[name] + two[name]) / 2 for name in one} for pair, (one, two) in reports.items()}
+        names = next(iter(ways.values()))
+        stats = {name: torch.stack([report[name] for report in ways.values()]).mean() for name in names}
+        stats |= {f"{pair}/{name}": x for pair, report in ways.items() for name, x in report.items()}
+        return NCEOutput(loss, nce, penalty, stats)
 
-    def _direction(
-        self, source: str, target: str, view1: Mapping[str, Tensor], view2: Mapping[str, Tensor]
-    ) -> NCEOutput:
-        """Half of one direction's loss."""
-        rows, columns = self._antecedents(source, view1), _locations(target, view2)
-        _check_features(rows, columns, 0)
+    def _by_target(self) -> dict[str, list[str]]:
+        """The sources of each target."""
+        found: dict[str, list[str]] = {}
+        for source, target in (pair.split(">") for pair in dict.fromkeys(self.pairs)):
+            found.setdefault(target, []).append(source)
+        return found
+
+    def _half(self, rows: Sequence[Tensor], columns: Tensor) -> NCEOutput:
+        """Half of the losses of some sources against one target, added up.
+
+        They are one problem, in which each image has a row of each source. The mean over all rows is the mean of their
+        means, and so it counts as often as there are sources.
+        """
+        count = len(rows)
         settings: Any = self.settings
-        return _nce(rows, columns, 0, **settings, reduction="mean", weight=0.5, backend=self.backend)
+        return _nce(
+            rows[0] if count == 1 else torch.stack(tuple(rows), dim=1),
+            columns,
+            0,
+            **settings,
+            reduction="mean",
+            weight=0.5 * count,
+            reports=count,
+            backend=self.backend,
+        )
 
     def _antecedents(self, name: str, view: Mapping[str, Tensor]) -> Tensor:
         """(B, D) sampled rows, or (B, H·W, D) all of them."""
@@ -215,6 +240,19 @@ class AMDIMLoss(nn.Module):
             return rows
         batch = torch.arange(rows.shape[0], device=rows.device)
         return rows[batch, torch.randint(rows.shape[1], (rows.shape[0],), device=rows.device)]
+
+
+def _together(rows: Mapping[str, Tensor]) -> list[list[str]]:
+    """Which sources share a problem: those of one row an image, for which the target is then read, and its gradient
+    written, once. One of many rows is a problem of its own: a mean over all rows would not weigh the two alike.
+    """
+    single = [source for source, x in rows.items() if x.dim() == 2]
+    return [*([single] if single else []), *([source] for source in rows if source not in single)]
+
+
+def _apart(stats: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """A problem's numbers, each source's own."""
+    return [{name: x if count == 1 else x[i] for name, x in stats.items()} for i in range(count)]
 
 
 def _locations(name: str, view: Mapping[str, Tensor]) -> Tensor:

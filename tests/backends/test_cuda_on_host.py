@@ -135,11 +135,11 @@ def test_summary_without_squares(layout):
     pos, rows = statistics(8, spec.n_pos)
     m = 24
     problem = Problem(torch.empty(8, 1), torch.empty(m, 1), 1.0, spec, 0)
-    found = cuda.summary(problem, Nce(), Statistics(pos, rows[:2]))
+    found = cuda.summary(problem, Nce(), Statistics(pos, rows[:2]), 2)
     assert found is not None
     wanted = (
         *Nce().values(spec, pos.double(), rows[:2].double(), None, m),
-        Nce().report(spec, pos.double(), rows[:2].double(), None, m),
+        Nce().reports(spec, pos.double(), rows[:2].double(), None, m, 2),
     )
     for x, y in zip(found, wanted, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=2e-6, atol=2e-6)
@@ -148,13 +148,17 @@ def test_summary_without_squares(layout):
 @pytest.mark.parametrize(("n", "n_c"), [(1, 1), (7, 3), (700, 49), (9000, 4)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("penalty", [0.0, 0.05])
-def test_summary_is_the_tail(n, n_c, reduction, penalty):
+@pytest.mark.parametrize("by_row", [False, True])
+def test_summary_is_the_tail(n, n_c, reduction, penalty, by_row):
     """Against `core/tails.py` in float64; several groups of threads from 4096 positives on."""
+    reports = next(r for r in (4, 7, 1) if n % r == 0) if by_row else 1
     found = statistics(n, n_c)
     tail, spec, m = Nce(penalty, reduction), Spec(Block(n_c), TanhClip(20.0)), (n + 3) * n_c
     pos, rows = found[0].double(), found[1].double()
-    exact = (*tail.values(spec, pos, rows, None, m), tail.report(spec, pos, rows, None, m))
-    out = torch.ops.fused_nce.cuda_summary(*found, n_c, m // n_c, m, penalty, reduction != "sum", reduction == "none")
+    exact = (*tail.values(spec, pos, rows, None, m), tail.reports(spec, pos, rows, None, m, reports))
+    out = torch.ops.fused_nce.cuda_summary(
+        *found, n_c, m // n_c, m, penalty, reduction != "sum", reduction == "none", reports
+    )
     for x, y in zip(out, exact, strict=True):
         assert x.shape == y.shape
         torch.testing.assert_close(x.double(), y, rtol=2e-6, atol=2e-6)
@@ -163,11 +167,11 @@ def test_summary_is_the_tail(n, n_c, reduction, penalty):
 def test_summary_of_rows_without_negatives():
     pos, rows = statistics(3, 2)
     rows[:2] = -float("inf")
-    loss, nce, penalty, report = torch.ops.fused_nce.cuda_summary(pos, rows, 2, 1, 2, 0.0, True, False)
+    loss, nce, penalty, report = torch.ops.fused_nce.cuda_summary(pos, rows, 2, 1, 2, 0.0, True, False, 1)
     assert (loss, nce, penalty) == (0, 0, 0)
-    assert report[2] == -float("inf")
+    assert report[0, 2] == -float("inf")
     rows[2] = float("inf")
-    assert torch.ops.fused_nce.cuda_summary(pos, rows, 2, 1, 2, 0.0, True, False)[0] == 0  # no penalty: not 0·inf
+    assert torch.ops.fused_nce.cuda_summary(pos, rows, 2, 1, 2, 0.0, True, False, 1)[0] == 0  # no penalty: not 0·inf
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -254,7 +258,9 @@ def test_arguments_are_checked_before_any_work(change, message):
 CONTRACT = tuple(f"core/test_{name}.py" for name in ("contract", "golden", "nonfinite", "determinism", "ops"))
 
 
-@pytest.mark.parametrize("files", [CONTRACT, ("losses/test_registry.py",)], ids=["contract", "losses"])
+@pytest.mark.parametrize(
+    "files", [CONTRACT, ("losses/test_registry.py", "losses/test_amdim.py")], ids=["contract", "losses"]
+)
 def test_what_every_backend_is_held_to(files):
     """Golden values, non-finite inputs, layouts, autocast, `torch.compile`; and every loss of the package."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.backends.play_gpu", "-p", "no:cacheprovider"]

@@ -322,6 +322,12 @@ CPP = (
         "negative[u] = column < row.end && !own;",
     ),
     Fault("gpu: positives beyond the row itself one place too far", GPU_ROWS, "column - (column > after)", "column"),
+    Fault(
+        "gpu: one report for all sources",
+        "csrc/cuda/summary.h",
+        "i = turn * s.reports + report",
+        "i = turn + report * (s.rows / s.reports)",
+    ),
     Fault("gpu: an index taken for arithmetic", GPU_ROWS, "rules.row_ids ? rules.row_ids[out.index] :", ""),
     Fault("gpu: strips of a column summed without their shifts", GPU_COLUMNS, "all.sum *= old;", ""),
     Fault("gpu: a column's positives are its negatives", GPU_COLUMNS, "inside && !column.own(row)", "inside"),
