@@ -9,6 +9,7 @@
 #include <limits>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "params.h"
 
@@ -17,11 +18,23 @@ namespace fused_nce {
 // Which columns are the positives of which rows, beyond the arithmetic of `Scoring`.
 struct Layout {
   int64_t n_pos;          // P
-  at::Tensor row_ids;     // (N) int64: the image of each row; undefined: by arithmetic
+  at::Tensor row_ids;     // (N) int64: the image of each row, or its label; undefined: by arithmetic
   int64_t itself = -1;    // column that row 0 is, as row i is column itself + i, left out of every set; -1: none is
   at::Tensor positives;   // (N, P) transformed scores from elsewhere, no column being a positive; undefined: none
+  at::Tensor column_ids;  // (M) int64: the label of each column; undefined: by arithmetic
 
   bool by_arithmetic() const { return !row_ids.defined() && !positives.defined(); }
+};
+
+// The statistics of a spec, in the order of the arrays that hold them.
+struct Wanted {
+  std::vector<int64_t> rows, columns;
+
+  static unsigned mask(const std::vector<int64_t>& names) {
+    unsigned bits = 0;
+    for (const int64_t name : names) bits |= 1u << name;
+    return bits;
+  }
 };
 
 struct SweepInputs {
@@ -31,6 +44,7 @@ struct SweepInputs {
   bool need_q, need_k, need_scale;
   int64_t workspace_bytes;
   bool shared;  // q is k
+  Wanted wanted = {};
 };
 
 // Statistics: written by stats and loss, read by grads.
@@ -38,6 +52,26 @@ struct RowStatistics {
   at::Tensor pos;                       // (N, n_c)
   at::Tensor neg_lse, neg_max, square;  // (N)
 };
+
+// The same of any statistics, and dL/d statistic in the same shapes.
+struct StatisticTensors {
+  at::Tensor pos;            // (N, P)
+  at::Tensor rows, columns;  // (S, N), (S', M)
+};
+
+// The loss that a sweep descends: unit * elements of the tail + square_weight * square.
+struct TailRule {
+  Tail name;
+  float unit, square_weight;
+};
+
+// The rows of (S, count) by name.
+inline ByStatistic arrays_of(const at::Tensor& x, const std::vector<int64_t>& names) {
+  ByStatistic out;
+  for (size_t s = 0; s < names.size(); ++s)
+    out[static_cast<int>(names[s])] = x.data_ptr<float>() + static_cast<int64_t>(s) * x.size(1);
+  return out;
+}
 
 // Coefficients given by the caller (grads), or the weights of the NCE tail that the statistics feed (loss).
 struct Upstream {
@@ -47,6 +81,7 @@ struct Upstream {
 
 struct Gradients {
   at::Tensor dq, dk, dscale;  // float, dk possibly the inputs' type; those not needed have no elements
+  at::Tensor dbias = {};
 };
 
 // GEMMs read rows in place where their elements are adjacent and rows do not overlap; anything else is copied.
@@ -85,6 +120,18 @@ inline SweepInputs inputs(const at::Tensor& q, const at::Tensor& k, double scale
           q.is_same(k)};
 }
 
+inline void check_names(const char* what, const std::vector<int64_t>& names) {
+  unsigned seen = 0;
+  for (const int64_t name : names) {
+    TORCH_CHECK_VALUE(name >= 0 && name < kStatistics && !(seen >> name & 1u), what, " has ", name,
+                      ", needed: each of 0 to ", kStatistics - 1, " at most once");
+    seen |= 1u << name;
+  }
+  constexpr unsigned parts = bit_of(kPosLse) | bit_of(kPosCount);
+  TORCH_CHECK_VALUE(!(seen & bit_of(kPosGap)) || (seen & parts) == parts, what, " are ", names,
+                    ", needed: pos_lse and pos_count beside pos_gap");
+}
+
 inline at::TensorOptions floats(const at::Tensor& q) { return q.options().dtype(at::kFloat); }
 
 inline at::Tensor coefficients(const char* name, const at::Tensor& x, at::IntArrayRef shape) {
@@ -93,19 +140,30 @@ inline at::Tensor coefficients(const char* name, const at::Tensor& x, at::IntArr
   return x.contiguous();
 }
 
+inline void check_ids(const char* name, const at::Tensor& x, int64_t count) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kLong, name, " is ", x.scalar_type(), ", needed: int64");
+  TORCH_CHECK_VALUE(x.sizes() == at::IntArrayRef{count}, name, " has shape ", x.sizes(), ", needed: ", count);
+}
+
 // `itself` -1: no row is a column of its own.
 inline Layout layout_of(const at::Tensor& q, const at::Tensor& k, int64_t n_c, const std::optional<at::Tensor>& row_ids,
-                        int64_t itself, const std::optional<at::Tensor>& positives) {
+                        int64_t itself, const std::optional<at::Tensor>& positives,
+                        const std::optional<at::Tensor>& column_ids) {
   const int64_t n = q.size(0), m = k.size(0);
   TORCH_CHECK_VALUE(m < int64_t{1} << 31, "k has ", m, " rows, needed: fewer than 2^31");
   TORCH_CHECK_VALUE(itself == -1 || (itself >= 0 && itself + n <= m), "itself is ", itself, ", needed: -1, or 0 to ",
                     m - n);
-  Layout out{n_c, {}, itself, {}};
+  TORCH_CHECK_VALUE(!column_ids || row_ids, "row_ids is None, needed: the rows' labels, as column_ids are given");
+  Layout out{n_c, {}, itself, {}, {}};
   if (itself >= 0 && !row_ids && !positives) --out.n_pos;  // it lies in its own image
   if (row_ids) {
-    TORCH_CHECK_TYPE(row_ids->scalar_type() == at::kLong, "row_ids is ", row_ids->scalar_type(), ", needed: int64");
-    TORCH_CHECK_VALUE(row_ids->sizes() == at::IntArrayRef{n}, "row_ids has shape ", row_ids->sizes(), ", needed: ", n);
+    check_ids("row_ids", *row_ids, n);
     out.row_ids = row_ids->contiguous();
+  }
+  if (column_ids) {
+    check_ids("column_ids", *column_ids, m);
+    out.column_ids = column_ids->contiguous();
+    out.n_pos = 0;
   }
   if (positives) {
     TORCH_CHECK_VALUE(positives->dim() == 2 && positives->size(0) == n, "positives has shape ", positives->sizes(),

@@ -59,7 +59,7 @@ SweepInputs inputs_of(const Tensor& q, const Maybe& k, double scale, int64_t n_c
   check_matrix("q", q);
   const Tensor& keys = k ? *k : q;
   auto in = inputs(q, keys, scale, n_c, rows_per_image, offset, clip, need_q, need_k && k, need_scale, workspace_bytes,
-                   layout_of(q, keys, n_c, row_ids, itself, positives));
+                   layout_of(q, keys, n_c, row_ids, itself, positives, {}));
   in.shared = !k;
   return in;
 }

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
-from fused_nce.core.engine import tile_loss
+from fused_nce.core.collectives import gather
+from fused_nce.core.engine import as_matmul, tile_loss
+from fused_nce.core.processes import Group, peers
 from fused_nce.core.spec import Block, Identity, Spec, TanhClip
 from fused_nce.core.tails import REDUCTIONS, Nce
 from fused_nce.losses.common import dense_nce
@@ -33,6 +35,7 @@ def amdim_nce(
     clip: float | None = 20.0,
     penalty: float = 0.04,
     reduction: str = "mean",
+    group: Group = None,
     backend: str | None = None,
 ) -> NCEOutput:
     """AMDIM's NCE of one antecedent map against one consequent map, without holding the (n_a, n_k, n_c) scores.
@@ -43,11 +46,14 @@ def amdim_nce(
     Args:
         antecedents: (n_a, D), one row an image, or (n_a, n_r, D), n_r rows an image; float64, 32, 16 or bfloat16.
         consequents: (n_k, n_c, D), the other view's n_c locations of n_k >= n_a images; same dtype and device.
-        offset: row i's image is i + offset; 0 on one process.
+        offset: row i's image is i + offset, among this process's own.
         scale: factor of the dot product; None is 1/√D, a 0-d tensor is learnable.
         clip: range c of the soft clip c·tanh(s/c), in units of the score; None for none.
         penalty: λ of λ·mean(s²) over all scores, before the clip.
         reduction: of `nce`: "mean" or "sum" over all positives, or "none" for (n_a·n_r, n_c). The penalty stays a mean.
+        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
+            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
+            whole batch, and so is, under DDP, every gradient.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -61,7 +67,7 @@ def amdim_nce(
     _check_features(antecedents, consequents, offset)
     _check_settings(scale, clip, penalty, antecedents.device)
     checks.check_choice("reduction", reduction, REDUCTIONS)
-    return _nce(antecedents, consequents, offset, scale, clip, penalty, reduction, 1.0, 1, backend)
+    return _nce(antecedents, consequents, offset, scale, clip, penalty, reduction, 1.0, 1, group, backend)
 
 
 def _check_features(antecedents: Tensor, consequents: Tensor, offset: int) -> None:
@@ -96,6 +102,7 @@ def _nce(
     reduction: str,
     weight: float,
     reports: int,
+    group: Group,
     backend: str | None,
 ) -> NCEOutput:
     """`amdim_nce` of checked arguments, all of it times `weight`: a factor of the tail costs no pass over gradients.
@@ -115,6 +122,7 @@ def _nce(
         scale=1 / math.sqrt(d) if scale is None else scale,
         offset=offset,
         reports=reports,
+        group=group,
         backend=backend,
     )
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
@@ -130,6 +138,14 @@ PRESETS: dict[str, Settings] = {
 }
 
 
+class Keys(NamedTuple):
+    """What one map is compared against."""
+
+    columns: Tensor  # (n_k, n_c, D)
+    offset: int  # the image of the first row
+    group: Group  # whose columns are still to come
+
+
 class AMDIMLoss(nn.Module):
     """The multi-scale AMDIM objective over feature maps of two views: pairs summed, both directions averaged.
 
@@ -141,7 +157,7 @@ class AMDIMLoss(nn.Module):
         preset: "paper" or "amdim-public" gives scale, clip and penalty where they are not given; None is `amdim_nce`'s
             defaults, which are neither.
         scale, clip, penalty: as in `amdim_nce`; one that is given wins over the preset.
-        backend: as in `amdim_nce`.
+        group, backend: as in `amdim_nce`. A map that two pairs compare against is gathered once.
 
     Shape:
         each view: mapping of "f1", "f5", "f7" to (B, D, H, W), or (B, D) for a 1×1 map; any sizes that the pairs name.
@@ -159,6 +175,7 @@ class AMDIMLoss(nn.Module):
         antecedents: str = "sample",
         *,
         preset: str | None = None,
+        group: Group = None,
         backend: str | None = None,
         **settings: float | None,
     ) -> None:
@@ -178,7 +195,7 @@ class AMDIMLoss(nn.Module):
             raise TypeError(f"settings: got {', '.join(sorted(unknown))}, need some of {', '.join(DEFAULTS)}")
         self.settings: Settings = {**(PRESETS[preset] if preset else DEFAULTS), **settings}
         _check_settings(**self.settings, device=torch.device("cpu"))  # type: ignore[arg-type]
-        self.backend = backend
+        self.group, self.backend = group, backend
 
     def extra_repr(self) -> str:
         """The settings, as `print(module)` shows them."""
@@ -188,15 +205,17 @@ class AMDIMLoss(nn.Module):
         """The loss of two views' maps."""
         parts: list[NCEOutput] = []
         reports: dict[str, list[dict[str, Tensor]]] = {pair: [] for pair in self.pairs}
-        for source_view, target_view in ((view1, view2), (view2, view1)):
+        views = (view1, view2)
+        keys = self._keys(views)
+        for i in (0, 1):
             for target, sources in self._by_target().items():
-                columns = _locations(f"f{target}", target_view)
-                rows = {source: self._antecedents(f"f{source}", source_view) for source in sources}
+                against = keys[target, 1 - i]
+                rows = {source: self._antecedents(f"f{source}", views[i]) for source in sources}
                 for each in rows.values():
-                    _check_features(each, columns, 0)
-                for group in _together(rows):
-                    parts.append(self._half([rows[source] for source in group], columns))
-                    for source, report in zip(group, _apart(parts[-1].stats, len(group)), strict=True):
+                    _check_features(each, against.columns, against.offset)
+                for together in _together(rows):
+                    parts.append(self._half([rows[source] for source in together], against))
+                    for source, report in zip(together, _apart(parts[-1].stats, len(together)), strict=True):
                         reports[f"{source}>{target}"].append(report)
         loss, nce, penalty = (torch.stack(each).sum() for each in zip(*(out[:3] for out in parts), strict=True))
         ways = {pair: {name: (one[name] + two[name]) / 2 for name in one} for pair, (one, two) in reports.items()}
@@ -212,22 +231,43 @@ class AMDIMLoss(nn.Module):
             found.setdefault(target, []).append(source)
         return found
 
-    def _half(self, rows: Sequence[Tensor], columns: Tensor) -> NCEOutput:
+    def _keys(self, views: Sequence[Mapping[str, Tensor]]) -> dict[tuple[str, int], Keys]:
+        """The maps that are compared against, by size and view. Of several processes each is gathered once, however
+        many pairs compare against it; in a ring it goes round for each problem.
+        """
+        maps = {(target, i): _locations(f"f{target}", views[i]) for target in self._by_target() for i in (0, 1)}
+        everyone = peers(self.group)
+        if everyone is None or everyone.ring:
+            return {at: Keys(x, 0, self.group) for at, x in maps.items()}
+        columns = [as_matmul(x) for x in maps.values()]
+        b, _, d = columns[0].shape
+        seen = {
+            "B": b,
+            "D": d,
+            "locations": sum(x.shape[1] for x in columns),
+            "dtype": checks.DTYPES.index(columns[0].dtype),
+            "maps' requires_grad": sum(x.requires_grad for x in columns),
+        }
+        return {
+            at: Keys(x, everyone.rank * b, None) for at, x in zip(maps, gather(columns, everyone, seen), strict=True)
+        }
+
+    def _half(self, rows: Sequence[Tensor], keys: Keys) -> NCEOutput:
         """Half of the losses of some sources against one target, added up.
 
         They are one problem, in which each image has a row of each source. The mean over all rows is the mean of their
         means, and so it counts as often as there are sources.
         """
-        count = len(rows)
-        settings: Any = self.settings
+        count, settings = len(rows), cast(Any, self.settings)
         return _nce(
             rows[0] if count == 1 else torch.stack(tuple(rows), dim=1),
-            columns,
-            0,
+            keys.columns,
+            keys.offset,
             **settings,
             reduction="mean",
             weight=0.5 * count,
             reports=count,
+            group=keys.group,
             backend=self.backend,
         )
 

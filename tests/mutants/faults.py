@@ -19,7 +19,6 @@ class Fault(NamedTuple):
 
 
 ATOMS, TAILS, OPS, ENGINE = (f"fused_nce/core/{name}.py" for name in ("atoms", "tails", "ops", "engine"))
-UPSTREAMS = "fused_nce/core/upstreams.py"
 CHUNKED, DISPATCH, AMDIM = "fused_nce/backends/chunked.py", "fused_nce/core/dispatch.py", "fused_nce/losses/amdim.py"
 CPU, TILES, REFERENCE = (f"fused_nce/backends/{name}.py" for name in ("cpu", "tiles", "reference"))
 QUEUE = "fused_nce/losses/queue.py"
@@ -124,9 +123,9 @@ PYTHON = (
     ),
     Fault(
         "stash scaled in place although the graph is kept",
-        UPSTREAMS,
-        "if traced or _batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph():",
-        "if traced or _batched(upstream):",
+        "fused_nce/core/upstream.py",
+        "if traced or batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph():",
+        "if traced or batched(upstream):",
     ),
     Fault(
         "stash cast to the inputs' dtype before the upstream",
@@ -136,15 +135,29 @@ PYTHON = (
     ),
     Fault(
         "double backward dropped in silence",
-        UPSTREAMS,
-        "    if torch.is_grad_enabled():\n        raise",
-        "    if False:\n        raise",
+        OPS,
+        "    if torch.is_grad_enabled():\n        return *_with_graph(ctx, tails",
+        "    if False:\n        return *_with_graph(ctx, tails",
+    ),
+    Fault(
+        "double backward along a path between the inputs",
+        OPS,
+        ".each(lambda y: y.view_as(y))",
+        "",
+        ("tests/core/test_twice.py",),
+    ),
+    Fault(
+        "double backward of an empty set",
+        "fused_nce/core/twice.py",
+        "torch.where(some, x.masked_fill(~inside, stat.empty), 0.0)",
+        "x.masked_fill(~inside, stat.empty)",
+        ("tests/core/test_twice.py",),
     ),
     Fault(
         "frozen side pays for a gradient",
         ENGINE,
-        "graph and x is not None and x.requires_grad",
-        "graph and x is not None",
+        "graph and leaf is not None and leaf.requires_grad",
+        "graph and leaf is not None",
     ),
     Fault("gradient work under no_grad", ENGINE, "graph = torch.is_grad_enabled()", "graph = True"),
     # ---- the chunk loop
@@ -217,8 +230,8 @@ PYTHON = (
     Fault(
         "cpu: statistics in another order",
         CPU,
-        'NAMES = ("neg_lse", "neg_max", "square")',
-        'NAMES = ("neg_max", "neg_lse", "square")',
+        'NAMES = ("neg_lse", "neg_max", ',
+        'NAMES = ("neg_max", "neg_lse", ',
     ),
     Fault("strict mode ignored", DISPATCH, 'if os.environ.get("FUSED_NCE_STRICT") == "1":', "if False:"),
     Fault(
@@ -270,9 +283,7 @@ PYTHON = (
 )
 
 ROWS, STRIP, SWEEP, FORMULAS = "csrc/cpu/rows.inl", "csrc/cpu/strip.cpp", "csrc/cpu/sweep.cpp", "csrc/atoms.h"
-
-GPU_ROWS, GPU_GROUPS, GPU_SWEEP = "csrc/cuda/rows.h", "csrc/cuda/groups.h", "csrc/cuda/sweep.cpp"
-GPU_COLUMNS = "csrc/cuda/columns.h"
+IDS = "csrc/cpu/ids.h"
 
 CPP = (
     Fault(
@@ -286,56 +297,20 @@ CPP = (
     ),
     Fault(
         "kernels: offset ignored",
-        SWEEP,
+        IDS,
         "i / scoring_.rows_per_image + scoring_.offset",
         "i / scoring_.rows_per_image",
     ),
-    Fault("kernels: NaN hidden", STRIP, "= log_value(total) + bad;", "= log_value(total);"),
+    Fault("kernels: NaN hidden", STRIP, "log_value(total) + scoring.bias + bad)", "log_value(total) + scoring.bias)"),
     Fault("kernels: dk not accumulated across strips", SWEEP, "strip_.first > 0", "false"),
-    Fault("kernels: upstream of row 0 for all rows", STRIP, "= d_neg_lse[i];", "= d_neg_lse[0];"),
+    Fault("kernels: upstream of row 0 for all rows", STRIP, "? d_neg_lse[i] :", "? d_neg_lse[0] :"),
     Fault(
         "kernels: tail columns dropped",
         ROWS,
-        "const int64_t step = tile.columns - c >= 4 ? 4 : 1;",
-        "const int64_t step = 4;\n    if (tile.columns - c < step) break;",
+        "for (; c < tile.columns; ++c) fold_columns",
+        "for (; false; ++c) fold_columns",
     ),
     Fault(
         "kernels: groups summed without their shifts", FORMULAS, "+ b.sum * exp_value(b.shift - out.shift)", "+ b.sum"
-    ),
-    Fault("gpu: dk not accumulated across blocks", GPU_SWEEP, "shared || first > 0,", "shared,"),
-    Fault("gpu: dq not accumulated across panels", GPU_SWEEP, "shared || column > 0,", "shared,"),
-    Fault("gpu: padding counted", GPU_ROWS, "negative[u] = inside && !own;", "negative[u] = !own;"),
-    Fault(
-        "gpu: parts share columns",
-        GPU_ROWS,
-        "clamp((part + 1) * share, strip.columns)",
-        "clamp(strip.columns, strip.columns)",
-    ),
-    Fault("gpu: only the first part counts", GPU_GROUPS, "s < rows.slots;", "s < 1;"),
-    Fault(
-        "gpu: learnable scale left out of the gradients", GPU_SWEEP, "if (in_.need_k) out_.dk.mul_(scale_tensor_);", ""
-    ),
-    Fault(
-        "gpu: the row itself is a negative",
-        GPU_ROWS,
-        "negative[u] = inside && !own;",
-        "negative[u] = column < row.end && !own;",
-    ),
-    Fault("gpu: positives beyond the row itself one place too far", GPU_ROWS, "column - (column > after)", "column"),
-    Fault(
-        "gpu: one report for all sources",
-        "csrc/cuda/summary.h",
-        "i = turn * s.reports + report",
-        "i = turn + report * (s.rows / s.reports)",
-    ),
-    Fault("gpu: an index taken for arithmetic", GPU_ROWS, "rules.row_ids ? rules.row_ids[out.index] :", ""),
-    Fault("gpu: strips of a column summed without their shifts", GPU_COLUMNS, "all.sum *= old;", ""),
-    Fault("gpu: a column's positives are its negatives", GPU_COLUMNS, "inside && !column.own(row)", "inside"),
-    Fault("gpu: a column's NaN hidden", GPU_COLUMNS, "= log_value(sum) + all.bad;", "= log_value(sum);"),
-    Fault(
-        "gpu: columns weigh nothing",
-        GPU_ROWS,
-        "if (kBothWays && inside) weight += back_weight",
-        "if (false) weight += back_weight",
     ),
 )

@@ -1,4 +1,4 @@
-"""What an upstream gradient may be, and how it meets the stash: the gradients that left with the forward."""
+"""What a backward does with the gradient that comes down to it."""
 
 from __future__ import annotations
 
@@ -6,25 +6,20 @@ import torch
 from torch import Tensor
 
 
-def refuse_double_backward() -> None:
-    """`create_graph=True` would need gradients of the gradients."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "fused_nce: double backward (create_graph=True) is not supported: "
-            "the gradients leave with the forward and carry no graph of their own"
-        )
-
-
 def refuse_batched(*upstream: Tensor | None) -> None:
-    """A backward that recomputes can serve one upstream at a time."""
-    if not torch.compiler.is_compiling() and any(_batched(g) for g in upstream if g is not None):
+    """Not several upstream gradients at once, for a backward that computes the scores again.
+
+    Raises:
+        RuntimeError: for them.
+    """
+    if not torch.compiler.is_compiling() and any(batched(g) for g in upstream if g is not None):
         raise RuntimeError(
             "fused_nce: batched upstream gradients (is_grads_batched, vmap) are supported for `loss` alone: "
             "this backward computes the scores again, for one upstream at a time"
         )
 
 
-def _batched(x: Tensor) -> bool:
+def batched(x: Tensor) -> bool:
     """One of several upstream gradients that `is_grads_batched` or a vmap hands down at once."""
     return "Batched" in torch._C._dispatch_key_set(x)  # either kind of vmap; no predicate knows both
 
@@ -32,7 +27,7 @@ def _batched(x: Tensor) -> bool:
 def times(stash: Tensor, upstream: Tensor) -> Tensor:
     """stash·upstream, in the stash's own memory unless the graph is kept for another backward."""
     traced = torch.compiler.is_compiling() or type(upstream) is not Tensor
-    if traced or _batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph():
+    if traced or batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph():
         return stash * upstream
     # `loss.backward()` has upstream 1, and multiplying would read and write every gradient once more: 20 % of the whole
     # call at N = 126, D = 2560. A CPU looks without waiting; on a GPU a kernel looks.
