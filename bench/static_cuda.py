@@ -63,7 +63,8 @@ def label(mangled: str) -> str:
     if name is None:
         return mangled
     flags = re.findall(r"Lb([01])E", name[2] or "")
-    names = ("shift",) if len(flags) == 1 else ("clip", "shift", "both ways")
+    lone = "clip" if name[1] == "fold_further" else "shift"
+    names = (lone,) if len(flags) == 1 else ("clip", "shift", "more")
     words = [name[1], *(word for word, flag in zip(names, flags, strict=False) if flag == "1")]
     return " ".join([*words, *([TYPES[name[3]]] if name[3] in TYPES else [])])
 

@@ -48,16 +48,12 @@ StatisticTensors checked(const char* pos_name, const Tensor& pos, const char* ro
 }
 
 TailRule tail_of(const std::string& name, double unit, double square_weight, const Wanted& wanted) {
-  constexpr const char* names[kTails] = {"nce", "log_out", "log_in", "sigmoid"};
   constexpr unsigned supervised = bit_of(kNegLse) | bit_of(kPosLse) | bit_of(kPosCount) | bit_of(kPosGap);
   constexpr unsigned reads[kTails] = {bit_of(kNegLse), supervised, supervised, bit_of(kNegSoftplus)};
-  for (int tail = 0; tail < kTails; ++tail) {
-    if (name != names[tail]) continue;
-    TORCH_CHECK_VALUE((reads[tail] & ~Wanted::mask(wanted.rows)) == 0, "stats are ", wanted.rows,
-                      ", needed: all that the tail ", name, " reads");
-    return {static_cast<Tail>(tail), static_cast<float>(unit), static_cast<float>(square_weight)};
-  }
-  TORCH_CHECK_VALUE(false, "tail is '", name, "', needed: nce, log_out, log_in or sigmoid");
+  const Tail tail = tail_named(name);
+  TORCH_CHECK_VALUE((reads[tail] & ~Wanted::mask(wanted.rows)) == 0, "stats are ", wanted.rows,
+                    ", needed: all that the tail ", name, " reads");
+  return {tail, static_cast<float>(unit), static_cast<float>(square_weight)};
 }
 
 // The arguments that the three operators begin with, and end with.
@@ -163,9 +159,10 @@ pybind11::dict plan(int64_t rows, int64_t columns, int64_t width, at::ScalarType
 }
 
 pybind11::dict cuda_plan(int64_t rows, int64_t columns, int64_t width, int64_t positives, int64_t element_bytes,
-                         int64_t workspace_bytes, bool statistics, bool gradients, bool need_scale, bool both_ways) {
-  const cuda::Work work{rows,       columns,   width,      positives, element_bytes,
-                        statistics, gradients, need_scale, both_ways};
+                         int64_t workspace_bytes, bool statistics, bool gradients, int64_t sums, bool both_ways,
+                         bool further) {
+  const cuda::Work work{rows,      columns, width,     positives, element_bytes, statistics,
+                        gradients, sums,    both_ways, further};
   const cuda::Plan p = cuda::make_plan(work, workspace_bytes);
   pybind11::dict out;
   out["fits"] = p.fits;
@@ -243,7 +240,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("column_stats") = Names{});
   m.def("cuda_plan", &cuda_plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("positives"),
         py::arg("element_bytes"), py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true,
-        py::arg("gradients") = true, py::arg("need_scale") = true, py::arg("both_ways") = false);
+        py::arg("gradients") = true, py::arg("sums") = 1, py::arg("both_ways") = false, py::arg("further") = false);
 }
 
 }  // namespace fused_nce

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -47,22 +48,10 @@ struct SweepInputs {
   Wanted wanted = {};
 };
 
-// Statistics: written by stats and loss, read by grads.
-struct RowStatistics {
-  at::Tensor pos;                       // (N, n_c)
-  at::Tensor neg_lse, neg_max, square;  // (N)
-};
-
-// The same of any statistics, and dL/d statistic in the same shapes.
+// Statistics, written by stats and loss and read by grads; and dL/d statistic in the same shapes.
 struct StatisticTensors {
   at::Tensor pos;            // (N, P)
   at::Tensor rows, columns;  // (S, N), (S', M)
-};
-
-// The loss that a sweep descends: unit * elements of the tail + square_weight * square.
-struct TailRule {
-  Tail name;
-  float unit, square_weight;
 };
 
 // The rows of (S, count) by name.
@@ -72,12 +61,6 @@ inline ByStatistic arrays_of(const at::Tensor& x, const std::vector<int64_t>& na
     out[static_cast<int>(names[s])] = x.data_ptr<float>() + static_cast<int64_t>(s) * x.size(1);
   return out;
 }
-
-// Coefficients given by the caller (grads), or the weights of the NCE tail that the statistics feed (loss).
-struct Upstream {
-  at::Tensor d_pos, d_neg_lse, d_square;  // (N, n_c), (N), (N); undefined for loss
-  float nce_weight = 0.0f, square_weight = 0.0f;
-};
 
 struct Gradients {
   at::Tensor dq, dk, dscale;  // float, dk possibly the inputs' type; those not needed have no elements
@@ -132,6 +115,13 @@ inline void check_names(const char* what, const std::vector<int64_t>& names) {
                     ", needed: pos_lse and pos_count beside pos_gap");
 }
 
+inline Tail tail_named(const std::string& name) {
+  constexpr const char* names[kTails] = {"nce", "log_out", "log_in", "sigmoid"};
+  for (int tail = 0; tail < kTails; ++tail)
+    if (name == names[tail]) return static_cast<Tail>(tail);
+  TORCH_CHECK_VALUE(false, "tail is '", name, "', needed: nce, log_out, log_in or sigmoid");
+}
+
 inline at::TensorOptions floats(const at::Tensor& q) { return q.options().dtype(at::kFloat); }
 
 inline at::Tensor coefficients(const char* name, const at::Tensor& x, at::IntArrayRef shape) {
@@ -174,25 +164,11 @@ inline Layout layout_of(const at::Tensor& q, const at::Tensor& k, int64_t n_c, c
   return out;
 }
 
-inline RowStatistics new_statistics(const at::Tensor& q, int64_t n_c) {
-  const int64_t n = q.size(0);
-  const auto options = floats(q);
-  // A row whose positive is nowhere shows it.
-  return {at::full({n, n_c}, std::numeric_limits<float>::quiet_NaN(), options), at::empty({n}, options), at::empty({n}, options), at::empty({n}, options)};
-}
-
 inline Gradients new_gradients(const SweepInputs& in, at::ScalarType dk_type = at::kFloat) {
   const auto options = floats(in.q);
   return {at::empty(in.need_q ? in.q.sizes() : at::IntArrayRef{0}, options),
           at::empty(in.need_k ? in.k.sizes() : at::IntArrayRef{0}, options.dtype(dk_type)),
           in.need_scale ? at::empty({}, options) : at::empty({0}, options)};
-}
-
-// Positives from elsewhere are handed on: no column fills them in.
-inline RowStatistics statistics_for(const SweepInputs& in) {
-  const RowStatistics fresh = new_statistics(in.q, in.layout.n_pos);
-  if (in.layout.positives.defined()) fresh.pos.copy_(in.layout.positives);
-  return fresh;
 }
 
 }  // namespace fused_nce

@@ -20,12 +20,13 @@ struct Column {
   int rows;
   int own_begin, own_end;  // rows whose positive it is, by arithmetic
   const int64_t* row_ids;  // of the strip's rows; null: by arithmetic
+  int64_t id;              // what makes them its own
   int itself;              // the row that the column itself is; -1: none is
   int64_t index;           // of S
-  float scale, clip, inverse_clip;
+  float scale, clip, inverse_clip, bias;
 
   FUSED_NCE_HD bool own(int row) const {
-    return row_ids ? row_ids[row] == index : row >= own_begin && row < own_end;
+    return row_ids ? row_ids[row] == id : row >= own_begin && row < own_end;
   }
 };
 
@@ -41,6 +42,8 @@ FUSED_NCE_HD Column column_of(const Strip& strip, const Rules& rules, int64_t co
   out.own_begin = clamp(first, strip.rows);
   out.own_end = rules.apart ? out.own_begin : clamp(first + scoring.rows_per_image, strip.rows);
   out.row_ids = rules.row_ids ? rules.row_ids + strip.first_row : nullptr;
+  out.id = rules.column_ids ? rules.column_ids[out.index] : out.index;
+  out.bias = rules.bias ? *rules.bias : 0.0f;
   out.itself = rules.itself < 0 ? -1 : clamp(out.index - rules.itself - strip.first_row + 1, strip.rows + 1) - 1;
   out.scale = scale_of(rules);
   out.clip = scoring.clip;
@@ -60,7 +63,7 @@ FUSED_NCE_HD RowPart fold_column_thread(const Column& column, int warp, int warp
       const int row = r + u;
       const bool inside = row < column.rows && row != column.itself;
       const float s = inside ? column.scores[row * column.stride] * column.scale : 0.0f;
-      t[u] = transform<kClip>(s, column.clip, column.inverse_clip).value;
+      t[u] = transform<kClip>(s, column.clip, column.inverse_clip).value + column.bias;
       negative[u] = inside && !column.own(row);
       square[u] = s * s;
       bad += s * 0.0f;

@@ -55,6 +55,15 @@ class Device final : public Machine {
     check(launch_loss(strip, rules, rows, element, stream_));
   }
 
+  void fold_further(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const override {
+    check(launch_fold_further(strip, rules, rows, first_slot, stream_));
+  }
+
+  void finish_further(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows,
+                      bool tail) const override {
+    check(launch_finish_further(first_row, count, rules, rows, tail, stream_));
+  }
+
   void fold_columns(const Strip& strip, const Rules& rules, const ColumnArrays& columns) const override {
     check(launch_fold_columns(strip, rules, columns, stream_));
   }

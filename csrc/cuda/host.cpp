@@ -94,10 +94,27 @@ class Host final : public Machine {
   void fold(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const override {
     Players group{rules.threads};
     with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
+      with_flag(has_more(rules, rows), [&](auto more) {
+        for (int64_t r = 0; r < strip.rows; ++r)
+          for (int part = 0; part < rules.parts; ++part)
+            fold_row<clip.value, shift.value, more.value>(group, strip, rules, rows, r, part, first_slot + part);
+      });
+    });
+  }
+
+  void fold_further(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const override {
+    Players group{rules.threads};
+    with_flag(rules.scoring.clip > 0.0f, [&](auto clip) {
       for (int64_t r = 0; r < strip.rows; ++r)
         for (int part = 0; part < rules.parts; ++part)
-          fold_row<clip.value, shift.value>(group, strip, rules, rows, r, part, first_slot + part);
+          fold_further_row<clip.value>(group, strip, rules, rows, r, part, first_slot + part);
     });
+  }
+
+  void finish_further(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows,
+                      bool tail) const override {
+    Players group{32};
+    for (int64_t i = first_row; i < first_row + count; ++i) finish_further_row(group, rules, rows, i, tail);
   }
 
   void finish(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows, bool tail) const override {
@@ -111,11 +128,11 @@ class Host final : public Machine {
     Players group{rules.threads};
     with_store(element, [&](auto* store) {
       with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-        with_flag(rows.columns.neg_lse, [&](auto both) {
+        with_flag(has_more(rules, rows), [&](auto more) {
           using Store = std::decay_t<decltype(*store)>;
           for (int64_t r = 0; r < strip.rows; ++r)
             for (int part = 0; part < rules.parts; ++part)
-              weigh_row<clip.value, shift.value, both.value, Store>(group, strip, rules, rows, r, part);
+              weigh_row<clip.value, shift.value, more.value, Store>(group, strip, rules, rows, r, part);
         });
       });
     });

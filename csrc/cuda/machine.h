@@ -34,6 +34,9 @@ class Machine {
   virtual void finish(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const = 0;
   virtual void weigh(const Strip&, const Rules&, const RowArrays&, Element) const = 0;
   virtual void loss(const Strip&, const Rules&, const RowArrays&, Element) const = 0;
+  // Those of the statistics in further.h, likewise.
+  virtual void fold_further(const Strip&, const Rules&, const RowArrays&, int64_t first_slot) const = 0;
+  virtual void finish_further(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const = 0;
   // Those of columns.h, one group for each 32 columns, or thread for each column.
   virtual void fold_columns(const Strip&, const Rules&, const ColumnArrays&) const = 0;
   virtual void finish_columns(int64_t count, const Rules&, const ColumnArrays&) const = 0;
@@ -53,6 +56,11 @@ void with_transform(float clip, const F& f) {
   if (needs_no_shift(clip)) return f(Constant<true>(), Constant<false>());
   if (clip > 0.0f) return f(Constant<true>(), Constant<true>());
   f(Constant<false>(), Constant<true>());
+}
+
+// Beyond a clip, images by arithmetic or by index, and statistics of rows.
+inline bool has_more(const Rules& rules, const RowArrays& rows) {
+  return rules.bias || rules.column_ids || rows.columns.neg_lse || rows.further.found;
 }
 
 template <class F>

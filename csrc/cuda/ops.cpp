@@ -24,8 +24,8 @@ using at::Tensor;
 using Maybe = std::optional<Tensor>;
 using Statistics = std::tuple<Tensor, Tensor, Tensor>;
 using SummaryTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using GradientTuple = std::tuple<Tensor, Tensor, Tensor>;
-using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using GradientTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // The machine that q is on, as the current device while it lives.
 class Lease {
@@ -45,101 +45,110 @@ class Lease {
   std::unique_ptr<Machine> machine_;
 };
 
-// A weight of an NCE tail is at most P * nce_weight, or 2 * square_weight * |s|, where |s| <= 512 is taken as usual:
-// float16 weights then overflow, into infinite gradients, beyond |s| = 131072.
-float peak_of(const SweepInputs& in, const Upstream& upstream) {
-  return std::max(std::abs(upstream.nce_weight) * static_cast<float>(in.layout.n_pos),
-                  1024.0f * std::abs(upstream.square_weight));
+// A weight is at most what its positives or its share of the negatives bear, or 2 * square_weight * |s|, where
+// |s| <= 512 is taken as usual: float16 weights then overflow, into infinite gradients, beyond |s| = 131072.
+float peak_of(const SweepInputs& in, const TailRule& tail) {
+  const float most = tail.name == kNce ? static_cast<float>(in.layout.n_pos) : 2.0f;
+  return std::max(std::abs(tail.unit) * most, 1024.0f * std::abs(tail.square_weight));
 }
 
-// k null: q, and one gradient for both roles.
-SweepInputs inputs_of(const Tensor& q, const Maybe& k, double scale, int64_t n_c, int64_t rows_per_image,
-                      int64_t offset, double clip, const Maybe& row_ids, int64_t itself, const Maybe& positives,
-                      bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes) {
+// The arguments that the three operators begin with. k null: q, and one gradient for both roles.
+#define FUSED_NCE_SCORES                                                                                               \
+  const Tensor &q, const Maybe &k, double scale, const Maybe &scale_tensor, int64_t n_c, int64_t rows_per_image,       \
+      int64_t offset, double clip, const Maybe &row_ids, int64_t itself, const Maybe &positives, const Maybe &column_ids, \
+      const Maybe &bias
+#define FUSED_NCE_SCORES_GIVEN \
+  q, k, scale, scale_tensor, n_c, rows_per_image, offset, clip, row_ids, itself, positives, column_ids, bias
+
+struct Call {
+  SweepInputs in;
+  OnDevice numbers;
+};
+
+Tensor number_on(const char* name, const Maybe& x, const Tensor& q) {
+  if (!x) return {};
+  TORCH_CHECK_TYPE(x->scalar_type() == at::kFloat, name, " is ", x->scalar_type(), ", needed: float32");
+  TORCH_CHECK_VALUE(x->dim() == 0 && x->device() == q.device(), name, " has shape ", x->sizes(), " on ", x->device(),
+                    ", needed: 0-d on ", q.device());
+  return *x;
+}
+
+Call call_of(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes) {
   check_matrix("q", q);
   const Tensor& keys = k ? *k : q;
+  TORCH_CHECK_VALUE(!bias || clip == 0.0, "clip is ", clip, ", needed: 0 beside a bias");
   auto in = inputs(q, keys, scale, n_c, rows_per_image, offset, clip, need_q, need_k && k, need_scale, workspace_bytes,
-                   layout_of(q, keys, n_c, row_ids, itself, positives, {}));
+                   layout_of(q, keys, n_c, row_ids, itself, positives, column_ids));
   in.shared = !k;
-  return in;
+  return {std::move(in), {number_on("scale_tensor", scale_tensor, q), number_on("bias", bias, q)}};
 }
 
-// neg_lse, neg_max and square are the rows of one (3, N) tensor, as the caller wants them: no copy, no launch. Positives
-// from elsewhere are handed on, and one that an index puts nowhere shows it.
-std::pair<RowStatistics, Tensor> new_rows(const SweepInputs& in) {
+// Statistics are the lines of one tensor, (3, N) or, with the further ones, (9, N), in the order of names.h: no copy, no
+// launch. Positives from elsewhere are handed on, and one that an index puts nowhere shows it.
+std::pair<RowStatistics, Tensor> new_rows(const SweepInputs& in, bool further) {
   const int64_t n = in.q.size(0);
   const auto options = floats(in.q);
-  const Tensor rows = at::empty({3, n}, options);
+  const Tensor rows = at::empty({further ? kStatistics : kFirstFurther, n}, options);
   Tensor pos = at::empty({n, in.layout.n_pos}, options);
   if (in.layout.positives.defined()) pos.copy_(in.layout.positives);
   if (in.layout.row_ids.defined()) pos.fill_(std::numeric_limits<float>::quiet_NaN());
-  return {{pos, rows.select(0, 0), rows.select(0, 1), rows.select(0, 2)}, rows};
+  return {{pos, rows.select(0, kNegLse), rows.select(0, kNegMax), rows.select(0, kSquare),
+           further ? rows.narrow(0, kFirstFurther, kFurther) : Tensor()},
+          rows};
 }
 
 ColumnStatistics columns_in(const Tensor& columns) {
-  return {columns.select(0, 0), columns.select(0, 1), columns.select(0, 2), {}, {}};
+  return {columns.select(0, kNegLse), columns.select(0, kNegMax), columns.select(0, kSquare), {}, {}};
 }
 
-Tensor checked_scale(const Maybe& scale_tensor, const Tensor& q) {
-  if (!scale_tensor) return {};
-  TORCH_CHECK_TYPE(scale_tensor->scalar_type() == at::kFloat, "scale_tensor is ", scale_tensor->scalar_type(),
-                   ", needed: float32");
-  TORCH_CHECK_VALUE(scale_tensor->dim() == 0 && scale_tensor->device() == q.device(), "scale_tensor has shape ",
-                    scale_tensor->sizes(), " on ", scale_tensor->device(), ", needed: 0-d on ", q.device());
-  return *scale_tensor;
+Statistics stats(FUSED_NCE_SCORES, bool further, bool both_ways, int64_t workspace_bytes) {
+  const Call call = call_of(FUSED_NCE_SCORES_GIVEN, false, false, false, workspace_bytes);
+  const auto [found, rows] = new_rows(call.in, further);
+  const Tensor columns = at::empty({3, both_ways ? call.in.k.size(0) : 0}, floats(q));
+  sweep(*Lease(q), call.in, call.numbers,
+        {true, false, found, both_ways ? columns_in(columns) : ColumnStatistics()});
+  return {found.pos, rows, columns};
 }
 
-Statistics stats(const Tensor& q, const Maybe& k, double scale, const Maybe& scale_tensor, int64_t n_c,
-                 int64_t rows_per_image, int64_t offset, double clip, const Maybe& row_ids, int64_t itself,
-                 const Maybe& positives, bool both_ways, int64_t workspace_bytes) {
-  const auto in = inputs_of(q, k, scale, n_c, rows_per_image, offset, clip, row_ids, itself, positives, false, false,
-                            false, workspace_bytes);
-  const auto [out, rows] = new_rows(in);
-  const Tensor columns = at::empty({3, both_ways ? in.k.size(0) : 0}, floats(q));
-  sweep(*Lease(q), in, checked_scale(scale_tensor, q), {true, false}, out,
-        both_ways ? columns_in(columns) : ColumnStatistics(), {}, 1.0f, {});
-  return {out.pos, rows, columns};
-}
-
-GradientTuple grads(const Tensor& q, const Maybe& k, double scale, const Maybe& scale_tensor, int64_t n_c,
-                    int64_t rows_per_image, int64_t offset, double clip, const Maybe& row_ids, int64_t itself,
-                    const Maybe& positives, const Tensor& pos, const Tensor& neg_lse, const Tensor& d_pos,
-                    const Tensor& d_neg_lse, const Tensor& d_square, const Maybe& column_neg_lse,
-                    const Maybe& d_column_neg_lse, const Maybe& d_column_square, bool need_q, bool need_k,
-                    bool need_scale, int64_t workspace_bytes) {
-  const auto in = inputs_of(q, k, scale, n_c, rows_per_image, offset, clip, row_ids, itself, positives, need_q, need_k,
-                            need_scale, workspace_bytes);
+GradientTuple grads(FUSED_NCE_SCORES, const Tensor& pos, const Tensor& neg_lse, const Tensor& d_pos,
+                    const Tensor& d_neg_lse, const Tensor& d_square, const Maybe& further, const Maybe& d_further,
+                    const Maybe& column_neg_lse, const Maybe& d_column_neg_lse, const Maybe& d_column_square,
+                    bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes) {
+  const Call call = call_of(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes);
+  const SweepInputs& in = call.in;
   const int64_t n = q.size(0), m = in.k.size(0), n_pos = in.layout.n_pos;
-  const auto numbers = [m](const char* name, const Maybe& x) { return x ? coefficients(name, *x, {m}) : Tensor(); };
-  const RowStatistics rows{coefficients("pos", pos, {n, n_pos}), coefficients("neg_lse", neg_lse, {n}), {}, {}};
-  const ColumnStatistics columns{numbers("column_neg_lse", column_neg_lse), {}, {},
-                                 numbers("d_column_neg_lse", d_column_neg_lse),
-                                 numbers("d_column_square", d_column_square)};
-  TORCH_CHECK_VALUE(columns.neg_lse.defined() == columns.d_neg_lse.defined(),
+  const auto numbers = [](const char* name, const Maybe& x, at::IntArrayRef shape) {
+    return x ? coefficients(name, *x, shape) : Tensor();
+  };
+  Task task{false, true};
+  task.rows = {coefficients("pos", pos, {n, n_pos}), coefficients("neg_lse", neg_lse, {n}), {}, {},
+               numbers("further", further, {kFurther, n})};
+  task.columns = {numbers("column_neg_lse", column_neg_lse, {m}), {}, {},
+                  numbers("d_column_neg_lse", d_column_neg_lse, {m}),
+                  numbers("d_column_square", d_column_square, {m})};
+  task.upstream = {coefficients("d_pos", d_pos, {n, n_pos}), coefficients("d_neg_lse", d_neg_lse, {n}),
+                   coefficients("d_square", d_square, {n}), numbers("d_further", d_further, {kFurther, n})};
+  TORCH_CHECK_VALUE(task.columns.neg_lse.defined() == task.columns.d_neg_lse.defined(),
                     "column_neg_lse and d_column_neg_lse: got one, needed: both or none");
-  const Upstream upstream{coefficients("d_pos", d_pos, {n, n_pos}), coefficients("d_neg_lse", d_neg_lse, {n}),
-                          coefficients("d_square", d_square, {n})};
-  const Task task{false, true};
-  const Gradients out = new_results(in, task);
-  const float unit = unit_of(element_of(q.scalar_type()), 1.0f);
-  if (need_q || in.need_k || need_scale)
-    sweep(*Lease(q), in, checked_scale(scale_tensor, q), task, rows, columns, upstream, unit, out);
-  return {out.dq, out.dk, out.dscale};
+  TORCH_CHECK_VALUE(further.has_value() == d_further.has_value(),
+                    "further and d_further: got one, needed: both or none");
+  task.unit = unit_of(element_of(q.scalar_type()), 1.0f);
+  task.out = new_results(in, call.numbers, task);
+  if (need_q || in.need_k || need_scale) sweep(*Lease(q), in, call.numbers, task);
+  return {task.out.dq, task.out.dk, task.out.dscale, task.out.dbias};
 }
 
-LossTuple loss(const Tensor& q, const Maybe& k, double scale, const Maybe& scale_tensor, int64_t n_c,
-               int64_t rows_per_image, int64_t offset, double clip, const Maybe& row_ids, int64_t itself,
-               const Maybe& positives, double nce_weight, double square_weight, bool need_q, bool need_k,
-               bool need_scale, int64_t workspace_bytes) {
-  const auto in = inputs_of(q, k, scale, n_c, rows_per_image, offset, clip, row_ids, itself, positives, need_q, need_k,
-                            need_scale, workspace_bytes);
-  const auto [stats, rows] = new_rows(in);
-  const Upstream upstream{{}, {}, {}, static_cast<float>(nce_weight), static_cast<float>(square_weight)};
-  const Task task{true, need_q || in.need_k || need_scale};
-  const Gradients out = new_results(in, task);
-  const float unit = unit_of(element_of(q.scalar_type()), peak_of(in, upstream));
-  sweep(*Lease(q), in, checked_scale(scale_tensor, q), task, stats, {}, upstream, unit, out);
-  return {stats.pos, rows, out.dq, out.dk, out.dscale};
+LossTuple loss(FUSED_NCE_SCORES, bool further, const std::string& tail, double unit, double square_weight, bool need_q,
+               bool need_k, bool need_scale, int64_t workspace_bytes) {
+  const Call call = call_of(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes);
+  const TailRule rule{tail_named(tail), static_cast<float>(unit), static_cast<float>(square_weight)};
+  TORCH_CHECK_VALUE(further || rule.name == kNce, "further is false, needed: true for the tail ", tail);
+  const auto [found, rows] = new_rows(call.in, further);
+  Task task{true, need_q || call.in.need_k || need_scale, found, {}, {{}, {}, {}, {}, rule}};
+  task.unit = unit_of(element_of(q.scalar_type()), peak_of(call.in, rule));
+  task.out = new_results(call.in, call.numbers, task);
+  sweep(*Lease(q), call.in, call.numbers, task);
+  return {found.pos, rows, task.out.dq, task.out.dk, task.out.dscale, task.out.dbias};
 }
 
 // x *= factor, a float on x's device that the host need not know.
@@ -190,20 +199,21 @@ void implement(torch::Library& m) {
 
 }  // namespace
 
-#define FUSED_NCE_GPU_SCORES                                                                                      \
-  "Tensor q, Tensor? k, float scale, Tensor? scale_tensor, int n_c, int rows_per_image, int offset, float clip, " \
-  "Tensor? row_ids, int itself, Tensor? positives, "
+#define FUSED_NCE_SCHEMA                                                                                           \
+  "Tensor q, Tensor? k, float scale, Tensor? scale_tensor, int n_c, int rows_per_image, int offset, float clip, "  \
+  "Tensor? row_ids, int itself, Tensor? positives, Tensor? column_ids, Tensor? bias, "
 
 TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
-  m.def("cuda_stats(" FUSED_NCE_GPU_SCORES
-        "bool both_ways, int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor columns)");
-  m.def("cuda_grads(" FUSED_NCE_GPU_SCORES
-        "Tensor pos, Tensor neg_lse, Tensor d_pos, Tensor d_neg_lse, Tensor d_square, Tensor? column_neg_lse, "
-        "Tensor? d_column_neg_lse, Tensor? d_column_square, bool need_q, bool need_k, bool need_scale, "
-        "int workspace_bytes) -> (Tensor dq, Tensor dk, Tensor dscale)");
-  m.def("cuda_loss(" FUSED_NCE_GPU_SCORES
-        "float nce_weight, float square_weight, bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
-        "(Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale)");
+  m.def("cuda_stats(" FUSED_NCE_SCHEMA
+        "bool further, bool both_ways, int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor columns)");
+  m.def("cuda_grads(" FUSED_NCE_SCHEMA
+        "Tensor pos, Tensor neg_lse, Tensor d_pos, Tensor d_neg_lse, Tensor d_square, Tensor? further, "
+        "Tensor? d_further, Tensor? column_neg_lse, Tensor? d_column_neg_lse, Tensor? d_column_square, bool need_q, "
+        "bool need_k, bool need_scale, int workspace_bytes) -> "
+        "(Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
+  m.def("cuda_loss(" FUSED_NCE_SCHEMA
+        "bool further, str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, "
+        "int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
   m.def(
       "cuda_summary(Tensor pos, Tensor rows, int n_c, int images, int columns, float penalty, bool mean, "
       "bool elements, int reports) -> (Tensor loss, Tensor nce, Tensor penalty, Tensor report)");

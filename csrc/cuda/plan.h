@@ -30,8 +30,9 @@ struct Work {
   int64_t positives;             // a row: P
   int64_t element_bytes;         // of q and k: 4 or 2
   bool statistics, gradients;
-  bool need_scale;               // dscale is wanted
+  int64_t sums;                  // a row: 1 where dscale is wanted, 2 with dbias
   bool both_ways;                // statistics of columns too
+  bool further;                  // those of further.h, of rows
 };
 
 struct Plan {
@@ -60,6 +61,9 @@ constexpr int64_t kMostColumns = 1 << 30;   // of a panel: columns within one ar
 // Row stride of scores and weights: whole vectors.
 inline int64_t stride_of(int64_t columns) { return round_up(columns, kColumns); }
 
+// Numbers a row: d_pos, d_neg_lse and those of the further statistics.
+inline int64_t coefficients_of(int64_t positives, bool further) { return positives + 1 + (further ? kFurther : 0); }
+
 // Fills in what follows from strip, block and panel.
 inline void account(const Work& w, Plan& p) {
   const bool in_place = w.gradients && w.element_bytes == 4;
@@ -73,12 +77,12 @@ inline void account(const Work& w, Plan& p) {
   p.threads = std::min(most, std::max<int64_t>(64, round_up(vectors, 32)));
   p.score_bytes = in_place ? 0 : round_up(p.strip * stride_of(p.panel) * 4, kAllocation);
   p.weight_bytes = w.gradients ? round_up(p.block * stride_of(p.panel) * w.element_bytes, kAllocation) : 0;
-  const int64_t partials = p.block * p.panels * p.parts * static_cast<int64_t>(sizeof(RowPart));
+  const int64_t part = static_cast<int64_t>(sizeof(RowPart) + (w.further ? sizeof(FurtherPart) : 0));
+  const int64_t partials = p.block * p.panels * p.parts * part;
   p.partial_bytes = w.statistics ? round_up(partials, kAllocation) : 0;
-  // d_pos and d_neg_lse of a block where the tail makes them, and the rows' shares of dscale.
-  const int64_t coefficients = w.statistics ? p.block * (w.positives + 1) : 0;
-  const int64_t d_scale = w.need_scale ? w.rows * p.parts : 0;
-  p.row_bytes = w.gradients ? round_up((coefficients + d_scale) * 4, kAllocation) : 0;
+  // What a block's weights need, where the tail makes it, and the rows' shares of dscale and dbias.
+  const int64_t coefficients = w.statistics ? p.block * coefficients_of(w.positives, w.further) : 0;
+  p.row_bytes = w.gradients ? round_up((coefficients + w.sums * w.rows * p.parts) * 4, kAllocation) : 0;
   p.column_bytes = w.both_ways ? round_up(w.columns * static_cast<int64_t>(sizeof(ColumnPart)), kAllocation) : 0;
   p.bytes = p.score_bytes + p.weight_bytes + p.partial_bytes + p.row_bytes + p.column_bytes;
   const int64_t sums = (p.block < w.rows ? w.columns : 0) + (p.panels > 1 ? w.rows : 0);

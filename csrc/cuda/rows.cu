@@ -127,13 +127,13 @@ struct Place {
       : row(blockIdx.x / rules.parts), part(static_cast<int>(blockIdx.x % rules.parts)) {}
 };
 
-template <bool kClip, bool kShift>
+template <bool kClip, bool kShift, bool kMore>
 __global__ void __launch_bounds__(kMostThreads)
 fold_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   const Place at(rules);
-  fold_row<kClip, kShift>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
+  fold_row<kClip, kShift, kMore>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
 }
 
 template <bool kShift>
@@ -144,13 +144,29 @@ finish_kernel(int64_t first_row, const Rules rules, const RowArrays rows, bool t
   finish_row<kShift>(cta, rules, rows, first_row + blockIdx.x, tail);
 }
 
-template <bool kClip, bool kShift, bool kBothWays, class E>
+template <bool kClip>
+__global__ void __launch_bounds__(kMostThreads)
+fold_further_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
+  __shared__ Slot shared[33];
+  Cta cta(shared);
+  const Place at(rules);
+  fold_further_row<kClip>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
+}
+
+__global__ void __launch_bounds__(32)
+finish_further_kernel(int64_t first_row, const Rules rules, const RowArrays rows, bool tail) {
+  __shared__ Slot shared[33];
+  Cta cta(shared);
+  finish_further_row(cta, rules, rows, first_row + blockIdx.x, tail);
+}
+
+template <bool kClip, bool kShift, bool kMore, class E>
 __global__ void __launch_bounds__(kMostThreads)
 weigh_kernel(const Strip strip, const Rules rules, const RowArrays rows) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   const Place at(rules);
-  weigh_row<kClip, kShift, kBothWays, StoreAs<E>>(cta, strip, rules, rows, at.row, at.part);
+  weigh_row<kClip, kShift, kMore, StoreAs<E>>(cta, strip, rules, rows, at.row, at.part);
 }
 
 template <bool kClip, bool kShift, class E>
@@ -228,8 +244,10 @@ unsigned grid_of(const Strip& strip, const Rules& rules) {
 
 int launch_fold(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot, Stream stream) {
   with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-    fold_kernel<decltype(clip)::value, decltype(shift)::value>
-        <<<grid_of(strip, rules), rules.threads, 0, stream>>>(strip, rules, rows, first_slot);
+    with_flag(has_more(rules, rows), [&](auto more) {
+      fold_kernel<decltype(clip)::value, decltype(shift)::value, decltype(more)::value>
+          <<<grid_of(strip, rules), rules.threads, 0, stream>>>(strip, rules, rows, first_slot);
+    });
   });
   return cudaGetLastError();
 }
@@ -244,8 +262,8 @@ int launch_finish(int64_t first_row, int64_t count, const Rules& rules, const Ro
 int launch_weigh(const Strip& strip, const Rules& rules, const RowArrays& rows, Element element, Stream stream) {
   with_element(element, [&](auto* e) {
     with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-      with_flag(rows.columns.neg_lse, [&](auto both) {
-        weigh_kernel<decltype(clip)::value, decltype(shift)::value, decltype(both)::value,
+      with_flag(has_more(rules, rows), [&](auto more) {
+        weigh_kernel<decltype(clip)::value, decltype(shift)::value, decltype(more)::value,
                      typename Pointee<decltype(e)>::type>
             <<<grid_of(strip, rules), rules.threads, 0, stream>>>(strip, rules, rows);
       });
@@ -261,6 +279,21 @@ int launch_loss(const Strip& strip, const Rules& rules, const RowArrays& rows, E
           <<<static_cast<unsigned>(strip.rows), rules.threads, 0, stream>>>(strip, rules, rows);
     });
   });
+  return cudaGetLastError();
+}
+
+int launch_fold_further(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot,
+                        Stream stream) {
+  with_flag(rules.scoring.clip > 0.0f, [&](auto clip) {
+    fold_further_kernel<decltype(clip)::value>
+        <<<grid_of(strip, rules), rules.threads, 0, stream>>>(strip, rules, rows, first_slot);
+  });
+  return cudaGetLastError();
+}
+
+int launch_finish_further(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows, bool tail,
+                          Stream stream) {
+  finish_further_kernel<<<static_cast<unsigned>(count), 32, 0, stream>>>(first_row, rules, rows, tail);
   return cudaGetLastError();
 }
 

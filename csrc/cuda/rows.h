@@ -27,7 +27,9 @@ struct Strip {
 struct Rules {
   Scoring scoring;
   const float* scale_tensor;  // one more factor of the scale, on the device; or null
-  const int64_t* row_ids;     // (N): the image of each row; null: by arithmetic
+  const int64_t* row_ids;     // (N): the image of each row, or its label; null: by arithmetic
+  const int64_t* column_ids;  // (M): the label of each column; null: by arithmetic
+  const float* bias;          // t = s + bias, on the device; or null
   bool apart;                 // no column is a positive: they come from elsewhere
   int64_t itself;             // column that row 0 is, as row i is column itself + i, left out of every set; -1: none is
   int64_t positives;          // P, the width of `pos`: n_c, less the row itself
@@ -57,19 +59,39 @@ struct ColumnArrays {
   ColumnPart* partials;                // (M)
 };
 
+// What the threads of a row have found of the further statistics: over the negatives, all columns, the positives.
+struct FurtherPart {
+  float softplus, bad, count, max, sum, total;
+};
+
+// The statistics from kFirstFurther on, one line each: (kFurther, stride). Null: none is wanted.
+constexpr int kFirstFurther = kNegSoftplus, kFurther = kStatistics - kFirstFurther;
+
+struct FurtherArrays {
+  float* found;               // of all N rows
+  float* d;                   // of the rows from first_coefficient on; null: 0
+  int64_t found_stride, d_stride;
+  FurtherPart* partials;      // (rows of a block, slots)
+
+  FUSED_NCE_HD float& of(Statistic name, int64_t i) const { return found[(name - kFirstFurther) * found_stride + i]; }
+  FUSED_NCE_HD float& d_of(Statistic name, int64_t c) const { return d[(name - kFirstFurther) * d_stride + c]; }
+};
+
 // Statistics of all N rows, and the coefficients that the weights need.
 struct RowArrays {
   float* pos;              // (N, P)
   float *neg_lse, *neg_max, *square;  // (N)
-  float* d_pos;            // (rows from first_coefficient on, P): given, or the NCE tail's own
+  float* d_pos;            // (rows from first_coefficient on, P): given, or the tail's own
   float* d_neg_lse;        // (rows from first_coefficient on)
   const float* d_square;   // (N); null: square_weight
   int64_t first_coefficient;
-  float nce_weight, square_weight;
+  TailRule tail;           // where the coefficients are its own
   float* d_scale;          // (N, parts), or null
   RowPart* partials;       // (rows of a block, slots), or null
   int64_t block_first, slots;
   ColumnArrays columns;    // of losses that classify both ways
+  float* d_bias;           // (N, parts), or null
+  FurtherArrays further;   // of losses with any number of positives
 };
 
 FUSED_NCE_HD float scale_of(const Rules& rules) {
@@ -86,7 +108,16 @@ struct Row {
   int64_t index;           // of S
   int64_t first_column;    // of S, the panel's
   int64_t own_at;          // own_begin before the panel cut it: column - own_at is the location in the image
-  float scale, clip, inverse_clip;
+  float scale, clip, inverse_clip, bias;
+  const int64_t* column_ids;  // of the panel's columns; null: those of the image are the row's own
+  int64_t id;
+
+  // A positive of the row, or the row itself. kMore: the rules may have labels.
+  template <bool kMore>
+  FUSED_NCE_HD bool own(int column) const {
+    if (kMore && column_ids) return column_ids[column] == id;
+    return column >= own_begin && column < own_end;
+  }
 
   // Where in the row's `pos` its own column stands, counted from own_at.
   FUSED_NCE_HD int place(int column) const { return column - (column > after); }
@@ -107,9 +138,8 @@ FUSED_NCE_HD Row row_of(const Strip& strip, const Rules& rules, int64_t row, int
   out.end = clamp((part + 1) * share, strip.columns);
   out.index = strip.first_row + row;
   out.first_column = strip.first_column;
-  const int64_t image =
-      rules.row_ids ? rules.row_ids[out.index] : out.index / scoring.rows_per_image + scoring.offset;
-  const int64_t own = image * scoring.n_c - strip.first_column;
+  const int64_t id = rules.row_ids ? rules.row_ids[out.index] : out.index / scoring.rows_per_image + scoring.offset;
+  const int64_t own = (rules.column_ids ? 0 : id * scoring.n_c) - strip.first_column;  // a label may be any number
   out.own_begin = clamp(own, strip.columns);
   out.own_end = rules.apart ? out.own_begin : clamp(own + scoring.n_c, strip.columns);
   out.own_at = own;
@@ -119,6 +149,9 @@ FUSED_NCE_HD Row row_of(const Strip& strip, const Rules& rules, int64_t row, int
   out.scale = scale_of(rules);
   out.clip = scoring.clip;
   out.inverse_clip = scoring.clip > 0.0f ? 1.0f / scoring.clip : 0.0f;
+  out.bias = rules.bias ? *rules.bias : 0.0f;
+  out.column_ids = rules.column_ids ? rules.column_ids + strip.first_column : nullptr;
+  out.id = id;
   return out;
 }
 
@@ -171,7 +204,7 @@ struct Add {
 };
 
 // One thread's columns into a part; their positives go to `pos`. Eight terms share a Kahan step.
-template <bool kClip, bool kShift>
+template <bool kClip, bool kShift, bool kMore>
 FUSED_NCE_HD RowPart fold_thread(const Row& row, const Rules& rules, const RowArrays& rows, int thread, int threads) {
   float* pos = rows.pos + row.index * rules.positives - row.own_at;
   RowPart part = no_part();
@@ -184,13 +217,14 @@ FUSED_NCE_HD RowPart fold_thread(const Row& row, const Rules& rules, const RowAr
     for (int u = 0; u < kColumns; ++u) {
       const int column = c + u;
       const bool inside = column < row.end && column != row.itself;
-      const bool own = inside && column >= row.own_begin && column < row.own_end;
+      const bool own = inside && row.own<kMore>(column);
       const float s = inside ? eight.s[u] : 0.0f;
       t[u] = transform<kClip>(s, row.clip, row.inverse_clip).value;
+      if (kMore) t[u] += row.bias;
       negative[u] = inside && !own;
       square[u] = s * s;
       bad[u] = s * 0.0f;
-      if (own) pos[row.place(column)] = t[u];
+      if (own && !(kMore && row.column_ids)) pos[row.place(column)] = t[u];
       top = negative[u] && t[u] > top ? t[u] : top;
     }
     if (kShift && top > part.max) {
@@ -227,71 +261,8 @@ FUSED_NCE_HD float tail_thread(const RowArrays& rows, int64_t i, int64_t positiv
   float sum = 0.0f, error = 0.0f;
   for (int64_t p = thread; p < positives; p += threads) {
     const float slope = nce_slope_positive(rows.neg_lse[i], rows.pos[i * positives + p]);
-    rows.d_pos[(i - rows.first_coefficient) * positives + p] = rows.nce_weight * slope;
+    rows.d_pos[(i - rows.first_coefficient) * positives + p] = rows.tail.unit * slope;
     add_exactly(sum, error, slope);
-  }
-  return sum - error;
-}
-
-// exp(t - shift) * inverse = exp(t - neg_lse); a row without negatives has nothing to weigh.
-struct Softmax {
-  float shift, inverse;
-};
-
-template <bool kShift>
-FUSED_NCE_HD Softmax softmax_of(float neg_lse) {
-  Softmax out;
-  const bool none = neg_lse == -infinity();
-  out.shift = kShift && !none ? neg_lse : 0.0f;
-  out.inverse = none ? 0.0f : (kShift ? 1.0f : exp_value(-neg_lse));
-  return out;
-}
-
-// What a column's statistics add to the weight of a negative, and to the slope of s^2: the same formulas, with the
-// column's numbers.
-template <bool kShift>
-FUSED_NCE_HD float back_weight(const ColumnArrays& columns, int64_t j, const Score& t, float e) {
-  const float lse = columns.neg_lse[j];
-  if (lse == -infinity()) return 0.0f;
-  const float x = kShift ? exp_value(t.value - lse) : e, inverse = kShift ? 1.0f : exp_value(-lse);
-  return negative_weight(x, inverse, columns.d_neg_lse[j], t.slope);
-}
-
-FUSED_NCE_HD float back_square(const ColumnArrays& columns, int64_t j) {
-  return columns.d_square ? 2.0f * columns.d_square[j] : 0.0f;
-}
-
-// One thread's columns into weights times `unit`; gives its share of dL/dscale, the sum of w * <q, k>.
-template <bool kClip, bool kShift, bool kBothWays, class Store>
-FUSED_NCE_HD float weigh_thread(const Row& row, const Rules& rules, const RowArrays& rows, bool want_scale,
-                                const Store& store, int thread, int threads) {
-  const int64_t i = row.index, coefficient = i - rows.first_coefficient;
-  const Softmax soft = softmax_of<kShift>(rows.neg_lse[i]);
-  const float d_neg_lse = rows.d_neg_lse[coefficient];
-  const float* d_pos = rows.d_pos + coefficient * rules.positives - row.own_at;
-  const float two_d_square = 2.0f * (rows.d_square ? rows.d_square[i] : rows.square_weight);
-  const float factor = rules.scaled ? rules.unit * row.scale : rules.unit;
-  float sum = 0.0f, error = 0.0f;
-  for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
-    const Eight dot = load(row.scores + c, 1.0f);
-    float w[kColumns], product[kColumns];
-    for (int u = 0; u < kColumns; ++u) {
-      const int column = c + u;
-      const bool inside = column < row.end && column != row.itself;
-      const bool own = inside && column >= row.own_begin && column < row.own_end;
-      const float r = inside ? dot.s[u] : 0.0f, s = r * row.scale;
-      const Score t = transform<kClip>(s, row.clip, row.inverse_clip);
-      const float e = exp_shifted<kShift>(t.value, soft.shift);
-      float weight = negative_weight(e, soft.inverse, d_neg_lse, t.slope);
-      if (kBothWays && inside) weight += back_weight<kShift>(rows.columns, row.first_column + column, t, e);
-      if (own) weight = d_pos[row.place(column)] * t.slope;
-      weight += two_d_square * s;
-      if (kBothWays && inside) weight += back_square(rows.columns, row.first_column + column) * s;
-      product[u] = inside ? weight * r : 0.0f;
-      w[u] = inside ? weight * factor : 0.0f;
-    }
-    if (want_scale) add_exactly(sum, error, sum_of(product));
-    store(c, w);
   }
   return sum - error;
 }

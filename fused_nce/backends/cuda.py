@@ -9,6 +9,7 @@ where the inputs are and one GEMM finishes them. Nothing waits for the GPU, so a
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -18,12 +19,14 @@ from torch import Tensor
 from fused_nce import _extension
 from fused_nce.core import workspace
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
-from fused_nce.core.spec import STATISTICS, Block, Index, Separate, Spec
-from fused_nce.core.tails import Coefficients, Nce, Tail
+from fused_nce.core.spec import VOCABULARY, Bias, Block, Index, Labels, Separate, Spec
+from fused_nce.core.tails import Coefficients, LogIn, LogOut, Nce, Sigmoid, Tail
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("neg_lse", "neg_max", "square")  # in the order in which the kernels return them, of rows and of columns
-ATOMS = frozenset({"block", "index", "separate", "drop_self", "self", "columns", "identity", "tanh_clip", *STATISTICS})
+FURTHER = ("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap")  # of rows, where one is wanted
+TAILS = (Nce, LogOut, LogIn, Sigmoid)  # whose coefficients the kernels find themselves
+ATOMS = VOCABULARY - {"mixed"}
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
@@ -69,6 +72,9 @@ def _unable(module: ModuleType, spec: Spec, q: Tensor, k: Tensor) -> str | None:
     """What neither its kernels nor the CPU that plays a GPU in the tests can do."""
     if q.dtype not in DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+    missing = [name for name in spec.columns if name not in NAMES]
+    if missing:
+        return f"it has no {', '.join(missing)} of columns"
     limit = workspace.limit_bytes(q.device.type)
     needed = _total_bytes(module, spec, q.shape[0], k.shape[0], q.shape[1], q.element_size(), limit)
     return f"the workspace of {limit} bytes is below the {needed} of its smallest plan" if needed > limit else None
@@ -85,7 +91,9 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
 def stats(problem: Problem) -> Statistics:
     """One score GEMM, strip by strip."""
     spec = problem.spec
-    pos, rows, columns = torch.ops.fused_nce.cuda_stats(*_arguments(problem), bool(spec.columns), _limit(problem))
+    pos, rows, columns = torch.ops.fused_nce.cuda_stats(
+        *_arguments(problem), _further(spec), bool(spec.columns), _limit(problem)
+    )
     return Statistics(pos, _wanted(spec.stats, rows), _wanted(spec.columns, columns) if spec.columns else None)
 
 
@@ -99,6 +107,9 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
     def column(of: Tensor | None, name: str) -> Tensor | None:
         return of[spec.columns.index(name)] if of is not None and name in spec.columns else None
 
+    def further(of: Tensor) -> Tensor | None:
+        return torch.stack([row(of, name, zeros) for name in FURTHER]) if _further(spec) else None
+
     # Without neg_lse among the statistics no negative has a weight, as in a row that has no negatives.
     neg_lse, column_neg_lse = (
         row(statistics.rows, "neg_lse", zeros - float("inf")),
@@ -108,11 +119,12 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
         coefficients.d_pos,
         row(coefficients.d_rows, "neg_lse", zeros),
         row(coefficients.d_rows, "square", zeros),
+        further(coefficients.d_rows),
         column(coefficients.d_columns, "neg_lse"),
         column(coefficients.d_columns, "square"),
     ]
     if spec.columns and column_neg_lse is None:
-        column_neg_lse = d[3] = zeros.new_full((problem.m,), -float("inf"))
+        column_neg_lse = d[4] = zeros.new_full((problem.m,), -float("inf"))
     factor = None
     if problem.q.dtype == torch.float16:
         # The weights enter the GEMMs as float16: coefficients of any size are brought to at most 1, on the device.
@@ -120,19 +132,25 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
         factor = _power_of_two(d, squares)
         d = [None if x is None else x * factor for x in d]
     found = torch.ops.fused_nce.cuda_grads(
-        *_arguments(problem), statistics.pos, neg_lse, *d[:3], column_neg_lse, *d[3:], *needs, _limit(problem)
+        *_arguments(problem),
+        *(statistics.pos, neg_lse, *d[:3], further(statistics.rows), d[3], column_neg_lse, *d[4:]),
+        *needs,
+        _limit(problem),
     )
-    return Gradients(*(found if factor is None else (x.div_(factor) for x in found)))
+    return _gradients(problem, found if factor is None else [x.div_(factor) for x in found])
 
 
 def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
-    """One sweep: one score GEMM, and one a gradient."""
-    nce_weight = tail.unit(problem.n * problem.spec.n_pos)
-    square_weight = tail.penalty / (problem.n * problem.m)
-    pos, rows, *gradients = torch.ops.fused_nce.cuda_loss(
-        *_arguments(problem), nce_weight, square_weight, *needs, _limit(problem)
+    """One sweep: one score GEMM, and one a gradient. A tail that the kernels do not know costs the scores twice."""
+    spec = problem.spec
+    unit, n_scores = tail.unit(problem.n * tail.per_row(spec)), problem.n * problem.m
+    if type(tail) not in TAILS:
+        known = stats(problem)
+        return known, grads(problem, known, tail.coefficients(spec, *known[:2], None, unit, 1.0, n_scores), needs)
+    pos, rows, *found = torch.ops.fused_nce.cuda_loss(
+        *_arguments(problem), _further(spec), tail.NAME, unit, tail.penalty / n_scores, *needs, _limit(problem)
     )
-    return Statistics(pos, _wanted(problem.spec.stats, rows)), Gradients(*gradients)
+    return Statistics(pos, _wanted(spec.stats, rows)), _gradients(problem, found)
 
 
 def summary(
@@ -168,12 +186,13 @@ def summary(
 def _power_of_two(d: list[Tensor | None], squares: tuple[Tensor, Tensor | None]) -> Tensor:
     """0-d: what brings every weight to at most 1. A weight of the square is 2·d_square·s, and |s| ≤ √square.
 
-    A score has at most a row's and a column's weight: twice what one of them is.
+    A score has a few weights, of its row and of its column: a few times what one of them is.
     """
-    sizes = [x.abs().amax() for x in (d[0], d[1], d[3]) if x is not None]
+    d_pos, d_row, d_square, d_further, d_column, d_column_square = d
+    sizes = [x.abs().amax() for x in (d_pos, d_row, d_further, d_column) if x is not None and x.numel()]
     sizes += [
         (2 * x.abs() * y.sqrt()).amax()
-        for x, y in zip((d[2], d[4]), squares, strict=True)
+        for x, y in zip((d_square, d_column_square), squares, strict=True)
         if x is not None and y is not None
     ]
     peak = torch.stack(sizes).amax()
@@ -183,13 +202,25 @@ def _power_of_two(d: list[Tensor | None], squares: tuple[Tensor, Tensor | None])
 
 
 def _arguments(problem: Problem) -> tuple[Any, ...]:
-    spec, layout, scale = problem.spec, problem.spec.layout, problem.scale
+    spec, layout, scale, bias = problem.spec, problem.spec.layout, problem.scale, None
     factors = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
     block = (layout.n_c, layout.rows_per_image, problem.offset) if isinstance(layout, Block) else (1, 1, 0)
-    row_ids = problem.row_ids if isinstance(layout, Index) else None
+    row_ids = problem.row_ids if isinstance(layout, (Index, Labels)) else None
+    column_ids = problem.column_ids if isinstance(layout, Labels) else None
     itself = problem.offset * block[0] if spec.drop_self else -1
+    if isinstance(spec.transform, Bias):
+        bias = torch.as_tensor(problem.bias, dtype=torch.float32, device=problem.q.device)
     k = None if problem.shared else problem.k
-    return problem.q, k, *factors, *block, spec.clip or 0.0, row_ids, itself, problem.positives
+    return problem.q, k, *factors, *block, spec.clip or 0.0, row_ids, itself, problem.positives, column_ids, bias
+
+
+def _further(spec: Spec) -> bool:
+    return not set(FURTHER).isdisjoint(spec.stats)
+
+
+def _gradients(problem: Problem, found: Sequence[Tensor]) -> Gradients:
+    dq, dk, dscale, dbias = found
+    return Gradients(dq, dk, dscale, dbias if isinstance(problem.spec.transform, Bias) else None)
 
 
 def _limit(problem: Problem) -> int:
@@ -198,9 +229,10 @@ def _limit(problem: Problem) -> int:
 
 def _wanted(names: tuple[str, ...], found: Tensor) -> Tensor:
     """(S, N) in the spec's order; a view where that is the kernels' own."""
-    if names == NAMES[: len(names)]:
+    known = (*NAMES, *FURTHER)
+    if names == known[: len(names)]:
         return found[: len(names)]
-    return torch.stack([found[NAMES.index(name)] for name in names])
+    return torch.stack([found[known.index(name)] for name in names])
 
 
 def _total_bytes(module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_bytes: int) -> int:
@@ -218,8 +250,9 @@ def _total_bytes(module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype_b
                 limit_bytes,
                 statistics=statistics,
                 gradients=gradients,
-                need_scale=gradients,
+                sums=gradients * (2 if isinstance(spec.transform, Bias) else 1),
                 both_ways=statistics and bool(spec.columns),
+                further=statistics and _further(spec),
             )["total_bytes"]
         )
         for statistics, gradients in tasks

@@ -60,10 +60,32 @@ def test_every_route_is_within_budget(route, dtype, clip):
     assert max(etas.values()) <= 1, etas
 
 
+ADDED = (None, None, False, "nce")  # labels of columns, a bias, further statistics, the tail
+
+
 def arguments(n=128, n_c=49, d=256, dtype=torch.bfloat16):
     g = torch.Generator(device="cuda").manual_seed(0)
     q, k = (torch.randn(rows, d, generator=g, device="cuda").to(dtype) for rows in (n, n * n_c))
-    return q, k, d**-0.5, None, n_c, 1, 0, 20.0, None, -1, None, 1 / (n * n_c), 1e-8, True, True, True, 256 * MIB
+    return (
+        q,
+        k,
+        d**-0.5,
+        None,
+        n_c,
+        1,
+        0,
+        20.0,
+        None,
+        -1,
+        None,
+        *ADDED,
+        1 / (n * n_c),
+        1e-8,
+        True,
+        True,
+        True,
+        256 * MIB,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -83,9 +83,9 @@ def test_workspace_does_not_grow_with_the_problem():
 
 def test_space_is_taken_for_what_is_wanted():
     """A number of dL/dscale a row, and a column's running statistics, where they are asked for."""
-    plain = plan(4096, 4096, 64, need_scale=False)["total_bytes"]
+    plain = plan(4096, 4096, 64, sums=0)["total_bytes"]
     assert plan(4096, 4096, 64)["total_bytes"] == plain + 4096 * 4
-    stats = {"gradients": False, "need_scale": False}
+    stats = {"gradients": False, "sums": 0}
     assert (
         plan(4096, 4096, 64, both_ways=True, **stats)["total_bytes"]
         == plan(4096, 4096, 64, **stats)["total_bytes"] + 4096 * 24

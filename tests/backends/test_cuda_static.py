@@ -41,8 +41,9 @@ def test_no_kernel_spills(architecture):
     transforms = ("clip", "clip shift", "shift")
     types = static_cuda.TYPES.values()
     assert {f"{kind} {e}" for t in transforms for kind in (f"loss {t}", f"weigh {t}") for e in types} < names
-    assert {f"weigh {t} both ways {e}" for t in transforms for e in types} | {f"multiply {e}" for e in types} < names
+    assert {f"weigh {t} more {e}" for t in transforms for e in types} | {f"multiply {e}" for e in types} < names
     assert {f"{kind} {t}" for kind in ("fold", "fold_columns") for t in transforms} < names
+    assert {f"fold {t} more" for t in transforms} | {"fold_further", "fold_further clip", "finish_further"} < names
     assert {"finish", "finish shift", "finish_columns", "finish_columns shift", "summary", "last_summary"} < names
     assert len(names) == len(kernels)
     assert [kernel for kernel in kernels if not kernel.clean] == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.mutants.faults import Fault
 
 ROWS, GROUPS, SWEEP = "csrc/cuda/rows.h", "csrc/cuda/groups.h", "csrc/cuda/sweep.cpp"
-COLUMNS = "csrc/cuda/columns.h"
+COLUMNS, WEIGHTS, FURTHER = (f"csrc/cuda/{name}.h" for name in ("columns", "weights", "further"))
 
 GPU = (
     Fault("gpu: dk not accumulated across blocks", SWEEP, "shared || first > 0,", "shared,"),
@@ -18,7 +18,7 @@ GPU = (
         "clamp(strip.columns, strip.columns)",
     ),
     Fault("gpu: only the first part counts", GROUPS, "s < rows.slots;", "s < 1;"),
-    Fault("gpu: learnable scale left out of the gradients", SWEEP, "if (in_.need_k) out_.dk.mul_(scale_tensor_);", ""),
+    Fault("gpu: learnable scale left out of the gradients", SWEEP, "if (in_.need_k) out_.dk.mul_(numbers_.scale);", ""),
     Fault(
         "gpu: the row itself is a negative",
         ROWS,
@@ -38,8 +38,26 @@ GPU = (
     Fault("gpu: a column's NaN hidden", COLUMNS, "= log_value(sum) + all.bad;", "= log_value(sum);"),
     Fault(
         "gpu: columns weigh nothing",
-        ROWS,
-        "if (kBothWays && inside) weight += back_weight",
+        WEIGHTS,
+        "if (both_ways) weight += back_weight",
         "if (false) weight += back_weight",
     ),
+    Fault("gpu: a label taken for a column", ROWS, "if (kMore && column_ids) return", "if (false) return"),
+    Fault("gpu: a panel's labels from column 0 on", ROWS, "rules.column_ids + strip.first_column", "rules.column_ids"),
+    Fault("gpu: the bias left out of the weights", WEIGHTS, "if (kMore) t.value += row.bias;", ""),
+    Fault(
+        "gpu: the penalty in the bias's gradient",
+        WEIGHTS,
+        "slope[u] = inside ? weight",
+        "slope[u] = inside ? weight + two_d_square * s",
+    ),
+    Fault(
+        "gpu: parts of the positives summed without their shifts",
+        FURTHER,
+        "merge(LogSum<float>{shift_of(a.max), a.sum}, LogSum<float>{shift_of(b.max), b.sum}).sum",
+        "a.sum + b.sum",
+    ),
+    Fault("gpu: a lone positive has a gap", FURTHER, "count > 1.0f ? unit", "count > 0.0f ? unit"),
+    Fault("gpu: the softplus of what is no number hidden", FURTHER, "= all.softplus + all.bad;", "= all.softplus;"),
+    Fault("gpu: an infinite score looks sound", FURTHER, "= unit + nan_of(further.of(kNegSoftplus, i));", "= unit;"),
 )
