@@ -47,12 +47,15 @@ MANY = {
 
 def supervised(a, variant, backend):
     temperature = torch.tensor(0.3).requires_grad_()
-    return gradients(sup_con(a, ROW_LABELS, temperature=temperature, variant=variant, backend=backend).loss, [a])
+    return gradients(
+        sup_con(a, ROW_LABELS.to(a.device), temperature=temperature, variant=variant, backend=backend).loss, [a]
+    )
 
 
 def labelled(tail, transform, a, b, backend, **bias: Any):
-    spec, given = Spec(Labels(), transform, tail.stats), {"row_ids": ROW_LABELS, "column_ids": COLUMN_LABELS, **bias}
-    return gradients(tile_loss(a, b, spec, tail, scale=0.5, backend=backend, **given).loss, [a, b])
+    spec, ids = Spec(Labels(), transform, tail.stats), [x.to(a.device) for x in (ROW_LABELS, COLUMN_LABELS)]
+    out = tile_loss(a, b, spec, tail, scale=0.5, row_ids=ids[0], column_ids=ids[1], backend=backend, **bias)
+    return gradients(out.loss, [a, b])
 
 
 def with_bias(a, b, backend):

@@ -22,10 +22,13 @@ from tests.oracle import Oracle
 MODULE: Any
 MODULE, REASON = _extension.status()
 GPU = torch.cuda.is_available()
-pytestmark = pytest.mark.skipif(
-    not GPU or MODULE is None or not MODULE.build_info()["cuda"],
-    reason="torch finds no GPU here" if not GPU else REASON or "the kernels were built without nvcc",
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not GPU or MODULE is None or not MODULE.build_info()["cuda"],
+        reason="torch finds no GPU here" if not GPU else REASON or "the kernels were built without nvcc",
+    ),
+]
 
 
 def solve(case: Case, device: str = "cuda", backend: str | None = "cuda"):
