@@ -60,12 +60,13 @@ _SCORES = (
 )
 _GRADIENTS = "Tensor dq, Tensor dk, Tensor dscale, Tensor dbias, Tensor dpositives"
 # needs: gradient wanted of q, k, scale_tensor, bias, positives. backend "": choose. parts: nce and penalty are
-# differentiable by themselves, for which q and k are kept; without, a key bank may change before the backward.
+# differentiable by themselves, for which q and k are kept; without, a key bank may change before the backward. reports:
+# rows r, r + reports, … have a line of `report` of their own.
 _SCHEMAS = {
     "stats": f"({_SCORES}, str backend) -> (Tensor pos, Tensor rows, Tensor columns)",
     "grads": f"({_SCORES}, Tensor pos, Tensor rows, Tensor columns, Tensor d_pos, Tensor d_rows, Tensor d_columns, "
     f"bool[] needs, str backend) -> ({_GRADIENTS})",
-    "loss": f"({_SCORES}, str tail, bool[] needs, bool parts, str backend) -> (Tensor loss, Tensor nce, "
+    "loss": f"({_SCORES}, str tail, bool[] needs, bool parts, int reports, str backend) -> (Tensor loss, Tensor nce, "
     f"Tensor penalty, Tensor report, Tensor pos, Tensor rows, Tensor columns, {_GRADIENTS})",
 }
 for _name, _schema in _SCHEMAS.items():
@@ -181,7 +182,7 @@ def _grads(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _loss(*args: Any) -> tuple[Tensor, ...]:
-    x, (tail, needs, _, backend) = Scores(*args[:COUNT]), args[COUNT:]
+    x, (tail, needs, _, reports, backend) = Scores(*args[:COUNT]), args[COUNT:]
     problem, name, module = _prepared(x, backend)
     _warn_without_negatives(problem)
     rule, spec, wanted = tails.parse(tail), problem.spec, _needs(needs)
@@ -195,8 +196,9 @@ def _loss(*args: Any) -> tuple[Tensor, ...]:
         at = (spec, found.pos, found.rows, atoms.at_positives(problem, found.columns))
         # On a GPU the tail's forty small launches would cost more than the GEMMs of a small batch.
         summary = getattr(module, "summary", None)
-        brief = summary(problem, rule, found) if summary is not None else None
-        *values, report = brief or (*rule.values(*at, problem.n_columns), rule.report(*at, problem.n_columns))
+        brief = summary(problem, rule, found, reports) if summary is not None else None
+        m = problem.n_columns
+        *values, report = brief or (*rule.values(*at, m), rule.reports(*at, m, reports))
         d_pos = found.pos
         if spec.columns or needs[4]:
             n_scores = problem.n * problem.n_columns
@@ -238,11 +240,11 @@ def _fake_grads(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_loss(*args: Any) -> tuple[Tensor, ...]:
-    x, (tail, needs, *_) = Scores(*args[:COUNT]), args[COUNT:]
+    x, (tail, needs, _, reports, _) = Scores(*args[:COUNT]), args[COUNT:]
     pos, rows, columns = _fake_stats(*args)
     rule = tails.parse(tail)
     elements = (x.q.shape[0], rule.per_row(specs.parse(x.spec))) if rule.reduction == "none" else ()
-    shapes = (), elements, (), (len(rule.REPORT),)
+    shapes = (), elements, (), (reports, len(rule.REPORT))
     return *(pos.new_empty(shape) for shape in shapes), pos, rows, columns, *_fake_gradients(x, needs)
 
 
@@ -303,7 +305,7 @@ def _stats_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
 def _loss_backward(
     ctx: Any, d_loss: Tensor | None, d_nce: Tensor | None, d_penalty: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
-    rest = [None] * 7
+    rest = [None] * 8
     if torch.is_grad_enabled():
         return *_with_graph(ctx, tails.parse(ctx.tail), d_loss, d_nce, d_penalty), *rest
     saved = ctx.saved_tensors

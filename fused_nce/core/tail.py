@@ -111,6 +111,17 @@ class Tail(ABC):
         nce = {"mean": mean, "sum": total, "none": elements}[self.reduction]
         return (total if self.reduction == "sum" else mean) + penalty, nce, penalty
 
+    def reports(self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None, m: int, count: int) -> Tensor:
+        """(count, len(REPORT)): `report` of the rows r, r + count, … for each r < count."""
+        return torch.stack(
+            [
+                self.report(
+                    spec, pos[r::count], rows[:, r::count], columns if columns is None else columns[:, r::count], m
+                )
+                for r in range(count)
+            ]
+        )
+
     def unit(self, n_elements: int) -> float:
         """d loss / d element: what an upstream gradient of 1 on the loss puts on each of N·`per_row` elements."""
         return self.weight if self.reduction == "sum" else self.weight / n_elements

@@ -20,6 +20,7 @@ from fused_nce import _extension
 from .adapters import ADAPTERS
 from .family import FAMILY
 from .faults import CPP, PYTHON, Fault
+from .gpu import GPU
 from .trainer import TRAINER
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -39,6 +40,7 @@ TESTS = [
     "tests/losses/test_registry.py",
     "tests/core/test_dispatch.py",
     "tests/core/test_ops.py",
+    "tests/backends/test_cuda_layouts.py",
     "tests/backends/test_cuda_on_host.py",
 ]
 SELECT = "not fresh and not opcheck and not compile"
@@ -102,7 +104,7 @@ def main(group: str = "all", part: str = "") -> int:
         group: "python", "family", "cpp", "trainer", "adapters" or "all".
         part: only faults with this in their reason.
     """
-    cpp = CPP if _extension.status()[0] is not None else ()
+    cpp = (*CPP, *GPU) if _extension.status()[0] is not None else ()
     if group in ("cpp", "all") and not cpp:
         print(f"C++ faults left out: {_extension.status()[1]}")
     groups: dict[str, tuple[Fault, ...]] = {

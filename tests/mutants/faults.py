@@ -254,9 +254,7 @@ PYTHON = (
     Fault("the row itself among its exponentials", TILES, 'self.itself.put(x, x.new_full((), float("-inf")))', "pass"),
     Fault("one tensor in both roles: half the gradient", CHUNKED, "out.dq[columns].addmm_(w.T, q)", "pass"),
     Fault("reference: one tensor in both roles, half the gradient", REFERENCE, "w + w.T if problem.shared else w", "w"),
-    Fault(
-        "strips' column statistics overwrite", ATOMS, "merge_two(self.names, waiting, part), None", "part, None"
-    ),
+    Fault("strips' column statistics overwrite", ATOMS, "merge_two(self.names, waiting, part), None", "part, None"),
     Fault("both ways summed, not averaged", TAILS, "- pos)) / 2", "- pos))"),
     Fault(
         "an anchor without positives is NaN",
@@ -285,8 +283,6 @@ PYTHON = (
 ROWS, STRIP, SWEEP, FORMULAS = "csrc/cpu/rows.inl", "csrc/cpu/strip.cpp", "csrc/cpu/sweep.cpp", "csrc/atoms.h"
 IDS = "csrc/cpu/ids.h"
 
-GPU_ROWS, GPU_GROUPS, GPU_SWEEP = "csrc/cuda/rows.h", "csrc/cuda/groups.h", "csrc/cuda/sweep.cpp"
-
 CPP = (
     Fault(
         "kernels: p − 1 cancels", FORMULAS, "return -sigmoid(neg_lse - pos);", "return sigmoid(pos - neg_lse) - 1.0f;"
@@ -314,18 +310,5 @@ CPP = (
     ),
     Fault(
         "kernels: groups summed without their shifts", FORMULAS, "+ b.sum * exp_value(b.shift - out.shift)", "+ b.sum"
-    ),
-    Fault("gpu: dk not accumulated across blocks", GPU_SWEEP, "alpha, first > 0,", "alpha, false,"),
-    Fault("gpu: dq not accumulated across panels", GPU_SWEEP, "alpha, column > 0,", "alpha, false,"),
-    Fault("gpu: padding counted", GPU_ROWS, "negative[u] = inside && !own;", "negative[u] = !own;"),
-    Fault(
-        "gpu: parts share columns",
-        GPU_ROWS,
-        "clamp((part + 1) * share, strip.columns)",
-        "clamp(strip.columns, strip.columns)",
-    ),
-    Fault("gpu: only the first part counts", GPU_GROUPS, "s < rows.slots;", "s < 1;"),
-    Fault(
-        "gpu: learnable scale left out of the gradients", GPU_SWEEP, "if (in_.need_k) out_.dk.mul_(scale_tensor_);", ""
     ),
 )
