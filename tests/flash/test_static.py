@@ -42,7 +42,13 @@ def test_a_tile_too_large_is_told(monkeypatch):
 def test_sizes_never_recompile():
     from fused_nce.backends.flash import gather, kernels, memory
 
-    for kernel in (kernels.rows_kernel, kernels.weights_kernel, gather.merge_kernel, gather.finish_kernel):
+    for kernel in (
+        kernels.fold_kernel,
+        kernels.weights_kernel,
+        gather.merge_kernel,
+        gather.positives_kernel,
+        gather.finish_kernel,
+    ):
         sizes = {p.name for p in kernel.params if p.do_not_specialize}
         assert sizes == set(memory.SIZES) & set(kernel.arg_names)
         compiled_in = {p.name for p in kernel.params if p.is_constexpr}
