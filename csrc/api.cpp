@@ -15,22 +15,34 @@ namespace fused_nce {
 namespace {
 
 using at::Tensor;
-using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using GradientTuple = std::tuple<Tensor, Tensor, Tensor>;
-using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+using Names = std::vector<int64_t>;
+using StatisticTuple = std::tuple<Tensor, Tensor, Tensor>;
+using GradientTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+void check_ids(const char* name, const Tensor& x, int64_t count) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kLong, name, " is ", x.scalar_type(), ", needed: int64");
+  TORCH_CHECK_VALUE(x.sizes() == at::IntArrayRef{count}, name, " has shape ", x.sizes(), ", needed: ", count);
+}
 
 // `itself` -1: no row is a column of its own.
-Layout layout(const Tensor& q, const Tensor& k, int64_t n_c, const std::optional<Tensor>& row_ids, int64_t itself,
-              const std::optional<Tensor>& positives) {
+Layout layout(const Tensor& q, const Tensor& k, int64_t n_c, const OptionalTensor& row_ids, int64_t itself,
+              const OptionalTensor& positives, const OptionalTensor& column_ids) {
   const int64_t n = q.size(0), m = k.size(0);
   TORCH_CHECK_VALUE(m < int64_t{1} << 31, "k has ", m, " rows, needed: fewer than 2^31");
   TORCH_CHECK_VALUE(itself == -1 || (itself >= 0 && itself + n <= m), "itself is ", itself, ", needed: -1, or 0 to ", m - n);
-  Layout out{n_c, {}, itself, {}};
+  TORCH_CHECK_VALUE(!column_ids || row_ids, "row_ids is None, needed: the rows' labels, as column_ids are given");
+  Layout out{n_c, {}, itself, {}, {}};
   if (itself >= 0 && !row_ids && !positives) --out.n_pos;  // it lies in its own image
   if (row_ids) {
-    TORCH_CHECK_TYPE(row_ids->scalar_type() == at::kLong, "row_ids is ", row_ids->scalar_type(), ", needed: int64");
-    TORCH_CHECK_VALUE(row_ids->sizes() == at::IntArrayRef{n}, "row_ids has shape ", row_ids->sizes(), ", needed: ", n);
+    check_ids("row_ids", *row_ids, n);
     out.row_ids = row_ids->contiguous();
+  }
+  if (column_ids) {
+    check_ids("column_ids", *column_ids, m);
+    out.column_ids = column_ids->contiguous();
+    out.n_pos = 0;
   }
   if (positives) {
     TORCH_CHECK_VALUE(positives->dim() == 2 && positives->size(0) == n, "positives has shape ", positives->sizes(),
@@ -41,50 +53,98 @@ Layout layout(const Tensor& q, const Tensor& k, int64_t n_c, const std::optional
   return out;
 }
 
-// Positives from elsewhere are handed on: no column fills them in.
-RowStatistics statistics_for(const SweepInputs& in) {
-  const RowStatistics fresh = new_statistics(in.q, in.layout.n_pos);
-  if (in.layout.positives.defined()) fresh.pos.copy_(in.layout.positives);
-  return fresh;
+// A row whose positive is nowhere shows it. Positives from elsewhere are handed on: no column fills them in.
+StatisticTensors new_statistics(const SweepInputs& in) {
+  const int64_t n = in.q.size(0), s = static_cast<int64_t>(in.wanted.rows.size());
+  const auto options = floats(in.q);
+  return {in.layout.positives.defined()
+              ? in.layout.positives.clone()
+              : at::full({n, in.layout.n_pos}, std::numeric_limits<float>::quiet_NaN(), options),
+          at::empty({s, n}, options), at::empty({static_cast<int64_t>(in.wanted.columns.size()), in.k.size(0)}, options)};
 }
 
-Statistics cpu_stats(const Tensor& q, const Tensor& k, double scale, int64_t n_c, int64_t rows_per_image,
-                     int64_t offset, double clip, const std::optional<Tensor>& row_ids, int64_t itself,
-                     const std::optional<Tensor>& positives, int64_t workspace_bytes) {
-  const auto in = inputs(q, k, scale, n_c, rows_per_image, offset, clip, false, false, false, workspace_bytes,
-                         layout(q, k, n_c, row_ids, itself, positives));
-  const RowStatistics out = statistics_for(in);
-  sweep_stats(in, out);
-  return {out.pos, out.neg_lse, out.neg_max, out.square};
+// Where k is q, dk is added up in dq, and comes back empty.
+Gradients new_gradients_of(const SweepInputs& in, bool statistics) {
+  Gradients out = new_gradients(in, dk_type(in, statistics));
+  if (in.shared && in.need_q) out.dk = out.dq.zero_();
+  out.dbias = at::empty_like(out.dscale);
+  return out;
 }
 
-GradientTuple cpu_grads(const Tensor& q, const Tensor& k, double scale, int64_t n_c, int64_t rows_per_image,
-                        int64_t offset, double clip, const std::optional<Tensor>& row_ids, int64_t itself,
-                        const std::optional<Tensor>& positives, const Tensor& pos, const Tensor& neg_lse,
-                        const Tensor& d_pos, const Tensor& d_neg_lse, const Tensor& d_square, bool need_q, bool need_k,
+StatisticTensors checked(const char* pos_name, const Tensor& pos, const char* rows_name, const Tensor& rows,
+                         const char* columns_name, const Tensor& columns, const SweepInputs& in) {
+  const int64_t n = in.q.size(0), m = in.k.size(0);
+  return {coefficients(pos_name, pos, {n, in.layout.n_pos}),
+          coefficients(rows_name, rows, {static_cast<int64_t>(in.wanted.rows.size()), n}),
+          coefficients(columns_name, columns, {static_cast<int64_t>(in.wanted.columns.size()), m})};
+}
+
+TailRule tail_of(const std::string& name, double unit, double square_weight, const Wanted& wanted) {
+  constexpr const char* names[kTails] = {"nce", "log_out", "log_in", "sigmoid"};
+  constexpr unsigned supervised = bit_of(kNegLse) | bit_of(kPosLse) | bit_of(kPosCount) | bit_of(kPosGap);
+  constexpr unsigned reads[kTails] = {bit_of(kNegLse), supervised, supervised, bit_of(kNegSoftplus)};
+  for (int tail = 0; tail < kTails; ++tail) {
+    if (name != names[tail]) continue;
+    TORCH_CHECK_VALUE((reads[tail] & ~Wanted::mask(wanted.rows)) == 0, "stats are ", wanted.rows,
+                      ", needed: all that the tail ", name, " reads");
+    return {static_cast<Tail>(tail), static_cast<float>(unit), static_cast<float>(square_weight)};
+  }
+  TORCH_CHECK_VALUE(false, "tail is '", name, "', needed: nce, log_out, log_in or sigmoid");
+}
+
+// The arguments that the three operators begin with, and end with.
+#define FUSED_NCE_SCORES                                                                                             \
+  const Tensor &q, const Tensor &k, double scale, int64_t n_c, int64_t rows_per_image, int64_t offset, double clip,  \
+      const OptionalTensor &row_ids, int64_t itself, const OptionalTensor &positives,                                \
+      const OptionalTensor &column_ids, double bias, Names stats, Names columns
+
+SweepInputs score_inputs(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes) {
+  check_names("stats", stats);
+  check_names("columns", columns);
+  TORCH_CHECK_VALUE(bias == 0.0 || clip == 0.0, "bias is ", bias, ", needed: 0 beside a clip");
+  SweepInputs in = inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k || (q.is_same(k) && need_q),
+                          need_scale, workspace_bytes, layout(q, k, n_c, row_ids, itself, positives, column_ids));
+  in.scoring.bias = static_cast<float>(bias);
+  in.wanted = {std::move(stats), std::move(columns)};
+  return in;
+}
+
+#define FUSED_NCE_SCORES_GIVEN                                                                                 \
+  q, k, scale, n_c, rows_per_image, offset, clip, row_ids, itself, positives, column_ids, bias, std::move(stats), \
+      std::move(columns)
+
+StatisticTuple cpu_stats(FUSED_NCE_SCORES, int64_t workspace_bytes) {
+  const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, false, false, false, workspace_bytes);
+  const StatisticTensors out = new_statistics(in);
+  sweep(in, {true, false, out, {}, {}, {}});
+  return {out.pos, out.rows, out.columns};
+}
+
+GradientTuple gradients(const SweepInputs& in, const Gradients& out) {
+  return {out.dq, in.shared && in.need_q ? at::empty({0}, out.dq.options()) : out.dk, out.dscale, out.dbias};
+}
+
+GradientTuple cpu_grads(FUSED_NCE_SCORES, const Tensor& pos, const Tensor& found_rows, const Tensor& found_columns,
+                        const Tensor& d_pos, const Tensor& d_rows, const Tensor& d_columns, bool need_q, bool need_k,
                         bool need_scale, int64_t workspace_bytes) {
-  const auto in = inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k, need_scale, workspace_bytes,
-                         layout(q, k, n_c, row_ids, itself, positives));
-  const int64_t n = q.size(0), n_pos = in.layout.n_pos;
-  const RowStatistics stats{coefficients("pos", pos, {n, n_pos}), coefficients("neg_lse", neg_lse, {n}), {}, {}};
-  const Upstream upstream{coefficients("d_pos", d_pos, {n, n_pos}), coefficients("d_neg_lse", d_neg_lse, {n}),
-                          coefficients("d_square", d_square, {n})};
-  const Gradients out = new_gradients(in, dk_type(in, false));
-  sweep_grads(in, stats, upstream, out);
-  return {out.dq, out.dk, out.dscale};
+  const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes);
+  const Gradients out = new_gradients_of(in, false);
+  if (in.need_q || in.need_k || in.need_scale)
+    sweep(in, {false, true, checked("pos", pos, "rows", found_rows, "columns", found_columns, in),
+               checked("d_pos", d_pos, "d_rows", d_rows, "d_columns", d_columns, in), {}, out});
+  return gradients(in, out);
 }
 
-LossTuple cpu_loss(const Tensor& q, const Tensor& k, double scale, int64_t n_c, int64_t rows_per_image, int64_t offset,
-                   double clip, const std::optional<Tensor>& row_ids, int64_t itself,
-                   const std::optional<Tensor>& positives, double nce_weight, double square_weight, bool need_q,
+LossTuple cpu_loss(FUSED_NCE_SCORES, const std::string& tail, double unit, double square_weight, bool need_q,
                    bool need_k, bool need_scale, int64_t workspace_bytes) {
-  const auto in = inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k, need_scale, workspace_bytes,
-                         layout(q, k, n_c, row_ids, itself, positives));
-  const RowStatistics stats = statistics_for(in);
-  const Upstream upstream{{}, {}, {}, static_cast<float>(nce_weight), static_cast<float>(square_weight)};
-  const Gradients out = new_gradients(in, dk_type(in, true));
-  sweep_loss(in, stats, upstream, out);
-  return {stats.pos, stats.neg_lse, stats.neg_max, stats.square, out.dq, out.dk, out.dscale};
+  const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes);
+  TORCH_CHECK_VALUE(in.wanted.columns.empty(), "columns are ", in.wanted.columns,
+                    ", needed: none, as all rows must be known before a weight");
+  const StatisticTensors found = new_statistics(in);
+  const Gradients out = new_gradients_of(in, true);
+  sweep(in, {true, in.need_q || in.need_k || in.need_scale, found, {}, tail_of(tail, unit, square_weight, in.wanted), out});
+  const auto [dq, dk, dscale, dbias] = gradients(in, out);
+  return {found.pos, found.rows, dq, dk, dscale, dbias};
 }
 
 // One atom over a float tensor, for the parity test with its twin in torch: (value, derivative), or (value,).
@@ -116,10 +176,11 @@ std::vector<Tensor> atom(const std::string& name, const Tensor& x, double parame
 }
 
 pybind11::dict plan(int64_t rows, int64_t columns, int64_t width, at::ScalarType dtype, int64_t workspace_bytes,
-                    int64_t image, bool statistics, bool need_q, bool need_k, bool need_scale) {
+                    int64_t image, bool statistics, bool need_q, bool need_k, bool need_scale, bool shared, bool labels,
+                    const Names& row_stats, const Names& column_stats) {
   const bool gradients = need_q || need_k || need_scale;
   const Work work{rows, columns, width, image, elements_of(dtype, width), statistics && gradients, gradients,
-                  need_q, need_k};
+                  need_q, need_k, shared, labels, Wanted::mask(row_stats), Wanted::mask(column_stats)};
   const Plan p = make_plan(work, workspace_bytes);
   pybind11::dict out;
   out["fits"] = p.lanes > 0;
@@ -171,22 +232,21 @@ pybind11::dict build_info() {
 
 }  // namespace
 
-#define FUSED_NCE_SCORES \
-  "Tensor q, Tensor k, float scale, int n_c, int rows_per_image, int offset, float clip, Tensor? row_ids, " \
-  "int itself, Tensor? positives, "
+#define FUSED_NCE_SCHEMA \
+  "Tensor q, Tensor k, float scale, int n_c, int rows_per_image, int offset, float clip, Tensor? row_ids, int itself, " \
+  "Tensor? positives, Tensor? column_ids, float bias, int[] stats, int[] columns, "
 
 TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
+  m.def("cpu_stats(" FUSED_NCE_SCHEMA "int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor columns)");
   m.def(
-      "cpu_stats(" FUSED_NCE_SCORES
-      "int workspace_bytes) -> (Tensor pos, Tensor neg_lse, Tensor neg_max, Tensor square)");
+      "cpu_grads(" FUSED_NCE_SCHEMA
+      "Tensor pos, Tensor found_rows, Tensor found_columns, Tensor d_pos, Tensor d_rows, Tensor d_columns, "
+      "bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
+      "(Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
   m.def(
-      "cpu_grads(" FUSED_NCE_SCORES
-      "Tensor pos, Tensor neg_lse, Tensor d_pos, Tensor d_neg_lse, Tensor d_square, bool need_q, bool need_k, "
-      "bool need_scale, int workspace_bytes) -> (Tensor dq, Tensor dk, Tensor dscale)");
-  m.def(
-      "cpu_loss(" FUSED_NCE_SCORES
-      "float nce_weight, float square_weight, bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
-      "(Tensor pos, Tensor neg_lse, Tensor neg_max, Tensor square, Tensor dq, Tensor dk, Tensor dscale)");
+      "cpu_loss(" FUSED_NCE_SCHEMA
+      "str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
+      "(Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
 }
 
 TORCH_LIBRARY_IMPL(fused_nce, CPU, m) {
@@ -202,7 +262,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("atom", &atom, py::arg("name"), py::arg("x"), py::arg("parameter") = 1.0);
   m.def("plan", &plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("dtype"),
         py::arg("workspace_bytes"), py::kw_only(), py::arg("image") = 1, py::arg("statistics") = true,
-        py::arg("need_q") = true, py::arg("need_k") = true, py::arg("need_scale") = false);
+        py::arg("need_q") = true, py::arg("need_k") = true, py::arg("need_scale") = false, py::arg("shared") = false,
+        py::arg("labels") = false, py::arg("row_stats") = Names{kNegLse, kNegMax, kSquare},
+        py::arg("column_stats") = Names{});
   m.def("cuda_plan", &cuda_plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("positives"),
         py::arg("element_bytes"), py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true,
         py::arg("gradients") = true);

@@ -5,6 +5,8 @@
 // partial results are double.
 #pragma once
 
+#include "names.h"
+
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define FUSED_NCE_HD __host__ __device__ __forceinline__
 #else
@@ -136,9 +138,25 @@ FUSED_NCE_HD void add_exactly(float& sum, float& error, float x) {
   sum = next;
 }
 
+// log(1 + y) for 0 <= y <= 1, within 1.2 ulp: y + y^2 * P(y), P the minimax fit of degree 10. libm's has no vector form.
+FUSED_NCE_HD float log1p_unit(float y) {
+  float p = -1.305469311773777e-3f;
+  p = p * y + 9.223826229572296e-3f;
+  p = p * y - 3.0529258772730827e-2f;
+  p = p * y + 6.451538950204849e-2f;
+  p = p * y - 1.016969233751297e-1f;
+  p = p * y + 1.3452906906604767e-1f;
+  p = p * y - 1.6462914645671844e-1f;
+  p = p * y + 1.9967754185199738e-1f;
+  p = p * y - 2.4996978044509888e-1f;
+  p = p * y + 3.333319127559662e-1f;
+  p = p * y - 4.999999701976776e-1f;
+  return p * (y * y) + y;
+}
+
 // log(1 + exp(x)), never linear by fiat: the tail exp(-|x|) is kept to the last bit.
 FUSED_NCE_HD float softplus(float x) {
-  const float tail = __builtin_log1pf(exp_value(x > 0.0f ? -x : x));
+  const float tail = log1p_unit(exp_value(x > 0.0f ? -x : x));
   return x > 0.0f ? x + tail : (x != x ? x : tail);
 }
 
@@ -154,6 +172,62 @@ FUSED_NCE_HD float nce_slope_positive(float neg_lse, float pos) { return -sigmoi
 // upstream gradient meets it: their product in another order could leave the range of float.
 FUSED_NCE_HD float negative_weight(float exp_shifted, float inverse, float d_lse, float slope) {
   return exp_shifted * inverse * d_lse * slope;
+}
+
+// d statistic / dt at a member of the statistic's set, one type each; `found(name)` is the finished statistic of the row
+// or the column that the member is weighed for. Maxima and counts have none, and the square's belongs to s.
+struct NegLse {
+  static constexpr Statistic kName = kNegLse;
+  static constexpr bool kPositives = false;
+  template <class Found>
+  static FUSED_NCE_HD float weight(float t, const Found& found) {
+    return exp_value(t - found(kNegLse));
+  }
+};
+
+struct NegSoftplus {
+  static constexpr Statistic kName = kNegSoftplus;
+  static constexpr bool kPositives = false;
+  template <class Found>
+  static FUSED_NCE_HD float weight(float t, const Found&) {
+    return sigmoid(t);
+  }
+};
+
+struct PosLse {
+  static constexpr Statistic kName = kPosLse;
+  static constexpr bool kPositives = true;
+  template <class Found>
+  static FUSED_NCE_HD float weight(float t, const Found& found) {
+    return exp_value(t - found(kPosLse));
+  }
+};
+
+struct PosSum {
+  static constexpr Statistic kName = kPosSum;
+  static constexpr bool kPositives = true;
+  template <class Found>
+  static FUSED_NCE_HD float weight(float, const Found&) {
+    return 1.0f;
+  }
+};
+
+// pos_lse - mean pos: small where the weights of its two terms cancel.
+struct PosGap {
+  static constexpr Statistic kName = kPosGap;
+  static constexpr bool kPositives = true;
+  template <class Found>
+  static FUSED_NCE_HD float weight(float t, const Found& found) {
+    return exp_value(t - found(kPosLse)) - 1.0f / found(kPosCount);
+  }
+};
+
+// NaN where x is, else 0: what a row that counts for nothing contributes.
+FUSED_NCE_HD float nan_of(float x) { return x != x ? x : 0.0f; }
+
+// Of log_out and log_in, the negatives' share: d element / d neg_lse, and, negated, d element / d pos_lse.
+FUSED_NCE_HD float supervised_share(float neg_lse, float pos_lse, float pos_count) {
+  return pos_count > 0.0f ? -nce_slope_positive(neg_lse, pos_lse) : nan_of(neg_lse);
 }
 
 // Where in the image of its positives a row itself lies; negative, or n_c and more, where it does not. `itself` may be

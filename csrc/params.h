@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "names.h"
+
 namespace fused_nce {
 
 // What happens to a score, and which columns are the positives of which rows.
@@ -13,30 +15,53 @@ struct Scoring {
   int64_t n_c;             // columns per image: column j belongs to image j / n_c
   int64_t rows_per_image;  // row i belongs to image i / rows_per_image + offset
   int64_t offset;
+  float bias = 0.0f;       // t = s + bias, where there is no clip
 };
 
-// A tile of the transposed scores: row `c` of the array holds column `first_column + c` of S, its lanes are the rows of
-// the strip. Statistics of rows then need no horizontal reduction.
+// One array a statistic, by its name; null: not wanted.
+struct ByStatistic {
+  float* of[kStatistics] = {};
+
+  float*& operator[](int name) { return of[name]; }
+  float* operator[](int name) const { return of[name]; }
+};
+
+// A tile of the transposed scores: line `c` of the array holds column `first_column + c` of S, its lanes are the rows of
+// the strip. Statistics of rows then need no horizontal reduction; those of columns come from the same kernels over the
+// tile turned around, lines and lanes having changed their roles.
 struct Tile {
   float* scores;         // (columns, lanes), <q, k> before the scale
   int64_t columns;
-  int64_t lanes;         // a multiple of 16; lanes from `rows` on are padding, their products are 0
+  int64_t lanes;         // lanes from `rows` on are padding, their products are 0
   int64_t rows;          // rows of the strip
   int64_t first_column;  // of S
   int64_t first_row;     // of S
-  const int32_t* ids;     // (lanes): a column whose image has the row's id is its positive; -1: none is
+  const int32_t* ids;     // (lanes): a line with the same id is a positive; -1: none is
   const int32_t* itself;  // (lanes): the column that the row itself is, left out of every set; null: no row is
+  const int32_t* line_ids;  // (columns)
 };
 
-// Running statistics of a strip, `lanes` floats each.
+// Running sum of exp(t - shift) over a set, `lanes` floats each.
+struct LogSums {
+  float* max;    // largest s of the set
+  float* shift;  // t of `max`, as the kernel computed it, or 0 where the clip makes a shift needless
+  float* sum;    // and its Kahan error
+  float* error;
+};
+
+// Running statistics of a strip, `lanes` floats each. t is without the bias, which moves all scores of a sum alike.
 struct Accumulators {
-  float* max;           // largest s among the negatives
-  float* shift;         // t of `max`, as the kernel computed it, or 0 where the clip makes a shift needless
-  float* sum;           // sum of exp(t - shift) over the negatives, and its Kahan error
-  float* sum_error;
+  LogSums negatives;
   float* square;        // sum of s^2 over all columns, and its Kahan error
   float* square_error;
   float* bad;           // sum of 0 * s: 0, or NaN as soon as one score is NaN or infinite
+  // Null where not wanted:
+  LogSums positives;
+  float* total;         // sum of t over the positives, and its Kahan error
+  float* total_error;
+  float* count;         // of the positives
+  float* softplus;      // sum of softplus(t + bias) over the negatives, and its Kahan error
+  float* softplus_error;
 };
 
 // Coefficients of a strip, `lanes` floats each; padding lanes hold zeros.
@@ -48,6 +73,18 @@ struct Coefficients {
   float* d_pos;         // dL/d pos by place in the image, (n_c, lanes)
 };
 
+// Finished statistics, and dL/d statistic, of the rows (by lane) or of the columns (by line) of a tile.
+struct Upstreams {
+  ByStatistic found, d;
+};
+
+// What further statistics add to the weights of a tile.
+struct Further {
+  const float* on_t;         // (columns, lanes), dL/ds through t
+  const float* d_square;     // (columns), dL/d square of the columns; null: none
+  float* d_bias;             // (lanes), to which dL/dt is added
+};
+
 // The row kernels of one instruction set.
 struct RowKernels {
   const char* name;
@@ -55,9 +92,12 @@ struct RowKernels {
   void (*fold)(const Tile&, const Scoring&, const Accumulators&);
   // Stores the transformed scores of the tile's positives in `pos` (N, n_pos): n_c a row, less itself.
   void (*positives)(const Tile&, const Scoring&, int64_t n_pos, float* pos);
+  // Writes to `on_t` (columns, lanes) what statistics of rows and columns beyond the coefficients put on t.
+  void (*weigh_further)(const Tile&, const Scoring&, const Upstreams& rows, const Upstreams& columns, float* on_t);
   // Writes scale * w as bfloat16 to `rounded` (columns, lanes), or, where that is null, as float over the scores; and
-  // adds w * <q, k> to `d_scale` (lanes; null: not wanted).
-  void (*weigh)(const Tile&, const Scoring&, const Coefficients&, uint16_t* rounded, float* d_scale);
+  // adds w * <q, k> to `d_scale` (lanes; null: not wanted, but needed with `further`). `further` null: nothing.
+  void (*weigh)(const Tile&, const Scoring&, const Coefficients&, const Further* further, uint16_t* rounded,
+                float* d_scale);
   // (columns, lanes) -> (rows, out_stride).
   void (*transpose)(const Tile&, float* out, int64_t out_stride);
   // The same of bfloat16 weights, in pairs of columns: (rows, out_stride) words, an odd last column paired with zeros.

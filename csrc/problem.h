@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 #include <utility>
+#include <vector>
 
 #include "params.h"
 
@@ -16,11 +17,23 @@ namespace fused_nce {
 // Which columns are the positives of which rows, beyond the arithmetic of `Scoring`.
 struct Layout {
   int64_t n_pos;          // P
-  at::Tensor row_ids;     // (N) int64: the image of each row; undefined: by arithmetic
+  at::Tensor row_ids;     // (N) int64: the image of each row, or its label; undefined: by arithmetic
   int64_t itself = -1;    // column that row 0 is, as row i is column itself + i, left out of every set; -1: none is
   at::Tensor positives;   // (N, P) transformed scores from elsewhere, no column being a positive; undefined: none
+  at::Tensor column_ids;  // (M) int64: the label of each column; undefined: by arithmetic
 
   bool by_arithmetic() const { return !row_ids.defined() && !positives.defined(); }
+};
+
+// The statistics of a spec, in the order of the arrays that hold them.
+struct Wanted {
+  std::vector<int64_t> rows, columns;
+
+  static unsigned mask(const std::vector<int64_t>& names) {
+    unsigned bits = 0;
+    for (const int64_t name : names) bits |= 1u << name;
+    return bits;
+  }
 };
 
 struct SweepInputs {
@@ -30,6 +43,7 @@ struct SweepInputs {
   bool need_q, need_k, need_scale;
   int64_t workspace_bytes;
   bool shared;  // q is k
+  Wanted wanted = {};
 };
 
 // Statistics: written by stats and loss, read by grads.
@@ -37,6 +51,26 @@ struct RowStatistics {
   at::Tensor pos;                       // (N, n_c)
   at::Tensor neg_lse, neg_max, square;  // (N)
 };
+
+// The same of any statistics, and dL/d statistic in the same shapes.
+struct StatisticTensors {
+  at::Tensor pos;            // (N, P)
+  at::Tensor rows, columns;  // (S, N), (S', M)
+};
+
+// The loss that a sweep descends: unit * elements of the tail + square_weight * square.
+struct TailRule {
+  Tail name;
+  float unit, square_weight;
+};
+
+// The rows of (S, count) by name.
+inline ByStatistic arrays_of(const at::Tensor& x, const std::vector<int64_t>& names) {
+  ByStatistic out;
+  for (size_t s = 0; s < names.size(); ++s)
+    out[static_cast<int>(names[s])] = x.data_ptr<float>() + static_cast<int64_t>(s) * x.size(1);
+  return out;
+}
 
 // Coefficients given by the caller (grads), or the weights of the NCE tail that the statistics feed (loss).
 struct Upstream {
@@ -46,6 +80,7 @@ struct Upstream {
 
 struct Gradients {
   at::Tensor dq, dk, dscale;  // float, dk possibly the inputs' type; those not needed have no elements
+  at::Tensor dbias = {};
 };
 
 // GEMMs read rows in place where their elements are adjacent and rows do not overlap; anything else is copied.
@@ -82,6 +117,18 @@ inline SweepInputs inputs(const at::Tensor& q, const at::Tensor& k, double scale
   const Scoring scoring{static_cast<float>(scale), static_cast<float>(clip), n_c, rows_per_image, offset};
   return {with_rows(q), with_rows(k), scoring, std::move(layout), need_q, need_k, need_scale, workspace_bytes,
           q.is_same(k)};
+}
+
+inline void check_names(const char* what, const std::vector<int64_t>& names) {
+  unsigned seen = 0;
+  for (const int64_t name : names) {
+    TORCH_CHECK_VALUE(name >= 0 && name < kStatistics && !(seen >> name & 1u), what, " has ", name,
+                      ", needed: each of 0 to ", kStatistics - 1, " at most once");
+    seen |= 1u << name;
+  }
+  constexpr unsigned parts = bit_of(kPosLse) | bit_of(kPosCount);
+  TORCH_CHECK_VALUE(!(seen & bit_of(kPosGap)) || (seen & parts) == parts, what, " are ", names,
+                    ", needed: pos_lse and pos_count beside pos_gap");
 }
 
 inline at::TensorOptions floats(const at::Tensor& q) { return q.options().dtype(at::kFloat); }

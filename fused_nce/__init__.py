@@ -38,6 +38,7 @@ from fused_nce.losses import (
     siglip_loss,
     sup_con,
 )
+from fused_nce.patch import patch
 from fused_nce.verify import verify
 
 __all__ = [
@@ -73,6 +74,7 @@ __all__ = [
     "moco_nce",
     "npid_softmax",
     "nt_xent",
+    "patch",
     "siglip_loss",
     "sup_con",
     "tile_loss",

@@ -98,28 +98,44 @@ def verify(
     state = torch.random.get_rng_state()
     devices = sorted({x.device.index for x in inputs if isinstance(x, Tensor) and x.is_cuda})
     with torch.random.fork_rng(devices):
-        found = [_run(loss, inputs, wanted, state) for loss in (upstream_loss, ours)]
-        moved = [_run(upstream_loss, _nudged(inputs, seed), wanted, state) for seed in range(PROBES)]
+        differences, values = compare(upstream_loss, ours, inputs, wanted, state)
         times = [[_timed(loss, inputs, wanted, state) for loss in (upstream_loss, ours)] for _ in range(repeats)]
         peaks = [_peak_mib(loss, inputs, wanted, state) for loss in (upstream_loss, ours)]
-    names = ["loss", *(f"gradient of input {i}" for i in wanted)]
-    costs = [
-        Cost(float(out[0]), statistics.median(row[which] for row in times), peaks[which])
-        for which, out in enumerate(found)
-    ]
-    differences = [
-        _difference(name, theirs, mine, near) for name, theirs, mine, *near in zip(names, *found, *moved, strict=True)
-    ]
-    result = Verification(tuple(differences), costs[0], costs[1], _how(inputs, peaks))
+    costs = [Cost(x, statistics.median(row[i] for row in times), peaks[i]) for i, x in enumerate(values)]
+    result = Verification(differences, costs[0], costs[1], _how(inputs, peaks))
     if show:
         print(result)
-    if within is not None and not result.worst <= within:
-        row = max(result.differences, key=lambda x: float("inf") if x.roundings != x.roundings else x.roundings)
-        raise ValueError(
-            f"ours: {row.name} differs by {row.relative:.2g} of its largest value, "
-            f"{row.roundings:.3g} roundings, need <= {within:g}"
-        )
+    check_within(differences, within)
     return result
+
+
+def compare(
+    upstream_loss: Loss, ours: Loss, inputs: Sequence[Any], wanted: Sequence[int], state: Tensor
+) -> tuple[tuple[Difference, ...], tuple[float, float]]:
+    """The differences, of the loss and of the gradients by the inputs `wanted`, and both values.
+
+    Modules are copied first, other callables are called as they are. `state` is torch's, from which both draw.
+    """
+    found = [_run(loss, inputs, wanted, state) for loss in (upstream_loss, ours)]
+    moved = [_run(upstream_loss, _nudged(inputs, seed), wanted, state) for seed in range(PROBES)]
+    names = ["loss", *(f"gradient of input {i}" for i in wanted)]
+    rows = zip(names, *found, *moved, strict=True)
+    differences = tuple(_difference(name, theirs, mine, near) for name, theirs, mine, *near in rows)
+    return differences, (float(found[0][0]), float(found[1][0]))
+
+
+def check_within(differences: Sequence[Difference], within: float | None) -> None:
+    """None above so many roundings.
+
+    Raises:
+        ValueError: naming the worst.
+    """
+    worst = max(differences, key=lambda x: float("inf") if x.roundings != x.roundings else x.roundings)
+    if within is not None and not worst.roundings <= within:
+        raise ValueError(
+            f"ours: {worst.name} differs by {worst.relative:.2g} of its largest value, "
+            f"{worst.roundings:.3g} roundings, need <= {within:g}"
+        )
 
 
 def _wanted(inputs: Sequence[Any]) -> list[int]:
@@ -143,9 +159,16 @@ def _nudged(inputs: Sequence[Any], seed: int) -> list[Any]:
 
     def nudge(x: Tensor) -> Tensor:
         up = torch.randint(2, x.shape, generator=generator).to(x.device).mul(2).sub(1)
-        return (x.double() * (1 + torch.finfo(x.dtype).eps * up)).to(x.dtype)
+        return (x.double() * (1 + _eps(x) * up)).to(x.dtype)
 
     return [nudge(x.detach()) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+
+
+def _eps(x: Tensor) -> float:
+    """A unit in the last place of what a loss sees of x: under autocast it may see 16 bits."""
+    kind, eps = x.device.type, torch.finfo(x.dtype).eps
+    cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return max(eps, torch.finfo(torch.get_autocast_dtype(kind)).eps) if cast else eps
 
 
 def _total(out: Any) -> Tensor:
@@ -187,7 +210,7 @@ def _difference(name: str, upstream: Tensor, ours: Tensor, near: Sequence[Tensor
     largest = float(exact.abs().max())
     error = float((ours.double() - exact).abs().max())
     moved = max(float((x.double() - exact).abs().max()) for x in near)
-    eps = max(torch.finfo(x.dtype).eps for x in (upstream, ours))  # bfloat16 losses hide what a nudge does
+    eps = max(_eps(x) for x in (upstream, ours))  # bfloat16 losses hide what a nudge does
     unit = max(moved, eps * largest)
     return Difference(name, largest, _ratio(error, largest), _ratio(error, unit))
 

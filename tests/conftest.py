@@ -55,8 +55,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _no_trace() -> Iterator[None]:
-    """A test leaves the thread count and the random state as it found them."""
+    """A test starts from one random state, whichever ran before it; that and the thread count are then as they were."""
     threads, state = torch.get_num_threads(), torch.get_rng_state()
+    torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
     torch.set_rng_state(state)

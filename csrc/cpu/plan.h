@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "../integers.h"
+#include "../names.h"
 
 namespace fused_nce {
 
@@ -28,7 +29,11 @@ struct Work {
   bool both;                     // statistics and gradients in one call: scores may be stored
   bool gradients;                // any gradient at all
   bool need_q, need_k;
-  bool shared = false;           // q is k: dk is one half of a gradient, and is not rounded alone
+  bool shared = false;           // q is k: dk is one half of dq, added up in its place
+  bool labels = false;           // ids are ranks among the rows' labels
+  unsigned row_stats = kFused, column_stats = 0;  // bits of statistics
+
+  bool further() const { return column_stats || (row_stats & ~kFused); }
 };
 
 struct Plan {
@@ -45,6 +50,20 @@ constexpr int64_t kLeastStoredLanes = 64;
 // Each group holds a share of dq, so there are few; even, or one of two threads would wait for the odd one's end.
 constexpr int64_t kGroups[] = {16, 12, 8, 6, 4, 2, 1};
 
+// Arrays of `Accumulators`, one float a row or a column.
+constexpr int64_t accumulator_arrays(unsigned stats) {
+  return 7 + (stats & kOverPositives ? 7 : 0) + (stats & bit_of(kNegSoftplus) ? 2 : 0);
+}
+
+constexpr int64_t kTailArrays = 3;  // dL/d pos_lse, pos_gap and neg_softplus, of a tail that reads them
+
+// What belongs to the whole call: the ranks of labels, and the running statistics of all columns.
+inline int64_t call_bytes(const Work& w) {
+  const int64_t ranks = w.labels ? 8 * w.rows + 4 * w.columns + 2 * 64 : 0;
+  const int64_t arrays = w.column_stats && !w.gradients ? accumulator_arrays(w.column_stats) : 0;
+  return ranks + arrays * (4 * w.columns + 64);
+}
+
 // Buffers of one strip, shared by all groups.
 inline int64_t strip_bytes(const Work& w, const Plan& p) {
   const int64_t element = w.elements == Elements::bfloat16 ? 2 : 4;
@@ -53,6 +72,7 @@ inline int64_t strip_bytes(const Work& w, const Plan& p) {
   const bool copied = w.elements == Elements::widened || (w.need_k && w.elements == Elements::bfloat16);
   if (copied) bytes += p.lanes * width * element;                                       // q, for dk
   if (p.stored) bytes += w.columns * p.lanes * 4;                                       // the scores
+  if (w.both && w.further()) bytes += kTailArrays * p.lanes * 4;
   return bytes + (6 + w.image) * p.lanes * 4;                                       // ids and coefficients
 }
 
@@ -65,22 +85,27 @@ inline int64_t operand_bytes(const Work& w, const Plan& p) {
   return std::max(dq, p.dk_rounded ? columns * std::min(kOutputWidth, w.width) * 4 : 0);
 }
 
-// Buffers of one group; the first group writes its share of dq where it belongs.
+// A tile on the side: turned around for the statistics of columns, or what further statistics put on t.
+inline bool has_side(const Work& w) { return w.further() && (w.gradients || w.column_stats); }
+
+// Buffers of one group; the first group writes its share of dq where it belongs, unless dk is added up there.
 inline int64_t group_bytes(const Work& w, const Plan& p, bool first) {
   const int64_t columns = round_up(p.tile_columns, 2);
-  int64_t bytes = 8 * p.lanes * 4 + 8;                                             // statistics, dscale
+  int64_t bytes = (accumulator_arrays(w.row_stats) + 2) * p.lanes * 4;             // statistics, dscale, dbias
+  bytes += columns * 4 * (w.column_stats ? 2 : 1);                                 // ids of the tile's columns
+  if (has_side(w)) bytes += columns * p.lanes * 4;
   if (!p.stored) bytes += columns * p.lanes * 4;                                   // a tile of scores
   if (w.elements == Elements::widened) bytes += columns * w.width * 4;             // a tile of keys as float
   if (!w.gradients) return bytes;
   if (w.elements == Elements::bfloat16) bytes += columns * p.lanes * 2;            // weights, rounded
   bytes += operand_bytes(w, p);
-  if (w.need_q && !first) bytes += p.lanes * w.width * 4;                          // share of dq
+  if (w.need_q && (!first || w.shared)) bytes += p.lanes * w.width * 4;                          // share of dq
   return bytes;
 }
 
 inline int64_t total_bytes(const Work& w, const Plan& p) {
   const int64_t alignment = 64 * (13 * p.groups + 8);
-  return strip_bytes(w, p) + group_bytes(w, p, true) + (p.groups - 1) * group_bytes(w, p, false) + alignment;
+  return call_bytes(w) + strip_bytes(w, p) + group_bytes(w, p, true) + (p.groups - 1) * group_bytes(w, p, false) + alignment;
 }
 
 // Cuts rows and columns evenly; false if even that does not fit.

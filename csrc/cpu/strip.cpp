@@ -27,67 +27,127 @@ float& d_pos_of(const Strip& strip, const Coefficients& c, int64_t l, int64_t p)
 }
 
 float transformed(float s, const Scoring& scoring) {
-  return scoring.clip > 0.0f ? tanh_clip(s, scoring.clip, 1.0f / scoring.clip).value : s;
+  return scoring.clip > 0.0f ? tanh_clip(s, scoring.clip, 1.0f / scoring.clip).value : s + scoring.bias;
+}
+
+void write(const ByStatistic& out, Statistic name, int64_t at, float value) {
+  if (out[name]) out[name][at] = value;
+}
+
+// The Kahan sum of one part, to the last bit.
+double exact(const float* sum, const float* error, int64_t lane) {
+  return static_cast<double>(sum[lane]) - error[lane];
+}
+
+void add(LogSum<double>& total, float& max, const LogSums& part, int64_t lane) {
+  max = part.max[lane] > max ? part.max[lane] : max;
+  total = merge(total, LogSum<double>{part.shift[lane], exact(part.sum, part.error, lane)});
+}
+
+void finish_positives(const std::vector<Accumulators>& parts, int64_t lane, const Scoring& scoring,
+                      const ByStatistic& out, int64_t at) {
+  LogSum<double> sum{0.0f, 0.0};
+  float max = -infinity();
+  double total = 0.0, count = 0.0;
+  for (const Accumulators& part : parts) {
+    add(sum, max, part.positives, lane);
+    total += exact(part.total, part.total_error, lane);
+    count += part.count[lane];
+  }
+  const double bias = scoring.bias, lse = sum.shift + __builtin_log(sum.sum);
+  write(out, kPosLse, at, static_cast<float>(lse + bias));
+  write(out, kPosMax, at, sum.sum != sum.sum ? static_cast<float>(sum.sum) : transformed(max, scoring));
+  write(out, kPosSum, at, static_cast<float>(total + count * bias));
+  write(out, kPosCount, at, static_cast<float>(count));
+  write(out, kPosGap, at, count > 0.0 ? static_cast<float>(lse - total / count) : 0.0f);
 }
 
 }  // namespace
 
-void finish_statistics(const Strip& strip, const Scoring& scoring, const std::vector<Accumulators>& groups,
-                       const StatisticArrays& out, const Coefficients& coefficients) {
+Sum finish_statistics(const std::vector<Accumulators>& parts, int64_t lane, const Scoring& scoring,
+                      const ByStatistic& out, int64_t at) {
+  LogSum<double> total{0.0f, 0.0};
+  float max = -infinity(), bad = 0.0f;
+  double square = 0.0, softplus = 0.0;
+  for (const Accumulators& part : parts) {
+    add(total, max, part.negatives, lane);
+    square += exact(part.square, part.square_error, lane);
+    bad += part.bad[lane];
+    if (part.softplus) softplus += exact(part.softplus, part.softplus_error, lane);
+  }
+  // A bias that is not finite shows in a sum without terms too.
+  bad += 0.0f * scoring.bias;
+  write(out, kNegLse, at, log_value(total) + scoring.bias + bad);
+  write(out, kNegMax, at, max == -infinity() ? max : transformed(max, scoring));
+  // Beyond the range of float the Kahan sum is inf - inf.
+  write(out, kSquare, at, square != square && bad == 0.0f ? infinity() : static_cast<float>(square));
+  write(out, kNegSoftplus, at, static_cast<float>(softplus) + bad);
+  if (parts[0].count) finish_positives(parts, lane, scoring, out, at);
+  return {total.shift, total.sum};
+}
+
+void finish_strip(const Strip& strip, const Scoring& scoring, const std::vector<Accumulators>& groups,
+                  const StatisticArrays& out, const Coefficients& coefficients) {
   for (int64_t l = 0; l < strip.rows; ++l) {
-    LogSum<double> total{0.0f, 0.0};
-    float max = -infinity(), bad = 0.0f;
-    double square = 0.0;
-    for (const Accumulators& acc : groups) {
-      max = acc.max[l] > max ? acc.max[l] : max;
-      total = merge(total, LogSum<double>{acc.shift[l], static_cast<double>(acc.sum[l]) - acc.sum_error[l]});
-      square += static_cast<double>(acc.square[l]) - acc.square_error[l];
-      bad += acc.bad[l];
-    }
-    const int64_t i = strip.first + l;
-    out.neg_lse[i] = log_value(total) + bad;
-    out.neg_max[i] = max == -infinity() ? max : transformed(max, scoring);
-    // Beyond the range of float the Kahan sum is inf - inf.
-    out.square[i] = square != square && bad == 0.0f ? infinity() : static_cast<float>(square);
-    coefficients.shift[l] = total.shift;
-    coefficients.inverse[l] = total.sum == 0.0 ? 0.0f : static_cast<float>(1.0 / total.sum);
+    const Sum negatives = finish_statistics(groups, l, scoring, out.rows, strip.first + l);
+    coefficients.shift[l] = negatives.shift;
+    coefficients.inverse[l] = negatives.sum == 0.0 ? 0.0f : static_cast<float>(1.0 / negatives.sum);
   }
 }
 
-void coefficients_of_loss(const Strip& strip, const StatisticArrays& stats, float nce_weight, float square_weight,
-                          const Coefficients& out) {
+void coefficients_of_loss(const Strip& strip, const StatisticArrays& stats, const TailRule& tail,
+                          const Coefficients& out, const ByStatistic& d) {
   const int64_t n_pos = strip.n_pos;
   clear_padding(strip, out);
-  at::parallel_for(0, strip.rows, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t l = begin; l < end; ++l) {
-      const int64_t i = strip.first + l;
+  if (n_pos == 0) std::fill_n(out.d_pos, strip.n_c * strip.lanes, 0.0f);
+  const auto row = [&](int64_t l) {
+    const int64_t i = strip.first + l;
+    const auto found = [&](Statistic name) { return stats.rows[name][i]; };
+    const float* pos = stats.pos + i * n_pos;
+    out.d_neg_lse[l] = 0.0f;
+    out.two_d_square[l] = 2.0f * tail.square_weight;
+    if (tail.name == kNce) {
       double sum = 0.0;
       for (int64_t p = 0; p < n_pos; ++p) {
-        const float slope = nce_slope_positive(stats.neg_lse[i], stats.pos[i * n_pos + p]);
-        d_pos_of(strip, out, l, p) = nce_weight * slope;
+        const float slope = nce_slope_positive(found(kNegLse), pos[p]);
+        d_pos_of(strip, out, l, p) = tail.unit * slope;
         sum -= slope;
       }
-      out.d_neg_lse[l] = static_cast<float>(nce_weight * sum);
-      out.two_d_square[l] = 2.0f * square_weight;
+      out.d_neg_lse[l] = static_cast<float>(tail.unit * sum);
+    } else if (tail.name == kSigmoid) {
+      for (int64_t p = 0; p < n_pos; ++p) d_pos_of(strip, out, l, p) = tail.unit * -sigmoid(-pos[p]);
+      // The weight of an infinite score is 1, which would look sound.
+      d[kNegSoftplus][l] = tail.unit + nan_of(found(kNegSoftplus));
+    } else {
+      const float share = tail.unit * supervised_share(found(kNegLse), found(kPosLse), found(kPosCount));
+      out.d_neg_lse[l] = share;
+      d[kPosLse][l] = -share;
+      // A lone positive has no gap; and 1 - 1 of a score that is computed again would not quite be 0.
+      d[kPosGap][l] = tail.name == kLogOut && found(kPosCount) > 1.0f ? tail.unit : 0.0f;
     }
+  };
+  at::parallel_for(0, strip.rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t l = begin; l < end; ++l) row(l);
   });
 }
 
 void coefficients_of_caller(const Strip& strip, const Scoring& scoring, const StatisticArrays& stats,
-                            const float* d_pos, const float* d_neg_lse, const float* d_square,
-                            const Coefficients& out) {
+                            const StatisticArrays& d, const Coefficients& out) {
   const int64_t n_pos = strip.n_pos;
   clear_padding(strip, out);
+  if (n_pos == 0) std::fill_n(out.d_pos, strip.n_c * strip.lanes, 0.0f);
   const bool no_shift = needs_no_shift(scoring.clip);
+  const float *neg_lse = stats.rows[kNegLse], *d_neg_lse = d.rows[kNegLse], *d_square = d.rows[kSquare];
   for (int64_t l = 0; l < strip.rows; ++l) {
     const int64_t i = strip.first + l;
-    const float lse = stats.neg_lse[i];
+    const float lse = neg_lse ? neg_lse[i] - scoring.bias : -infinity();
     const bool none = lse == -infinity();
-    out.shift[l] = none || no_shift ? 0.0f : lse;
+    // exp(t - infinity) is 0, where exp(t) times an inverse of 0 might be infinity times 0.
+    out.shift[l] = no_shift ? 0.0f : (none ? infinity() : lse);
     out.inverse[l] = none ? 0.0f : (no_shift ? exp_value(-lse) : 1.0f);
-    out.d_neg_lse[l] = d_neg_lse[i];
-    out.two_d_square[l] = 2.0f * d_square[i];
-    for (int64_t p = 0; p < n_pos; ++p) d_pos_of(strip, out, l, p) = d_pos[i * n_pos + p];
+    out.d_neg_lse[l] = d_neg_lse ? d_neg_lse[i] : 0.0f;
+    out.two_d_square[l] = d_square ? 2.0f * d_square[i] : 0.0f;
+    for (int64_t p = 0; p < n_pos; ++p) d_pos_of(strip, out, l, p) = d.pos[i * n_pos + p];
   }
 }
 

@@ -3,17 +3,19 @@
 
 #include <vector>
 
-#include "../params.h"
+#include "../problem.h"
 
 namespace fused_nce {
 
-// Where the statistics of all rows live; `neg_max` and `square` are null when they are only read.
+// Where the statistics of all rows live, or dL/d statistic.
 struct StatisticArrays {
-  float* pos;      // (N, n_pos)
-  float* neg_lse;  // (N)
-  float* neg_max;  // (N)
-  float* square;   // (N)
+  float* pos;  // (N, n_pos)
+  ByStatistic rows;
 };
+
+inline StatisticArrays arrays(const StatisticTensors& x, const Wanted& wanted) {
+  return {x.pos.data_ptr<float>(), arrays_of(x.rows, wanted.rows)};
+}
 
 // Rows first .. first + rows - 1, in lanes 0 .. rows - 1 of the strip's arrays.
 struct Strip {
@@ -22,16 +24,30 @@ struct Strip {
   const int32_t *ids, *itself;  // of a `Tile`
 };
 
-// Merges the groups' statistics in their order, and sets `shift` and `inverse`.
-void finish_statistics(const Strip& strip, const Scoring& scoring, const std::vector<Accumulators>& groups,
-                       const StatisticArrays& out, const Coefficients& coefficients);
+// Merges partial statistics in their order, and writes those wanted at `at`. Gives the sum over the negatives.
+struct Sum {
+  float shift;
+  double sum;  // of exp(t - shift), t without the bias
+};
+Sum finish_statistics(const std::vector<Accumulators>& parts, int64_t lane, const Scoring& scoring,
+                      const ByStatistic& out, int64_t at);
 
-// After finish_statistics: the coefficients of nce_weight * sum softplus(neg_lse - pos) + square_weight * sum square.
-void coefficients_of_loss(const Strip& strip, const StatisticArrays& stats, float nce_weight, float square_weight,
-                          const Coefficients& out);
+// Of all rows of a strip; sets `shift` and `inverse`.
+void finish_strip(const Strip& strip, const Scoring& scoring, const std::vector<Accumulators>& groups,
+                  const StatisticArrays& out, const Coefficients& coefficients);
 
-// All coefficients from given statistics and upstream gradients, (N, n_pos), (N) and (N).
+// The statistics that a tail reads beyond those.
+inline std::vector<Statistic> further_of(Tail tail) {
+  if (tail == kSigmoid) return {kNegSoftplus};
+  return tail == kNce ? std::vector<Statistic>{} : std::vector<Statistic>{kPosLse, kPosGap};
+}
+
+// After finish_strip: the coefficients of the tail, and in `d` (lanes) those of the statistics beyond them.
+void coefficients_of_loss(const Strip& strip, const StatisticArrays& stats, const TailRule& tail,
+                          const Coefficients& out, const ByStatistic& d);
+
+// All coefficients from given statistics and dL/d statistic.
 void coefficients_of_caller(const Strip& strip, const Scoring& scoring, const StatisticArrays& stats,
-                            const float* d_pos, const float* d_neg_lse, const float* d_square, const Coefficients& out);
+                            const StatisticArrays& d, const Coefficients& out);
 
 }  // namespace fused_nce

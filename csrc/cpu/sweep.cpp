@@ -1,16 +1,17 @@
 // For each strip of rows: the transposed score tiles and the statistics of their rows; the rows' coefficients; the
 // weights, over the scores, and from each tile of them its rows of dk and a share of dq. Tiles belong to groups by
-// shape alone and groups are merged in order, so the bits do not depend on the number of threads.
+// shape alone and groups are merged in order, so the bits do not depend on the number of threads. A column belongs to
+// one tile, so its statistics run on from strip to strip; weights need them finished, in a sweep of their own.
 #include "sweep.h"
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <atomic>
-#include <limits>
 
-#include "arena.h"
 #include "gemm.h"
+#include "group.h"
+#include "ids.h"
 #include "isa.h"
 #include "strip.h"
 
@@ -21,50 +22,39 @@ namespace {
 Work work_of(const SweepInputs& in, bool statistics, bool gradients) {
   return {in.q.size(0), in.k.size(0), in.q.size(1), std::max(in.scoring.n_c, in.layout.n_pos),
           elements_of(in.q.scalar_type(), in.q.size(1)), statistics && gradients, gradients, in.need_q, in.need_k,
-          in.shared};
+          in.shared, in.layout.column_ids.defined(), Wanted::mask(in.wanted.rows), Wanted::mask(in.wanted.columns)};
 }
-
-// What one task owns.
-template <class E>
-struct Group {
-  Accumulators acc;
-  float* tile_d_scale;          // (lanes)
-  float* scores;                // a tile of them, unless the strip stores its own
-  float* wide_keys;             // (tile_columns, D), of widened elements
-  E* left;                      // weights (rows, tile_columns), the left operand of dq
-  uint16_t* rounded;            // weights (tile_columns, lanes), the left operand of dk; null: over the scores
-  E* right;                     // keys in pairs, the right operand of dq
-  float* wide_dk;               // (tile_columns, kOutputWidth), where dk leaves in bfloat16; shares their place
-  float* dq;                    // (lanes, D), this group's share; null: the first group's, written in place
-  double d_scale;
-};
 
 template <class E>
 class Sweep {
   static constexpr bool kBf16 = kPaired<E>;
 
  public:
-  Sweep(const SweepInputs& in, bool statistics, bool gradients, const RowStatistics& stats, const Upstream& upstream,
-        const Gradients& out)
-      : rows_(active_kernels()), scoring_(in.scoring), layout_(in.layout), n_(in.q.size(0)), m_(in.k.size(0)), d_(in.q.size(1)),
-        elements_(elements_of(in.q.scalar_type(), d_)), half_(in.q.scalar_type() == at::kHalf),
+  Sweep(const SweepInputs& in, const Task& task)
+      : rows_(active_kernels()), scoring_(in.scoring), n_(in.q.size(0)), m_(in.k.size(0)), width_(in.q.size(1)),
+        elements_(elements_of(in.q.scalar_type(), width_)), half_(in.q.scalar_type() == at::kHalf),
         q_(in.q.data_ptr()), k_(in.k.data_ptr()), q_stride_(in.q.stride(0)), k_stride_(in.k.stride(0)),
-        statistics_(statistics), gradients_(gradients), need_q_(in.need_q), need_k_(in.need_k),
-        need_scale_(in.need_scale), upstream_(upstream), out_(out),
-        stats_{stats.pos.data_ptr<float>(), stats.neg_lse.data_ptr<float>(),
-               statistics ? stats.neg_max.data_ptr<float>() : nullptr,
-               statistics ? stats.square.data_ptr<float>() : nullptr},
-        n_pos_(in.layout.n_pos), work_{work_of(in, statistics, gradients)},
-        plan_(checked_plan(in.workspace_bytes)), arena_(plan_.bytes) {
+        task_(task), need_q_(in.need_q), need_k_(in.need_k), need_scale_(in.need_scale), shared_(in.shared),
+        stats_(arrays(task.stats, in.wanted)), columns_(arrays_of(task.stats.columns, in.wanted.columns)),
+        n_pos_(in.layout.n_pos), own_columns_(n_pos_ > 0 && !in.layout.positives.defined()),
+        work_{work_of(in, task.statistics, task.gradients)}, plan_(checked_plan(in.workspace_bytes)),
+        arena_(plan_.bytes), ids_(in, arena_) {
     const int64_t lanes = plan_.lanes;
-    packed_ = arena_.take<E>(lanes * d_);
+    packed_ = arena_.take<E>(lanes * width_);
     const bool copied = elements_ == Elements::widened || (need_k_ && kBf16);
-    q_rows_ = copied ? arena_.take<E>(lanes * d_) : nullptr;
+    q_rows_ = copied ? arena_.take<E>(lanes * width_) : nullptr;
     stored_ = plan_.stored ? arena_.take<float>(m_ * lanes) : nullptr;
-    ids_ = arena_.take<int32_t>(lanes);
+    lane_ids_ = arena_.take<int32_t>(lanes);
     itself_ = arena_.take<int32_t>(lanes);
     coefficients_ = {arena_.take<float>(lanes), arena_.take<float>(lanes), arena_.take<float>(lanes),
                      arena_.take<float>(lanes), arena_.take<float>(work_.image * lanes)};
+    if (task.statistics && work_.column_stats) column_acc_ = new_accumulators(work_.column_stats, m_, arena_);
+    if (work_.both && work_.further())
+      for (const Statistic name : further_of(task.tail.name)) d_further_[name] = arena_.take<float>(lanes);
+    if (!task.statistics) {
+      upstream_ = arrays(task.upstream, in.wanted);
+      d_columns_ = arrays_of(task.upstream.columns, in.wanted.columns);
+    }
     for (int64_t g = 0; g < plan_.groups; ++g) {
       groups_.push_back(make_group(g == 0));
       accumulators_.push_back(groups_.back().acc);
@@ -72,56 +62,63 @@ class Sweep {
   }
 
   void run() {
-    if (need_q_) use_large_pages(out_.dq);
-    if (need_k_) use_large_pages(out_.dk);
-    double d_scale = 0.0;
+    if (need_q_) use_large_pages(task_.out.dq);
+    if (need_k_) use_large_pages(task_.out.dk);
+    if (column_acc_.bad) clear(column_acc_, work_.column_stats, m_);
+    double d_scale = 0.0, d_bias = 0.0;
     for (int64_t strip = 0; strip < plan_.strips; ++strip) {
       const int64_t first = strip * plan_.lanes;
-      strip_ = {first, std::min(plan_.lanes, n_ - first), plan_.lanes, scoring_.n_c, n_pos_, ids_,
-                layout_.itself >= 0 ? itself_ : nullptr};
+      strip_ = {first, std::min(plan_.lanes, n_ - first), plan_.lanes, scoring_.n_c, n_pos_, lane_ids_,
+                ids_.drop_itself() ? itself_ : nullptr};
       pack_queries();
-      name_rows();
-      if (statistics_) {
+      std::fill_n(lane_ids_, plan_.lanes, -1);
+      std::fill_n(itself_, plan_.lanes, -1);
+      ids_.name_rows(first, strip_.rows, lane_ids_, itself_);
+      if (task_.statistics) {
         for_each_group([this](Group<E>& group, int64_t begin, int64_t end) { fold(group, begin, end); });
-        finish_statistics(strip_, scoring_, accumulators_, stats_, coefficients_);
+        finish_strip(strip_, scoring_, accumulators_, stats_, coefficients_);
       }
-      if (!gradients_) continue;
-      if (statistics_)
-        coefficients_of_loss(strip_, stats_, upstream_.nce_weight, upstream_.square_weight, coefficients_);
-      else
-        coefficients_of_caller(strip_, scoring_, stats_, upstream_.d_pos.template data_ptr<float>(),
-                               upstream_.d_neg_lse.template data_ptr<float>(),
-                               upstream_.d_square.template data_ptr<float>(), coefficients_);
+      if (!task_.gradients) continue;
+      if (task_.statistics) coefficients_of_loss(strip_, stats_, task_.tail, coefficients_, d_further_);
+      else coefficients_of_caller(strip_, scoring_, stats_, upstream_, coefficients_);
       for_each_group([this](Group<E>& group, int64_t begin, int64_t end) { weigh(group, begin, end); });
-      for (const Group<E>& group : groups_) d_scale += group.d_scale;
+      for (const Group<E>& group : groups_) {
+        d_scale += group.d_scale;
+        d_bias += group.d_bias;
+      }
       if (need_q_) merge_dq();
     }
-    if (need_scale_) *out_.dscale.template data_ptr<float>() = static_cast<float>(d_scale);
+    if (column_acc_.bad) finish_columns();
+    if (need_scale_) *task_.out.dscale.template data_ptr<float>() = static_cast<float>(d_scale);
+    if (need_scale_) *task_.out.dbias.template data_ptr<float>() = static_cast<float>(d_bias);
   }
 
  private:
   Plan checked_plan(int64_t workspace_bytes) const {
     const Plan plan = make_plan(work_, workspace_bytes);
     TORCH_CHECK_VALUE(plan.lanes > 0, "workspace_bytes is ", workspace_bytes, ", needed: at least ", plan.bytes,
-                      " for ", n_, " rows, ", m_, " columns of width ", d_);
+                      " for ", n_, " rows, ", m_, " columns of width ", width_);
     return plan;
   }
 
   Group<E> make_group(bool first) {
     const int64_t lanes = plan_.lanes, columns = round_up(plan_.tile_columns, 2);
     Group<E> g{};
-    float** const arrays[] = {&g.acc.max,    &g.acc.shift,        &g.acc.sum, &g.acc.sum_error,
-                              &g.acc.square, &g.acc.square_error, &g.acc.bad, &g.tile_d_scale};
-    for (float** array : arrays) *array = arena_.take<float>(lanes);
+    g.acc = new_accumulators(work_.row_stats, lanes, arena_);
+    g.d_scale_lanes = arena_.take<float>(lanes);
+    g.d_bias_lanes = arena_.take<float>(lanes);
+    g.line_ids = arena_.take<int32_t>(columns);
+    if (work_.column_stats) g.column_rows = arena_.take<int32_t>(columns);
+    if (has_side(work_)) g.side = arena_.take<float>(columns * lanes);
     if (!plan_.stored) g.scores = arena_.take<float>(columns * lanes);
-    if (elements_ == Elements::widened) g.wide_keys = arena_.take<float>(columns * d_);
-    if (!gradients_) return g;
+    if (elements_ == Elements::widened) g.wide_keys = arena_.take<float>(columns * width_);
+    if (!task_.gradients) return g;
     if (kBf16) g.rounded = arena_.take<uint16_t>(columns * lanes);
     char* operands = arena_.take<char>(operand_bytes(work_, plan_));
     g.left = reinterpret_cast<E*>(operands);
     g.right = g.left + columns * lanes;
     g.wide_dk = reinterpret_cast<float*>(operands);
-    if (need_q_ && !first) g.dq = arena_.take<float>(lanes * d_);
+    if (need_q_ && (!first || shared_)) g.dq = arena_.take<float>(lanes * width_);
     return g;
   }
 
@@ -139,7 +136,7 @@ class Sweep {
 
   void widen(const void* base, int64_t stride, int64_t row, float* out) const {
     const uint16_t* from = static_cast<const uint16_t*>(base) + row * stride;
-    (half_ ? rows_.widen_fp16 : rows_.widen_bf16)(from, out, d_);
+    (half_ ? rows_.widen_fp16 : rows_.widen_bf16)(from, out, width_);
   }
 
   const E* query_rows() const {
@@ -148,14 +145,14 @@ class Sweep {
 
   // The strip's queries transposed, in 32-bit words: one float, or the pair of bfloat16 that brgemm wants together.
   void pack_queries() {
-    const int64_t lanes = plan_.lanes, words = d_ * static_cast<int64_t>(sizeof(E)) / 4;
+    const int64_t lanes = plan_.lanes, words = width_ * static_cast<int64_t>(sizeof(E)) / 4;
     if (elements_ == Elements::widened) {
       float* wide = reinterpret_cast<float*>(q_rows_);
-      for (int64_t l = 0; l < strip_.rows; ++l) widen(q_, q_stride_, strip_.first + l, wide + l * d_);
+      for (int64_t l = 0; l < strip_.rows; ++l) widen(q_, q_stride_, strip_.first + l, wide + l * width_);
     }
     const bool wide = elements_ == Elements::widened;
     const E* from = wide ? q_rows_ : static_cast<const E*>(q_) + strip_.first * q_stride_;
-    const int64_t stride = (wide ? d_ : q_stride_) * static_cast<int64_t>(sizeof(E));
+    const int64_t stride = (wide ? width_ : q_stride_) * static_cast<int64_t>(sizeof(E));
     uint32_t* to = reinterpret_cast<uint32_t*>(packed_);
     at::parallel_for(0, ceil_div(words, 16), 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block)
@@ -168,27 +165,22 @@ class Sweep {
     });
     if (kBf16 && need_k_) {
       uint32_t* pairs = reinterpret_cast<uint32_t*>(q_rows_);
-      interleave(reinterpret_cast<const uint16_t*>(from), q_stride_, strip_.rows, d_, pairs);
-    }
-  }
-
-  // Whose positives are whose, and which column is which row itself.
-  void name_rows() {
-    std::fill_n(ids_, plan_.lanes, -1);
-    std::fill_n(itself_, plan_.lanes, -1);
-    for (int64_t l = 0; l < strip_.rows; ++l) {
-      const int64_t i = strip_.first + l;
-      if (layout_.row_ids.defined()) ids_[l] = static_cast<int32_t>(layout_.row_ids.template const_data_ptr<int64_t>()[i]);
-      else if (!layout_.positives.defined()) ids_[l] = static_cast<int32_t>(i / scoring_.rows_per_image + scoring_.offset);
-      if (layout_.itself >= 0) itself_[l] = static_cast<int32_t>(i + layout_.itself);
+      interleave(reinterpret_cast<const uint16_t*>(from), q_stride_, strip_.rows, width_, pairs);
     }
   }
 
   Tile tile_of(const Group<E>& group, int64_t index) const {
-    const int64_t first = index * plan_.tile_columns;
-    return {stored_ ? stored_ + first * plan_.lanes : group.scores,
-            std::min(plan_.tile_columns, m_ - first), plan_.lanes, strip_.rows, first, strip_.first, strip_.ids,
-            strip_.itself};
+    const int64_t first = index * plan_.tile_columns, columns = std::min(plan_.tile_columns, m_ - first);
+    return {stored_ ? stored_ + first * plan_.lanes : group.scores, columns, plan_.lanes, strip_.rows, first,
+            strip_.first, strip_.ids, strip_.itself, ids_.name_columns(first, columns, group.line_ids)};
+  }
+
+  // The same scores with columns for lanes: its rows' statistics are the tile's columns'.
+  Tile turned(const Group<E>& group, const Tile& tile) const {
+    rows_.transpose(tile, group.side, tile.columns);
+    if (strip_.itself) ids_.rows_of_columns(tile.first_column, tile.columns, group.column_rows);
+    return {group.side, strip_.rows, tile.columns, tile.columns, strip_.first, tile.first_column, tile.line_ids,
+            strip_.itself ? group.column_rows : nullptr, strip_.ids};
   }
 
   struct Keys {
@@ -199,71 +191,95 @@ class Sweep {
   // The keys of a tile as the GEMMs read them: in place, or widened.
   Keys keys_of(const Group<E>& group, const Tile& tile) const {
     if (elements_ != Elements::widened) return {static_cast<const E*>(k_) + tile.first_column * k_stride_, k_stride_};
-    for (int64_t c = 0; c < tile.columns; ++c) widen(k_, k_stride_, tile.first_column + c, group.wide_keys + c * d_);
-    return {reinterpret_cast<const E*>(group.wide_keys), d_};
+    for (int64_t c = 0; c < tile.columns; ++c) widen(k_, k_stride_, tile.first_column + c, group.wide_keys + c * width_);
+    return {reinterpret_cast<const E*>(group.wide_keys), width_};
   }
 
   void score(const Tile& tile, const Keys& keys) const {
-    score_gemm(keys.data, keys.stride, packed_, tile.columns, tile.lanes, d_, tile.scores);
+    score_gemm(keys.data, keys.stride, packed_, tile.columns, tile.lanes, width_, tile.scores);
   }
 
   void fold(Group<E>& group, int64_t begin, int64_t end) {
-    const Accumulators& acc = group.acc;
-    std::fill_n(acc.max, plan_.lanes, -std::numeric_limits<float>::infinity());
-    for (float* array : {acc.shift, acc.sum, acc.sum_error, acc.square, acc.square_error, acc.bad})
-      std::fill_n(array, plan_.lanes, 0.0f);
+    clear(group.acc, work_.row_stats, plan_.lanes);
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tile_of(group, t);
       score(tile, keys_of(group, tile));
-      rows_.fold(tile, scoring_, acc);
-      rows_.positives(tile, scoring_, n_pos_, stats_.pos);
+      rows_.fold(tile, scoring_, group.acc);
+      if (own_columns_) rows_.positives(tile, scoring_, n_pos_, stats_.pos);
+      if (column_acc_.bad)
+        rows_.fold(turned(group, tile), scoring_, from(column_acc_, work_.column_stats, tile.first_column));
     }
   }
 
+  void finish_columns() const {
+    const std::vector<Accumulators> all = {column_acc_};
+    at::parallel_for(0, m_, 256, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) finish_statistics(all, j, scoring_, columns_, j);
+    });
+  }
+
+  // What the statistics beyond the coefficients put on t, in the group's tile on the side.
+  Further weigh_further(const Group<E>& group, const Tile& tile) const {
+    const Upstreams of_rows{from(stats_.rows, strip_.first),
+                            task_.statistics ? d_further_ : from(upstream_.rows, strip_.first)};
+    const Upstreams of_columns{from(columns_, tile.first_column), from(d_columns_, tile.first_column)};
+    rows_.weigh_further(tile, scoring_, of_rows, of_columns, group.side);
+    std::fill_n(group.d_bias_lanes, plan_.lanes, 0.0f);
+    return {group.side, of_columns.d[kSquare], group.d_bias_lanes};
+  }
+
   void weigh(Group<E>& group, int64_t begin, int64_t end) {
-    group.d_scale = 0.0;
+    group.d_scale = group.d_bias = 0.0;
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tile_of(group, t);
       const Keys keys = stored_ && !need_q_ ? Keys{nullptr, 0} : keys_of(group, tile);
       if (!stored_) score(tile, keys);
-      std::fill_n(group.tile_d_scale, plan_.lanes, 0.0f);
-      rows_.weigh(tile, scoring_, coefficients_, group.rounded, need_scale_ ? group.tile_d_scale : nullptr);
-      for (int64_t l = 0; l < strip_.rows; ++l) group.d_scale += group.tile_d_scale[l];
+      std::fill_n(group.d_scale_lanes, plan_.lanes, 0.0f);
+      if (work_.further()) {
+        const Further further = weigh_further(group, tile);
+        rows_.weigh(tile, scoring_, coefficients_, &further, group.rounded, group.d_scale_lanes);
+        for (int64_t l = 0; l < strip_.rows; ++l) group.d_bias += group.d_bias_lanes[l];
+      } else {
+        rows_.weigh(tile, scoring_, coefficients_, nullptr, group.rounded, need_scale_ ? group.d_scale_lanes : nullptr);
+      }
+      for (int64_t l = 0; l < strip_.rows; ++l) group.d_scale += group.d_scale_lanes[l];
       if (need_k_) write_dk(group, tile);
       if (need_q_) add_dq(group, tile, keys, t > begin);
     }
   }
 
-  // dk of the tile's columns is this tile's alone: no race, and strips add up in order.
+  // dk of the tile's columns is this tile's alone: no race, and strips add up in order. Where k is q it is added to dq,
+  // which begins at 0 and to which the groups' shares come later.
   void write_dk(const Group<E>& group, const Tile& tile) {
     const E* left = kBf16 ? reinterpret_cast<const E*>(group.rounded) : reinterpret_cast<const E*>(tile.scores);
-    const int64_t depth = kBf16 ? round_up(strip_.rows, 2) : strip_.rows, stride = q_rows_ ? d_ : q_stride_;
+    const int64_t depth = kBf16 ? round_up(strip_.rows, 2) : strip_.rows, stride = q_rows_ ? width_ : q_stride_;
     if (!plan_.dk_rounded) {
-      float* dk = out_.dk.template data_ptr<float>() + tile.first_column * d_;
-      gradient_gemm(left, tile.lanes, query_rows(), stride, tile.columns, depth, d_, strip_.first > 0, dk, d_);
+      float* dk = task_.out.dk.template data_ptr<float>() + tile.first_column * width_;
+      gradient_gemm(left, tile.lanes, query_rows(), stride, tile.columns, depth, width_, shared_ || strip_.first > 0,
+                    dk, width_);
       return;
     }
-    auto* dk = static_cast<uint16_t*>(out_.dk.data_ptr()) + tile.first_column * d_;
-    for (int64_t d = 0; d < d_; d += kOutputWidth) {
-      const int64_t width = std::min(kOutputWidth, d_ - d);
+    auto* dk = static_cast<uint16_t*>(task_.out.dk.data_ptr()) + tile.first_column * width_;
+    for (int64_t d = 0; d < width_; d += kOutputWidth) {
+      const int64_t width = std::min(kOutputWidth, width_ - d);
       gradient_gemm(left, tile.lanes, query_rows() + 2 * d, stride, tile.columns, depth, width, false, group.wide_dk,
                     width);
-      for (int64_t c = 0; c < tile.columns; ++c) rows_.narrow(group.wide_dk + c * width, dk + c * d_ + d, width);
+      for (int64_t c = 0; c < tile.columns; ++c) rows_.narrow(group.wide_dk + c * width, dk + c * width_ + d, width);
     }
   }
 
   void add_dq(const Group<E>& group, const Tile& tile, const Keys& keys, bool add) {
-    float* dq = group.dq ? group.dq : out_.dq.template data_ptr<float>() + strip_.first * d_;
+    float* dq = group.dq ? group.dq : task_.out.dq.template data_ptr<float>() + strip_.first * width_;
     if (!kBf16) {
       rows_.transpose(tile, reinterpret_cast<float*>(group.left), tile.columns);
-      gradient_gemm(group.left, tile.columns, keys.data, keys.stride, strip_.rows, tile.columns, d_, add, dq, d_);
+      gradient_gemm(group.left, tile.columns, keys.data, keys.stride, strip_.rows, tile.columns, width_, add, dq, width_);
       return;
     }
     const int64_t pairs = ceil_div(tile.columns, 2);
     rows_.transpose_pairs(tile, group.rounded, reinterpret_cast<uint32_t*>(group.left), pairs);
-    interleave(reinterpret_cast<const uint16_t*>(keys.data), keys.stride, tile.columns, d_,
+    interleave(reinterpret_cast<const uint16_t*>(keys.data), keys.stride, tile.columns, width_,
                reinterpret_cast<uint32_t*>(group.right));
-    gradient_gemm(group.left, 2 * pairs, group.right, d_, strip_.rows, 2 * pairs, d_, add, dq, d_);
+    gradient_gemm(group.left, 2 * pairs, group.right, width_, strip_.rows, 2 * pairs, width_, add, dq, width_);
   }
 
   // Rows 2i and 2i + 1 of a (rows, width) matrix as row i of 32-bit words; an odd last row is paired with zeros.
@@ -273,47 +289,49 @@ class Sweep {
   }
 
   void merge_dq() {
-    float* dq = out_.dq.template data_ptr<float>() + strip_.first * d_;
+    float* dq = task_.out.dq.template data_ptr<float>() + strip_.first * width_;
     at::parallel_for(0, strip_.rows, 8, [&](int64_t begin, int64_t end) {
-      for (size_t g = 1; g < groups_.size(); ++g)
-        for (int64_t x = begin * d_; x < end * d_; ++x) dq[x] += groups_[g].dq[x];
+      for (size_t g = shared_ ? 0 : 1; g < groups_.size(); ++g)
+        for (int64_t x = begin * width_; x < end * width_; ++x) dq[x] += groups_[g].dq[x];
     });
   }
 
   const RowKernels& rows_;
   const Scoring scoring_;
-  const Layout& layout_;
-  const int64_t n_, m_, d_;
+  const int64_t n_, m_, width_;
   const Elements elements_;
   const bool half_;
   const void *q_, *k_;
   const int64_t q_stride_, k_stride_;
-  const bool statistics_, gradients_, need_q_, need_k_, need_scale_;
-  const Upstream& upstream_;
-  const Gradients& out_;
+  const Task& task_;
+  const bool need_q_, need_k_, need_scale_, shared_;
   const StatisticArrays stats_;
+  const ByStatistic columns_;
   const int64_t n_pos_;
+  const bool own_columns_;  // the positives are columns, and of a number that `pos` has
   const Work work_;
   const Plan plan_;
   Arena arena_;
+  const Ids ids_;
   E *packed_, *q_rows_;
   float* stored_;
-  int32_t *ids_, *itself_;  // (lanes)
+  int32_t *lane_ids_, *itself_;  // (lanes)
   Coefficients coefficients_;
+  ByStatistic d_further_;        // (lanes)
+  StatisticArrays upstream_{};
+  ByStatistic d_columns_;
+  Accumulators column_acc_{};    // (M)
   std::vector<Group<E>> groups_;
   std::vector<Accumulators> accumulators_;
   Strip strip_{};
 };
 
-void sweep(const SweepInputs& in, bool statistics, bool gradients, const RowStatistics& stats, const Upstream& upstream,
-           const Gradients& out) {
-  if (elements_of(in.q.scalar_type(), in.q.size(1)) == Elements::bfloat16)
-    Sweep<at::BFloat16>(in, statistics, gradients, stats, upstream, out).run();
-  else
-    Sweep<float>(in, statistics, gradients, stats, upstream, out).run();
-}
-
 }  // namespace
+
+void sweep(const SweepInputs& in, const Task& task) {
+  if (elements_of(in.q.scalar_type(), in.q.size(1)) == Elements::bfloat16) Sweep<at::BFloat16>(in, task).run();
+  else Sweep<float>(in, task).run();
+}
 
 int64_t flop_of_gemms() { return gemm_flop().load(); }
 
@@ -325,16 +343,6 @@ at::ScalarType dk_type(const SweepInputs& in, bool statistics) {
 Elements elements_of(at::ScalarType type, int64_t width) {
   if (type == at::kFloat) return Elements::float32;
   return type == at::kBFloat16 && width % 2 == 0 && has_bf16_gemm() ? Elements::bfloat16 : Elements::widened;
-}
-
-void sweep_stats(const SweepInputs& in, const RowStatistics& out) { sweep(in, true, false, out, {}, {}); }
-
-void sweep_grads(const SweepInputs& in, const RowStatistics& stats, const Upstream& upstream, const Gradients& out) {
-  if (in.need_q || in.need_k || in.need_scale) sweep(in, false, true, stats, upstream, out);
-}
-
-void sweep_loss(const SweepInputs& in, const RowStatistics& stats, const Upstream& upstream, const Gradients& out) {
-  sweep(in, true, in.need_q || in.need_k || in.need_scale, stats, upstream, out);
 }
 
 }  // namespace fused_nce

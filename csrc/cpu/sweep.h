@@ -6,16 +6,23 @@
 
 namespace fused_nce {
 
-// bfloat16 where one strip finishes dk: summed over several it has to stay float until the last. `statistics` as in
-// sweep_loss, not as in sweep_grads.
-at::ScalarType dk_type(const SweepInputs& in, bool statistics);
+// What a sweep does: `statistics` alone are written to `stats`; `gradients` alone come from `stats` and `upstream`; both
+// are those of the tail's loss, of statistics of rows.
+struct Task {
+  bool statistics, gradients;
+  StatisticTensors stats, upstream;
+  TailRule tail;
+  Gradients out;
+};
 
-int64_t flop_of_gemms();  // of all calls so far
+void sweep(const SweepInputs& in, const Task& task);
+
+// bfloat16 where one strip finishes dk: summed over several it has to stay float until the last. `statistics` as in
+// `Task`.
+at::ScalarType dk_type(const SweepInputs& in, bool statistics);
 
 Elements elements_of(at::ScalarType type, int64_t width);
 
-void sweep_stats(const SweepInputs& in, const RowStatistics& out);
-void sweep_grads(const SweepInputs& in, const RowStatistics& stats, const Upstream& upstream, const Gradients& out);
-void sweep_loss(const SweepInputs& in, const RowStatistics& stats, const Upstream& upstream, const Gradients& out);
+int64_t flop_of_gemms();  // of all calls so far
 
 }  // namespace fused_nce

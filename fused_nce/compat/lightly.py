@@ -1,22 +1,30 @@
-"""lightly's `NTXentLoss` (lightly.loss.NTXentLoss, 1.6)."""
+"""lightly's `NTXentLoss`, `DCLLoss` and `DCLWLoss` (lightly.loss, 1.6)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fused_nce.compat.processes import alone
 from fused_nce.core import checks
-from fused_nce.core.engine import tile_loss
+from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.tails import Nce
-from fused_nce.losses.common import check_rows, normalized
+from fused_nce.losses.common import check_rows, fixed_mean, normalized, widened
 from fused_nce.losses.moco import SPEC as BANK
 from fused_nce.losses.nt_xent import SPEC as TWINS
 from fused_nce.losses.queue import MemoryQueue
 
 SMALLEST_TEMPERATURE = 1e-8
+
+
+def _check_temperature(temperature: float) -> None:
+    checks.check_number("temperature", temperature)
+    if abs(temperature) < SMALLEST_TEMPERATURE:
+        raise ValueError(f"temperature: got {temperature!r}, need |temperature| >= {SMALLEST_TEMPERATURE}")
 
 
 class NTXentLoss(nn.Module):
@@ -42,9 +50,7 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        checks.check_number("temperature", temperature)
-        if abs(temperature) < SMALLEST_TEMPERATURE:
-            raise ValueError(f"temperature: got {temperature!r}, need |temperature| >= {SMALLEST_TEMPERATURE}")
+        _check_temperature(temperature)
         sizes = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
         if not (sizes == (0,) or len(sizes) == 2) or min(sizes) < 0:
             raise ValueError(f"memory_bank_size: got {memory_bank_size!r}, need (K, D), or 0 for no bank")
@@ -62,11 +68,8 @@ class NTXentLoss(nn.Module):
     ) -> Tensor:
         """The mean loss in nats, 0-d. Rows are normalised here; the bank takes in view 1 if view 0 has a gradient."""
         check_rows("out0", out0, "out1", out1, same_n=True)
-        if self.gather_distributed and _world_size() > 1:
-            raise NotImplementedError(
-                f"gather_distributed: got True among {_world_size()} processes, need False: "
-                "no negatives cross processes yet"
-            )
+        if self.gather_distributed:
+            alone("gather_distributed=True")
         z0, z1 = normalized(out0), normalized(out1)
         if self.memory_bank is None:
             z = torch.stack((z0, z1), dim=1).flatten(0, 1)
@@ -94,6 +97,77 @@ class NTXentLoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _world_size() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+WeightFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def negative_mises_fisher_weights(
+    out0: Tensor,  # (N, D)
+    out1: Tensor,  # (N, D)
+    sigma: float = 0.5,
+) -> Tensor:
+    """2 − N·softmax(⟨out0, out1⟩ / sigma), (N,), without a gradient: pairs that agree already count for less."""
+    with torch.autocast(out0.device.type, enabled=False):
+        similarity = (widened(out0.detach()) * widened(out1.detach())).sum(dim=1) / sigma
+    return 2 - len(out0) * similarity.softmax(dim=0)
+
+
+class DCLLoss(nn.Module):
+    """NT-Xent without the positive in the denominator (Yeh et al. 2022, arXiv:2110.06848, equation 6).
+
+    Its gradients cannot leave with the forward, for a weight may depend on the whole batch: four GEMMs.
+
+    Args:
+        temperature: of the softmax, |temperature| >= 1e-8.
+        weight_fn: (normalised view, the other) to the (N,) weights of the positive terms; None for 1.
+        gather_distributed: negatives of all processes; refused where there are several.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value seen and the value needed.
+        NotImplementedError: at a call with `gather_distributed` among several processes.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        weight_fn: WeightFunction | None = None,
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_temperature(temperature)
+        self.temperature, self.weight_fn, self.gather_distributed = temperature, weight_fn, gather_distributed
+
+    def extra_repr(self) -> str:
+        """The settings, as `print(module)` shows them."""
+        return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"
+
+    def forward(
+        self,
+        out0: Tensor,  # (N, D)
+        out1: Tensor,  # (N, D)
+    ) -> Tensor:
+        """mean(LSE of the other images' rows − weight·s⁺) over both views, in nats, 0-d. Rows are normalised here."""
+        check_rows("out0", out0, "out1", out1, same_n=True)
+        if len(out0) < 2:
+            raise ValueError("out0: got N = 1, need N >= 2: one image has no negatives, and log 0 is no loss")
+        if self.gather_distributed:
+            alone("gather_distributed=True")
+        z0, z1 = normalized(out0), normalized(out1)
+        found = tile_stats(torch.stack((z0, z1), dim=1).flatten(0, 1), None, TWINS, scale=1 / self.temperature)
+        positive = found["pos"].squeeze(1)
+        if self.weight_fn is not None:
+            weights = [self.weight_fn(z0, z1), self.weight_fn(z1, z0)]
+            positive = positive * torch.stack(weights, dim=1).flatten()
+        return fixed_mean(found["neg_lse"] - positive)
+
+
+class DCLWLoss(DCLLoss):
+    """`DCLLoss` with the paper's weights (`negative_mises_fisher_weights`).
+
+    Args:
+        temperature: of the softmax, |temperature| >= 1e-8.
+        sigma: of the weights' softmax.
+        gather_distributed: as in `DCLLoss`.
+    """
+
+    def __init__(self, temperature: float = 0.1, sigma: float = 0.5, gather_distributed: bool = False) -> None:
+        super().__init__(temperature, partial(negative_mises_fisher_weights, sigma=sigma), gather_distributed)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fused_nce.compat.processes import check_ddp_compat
 from fused_nce.core import checks
 from fused_nce.losses.clip import clip_loss
 from fused_nce.losses.siglip import siglip_loss
@@ -44,6 +45,8 @@ class ClipLoss(_Fused):
         local_loss, gather_with_grad, rank, use_horovod: of several processes, without effect on one.
         cache_labels: there are no labels to cache.
         world_size: 1.
+        ddp_compat: "upstream" or "exact": whether, among several processes, the embeddings' gradients are upstream's
+            (1/W of the whole batch's by default) or the whole batch's. Without effect on one.
 
     Raises:
         NotImplementedError: for several processes.
@@ -58,9 +61,12 @@ class ClipLoss(_Fused):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
+        *,
+        ddp_compat: str = "upstream",
     ) -> None:
         super().__init__()
         _alone(world_size)
+        self.ddp_compat = check_ddp_compat(ddp_compat)
         self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
         self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
 

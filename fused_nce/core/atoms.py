@@ -63,6 +63,11 @@ def positive_columns(problem: Problem, rows: range) -> Tensor:
     return first[:, None] + place
 
 
+def at_positives(problem: Problem, columns: Tensor | None) -> Tensor | None:
+    """(S', M) column statistics as each positive sees them, (S', N, P)."""
+    return None if columns is None else columns[:, positive_columns(problem, range(problem.n))]
+
+
 class Sets(NamedTuple):
     """Which columns of a tile are in each row's sets, (N, m) bool."""
 

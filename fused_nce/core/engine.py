@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_nce.core import checks
+from fused_nce.core import checks, remote
 from fused_nce.core import flop as _flop  # noqa: F401  (the ops' formulas)
-from fused_nce.core import ops as _ops  # noqa: F401  (defines torch.ops.fused_nce)
 from fused_nce.core.atoms import STATISTIC
+from fused_nce.core.ops import Scores  # and defines torch.ops.fused_nce
+from fused_nce.core.processes import Group, Peers, peers
 from fused_nce.core.spec import Block, Index, Labels, Spec
 from fused_nce.core.tails import REDUCTIONS, Nce, Tail
 
@@ -37,6 +39,7 @@ def tile_stats(
     positives: Tensor | None = None,
     row_ids: Tensor | None = None,
     column_ids: Tensor | None = None,
+    group: Group = None,
     backend: str | None = None,
 ) -> dict[str, Tensor]:
     """Statistics of the scores s = scale·⟨q_i, k_j⟩, differentiable in q, k, tensor `scale` and `bias`, and positives.
@@ -54,6 +57,7 @@ def tile_stats(
         positives: (N, P) raw scores, of `Separate`.
         row_ids: (N,) int64, the targets of `Index` or the rows' `Labels`.
         column_ids: (M,) int64, the columns' `Labels`; None with k=None is `row_ids`.
+        group: the processes whose keys are columns too; row ids and offset are among this process's own.
         backend: a name of `fused_nce.backends()`, or None to choose.
 
     Returns:
@@ -64,6 +68,13 @@ def tile_stats(
         ValueError, TypeError: naming the argument, the value seen and the value needed.
     """
     scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids)
+    everyone = peers(group)
+    if everyone is not None:
+        if spec.columns:
+            raise ValueError(
+                f"group: got columns {spec.columns}, whose rows lie on other processes, need row statistics"
+            )
+        (scores,) = remote.spread(scores, spec, everyone)
     pos, rows, columns = torch.ops.fused_nce.stats(*scores, backend or "")
     named = dict(zip(spec.stats, rows.unbind(0), strict=True))
     named |= {f"column_{name}": x for name, x in zip(spec.columns, columns.unbind(0), strict=True)}
@@ -86,12 +97,17 @@ def tile_loss(
     row_ids: Tensor | None = None,
     column_ids: Tensor | None = None,
     parts: bool = True,
+    group: Group = None,
     backend: str | None = None,
 ) -> LossParts:
     """The tail's loss, its gradients leaving with the forward: three GEMMs, two where one side wants no gradient.
 
     `nce` and `penalty` stay differentiable apart from `loss`; a backward that reaches them recomputes the scores.
-    Column statistics, which every weight needs, cost one GEMM more.
+    Column statistics, which every weight needs, cost one GEMM more; with a `group`, three.
+
+    With a `group`, rows meet the keys of all its processes. Each process has its own rows' loss, under "sum" times the
+    number of processes: the mean over the processes is one process's on the whole batch, and so is, under DDP, every
+    gradient. Losses must enter what is differentiated with the same factor on every process.
 
     Args:
         q: (N, D).
@@ -105,6 +121,7 @@ def tile_loss(
         row_ids: (N,) int64, as in `tile_stats`.
         column_ids: (M,) int64, as in `tile_stats`.
         parts: False where `loss` alone is differentiated: q and k are not kept, a bank may change before the backward.
+        group: as in `tile_stats`.
         backend: a name of `fused_nce.backends()`, or None to choose.
 
     Raises:
@@ -112,11 +129,17 @@ def tile_loss(
     """
     _check_tail(spec, tail)
     scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids)
+    everyone = peers(group)
+    if everyone is None:
+        return _sweep(scores, spec, tail, parts, backend)
+    return _sweeps(scores, spec, tail, parts, everyone, backend)
+
+
+def _sweep(x: Scores, spec: Spec, tail: Tail, parts: bool, backend: str | None) -> LossParts:
+    """One call of the op."""
     graph = torch.is_grad_enabled()
-    needs = [graph and x is not None and x.requires_grad for x in scores[:5]]
-    loss, nce, penalty, report, pos, rows, *_ = torch.ops.fused_nce.loss(
-        *scores, tail.code, needs, parts, backend or ""
-    )
+    needs = [graph and leaf is not None and leaf.requires_grad for leaf in x.differentiable]
+    loss, nce, penalty, report, pos, rows, *_ = torch.ops.fused_nce.loss(*x, tail.code, needs, parts, backend or "")
     return LossParts(
         loss,
         nce,
@@ -125,6 +148,27 @@ def tile_loss(
         pos,
         dict(zip(spec.stats, rows.unbind(0), strict=True)),
     )
+
+
+def _sweeps(x: Scores, spec: Spec, tail: Tail, parts: bool, everyone: Peers, backend: str | None) -> LossParts:
+    """This process's part of the loss of all: its rows, and with column statistics half of it from its keys as rows."""
+    both = bool(spec.columns)
+    share = tail.weight * (everyone.size if tail.reduction == "sum" else 1) / (2 if both else 1)
+    tail = replace(tail, weight=share)
+    scores = remote.spread(x, spec, everyone)
+    there = _sweep(scores[0], spec, tail, parts, backend)
+    if not both:
+        return there
+    back = _sweep(scores[1], spec, replace(tail, penalty=0.0), parts, backend)
+    nce = remote.back_at(spec, back.nce, x) if tail.reduction == "none" else back.nce
+    return there._replace(loss=there.loss + back.loss, nce=there.nce + nce)
+
+
+def as_matmul(x: Tensor) -> Tensor:
+    """x as `matmul` would take it: under autocast in its dtype, differentiably. What is no tensor stays for checks."""
+    if not isinstance(x, Tensor) or x.dtype not in checks.CASTABLE or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _check_tail(spec: Spec, tail: Tail) -> None:
@@ -153,13 +197,9 @@ def _prepare(
     positives: Tensor | None,
     row_ids: Tensor | None,
     column_ids: Tensor | None,
-) -> tuple[Any, ...]:
+) -> Scores:
     """Checked inputs in the ops' order, cast as `matmul` would under autocast (differentiably)."""
-    device = q.device.type if isinstance(q, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        q = q.to(dtype) if isinstance(q, Tensor) and q.dtype in checks.CASTABLE else q
-        k = k.to(dtype) if isinstance(k, Tensor) and k.dtype in checks.CASTABLE else k
+    q, k = as_matmul(q), k if k is None else as_matmul(k)
     if k is None and isinstance(spec.layout, Labels) and column_ids is None:
         column_ids = row_ids
     checks.check_scores(
@@ -168,4 +208,4 @@ def _prepare(
     factor, tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
     if isinstance(bias, (int, float)):
         bias = q.new_full((), float(bias), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    return q, k, tensor, bias, positives, row_ids, column_ids, factor, spec.code, offset
+    return Scores(q, k, tensor, bias, positives, row_ids, column_ids, factor, spec.code, offset)

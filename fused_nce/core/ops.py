@@ -8,13 +8,15 @@ in the bodies, where they break no graph.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from fused_nce.core import atoms, checks, tails
+from fused_nce.core import atoms, checks, tails, twice
 from fused_nce.core import spec as specs
+from fused_nce.core import upstream as upstreams
 from fused_nce.core.dispatch import choose
 from fused_nce.core.problem import Backend, Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import Block, Index, Separate
@@ -45,6 +47,11 @@ class Scores(NamedTuple):
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """What `needs` and the gradients speak of, in their order."""
         return self.q, self.k, self.scale_tensor, self.bias, self.positives
+
+    def each(self, f: Callable[[Tensor], Tensor]) -> Scores:
+        """With f of every tensor in its place."""
+        tensors: dict[str, Any] = {name: f(x) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**tensors)
 
 
 COUNT = len(Scores._fields)
@@ -82,15 +89,19 @@ def _stash(x: Tensor) -> torch.dtype:
 
 
 def _problem(x: Scores) -> Problem:
-    """The backend's view: detached, in the accumulation dtype where a number is one."""
-    spec, wide, q = specs.parse(x.spec), _wide(x.q), x.q.detach()
-    k = q if x.k is None else x.k.detach()
-    bias = 0.0 if x.bias is None else x.bias.detach().to(wide)
-    positives = None if x.positives is None else x.positives.detach().to(wide, copy=True)  # `pos` is no input
+    """The backend's view: detached."""
+    return _as_problem(x.each(Tensor.detach))
+
+
+def _as_problem(x: Scores) -> Problem:
+    """In the accumulation dtype where a number is one."""
+    spec, wide = specs.parse(x.spec), _wide(x.q)
+    bias = 0.0 if x.bias is None else x.bias.to(wide)
+    positives = None if x.positives is None else x.positives.to(wide, copy=True)  # `pos` is no input
     return Problem(
-        q,
-        k,
-        x.scale if x.scale_tensor is None else x.scale_tensor.detach().to(wide) * x.scale,
+        x.q,
+        x.keys,
+        x.scale if x.scale_tensor is None else x.scale_tensor.to(wide) * x.scale,
         spec,
         x.offset,
         bias,
@@ -134,13 +145,8 @@ def _needs(needs: list[bool]) -> Needs:
     return Needs(needs[0], needs[1], needs[2] or needs[3])
 
 
-def _at_positives(problem: Problem, columns: Tensor | None) -> Tensor | None:
-    """(S', M) column statistics as each positive sees them, (S', N, P)."""
-    return None if columns is None else columns[:, atoms.positive_columns(problem, range(problem.n))]
-
-
 def _to_columns(problem: Problem, d: tails.Coefficients) -> tails.Coefficients:
-    """The gradients of what `_at_positives` handed out, summed by column in a fixed order."""
+    """The gradients of what `at_positives` handed out, summed by column in a fixed order."""
     if d.d_columns is None:
         return d
     index = atoms.positive_columns(problem, range(problem.n)).reshape(-1)
@@ -186,7 +192,7 @@ def _loss(*args: Any) -> tuple[Tensor, ...]:
             found = module.stats(problem)
         else:
             found, out = module.loss(problem, rule, wanted)
-        at = (spec, found.pos, found.rows, _at_positives(problem, found.columns))
+        at = (spec, found.pos, found.rows, atoms.at_positives(problem, found.columns))
         # On a GPU the tail's forty small launches would cost more than the GEMMs of a small batch.
         summary = getattr(module, "summary", None)
         brief = summary(problem, rule, found) if summary is not None else None
@@ -246,20 +252,14 @@ for _name, _fake in (("stats", _fake_stats), ("grads", _fake_grads), ("loss", _f
 # ---- autograd ---------------------------------------------------------------------------------------------------
 
 
-def _refuse_double_backward() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "fused_nce: double backward (create_graph=True) is not supported: "
-            "the gradients leave with the forward and carry no graph of their own"
-        )
-
-
-def _refuse_batched(*upstream: Tensor | None) -> None:
-    if not torch.compiler.is_compiling() and any(_batched(g) for g in upstream if g is not None):
-        raise RuntimeError(
-            "fused_nce: batched upstream gradients (is_grads_batched, vmap) are supported for `loss` alone: "
-            "this backward computes the scores again, for one upstream at a time"
-        )
+def _with_graph(ctx: Any, tail: tails.Tail | None, *upstream: Tensor | None) -> list[Any]:
+    """The backward under create_graph=True, of inputs that are views of themselves: none is a function of another."""
+    twice.check_asked_for(ctx.backend, tail is None or ctx.parts)
+    x = Scores(*ctx.saved_tensors[:7], *ctx.rest).each(lambda y: y.view_as(y))
+    problem = _as_problem(x)
+    found = twice.statistics(problem)
+    outputs = found if tail is None else twice.loss(problem, tail, found)
+    return [*twice.gradients(outputs, upstream, x.differentiable, ctx.needs), None, None]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -290,8 +290,9 @@ def _recompute(ctx: Any, x: Scores, found: tuple[Tensor, ...], d: tails.Coeffici
 
 
 def _stats_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-    _refuse_double_backward()
-    _refuse_batched(*upstream)
+    if torch.is_grad_enabled():
+        return *_with_graph(ctx, None, *upstream), *([None] * 4)
+    upstreams.refuse_batched(*upstream)
     saved = ctx.saved_tensors
     x, found = Scores(*saved[:7], *ctx.rest), saved[7:]
     d = [torch.zeros_like(y) if g is None else g for g, y in zip(upstream, found, strict=True)]
@@ -301,16 +302,17 @@ def _stats_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
 def _loss_backward(
     ctx: Any, d_loss: Tensor | None, d_nce: Tensor | None, d_penalty: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
-    _refuse_double_backward()
     rest = [None] * 7
+    if torch.is_grad_enabled():
+        return *_with_graph(ctx, tails.parse(ctx.tail), d_loss, d_nce, d_penalty), *rest
     saved = ctx.saved_tensors
     if d_nce is None and d_penalty is None:
         if d_loss is None:
             return *([None] * 7), *rest
-        stash = tuple(_times(g, d_loss) if need else g for g, need in zip(saved[-5:], ctx.needs, strict=True))
+        stash = tuple(upstreams.times(g, d_loss) if need else g for g, need in zip(saved[-5:], ctx.needs, strict=True))
         return *_as_inputs(ctx, stash), *rest
     # A reported part was differentiated on its own: the stash, at upstream 1 on the sum, cannot serve it.
-    _refuse_batched(d_loss, d_nce, d_penalty)
+    upstreams.refuse_batched(d_loss, d_nce, d_penalty)
     x, (pos, rows, columns) = Scores(*saved[:7], *ctx.rest), saved[7:10]
     rule, problem = tails.parse(ctx.tail), _problem(x)
     spec, n_elements = problem.spec, problem.n * rule.per_row(problem.spec)
@@ -319,26 +321,9 @@ def _loss_backward(
     mean = rule.weight / n_elements if rule.reduction == "mean" else rule.weight
     d_element = on_loss * rule.unit(n_elements) + (zero if d_nce is None else d_nce * mean)
     d_sum = on_loss + (zero if d_penalty is None else d_penalty)
-    at = _at_positives(problem, columns if spec.columns else None)
+    at = atoms.at_positives(problem, columns if spec.columns else None)
     d = rule.coefficients(spec, pos, rows, at, d_element, d_sum, problem.n * problem.m)
     return *_recompute(ctx, x, (pos, rows, columns), _to_columns(problem, d)), *rest
-
-
-def _batched(x: Tensor) -> bool:
-    """One of several upstream gradients that `is_grads_batched` or a vmap hands down at once."""
-    return "Batched" in torch._C._dispatch_key_set(x)  # either kind of vmap; no predicate knows both
-
-
-def _times(stash: Tensor, upstream: Tensor) -> Tensor:
-    """stash·upstream, in the stash's own memory unless the graph is kept for another backward."""
-    traced = torch.compiler.is_compiling() or type(upstream) is not Tensor
-    if traced or _batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph():
-        return stash * upstream
-    # `loss.backward()` has upstream 1, and multiplying would read and write every gradient once more: 20 % of the whole
-    # call at N = 126, D = 2560. Only a CPU can look without waiting.
-    if upstream.device.type == "cpu" and upstream.item() == 1.0:
-        return stash
-    return stash.mul_(upstream)
 
 
 torch.library.register_autograd("fused_nce::stats", _stats_backward, setup_context=_setup, lib=_lib)

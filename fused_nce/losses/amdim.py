@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
-from fused_nce.core.engine import tile_loss
+from fused_nce.core.collectives import gather
+from fused_nce.core.engine import as_matmul, tile_loss
+from fused_nce.core.processes import Group, peers
 from fused_nce.core.spec import Block, Identity, Spec, TanhClip
 from fused_nce.core.tails import REDUCTIONS, Nce
 from fused_nce.losses.common import dense_nce
@@ -33,6 +35,7 @@ def amdim_nce(
     clip: float | None = 20.0,
     penalty: float = 0.04,
     reduction: str = "mean",
+    group: Group = None,
     backend: str | None = None,
 ) -> NCEOutput:
     """AMDIM's NCE of one antecedent map against one consequent map, without holding the (n_a, n_k, n_c) scores.
@@ -43,11 +46,14 @@ def amdim_nce(
     Args:
         antecedents: (n_a, D), one row an image, or (n_a, n_r, D), n_r rows an image; float64, 32, 16 or bfloat16.
         consequents: (n_k, n_c, D), the other view's n_c locations of n_k >= n_a images; same dtype and device.
-        offset: row i's image is i + offset; 0 on one process.
+        offset: row i's image is i + offset, among this process's own.
         scale: factor of the dot product; None is 1/√D, a 0-d tensor is learnable.
         clip: range c of the soft clip c·tanh(s/c), in units of the score; None for none.
         penalty: λ of λ·mean(s²) over all scores, before the clip.
         reduction: of `nce`: "mean" or "sum" over all positives, or "none" for (n_a·n_r, n_c). The penalty stays a mean.
+        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
+            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
+            whole batch, and so is, under DDP, every gradient.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -61,7 +67,7 @@ def amdim_nce(
     _check_features(antecedents, consequents, offset)
     _check_settings(scale, clip, penalty, antecedents.device)
     checks.check_choice("reduction", reduction, REDUCTIONS)
-    return _nce(antecedents, consequents, offset, scale, clip, penalty, reduction, 1.0, backend)
+    return _nce(antecedents, consequents, offset, scale, clip, penalty, reduction, 1.0, group, backend)
 
 
 def _check_features(antecedents: Tensor, consequents: Tensor, offset: int) -> None:
@@ -95,6 +101,7 @@ def _nce(
     penalty: float,
     reduction: str,
     weight: float,
+    group: Group,
     backend: str | None,
 ) -> NCEOutput:
     """`amdim_nce` of checked arguments, all of it times `weight`: a factor of the tail costs no pass over gradients."""
@@ -110,6 +117,7 @@ def _nce(
         Nce(weight * penalty, reduction, weight),
         scale=1 / math.sqrt(d) if scale is None else scale,
         offset=offset,
+        group=group,
         backend=backend,
     )
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
@@ -125,6 +133,14 @@ PRESETS: dict[str, Settings] = {
 }
 
 
+class Keys(NamedTuple):
+    """What one map is compared against."""
+
+    columns: Tensor  # (n_k, n_c, D)
+    offset: int  # the image of the first row
+    group: Group  # whose columns are still to come
+
+
 class AMDIMLoss(nn.Module):
     """The multi-scale AMDIM objective over feature maps of two views: pairs summed, both directions averaged.
 
@@ -136,7 +152,7 @@ class AMDIMLoss(nn.Module):
         preset: "paper" or "amdim-public" gives scale, clip and penalty where they are not given; None is `amdim_nce`'s
             defaults, which are neither.
         scale, clip, penalty: as in `amdim_nce`; one that is given wins over the preset.
-        backend: as in `amdim_nce`.
+        group, backend: as in `amdim_nce`. A map that two pairs compare against is gathered once.
 
     Shape:
         each view: mapping of "f1", "f5", "f7" to (B, D, H, W), or (B, D) for a 1×1 map; any sizes that the pairs name.
@@ -154,6 +170,7 @@ class AMDIMLoss(nn.Module):
         antecedents: str = "sample",
         *,
         preset: str | None = None,
+        group: Group = None,
         backend: str | None = None,
         **settings: float | None,
     ) -> None:
@@ -173,7 +190,7 @@ class AMDIMLoss(nn.Module):
             raise TypeError(f"settings: got {', '.join(sorted(unknown))}, need some of {', '.join(DEFAULTS)}")
         self.settings: Settings = {**(PRESETS[preset] if preset else DEFAULTS), **settings}
         _check_settings(**self.settings, device=torch.device("cpu"))  # type: ignore[arg-type]
-        self.backend = backend
+        self.group, self.backend = group, backend
 
     def extra_repr(self) -> str:
         """The settings, as `print(module)` shows them."""
@@ -182,9 +199,11 @@ class AMDIMLoss(nn.Module):
     def forward(self, view1: Mapping[str, Tensor], view2: Mapping[str, Tensor]) -> NCEOutput:
         """The loss of two views' maps."""
         found: dict[str, NCEOutput] = {}
+        views = (view1, view2)
+        keys = self._keys(views)
         for pair in self.pairs:
             source, target = (f"f{side}" for side in pair.split(">"))
-            ways = [self._direction(source, target, *views) for views in ((view1, view2), (view2, view1))]
+            ways = [self._direction(source, views[i], keys[target, 1 - i]) for i in (0, 1)]
             found[pair] = NCEOutput(
                 ways[0].loss + ways[1].loss,
                 ways[0].nce + ways[1].nce,
@@ -197,14 +216,42 @@ class AMDIMLoss(nn.Module):
         stats |= {f"{pair}/{name}": value for pair, out in found.items() for name, value in out.stats.items()}
         return NCEOutput(totals[0], totals[1], totals[2], stats)
 
-    def _direction(
-        self, source: str, target: str, view1: Mapping[str, Tensor], view2: Mapping[str, Tensor]
-    ) -> NCEOutput:
+    def _keys(self, views: Sequence[Mapping[str, Tensor]]) -> dict[tuple[str, int], Keys]:
+        """The maps that are compared against, by name and view. Of several processes each is gathered once, however
+        many pairs compare against it; in a ring it goes round for each.
+        """
+        names = dict.fromkeys(f"f{pair.partition('>')[2]}" for pair in self.pairs)
+        maps = {(name, i): _locations(name, views[i]) for name in names for i in (0, 1)}
+        everyone = peers(self.group)
+        if everyone is None or everyone.ring:
+            return {at: Keys(x, 0, self.group) for at, x in maps.items()}
+        columns = [as_matmul(x) for x in maps.values()]
+        b, _, d = columns[0].shape
+        seen = {
+            "B": b,
+            "D": d,
+            "locations": sum(x.shape[1] for x in columns),
+            "dtype": checks.DTYPES.index(columns[0].dtype),
+            "maps' requires_grad": sum(x.requires_grad for x in columns),
+        }
+        return {
+            at: Keys(x, everyone.rank * b, None) for at, x in zip(maps, gather(columns, everyone, seen), strict=True)
+        }
+
+    def _direction(self, source: str, view: Mapping[str, Tensor], keys: Keys) -> NCEOutput:
         """Half of one direction's loss."""
-        rows, columns = self._antecedents(source, view1), _locations(target, view2)
-        _check_features(rows, columns, 0)
-        settings: Any = self.settings
-        return _nce(rows, columns, 0, **settings, reduction="mean", weight=0.5, backend=self.backend)
+        rows, settings = self._antecedents(source, view), cast(Any, self.settings)
+        _check_features(rows, keys.columns, keys.offset)
+        return _nce(
+            rows,
+            keys.columns,
+            keys.offset,
+            **settings,
+            reduction="mean",
+            weight=0.5,
+            group=keys.group,
+            backend=self.backend,
+        )
 
     def _antecedents(self, name: str, view: Mapping[str, Tensor]) -> Tensor:
         """(B, D) sampled rows, or (B, H·W, D) all of them."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
+from fused_nce.core.processes import Group
 from fused_nce.core.spec import Block, Spec
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import check_rows, dense_nce
@@ -23,6 +24,7 @@ def clip_loss(
     text: Tensor,  # (N, D)
     logit_scale: float | Tensor,
     *,
+    group: Group = None,
     backend: str | None = None,
 ) -> NCEOutput:
     """½(mean_i −log softmax_j(s_ij)_i + mean_j −log softmax_i(s_ij)_j), without holding the (N, N) scores s.
@@ -31,6 +33,9 @@ def clip_loss(
         image: (N, D), unit rows; float64, 32, 16 or bfloat16.
         text: (N, D), unit rows, same dtype and device.
         logit_scale: factor of the dot product, the exponential of CLIP's parameter; a 0-d tensor is learnable.
+        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
+            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
+            whole batch, and so is, under DDP, every gradient.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -41,20 +46,20 @@ def clip_loss(
     """
     check_rows("image", image, "text", text, same_n=True)
     checks.check_scale("logit_scale", logit_scale, image.device)
-    parts = tile_loss(image, text, SPEC, Nce(), scale=logit_scale, backend=backend)
+    parts = tile_loss(image, text, SPEC, Nce(), scale=logit_scale, group=group, backend=backend)
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 
 class CLIPLoss(nn.Module):
     """`clip_loss`; the scale is the model's, as in CLIP, and comes with each call."""
 
-    def __init__(self, *, backend: str | None = None) -> None:
+    def __init__(self, *, group: Group = None, backend: str | None = None) -> None:
         super().__init__()
-        self.backend = backend
+        self.group, self.backend = group, backend
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: float | Tensor) -> NCEOutput:
         """`clip_loss` of the batch."""
-        return clip_loss(image, text, logit_scale, backend=self.backend)
+        return clip_loss(image, text, logit_scale, group=self.group, backend=self.backend)
 
 
 def oracle(image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:

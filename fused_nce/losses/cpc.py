@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fused_nce.core import checks
 from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.processes import Group
 from fused_nce.core.spec import Block, Labels, Spec
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import dense_nce, fixed_mean, output, widened
@@ -34,6 +35,7 @@ def cpc_nce(
     weights: Sequence[float] | None = None,
     negatives: str = "batch",
     groups: Tensor | None = None,  # (N,) int64
+    group: Group = None,
     backend: str | None = None,
 ) -> NCEOutput:
     """Σ_s w_s·mean_i −log(e^(s_ii) / (e^(s_ii) + Σ_neg e^(s_ij))) / Σ_s w_s, without holding the (S, N, N) scores.
@@ -45,6 +47,9 @@ def cpc_nce(
         negatives: "batch", all other targets of the step; or "sequence", those of the row's own group. The latter costs
             the scores of the whole batch, and one GEMM more.
         groups: (N,) int64, the sequence of each position; needed by "sequence", and by nothing else.
+        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
+            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
+            whole batch, and so is, under DDP, every gradient.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -64,10 +69,12 @@ def cpc_nce(
     n_steps, n = predictions.shape[:2]
     if negatives == "sequence":
         checks.check_ids("groups", groups, n, "N", predictions.device)
+        if group is not None:
+            raise ValueError("group: got one with negatives='sequence', need None: a sequence lies on one process")
     elif groups is not None:
         raise ValueError("groups: got a tensor with negatives='batch', need None, or negatives='sequence'")
     steps = [
-        _step(prediction, target, share, groups, backend)
+        _step(prediction, target, share, groups, group, backend)
         for prediction, target, share in zip(
             predictions.unbind(0), targets.unbind(0), _shares(weights, n_steps), strict=True
         )
@@ -102,10 +109,12 @@ def _shares(weights: Sequence[float] | None, n_steps: int) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _step(prediction: Tensor, target: Tensor, share: float, groups: Tensor | None, backend: str | None) -> NCEOutput:
+def _step(
+    prediction: Tensor, target: Tensor, share: float, groups: Tensor | None, group: Group, backend: str | None
+) -> NCEOutput:
     """`share` times one step's loss, of (N, D) predictions and targets."""
     if groups is None:
-        parts = tile_loss(prediction, target, BATCH, Nce(weight=share), backend=backend)
+        parts = tile_loss(prediction, target, BATCH, Nce(weight=share), group=group, backend=backend)
         return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
     found = tile_stats(prediction, target, SEQUENCE, row_ids=groups, column_ids=groups, backend=backend)
     with torch.autocast(prediction.device.type, enabled=False):  # a score never goes through 16 bits
@@ -116,14 +125,19 @@ def _step(prediction: Tensor, target: Tensor, share: float, groups: Tensor | Non
 
 
 class CPCLoss(nn.Module):
-    """`cpc_nce` with its settings kept: `weights`, `negatives`, `backend`."""
+    """`cpc_nce` with its settings kept: `weights`, `negatives`, `group`, `backend`."""
 
     def __init__(
-        self, weights: Sequence[float] | None = None, *, negatives: str = "batch", backend: str | None = None
+        self,
+        weights: Sequence[float] | None = None,
+        *,
+        negatives: str = "batch",
+        group: Group = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         _check_negatives(negatives)
-        self.weights, self.negatives, self.backend = weights, negatives, backend
+        self.weights, self.negatives, self.group, self.backend = weights, negatives, group, backend
 
     def extra_repr(self) -> str:
         """The settings, as `print(module)` shows them."""
@@ -132,7 +146,13 @@ class CPCLoss(nn.Module):
     def forward(self, predictions: Tensor, targets: Tensor, groups: Tensor | None = None) -> NCEOutput:
         """`cpc_nce` of the batch."""
         return cpc_nce(
-            predictions, targets, weights=self.weights, negatives=self.negatives, groups=groups, backend=self.backend
+            predictions,
+            targets,
+            weights=self.weights,
+            negatives=self.negatives,
+            groups=groups,
+            group=self.group,
+            backend=self.backend,
         )
 
 

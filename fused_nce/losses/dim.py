@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.core.atoms import softplus
+from fused_nce.core.collectives import gather
 from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.processes import Group, peers
 from fused_nce.core.spec import Block, Identity, Spec
 from fused_nce.core.tails import Nce, fixed_sum
 from fused_nce.losses.common import dense_nce, fixed_lse, fixed_mean, output
@@ -36,6 +38,7 @@ def dim_mi(
     *,
     estimator: str = "jsd",
     anchor: str = "global",
+    group: Group = None,
     backend: str | None = None,
 ) -> NCEOutput:
     """The negative of a bound on the information between an image's locations and its global vectors, to be minimised.
@@ -48,6 +51,9 @@ def dim_mi(
         global_: (B, D), or (B, G, D) for several global vectors an image; same dtype and device.
         estimator: "jsd", "dv" or "nce".
         anchor: of "nce", "global", "local" or "both"; the others have none.
+        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
+            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
+            whole batch, and so is, under DDP, every gradient.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -70,8 +76,8 @@ def dim_mi(
         raise ValueError(f"global_: got width D = {global_.shape[-1]}, need local's {local.shape[-1]}")
     _check_settings(estimator, anchor)
     if estimator == "nce":
-        return _nce(local, global_, anchor, backend)
-    return _divergence(local, global_, estimator, backend)
+        return _nce(local, global_, anchor, group, backend)
+    return _divergence(local, global_, estimator, group, backend)
 
 
 def _check_settings(estimator: str, anchor: str) -> None:
@@ -81,43 +87,51 @@ def _check_settings(estimator: str, anchor: str) -> None:
         raise ValueError(f"anchor: got {anchor!r} with estimator={estimator!r}, which has none, need the default")
 
 
-def _nce(local: Tensor, global_: Tensor, anchor: str, backend: str | None) -> NCEOutput:
+def _nce(local: Tensor, global_: Tensor, anchor: str, group: Group, backend: str | None) -> NCEOutput:
     """Global vectors as rows and locations as columns, or the other way; "both" reads rows and columns of one sweep."""
     rows, columns = (local, global_) if anchor == "local" else (global_, local)
     d = local.shape[2]
     n_rows, n_columns = (x.shape[1] if x.dim() == 3 else 1 for x in (rows, columns))
     spec = Spec(Block(n_columns, n_rows), Identity(), Nce().stats, ("neg_lse",) if anchor == "both" else ())
-    parts = tile_loss(rows.reshape(-1, d), columns.reshape(-1, d), spec, Nce(), backend=backend)
+    parts = tile_loss(rows.reshape(-1, d), columns.reshape(-1, d), spec, Nce(), group=group, backend=backend)
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 
-def _divergence(local: Tensor, global_: Tensor, estimator: str, backend: str | None) -> NCEOutput:
+def _divergence(local: Tensor, global_: Tensor, estimator: str, group: Group, backend: str | None) -> NCEOutput:
     """Of "jsd" and "dv", whose two means are over the whole batch: no row has a loss of its own."""
     images, n_c, d = local.shape
     n_global = global_.shape[1] if global_.dim() == 3 else 1
-    if images == 1:
+    everyone = peers(group)
+    world = everyone.size if everyone is not None else 1
+    if images * world == 1:
         raise ValueError(f"local: got B = 1, need B >= 2 for estimator={estimator!r}: one image has no product pairs")
-    n_product = images * (images - 1) * n_c * n_global
+    n_product = images * (images * world - 1) * n_c * n_global  # of this process's rows
     name = {"jsd": "neg_softplus", "dv": "neg_lse"}[estimator]
     spec = Spec(Block(n_c, n_global), Identity(), (name,))
-    found = tile_stats(global_.reshape(-1, d), local.reshape(-1, d), spec, backend=backend)
+    found = tile_stats(global_.reshape(-1, d), local.reshape(-1, d), spec, group=group, backend=backend)
     if estimator == "jsd":
         product = fixed_sum(found[name]) / n_product
         loss = fixed_mean(softplus(-found["pos"])) + product
         bound = {"js_bound": math.log(2) - loss / 2}
     else:
-        loss = fixed_lse(found[name]) - math.log(n_product) - fixed_mean(found["pos"])
+        total = fixed_lse(found[name])
+        if everyone is not None:
+            # One log for all: the processes' sums meet, and each owes the others a part of its gradient.
+            total = fixed_lse(gather([total[None]], everyone, None)[0])
+        loss = total - math.log(world * n_product) - fixed_mean(found["pos"])
         bound = {"mi_bound": -loss}
     return output(loss, {"pos_mean": fixed_mean(found["pos"]), **bound})
 
 
 class DIMLoss(nn.Module):
-    """`dim_mi` with its settings kept: `estimator`, `anchor`, `backend`."""
+    """`dim_mi` with its settings kept: `estimator`, `anchor`, `group`, `backend`."""
 
-    def __init__(self, estimator: str = "jsd", *, anchor: str = "global", backend: str | None = None) -> None:
+    def __init__(
+        self, estimator: str = "jsd", *, anchor: str = "global", group: Group = None, backend: str | None = None
+    ) -> None:
         super().__init__()
         _check_settings(estimator, anchor)
-        self.estimator, self.anchor, self.backend = estimator, anchor, backend
+        self.estimator, self.anchor, self.group, self.backend = estimator, anchor, group, backend
 
     def extra_repr(self) -> str:
         """The settings, as `print(module)` shows them."""
@@ -125,7 +139,9 @@ class DIMLoss(nn.Module):
 
     def forward(self, local: Tensor, global_: Tensor) -> NCEOutput:
         """`dim_mi` of the batch."""
-        return dim_mi(local, global_, estimator=self.estimator, anchor=self.anchor, backend=self.backend)
+        return dim_mi(
+            local, global_, estimator=self.estimator, anchor=self.anchor, group=self.group, backend=self.backend
+        )
 
 
 def oracle(local: Tensor, global_: Tensor, *, estimator: str = "jsd", anchor: str = "global") -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
+from fused_nce.core.processes import Group
 from fused_nce.core.spec import Block, Identity, Index, Spec, TanhClip
 from fused_nce.core.tails import REDUCTIONS, Nce
 from fused_nce.losses.common import check_rows, dense_nce, inverse, normalized
@@ -31,6 +32,7 @@ def info_nce(
     clip: float | None = None,
     penalty: float = 0.0,
     reduction: str = "mean",
+    group: Group = None,
     backend: str | None = None,
 ) -> NCEOutput:
     """InfoNCE of queries among keys, without holding the (N, M) scores.
@@ -38,13 +40,16 @@ def info_nce(
     Args:
         queries: (N, D), float64, 32, 16 or bfloat16.
         keys: (M, D), same dtype and device; M = N without targets.
-        targets: (N,) int64, the key of each query; None is i for query i.
+        targets: (N,) int64, the key of each query, among this process's; None is i for query i.
         temperature: of the softmax, > 0; a 0-d tensor is learnable.
         normalize: scale every row to unit norm first.
         symmetric: average with the keys' classification among the queries; needs targets to be a permutation.
         clip: range c of a soft clip c·tanh(s/c) of the scores; None for none.
         penalty: λ of λ·mean(s²) over all scores, before the clip.
         reduction: of `nce`: "mean", "sum", or "none" for (N,). The penalty stays a mean.
+        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
+            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
+            whole batch, and so is, under DDP, every gradient.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -75,7 +80,7 @@ def info_nce(
     if normalize:
         queries, keys = normalized(queries), normalized(keys)
     scale = inverse("temperature", temperature, queries.device)
-    parts = tile_loss(queries, keys, spec, tail, scale=scale, row_ids=targets, backend=backend)
+    parts = tile_loss(queries, keys, spec, tail, scale=scale, row_ids=targets, group=group, backend=backend)
     nce = parts.nce.squeeze(1) if reduction == "none" else parts.nce
     return NCEOutput(parts.loss, nce, parts.penalty, parts.report)
 
@@ -99,7 +104,7 @@ class InfoNCELoss(nn.Module):
     Args:
         temperature: a number > 0; the start where it is learned.
         learnable: make it a parameter, `log_scale` = log(1 / temperature), 0-d.
-        options: `normalize`, `symmetric`, `clip`, `penalty`, `reduction` and `backend` of `info_nce`.
+        options: `normalize`, `symmetric`, `clip`, `penalty`, `reduction`, `group` and `backend` of `info_nce`.
     """
 
     def __init__(self, temperature: float = 0.1, *, learnable: bool = False, **options: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.core.engine import tile_loss
+from fused_nce.core.processes import Group
 from fused_nce.core.spec import Block, Spec
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import check_rows, dense_nce, inverse, normalized
@@ -28,6 +29,7 @@ def nt_xent(
     *,
     temperature: float | Tensor = 0.5,
     normalize: bool = True,
+    group: Group = None,
     backend: str | None = None,
 ) -> NCEOutput:
     """NT-Xent of two views of N images, without holding the (2N, 2N) scores.
@@ -37,6 +39,9 @@ def nt_xent(
         view1: (N, D), same dtype and device.
         temperature: of the softmax, > 0; a 0-d tensor is learnable.
         normalize: scale every row to unit norm first; False for rows that are.
+        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
+            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
+            whole batch, and so is, under DDP, every gradient.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -48,17 +53,25 @@ def nt_xent(
     check_rows("view0", view0, "view1", view1, same_n=True)
     z = torch.stack((view0, view1), dim=1).flatten(0, 1)
     scale = inverse("temperature", temperature, z.device)
-    parts = tile_loss(normalized(z) if normalize else z, None, SPEC, Nce(), scale=scale, backend=backend)
+    parts = tile_loss(normalized(z) if normalize else z, None, SPEC, Nce(), scale=scale, group=group, backend=backend)
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 
 class NTXentLoss(nn.Module):
-    """`nt_xent` with its settings kept: `temperature`, `normalize`, `backend`."""
+    """`nt_xent` with its settings kept: `temperature`, `normalize`, `group`, `backend`."""
 
-    def __init__(self, temperature: float = 0.5, *, normalize: bool = True, backend: str | None = None) -> None:
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        *,
+        normalize: bool = True,
+        group: Group = None,
+        backend: str | None = None,
+    ) -> None:
         super().__init__()
         inverse("temperature", temperature, torch.device("cpu"))
-        self.temperature, self.normalize, self.backend = temperature, normalize, backend
+        self.temperature, self.normalize = temperature, normalize
+        self.group, self.backend = group, backend
 
     def extra_repr(self) -> str:
         """The settings, as `print(module)` shows them."""
@@ -66,7 +79,14 @@ class NTXentLoss(nn.Module):
 
     def forward(self, view0: Tensor, view1: Tensor) -> NCEOutput:
         """`nt_xent` of the batch."""
-        return nt_xent(view0, view1, temperature=self.temperature, normalize=self.normalize, backend=self.backend)
+        return nt_xent(
+            view0,
+            view1,
+            temperature=self.temperature,
+            normalize=self.normalize,
+            group=self.group,
+            backend=self.backend,
+        )
 
 
 def oracle(view0: Tensor, view1: Tensor, *, temperature: float | Tensor = 0.5, normalize: bool = True) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
+from fused_nce.core.processes import Group
 from fused_nce.core.spec import Bias, Block, Spec
 from fused_nce.core.tails import Sigmoid
 from fused_nce.losses.common import check_rows
@@ -24,6 +25,7 @@ def siglip_loss(
     logit_scale: float | Tensor,
     logit_bias: float | Tensor,
     *,
+    group: Group = None,
     backend: str | None = None,
 ) -> NCEOutput:
     """1/N Σ_ij softplus(−z_ij·t_ij), z = 1 for i = j and −1 otherwise, t = logit_scale·⟨image_i, text_j⟩ + logit_bias.
@@ -33,6 +35,9 @@ def siglip_loss(
         text: (N, D), unit rows, same dtype and device.
         logit_scale: factor of the dot product; a 0-d tensor is learnable.
         logit_bias: added to every score; a 0-d tensor is learnable.
+        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
+            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
+            whole batch, and so is, under DDP, every gradient.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -44,22 +49,22 @@ def siglip_loss(
     check_rows("image", image, "text", text, same_n=True)
     checks.check_scale("logit_scale", logit_scale, image.device)
     checks.check_scale("logit_bias", logit_bias, image.device)
-    parts = tile_loss(image, text, SPEC, Sigmoid(), scale=logit_scale, bias=logit_bias, backend=backend)
+    parts = tile_loss(image, text, SPEC, Sigmoid(), scale=logit_scale, bias=logit_bias, group=group, backend=backend)
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 
 class SigLIPLoss(nn.Module):
     """`siglip_loss`; scale and bias are the model's and come with each call."""
 
-    def __init__(self, *, backend: str | None = None) -> None:
+    def __init__(self, *, group: Group = None, backend: str | None = None) -> None:
         super().__init__()
-        self.backend = backend
+        self.group, self.backend = group, backend
 
     def forward(
         self, image: Tensor, text: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor
     ) -> NCEOutput:
         """`siglip_loss` of the batch."""
-        return siglip_loss(image, text, logit_scale, logit_bias, backend=self.backend)
+        return siglip_loss(image, text, logit_scale, logit_bias, group=self.group, backend=self.backend)
 
 
 def oracle(image: Tensor, text: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
+from fused_nce.core.processes import Group
 from fused_nce.core.spec import Labels, Spec
 from fused_nce.core.tails import LogIn, LogOut
 from fused_nce.losses import registry
@@ -32,6 +33,7 @@ def sup_con(
     temperature: float | Tensor = 0.1,
     variant: str = "out",
     normalize: bool = True,
+    group: Group = None,
     backend: str | None = None,
 ) -> NCEOutput:
     """The supervised contrastive loss of N rows, every view a row of its own, without holding the (N, N) scores.
@@ -42,6 +44,9 @@ def sup_con(
         temperature: of the softmax, > 0; a 0-d tensor is learnable.
         variant: "out" (equation 2) or "in" (equation 3).
         normalize: scale every row to unit norm first; False for rows that are.
+        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
+            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
+            whole batch, and so is, under DDP, every gradient.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -56,12 +61,12 @@ def sup_con(
     checks.check_choice("variant", variant, tuple(TAILS))
     scale = inverse("temperature", temperature, features.device)
     z = normalized(features) if normalize else features
-    parts = tile_loss(z, None, SPEC, TAILS[variant], scale=scale, row_ids=labels, backend=backend)
+    parts = tile_loss(z, None, SPEC, TAILS[variant], scale=scale, row_ids=labels, group=group, backend=backend)
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 
 class SupConLoss(nn.Module):
-    """`sup_con` with its settings kept: `temperature`, `variant`, `normalize`, `backend`."""
+    """`sup_con` with its settings kept: `temperature`, `variant`, `normalize`, `group`, `backend`."""
 
     def __init__(
         self,
@@ -69,12 +74,14 @@ class SupConLoss(nn.Module):
         *,
         variant: str = "out",
         normalize: bool = True,
+        group: Group = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         inverse("temperature", temperature, torch.device("cpu"))
         checks.check_choice("variant", variant, tuple(TAILS))
-        self.temperature, self.variant, self.normalize, self.backend = temperature, variant, normalize, backend
+        self.temperature, self.variant, self.normalize = temperature, variant, normalize
+        self.group, self.backend = group, backend
 
     def extra_repr(self) -> str:
         """The settings, as `print(module)` shows them."""
@@ -88,6 +95,7 @@ class SupConLoss(nn.Module):
             temperature=self.temperature,
             variant=self.variant,
             normalize=self.normalize,
+            group=self.group,
             backend=self.backend,
         )
 

@@ -1,26 +1,16 @@
 """AMDIM as an `nn.Module`: two views in, losses out; no trainer needed."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from fused_nce.losses import AMDIMLoss
+from fused_nce.models.base import Embedded, Losses, Model, split_views
 from fused_nce.models.encoders.amdim import AMDIMEncoder
 from fused_nce.models.encoders.blocks import Init
 
 
-class Losses(Protocol):
-    """What a loss returns: the number to minimise, its two parts, and detached statistics for logging."""
-
-    loss: Tensor
-    nce: Tensor
-    penalty: Tensor
-    stats: dict[str, Tensor]
-
-
-class AMDIM(nn.Module):
+class AMDIM(Model):
     """Augmented multiscale Deep InfoMax (arXiv 1906.00910).
 
     ```
@@ -83,6 +73,19 @@ class AMDIM(nn.Module):
         taps: dict[str, Tensor] = self.encoder(x)
         return taps
 
+    def embed(
+        self,
+        batch: Tensor | Sequence[Tensor],  # (B, 2, 3, H, H), or two tensors (B, 3, H, H)
+    ) -> Embedded:
+        """The maps of both views, which are what the loss is called with too.
+
+        Raises:
+            ValueError: if there are not two views of one shape, or only one image (no negatives).
+        """
+        view1, view2 = split_views(batch)
+        taps = self.encode(view1), self.encode(view2)
+        return Embedded(taps, taps)
+
     def forward(
         self,
         batch: Tensor | Sequence[Tensor],  # (B, 2, 3, H, H), or two tensors (B, 3, H, H)
@@ -90,25 +93,6 @@ class AMDIM(nn.Module):
         """The loss of two views of the same images, with everything in the batch as negatives.
 
         Raises:
-            ValueError: if there are not two views of one shape, or only one image (no negatives).
+            ValueError: as `embed`.
         """
-        view1, view2 = split_views(batch)
-        losses: Losses = self.loss(self.encode(view1), self.encode(view2))
-        return losses
-
-
-def split_views(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The two views of a batch, checked: same shape, at least two images."""
-    if isinstance(batch, Tensor):
-        if batch.dim() != 5 or batch.shape[1] != 2:
-            raise ValueError(f"batch: a tensor must be (B, 2, 3, H, W), got {tuple(batch.shape)}")
-        view1, view2 = torch.unbind(batch, 1)
-    elif len(batch) == 2:
-        view1, view2 = batch
-    else:
-        raise ValueError(f"batch: must hold 2 views, got {len(batch)}")
-    if view1.shape != view2.shape:
-        raise ValueError(f"batch: the views must have one shape, got {tuple(view1.shape)} and {tuple(view2.shape)}")
-    if len(view1) < 2:
-        raise ValueError(f"batch: must hold at least 2 images, got {len(view1)}: one image has no negatives")
-    return view1, view2
+        return super().forward(batch)

@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fused_nce.models.base import Model
 from fused_nce.train import config as config_module
-from fused_nce.train.config import LossConfig, TrainConfig
+from fused_nce.train.config import TrainConfig
 
 log = logging.getLogger("fused_nce")
 
@@ -143,16 +144,7 @@ def load_into(module: nn.Module, tensors: Tensors, what: str) -> None:
     module.load_state_dict(tensors)
 
 
-def build_model(config: TrainConfig) -> nn.Module:
-    """The untrained model of a configuration."""
-    from fused_nce.losses import AMDIMLoss
-    from fused_nce.models import AMDIM
-
-    loss: LossConfig = config.loss
-    return AMDIM(**vars(config.model), loss=AMDIMLoss(**vars(loss)))
-
-
-def load_model(run_dir: str | Path) -> tuple[nn.Module, TrainConfig]:
+def load_model(run_dir: str | Path) -> tuple[Model, TrainConfig]:
     """The newest model of a run, in eval mode, and the run's configuration.
 
     Raises:
@@ -160,7 +152,7 @@ def load_model(run_dir: str | Path) -> tuple[nn.Module, TrainConfig]:
     """
     config = config_module.load(run_dir)
     path = newest(run_dir)
-    model = build_model(config)
+    model = config.build(images=int(load_state(path).get("images", 1)))
     load_into(model, load_tensors(path, "model"), f"{path}/model.safetensors")
     return model.eval(), config
 
@@ -199,9 +191,9 @@ def _sync(path: Path) -> None:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> Tensors:
-    """Adam's moments as `{"<parameter number>.<name>": tensor}`."""
+    """The moments as `{"<parameter number>.<name>": tensor}`."""
     state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}
+    return {f"{i}.{name}": v for i, values in state.items() for name, v in values.items() if v is not None}
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:

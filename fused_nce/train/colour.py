@@ -6,6 +6,7 @@ factor for all images; a test compares them image by image. On two cores 256 vie
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GRAY = (0.2989, 0.587, 0.114)  # torchvision's luma
@@ -93,6 +94,37 @@ def grayscale(
     if len(chosen):
         x[chosen] = luma(x[chosen]).expand(-1, 3, -1, -1)
     return x
+
+
+def blur(
+    x: Tensor,  # (B, 3, H, W)
+    sigma: tuple[float, float],
+    p: float,
+) -> Tensor:
+    """torchvision's `RandomApply([GaussianBlur(kernel, sigma)], p)`, drawn for every image.
+
+    The kernel spans a tenth of the side, as SimCLR's: an odd width, 3 px at the least.
+    """
+    on, width = torch.rand(len(x)) < p, torch.empty(len(x)).uniform_(*sigma)
+    chosen = on.nonzero().squeeze(1)
+    if len(chosen):
+        x[chosen] = gaussian(x[chosen], width[chosen], max(3, x.shape[-1] // 10 | 1))
+    return x
+
+
+def gaussian(
+    x: Tensor,  # (B, C, H, W)
+    sigma: Tensor,  # (B,) px
+    taps: int,
+) -> Tensor:
+    """Rows, then columns, with a Gaussian of its own for each image; the edges reflect."""
+    count, channels, height = x.shape[:3]
+    place = torch.arange(taps) - taps // 2
+    kernel = torch.exp(-0.5 * (place / sigma[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)[:, None]  # (B·C, 1, taps)
+    out = F.pad(x, (taps // 2,) * 4, mode="reflect").reshape(1, count * channels, height + taps - 1, -1)
+    out = F.conv2d(out, kernel[:, :, None], groups=count * channels)
+    return F.conv2d(out, kernel[:, :, :, None], groups=count * channels).reshape(x.shape)
 
 
 def _draw(count: int, strength: float, centre: float) -> Tensor:

@@ -9,11 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fused_nce.train import checkpoint, config
+from fused_nce.train import checkpoint, config, methods
 from fused_nce.train.config import TrainConfig
-from fused_nce.train.presets import PRESETS
 
-METHODS = ("amdim",)
 SHORT = {
     "--epochs": "--optim.epochs",
     "--lr": "--optim.lr",
@@ -32,12 +30,10 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError: for settings, data or a run that cannot be used.
     """
-    if not argv or argv[0] not in METHODS:
-        if argv and argv[0] in ("-h", "--help"):
-            print(f"usage: fused-nce train {{{','.join(METHODS)}}} [options]; add --help for the options")
-            return 0
-        raise ValueError(f"method: must be one of {', '.join(METHODS)}, got {argv[0] if argv else 'nothing'}")
-    settings, run_dir, resume = parse(argv[1:])
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"usage: fused-nce train {{{','.join(methods.METHODS)}}} [options]; add --help for the options")
+        return 0
+    settings, run_dir, resume = parse(argv[0] if argv else None, argv[1:])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from fused_nce.train.loop import Diverged, Trainer, describe
@@ -73,26 +69,31 @@ def lost(trainer: Any) -> str:
     return "".join(f", {part}" for part in parts)
 
 
-def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path, bool]:
+def parse(name: str | None, argv: Sequence[str]) -> tuple[TrainConfig, Path, bool]:
     """The settings, the run's folder (made, with `config.yaml` in it), and whether to resume.
 
+    Args:
+        name: of the method.
+        argv: what follows it.
+
     Raises:
-        ValueError: for a bad setting, an unknown preset, a folder that holds a run already, or a resume that would
-            change the run.
+        ValueError: for an unknown method or preset, a bad setting, a folder that holds a run already, or a resume
+            that would change the run.
     """
-    parser = _parser()
+    method = methods.get(name)
+    parser = _parser(method)
     argv = [_long(word) for word in argv]
     values = parser.parse_args(argv)
-    if values.preset not in PRESETS:
-        raise ValueError(f"preset: must be one of {', '.join(PRESETS)}, got {values.preset!r}")
+    if values.preset not in method.presets:
+        raise ValueError(f"preset: must be one of {', '.join(method.presets)}, got {values.preset!r}")
     if values.resume is not None and (values.out is not None or values.overwrite):
         raise ValueError(f"resume: goes on in {values.resume} itself; leave out --out and --overwrite")
     if values.resume is not None:
-        return _resumed(parser, argv, Path(values.resume), values.allow_changed)
-    parser.set_defaults(config.flatten(PRESETS[values.preset]))
+        return _resumed(method, parser, argv, Path(values.resume), values.allow_changed)
+    parser.set_defaults(config.flatten(method.presets[values.preset]))
     values = parser.parse_args(argv)
-    settings = config.instantiate(parser, values)
-    run_dir = Path(values.out or f"runs/amdim-{settings.preset}")
+    settings = config.instantiate(method, parser, values)
+    run_dir = Path(values.out or f"runs/{method.method}-{settings.preset}")
     if not _first_process():
         return settings, run_dir, False
     if (run_dir / config.CONFIG_NAME).exists():
@@ -114,11 +115,15 @@ def _long(word: str) -> str:
     return SHORT.get(name, name) + equals + value
 
 
-def _resumed(parser: Any, argv: Sequence[str], run_dir: Path, allowed: list[str]) -> tuple[TrainConfig, Path, bool]:
+def _resumed(
+    method: type[TrainConfig], parser: Any, argv: Sequence[str], run_dir: Path, allowed: list[str]
+) -> tuple[TrainConfig, Path, bool]:
     saved = config.load(run_dir)
+    if saved.method != method.method:
+        raise ValueError(f"resume: {run_dir} is a run of {saved.method}; got method {method.method}, need the same")
     checkpoint.newest(run_dir)
-    parser.set_defaults(config.flatten(config.to_dict(saved)))
-    settings = config.instantiate(parser, parser.parse_args(argv))
+    parser.set_defaults({k: v for k, v in config.flatten(config.to_dict(saved)).items() if k != "method"})
+    settings = config.instantiate(method, parser, parser.parse_args(argv))
     changed = [line for line in config.differences(saved, settings) if line.split(":")[0] not in allowed]
     if changed:
         raise ValueError(
@@ -135,21 +140,21 @@ def _first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _parser() -> Any:
+def _parser(method: type[TrainConfig]) -> Any:
     from jsonargparse import ActionConfigFile
 
     from fused_nce.train import options
 
     parser = options.parser(
-        prog="fused-nce train amdim",
-        description="Train an AMDIM encoder without labels. Settings come from the preset, then --config, then the "
-        f"command line. Presets: {', '.join(PRESETS)}. Short forms: "
+        prog=f"fused-nce train {method.method}",
+        description=f"Train an encoder by {method.title}. Settings come from the preset, then --config, then the "
+        f"command line. Presets: {', '.join(method.presets)}. Short forms: "
         + ", ".join(f"{short} for {full}" for short, full in SHORT.items()),
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings")
-    parser.add_argument("--out", type=str | None, default=None, help="folder of the run (default: runs/amdim-<preset>)")
+    parser.add_argument("--out", type=str | None, default=None, help="folder (default: runs/METHOD-PRESET)")
     parser.add_argument("--resume", type=str | None, default=None, help="folder of a run to continue")
     parser.add_argument("--overwrite", action="store_true", help="move the run that --out holds aside")
     parser.add_argument("--allow-changed", type=str, nargs="*", default=[], help="settings that a resume may change")
-    parser.add_class_arguments(TrainConfig)
+    parser.add_class_arguments(method)
     return parser

@@ -1,11 +1,24 @@
-"""The configuration of a run: dataclasses, checked, and saved as `RUN/config.yaml`."""
+"""The configuration of a run: dataclasses, checked, and saved as `RUN/config.yaml`.
+
+A method is a `TrainConfig` of its own, one file in `train/methods/`: its settings, and the answers that the loop, the
+checkpoints and the evaluation ask of it. None of them knows a method by name.
+"""
+
+from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
 
 from fused_nce.train import limits
+
+if TYPE_CHECKING:
+    from fused_nce.models.base import Model
 
 CONFIG_NAME = "config.yaml"
 
@@ -13,53 +26,12 @@ CIFAR_MEAN, CIFAR_STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62
 
 
 @dataclass
-class ModelConfig:
-    """The encoder.
-
-    Args:
-        image_size: 32, 64 or 128 px.
-        ndf: channels of the first stage.
-        n_rkhs: width of the embeddings.
-        n_depth: layers of each residual block.
-        use_bn: BatchNorm inside the blocks.
-        init: zero-initialised branches ("amdim") or Kaiming.
-    """
-
-    image_size: int = 32
-    ndf: int = 128
-    n_rkhs: int = 1024
-    n_depth: int = 3
-    use_bn: bool = False
-    init: Literal["amdim", "kaiming"] = "amdim"
-
-
-@dataclass
-class LossConfig:
-    """The AMDIM loss.
-
-    Args:
-        pairs: antecedent and consequent maps, "1>5" for f1 against all of f5.
-        antecedents: one sampled location an image, or all of them.
-        scale: of the dot products; 1/sqrt(D) if left out.
-        clip: soft limit of the scores, clip * tanh(s / clip); null for none.
-        penalty: weight of the mean squared raw score: 0.05 in amdim-public, 0.04 in the paper.
-        backend: engine backend; chosen by the machine if left out.
-    """
-
-    pairs: tuple[str, ...] = ("1>5", "1>7", "5>5")
-    antecedents: Literal["sample", "all"] = "sample"
-    scale: float | None = None
-    clip: float | None = 20.0
-    penalty: float = 0.05
-    backend: str | None = None
-
-
-@dataclass
 class AugmentConfig:
-    """Two views of an image, in this order: flip (shared by the views), geometry, colour jitter, grayscale, normalise.
+    """Views of an image, in this order: flip, geometry, colour jitter, grayscale, blur, normalise.
 
     Args:
-        flip_p: chance of a horizontal flip, drawn once for both views.
+        flip_p: chance of a horizontal flip.
+        flip_shared: drawn once for all views of an image (AMDIM) or for each.
         geometry: "translate" (whole pixels, reflected edges), "affine", "crop" (random resized crop) or "none".
         geometry_p: chance that a view is moved at all ("translate" and "affine").
         translate_px: largest shift of "translate".
@@ -72,11 +44,14 @@ class AugmentConfig:
         jitter: largest change of brightness, contrast, saturation, hue.
         jitter_p: chance of colour jitter.
         gray_p: chance of grayscale.
+        blur_p: chance of a Gaussian blur.
+        blur_sigma: smallest and largest standard deviation of the blur, in px.
         mean: of the channels, in [0, 1].
         std: of the channels, in [0, 1].
     """
 
     flip_p: float = 0.5
+    flip_shared: bool = True
     geometry: Literal["translate", "affine", "crop", "none"] = "translate"
     geometry_p: float = 0.8
     translate_px: int = 4
@@ -89,35 +64,45 @@ class AugmentConfig:
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.2)
     jitter_p: float = 0.8
     gray_p: float = 0.25
+    blur_p: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
     mean: tuple[float, float, float] = CIFAR_MEAN
     std: tuple[float, float, float] = CIFAR_STD
 
 
 @dataclass
 class OptimConfig:
-    """Adam and its schedule.
+    """The optimizer and its schedule.
 
     Args:
+        name: "adam", "sgd" (Nesterov off) or "lars" (arXiv 1708.03888).
         epochs: length of the run, and of the cosine.
         batch_size: images of one process and one forward pass; the negatives come from these.
         accumulate: forward passes in one update.
         lr: peak learning rate.
         betas: of Adam.
         eps: of Adam.
-        weight_decay: on everything, added to the gradient.
+        momentum: of SGD and LARS.
+        trust: LARS's trust coefficient.
+        weight_decay: added to the gradient.
+        decay_all: of every parameter; false leaves biases and norms out (and LARS's scaling of their rate, too).
         warmup_updates: updates over which the rate grows linearly.
         schedule: "step" multiplies by `gamma` at each milestone, "cosine" falls to 0 at the last update.
         milestones: epochs.
         gamma: factor at a milestone.
     """
 
+    name: Literal["adam", "sgd", "lars"] = "adam"
     epochs: int = 300
     batch_size: int = 200
     accumulate: int = 1
     lr: float = 2e-4
     betas: tuple[float, float] = (0.8, 0.999)
     eps: float = 1e-8
+    momentum: float = 0.9
+    trust: float = 1e-3
     weight_decay: float = 1e-5
+    decay_all: bool = True
     warmup_updates: int = 500
     schedule: Literal["step", "cosine", "constant"] = "step"
     milestones: tuple[int, ...] = (250, 280)
@@ -135,7 +120,8 @@ class RunConfig:
         save_minutes: minutes between two checkpoints.
         keep: checkpoints kept, at least 2.
         workers: processes that read images that are not held in memory.
-        memory_limit_mb: a data set that takes less as uint8 is decoded once and held, unless the geometry is "crop".
+        memory_limit_mb: a data set that takes less as uint8 is decoded once and held; under the geometry "crop" only
+            if all images have the model's size already.
         tensorboard: write TensorBoard events too, if it is installed.
     """
 
@@ -151,7 +137,7 @@ class RunConfig:
 
 @dataclass
 class TrainConfig:
-    """All that decides a run.
+    """All that decides a run. A method gives `model` and `loss` their types and the class variables their values.
 
     Args:
         data: "digits", a folder of images (one subfolder a class), or WebDataset shards (folder or glob).
@@ -162,17 +148,78 @@ class TrainConfig:
         probes: train the online linear and MLP classifiers where there are labels.
     """
 
+    method: ClassVar[str]  # its name on the command line
+    title: ClassVar[str]  # its name in print
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]  # each lists what differs from the defaults
+    rules: ClassVar[Mapping[str, limits.Rule]]  # of its own settings; `limits.RULES` has the shared ones
+    taps: ClassVar[tuple[str, ...]]  # that the evaluation probes; the online classifiers take the first
+    view_count: ClassVar[int] = 2  # of an image in a batch
+    extras: ClassVar[tuple[Literal["labels", "indices"], ...]] = ()  # what a batch holds beside the views, in order
+    stats: ClassVar[tuple[str, ...]] = ()  # of its loss, to be logged beside the shared ones
+
     data: str = "digits"
     preset: str = "default"
     seed: int = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     channels_last: bool | None = None
     probes: bool = True
-    model: ModelConfig = field(default_factory=ModelConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    model: Any = None
+    loss: Any = None
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def build(self, *, images: int = 1) -> Model:
+        """The untrained model.
+
+        Args:
+            images: in the training set, for a method that remembers each.
+        """
+        raise NotImplementedError
+
+    def check_together(self) -> None:
+        """Refuse settings that do not fit each other.
+
+        Raises:
+            ValueError: naming the setting, what it must be and what it is.
+        """
+        a, side = self.augment, self.model.image_size
+        if a.geometry == "translate" and a.translate_px >= side:
+            raise ValueError(f"augment.translate_px: must be below the image's {side} px, got {a.translate_px}")
+
+    def open_loader(self, rank: int, world: int) -> Any:
+        """Where the batches of a process come from: see `loader.Loader`."""
+        from fused_nce.train.loader import Loader
+
+        return Loader(self, rank=rank, world=world)
+
+    def make_views(self) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """What turns the images of a batch into the views that the model is given."""
+        from fused_nce.train.augment import Views
+
+        return Views(self.augment, self.model.image_size, self.view_count)
+
+    def sample(self) -> Tensor:
+        """A single input of `encode`, of zeros."""
+        return torch.zeros(1, 3, self.model.image_size, self.model.image_size)
+
+    def optimizers(self, module: nn.Module) -> dict[str, torch.optim.Optimizer]:
+        """By name. All step after each update; the rate of a group that has an `lr_scale` is multiplied by it."""
+        from fused_nce.train import optim
+
+        return {"optimizer": optim.build(module, self.optim)}
+
+    def leaves_some_unused(self) -> bool:
+        """Whether a pass leaves some of the model's trained parameters without a gradient, as DDP must know."""
+        return False
+
+    def untrained(self) -> dict[str, TrainConfig]:
+        """The encoders that the evaluation compares with, by the names that it prints."""
+        return {"random": self}
+
+    def loss_shape(self) -> tuple[list[tuple[int, int]], int] | None:
+        """(rows, columns) that an image supplies to each term of AMDIM's loss, and D; None for another loss."""
+        return None
 
 
 def check(config: TrainConfig) -> None:
@@ -181,13 +228,13 @@ def check(config: TrainConfig) -> None:
     Raises:
         ValueError: naming the setting, its value and what is needed.
     """
-    limits.check(config)
-    limits.check_together(config)
+    limits.check(config, rules={**limits.RULES, **config.rules})
+    config.check_together()
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Plain lists, dicts, numbers and strings, for YAML and JSON."""
-    return _plain(dataclasses.asdict(config))
+    return {"method": config.method, **_plain(dataclasses.asdict(config))}
 
 
 def _plain(value: Any) -> Any:
@@ -200,19 +247,21 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     """The inverse of `to_dict`; an unknown or missing key, or a value of another type, is an error."""
     from jsonargparse import ArgumentParser
 
+    from fused_nce.train import methods
+
+    method = methods.get(values.get("method", "amdim"))  # the only one there was before runs named theirs
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TrainConfig)
-    config: TrainConfig = instantiate(parser, parser.parse_object(values))
-    return config
+    parser.add_class_arguments(method)
+    return instantiate(method, parser, parser.parse_object({k: v for k, v in values.items() if k != "method"}))
 
 
-def instantiate(parser: Any, namespace: Any) -> TrainConfig:
-    """The dataclass of a parsed namespace, checked."""
+def instantiate(method: type[TrainConfig], parser: Any, namespace: Any) -> TrainConfig:
+    """A method's dataclass of a parsed namespace, checked."""
     # jsonargparse 4.49 renamed it and warns about the old name.
     make = getattr(parser, "instantiate", None) or parser.instantiate_classes
     values = make(namespace)
-    names = {f.name for f in dataclasses.fields(TrainConfig)}
-    config = TrainConfig(**{key: value for key, value in vars(values).items() if key in names})
+    names = {f.name for f in dataclasses.fields(method)}
+    config = method(**{key: value for key, value in vars(values).items() if key in names})
     check(config)
     return config
 
@@ -246,9 +295,9 @@ def differences(saved: TrainConfig, wanted: TrainConfig) -> list[str]:
     return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in old | new if old.get(k) != new.get(k) and k[:4] != "run."]
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat

@@ -1,6 +1,6 @@
 """Images and labels for training and evaluation, from whichever source a name means."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from fused_nce.train import progress
 from fused_nce.train.sources import Damage, FolderSource, ShardSource, Source, digits, fit
 
 # Short side that an image is resized to before the centre crop of the tests (amdim-public: 70 -> 64, 146 -> 128).
-TEST_RESIZE = {32: 32, 64: 70, 128: 146}
+TEST_RESIZE = {32: 32, 64: 70, 128: 146, 224: 256}
 DEFAULT_LIMIT_BYTES = 4096 << 20
 
 
@@ -85,12 +85,26 @@ def decoded_bytes(source: Source, size: int) -> int:
 
 def decode(source: Source, size: int, resize: int) -> ImageSet:
     """Read every image of a source: short side to `resize` px, centre crop to `size` px."""
+    found = _decode(source, size, lambda image: fit(image, size, resize))
+    assert found is not None
+    return found
+
+
+def decode_native(source: Source, size: int) -> ImageSet | None:
+    """Read every image of a source as it is; None at the first that is not `size` px square."""
+    return _decode(source, size, lambda image: image if image.shape[1:] == (size, size) else None)
+
+
+def _decode(source: Source, size: int, prepare: Callable[[Tensor], Tensor | None]) -> ImageSet | None:
     images = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
     labels = torch.tensor(source.labels, dtype=torch.int64)
     damage = Damage(len(source))
     steps: Iterator[int] = progress.bar(range(len(source)), desc="decoding", unit="image", delay=2, leave=False)
     for i in steps:
         image, index = damage.read(source, i)
-        images[i] = fit(image, size, resize)
+        ready = prepare(image)
+        if ready is None:
+            return None
+        images[i] = ready
         labels[i] = source.labels[index]
     return ImageSet(images, labels, source.classes, damage.count)

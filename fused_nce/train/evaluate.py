@@ -39,13 +39,12 @@ from fused_nce.train.figures import draw_figures
 
 MAX_PROBE_IMAGES = 50_000  # more labelled images than CIFAR's 50,000 change a probe little and cost minutes
 PARTIAL = "eval.partial.csv"
-RANDOM = {"random, AMDIM init": "amdim", "random, Kaiming init": "kaiming"}
 
 
 def evaluate(
     run: str,
     *,
-    taps: Sequence[str] = ("f1", "f7"),
+    taps: Sequence[str] | None = None,
     labels_per_class: int = 10,
     draws: int = 10,
     baselines: bool = True,
@@ -58,7 +57,7 @@ def evaluate(
 
     Args:
         run: folder of a training run.
-        taps: feature maps of the encoder; the first is the one that the pictures show.
+        taps: feature maps of the encoder, the method's own if left out; the pictures show the first.
         labels_per_class: size of the small label sets.
         draws: how many small label sets, at least 2.
         baselines: measure raw pixels and two untrained encoders too.
@@ -73,13 +72,12 @@ def evaluate(
     """
     start = time.perf_counter()
     folder = Path(run)
-    if not taps:
+    if taps is not None and not taps:
         raise ValueError("taps: none given; need at least one, such as f1")
     model, config = checkpoint.load_model(folder)
+    taps = list(taps or config.taps)
     log = runlog.read_log(folder)
-    transform = augment.test_transform(config)
-    size = config.model.image_size
-    features.check_taps(model, transform(torch.zeros(1, 3, size, size, dtype=torch.uint8)), taps)
+    features.check_taps(model, config.sample(), taps)
     probe, test = (_labelled(config, split, seed) for split in ("probe", "test"))
     plan = scoring.plan(probe.labels, test.labels, labels_per_class=labels_per_class, draws=draws, seed=seed)
 
@@ -87,7 +85,7 @@ def evaluate(
     kept: dict[str, Any] = {}
     # One at a time: all of CIFAR-10's feature sets together are 2 GB.
     sets = _feature_sets(model, config, probe, test, list(taps), baselines, seed)
-    count = len(taps) * (1 + len(RANDOM)) + 1 if baselines else len(taps)
+    count = len(taps) * (1 + len(config.untrained())) + 1 if baselines else len(taps)
     for encoder, tap, bank, queries in progress.bar(sets, desc="probes", total=count, unit="set", leave=False):
         found, predicted = scoring.score(bank, queries, plan)
         rows += [{"encoder": encoder, "tap": tap} | row for row in found]
@@ -101,12 +99,13 @@ def evaluate(
     matrix = scoring.confusion_matrix(kept["predicted"], plan.truth, len(test.classes))
     result: dict[str, Any] = {
         "run": folder.resolve().name,
-        "method": "amdim",
+        "method": config.method,
         "data": config.data,
         "data_name": Path(config.data).name,
         "date": time.strftime("%Y-%m-%d"),
         "classes": test.classes,
-        "taps": list(taps),
+        "taps": taps,
+        "online_tap": config.taps[0],
         "labels_per_class": labels_per_class,
         "draws": draws,
         "seed": seed,
@@ -173,11 +172,10 @@ def _feature_sets(
     transform, dtype = augment.test_transform(config), _precision(config)
     models = {report.TRAINED: model}
     if baselines:
-        for name, init in RANDOM.items():
+        for name, other in config.untrained().items():
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model_config = dataclasses.replace(config.model, init=init)  # type: ignore[arg-type]
-                models[name] = checkpoint.build_model(dataclasses.replace(config, model=model_config))
+                models[name] = other.build()
             features.calibrate_batch_norm(models[name], probe.images, transform)
     for name, encoder in models.items():
         parts = [
@@ -196,16 +194,17 @@ def _precision(config: TrainConfig) -> torch.dtype | None:
 
 
 def _loss_cost(config: TrainConfig) -> dict[str, Any]:
-    """The cost of the loss on the run's own shapes: every pair in both directions, in the dtype that the run gives it.
+    """The cost of AMDIM's loss on the run's own shapes and in its dtype, for a method that says what they are.
 
     A failure is reported in its place: the accuracies, minutes of work, do not depend on it.
     """
-    every = config.loss.antecedents == "all"
-    sides = [[int(side) ** 2 for side in pair.split(">")] for pair in config.loss.pairs]
-    terms = [(rows if every else 1, columns) for rows, columns in sides for _ in range(2)]
+    shape = config.loss_shape()
+    if shape is None:
+        return {}
+    terms, width = shape
     dtype = _precision(config) or torch.float32
     try:
-        return {"loss_cost": loss_cost.measure(config.optim.batch_size, terms, config.model.n_rkhs, dtype)}
+        return {"loss_cost": loss_cost.measure(config.optim.batch_size, terms, width, dtype)}
     except (RuntimeError, OSError) as error:
         return {"loss_cost_error": str(error)}
 

@@ -27,6 +27,20 @@ def as_vectors(
     return tap.flatten(1).float()
 
 
+def width(
+    model: nn.Module,
+    sample: Tensor,  # (1, ...)
+    tap: str,
+) -> int:
+    """Numbers that a tap has for one input, of a model that trains: its statistics and random state stay."""
+    training = model.training
+    check_taps(model.eval(), sample, [tap])
+    with torch.inference_mode():
+        numbers: int = model.encode(sample)[tap].numel()  # type: ignore[operator]
+    model.train(training)
+    return numbers
+
+
 def check_taps(
     model: nn.Module,
     sample: Tensor,  # (1, 3, H, W)

@@ -6,15 +6,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from fused_nce.core.dispatch import BACKENDS
-from fused_nce.models.encoders.amdim import IMAGE_SIZES, trunk_width
-
-if TYPE_CHECKING:
-    from fused_nce.train.config import TrainConfig
-
-MAPS = ("1", "5", "7")  # what an encoder offers to a loss
 MAX_SEED = 2**32 - 1  # NumPy's limit
 
 
@@ -55,14 +48,6 @@ SHARE = number("in [0, 1]", lambda v: 0 <= v <= 1)
 POSITIVE_SHARE = number("in (0, 1]", lambda v: 0 < v <= 1)
 BELOW_1 = number("in [0, 1)", lambda v: 0 <= v < 1)
 
-PAIRS = Rule(
-    "different pairs A>C of the maps 1, 5 and 7, at least one, such as 1>5",
-    lambda pairs: (
-        len(pairs) > 0
-        and len(set(pairs)) == len(pairs)
-        and all(len(sides := pair.split(">")) == 2 and set(sides) <= set(MAPS) for pair in pairs)
-    ),
-)
 JITTER = Rule(
     "brightness, contrast and saturation at least 0, hue in [0, 0.5]",
     lambda v: len(v) == 4 and all(map(AT_LEAST_0.holds, v)) and v[3] <= 0.5,
@@ -72,19 +57,10 @@ MILESTONES = Rule(
     lambda v: all(map(AT_LEAST_1.holds, v)) and all(a < b for a, b in pairwise(v)),
 )
 
-# Every number among the settings is here: a test compares the keys.
+# Every number among the settings that the methods share; each method has a table for its own. A test compares the keys.
 RULES: Mapping[str, Rule] = {
     "data": Rule("'digits', a folder or shards", bool),
     "seed": number(f"in [0, {MAX_SEED}]", lambda v: 0 <= v <= MAX_SEED),
-    "model.image_size": one_of(IMAGE_SIZES),
-    "model.ndf": AT_LEAST_1,
-    "model.n_rkhs": AT_LEAST_1,
-    "model.n_depth": AT_LEAST_1,
-    "loss.pairs": PAIRS,
-    "loss.scale": optional(ABOVE_0),
-    "loss.clip": optional(ABOVE_0),
-    "loss.penalty": AT_LEAST_0,
-    "loss.backend": optional(one_of(BACKENDS)),
     "augment.flip_p": SHARE,
     "augment.geometry_p": SHARE,
     "augment.translate_px": AT_LEAST_0,
@@ -97,6 +73,8 @@ RULES: Mapping[str, Rule] = {
     "augment.jitter": JITTER,
     "augment.jitter_p": SHARE,
     "augment.gray_p": SHARE,
+    "augment.blur_p": SHARE,
+    "augment.blur_sigma": span(ABOVE_0),
     "augment.mean": each(SHARE),
     "augment.std": each(ABOVE_0),
     "optim.epochs": AT_LEAST_1,
@@ -105,6 +83,8 @@ RULES: Mapping[str, Rule] = {
     "optim.lr": ABOVE_0,
     "optim.betas": each(BELOW_1),
     "optim.eps": ABOVE_0,
+    "optim.momentum": BELOW_1,
+    "optim.trust": ABOVE_0,
     "optim.weight_decay": AT_LEAST_0,
     "optim.warmup_updates": AT_LEAST_0,
     "optim.milestones": MILESTONES,
@@ -119,12 +99,13 @@ RULES: Mapping[str, Rule] = {
 }
 
 
-def check(settings: Any, prefix: str = "") -> None:
+def check(settings: Any, prefix: str = "", rules: Mapping[str, Rule] = RULES) -> None:
     """Refuse the first setting that breaks its rule, or a choice that is none of those that its type names.
 
     Args:
         settings: a configuration dataclass, or a part of one.
         prefix: of the settings' names, such as "augment.".
+        rules: by full name.
 
     Raises:
         ValueError: naming the setting, what it must be and what it is.
@@ -133,28 +114,12 @@ def check(settings: Any, prefix: str = "") -> None:
     for field in dataclasses.fields(settings):
         name, value = prefix + field.name, getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
-            check(value, f"{name}.")
+            check(value, f"{name}.", rules)
             continue
         choices = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else None
-        rule = one_of(choices) if choices else RULES.get(name)
+        rule = one_of(choices) if choices else rules.get(name)
         if rule is not None and not rule.holds(value):
             raise ValueError(f"{name}: must be {rule.need}, got {shown(value)}")
-
-
-def check_together(config: TrainConfig) -> None:
-    """Refuse settings that do not fit each other.
-
-    Raises:
-        ValueError: as `check`.
-    """
-    m, a = config.model, config.augment
-    width = trunk_width(m.image_size, m.ndf)
-    if m.n_rkhs < width:
-        raise ValueError(
-            f"model.n_rkhs: must be at least {width} ({width // m.ndf} x ndf at {m.image_size} px), got {m.n_rkhs}"
-        )
-    if a.geometry == "translate" and a.translate_px >= m.image_size:
-        raise ValueError(f"augment.translate_px: must be below the image's {m.image_size} px, got {a.translate_px}")
 
 
 def shown(value: Any) -> str:

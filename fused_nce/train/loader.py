@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fused_nce.train.augment import crop_pair
+from fused_nce.train.augment import crops
 from fused_nce.train.config import AugmentConfig, TrainConfig
-from fused_nce.train.data import ImageSet, decode, decoded_bytes, load_split, open_source
+from fused_nce.train.data import ImageSet, decode, decode_native, decoded_bytes, load_split, open_source
 from fused_nce.train.sources import Damage, Source, fit
 
 WORKER_TIMEOUT_S = 300  # a stuck reader is an error, not a wait for ever
@@ -19,7 +19,7 @@ WORKER_TIMEOUT_S = 300  # a stuck reader is an error, not a wait for ever
 class Batch(NamedTuple):
     """Images of one forward pass of one process."""
 
-    images: Tensor  # (B, 3, S, S) uint8, or (B, 2, 3, H, H): two crops, taken by a worker
+    images: Tensor  # (B, 3, S, S) uint8, or (B, V, 3, H, H): V crops, taken by a worker
     labels: Tensor  # (B,)
     indices: Tensor  # (B,) into the set
 
@@ -64,10 +64,14 @@ class Loader:
         self.order = Order(self.count, config.optim.batch_size, config.seed, rank, world)
 
     @property
+    def labels(self) -> Tensor:  # (count,)
+        """Of every image, −1 where there is none."""
+        return self.held.labels if self.held else torch.tensor(self.source.labels if self.source else [])
+
+    @property
     def labelled(self) -> bool:
         """Whether there is anything for a classifier to learn."""
-        labels = self.held.labels if self.held else torch.tensor(self.source.labels if self.source else [])
-        return len(self.classes) > 1 and bool((labels >= 0).any())
+        return len(self.classes) > 1 and bool((self.labels >= 0).any())
 
     @property
     def damaged(self) -> int:
@@ -125,11 +129,12 @@ class Keys:
 
 
 class Reader(Dataset[tuple[Tensor, int, int]]):
-    """Reads, decodes and, if the geometry is "crop", cuts two views from the whole image."""
+    """Reads, decodes and, if the geometry is "crop", cuts the views from the whole image."""
 
     def __init__(self, source: Source, config: TrainConfig) -> None:
         self.source, self.size, self.seed = source, config.model.image_size, config.seed
         self.augment: AugmentConfig = config.augment
+        self.views = config.view_count
         self.damage = Damage(len(source))
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
@@ -139,19 +144,22 @@ class Reader(Dataset[tuple[Tensor, int, int]]):
             return fit(image, self.size, self.size), index, asked
         with torch.random.fork_rng(devices=[]):  # without workers this is the trainer's own generator
             torch.manual_seed(hash((self.seed, position, asked)))
-            return crop_pair(image, self.augment, self.size), index, asked
+            return crops(image, self.augment, self.size, self.views), index, asked
 
 
 def open_data(config: TrainConfig) -> tuple[ImageSet | None, Source | None]:
     """The training images: decoded, if they fit in memory, or else the source to read them from.
 
-    The batches are the same either way.
+    The images of a batch are the same either way.
     """
     size = config.model.image_size
     if config.data == "digits":
         return load_split("digits", "train", size), None
     source = open_source(config.data, "train")
-    # A crop is cut from the whole image, whatever its size: such a set is read anew each time, however small it is.
-    if config.augment.geometry != "crop" and decoded_bytes(source, size) <= config.run.memory_limit_mb << 20:
+    if decoded_bytes(source, size) > config.run.memory_limit_mb << 20:
+        return None, source
+    if config.augment.geometry != "crop":
         return decode(source, size, size), None
-    return None, source
+    # A crop is cut from the whole image: unless all have the wanted size, they are read anew each time.
+    held = decode_native(source, size)
+    return held, None if held else source

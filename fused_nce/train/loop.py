@@ -14,13 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 
-from fused_nce.train import checkpoint, journal, machine, optim, progress, rng
-from fused_nce.train.augment import TwoViews
+from fused_nce.train import checkpoint, features, journal, machine, optim, progress, rng
 from fused_nce.train.config import TrainConfig, check
-from fused_nce.train.loader import Loader
 from fused_nce.train.online_probes import OnlineProbes
 from fused_nce.train.signals import Interrupt
-from fused_nce.train.step import LossTimer, Meter, TrainStep, gradient_norm, leaves_some_unused
+from fused_nce.train.step import LossTimer, Meter, TrainStep, gradient_norm, memory_names
 
 log = logging.getLogger("fused_nce")
 
@@ -52,28 +50,32 @@ class Trainer:
             cpu=not torch.accelerator.is_available(),  # without this it ignores torchrun where there is no GPU
             mixed_precision="no",
             gradient_accumulation_steps=config.optim.accumulate,
-            # DDP waits for every parameter unless told otherwise: a map outside all pairs leaves its head unused.
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=leaves_some_unused(config.loss.pairs))
-            ],
+            # DDP waits for every parameter unless told otherwise.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.leaves_some_unused())],
         )
         self.device = self.accelerator.device
         self.bf16 = machine.use_bf16(config.precision, self.device)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.loader = Loader(config, rank=rank, world=world)
-        self.views = TwoViews(config.augment, config.model.image_size)
+        self.loader = config.open_loader(rank, world)
+        self.views = config.make_views()
         self.per_epoch = max(1, self.loader.order.per_epoch // config.optim.accumulate)
 
         torch.manual_seed(config.seed)
-        self.model = checkpoint.build_model(config)
-        labelled = config.probes and self.loader.labelled
-        self.probes = OnlineProbes(config.model.n_rkhs, len(self.loader.classes)) if labelled else None
-        self.timer, self.meter = LossTimer(), Meter()
-        module = TrainStep(self.model, self.probes, self.timer, torch.bfloat16 if self.bf16 else None).to(self.device)
+        self.model = config.build(images=self.loader.count)
+        self.probes = None
+        if config.probes and self.loader.labelled:
+            width = features.width(self.model, config.sample(), config.taps[0])
+            self.probes = OnlineProbes(width, len(self.loader.classes))
+        self.timer, autocast = LossTimer(), torch.bfloat16 if self.bf16 else None
+        module = TrainStep(self.model, self.probes, self.timer, autocast, config).to(self.device)
+        self.meter = Meter(module.means)
         self.channels_last = self.bf16 if config.channels_last is None else config.channels_last
         if self.channels_last:
             module.to(memory_format=torch.channels_last)
-        self.step_module, self.optimizer = module, optim.adam(module, config.optim)
+        self.step_module, self.optimizers = module, config.optimizers(module)
+        self.memories = set(memory_names(module, self.model))
+        # Each process writes the same into its own: nothing to broadcast.
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(self.memories))
         self.module: nn.Module = self.accelerator.prepare_model(module)
         torch.manual_seed(config.seed + 1 + rank)  # from here on augmentation, a process of its own each
 
@@ -152,18 +154,21 @@ class Trainer:
         started = time.perf_counter()
         self.timer.begin(timed)
         rate = optim.learning_rate(self.config.optim, self.step, self.per_epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("lr_scale", 1.0)
         # A batch that is not finite would stay in the running statistics of BatchNorm for ever.
-        buffers = {name: b.clone() for name, b in self.step_module.named_buffers()}
+        buffers = {n: b.clone() for n, b in self.step_module.named_buffers() if n not in self.memories}
         passes: list[Tensor] = []
         used: list[int] = []
         for last in [False] * (self.config.optim.accumulate - 1) + [True]:
             images, labels, indices = next(batches)
             used += indices.tolist()
-            view1, view2 = (self._place(view) for view in self.views(images))
+            known = {"labels": labels.to(self.device), "indices": indices.to(self.device)}
+            views = tuple(self._place(view) for view in self.views(images))
+            batch = views + tuple(known[name] for name in self.config.extras)
             with nullcontext() if last else self.accelerator.no_sync(self.module):
-                total, numbers = self.module(view1, view2, labels.to(self.device))
+                total, numbers = self.module(batch, known["labels"])
                 self.accelerator.backward(total)  # divided by the number of passes
             self.timer.after_backward()
             passes.append(numbers)
@@ -177,23 +182,26 @@ class Trainer:
         else:
             if bad_probes:
                 self._skip_probes(buffers)
-            self.optimizer.step()
+            for optimizer in self.optimizers.values():
+                optimizer.step()
             self.skipped_in_a_row = 0
             for numbers in passes:
                 self.meter.add(numbers)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.after_step(skipped=bad)
+        for p in self.step_module.parameters():
+            p.grad = None
         self.step += 1
         return time.perf_counter() - started
 
     def _place(self, view: Tensor) -> Tensor:
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        layout = torch.channels_last if self.channels_last and view.dim() == 4 else torch.contiguous_format
         return view.to(self.device, memory_format=layout, non_blocking=True)
 
     def _restore(self, buffers: dict[str, Tensor], prefix: str = "") -> None:
         """Running statistics as they were, of all modules or of those below a prefix."""
         with torch.no_grad():
             for name, buffer in self.step_module.named_buffers():
-                if name.startswith(prefix):
+                if name in buffers and name.startswith(prefix):
                     buffer.copy_(buffers[name])
 
     def _skip_probes(self, buffers: dict[str, Tensor]) -> None:
@@ -231,7 +239,7 @@ class Trainer:
             "epoch": round(self.step / self.per_epoch, 4),
             "time_s": round(self.time_s, 3),
             **self.meter.close(),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": next(iter(self.optimizers.values())).param_groups[0]["lr"],
             "images_per_s": round(images / (time.perf_counter() - since), 2),
             "loss_share": round(self.timer.seconds / update_s, 5) if self.timer.active else None,
             "loss_ms": round(1e3 * self.timer.seconds, 3) if self.timer.active else None,
@@ -264,11 +272,13 @@ class Trainer:
         states = gather_object([rng.capture()])
         if not self.accelerator.is_main_process:
             return
-        tensors = {"model": self.model.state_dict(), "optimizer": checkpoint.pack_optimizer(self.optimizer)}
+        tensors = {name: checkpoint.pack_optimizer(optimizer) for name, optimizer in self.optimizers.items()}
+        tensors["model"] = self.model.state_dict()
         if self.probes is not None:
             tensors["probes"] = self.probes.state_dict()
         state = {
             "step": self.step,
+            "images": self.loader.count,
             "time_s": self.time_s,
             "logged": self.logged,
             "skipped": self.skipped,
@@ -289,12 +299,13 @@ class Trainer:
         checkpoint.load_into(self.model, checkpoint.load_tensors(path, "model"), f"{path}/model.safetensors")
         if self.probes is not None:
             checkpoint.load_into(self.probes, checkpoint.load_tensors(path, "probes"), f"{path}/probes.safetensors")
-        checkpoint.unpack_optimizer(self.optimizer, checkpoint.load_tensors(path, "optimizer"))
+        for name, optimizer in self.optimizers.items():
+            checkpoint.unpack_optimizer(optimizer, checkpoint.load_tensors(path, name))
         machine.keep_memory()
         self.step, self.logged, self.time_s = int(state["step"]), int(state["logged"]), float(state["time_s"])
         self.skipped, self.skipped_in_a_row = int(state["skipped"]), int(state["skipped_in_a_row"])
         self.probes_skipped = int(state.get("probes_skipped", 0))  # older checkpoints do not count them
-        self.meter = Meter(**state["meter"])
+        self.meter = Meter(self.meter.means, **state["meter"])
         rng.restore(state["rng"][self.accelerator.process_index])
         log.info("resumed from %s", path)
 
@@ -314,4 +325,4 @@ def describe(config: TrainConfig) -> str:
     """One line: what will be trained."""
     model = ", ".join(f"{f.name} {getattr(config.model, f.name)}" for f in dataclasses.fields(config.model))
     length = f"batch {config.optim.batch_size}, {config.optim.epochs} epochs"
-    return f"AMDIM on {config.data} ({config.preset}): {model}, {length}"
+    return f"{config.title} on {config.data} ({config.preset}): {model}, {length}"

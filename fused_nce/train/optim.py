@@ -1,6 +1,7 @@
-"""Adam and its schedule."""
+"""The optimizers and their schedule."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,16 +9,56 @@ from torch import nn
 from fused_nce.train.config import OptimConfig
 
 
-def adam(model: nn.Module, config: OptimConfig) -> torch.optim.Adam:
-    """One fused Adam over everything, the online classifiers included, with weight decay in the gradient."""
-    return torch.optim.Adam(
-        model.parameters(),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+def build(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """One over all that is trained, the online classifiers included, with weight decay in the gradient."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": trained}]
+    if not config.decay_all:
+        groups = [{"params": [p for p in trained if p.dim() > 1]}]
+        groups += [{"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0, "trust": None}]
+    shared: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.name == "lars":
+        return LARS(groups, **shared, momentum=config.momentum, trust=config.trust)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, **shared, momentum=config.momentum, fused=True)
+    return torch.optim.Adam(groups, **shared, betas=config.betas, eps=config.eps, fused=True)
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose rate follows each weight's own size (You, Gitman, Ginsburg 2017, arXiv:1708.03888).
+
+    `v ← μv + lr·r·(g + λw)`, `w ← w − v`, `r = trust·|w| / |g + λw|` for each tensor, as SimCLR has it (1 where either
+    norm is 0). torch has none.
+
+    Args:
+        params: parameters or groups; a group with `trust=None` has r = 1.
+        lr: learning rate.
+        momentum: μ.
+        weight_decay: λ.
+        trust: trust coefficient.
+    """
+
+    def __init__(
+        self, params: Any, *, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust: float | None = 1e-3
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update; a parameter without a gradient stays."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                update = p.grad.add(p, alpha=group["weight_decay"])
+                if group["trust"] is not None:
+                    own, other = p.norm(), update.norm()
+                    ratio = group["trust"] * own / other
+                    update = update * torch.where((own > 0) & (other > 0), ratio, 1.0)
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                velocity = self.state[p]["momentum_buffer"].mul_(group["momentum"]).add_(update, alpha=group["lr"])
+                p.sub_(velocity)
+        return loss
 
 
 def learning_rate(config: OptimConfig, update: int, updates_per_epoch: int) -> float:

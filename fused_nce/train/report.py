@@ -123,7 +123,7 @@ def _curves(result: dict[str, Any], log: list[runlog.Line]) -> str:
 
     charts: list[tuple[str, str, tuple[float, float] | None, list[Series]]] = [
         ("NCE minus its chance level (0 = guessing)", "nats", None, [series("NCE − chance", "nce_minus_chance", 0)]),
-        ("Online probes on detached f1 (training images)", "accuracy, %", (0.0, 100.0), [
+        (f"Online probes on detached {result['online_tap']} (training images)", "accuracy, %", (0.0, 100.0), [
             series("linear", "linear_acc", 0, 100), series("MLP", "mlp_acc", 1, 100)]),
         ("Loss and its penalty", "nats", None, [series("loss", "loss", 0), series("penalty", "penalty", 1)]),
         ("Positives ranked first", "%", None, [series("top-1", "top1", 2, 100)]),

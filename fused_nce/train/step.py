@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from fused_nce.models.amdim import Losses
-from fused_nce.train.limits import MAPS
+from fused_nce.models.base import Losses, Model
+from fused_nce.train.config import TrainConfig
 from fused_nce.train.online_probes import OnlineProbes
 
-# The order of the numbers that a step returns. All are means over images, except the last three, which are counts.
+# The order of the numbers that a step returns: means over images, then those that a method adds, then counts.
 MEANS = ("loss", "nce", "nce_minus_chance", "penalty", "top1", "mi_bound")
 COUNTS = ("linear_correct", "mlp_correct", "labelled")
 
@@ -26,19 +27,23 @@ class LossTimer:
     def __init__(self) -> None:
         self.active, self.seconds, self._start, self._end = False, 0.0, 0.0, 0.0
 
-    def __call__(self, loss: nn.Module, view1: dict[str, Tensor], view2: dict[str, Tensor]) -> Losses:
+    def __call__(self, loss: nn.Module, inputs: tuple[Any, ...]) -> Losses:
         if not self.active:
-            return loss(view1, view2)
+            return loss(*inputs)
         # Aliases, so that a gradient that a map gets from elsewhere too (h5 feeds f1) is not waited for.
-        inputs = [{name: tap.view_as(tap) for name, tap in view.items()} for view in (view1, view2)]
+        inputs = tree_map_only(Tensor, self._watched, inputs)
         start = _clock()
         out: Losses = loss(*inputs)
         self.seconds += _clock() - start
         out.loss.register_hook(self._on_start)
-        for tap in (*inputs[0].values(), *inputs[1].values()):
-            if tap.requires_grad:
-                tap.register_hook(self._on_end)
         return out
+
+    def _watched(self, tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        alias = tensor.view_as(tensor)
+        alias.register_hook(self._on_end)
+        return alias
 
     def begin(self, active: bool) -> None:
         """At the start of an update."""
@@ -63,42 +68,48 @@ def _clock() -> float:
 
 
 class TrainStep(nn.Module):
-    """Views and labels to the scalar to minimise and the numbers to log.
+    """A batch and its labels to the scalar to minimise and the numbers to log.
 
     Args:
-        model: has `encode` and `loss`.
-        probes: trained on the top features of both views, or None.
+        model: the method's.
+        probes: trained on the first tap of every view, or None.
         timer: of the loss.
         autocast: dtype of the matrix products, or None for the weights' own.
+        config: says which tap, and which statistics of the loss are logged.
     """
 
     def __init__(
-        self, model: nn.Module, probes: OnlineProbes | None, timer: LossTimer, autocast: torch.dtype | None
+        self,
+        model: Model,
+        probes: OnlineProbes | None,
+        timer: LossTimer,
+        autocast: torch.dtype | None,
+        config: TrainConfig,
     ) -> None:
         super().__init__()
         self.model, self.probes, self.timer, self.autocast = model, probes, timer, autocast
+        self.tap, self.means = config.taps[0], MEANS + config.stats
 
     def forward(
         self,
-        view1: Tensor,  # (B, 3, H, H)
-        view2: Tensor,  # (B, 3, H, H)
+        batch: tuple[Tensor, ...],  # (B, ...) each: the views, and whatever else the model takes
         labels: Tensor,  # (B,)
-    ) -> tuple[Tensor, Tensor]:  # 0-d; (len(MEANS) + len(COUNTS),) detached float32
-        with torch.autocast(view1.device.type, self.autocast, enabled=self.autocast is not None):
-            return self._forward(view1, view2, labels)
+    ) -> tuple[Tensor, Tensor]:  # 0-d; (len(means) + len(COUNTS),) detached float32
+        with torch.autocast(labels.device.type, self.autocast, enabled=self.autocast is not None):
+            return self._forward(batch, labels)
 
-    def _forward(self, view1: Tensor, view2: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, batch: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, Tensor]:
         model: Any = self.model
-        taps1, taps2 = model.encode(view1), model.encode(view2)
-        counts = torch.zeros(3, device=view1.device)
+        taps, inputs = model.embed(batch)
+        counts = torch.zeros(len(COUNTS), device=labels.device)
         extra = None
         if self.probes is not None:  # before the loss, so that the loss's nodes are the newest: see LossTimer
-            probe = self.probes(torch.cat((taps1["f1"], taps2["f1"])), labels.repeat(2))
+            probe = self.probes(torch.cat([view[self.tap] for view in taps]), labels.repeat(len(taps)))
             extra = probe.loss
             counts = torch.stack((*probe.correct, probe.labelled)).float()
-        out = self.timer(model.loss, taps1, taps2)
+        out = self.timer(model.loss, inputs)
         known = {"loss": out.loss, "nce": out.nce, "penalty": out.penalty} | out.stats
-        means = torch.stack([_number(known.get(name), out.loss) for name in MEANS])
+        means = torch.stack([_number(known.get(name), out.loss) for name in self.means])
         total = out.loss if extra is None else out.loss + extra
         return total, torch.cat((means, counts))
 
@@ -108,9 +119,10 @@ def _number(value: Any, like: Tensor) -> Tensor:
     return torch.full_like(like, torch.nan).detach().float() if value is None else value.detach().float()
 
 
-def leaves_some_unused(pairs: Sequence[str]) -> bool:
-    """Whether a loss of these pairs leaves some of the encoder's parameters without a gradient."""
-    return {side for pair in pairs for side in pair.split(">")} != set(MAPS)
+def memory_names(module: nn.Module, model: Model) -> list[str]:
+    """The buffers of a module that no forward pass of the model in it writes."""
+    held = {id(b) for name in model.memories for b in model.get_submodule(name).buffers()}
+    return [name for name, buffer in module.named_buffers() if id(buffer) in held]
 
 
 def gradient_norm(module: nn.Module | None) -> Tensor:
@@ -120,11 +132,17 @@ def gradient_norm(module: nn.Module | None) -> Tensor:
 
 
 class Meter:
-    """Sums of the numbers of a window of forward passes; saved with a checkpoint, so that the log resumes exactly."""
+    """Sums of the numbers of a window of forward passes; saved with a checkpoint, so that the log resumes exactly.
 
-    def __init__(self, sums: list[float] | None = None, passes: int = 0) -> None:
-        self.sums = torch.tensor(sums or [0.0] * (len(MEANS) + len(COUNTS)), dtype=torch.float64)
-        self.passes = passes
+    Args:
+        means: names of the numbers before the counts.
+        sums: of an open window.
+        passes: in it.
+    """
+
+    def __init__(self, means: Sequence[str], sums: list[float] | None = None, passes: int = 0) -> None:
+        self.means, self.passes = tuple(means), passes
+        self.sums = torch.tensor(sums or [0.0] * (len(means) + len(COUNTS)), dtype=torch.float64)
 
     def add(self, numbers: Tensor) -> None:
         """One forward pass."""
@@ -132,16 +150,16 @@ class Meter:
         self.passes += 1
 
     def state(self) -> dict[str, Any]:
-        """JSON-able; `Meter(**state)` restores it."""
+        """JSON-able; `Meter(means, **state)` restores it."""
         return {"sums": self.sums.tolist(), "passes": self.passes}
 
     def close(self) -> dict[str, float | None]:
         """The averages of the window, which starts anew."""
         sums = self.sums.tolist()
         line: dict[str, float | None] = {
-            name: value / self.passes if self.passes else None for name, value in zip(MEANS, sums, strict=False)
+            name: value / self.passes if self.passes else None for name, value in zip(self.means, sums, strict=False)
         }
-        linear, mlp, labelled = sums[len(MEANS) :]
+        linear, mlp, labelled = sums[len(self.means) :]
         line["linear_acc"] = linear / labelled if labelled else None
         line["mlp_acc"] = mlp / labelled if labelled else None
         self.sums, self.passes = torch.zeros_like(self.sums), 0

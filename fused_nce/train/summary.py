@@ -33,7 +33,7 @@ def protocol(data: str, labels_per_class: int, draws: int, baselines: bool) -> l
         split,
         "Not transductive: BatchNorm uses the statistics of pre-training (eval mode), never of test images; every test "
         "image counts.",
-        "A map is averaged over a 2 × 2 grid; f1 is a vector already.",
+        "A map is averaged over a 2 × 2 grid; a vector, such as f1, stays.",
         "Linear probe: multinomial logistic regression on standardised features (full-batch L-BFGS to a gradient of "
         "3e-4 in whitened coordinates); its penalty is chosen on a held-out quarter of the probe split, never on the "
         "test images.",

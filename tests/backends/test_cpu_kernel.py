@@ -29,13 +29,13 @@ def arguments(n, n_c, d, dtype=torch.float32, clip=20.0, extra_images=0, offset=
     torch.manual_seed(n * n_c + d)
     images = -(-n // rows_per_image) + offset + extra_images
     q, k = torch.randn(n, d).to(dtype), torch.randn(images * n_c, d).to(dtype)
-    return q, k, 1 / math.sqrt(d), n_c, rows_per_image, offset, clip, None, -1, None
+    return q, k, 1 / math.sqrt(d), n_c, rows_per_image, offset, clip, None, -1, None, None, 0.0, [0, 1, 2], []
 
 
 def loss(args, needs=(True, True, True), workspace=16 * MIB):
-    """`cpu_loss` at a mean reduction with penalty 0.04."""
+    """`cpu_loss` at a mean reduction with penalty 0.04: pos, rows, dq, dk, dscale."""
     n, m = args[0].shape[0], args[1].shape[0]
-    return torch.ops.fused_nce.cpu_loss(*args, 1 / (n * args[3]), 0.04 / (n * m), *needs, workspace)
+    return torch.ops.fused_nce.cpu_loss(*args, "nce", 1 / (n * args[3]), 0.04 / (n * m), *needs, workspace)[:5]
 
 
 def assert_same(found, wanted, tolerance):
@@ -123,12 +123,13 @@ def test_a_million_columns_fit():
 def test_grads_repeat_what_loss_found(dtype):
     args = arguments(75, 4, 40, dtype, extra_images=1, rows_per_image=3)
     n, m = args[0].shape[0], args[1].shape[0]
-    pos, neg_lse, neg_max, square, *wanted = loss(args)
-    statistics = torch.ops.fused_nce.cpu_stats(*args, 16 * MIB)
-    assert_same(statistics, (pos, neg_lse, neg_max, square), 1e-6)
-    q = torch.sigmoid(neg_lse[:, None] - pos) / (n * 4)
-    upstream = (-q, q.sum(dim=1), torch.full((n,), 0.04 / (n * m)))
-    found = torch.ops.fused_nce.cpu_grads(*args, pos, neg_lse, *upstream, True, True, True, 16 * MIB)
+    pos, rows, *wanted = loss(args)
+    *statistics, columns = torch.ops.fused_nce.cpu_stats(*args, 16 * MIB)
+    assert_same(statistics, (pos, rows), 1e-6)
+    q = torch.sigmoid(rows[0][:, None] - pos) / (n * 4)
+    d_rows = torch.stack([q.sum(dim=1), torch.zeros(n), torch.full((n,), 0.04 / (n * m))])
+    given = (pos, rows, columns, -q, d_rows, columns)
+    *found, _ = torch.ops.fused_nce.cpu_grads(*args, *given, True, True, True, 16 * MIB)
     assert_same(found, wanted, TOLERANCE[dtype])
 
 
@@ -138,7 +139,7 @@ def test_an_unwanted_gradient_is_empty(dtype, needs):
     args = arguments(21, 3, 18, dtype)
     wanted = loss(args)
     found = loss(args, needs)
-    for need, x, y in zip(needs, found[4:], wanted[4:], strict=True):
+    for need, x, y in zip(needs, found[2:], wanted[2:], strict=True):
         if need:
             assert_same([x], [y], 10 * TOLERANCE[dtype])
         else:
@@ -173,13 +174,32 @@ BAD_ARGUMENTS = [
     ({"row_ids": torch.zeros(5)}, "row_ids is Float, needed: int64"),
     ({"itself": 11}, "itself is 11, needed: -1, or 0 to 10"),
     ({"positives": torch.zeros(4, 1)}, r"positives has shape \[4, 1\], needed: 5 rows"),
+    ({"column_ids": torch.zeros(15, dtype=torch.int64)}, "row_ids is None, needed: the rows' labels"),
+    ({"bias": 1.0}, "bias is 1, needed: 0 beside a clip"),
+    ({"stats": [0, 9]}, "stats has 9, needed: each of 0 to 8 at most once"),
+    ({"columns": [3, 3]}, "columns has 3, needed: each of 0 to 8 at most once"),
     ({"workspace_bytes": 0}, "workspace_bytes is 0, needed: a positive number"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_ARGUMENTS)
 def test_bad_arguments_are_named(change, message):
-    names = ("q", "k", "scale", "n_c", "rows_per_image", "offset", "clip", "row_ids", "itself", "positives")
+    names = [
+        "q",
+        "k",
+        "scale",
+        "n_c",
+        "rows_per_image",
+        "offset",
+        "clip",
+        "row_ids",
+        "itself",
+        "positives",
+        "column_ids",
+        "bias",
+        "stats",
+        "columns",
+    ]
     values = dict(zip(names, arguments(5, 3, 8), strict=True)) | {"workspace_bytes": MIB}
     with pytest.raises((ValueError, TypeError), match=message):
         torch.ops.fused_nce.cpu_stats(**(values | change))

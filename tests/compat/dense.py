@@ -72,3 +72,86 @@ def sup_con(features, classes, temperature, base_temperature, mode):
         if own:
             total = total - torch.stack(own).mean()
     return temperature / base_temperature * total / len(anchors)
+
+
+def dcl(out0, out1, temperature, weight_fn):
+    """Mean over both views of log Σ over the other images' rows, less the weighted positive."""
+    z = [nn.functional.normalize(x, dim=1) for x in (out0, out1)]
+    off = ~torch.eye(len(out0), dtype=torch.bool)
+    total = 0
+    for a, b in ((z[0], z[1]), (z[1], z[0])):
+        weights = 1 if weight_fn is None else weight_fn(a, b)
+        others = torch.cat([(a @ c.T / temperature)[off].view(len(a), -1) for c in (a, b)], dim=1)
+        total = total + (others.logsumexp(1) - weights * (a * b).sum(1) / temperature).mean() / 2
+    return total
+
+
+def in_form(z, classes, temperature):
+    """solo-learn's: −log of the positives' share of all other rows; 0 for a row without one."""
+    z = nn.functional.normalize(z, dim=1)
+    s = z @ z.T / temperature
+    total = 0 * z.sum()
+    for i in range(len(z)):
+        others = [j for j in range(len(z)) if j != i]
+        own = [j for j in others if classes[j] == classes[i]]
+        if own:
+            total = total + s[i, others].logsumexp(0) - s[i, own].logsumexp(0)
+    return total / len(z)
+
+
+def row_nce(q, k, targets, scale):
+    """(N,) cross-entropies."""
+    return nn.functional.cross_entropy(scale * q @ k.T, targets, reduction="none")
+
+
+def dim_scores(local, global_):
+    """(N, G, N, L) of (N, C, L) and (N, C, G), and which of them are an image's own."""
+    u = torch.einsum("icg,kcl->igkl", global_, local)
+    return u, torch.eye(len(u), dtype=torch.bool)[:, None, :, None].expand_as(u)
+
+
+def dim_nce(local, global_, mask):
+    """Each own pair among the other images' locations; those of its own image at a logit of −10, or nowhere."""
+    u, _ = dim_scores(local, global_)
+    rows = []
+    for i in range(u.shape[0]):
+        for g in range(u.shape[1]):
+            others = torch.cat([u[i, g, k] for k in range(len(u)) if k != i] or [u.new_zeros(0)])
+            leak = u.new_full((u.shape[3] if mask == "reference" else 0,), -10.0)
+            for x in u[i, g, i]:
+                rows.append(torch.cat((x[None], others, leak)).logsumexp(0) - x)
+    return torch.stack(rows).mean()
+
+
+def fenchel(local, global_, measure):
+    """E_product − E_joint, each a mean."""
+    u, own = dim_scores(local, global_)
+    softplus, two = (lambda x: torch.logaddexp(x, x.new_zeros(()))), math.log(2)
+    joint, product = {
+        "GAN": (lambda x: -softplus(-x), softplus),
+        "JSD": (lambda x: two - softplus(-x), lambda x: softplus(x) - two),
+        "X2": (lambda x: x**2, lambda x: -0.5 * (x.abs() + 1) ** 2),
+        "KL": (lambda x: x + 1, torch.exp),
+        "RKL": (lambda x: -torch.exp(-x), lambda x: x - 1),
+        "H2": (lambda x: 1 - torch.exp(-x), lambda x: torch.exp(x) - 1),
+        "W1": (lambda x: x, lambda x: x),
+    }[measure]
+    return product(u[~own]).mean() - joint(u[own]).mean()
+
+
+def donsker_varadhan(local, global_):
+    """log mean e^u − mean u."""
+    u, own = dim_scores(local, global_)
+    return u[~own].exp().mean().log() - u[own].mean()
+
+
+def cpc(targets, predictions, scale):
+    """Σ_i i·(mean cross-entropy of each place's prediction of the one i + 1 rows below), of (B, H, W, D) maps."""
+    images, height, width, d = targets.shape
+    total = 0 * targets.sum()
+    for i in range(1, height - 1):
+        logits = scale * predictions[:, : height - i - 1].reshape(-1, d) @ targets.reshape(-1, d).T
+        rows = [(b, r, c) for b in range(images) for r in range(height - i - 1) for c in range(width)]
+        labels = torch.tensor([(b * height + r + i + 1) * width + c for b, r, c in rows])
+        total = total + i * nn.functional.cross_entropy(logits, labels)
+    return total

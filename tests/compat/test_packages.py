@@ -2,39 +2,79 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import random
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from fused_nce.compat import lightly, open_clip
+from fused_nce import patch
+from fused_nce.compat import bolts, lightly, open_clip, pml, solo
 
 pytestmark = pytest.mark.nightly
 WITHIN = 5e-5  # as in test_formulas; both sides are float32 here
+SEEDS = pytest.mark.parametrize("seed", range(50))
 
 
-@pytest.fixture(scope="module")
-def theirs_lightly():
-    return pytest.importorskip("lightly.loss.ntx_ent_loss", reason="lightly is not installed", exc_type=ImportError)
-
-
-@pytest.fixture(scope="module")
-def theirs_open_clip():
-    """open_clip/loss.py alone: the package around it imports tokenizers and models."""
-    spec = importlib.util.find_spec("open_clip")
+def file_of(package, *parts, name):
+    """One file of a package as a module: what is around it imports tokenizers, trainers, other versions of torch."""
+    spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        pytest.skip("open_clip_torch is not installed")
-    source = importlib.util.spec_from_file_location("upstream_open_clip_loss", Path(spec.origin).with_name("loss.py"))
+        pytest.skip(f"{package} is not installed")
+    source = importlib.util.spec_from_file_location(name, Path(spec.origin).parent.joinpath(*parts))
     assert source is not None
     assert source.loader is not None
     module = importlib.util.module_from_spec(source)
     sys.modules[source.name] = module
     source.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def theirs_lightly():
+    return pytest.importorskip("lightly.loss", reason="lightly is not installed", exc_type=ImportError)
+
+
+@pytest.fixture(scope="module")
+def theirs_open_clip():
+    return file_of("open_clip", "loss.py", name="open_clip.loss")
+
+
+@pytest.fixture(scope="module")
+def theirs_pml():
+    return pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning is not installed")
+
+
+@pytest.fixture(scope="module")
+def theirs_solo():
+    """1.0.2, the newest on PyPI."""
+    return types.SimpleNamespace(
+        **{name: file_of("solo", "losses", f"{name}.py", name=f"solo_{name}") for name in ("simclr", "moco", "nnclr")}
+    )
+
+
+@pytest.fixture(scope="module")
+def theirs_bolts():
+    """Its losses, without the Lightning that they do not use."""
+    stability = types.ModuleType("pl_bolts.utils.stability")
+    stability.under_review = lambda: lambda x: x  # type: ignore[attr-defined]
+    for name in ("pl_bolts.utils", "pl_bolts.models", "pl_bolts.models.vision"):
+        sys.modules[name] = types.ModuleType(name)
+    sys.modules[stability.__name__] = stability
+    parts = ("models", "vision", "pixel_cnn.py")
+    found = importlib.util.find_spec("pl_bolts")
+    if found is None:
+        pytest.skip("lightning-bolts is not installed")
+    file_of("pl_bolts", *parts, name="pl_bolts.models.vision.pixel_cnn")
+    losses = file_of(
+        "pl_bolts", "losses", "self_supervised_learning.py", name="pl_bolts.losses.self_supervised_learning"
+    )
+    return losses
 
 
 def agree(theirs, ours, tensors):
@@ -49,7 +89,7 @@ def agree(theirs, ours, tensors):
         assert (a - b).abs().max() <= WITHIN * a.abs().max() + 1e-2 * WITHIN
 
 
-@pytest.mark.parametrize("seed", range(50))
+@SEEDS
 def test_lightly(theirs_lightly, seed):
     """Several steps with one bank: the same start from the same seed, the same contents after each step."""
     pick = random.Random(seed)
@@ -66,7 +106,7 @@ def test_lightly(theirs_lightly, seed):
 
 
 @pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
-@pytest.mark.parametrize("seed", range(50))
+@SEEDS
 def test_open_clip(theirs_open_clip, name, seed):
     pick = random.Random(seed)
     torch.manual_seed(seed)
@@ -74,3 +114,148 @@ def test_open_clip(theirs_open_clip, name, seed):
     rows = [nn.functional.normalize(torch.randn(n, width), dim=1) for _ in range(2)]
     tensors = [*rows, torch.tensor(pick.choice((1.0, 14.0))), torch.tensor(pick.choice((-10.0, 0.0)))]
     agree(getattr(theirs_open_clip, name)(), getattr(open_clip, name)(), tensors)
+
+
+@SEEDS
+def test_lightly_dcl(theirs_lightly, seed):
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    views = [torch.randn(pick.randint(2, 20), pick.choice((3, 16, 33)))]
+    views.append(torch.randn_like(views[0]))
+    temperature, sigma = pick.choice((0.07, 0.1, 0.5)), pick.choice((0.3, 0.5))
+
+    def weight_fn(a, b):
+        return (a * b).sum(1)
+
+    for name, words in (("DCLLoss", {}), ("DCLLoss", {"weight_fn": weight_fn}), ("DCLWLoss", {"sigma": sigma})):
+        one, two = (getattr(module, name)(temperature, **words) for module in (theirs_lightly, lightly))
+        agree(one, two, views)
+
+
+@SEEDS
+def test_solo(theirs_solo, seed):
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    n, width, temperature = pick.randint(2, 20), pick.choice((3, 16, 33)), pick.choice((0.1, 0.5))
+    views = [nn.functional.normalize(torch.randn(n, width), dim=1) for _ in range(2)]
+    agree(
+        lambda a, b: theirs_solo.simclr.simclr_loss_func(a, b, temperature),
+        lambda a, b: solo.simclr_loss_func(torch.cat((a, b)), torch.arange(n).repeat(2), temperature),
+        views,
+    )
+    agree(
+        lambda a, b: theirs_solo.nnclr.nnclr_loss_func(a, b, temperature),
+        lambda a, b: solo.nnclr_loss_func(a, b, temperature),
+        views,
+    )
+    queue = nn.functional.normalize(torch.randn(width, 30), dim=0)
+    agree(
+        lambda a, b: theirs_solo.moco.moco_loss_func(a, b, queue, temperature),
+        lambda a, b: solo.moco_loss_func(a, b, queue, temperature),
+        views,
+    )
+
+
+@SEEDS
+def test_bolts(theirs_bolts, seed):
+    """Losses at the same draws; CPCTask with upstream's parameters, loaded by name."""
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    n, width, temperature = pick.randint(2, 20), pick.choice((3, 16, 33)), pick.choice((0.1, 0.5))
+    views = [nn.functional.normalize(torch.randn(n, width), dim=1) for _ in range(2)]
+    agree(
+        lambda a, b: theirs_bolts.nt_xent_loss(a, b, temperature),
+        lambda a, b: bolts.nt_xent_loss(a, b, temperature),
+        views,
+    )
+    images, side = pick.randint(2, 4), pick.randint(3, 4)
+    z, other = torch.randn(images, width, side, side), torch.randn(images, width, side, side)
+
+    def maps(module, parts):
+        def loss(a, b):
+            torch.manual_seed(seed)
+            losses, penalty = module.FeatureMapContrastiveTask("00, 01", tclip=pick_clip)((a, b), (b, a))
+            return (losses.sum(), penalty)[parts]
+
+        return loss
+
+    pick_clip = pick.choice((5.0, 10.0))
+    for part in range(2):
+        agree(maps(theirs_bolts, part), maps(bolts, part), [z, other])
+    if seed < 10:
+        theirs, ours = (module.CPCTask(width, target_dim=8) for module in (theirs_bolts, bolts))
+        ours.load_state_dict(theirs.state_dict())
+        agree(theirs, ours, [z])
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+@SEEDS
+def test_pml(theirs_pml, name, seed):
+    """Rows, references, other reducers and distances; a miner's pairs, in upstream's code; the memory; two views."""
+    from pytorch_metric_learning import distances, losses, miners, reducers
+
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    n, width, temperature = pick.randint(4, 20), pick.choice((3, 16, 33)), pick.choice((0.1, 0.5))
+    words = pick.choice(
+        (
+            {},
+            {"reducer": reducers.MeanReducer()},
+            {"reducer": reducers.AvgNonZeroReducer()},
+            {"distance": distances.DotProductSimilarity(normalize_embeddings=False)},
+            {"distance": distances.CosineSimilarity()},
+            {"distance": distances.LpDistance()},
+            {"reducer": reducers.ThresholdReducer(low=0.1)},
+        )
+    )
+    one, two = (getattr(module, name)(temperature, **words) for module in (losses, pml))
+    labels = torch.randint(0, 3, (n,))
+    rows = [0.5 * torch.randn(n, width) for _ in range(2)]
+    other = torch.randint(0, 3, (n,))
+    agree(lambda x: one(x, labels), lambda x: two(x, labels), rows[:1])
+    agree(lambda x, y: one(x, labels, None, y, other), lambda x, y: two(x, labels, None, y, other), rows)
+    mined = miners.MultiSimilarityMiner()(rows[0], labels)
+    agree(lambda x: one(x, labels, mined), lambda x: two(x, labels, mined), rows[:1])
+    agree(losses.SelfSupervisedLoss(one), pml.SelfSupervisedLoss(two), rows)
+    agree(losses.SelfSupervisedLoss(one, symmetric=False), pml.SelfSupervisedLoss(two, symmetric=False), rows)
+    memories = [
+        kind(loss, width, n + 3) for kind, loss in ((losses.CrossBatchMemory, one), (pml.CrossBatchMemory, two))
+    ]
+    for step in range(4):
+        x, ids = 0.4 * torch.randn(n, width), torch.randint(0, 3, (n,))  # upstream's −log(p + 1e-38) ends at 87
+        options = {} if step != 2 else {"enqueue_mask": torch.rand(n) < 0.5}
+        steps = [functools.partial(memory, labels=ids, **options) for memory in memories]
+        agree(steps[0], steps[1], [x])
+
+
+def test_patch(theirs_lightly, theirs_open_clip, theirs_pml):
+    """The real classes are known, and agree with their twins."""
+    from pytorch_metric_learning import losses
+
+    model = nn.ModuleDict(
+        {
+            "lightly": theirs_lightly.NTXentLoss(0.2),
+            "bank": theirs_lightly.NTXentLoss(0.2, memory_bank_size=(24, 5)),
+            "dcl": theirs_lightly.DCLLoss(0.2),
+            "dclw": theirs_lightly.DCLWLoss(0.2),
+            "views": losses.SelfSupervisedLoss(losses.NTXentLoss()),
+            "clip": theirs_open_clip.ClipLoss(),
+            "siglip": theirs_open_clip.SigLipLoss(),
+            "pml": losses.SupConLoss(),
+            "memory": losses.CrossBatchMemory(losses.SupConLoss(), 5, 16),
+        }
+    )
+    patch(model, verify_steps=3, show=False)
+    for _ in range(5):
+        a, b = (nn.functional.normalize(torch.randn(8, 5), dim=1).requires_grad_() for _ in range(2))
+        scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-5.0, requires_grad=True)
+        labels = torch.randint(0, 3, (8,))
+        for name in ("lightly", "bank", "dcl", "dclw", "views"):
+            model[name](a, b)
+        model["clip"](image_features=a, text_features=b, logit_scale=scale, output_dict=True)
+        model["siglip"](a, b, scale, bias)
+        model["pml"](a, labels)
+        model["memory"](a, labels)
+    for name, loss in model.items():
+        assert type(loss).__module__.startswith("fused_nce.compat."), name
+        assert "forward" not in vars(loss), name

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from fused_nce.compat import amdim, bolts, lightly, open_clip, supcontrast
+from fused_nce.compat import amdim, bolts, dim, inf_cl, lightly, moco, open_clip, processes, solo, supcontrast
 
 ROWS = torch.randn(4, 3)
+NUMBER: Any = 16.0
 SOURCES = [torch.randn(2, 4)] * 4
 TARGETS = [torch.randn(1, 4, 2 * n) for n in (25, 49, 25, 49)]
 MAPS = [torch.randn(2, 4, s, s) for s in (1, 5, 7) * 2]
+
+
+def encoder(num_classes):
+    return torch.nn.Linear(3, num_classes)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +45,7 @@ MAPS = [torch.randn(2, 4, s, s) for s in (1, 5, 7) * 2]
         (ValueError, "out0: got width D = 3", lambda: lightly.NTXentLoss(memory_bank_size=(8, 5))(ROWS, ROWS)),
         (NotImplementedError, "world_size: got 2, need 1", lambda: open_clip.ClipLoss(world_size=2)),
         (NotImplementedError, "world_size: got 2, need 1", lambda: open_clip.SigLipLoss(world_size=2)),
+        (ValueError, "ddp_compat: got 'both'", lambda: open_clip.ClipLoss(ddp_compat="both")),
         (ValueError, "dist_impl: got 'ring'", lambda: open_clip.SigLipLoss(dist_impl="ring")),
         (TypeError, "Mine: got get_logits", lambda: type("Mine", (open_clip.ClipLoss,), {"get_logits": print})),
         (ValueError, "contrast_mode: got 'two'", lambda: supcontrast.SupConLoss(contrast_mode="two")),
@@ -54,6 +62,25 @@ MAPS = [torch.randn(2, 4, s, s) for s in (1, 5, 7) * 2]
             "mask: got weights",
             lambda: supcontrast.SupConLoss()(ROWS[:, None], mask=torch.eye(4).roll(1, 0) + torch.eye(4)),
         ),
+        (ValueError, "out0: got N = 1, need N >= 2", lambda: lightly.DCLLoss()(ROWS[:1], ROWS[:1])),
+        (ValueError, "temperature: got 0.0", lambda: lightly.DCLWLoss(0.0)),
+        (TypeError, "indexes: got torch.float32, need integers", lambda: solo.simclr_loss_func(ROWS, ROWS[:, 0])),
+        (ValueError, "indexes: got shape .3,., need", lambda: solo.simclr_loss_func(ROWS, torch.arange(3))),
+        (ValueError, "queue: got width D = 5", lambda: solo.mocov2plus_loss_func(ROWS, ROWS, torch.randn(5, 8))),
+        (ValueError, "k: got M = 3, need >= N = 4", lambda: inf_cl.cal_flash_loss(ROWS, ROWS[:3])),
+        (TypeError, "labels: got torch.float32, need integers", lambda: inf_cl.cal_flash_loss(ROWS, ROWS, ROWS[:, 0])),
+        (TypeError, "head_dim: got float", lambda: inf_cl.cal_inf_loss(ROWS, ROWS, None, None, NUMBER)),
+        (ValueError, "mask: got 'leaky'", lambda: dim.infonce_loss(MAPS[0], MAPS[0], mask="leaky")),
+        (ValueError, "m: got .N, C. = .2, 3.", lambda: dim.infonce_loss(MAPS[0], MAPS[0][:, :3])),
+        (NotImplementedError, "measure: got None, need one of 'GAN'", lambda: dim.fenchel_dual_loss(MAPS[1], MAPS[0])),
+        (ValueError, "l: got N = 1, need N >= 2", lambda: dim.fenchel_dual_loss(MAPS[1][:1], MAPS[0][:1], "KL")),
+        (ValueError, "z: got .H, W. = .2, 4.", lambda: bolts.CPCTask(3)(torch.randn(1, 3, 2, 4))),
+        (ValueError, "comparisons: got '0x'", lambda: bolts.FeatureMapContrastiveTask("0x")),
+        (ValueError, "anchor_maps: got 1 maps", lambda: bolts.FeatureMapContrastiveTask("01")(MAPS[:1], MAPS)),
+        (ValueError, "K: got 0, need >= 1", lambda: moco.MoCo(encoder, K=0)),
+        (ValueError, "logits: got 'none'", lambda: moco.MoCo(encoder, logits="none")),
+        (ValueError, "T: got 0", lambda: moco.MoCo(encoder, T=0)),
+        (ValueError, "im_q: got N = 4, need a mult", lambda: moco.MoCo(encoder, K=8, bn_splits=3)(ROWS, ROWS)),
     ],
 )
 def test_refused(error, message, call):
@@ -62,6 +89,17 @@ def test_refused(error, message, call):
 
 
 def test_gathering_is_refused_among_several_processes(monkeypatch):
-    monkeypatch.setattr(lightly, "_world_size", lambda: 2)
-    with pytest.raises(NotImplementedError, match=r"^gather_distributed: got True among 2 processes"):
-        lightly.NTXentLoss(gather_distributed=True)(ROWS, ROWS)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    ids = torch.arange(2).repeat(2)
+    for name, call in {
+        "gather_distributed=True": lambda: lightly.NTXentLoss(gather_distributed=True)(ROWS, ROWS),
+        "z": lambda: solo.simclr_loss_func(ROWS, ids),
+        "key": lambda: solo.mocov3_loss_func(ROWS, ROWS),
+        "p": lambda: solo.nnclr_loss_func(ROWS, ROWS),
+        "k": lambda: inf_cl.cal_inf_loss(ROWS, ROWS),
+        "out_1": lambda: bolts.SimCLR().nt_xent_loss(ROWS, ROWS, 0.5),
+    }.items():
+        with pytest.raises(NotImplementedError, match=rf"^{name}: got 2 processes, need 1"):
+            call()
+    with pytest.raises(NotImplementedError, match=r"^gather_distributed=True: got 2 processes"):
+        lightly.DCLLoss(gather_distributed=True)(ROWS, ROWS)

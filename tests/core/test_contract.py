@@ -217,13 +217,15 @@ def test_autocast_leaves_float64_alone():
 
 @pytest.mark.parametrize("entry", ["loss", "nce", "stats"])
 def test_double_backward_is_refused_by_name(backend, entry):
+    if backend == "chunked":
+        pytest.skip("it has one: tests/core/test_twice.py")
     q, k = features()
     out = (
         tile_stats(q, k, SPEC, backend=backend)["neg_lse"].sum()
         if entry == "stats"
         else getattr(run(backend, q, k), entry)
     )
-    with pytest.raises(RuntimeError, match="fused_nce: double backward"):
+    with pytest.raises(RuntimeError, match=r"fused_nce: double backward.*backend='chunked' has one"):
         torch.autograd.grad(out, q, create_graph=True)
 
 

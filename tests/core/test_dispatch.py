@@ -95,8 +95,8 @@ def test_a_backend_refuses_what_it_has_no_atom_for():
     """Each by name; k None is one tensor in both roles, and a bank of another dtype is mixed."""
     q = torch.ones(4, 8)
     spec = Spec(Labels(), Bias(), ("pos_lse",), ("neg_lse",), drop_self=True)
-    reason = dispatch.why_not("cpu", spec, q, None)
-    assert reason == "it has no bias, columns, labels, pos_lse"
+    reason = dispatch.why_not("triton", spec, q, None)
+    assert reason == "it has no bias, columns, drop_self, labels, pos_lse, self"
     assert dispatch.why_not("cpu", SPEC, q, torch.ones(12, 8).bfloat16()) == "it has no mixed"
     for name in ("reference", "chunked"):
         assert dispatch.why_not(name, spec, q, None) is None

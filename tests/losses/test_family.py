@@ -257,9 +257,9 @@ ERRORS = [
         r"^spec: got the layout labels\(\), need one with a fixed number of positives$",
     ),
     (
-        lambda: tile_stats(A, None, Spec(Labels()), row_ids=T, backend="cpu"),
+        lambda: tile_stats(A, None, Spec(Labels()), row_ids=T, backend="triton"),
         ValueError,
-        r"^backend: got 'cpu', which cannot run this: .*$",
+        r"^backend: got 'triton', which cannot run this: .*$",
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""`python -m tests.mutants [python|cpp|trainer|all] [PART]`: plant each fault in a copy of the project and test that.
+"""`python -m tests.mutants [python|cpp|trainer|adapters|all] [PART]`: plant each fault in a copy, and test that.
 
 `JOBS` at a time, 2 by default. A fault that no test notices survives: the table says so and the exit status is 1.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fused_nce import _extension
 
+from .adapters import ADAPTERS
 from .faults import CPP, PYTHON, Fault
 from .trainer import TRAINER
 
@@ -44,7 +45,7 @@ IGNORE = shutil.ignore_patterns("__pycache__", "*.pyc", "mutants")
 
 def plant(fault: Fault | None, folder: Path, *, kernels: bool) -> None:
     """A copy of what the tests need, with the fault in it; `kernels` to be built from the copy's own sources."""
-    for name in ("fused_nce", "tests"):
+    for name in ("fused_nce", "tests", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=IGNORE)
     shutil.copy(ROOT / "pyproject.toml", folder)
     if kernels:
@@ -96,13 +97,14 @@ def main(group: str = "all", part: str = "") -> int:
     """Run a group of faults.
 
     Args:
-        group: "python", "cpp", "trainer" or "all".
+        group: "python", "cpp", "trainer", "adapters" or "all".
         part: only faults with this in their reason.
     """
     cpp = CPP if _extension.status()[0] is not None else ()
     if group in ("cpp", "all") and not cpp:
         print(f"C++ faults left out: {_extension.status()[1]}")
-    groups = {"python": PYTHON, "cpp": cpp, "trainer": TRAINER, "all": (*PYTHON, *cpp, *TRAINER)}
+    groups: dict[str, tuple[Fault, ...]] = {"python": PYTHON, "cpp": cpp, "trainer": TRAINER, "adapters": ADAPTERS}
+    groups["all"] = tuple(fault for some in groups.values() for fault in some)
     faults = [f for f in groups[group] if part in f.reason]
     own = tuple(sorted({name for f in faults for name in f.tests}))
     for kernels, tests in {(f.file.startswith("csrc/"), own if f.tests else ()) for f in faults}:

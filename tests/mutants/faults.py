@@ -100,7 +100,7 @@ PYTHON = (
     Fault(
         "upstream gradient ignored",
         OPS,
-        "stash = tuple(_times(g, d_loss) if need else g",
+        "stash = tuple(upstreams.times(g, d_loss) if need else g",
         "stash = tuple(g if need else g",
     ),
     Fault(
@@ -123,9 +123,9 @@ PYTHON = (
     ),
     Fault(
         "stash scaled in place although the graph is kept",
-        OPS,
-        "if traced or _batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph():",
-        "if traced or _batched(upstream):",
+        "fused_nce/core/upstream.py",
+        "if traced or batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph():",
+        "if traced or batched(upstream):",
     ),
     Fault(
         "stash cast to the inputs' dtype before the upstream",
@@ -136,14 +136,28 @@ PYTHON = (
     Fault(
         "double backward dropped in silence",
         OPS,
-        "    if torch.is_grad_enabled():\n        raise",
-        "    if False:\n        raise",
+        "    if torch.is_grad_enabled():\n        return *_with_graph(ctx, tails",
+        "    if False:\n        return *_with_graph(ctx, tails",
+    ),
+    Fault(
+        "double backward along a path between the inputs",
+        OPS,
+        ".each(lambda y: y.view_as(y))",
+        "",
+        ("tests/core/test_twice.py",),
+    ),
+    Fault(
+        "double backward of an empty set",
+        "fused_nce/core/twice.py",
+        "torch.where(some, x.masked_fill(~inside, stat.empty), 0.0)",
+        "x.masked_fill(~inside, stat.empty)",
+        ("tests/core/test_twice.py",),
     ),
     Fault(
         "frozen side pays for a gradient",
         ENGINE,
-        "graph and x is not None and x.requires_grad",
-        "graph and x is not None",
+        "graph and leaf is not None and leaf.requires_grad",
+        "graph and leaf is not None",
     ),
     Fault("gradient work under no_grad", ENGINE, "graph = torch.is_grad_enabled()", "graph = True"),
     # ---- the chunk loop
@@ -216,8 +230,8 @@ PYTHON = (
     Fault(
         "cpu: statistics in another order",
         CPU,
-        'NAMES = ("neg_lse", "neg_max", "square")',
-        'NAMES = ("neg_max", "neg_lse", "square")',
+        'NAMES = ("neg_lse", "neg_max", ',
+        'NAMES = ("neg_max", "neg_lse", ',
     ),
     Fault("strict mode ignored", DISPATCH, 'if os.environ.get("FUSED_NCE_STRICT") == "1":', "if False:"),
     Fault(
@@ -269,6 +283,7 @@ PYTHON = (
 )
 
 ROWS, STRIP, SWEEP, FORMULAS = "csrc/cpu/rows.inl", "csrc/cpu/strip.cpp", "csrc/cpu/sweep.cpp", "csrc/atoms.h"
+IDS = "csrc/cpu/ids.h"
 
 GPU_ROWS, GPU_GROUPS, GPU_SWEEP = "csrc/cuda/rows.h", "csrc/cuda/groups.h", "csrc/cuda/sweep.cpp"
 
@@ -284,18 +299,18 @@ CPP = (
     ),
     Fault(
         "kernels: offset ignored",
-        SWEEP,
+        IDS,
         "i / scoring_.rows_per_image + scoring_.offset",
         "i / scoring_.rows_per_image",
     ),
-    Fault("kernels: NaN hidden", STRIP, "= log_value(total) + bad;", "= log_value(total);"),
+    Fault("kernels: NaN hidden", STRIP, "log_value(total) + scoring.bias + bad)", "log_value(total) + scoring.bias)"),
     Fault("kernels: dk not accumulated across strips", SWEEP, "strip_.first > 0", "false"),
-    Fault("kernels: upstream of row 0 for all rows", STRIP, "= d_neg_lse[i];", "= d_neg_lse[0];"),
+    Fault("kernels: upstream of row 0 for all rows", STRIP, "? d_neg_lse[i] :", "? d_neg_lse[0] :"),
     Fault(
         "kernels: tail columns dropped",
         ROWS,
-        "const int64_t step = tile.columns - c >= 4 ? 4 : 1;",
-        "const int64_t step = 4;\n    if (tile.columns - c < step) break;",
+        "for (; c < tile.columns; ++c) fold_columns",
+        "for (; false; ++c) fold_columns",
     ),
     Fault(
         "kernels: groups summed without their shifts", FORMULAS, "+ b.sum * exp_value(b.shift - out.shift)", "+ b.sum"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.mutants.__main__ import ROOT
+from tests.mutants.adapters import ADAPTERS
 from tests.mutants.faults import CPP, PYTHON
 from tests.mutants.trainer import TRAINER
 
-FAULTS = (*PYTHON, *CPP, *TRAINER)
+FAULTS = (*PYTHON, *CPP, *TRAINER, *ADAPTERS)
 
 
 def test_there_are_enough():
@@ -20,4 +21,4 @@ def test_there_are_enough():
 def test_fits(fault):
     assert (ROOT / fault.file).read_text(encoding="utf-8").count(fault.find) == 1
     assert fault.find != fault.replace
-    assert all((ROOT / name).is_file() for name in fault.tests)
+    assert all((ROOT / name.partition("::")[0]).is_file() for name in fault.tests)

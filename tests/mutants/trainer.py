@@ -30,17 +30,17 @@ TRAINER = (
     fault(
         "both views in one batch: BatchNorm mixes them",
         f"{MODELS}/amdim.py",
-        "losses: Losses = self.loss(self.encode(view1), self.encode(view2))",
-        "both = self.encode(torch.cat((view1, view2)))\n"
-        "        losses: Losses = self.loss(*({k: v.chunk(2)[i] for k, v in both.items()} for i in (0, 1)))",
+        "taps = self.encode(view1), self.encode(view2)",
+        "both = self.encode(__import__('torch').cat((view1, view2)))\n"
+        "        taps = tuple({k: v.chunk(2)[i] for k, v in both.items()} for i in (0, 1))",
         "tests/models/test_amdim.py",
     ),
     # ---- data and augmentation
     fault(
         "flip drawn for each view",
         f"{TRAIN}/augment.py",
-        "both = geometry.flip(pair.reshape(count, -1, *size[1:]), c.flip_p)",
-        "both = torch.cat([geometry.flip(pair[:, view], c.flip_p) for view in (0, 1)], 1)",
+        "flipped = geometry.flip(cut.reshape(one_draw, -1, *size[1:]), c.flip_p)",
+        "flipped = geometry.flip(cut.reshape(2 * count, -1, *size[1:]), c.flip_p)",
         "tests/train/test_augment.py",
     ),
     fault(
@@ -60,8 +60,8 @@ TRAINER = (
     fault(
         "small sets cropped from a centre square",
         f"{TRAIN}/loader.py",
-        'if config.augment.geometry != "crop" and decoded_bytes',
-        "if decoded_bytes",
+        'if config.augment.geometry != "crop":',
+        "if True:",
         "tests/train/test_data.py",
     ),
     fault(
@@ -74,7 +74,7 @@ TRAINER = (
     # ---- training
     fault(
         "upstream presets with the paper's λ",
-        f"{TRAIN}/config.py",
+        f"{TRAIN}/methods/amdim.py",
         "penalty: float = 0.05",
         "penalty: float = 0.04",
         "tests/train/test_config.py",
@@ -89,8 +89,8 @@ TRAINER = (
     fault(
         "AdamW for Adam",
         f"{TRAIN}/optim.py",
-        "return torch.optim.Adam(",
-        "return torch.optim.AdamW(",
+        "return torch.optim.Adam(groups",
+        "return torch.optim.AdamW(groups",
         "tests/train/test_optim_probes.py",
     ),
     fault(
@@ -135,6 +135,112 @@ TRAINER = (
         "fits = torch.empty_like(value)",
         "tests/train/test_checkpoint.py",
         "tests/train/test_loop.py",
+    ),
+    # ---- methods
+    fault(
+        "the key encoder follows at the complement of its momentum",
+        f"{MODELS}/moco.py",
+        "key.mul_(self.momentum).add_(query, alpha=1 - self.momentum)",
+        "key.mul_(1 - self.momentum).add_(query, alpha=self.momentum)",
+        "tests/models/test_moco.py",
+    ),
+    fault(
+        "a key is its own negative: enqueued before the loss",
+        f"{MODELS}/moco.py",
+        "            self._pending.add(keys[0])",
+        "            self.queue.update(keys[0])",
+        "tests/models/test_moco.py",
+    ),
+    fault(
+        "keys in the order of the shuffle",
+        f"{MODELS}/moco.py",
+        "encoded = processes.unshuffle(self.key_encoder(shuffled), order)",
+        "encoded = self.key_encoder(shuffled)",
+        "tests/models/test_moco.py",
+    ),
+    fault(
+        "a skipped update moves the key encoder and the queue",
+        f"{MODELS}/moco.py",
+        "        if skipped:\n",
+        "        if False:\n",
+        "tests/models/test_projected.py",
+    ),
+    fault(
+        "the loop does not say that an update was skipped",
+        f"{TRAIN}/loop.py",
+        "self.model.after_step(skipped=bad)",
+        "self.model.after_step()",
+        "tests/train/test_methods.py::test_an_update_that_is_skipped_leaves_memory_and_keys_alone",
+    ),
+    fault(
+        "split BatchNorm keeps the statistics of the last part",
+        f"{MODELS}/encoders/split_norm.py",
+        "mean.copy_(torch.stack(means).mean(0))",
+        "mean.copy_(means[-1])",
+        "tests/models/test_backbones.py",
+    ),
+    fault(
+        "zero branches by the second norm of a bottleneck",
+        f"{MODELS}/encoders/backbones.py",
+        'block.bn3 if hasattr(block, "bn3") else block.bn2',
+        "block.bn2",
+        "tests/models/test_backbones.py",
+    ),
+    fault(
+        "the bank's momentum on the wrong side",
+        f"{MODELS}/npid.py",
+        "torch.lerp(features.float(), self.vectors[indices], self.momentum)",
+        "torch.lerp(self.vectors[indices], features.float(), self.momentum)",
+        "tests/models/test_projected.py",
+    ),
+    fault(
+        "the bank off the sphere",
+        f"{MODELS}/npid.py",
+        "self.vectors.index_copy_(0, indices, functional.normalize(mixed, dim=1))",
+        "self.vectors.index_copy_(0, indices, mixed)",
+        "tests/models/test_projected.py",
+    ),
+    fault(
+        "a bank of one image in the evaluation",
+        f"{TRAIN}/checkpoint.py",
+        'config.build(images=int(load_state(path).get("images", 1)))',
+        "config.build(images=1)",
+        "tests/train/test_methods.py::test_a_run_loads_without_its_data",
+    ),
+    fault(
+        "labels beside the wrong views",
+        f"{MODELS}/supcon.py",
+        "batch[2].repeat(2)",
+        "batch[2].repeat_interleave(2)",
+        "tests/models/test_projected.py",
+    ),
+    fault(
+        "SimCLR's views normalised apart",
+        f"{MODELS}/simclr.py",
+        "taps = halves(self.encode(torch.cat(split_views(batch))))",
+        "taps = tuple(map(self.encode, split_views(batch)))",
+        "tests/models/test_projected.py",
+    ),
+    fault(
+        "LARS's ratio without the decay",
+        f"{TRAIN}/optim.py",
+        "own, other = p.norm(), update.norm()",
+        "own, other = p.norm(), p.grad.norm()",
+        "tests/train/test_optim_probes.py",
+    ),
+    fault(
+        "views flipped together",
+        f"{TRAIN}/augment.py",
+        "one_draw = count if c.flip_shared else count * self.count",
+        "one_draw = count",
+        "tests/train/test_augment.py",
+    ),
+    fault(
+        "crops of small images from a resized copy",
+        f"{TRAIN}/data.py",
+        "image if image.shape[1:] == (size, size) else None",
+        "fit(image, size, size)",
+        "tests/train/test_data.py",
     ),
     # ---- evaluation
     fault(

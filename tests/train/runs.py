@@ -20,11 +20,11 @@ KEYS = TIMES | {"step", "epoch", "loss", "nce", "nce_minus_chance", "penalty", "
 
 
 def trainer(out, *argv):
-    return Trainer(*command.parse([*TINY, "--out", str(out), *argv])[:2])
+    return Trainer(*command.parse("amdim", [*TINY, "--out", str(out), *argv])[:2])
 
 
 def resumed(out, *argv):
-    settings, run_dir, resume = command.parse(["--resume", str(out), *argv])
+    settings, run_dir, resume = command.parse("amdim", ["--resume", str(out), *argv])
     return Trainer(settings, run_dir, resume=resume)
 
 

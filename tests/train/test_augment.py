@@ -8,7 +8,8 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 
 from fused_nce.train import augment, colour, geometry
-from fused_nce.train.config import AugmentConfig, TrainConfig
+from fused_nce.train.config import AugmentConfig
+from fused_nce.train.methods.amdim import AMDIMConfig
 
 PLAIN = AugmentConfig(
     flip_p=0, geometry="none", jitter_p=0, gray_p=0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
@@ -129,24 +130,24 @@ def test_grayscale_and_flip_chances():
 def test_the_flip_is_shared_and_the_rest_is_not():
     torch.manual_seed(0)
     ramp = STEPS.expand(400, 3, 32, 32)
-    one, two = augment.TwoViews(replace(PLAIN, flip_p=0.5), 32)(ramp)
+    one, two = augment.Views(replace(PLAIN, flip_p=0.5), 32)(ramp)
     assert torch.equal(one, two)
     assert 100 < int((one[:, 0, 0, 0] == 0).sum()) < 300
-    one, two = augment.TwoViews(replace(PLAIN, geometry="translate", geometry_p=1.0), 32)(ramp)
+    one, two = augment.Views(replace(PLAIN, geometry="translate", geometry_p=1.0), 32)(ramp)
     shifts = torch.stack((one[:, 0, 16, 16], two[:, 0, 16, 16]))
     assert abs(float(torch.corrcoef(shifts)[0, 1])) < 0.25
-    one, two = augment.TwoViews(replace(PLAIN, jitter=(0.4, 0.0, 0.0, 0.0), jitter_p=1.0), 32)(ramp)
+    one, two = augment.Views(replace(PLAIN, jitter=(0.4, 0.0, 0.0, 0.0), jitter_p=1.0), 32)(ramp)
     assert not torch.isclose(one, two).all((1, 2, 3)).any()
 
 
 def test_no_change_is_the_test_transform(images):
     batch = (images * 255).to(torch.uint8)
     config = AugmentConfig(flip_p=0, geometry="none", jitter_p=0, gray_p=0)
-    one, two = augment.TwoViews(config, 32)(batch)
+    one, two = augment.Views(config, 32)(batch)
     expected = TF.normalize(batch.float() / 255, list(config.mean), list(config.std))
     torch.testing.assert_close(one, expected)
     assert torch.equal(one, two)
-    torch.testing.assert_close(augment.test_transform(TrainConfig(augment=config))(batch), expected)
+    torch.testing.assert_close(augment.test_transform(AMDIMConfig(augment=config))(batch), expected)
 
 
 def test_the_transforms_leave_their_input_alone(images):
@@ -154,14 +155,14 @@ def test_the_transforms_leave_their_input_alone(images):
     before = batch.clone()
     for kind in ("translate", "affine", "crop", "none"):
         config = AugmentConfig(geometry=kind)
-        augment.TwoViews(config, 32)(batch)
-        augment.test_transform(TrainConfig(augment=config))(batch)
+        augment.Views(config, 32)(batch)
+        augment.test_transform(AMDIMConfig(augment=config))(batch)
     assert torch.equal(batch, before)
 
 
 def test_crops_are_of_the_models_size_and_differ(images):
     batch = (images * 255).to(torch.uint8)
-    one, two = augment.TwoViews(replace(PLAIN, geometry="crop"), 16)(batch)
+    one, two = augment.Views(replace(PLAIN, geometry="crop"), 16)(batch)
     assert one.shape == two.shape == (12, 3, 16, 16)
     assert not torch.isclose(one, two).all((1, 2, 3)).any()
 
@@ -170,10 +171,37 @@ def test_the_seed_decides_everything(images):
     batch, results = (images * 255).to(torch.uint8), []
     for _ in range(2):
         torch.manual_seed(7)
-        results.append(torch.stack(augment.TwoViews(AugmentConfig(), 32)(batch)))
+        results.append(torch.stack(augment.Views(AugmentConfig(), 32)(batch)))
     assert torch.equal(*results)
 
 
 def test_refusals(images):
     with pytest.raises(TypeError, match=r"images: must be uint8, got torch\.float32"):
-        augment.test_transform(TrainConfig())(images)
+        augment.test_transform(AMDIMConfig())(images)
+
+
+def test_blur_is_torchvisions_image_by_image(images):
+    sigma = torch.linspace(0.1, 2.0, len(images))
+    expected = torch.stack([TF.gaussian_blur(x, [5, 5], [s.item()] * 2) for x, s in zip(images, sigma, strict=True)])
+    torch.testing.assert_close(colour.gaussian(images, sigma, 5), expected, atol=2e-6, rtol=0)
+
+
+def test_blur_is_drawn_for_every_image(images):
+    torch.manual_seed(0)
+    many = images.repeat(20, 1, 1, 1)
+    changed = (colour.blur(many.clone(), (1.0, 2.0), 0.5) != many).flatten(1).any(1)
+    assert 0.4 < changed.float().mean() < 0.6
+    small = augment.Views(replace(PLAIN, blur_p=1.0), 32)(torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8))
+    assert not torch.equal(*small)  # each view its own width
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_as_many_views_as_asked_for_each_flipped_by_itself(count):
+    torch.manual_seed(0)
+    ramp = STEPS.expand(200, 3, 32, 32).clone()
+    for shared in (True, False):
+        views = augment.Views(replace(PLAIN, flip_p=0.5, flip_shared=shared), 32, count)(ramp)
+        assert [tuple(view.shape) for view in views] == [(200, 3, 32, 32)] * count
+        turned = torch.stack([view[:, 0, 0, 0] > 0.05 for view in views])
+        agreement = (turned == turned[0]).all(0).float().mean()
+        assert agreement == 1 if shared or count == 1 else agreement < 0.7

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fused_nce.train import checkpoint, config
-from fused_nce.train.config import ModelConfig, TrainConfig
+from fused_nce.train.methods.amdim import AMDIMConfig, ModelConfig
 
 TINY = ModelConfig(ndf=4, n_rkhs=16, n_depth=1)
 
@@ -22,9 +22,9 @@ TINY = ModelConfig(ndf=4, n_rkhs=16, n_depth=1)
 @pytest.fixture
 def run(tmp_path):
     """A run with checkpoints at steps 1, 2 and 3, of which two are kept; the weights tell the step."""
-    settings = TrainConfig(model=TINY)
+    settings = AMDIMConfig(model=TINY)
     config.save(settings, tmp_path)
-    model: Any = checkpoint.build_model(settings)
+    model: Any = settings.build()
     for step in (1, 2, 3):
         torch.nn.init.constant_(model.encoder.head5.shortcut.bias, step)
         checkpoint.save(tmp_path, step, {"model": model.state_dict()}, {"step": step}, keep=2)
@@ -38,7 +38,7 @@ def step_of(run):
 
 def test_round_trip_and_what_is_kept(run):
     model, settings = checkpoint.load_model(run)
-    assert settings == TrainConfig(model=TINY)
+    assert settings == AMDIMConfig(model=TINY)
     assert not model.training
     assert step_of(run) == 3
     assert [p.name for p in checkpoint.steps(run)] == ["step_00000002", "step_00000003"]
@@ -92,7 +92,7 @@ def test_all_damaged_is_an_error(run):
 def test_no_run_and_no_checkpoint_are_errors(tmp_path):
     with pytest.raises(ValueError, match=r"run: .* holds no config\.yaml"):
         checkpoint.load_model(tmp_path)
-    config.save(TrainConfig(), tmp_path)
+    config.save(AMDIMConfig(), tmp_path)
     with pytest.raises(ValueError, match="has no checkpoint"):
         checkpoint.load_model(tmp_path)
 
@@ -112,7 +112,7 @@ def test_a_pickle_is_not_run(run, tmp_path):
 
 
 def test_weights_of_another_model_are_named(run):
-    config.save(TrainConfig(model=ModelConfig(ndf=4, n_rkhs=20, n_depth=1)), run)
+    config.save(AMDIMConfig(model=ModelConfig(ndf=4, n_rkhs=20, n_depth=1)), run)
     with pytest.raises(checkpoint.CheckpointError, match="the model needs"):
         checkpoint.load_model(run)
 

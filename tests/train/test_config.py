@@ -2,21 +2,25 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
+import yaml
 
 from fused_nce import cli
 from fused_nce.losses.amdim import PRESETS as LOSS_PRESETS
 from fused_nce.train import augment, command, config, limits
-from fused_nce.train.config import AugmentConfig, ModelConfig, TrainConfig
-from fused_nce.train.presets import PRESETS
+from fused_nce.train.config import AugmentConfig
+from fused_nce.train.methods.amdim import PRESETS, AMDIMConfig, ModelConfig
 
+RULES = set(limits.RULES) | set(AMDIMConfig.rules)
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 NAN, INF = float("nan"), float("inf")
 GEOMETRY = "augment.geometry: must be one of 'translate', 'affine', 'crop', 'none', got warp"
 
 
 def parse(tmp_path, *argv):
-    return command.parse([*argv, "--out", str(tmp_path / "run")])[0]
+    return command.parse("amdim", [*argv, "--out", str(tmp_path / "run")])[0]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -25,13 +29,13 @@ def test_every_preset_parses_and_survives_the_disk(tmp_path, preset):
     assert config.load(tmp_path / "run") == settings
     wanted, flat = config.flatten(PRESETS[preset]), config.flatten(config.to_dict(settings))
     assert {key: flat[key] for key in wanted} == wanted
-    default = config.flatten(config.to_dict(TrainConfig()))
+    default = config.flatten(config.to_dict(AMDIMConfig()))
     assert [key for key in flat if flat[key] != default[key] and key not in wanted and key != "preset"] == []
 
 
 def test_the_published_settings():
     """facts of amdim-public and lightning-bolts, spelled out once more so that a slip in the table is seen."""
-    default = TrainConfig()
+    default = AMDIMConfig()
     assert (default.optim.lr, default.optim.betas, default.optim.weight_decay) == (2e-4, (0.8, 0.999), 1e-5)
     assert (default.optim.warmup_updates, default.optim.epochs, default.optim.milestones) == (500, 300, (250, 280))
     assert (default.model.ndf, default.model.n_rkhs, default.model.n_depth) == (128, 1024, 3)
@@ -104,41 +108,41 @@ def saved(tmp_path):
     from fused_nce.train import checkpoint
 
     settings = parse(tmp_path, "--model.ndf=4", "--model.n_rkhs=16", "--model.n_depth=1")
-    model = checkpoint.build_model(settings)
+    model = settings.build()
     checkpoint.save(tmp_path / "run", 1, {"model": model.state_dict()}, {}, keep=2)
     return str(tmp_path / "run")
 
 
 def test_a_resume_keeps_the_settings(saved):
-    settings, _, resume = command.parse(["--resume", saved, "--max-steps", "9", "--run.log_every=3"])
+    settings, _, resume = command.parse("amdim", ["--resume", saved, "--max-steps", "9", "--run.log_every=3"])
     assert resume
     assert (settings.model.ndf, settings.run.max_steps, settings.run.log_every) == (4, 9, 3)
 
 
 def test_a_resume_with_other_settings_is_refused_with_the_difference(saved):
     with pytest.raises(ValueError, match=r"model\.ndf: 4 -> 3.*--allow-changed") as caught:
-        command.parse(["--resume", saved, "--lr", "0.5", "--model.ndf=3"])
+        command.parse("amdim", ["--resume", saved, "--lr", "0.5", "--model.ndf=3"])
     assert "optim.lr: 0.0002 -> 0.5" in str(caught.value)
-    settings, _, _ = command.parse(["--resume", saved, "--lr", "0.5", "--allow-changed", "optim.lr"])
+    settings, _, _ = command.parse("amdim", ["--resume", saved, "--lr", "0.5", "--allow-changed", "optim.lr"])
     assert settings.optim.lr == 0.5
 
 
 def test_a_resume_takes_no_other_folder(saved, tmp_path):
     for extra in (["--out", str(tmp_path / "other")], ["--overwrite"]):
         with pytest.raises(ValueError, match=r"resume: goes on in .*run itself; leave out --out and --overwrite"):
-            command.parse(["--resume", saved, *extra])
+            command.parse("amdim", ["--resume", saved, *extra])
 
 
 def test_a_resume_without_a_run_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.yaml"):
-        command.parse(["--resume", str(tmp_path / "nothing")])
+        command.parse("amdim", ["--resume", str(tmp_path / "nothing")])
     assert not (tmp_path / "nothing").exists()
 
 
 def test_every_number_has_a_rule_and_every_rule_a_setting():
-    flat = config.flatten(dataclasses.asdict(TrainConfig()))
+    flat = config.flatten(dataclasses.asdict(AMDIMConfig()))
     chosen = {key for key, value in flat.items() if isinstance(value, bool | str) or key == "channels_last"}
-    assert set(flat) - chosen <= set(limits.RULES) <= set(flat)
+    assert set(flat) - chosen <= RULES <= set(flat)
 
 
 BAD = [
@@ -175,6 +179,8 @@ BAD = [
     ("augment.jitter", [-0.4, 0.4, 0.4, 0.1], "hue in [0, 0.5]"),
     ("augment.jitter_p", NAN, "in [0, 1]"),
     ("augment.gray_p", 2, "in [0, 1]"),
+    ("augment.blur_p", 1.1, "in [0, 1]"),
+    ("augment.blur_sigma", [0.0, 2.0], "smallest <= largest, each above 0"),
     ("augment.mean", [0.5, 0.5, 125.3], "each in [0, 1]"),
     ("augment.std", [0.2, 0.0, 0.2], "each above 0"),
     ("optim.epochs", -1, "at least 1"),
@@ -184,6 +190,8 @@ BAD = [
     ("optim.lr", INF, "above 0"),
     ("optim.betas", [0.8, 1.0], "each in [0, 1)"),
     ("optim.eps", 0, "above 0"),
+    ("optim.momentum", 1.0, "in [0, 1)"),
+    ("optim.trust", 0, "above 0"),
     ("optim.weight_decay", -1e-5, "at least 0"),
     ("optim.warmup_updates", -1, "at least 0"),
     ("optim.milestones", [280, 250], "rising epochs from 1 on"),
@@ -200,13 +208,13 @@ BAD = [
 
 
 def test_every_rule_is_tried():
-    assert {key for key, _, _ in BAD} == set(limits.RULES)
+    assert {key for key, _, _ in BAD} == RULES
 
 
 @pytest.mark.parametrize(("key", "value", "need"), BAD)
 def test_a_bad_setting_is_named_with_what_it_must_be_and_what_it_is(key, value, need):
     part, _, name = key.rpartition(".")
-    settings = TrainConfig()
+    settings = AMDIMConfig()
     section = getattr(settings, part) if part else settings
     setattr(section, name, tuple(value) if isinstance(value, list) else value)
     with pytest.raises(ValueError, match=f"^{re.escape(key)}: must be ") as caught:
@@ -217,16 +225,16 @@ def test_a_bad_setting_is_named_with_what_it_must_be_and_what_it_is(key, value, 
 
 def test_a_choice_outside_its_type_is_refused():
     with pytest.raises(ValueError, match=r"augment\.geometry: must be one of translate, affine, crop, none, got warp"):
-        config.check(TrainConfig(augment=AugmentConfig(geometry="warp")))  # type: ignore[arg-type]
+        config.check(AMDIMConfig(augment=AugmentConfig(geometry="warp")))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"augment\.zoom: must be smallest <= largest, each above 0, got \[0.0, 1.0\]"):
-        augment.TwoViews(AugmentConfig(zoom=(0.0, 1.0)), 32)
+        augment.Views(AugmentConfig(zoom=(0.0, 1.0)), 32)
 
 
 @pytest.mark.parametrize(("image_size", "width"), [(32, 512), (64, 1024), (128, 1024)])
 def test_embeddings_narrower_than_the_trunk_are_refused(image_size, width):
-    config.check(TrainConfig(model=ModelConfig(image_size=image_size, n_rkhs=width)))
+    config.check(AMDIMConfig(model=ModelConfig(image_size=image_size, n_rkhs=width)))
     with pytest.raises(ValueError, match=rf"model\.n_rkhs: must be at least {width} .* got {width - 1}"):
-        config.check(TrainConfig(model=ModelConfig(image_size=image_size, n_rkhs=width - 1)))
+        config.check(AMDIMConfig(model=ModelConfig(image_size=image_size, n_rkhs=width - 1)))
 
 
 def test_no_clip_is_legal(tmp_path):
@@ -294,3 +302,18 @@ def test_a_command_that_could_not_start_leaves_no_run(tmp_path):
         with pytest.raises(ValueError, match=r"data: .* does not exist"):
             command.main(["amdim", "--data", str(tmp_path / "absent"), "--out", str(run)])
         assert not run.exists()
+
+
+def test_the_committed_settings_of_a_run_before_methods_had_names_still_load():
+    saved = yaml.safe_load((DOCS / "results" / "cifar10-tiny.config.yaml").read_text())
+    settings = config.from_dict(saved)
+    assert settings.method == "amdim"
+    assert {k: v for k, v in config.flatten(config.to_dict(settings)).items() if k in config.flatten(saved)} == (
+        config.flatten(saved)
+    )
+    assert (settings.augment.flip_shared, settings.augment.blur_p, settings.optim.name) == (True, 0.0, "adam")
+
+
+def test_a_run_of_another_method_is_not_resumed(saved):
+    with pytest.raises(ValueError, match="method: must be one of amdim"):
+        command.parse("simsiam", ["--resume", saved])

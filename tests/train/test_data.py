@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from fused_nce.train import loader
-from fused_nce.train.config import AugmentConfig, OptimConfig, RunConfig, TrainConfig
+from fused_nce.train.config import AugmentConfig, OptimConfig, RunConfig
 from fused_nce.train.data import load_split, open_source
+from fused_nce.train.methods.amdim import AMDIMConfig
 
 
 def picture(value, size=(32, 32), kind="PNG"):
@@ -158,7 +159,7 @@ def test_a_batch_larger_than_the_set_is_refused():
 
 
 def first_batches(tmp_path, geometry, workers, limit_mb, position=0, count=3):
-    config = TrainConfig(
+    config = AMDIMConfig(
         data=str(tmp_path),
         augment=AugmentConfig(geometry=geometry),
         optim=OptimConfig(batch_size=4),
@@ -206,7 +207,7 @@ def test_too_many_damaged_images_on_the_way_are_one_line(tmp_path, workers, monk
 
 def test_an_image_is_cropped_anew_at_every_position(tmp_path):
     write_folder(tmp_path, 4, size=(50, 40))
-    reader = loader.Reader(open_source(str(tmp_path), "train"), TrainConfig(augment=AugmentConfig(geometry="crop")))
+    reader = loader.Reader(open_source(str(tmp_path), "train"), AMDIMConfig(augment=AugmentConfig(geometry="crop")))
     first, again, later = (reader[key][0] for key in ((0, 3), (0, 3), (7, 3)))
     assert torch.equal(first, again)
     assert not torch.equal(first, later)
@@ -231,3 +232,14 @@ def test_a_damaged_image_on_the_way_keeps_the_batch_full(tmp_path, monkeypatch):
     assert [len(b.images) for b in batches] == [4] * 25
     assert source.damaged == 1
     assert 41 not in torch.cat([b.indices for b in batches]).tolist()
+
+
+def test_images_of_the_models_own_size_are_held_for_crops_too(tmp_path):
+    write_folder(tmp_path, 10, size=(32, 32))
+    source, batches = first_batches(tmp_path, "crop", 0, 64)
+    assert source.held is not None
+    assert batches[0].images.shape == (4, 3, 32, 32)
+    write_folder(tmp_path / "other", 10, size=(32, 33))
+    source, batches = first_batches(tmp_path / "other", "crop", 0, 64)
+    assert source.held is None
+    assert batches[0].images.shape == (4, 2, 3, 32, 32)

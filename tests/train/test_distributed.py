@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 
-from fused_nce.train import step
 from tests.train.runs import TINY, log, resumed, tensors, trainer, untimed
 
 
@@ -15,13 +14,13 @@ from tests.train.runs import TINY, log, resumed, tensors, trainer, untimed
 def test_ddp_is_told_of_unused_parameters_exactly_where_there_are_some(tmp_path, pairs):
     run = trainer(tmp_path / "a", f"--loss.pairs=[{pairs}]")
     images, labels, _ = next(run.loader.batches(0))
-    run.module(*run.views(images), labels)[0].backward()
+    run.module(run.views(images), labels)[0].backward()
     unused = [name for name, p in run.module.named_parameters() if p.grad is None]
-    assert step.leaves_some_unused(run.config.loss.pairs) == bool(unused)
+    assert run.config.leaves_some_unused() == bool(unused)
     assert run.accelerator.ddp_handler.find_unused_parameters == bool(unused)
 
 
-def distributed(*argv):
+def distributed(*argv, method="amdim"):
     """Two processes on this machine, over gloo."""
     launch = [
         sys.executable,
@@ -33,7 +32,7 @@ def distributed(*argv):
         "fused_nce.cli",
     ]
     done = subprocess.run(
-        [*launch, "train", "amdim", *map(str, argv)],
+        [*launch, "train", method, *map(str, argv)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -62,3 +61,22 @@ def test_two_processes_train_pairs_that_leave_a_head_unused(tmp_path, pairs):
     status, printed = distributed(*TINY, f"--loss.pairs=[{pairs}]", f"--out={tmp_path / 'a'}", "--max-steps=4")
     assert status == 0, printed
     assert log(tmp_path / "a")[-1]["step"] == 4
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", ["moco", "npid", "simclr"])
+def test_two_processes_share_queue_bank_and_keys(tmp_path, method):
+    """One model at the end, whichever process saved it; a bank and a queue hold what both encoded."""
+    options = ["--preset=digits", "--batch-size=8", "--run.log_every=2", "--max-steps=2"]
+    options += ["--model.splits=1", "--model.queue_size=40"] if method == "moco" else []
+    for out in ("a", "b"):
+        status, printed = distributed(*options, f"--out={tmp_path / out}", method=method)
+        assert status == 0, printed
+    ours, again = tensors(tmp_path / "a", 2), tensors(tmp_path / "b", 2)
+    assert [k for k in ours if not torch.equal(ours[k], again[k])] == []
+    if method == "moco":
+        assert int(ours["model/queue.fill"]) == 32
+        assert ours["model/queue.keys"][:32].unique(dim=0).shape[0] == 32
+    if method == "npid":
+        norms = ours["model/bank.vectors"].norm(dim=1)
+        assert int(torch.isclose(norms, torch.ones(()), atol=1e-5).sum()) == 32

@@ -9,17 +9,18 @@ import torch
 
 from fused_nce import cli
 from fused_nce.train import checkpoint, config, evaluate, loss_cost, scoring
-from fused_nce.train.config import AugmentConfig, ModelConfig, TrainConfig
+from fused_nce.train.config import AugmentConfig
 from fused_nce.train.data import ImageSet
+from fused_nce.train.methods.amdim import AMDIMConfig, ModelConfig
 
 
 def make_run(folder, **model):
     """A run as the trainer leaves it, without the training."""
     torch.manual_seed(0)
-    settings = TrainConfig(model=ModelConfig(**{"ndf": 4, "n_rkhs": 16, "n_depth": 1} | model), augment=AugmentConfig())
+    settings = AMDIMConfig(model=ModelConfig(**{"ndf": 4, "n_rkhs": 16, "n_depth": 1} | model), augment=AugmentConfig())
     folder.mkdir()
     config.save(settings, folder)
-    weights = checkpoint.build_model(settings).state_dict()
+    weights = settings.build().state_dict()
     checkpoint.save(folder, 2, {"model": weights}, {"step": 2}, keep=2)
     lines = [
         {"step": s, "time_s": 1.0 * s, "loss": 20.0, "nce_minus_chance": -0.1, "images_per_s": 300.0} for s in (1, 2)
@@ -37,7 +38,7 @@ def evaluated(tmp_path_factory):
 def test_every_encoder_is_measured_on_the_same_taps(evaluated):
     _, result = evaluated
     seen = {(row["encoder"], row["tap"]) for row in result["probes"]}
-    names = ("trained", *evaluate.RANDOM)
+    names = ("trained", "random, AMDIM init", "random, Kaiming init")
     assert seen == {(name, tap) for name in names for tap in ("f1", "f7")} | {("raw pixels", "pixels")}
     assert len(result["probes"]) == 4 * len(seen)
     for row in result["probes"]:
@@ -169,7 +170,7 @@ def test_images_without_a_label_are_left_out(monkeypatch):
     images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 32, 32)
     some = ImageSet(images, torch.tensor([0, -1, 1, -1]), ["a", "b"])
     monkeypatch.setattr(evaluate.data, "load_split", lambda *args, **kwargs: some)
-    found = evaluate._labelled(TrainConfig(), "probe", 0)
+    found = evaluate._labelled(AMDIMConfig(), "probe", 0)
     assert found.labels.tolist() == [0, 1]
     assert found.images[:, 0, 0, 0].tolist() == [0, 2]
 
@@ -211,7 +212,7 @@ def test_a_failed_measurement_is_reported():
 def test_every_pair_of_the_loss_is_a_term(monkeypatch):
     seen: dict = {}
     monkeypatch.setattr(loss_cost, "measure", lambda *args: seen.update(args=args) or {})
-    settings = TrainConfig(precision="fp32")
+    settings = AMDIMConfig(precision="fp32")
     assert evaluate._loss_cost(settings) == {"loss_cost": {}}
     assert seen["args"] == (200, [(1, 25), (1, 25), (1, 49), (1, 49), (1, 25), (1, 25)], 1024, torch.float32)
     settings.loss = dataclasses.replace(settings.loss, pairs=("5>7",), antecedents="all")

@@ -98,7 +98,9 @@ def test_accumulation_averages_the_gradient(tmp_path):
     """Two passes of 8: the gradient of the mean of their losses."""
     run = trainer(tmp_path / "a", "--optim.accumulate=2", "--precision=fp32")
     grads = {}
-    run.optimizer.step = lambda: grads.update({n: p.grad.clone() for n, p in run.module.named_parameters()})
+    run.optimizers["optimizer"].step = lambda: grads.update(
+        {n: p.grad.clone() for n, p in run.module.named_parameters()}
+    )
     state = torch.get_rng_state()
     buffers = [b.clone() for b in run.module.buffers()]
     run._update(run.loader.batches(0), False)
@@ -108,7 +110,7 @@ def test_accumulation_averages_the_gradient(tmp_path):
     batches = run.loader.batches(0)
     for _ in range(2):
         images, labels, _ = next(batches)
-        (run.module(*run.views(images), labels)[0] / 2).backward()
+        (run.module(run.views(images), labels)[0] / 2).backward()
     for name, p in run.module.named_parameters():
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-6)
 

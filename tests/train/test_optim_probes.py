@@ -33,9 +33,10 @@ def test_cosine_falls_from_the_end_of_the_warm_up_to_zero():
 
 def test_weight_decay_is_in_the_gradient():
     """Adam, not AdamW: with zero gradients the first update is lr * sign(w), whatever the decay."""
+    torch.manual_seed(0)  # a weight as small as Adam's eps would move less
     layer = nn.Linear(4, 4)
     before = layer.weight.detach().clone()
-    optimizer = optim.adam(layer, OptimConfig(lr=1e-3, weight_decay=1e-2))
+    optimizer = optim.build(layer, OptimConfig(lr=1e-3, weight_decay=1e-2))
     (layer.weight.sum() * 0 + layer.bias.sum() * 0).backward()
     optimizer.step()
     torch.testing.assert_close(layer.weight, before - 1e-3 * before.sign(), atol=1e-6, rtol=0)
@@ -78,3 +79,53 @@ def test_probe_structure():
     assert probes.mlp[1].weight.shape == (1024, 64)
     assert probes.mlp[1].bias is None
     assert probes.mlp[0].p == probes.mlp[4].p == 0.2
+
+
+def weights(*shapes):
+    torch.manual_seed(0)
+    layers = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes])
+    for p in layers:
+        p.grad = torch.randn_like(p)
+    return layers
+
+
+def test_lars_by_its_formula():
+    """Two updates of a matrix, whose rate follows its size, and of a bias, which is plain SGD without decay."""
+    layers = weights((4, 3), (3,))
+    config = OptimConfig(name="lars", lr=0.5, momentum=0.9, trust=0.01, weight_decay=0.1, decay_all=False)
+    optimizer = optim.build(layers, config)
+    matrix, bias = (p.detach().double().clone() for p in layers)
+    v_matrix, v_bias = torch.zeros(4, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for _ in range(2):
+        g_matrix, g_bias = (p.grad.double() for p in layers)
+        step = g_matrix + 0.1 * matrix
+        v_matrix = 0.9 * v_matrix + 0.5 * 0.01 * matrix.norm() / step.norm() * step
+        v_bias = 0.9 * v_bias + 0.5 * g_bias
+        matrix, bias = matrix - v_matrix, bias - v_bias
+        optimizer.step()
+    torch.testing.assert_close(layers[0].double(), matrix, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layers[1].double(), bias, rtol=1e-6, atol=1e-6)
+
+
+def test_lars_moves_a_weight_of_zeros_and_stays_without_a_gradient():
+    layers = weights((2, 2), (2, 2))
+    layers[0].data.zero_()
+    layers[1].grad = None
+    before = layers[1].detach().clone()
+    optim.build(layers, OptimConfig(name="lars", lr=0.5, weight_decay=0.0)).step()
+    torch.testing.assert_close(layers[0].detach(), -0.5 * layers[0].grad)
+    assert torch.equal(layers[1], before)
+
+
+@pytest.mark.parametrize(("decay_all", "moved"), [(True, [True, True]), (False, [True, False])])
+def test_decay_of_biases_and_norms_is_a_choice(decay_all, moved):
+    layers = weights((2, 2), (2,))
+    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    before = [p.detach().clone() for p in layers]
+    for p in layers:
+        p.grad.zero_()
+    module = nn.ParameterList([*layers, frozen])
+    optimizer = optim.build(module, OptimConfig(name="sgd", lr=0.1, weight_decay=0.5, decay_all=decay_all))
+    optimizer.step()
+    assert [not torch.equal(p, old) for p, old in zip(layers, before, strict=True)] == moved
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2

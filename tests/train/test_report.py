@@ -57,7 +57,8 @@ def make_result(classes=("zero", "one", "two"), cost=True):
     losses = {"fused": (10.0, 2**20), "naive": (40.0, 50 * 2**20)}
     return {
         "run": "trial", "method": "amdim", "data": "digits", "data_name": "digits", "date": "2030-01-02",
-        "classes": list(classes), "taps": ["f1", "f7"], "labels_per_class": 10, "draws": 12, "seed": 0,
+        "classes": list(classes), "taps": ["f1", "f7"], "online_tap": "f1",
+        "labels_per_class": 10, "draws": 12, "seed": 0,
         "splits": {"probe": 445, "test": 456},
         "probes": rows,
         "confusion": {"matrix": [[7 if i == j else (i + 1) * (j == 0) for j in range(count)] for i in range(count)]},

@@ -1,0 +1,89 @@
+"""Inf-CL's losses (inf_cl, 1.2), on any device and any width, one process."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_nce.compat.processes import alone
+from fused_nce.core import checks
+from fused_nce.core.atoms import softplus
+from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.spec import Block, Index, Spec
+from fused_nce.core.tails import Nce
+from fused_nce.losses.common import check_rows
+
+DIAGONAL = Spec(Block(1), stats=Nce().stats)
+TARGETS = Spec(Index(), stats=Nce().stats)
+
+
+def cal_flash_loss(
+    q: Tensor,  # (N, D)
+    k: Tensor,  # (M, D)
+    labels: Tensor | None = None,  # (N,), integers
+    scale: float | Tensor | None = None,
+    head_dim: int = 256,
+) -> Tensor:
+    """Each query's InfoNCE among the keys, (N,), in nats, scores scale·⟨q, k⟩; within the process.
+
+    Args:
+        q: rows as they are.
+        k: M >= N without labels.
+        labels: each query's key; None is i for query i.
+        scale: factor of the scores; a tensor of one element is learnable. None is 1.
+        head_dim: without effect: no width is excluded.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value seen and the value needed.
+    """
+    spec, factor, ids = _given(q, k, labels, scale, head_dim)
+    found = tile_stats(q, k, spec, scale=factor, row_ids=ids)
+    return softplus(found["neg_lse"] - found["pos"].squeeze(1))
+
+
+def cal_inf_loss(
+    q: Tensor,  # (N, D)
+    k: Tensor,  # (M, D)
+    labels: Tensor | None = None,  # (N,), integers
+    scale: float | Tensor | None = None,
+    head_dim: int = 256,
+) -> Tensor:
+    """The mean of `cal_flash_loss` (which see), 0-d, with one GEMM less.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value seen and the value needed.
+        NotImplementedError: among several processes, whose keys upstream passes round.
+    """
+    alone("k")
+    spec, factor, ids = _given(q, k, labels, scale, head_dim)
+    return tile_loss(q, k, spec, Nce(), scale=factor, row_ids=ids).loss
+
+
+def cal_ring_loss(
+    q: Tensor,  # (N, D)
+    k: Tensor,  # (M, D)
+    labels: Tensor | None = None,  # (N,), integers
+    scale: float | Tensor | None = None,
+    head_dim: int = 256,
+) -> Tensor:
+    """`cal_inf_loss`: upstream's two differ in the kernel, which is one here."""
+    return cal_inf_loss(q, k, labels, scale, head_dim)
+
+
+def _given(
+    q: Tensor, k: Tensor, labels: Tensor | None, scale: float | Tensor | None, head_dim: int
+) -> tuple[Spec, float | Tensor, Tensor | None]:
+    """Layout, scale and targets, checked."""
+    check_rows("q", q, "k", k, same_n=False)
+    checks.check_int("head_dim", head_dim)
+    if scale is None:
+        scale = 1.0
+    elif isinstance(scale, Tensor) and scale.numel() == 1:
+        scale = scale.reshape(())
+    if labels is None:
+        if k.shape[0] < q.shape[0]:
+            raise ValueError(f"k: got M = {k.shape[0]}, need >= N = {q.shape[0]} without labels")
+        return DIAGONAL, scale, None
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        raise TypeError(f"labels: got {getattr(labels, 'dtype', type(labels).__name__)}, need integers")
+    return TARGETS, scale, labels.to(q.device, torch.int64)

@@ -1,0 +1,140 @@
+"""Which upstream class each adapter stands in for, and how to build it from a finished upstream module.
+
+Nothing of upstream is imported: a class is known by its name and module, or, where the module is a file in somebody's
+folder, by its settings. A subclass is another class: what it overrides could not be heard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fused_nce.compat import amdim, bolts, lightly, open_clip, pml, supcontrast
+
+Build = Callable[[Any], nn.Module]
+
+
+class Known(NamedTuple):
+    """An upstream class."""
+
+    name: str
+    module: str | None  # that it is in, or in a part of; None for a file of one's own
+    build: Build
+    settings: tuple[str, ...] = ()  # attributes that it must have
+
+
+def words(adapter: Callable[..., nn.Module], *names: str) -> Build:
+    """Of an adapter whose constructor words are upstream's attributes, as far as its release has them."""
+    return lambda theirs: adapter(**{name: getattr(theirs, name) for name in names if hasattr(theirs, name)})
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether `adapter` has one for it."""
+    return _find(module) is not None
+
+
+def adapter(theirs: nn.Module) -> nn.Module:
+    """The adapter of an upstream module, in its state and sharing its parameters; the module itself without one.
+
+    Raises:
+        NotImplementedError, TypeError, ValueError: for settings that the adapter refuses.
+    """
+    known = _find(theirs)
+    return theirs if known is None else known.build(theirs).train(theirs.training)
+
+
+def _find(module: nn.Module) -> Known | None:
+    kind = type(module)
+    for known in KNOWN:
+        here = known.module is None or f"{kind.__module__}.".startswith(f"{known.module}.")
+        ours = kind.__module__.startswith("fused_nce.")
+        if known.name == kind.__name__ and here and not ours and all(hasattr(module, x) for x in known.settings):
+            return known
+    return None
+
+
+def _lightly_nt_xent(theirs: Any) -> nn.Module:
+    bank = theirs.memory_bank
+    size = tuple(bank.size) if isinstance(bank.size, (tuple, list)) else (bank.size,)
+    ours = lightly.NTXentLoss(theirs.temperature, size if size[0] else 0, theirs.gather_distributed)
+    if ours.memory_bank is not None:
+        ours.memory_bank.to(bank.bank.device)
+        with torch.no_grad():
+            ours.memory_bank.keys.copy_(bank.bank)
+            ours.memory_bank.pointer.copy_(bank.bank_ptr.reshape(()))
+    return ours
+
+
+def _lightly_dclw(theirs: Any) -> nn.Module:
+    return lightly.DCLWLoss(theirs.temperature, theirs.weight_fn.keywords["sigma"], theirs.gather_distributed)
+
+
+def _pml(name: str, *own: str) -> Known:
+    """A pair loss: its words, and the options as they are, of which upstream has filled in the defaults."""
+
+    def build(theirs: Any) -> nn.Module:
+        options = {option: getattr(theirs, option) for option in pml.OPTIONS if hasattr(theirs, option)}
+        ours: nn.Module = getattr(pml, name)(**{word: getattr(theirs, word) for word in own}, **options)
+        return ours
+
+    return Known(name, "pytorch_metric_learning.losses", build)
+
+
+def _pml_memory(theirs: Any) -> nn.Module:
+    ours = pml.CrossBatchMemory(adapter(theirs.loss), theirs.embedding_size, theirs.memory_size, theirs.miner)
+    ours.embedding_memory, ours.label_memory = theirs.embedding_memory.clone(), theirs.label_memory.clone()
+    ours.queue_idx, ours.has_been_filled = theirs.queue_idx, theirs.has_been_filled
+    return ours
+
+
+def _cpc_task(theirs: Any) -> nn.Module:
+    ours = bolts.CPCTask(theirs.target_cnn.in_channels, theirs.target_dim, theirs.embed_scale)
+    for name in ("target_cnn", "pred_cnn", "context_cnn"):
+        setattr(ours, name, getattr(theirs, name))
+    return ours
+
+
+def _loss_multi_nce(theirs: Any) -> nn.Module:
+    ours = amdim.LossMultiNCE(getattr(theirs.nce_func, "module", theirs.nce_func).tclip)
+    ours.masks_r5 = theirs.masks_r5
+    return ours
+
+
+BOLTS, PML = "pl_bolts.losses.self_supervised_learning", "pytorch_metric_learning.losses"
+KNOWN = (
+    Known("NTXentLoss", "lightly.loss", _lightly_nt_xent),
+    Known("DCLWLoss", "lightly.loss", _lightly_dclw),
+    Known("DCLLoss", "lightly.loss", words(lightly.DCLLoss, "temperature", "weight_fn", "gather_distributed")),
+    Known(
+        "ClipLoss",
+        "open_clip.loss",
+        words(open_clip.ClipLoss, "local_loss", "gather_with_grad", "cache_labels", "rank", "world_size"),
+    ),
+    Known(
+        "SigLipLoss",
+        "open_clip.loss",
+        words(open_clip.SigLipLoss, "cache_labels", "rank", "world_size", "dist_impl", "chunk_size"),
+    ),
+    _pml("NTXentLoss", "temperature"),
+    _pml("SupConLoss", "temperature"),
+    Known("CrossBatchMemory", PML, _pml_memory),
+    Known("SelfSupervisedLoss", PML, lambda theirs: pml.SelfSupervisedLoss(adapter(theirs.loss), theirs.symmetric)),
+    Known("AmdimNCELoss", BOLTS, words(bolts.AmdimNCELoss, "tclip")),
+    Known("CPCTask", BOLTS, _cpc_task),
+    Known(
+        "FeatureMapContrastiveTask",
+        BOLTS,
+        words(bolts.FeatureMapContrastiveTask, "comparisons", "tclip", "bidirectional"),
+    ),
+    Known(
+        "SupConLoss",
+        None,
+        words(supcontrast.SupConLoss, "temperature", "contrast_mode", "base_temperature"),
+        ("temperature", "contrast_mode", "base_temperature"),
+    ),
+    Known("NCE_MI_MULTI", None, words(amdim.NCE_MI_MULTI, "tclip"), ("tclip",)),
+    Known("LossMultiNCE", None, _loss_multi_nce, ("nce_func", "masks_r5")),
+)

@@ -1,0 +1,315 @@
+"""MoCo's builder (facebookresearch/moco, moco/builder.py, whose repository is empty since February 2026).
+
+The same class on a CPU, one GPU or many, any batch size. In place of the (N, 1 + K) logits it returns an object that
+answers what a trainer asks of them, and becomes them for anything else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_nce.compat.processes import world_size
+from fused_nce.core import checks
+from fused_nce.core.atoms import softplus
+from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.tails import Nce
+from fused_nce.losses.common import inverse, widened
+from fused_nce.losses.moco import SPEC
+
+PANEL = 8192  # columns whose scores a search for the largest holds at a time
+_logger = logging.getLogger("fused_nce")
+_logged: set[str] = set()
+
+
+class MoCoLogits:
+    """The logits ⟨q, [key; queue]⟩ / T, (N, 1 + K), without the scores.
+
+    `F.cross_entropy` (and so `nn.CrossEntropyLoss`) of them with the labels that came beside them is the fused loss;
+    `topk`, `argmax`, `shape`, `size`, `len`, `dtype`, `device`, `detach` and `float` hold nothing large either. All
+    else, torch functions, arithmetic and indexing, is asked of `full()`, the real tensor; one log line says so.
+
+    Attributes:
+        labels: (N,) zeros.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,  # (N, D), unit rows
+        k: Tensor,  # (N, D), unit rows, no gradient
+        negatives: Tensor,  # (K, D), which nobody writes to
+        temperature: float,
+        labels: Tensor,
+    ) -> None:
+        self._q, self._k, self._negatives, self._temperature, self.labels = q, k, negatives, temperature, labels
+        self.shape = torch.Size((q.shape[0], 1 + negatives.shape[0]))
+        self.device, self.dtype, self.ndim = q.device, widened(q.detach()[:0]).dtype, 2
+
+    # ---- what is answered without the logits ------------------------------------------------------------------------
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the queries have a gradient."""
+        return self._q.requires_grad
+
+    def cross_entropy(self, reduction: str = "mean") -> Tensor:
+        """The loss of class 0, in nats: 0-d, or (N,) under "none"."""
+        checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
+        scale, positives = 1 / self._temperature, self._positives()
+        if reduction == "none":
+            found = tile_stats(self._q, self._negatives, SPEC, scale=scale, positives=positives)
+            return softplus(found["neg_lse"] - found["pos"].squeeze(1))
+        tail = Nce(reduction=reduction)
+        return tile_loss(self._q, self._negatives, SPEC, tail, scale=scale, positives=positives, parts=False).loss
+
+    def topk(
+        self, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+    ) -> tuple[Tensor, Tensor] | torch.return_types.topk:
+        """The k largest logits of each row and their classes, (N, k) each, panel by panel."""
+        if dim not in (1, -1) or not largest or k > min(PANEL, self.shape[1]):
+            return self._full_for("topk of this kind").topk(k, dim, largest, sorted)
+        q = widened(self._q.detach())
+        best, place = self._positives().detach(), torch.zeros(len(q), 1, dtype=torch.int64, device=q.device)
+        with torch.autocast(q.device.type, enabled=False):
+            for start in range(0, len(self._negatives), PANEL):
+                scores = q @ self._negatives[start : start + PANEL].to(q.dtype).T / self._temperature
+                here = torch.arange(start + 1, start + 1 + scores.shape[1], device=q.device).expand_as(scores)
+                best, at = torch.cat((best, scores), dim=1).topk(min(k, best.shape[1] + scores.shape[1]), dim=1)
+                place = torch.cat((place, here), dim=1).gather(1, at)
+        values = self._at(place) if torch.is_grad_enabled() and self._q.requires_grad else best
+        found: torch.return_types.topk = torch.return_types.topk((values, place))
+        return found
+
+    def argmax(self, dim: int = -1) -> Tensor:
+        """The class of each row's largest logit, (N,)."""
+        return self.topk(1, dim)[1].squeeze(1)
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """As of a tensor."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """2."""
+        return 2
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def detach(self) -> MoCoLogits:
+        """The same without a gradient."""
+        return MoCoLogits(self._q.detach(), self._k, self._negatives, self._temperature, self.labels)
+
+    def float(self) -> MoCoLogits | Tensor:
+        """Itself: scores are float32 whatever the encoder's dtype (float64 for float64)."""
+        return self if self.dtype == torch.float32 else self._full_for("float").float()
+
+    # ---- and all else -----------------------------------------------------------------------------------------------
+
+    def full(self) -> Tensor:
+        """The logits, (N, 1 + K), differentiable in the queries."""
+        q = widened(self._q)
+        with torch.autocast(q.device.type, enabled=False):
+            negative = q @ self._negatives.to(q.dtype).T / self._temperature
+        return torch.cat((self._positives(), negative), dim=1)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._full_for(name), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._full_for("indexing")[index]
+
+    def __add__(self, other: Any) -> Tensor:
+        return self._full_for("arithmetic") + other
+
+    def __sub__(self, other: Any) -> Tensor:
+        return self._full_for("arithmetic") - other
+
+    def __mul__(self, other: Any) -> Tensor:
+        return self._full_for("arithmetic") * other
+
+    def __truediv__(self, other: Any) -> Tensor:
+        return self._full_for("arithmetic") / other
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.cross_entropy:
+            plain = _plain_cross_entropy(*args, **kwargs)
+            if plain is not None:
+                return args[0].cross_entropy(plain)
+        if func is torch.topk and isinstance(args[0], cls):
+            return args[0].topk(*args[1:], **kwargs)
+        name = getattr(func, "__name__", "a torch function")
+        opened = [x._full_for(name) if isinstance(x, cls) else x for x in args]
+        return func(*opened, **{key: x._full_for(name) if isinstance(x, cls) else x for key, x in kwargs.items()})
+
+    def _full_for(self, reason: str) -> Tensor:
+        """The logits, with a line in the log the first time."""
+        if reason not in _logged:
+            _logged.add(reason)
+            _logger.warning("moco: holding the %s logits for %s", tuple(self.shape), reason)
+        return self.full()
+
+    def _positives(self) -> Tensor:
+        """(N, 1), in float32 at least."""
+        with torch.autocast(self._q.device.type, enabled=False):
+            return (widened(self._q) * widened(self._k)).sum(dim=1, keepdim=True) / self._temperature
+
+    def _at(self, place: Tensor) -> Tensor:
+        """The logits of some classes of each row, (N, p), differentiable in the queries."""
+        rows = self._negatives[(place - 1).clamp(min=0)].to(self.dtype)
+        with torch.autocast(self._q.device.type, enabled=False):
+            scores = torch.einsum("nd,npd->np", widened(self._q), rows) / self._temperature
+        return torch.where(place == 0, self._positives(), scores)
+
+
+def _plain_cross_entropy(
+    input: Any,
+    target: Any,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> str | None:
+    """The reduction of a call that is the fused loss: that of our labels, without options; None for another."""
+    ours = isinstance(input, MoCoLogits) and target is input.labels
+    bare = weight is None and size_average is None and reduce is None and label_smoothing == 0.0 and ignore_index != 0
+    return reduction if ours and bare else None
+
+
+class MoCo(nn.Module):
+    """A query encoder, a key encoder that follows it, and a queue of keys.
+
+    Args:
+        base_encoder: called with num_classes=dim, twice; with `mlp` its last layer is `fc`, as torchvision's ResNets'.
+        dim: D of the features.
+        K: keys in the queue, of any relation to the batch: it wraps without dropping.
+        m: the key encoder's parameters are m·themselves + (1 − m)·the query encoder's, before each use.
+        T: temperature.
+        mlp: put a hidden layer before the last.
+        logits: "fused" returns `MoCoLogits`; "full" the (N, 1 + K) tensor itself.
+        bn_splits: encode a batch in so many parts (the keys' shuffled), each with BatchNorm statistics of its own:
+            what several GPUs do, for one. 1 on one device leaves the batch whole, and a network with BatchNorm can
+            then tell a key's batch from its statistics.
+
+    Attributes:
+        queue: (dim, K), unit columns.
+        queue_ptr: (1,) int64, where the next key goes. Keys and shapes of the state are upstream's.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value seen and the value needed.
+    """
+
+    queue: Tensor
+    queue_ptr: Tensor
+
+    def __init__(
+        self,
+        base_encoder: Callable[..., nn.Module],
+        dim: int = 128,
+        K: int = 65536,
+        m: float = 0.999,
+        T: float = 0.07,
+        mlp: bool = False,
+        *,
+        logits: str = "fused",
+        bn_splits: int = 1,
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("K", K), ("bn_splits", bn_splits)):
+            checks.check_int(name, value)
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, need >= 1")
+        checks.check_number("m", m, at_least=0)
+        inverse("T", T, torch.device("cpu"))
+        checks.check_choice("logits", logits, ("fused", "full"))
+        self.K, self.m, self.T, self.logits, self.bn_splits = K, m, T, logits, bn_splits
+        self.encoder_q, self.encoder_k = base_encoder(num_classes=dim), base_encoder(num_classes=dim)
+        if mlp:
+            for encoder in (self.encoder_q, self.encoder_k):
+                width = encoder.fc.weight.shape[1]  # type: ignore[union-attr,index]
+                encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)  # type: ignore[arg-type]
+        for ours, theirs in self._parameters_in_pairs():
+            theirs.data.copy_(ours.data)
+            theirs.requires_grad = False
+        self.register_buffer("queue", nn.functional.normalize(torch.randn(dim, K), dim=0))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
+
+    def extra_repr(self) -> str:
+        """The settings, as `print(module)` shows them."""
+        return f"K={self.K}, m={self.m}, T={self.T}, logits={self.logits!r}, bn_splits={self.bn_splits}"
+
+    def forward(
+        self,
+        im_q: Tensor,  # (N, ...) one view of the images
+        im_k: Tensor,  # (N, ...) another
+    ) -> tuple[MoCoLogits | Tensor, Tensor]:
+        """Logits (N, 1 + K), already divided by T, and their labels, (N,) zeros. The keys then enter the queue."""
+        q = nn.functional.normalize(self._encode(self.encoder_q, im_q), dim=1)
+        with torch.no_grad():
+            for ours, theirs in self._parameters_in_pairs():
+                theirs.mul_(self.m).add_(ours, alpha=1 - self.m)
+            k = nn.functional.normalize(self._keys(im_k), dim=1)
+            # One copy, as upstream makes: the queue changes before the backward. In rows, as the kernels read.
+            negatives = self.queue.t().clone(memory_format=torch.contiguous_format)
+            self._enqueue(k)
+        labels = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+        found = MoCoLogits(q, k, negatives, self.T, labels)
+        return (found if self.logits == "fused" else found.full()), labels
+
+    def _parameters_in_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        return list(zip(self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True))
+
+    def _encode(self, encoder: nn.Module, x: Tensor) -> Tensor:
+        if self.bn_splits == 1:
+            out: Tensor = encoder(x)
+            return out
+        if len(x) % self.bn_splits:
+            raise ValueError(f"im_q: got N = {len(x)}, need a multiple of bn_splits = {self.bn_splits}")
+        return torch.cat([encoder(part) for part in x.chunk(self.bn_splits)])
+
+    def _keys(self, images: Tensor) -> Tensor:
+        """The keys of this process's images, each encoded in a batch drawn from those of all processes."""
+        if world_size() == 1 and self.bn_splits == 1:  # a permutation of one batch has its statistics
+            return self._encode(self.encoder_k, images)
+        everyone = _gathered(images)
+        order = torch.randperm(len(everyone), device=images.device)
+        if world_size() > 1:
+            torch.distributed.broadcast(order, src=0)
+        mine = torch.arange(len(images), device=images.device) + _rank() * len(images)
+        keys = self._encode(self.encoder_k, everyone[order[mine]])
+        return _gathered(keys)[order.argsort()[mine]]
+
+    def _enqueue(self, keys: Tensor) -> None:
+        """Those of all processes, over the oldest; of more than K the last K stay."""
+        keys = _gathered(keys)
+        kept = keys[-self.K :]
+        first = self.queue_ptr + len(keys) - len(kept)
+        slots = (first + torch.arange(len(kept), device=keys.device)) % self.K
+        self.queue.index_copy_(1, slots, kept.T.to(self.queue.dtype))
+        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % self.K)
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if world_size() > 1 else 0
+
+
+def _gathered(x: Tensor) -> Tensor:
+    """The rows of all processes, which have equally many, in order of rank; no gradient."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    torch.distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)

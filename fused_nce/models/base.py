@@ -1,0 +1,123 @@
+"""What every model has in common: the form that a training loop, ours or anyone's, can rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Losses(Protocol):
+    """What a loss returns: the number to minimise, its two parts, and detached statistics for logging."""
+
+    loss: Tensor
+    nce: Tensor
+    penalty: Tensor
+    stats: dict[str, Tensor]
+
+
+class Embedded(NamedTuple):
+    """A batch on its way through a model: what there is before the loss.
+
+    Attributes:
+        taps: of each encoded view, by the encoder that is trained.
+        inputs: the arguments of the loss.
+    """
+
+    taps: tuple[dict[str, Tensor], ...]
+    inputs: tuple[Any, ...]
+
+
+T = TypeVar("T")
+MAX_PENDING = 1024  # passes of one update; more than anyone accumulates
+
+
+class Pending(Generic[T]):
+    """What the passes since the last update leave for `after_step`."""
+
+    def __init__(self) -> None:
+        self._items: list[T] = []
+
+    def add(self, item: T) -> None:
+        """Of one pass.
+
+        Raises:
+            RuntimeError: if nothing was taken for too long: `after_step` is not called.
+        """
+        if len(self._items) >= MAX_PENDING:
+            raise RuntimeError(f"after_step: not called for {MAX_PENDING} passes; call it after each optimizer.step()")
+        self._items.append(item)
+
+    def take(self) -> list[T]:
+        """All of them, which are gone then."""
+        items, self._items = self._items, []
+        return items
+
+
+class Model(nn.Module):
+    """A batch in, losses out.
+
+    ```
+    for batch in loader:
+        optimizer.zero_grad()
+        model(batch).loss.backward()
+        optimizer.step()
+        model.after_step()  # a momentum encoder, a queue, a bank; nothing where there is none
+    ```
+
+    Whatever a model keeps beside its weights is written in `after_step` alone: an update that is left out because its
+    gradient is not finite leaves no trace, and several passes may share one update.
+
+    Attributes:
+        loss: any callable module of `Embedded.inputs`.
+        memories: names of sub-modules whose buffers only `after_step` writes.
+    """
+
+    loss: nn.Module
+    memories: tuple[str, ...] = ()
+
+    def encode(
+        self,
+        x: Tensor,  # (B, ...) inputs
+    ) -> dict[str, Tensor]:
+        """The taps of a batch, by the trained encoder."""
+        raise NotImplementedError
+
+    def embed(self, batch: Any) -> Embedded:
+        """Everything up to the loss."""
+        raise NotImplementedError
+
+    def forward(self, batch: Any) -> Losses:
+        """The losses of a batch."""
+        losses: Losses = self.loss(*self.embed(batch).inputs)
+        return losses
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What an optimizer is given: all but those of a momentum encoder."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def after_step(self, *, skipped: bool = False) -> None:
+        """To be called after each update of the weights.
+
+        Args:
+            skipped: there was none; forget what the passes since the last call left.
+        """
+
+
+def split_views(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The two views of a batch, checked: same shape, at least two images."""
+    if isinstance(batch, Tensor):
+        if batch.dim() != 5 or batch.shape[1] != 2:
+            raise ValueError(f"batch: a tensor must be (B, 2, 3, H, W), got {tuple(batch.shape)}")
+        view1, view2 = torch.unbind(batch, 1)
+    elif len(batch) == 2:
+        view1, view2 = batch
+    else:
+        raise ValueError(f"batch: must hold 2 views, got {len(batch)}")
+    if view1.shape != view2.shape:
+        raise ValueError(f"batch: the views must have one shape, got {tuple(view1.shape)} and {tuple(view2.shape)}")
+    if len(view1) < 2:
+        raise ValueError(f"batch: must hold at least 2 images, got {len(view1)}: one image has no negatives")
+    return view1, view2

@@ -1,0 +1,188 @@
+"""Deep InfoMax as an `nn.Module`: images in, losses out; no trainer needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fused_nce.core import checks
+from fused_nce.losses import DIMLoss, NCEOutput
+from fused_nce.models.dim_critics import GlobalConcat, GlobalDot, LocalConcat, LocalDot, PairLoss
+from fused_nce.models.dim_prior import PriorMatching
+from fused_nce.models.dim_tasks import AbsoluteCoordinates, RelativeCoordinates, occlude
+from fused_nce.models.encoders.dim import DIMEncoder
+
+CRITICS = ("dot", "concat")
+
+
+class DIM(nn.Module):
+    """Deep InfoMax (Hjelm et al. 2019, arXiv:1808.06670): DIM(G), DIM(L) or both, with a prior on the code.
+
+    ```
+    model = DIM(architecture="dcgan32", estimator="nce")           # DIM(L), as the paper weighs it
+    optimizers = [torch.optim.Adam(p, lr=1e-4) for p in model.parameter_groups().values()]
+    for images in loader:
+        for optimizer in optimizers: optimizer.zero_grad()
+        model(images).loss.backward()                              # encoder and discriminator in one pass
+        for optimizer in optimizers: optimizer.step()
+    ```
+
+    The loss is α·global + β·local − γ·(how well the discriminator is deceived) + the discriminator's own loss, whose
+    gradient reaches the discriminator alone, + the coordinate tasks. The paper's weights (α, β, γ): DIM(G) 1, 0, 1;
+    DIM(L) 0, 1, 0.1; DIM(L+G) 0.5, 0.1, and a γ that it does not state. A part whose weight is 0 is not built.
+
+    Args:
+        architecture: `dcgan32` (CIFAR), `alexnet64` (STL-10, Tiny ImageNet), `dcgan64`, or one that runs on strided
+            crops, a 7×7 map: `crops-resnet19-32`, `crops-resnet37-32`, `crops-alexnet64`, and with a 5×5 map of global
+            vectors `crops-resnet19-32-several`, `crops-alexnet64-several`.
+        width: multiplies the encoder's channels; 1 is the paper's.
+        code: units of Y.
+        critic: "dot" embeds locations and code and takes dot products, on the engine; "concat" has a network of its own
+            behind every pair, in plain torch.
+        mi_units: width of the "dot" embeddings.
+        critic_negatives: other images that "concat" compares each with; None for all of the batch.
+        estimator: "jsd", "dv" or "nce".
+        anchor: of "nce": "global", "local" or "both".
+        alpha: weight of the global information.
+        beta: weight of the local information.
+        gamma: weight of the prior in the encoder's loss.
+        game: "minimax" or "non-saturating".
+        gradient_penalty: of the discriminator.
+        absolute: weight of the coordinates of a location.
+        relative: weight of the coordinates between two.
+        occlusion: side of the square, of the image's side, that is hidden from the code but not from the local map; 0
+            for none.
+        loss: called with what the critics return: two embeddings (B, L, D), (B, G, D) of "dot"; `DIMLoss` if left out.
+
+    Raises:
+        TypeError, ValueError: for a setting outside these, or without any information to maximise.
+    """
+
+    def __init__(
+        self,
+        *,
+        architecture: str = "dcgan32",
+        width: float = 1.0,
+        code: int = 64,
+        critic: str = "dot",
+        mi_units: int = 2048,
+        critic_negatives: int | None = 1,
+        estimator: str = "jsd",
+        anchor: str = "global",
+        alpha: float = 0.0,
+        beta: float = 1.0,
+        gamma: float = 0.1,
+        game: str = "minimax",
+        gradient_penalty: float = 1.0,
+        absolute: float = 0.0,
+        relative: float = 0.0,
+        occlusion: float = 0.0,
+        loss: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        weights = {"alpha": alpha, "beta": beta, "gamma": gamma, "absolute": absolute, "relative": relative}
+        for name, value in weights.items():
+            checks.check_number(name, value, at_least=0)
+        if alpha == beta == 0:
+            raise ValueError("beta: got 0 with alpha = 0, need one above 0: there is no information to maximise")
+        checks.check_choice("critic", critic, CRITICS)
+        _check_sizes(mi_units, critic_negatives, occlusion)
+        self.weights, self.occlusion = weights, occlusion
+        self.encoder = encoder = DIMEncoder(architecture, code=code, width=width)
+        self.image_size = encoder.image_size
+        self.several = encoder.architecture.several
+        if critic == "concat" and self.several:
+            raise ValueError(f"critic: got 'concat' with architecture={architecture!r}, need 'dot' for several globals")
+        self.local: nn.Module | None = None
+        self.whole: nn.Module | None = None
+        if critic == "dot":
+            self.loss = DIMLoss(estimator, anchor=anchor) if loss is None else loss
+            self.local = LocalDot(encoder, encoder.top.channels if self.several else code, mi_units) if beta else None
+            self.whole = GlobalDot(encoder, mi_units) if alpha else None
+        else:
+            self.loss = PairLoss(estimator, anchor=anchor) if loss is None else loss
+            self.local = LocalConcat(encoder, critic_negatives) if beta else None
+            self.whole = GlobalConcat(encoder, critic_negatives) if alpha else None
+        place = (encoder.channels, code, encoder.side)
+        self.absolute = AbsoluteCoordinates(*place) if absolute else None
+        self.relative = RelativeCoordinates(*place) if relative else None
+        self.prior = PriorMatching(code, game=game, gradient_penalty=gradient_penalty) if gamma else None
+
+    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        """`encoder`, all that the information trains, and with a prior `discriminator`; disjoint, together all."""
+        rival = list(self.prior.parameters()) if self.prior is not None else []
+        known = {id(p) for p in rival}
+        groups = {"encoder": [p for p in self.parameters() if id(p) not in known]}
+        return groups | ({"discriminator": rival} if rival else {})
+
+    def encode(
+        self,
+        x: Tensor,  # (B, 3, H, H) normalised images, H = image_size
+    ) -> dict[str, Tensor]:
+        """Features of a batch of images.
+
+        Returns:
+            `conv (B, C, h, h)`, the last convolution; `fc (B, F)`, the last hidden layer; `Y (B, code)`, without its
+            sigmoid; and `local (B, C', M, M)`, the map that the local objective reads.
+
+        Raises:
+            ValueError: if the images have another shape.
+        """
+        if x.dim() != 4 or x.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(f"x: must be (B, 3, {self.image_size}, {self.image_size}) images, got {tuple(x.shape)}")
+        taps: dict[str, Tensor] = self.encoder(x)
+        return taps
+
+    def forward(
+        self,
+        images: Tensor,  # (B, 3, H, H)
+    ) -> NCEOutput:
+        """The losses of a batch: `nce`, the weighted negative information; `penalty`, everything else.
+
+        `stats` has each part on its own, without its weight: `local`, `global`, `prior` (the encoder's term),
+        `discriminator`, `discriminator_acc`, `absolute`, `absolute_acc`, `relative`, `relative_acc`, and what the loss
+        reports, with "global/" before the global one's.
+
+        Raises:
+            ValueError: for images of another shape, or a single one, which has no negatives.
+        """
+        if len(images) < 2:
+            raise ValueError(f"images: must be at least 2, got {len(images)}: one image has no negatives")
+        seen = self.encode(images)
+        taps = self.encode(occlude(images, self.occlusion)) if self.occlusion else seen
+        local, code = seen["local"], taps["Y"]
+        globals_ = taps["conv"] if self.several else code[:, :, None, None]
+
+        nce = penalty = code.new_zeros((), dtype=torch.float32)
+        stats: dict[str, Tensor] = {}
+        if self.local is not None:
+            found = self.loss(*self.local(local, globals_))
+            nce = nce + self.weights["beta"] * found.loss
+            stats |= {"local": found.loss.detach()} | found.stats
+        if self.whole is not None:
+            found = self.loss(*self.whole(local, code))
+            nce = nce + self.weights["alpha"] * found.loss
+            stats |= {"global": found.loss.detach()} | {f"global/{name}": x for name, x in found.stats.items()}
+        for name, task in (("absolute", self.absolute), ("relative", self.relative)):
+            if task is not None:
+                loss, accuracy = task(local, code)
+                penalty = penalty + self.weights[name] * loss
+                stats |= {name: loss.detach(), f"{name}_acc": accuracy}
+        if self.prior is not None:
+            prior = self.prior(code)
+            penalty = penalty + self.weights["gamma"] * prior.encoder + prior.discriminator
+            stats |= {"prior": prior.encoder.detach(), "discriminator": prior.discriminator.detach()}
+            stats["discriminator_acc"] = prior.accuracy
+        return NCEOutput(nce + penalty, nce, penalty, stats)
+
+
+def _check_sizes(mi_units: int, critic_negatives: int | None, occlusion: float) -> None:
+    if mi_units < 1:
+        raise ValueError(f"mi_units: must be at least 1, got {mi_units}")
+    if critic_negatives is not None and critic_negatives < 1:
+        raise ValueError(f"critic_negatives: must be at least 1, or None for all, got {critic_negatives}")
+    checks.check_number("occlusion", occlusion, at_least=0)
+    if occlusion >= 1:
+        raise ValueError(f"occlusion: must be below 1, of the image's side, got {occlusion}")

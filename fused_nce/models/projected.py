@@ -1,0 +1,78 @@
+"""What MoCo, SimCLR, SupCon and NPID share: an encoder by name and a projection head on top of it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+
+from fused_nce.models.base import Model
+from fused_nce.models.encoders.backbones import Init, Stem, backbone
+
+
+def projection(width: int, hidden: int | None, dim: int, layers: int, *, norm: bool) -> nn.Sequential:
+    """Linear layers with ReLU between them.
+
+    Args:
+        width: of the features.
+        hidden: width between the layers; the features' if None.
+        dim: of the projections.
+        layers: at least 1, which is a plain linear map.
+        norm: BatchNorm before each ReLU, and no bias in the last layer (SimCLR); else neither (MoCo v2).
+    """
+    if layers < 1 or dim < 1 or (hidden is not None and hidden < 1):
+        raise ValueError(f"layers, dim, hidden: must be at least 1, got {layers}, {dim}, {hidden}")
+    sizes = [width, *[hidden or width] * (layers - 1), dim]
+    parts: list[nn.Module] = []
+    for i, (c_in, c_out) in enumerate(pairwise(sizes), 1):
+        parts.append(nn.Linear(c_in, c_out, bias=not norm or i < layers))
+        if i < layers:
+            parts += [nn.BatchNorm1d(c_out)] if norm else []
+            parts.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*parts)
+
+
+class Projected(Model):
+    """An encoder and its head.
+
+    Args:
+        backbone_name: see `encoders.backbones.backbone`.
+        stem: its first layers.
+        init: of its residual branches.
+        dim: of the projections.
+        layers: of the head.
+        hidden: its width between the layers; the features' if None.
+        norm: BatchNorm in it.
+    """
+
+    def __init__(
+        self, *, backbone_name: str, stem: Stem, init: Init, dim: int, layers: int, hidden: int | None, norm: bool
+    ) -> None:
+        super().__init__()
+        self.encoder, self.width = backbone(backbone_name, stem=stem, init=init)
+        self.head = projection(self.width, hidden, dim, layers, norm=norm)
+        self.dim = dim
+
+    def encode(
+        self,
+        x: Tensor,  # (B, 3, H, W) normalised images
+    ) -> dict[str, Tensor]:
+        """Features of a batch of images.
+
+        Returns:
+            `h (B, width)`, the encoder's, and `z (B, dim)`, the head's, which the loss scales to unit norm.
+
+        Raises:
+            ValueError: if the images have another shape.
+        """
+        if x.dim() != 4 or x.shape[1] != 3:
+            raise ValueError(f"x: must be (B, 3, H, W) images, got {tuple(x.shape)}")
+        h = self.encoder(x)
+        return {"h": h, "z": self.head(h)}
+
+
+def halves(taps: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The taps of two views that were encoded as one batch, one after the other."""
+    pairs = {name: tap.chunk(2) for name, tap in taps.items()}
+    return {n: p[0] for n, p in pairs.items()}, {n: p[1] for n, p in pairs.items()}

@@ -1,0 +1,127 @@
+"""Known losses inside a model, replaced by their fused twins once both have agreed on the user's own batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_nce.verify import check_within, compare
+
+
+def patch(
+    module: nn.Module,
+    *,
+    verify_steps: int = 20,
+    within: float = 50.0,
+    show: bool = True,
+) -> nn.Module:
+    """Replace the losses that `fused_nce.compat` knows, by their class, in a module and all that it holds.
+
+    For the first steps that want a gradient both run: upstream's result is returned, and value and gradients are
+    compared in the unit of `verify`, which costs three more runs of upstream's. Then ours runs alone. Parameters are
+    upstream's from the start, so an optimizer goes on; settings and the rows of a memory are taken over. Move the
+    module to its device first. Functions have no place in a module: swap their import.
+
+    Args:
+        module: a model, or a loss itself.
+        verify_steps: how many steps of each loss run both; 0 replaces at once.
+        within: roundings that a difference may have.
+        show: print what is replaced, and when.
+
+    Returns:
+        The module, or, for a loss itself, what replaces it.
+
+    Raises:
+        ValueError: for a module without a known loss, verify_steps < 0, or, at a step, a difference: upstream's loss
+            then stays.
+        NotImplementedError, TypeError: for a loss with settings that its twin refuses.
+    """
+    if verify_steps < 0:
+        raise ValueError(f"verify_steps: got {verify_steps}, need >= 0")
+    from fused_nce.compat import known  # not before it is asked for: a plain import of the package needs no adapter
+
+    made: dict[nn.Module, nn.Module] = {}
+    for path, parent, name, theirs in _losses(module, known.is_known):
+        if theirs not in made:
+            ours = made[theirs] = known.adapter(theirs)
+            if show:
+                rest = f", after {verify_steps} steps on both" if verify_steps else ""
+                print(f"fused_nce.patch: {path or 'the module'}: {_named(theirs)} -> {_named(ours)}{rest}")
+            if verify_steps:
+                setattr(ours, "forward", _Trial(theirs, ours, path, verify_steps, within, show))  # noqa: B010
+        if parent is not None:
+            setattr(parent, name, made[theirs])
+    if not made:
+        names = ", ".join(sorted({f"{x.module or '…'}.{x.name}" for x in known.KNOWN}))
+        raise ValueError(f"module: got {_named(module)} without a known loss, need one of {names}")
+    return made.get(module, module)
+
+
+def _losses(
+    module: nn.Module, is_known: Callable[[nn.Module], bool], path: str = ""
+) -> Iterator[tuple[str, nn.Module | None, str, nn.Module]]:
+    """(path, parent, name, loss) of every known loss; what one holds is its own affair."""
+    if is_known(module):
+        yield path, None, "", module
+        return
+    for name, child in list(module.named_children()):
+        here = f"{path}.{name}" if path else name
+        for found in _losses(child, is_known, here):
+            yield (here, module, name, child) if found[1] is None else found
+
+
+def _named(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+class _Trial:
+    """The `forward` of a twin on trial: upstream's, whose result both must come to. It goes when they have.
+
+    As an attribute of the twin, not a module around it, it leaves the names of parameters and buffers alone.
+    """
+
+    def __init__(self, theirs: nn.Module, ours: nn.Module, path: str, steps: int, within: float, show: bool) -> None:
+        self.theirs, self.ours, self.path, self.left, self.within, self.show = theirs, ours, path, steps, within, show
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.theirs.train(self.ours.training)
+        inputs = [*args, *options.values()]
+        wanted = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
+        if wanted and torch.is_grad_enabled():
+            self._compare(inputs, wanted, len(args), list(options))
+        return self.theirs(*args, **options)
+
+    def _compare(self, inputs: list[Any], wanted: list[int], n_args: int, names: list[str]) -> None:
+        """On copies of upstream's module, and on ours itself, whose memory goes on as upstream's does."""
+
+        def ours(*x: Any) -> Any:
+            return type(self.ours).forward(self.ours, *x[:n_args], **dict(zip(names, x[n_args:], strict=True)))
+
+        devices = sorted({x.device.index for x in inputs if isinstance(x, Tensor) and x.is_cuda})
+        state = torch.random.get_rng_state()
+        with torch.random.fork_rng(devices):
+            differences, _ = compare(_Call(self.theirs, n_args, names), ours, inputs, wanted, state)
+        try:
+            check_within(differences, self.within)
+        except ValueError as error:
+            raise ValueError(f"{self.path or 'the module'}: {error}") from None
+        self.left -= 1
+        if not self.left:
+            del self.ours.forward
+            if self.show:
+                print(f"fused_nce.patch: {self.path or 'the module'}: both agree, ours runs alone from here")
+
+
+class _Call(nn.Module):
+    """A module with its keywords bound by place; a module, so that `compare` copies its state."""
+
+    def __init__(self, loss: nn.Module, n_args: int, names: list[str]) -> None:
+        super().__init__()
+        self.loss, self.n_args, self.names = loss, n_args, names
+
+    def forward(self, *x: Any) -> Any:
+        """The loss."""
+        return self.loss(*x[: self.n_args], **dict(zip(self.names, x[self.n_args :], strict=True)))

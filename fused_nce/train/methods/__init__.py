@@ -1,0 +1,27 @@
+"""The methods, one file each: a `TrainConfig` with the settings, the presets and what the loop asks of a method."""
+
+import importlib
+
+from fused_nce.train.config import TrainConfig
+
+# name on the command line: module and class, imported when it is asked for.
+METHODS = {
+    "amdim": ("amdim", "AMDIMConfig"),
+    "moco": ("moco", "MoCoConfig"),
+    "simclr": ("simclr", "SimCLRConfig"),
+    "supcon": ("supcon", "SupConConfig"),
+    "npid": ("npid", "NPIDConfig"),
+}
+
+
+def get(name: object) -> type[TrainConfig]:
+    """The settings of a method.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"method: must be one of {', '.join(METHODS)}, got {'nothing' if name is None else name}")
+    module, settings = METHODS[name]
+    found: type[TrainConfig] = getattr(importlib.import_module(f"{__name__}.{module}"), settings)
+    return found

@@ -1,0 +1,169 @@
+"""AMDIM in the loop (arXiv 1906.00910): two views, three pairs of maps."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from fused_nce.core.dispatch import BACKENDS
+from fused_nce.losses import AMDIMLoss
+from fused_nce.models import AMDIM
+from fused_nce.models.encoders.amdim import IMAGE_SIZES, trunk_width
+from fused_nce.train.config import TrainConfig
+from fused_nce.train.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Rule, one_of, optional
+from fused_nce.train.presets import DIGITS_VIEWS
+from fused_nce.train.presets import IMAGENET_CROPS as IMAGENET
+from fused_nce.train.presets import STL_CROPS as STL
+
+MAPS = ("1", "5", "7")  # what an encoder offers to a loss
+PAIRS = Rule(
+    "different pairs A>C of the maps 1, 5 and 7, at least one, such as 1>5",
+    lambda pairs: (
+        len(pairs) > 0
+        and len(set(pairs)) == len(pairs)
+        and all(len(sides := pair.split(">")) == 2 and set(sides) <= set(MAPS) for pair in pairs)
+    ),
+)
+IMAGENET_OPTIM = {"epochs": 50, "milestones": [30, 45]}
+
+
+@dataclass
+class ModelConfig:
+    """The encoder.
+
+    Args:
+        image_size: 32, 64 or 128 px.
+        ndf: channels of the first stage.
+        n_rkhs: width of the embeddings.
+        n_depth: layers of each residual block.
+        use_bn: BatchNorm inside the blocks.
+        init: zero-initialised branches ("amdim") or Kaiming.
+    """
+
+    image_size: int = 32
+    ndf: int = 128
+    n_rkhs: int = 1024
+    n_depth: int = 3
+    use_bn: bool = False
+    init: Literal["amdim", "kaiming"] = "amdim"
+
+
+@dataclass
+class LossConfig:
+    """The AMDIM loss.
+
+    Args:
+        pairs: antecedent and consequent maps, "1>5" for f1 against all of f5.
+        antecedents: one sampled location an image, or all of them.
+        scale: of the dot products; 1/sqrt(D) if left out.
+        clip: soft limit of the scores, clip * tanh(s / clip); null for none.
+        penalty: weight of the mean squared raw score: 0.05 in amdim-public, 0.04 in the paper.
+        backend: engine backend; chosen by the machine if left out.
+    """
+
+    pairs: tuple[str, ...] = ("1>5", "1>7", "5>5")
+    antecedents: Literal["sample", "all"] = "sample"
+    scale: float | None = None
+    clip: float | None = 20.0
+    penalty: float = 0.05
+    backend: str | None = None
+
+
+# `default` is amdim-public's train.py, loss and optimiser included, and all the others start from it. `cifar10-small`
+# and `stl10-small` are its settings for those sets, `imagenet-small` its recipe for four V100, `imagenet-medium` and
+# `imagenet-large` its released models. The encoder sizes of `*-large` are lightning-bolts' too (which trains them with
+# eps 1e-7 and, since its clip is not passed on, a clip of 10). `digits` and `cifar10-tiny` are ours.
+PAPER_PENALTY = {"penalty": 0.04}
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "digits": {
+        "model": {"ndf": 32, "n_rkhs": 256, "n_depth": 2},
+        "loss": PAPER_PENALTY,
+        "augment": DIGITS_VIEWS,
+        "optim": {
+            "epochs": 80,
+            "batch_size": 128,
+            "lr": 1e-3,
+            "warmup_updates": 50,
+            "schedule": "cosine",
+        },
+        "run": {"log_every": 5},
+    },
+    "cifar10-tiny": {
+        "model": {"ndf": 64, "n_rkhs": 256, "n_depth": 2},
+        "loss": PAPER_PENALTY,
+        "optim": {"epochs": 3, "batch_size": 128, "lr": 1e-3, "warmup_updates": 100, "schedule": "cosine"},
+    },
+    "cifar10-small": {"model": {"ndf": 128, "n_rkhs": 1024, "n_depth": 3}},
+    "cifar10-large": {"model": {"ndf": 320, "n_rkhs": 1280, "n_depth": 10}},
+    "stl10-small": {"model": {"image_size": 64, "ndf": 128, "n_rkhs": 1024, "n_depth": 3}, "augment": STL},
+    "stl10-large": {"model": {"image_size": 64, "ndf": 192, "n_rkhs": 1536, "n_depth": 8}, "augment": STL},
+    "imagenet-small": {
+        "model": {"image_size": 128, "ndf": 192, "n_rkhs": 1536, "n_depth": 8},
+        "augment": IMAGENET,
+        "optim": IMAGENET_OPTIM | {"batch_size": 480},
+    },
+    "imagenet-medium": {
+        "model": {"image_size": 128, "ndf": 256, "n_rkhs": 2048, "n_depth": 10},
+        "augment": IMAGENET,
+        "optim": IMAGENET_OPTIM,
+    },
+    "imagenet-large": {
+        "model": {"image_size": 128, "ndf": 320, "n_rkhs": 2560, "n_depth": 10},
+        "augment": IMAGENET,
+        "optim": IMAGENET_OPTIM,
+    },
+}
+
+
+@dataclass
+class AMDIMConfig(TrainConfig):
+    __doc__ = TrainConfig.__doc__
+
+    method: ClassVar[str] = "amdim"
+    title: ClassVar[str] = "AMDIM"
+    presets: ClassVar = PRESETS
+    taps: ClassVar = ("f1", "f7")
+    rules: ClassVar = {
+        "model.image_size": one_of(IMAGE_SIZES),
+        "model.ndf": AT_LEAST_1,
+        "model.n_rkhs": AT_LEAST_1,
+        "model.n_depth": AT_LEAST_1,
+        "loss.pairs": PAIRS,
+        "loss.scale": optional(ABOVE_0),
+        "loss.clip": optional(ABOVE_0),
+        "loss.penalty": AT_LEAST_0,
+        "loss.backend": optional(one_of(BACKENDS)),
+    }
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def build(self, *, images: int = 1) -> AMDIM:
+        return AMDIM(**vars(self.model), loss=AMDIMLoss(**vars(self.loss)))
+
+    def check_together(self) -> None:
+        m = self.model
+        width = trunk_width(m.image_size, m.ndf)
+        if m.n_rkhs < width:
+            raise ValueError(
+                f"model.n_rkhs: must be at least {width} ({width // m.ndf} x ndf at {m.image_size} px), got {m.n_rkhs}"
+            )
+        super().check_together()
+
+    def leaves_some_unused(self) -> bool:
+        """A map outside all pairs leaves its head unused."""
+        return {side for pair in self.loss.pairs for side in pair.split(">")} != set(MAPS)
+
+    def untrained(self) -> dict[str, TrainConfig]:
+        kinds: dict[str, Literal["amdim", "kaiming"]] = {"AMDIM": "amdim", "Kaiming": "kaiming"}
+        return {
+            f"random, {name} init": dataclasses.replace(self, model=dataclasses.replace(self.model, init=init))
+            for name, init in kinds.items()
+        }
+
+    def loss_shape(self) -> tuple[list[tuple[int, int]], int]:
+        """Every pair, in both directions."""
+        every = self.loss.antecedents == "all"
+        sides = [[int(side) ** 2 for side in pair.split(">")] for pair in self.loss.pairs]
+        terms = [(rows if every else 1, columns) for rows, columns in sides for _ in range(2)]
+        return terms, self.model.n_rkhs

@@ -1,0 +1,97 @@
+"""NPID in the loop (arXiv 1805.01978)."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+from fused_nce.losses import NPIDSoftmaxLoss
+from fused_nce.models import NPID
+from fused_nce.models.npid import Proximal
+from fused_nce.train.config import AugmentConfig, OptimConfig
+from fused_nce.train.limits import AT_LEAST_0, BELOW_1
+from fused_nce.train.methods import projected
+from fused_nce.train.methods.projected import CIFAR_R18, DIGITS_OPTIM, MINI, TINY, TINY_OPTIM
+from fused_nce.train.presets import CIFAR10_COLOURS, CIFAR100_COLOURS, CIFAR_VIEWS, DIGITS_VIEWS, crops
+
+
+@dataclass
+class NPIDModelConfig(projected.EncoderConfig):
+    __doc__ = f"""{projected.EncoderConfig.__doc__}
+        momentum: of the bank.
+    """
+
+    backbone: str = "resnet18"
+    momentum: float = 0.5
+
+
+@dataclass
+class NPIDLossConfig:
+    """The exact softmax over the bank.
+
+    Args:
+        temperature: of the softmax.
+        proximal: weight of the squared distance to the bank's vector.
+        backend: engine backend; chosen by the machine if left out.
+    """
+
+    temperature: float = 0.07
+    proximal: float = 0.0
+    backend: str | None = None
+
+
+# `default` is lemniscate's main.py (ImageNet), `cifar10` its cifar.py with the exact softmax that its README
+# recommends: no flip there. `digits` and `cifar10-tiny` are ours.
+CIFAR: dict[str, Any] = {
+    "model": CIFAR_R18,
+    "loss": {"temperature": 0.1},
+    "optim": {"batch_size": 128, "weight_decay": 5e-4},
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "cifar10": {**CIFAR, "augment": {"flip_p": 0.0, **CIFAR10_COLOURS}},
+    "cifar100": {**CIFAR, "augment": {"flip_p": 0.0, **CIFAR100_COLOURS}},
+    "cifar10-tiny": {
+        "model": TINY,
+        "loss": {"temperature": 0.1},
+        "augment": CIFAR_VIEWS,
+        "optim": {**TINY_OPTIM, "epochs": 6, "name": "adam", "lr": 1e-3, "betas": [0.9, 0.999]},  # one view an image
+    },
+    "digits": {
+        "model": MINI,
+        "loss": {"temperature": 0.1},
+        "augment": DIGITS_VIEWS,
+        "optim": DIGITS_OPTIM,
+        "run": {"log_every": 5},
+    },
+}
+
+
+def _optim() -> OptimConfig:
+    return OptimConfig(
+        name="sgd", epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4, warmup_updates=0,
+        milestones=(120, 160), gamma=0.1,
+    )  # fmt: skip
+
+
+@dataclass
+class NPIDConfig(projected.ProjectedConfig):
+    __doc__ = projected.ProjectedConfig.__doc__
+
+    method: ClassVar[str] = "npid"
+    title: ClassVar[str] = "NPID"
+    presets: ClassVar = PRESETS
+    rules: ClassVar = {**projected.RULES, "model.momentum": BELOW_1, "loss.proximal": AT_LEAST_0}
+    view_count: ClassVar[int] = 1
+    extras: ClassVar = ("indices",)
+
+    model: NPIDModelConfig = field(default_factory=NPIDModelConfig)
+    loss: NPIDLossConfig = field(default_factory=NPIDLossConfig)
+    augment: AugmentConfig = field(default_factory=lambda: crops(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0))
+    optim: OptimConfig = field(default_factory=_optim)
+
+    def build(self, *, images: int = 1) -> NPID:
+        loss: nn.Module = NPIDSoftmaxLoss(self.loss.temperature, backend=self.loss.backend)
+        if self.loss.proximal > 0:
+            loss = Proximal(loss, self.loss.proximal)
+        return NPID(size=images, **self.model_arguments(), loss=loss)

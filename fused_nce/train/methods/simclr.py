@@ -1,0 +1,105 @@
+"""SimCLR in the loop (arXiv 2002.05709; the head of v2: 2006.10029)."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from fused_nce.losses import NTXentLoss
+from fused_nce.models import SimCLR
+from fused_nce.train.config import AugmentConfig, OptimConfig
+from fused_nce.train.methods import projected
+from fused_nce.train.methods.projected import CIFAR_R18, CIFAR_R50, DIGITS_OPTIM, MINI, TINY, TINY_OPTIM
+from fused_nce.train.presets import CIFAR100_COLOURS, CIFAR_VIEWS, DIGITS_VIEWS, crops
+
+
+@dataclass
+class SimCLRModelConfig(projected.EncoderConfig):
+    __doc__ = f"""{projected.EncoderConfig.__doc__}
+        norm: BatchNorm in the head.
+    """
+
+    layers: int = 2
+    norm: bool = True
+
+
+@dataclass
+class SimCLRLossConfig:
+    """NT-Xent.
+
+    Args:
+        temperature: of the softmax.
+        backend: engine backend; chosen by the machine if left out.
+    """
+
+    temperature: float = 0.1
+    backend: str | None = None
+
+
+# `default` is the paper's ImageNet run of 100 epochs: 4,096 images, here 512 on each of 8 processes, LARS at 0.3·B/256.
+# `imagenet-v2` has the head of three layers. `cifar10` is the paper's appendix B.9 (batch 1024, LARS at 1.0·B/256),
+# `cifar10-resnet18` solo-learn's. A warm-up of 10 epochs is given in updates. `digits` and `cifar10-tiny` are ours.
+CIFAR_OPTIM: dict[str, Any] = {"epochs": 1000, "batch_size": 1024, "lr": 4.0, "warmup_updates": 480}
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "imagenet-v1": {},
+    "imagenet-v2": {"model": {"layers": 3}},
+    "cifar10": {"model": CIFAR_R50, "loss": {"temperature": 0.5}, "augment": CIFAR_VIEWS, "optim": CIFAR_OPTIM},
+    "cifar100": {
+        "model": CIFAR_R50,
+        "loss": {"temperature": 0.5},
+        "augment": CIFAR_VIEWS | CIFAR100_COLOURS,
+        "optim": CIFAR_OPTIM,
+    },
+    "cifar10-resnet18": {
+        "model": {**CIFAR_R18, "hidden": 2048, "dim": 256, "norm": False},
+        "loss": {"temperature": 0.2},
+        "augment": CIFAR_VIEWS | {"jitter": [0.8, 0.8, 0.8, 0.2]},
+        "optim": {
+            "epochs": 1000,
+            "batch_size": 256,
+            "lr": 0.4,
+            "trust": 0.02,
+            "weight_decay": 1e-4,
+            "warmup_updates": 1950,
+        },
+    },
+    "cifar10-tiny": {
+        "model": TINY,
+        "loss": {"temperature": 0.5},
+        "augment": CIFAR_VIEWS,
+        "optim": {**TINY_OPTIM, "name": "adam", "lr": 1e-3, "betas": [0.9, 0.999]},
+    },
+    "digits": {
+        "model": MINI,
+        "loss": {"temperature": 0.5},
+        "augment": DIGITS_VIEWS,
+        "optim": DIGITS_OPTIM,
+        "run": {"log_every": 5},
+    },
+}
+
+
+def _optim() -> OptimConfig:
+    return OptimConfig(
+        name="lars", epochs=100, batch_size=512, lr=4.8, weight_decay=1e-6, decay_all=False, warmup_updates=3120,
+        schedule="cosine",
+    )  # fmt: skip
+
+
+@dataclass
+class SimCLRConfig(projected.ProjectedConfig):
+    __doc__ = projected.ProjectedConfig.__doc__
+
+    method: ClassVar[str] = "simclr"
+    title: ClassVar[str] = "SimCLR"
+    presets: ClassVar = PRESETS
+    rules: ClassVar = projected.RULES
+
+    model: SimCLRModelConfig = field(default_factory=SimCLRModelConfig)
+    loss: SimCLRLossConfig = field(default_factory=SimCLRLossConfig)
+    augment: AugmentConfig = field(
+        default_factory=lambda: crops(crop_area=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), blur_p=0.5)
+    )
+    optim: OptimConfig = field(default_factory=_optim)
+
+    def build(self, *, images: int = 1) -> SimCLR:
+        return SimCLR(**self.model_arguments(), loss=NTXentLoss(**vars(self.loss)))

@@ -1,0 +1,60 @@
+"""What the tests of the adapters share: 50 random configurations, in two dtypes, against a dense formula.
+
+float64 shows a wrong formula: within 1e-10 of the largest gradient. float32, on whatever backend is chosen, is held to
+5e-5 of it: 2^-24·(4 + √D)·|s| for the scores, whose largest here is 1/0.07, with a factor of ten to spare.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+CONFIGURATIONS = 50
+WITHIN = {torch.float64: 1e-10, torch.float32: 5e-5}
+
+
+def agree(ours, formula, tensors, dtype, seed):
+    """Values, and the gradients of a random weighting of them by every tensor."""
+    exact = [x.double().requires_grad_() for x in tensors]
+    given = [x.to(dtype).requires_grad_() for x in tensors]
+    expected, found = formula(*exact), ours(*given)
+    expected, found = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (expected, found))
+    weights = torch.rand(len(expected), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 0.5
+    within = WITHIN[dtype]
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, rtol=within, atol=within, msg=f"value, seed {seed}")
+    want, have = (
+        torch.autograd.grad(
+            sum((w.item() * x.sum() for w, x in zip(weights, values, strict=True))), leaves, materialize_grads=True
+        )
+        for values, leaves in ((expected, exact), (found, given))
+    )
+    for i, (a, b) in enumerate(zip(have, want, strict=True)):
+        assert a.dtype == dtype
+        allowed = within * b.abs().max() + 1e-2 * within
+        assert (a.double() - b).abs().max() <= allowed, f"gradient {i}, seed {seed}"
+
+
+def drawn(seed):
+    """A generator for tensors and one for sizes."""
+    return torch.Generator().manual_seed(seed), random.Random(seed)
+
+
+def unit(*shape, generator):
+    return nn.functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def both(test):
+    """Run `test(seed, dtype)` on every configuration, in both dtypes."""
+
+    @pytest.mark.parametrize("dtype", WITHIN)
+    def every(dtype):
+        for seed in range(CONFIGURATIONS):
+            test(seed, dtype)
+
+    every.__doc__ = test.__doc__
+    return every

@@ -1,0 +1,1 @@
+"""Losses of several processes: real ones, over gloo."""

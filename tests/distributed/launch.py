@@ -1,0 +1,33 @@
+"""Functions run in real processes that talk over gloo, and what they return."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _enter(rank: int, size: int, folder: str, task: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    torch.save(task(rank, *args), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run(folder: Path, size: int, task: Callable[..., Any], *args: Any) -> list[Any]:
+    """`task(rank, *args)` of each of `size` processes; what they return, by rank.
+
+    Args:
+        folder: an empty one.
+        size: processes.
+        task: a module's function.
+        args: picklable.
+    """
+    mp.spawn(_enter, (size, str(folder), task, args), nprocs=size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]

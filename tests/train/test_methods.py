@@ -1,0 +1,236 @@
+"""Every method in the one loop: exact resume, learning, what it refuses, and the command line end to end."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+
+from fused_nce import cli
+from fused_nce.train import checkpoint, command, config, limits, methods
+from fused_nce.train.loop import Trainer
+from tests.train.runs import log, tensors, untimed
+
+NAN = float("nan")
+OTHERS = [name for name in methods.METHODS if name != "amdim"]  # which has files of its own
+PROJECTED = ("moco", "simclr", "supcon", "npid")
+TINY = ["--preset=digits", "--batch-size=8", "--run.log_every=4", "--precision=fp32"]
+PRESETS = [(name, preset) for name in OTHERS for preset in methods.get(name).presets]
+
+
+def trainer(name, out, *argv):
+    return Trainer(*command.parse(name, [*TINY, "--out", str(out), *argv])[:2])
+
+
+def resumed(name, out, *argv):
+    settings, run_dir, resume = command.parse(name, ["--resume", str(out), *argv])
+    return Trainer(settings, run_dir, resume=resume)
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_every_preset_parses_builds_and_survives_the_disk(tmp_path, name, preset):
+    settings = command.parse(name, ["--preset", preset, "--out", str(tmp_path / "run")])[0]
+    assert config.load(tmp_path / "run") == settings
+    assert (settings.method, config.to_dict(settings)["method"]) == (name, name)
+    wanted, flat = config.flatten(methods.get(name).presets[preset]), config.flatten(config.to_dict(settings))
+    assert {key: flat[key] for key in wanted} == wanted
+    default = config.flatten(config.to_dict(methods.get(name)()))
+    assert [key for key in flat if flat[key] != default[key] and key not in wanted and key != "preset"] == []
+    with torch.device("meta"):
+        settings.build(images=9)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_number_has_a_rule_and_every_rule_a_setting(name):
+    method = methods.get(name)
+    flat = config.flatten(dataclasses.asdict(method()))
+    chosen = {key for key, value in flat.items() if isinstance(value, bool | str) or key == "channels_last"}
+    assert set(flat) - chosen <= set(limits.RULES) | set(method.rules) <= set(flat)
+
+
+BAD = [
+    *((name, "model.image_size", 7, "at least 8") for name in PROJECTED),
+    *((name, "model.backbone", "", "the name of an encoder") for name in PROJECTED),
+    *((name, "model.dim", 0, "at least 1") for name in PROJECTED),
+    *((name, "model.layers", 0, "at least 1") for name in PROJECTED),
+    *((name, "model.hidden", 0, "null or at least 1") for name in PROJECTED),
+    *((name, "loss.temperature", NAN, "above 0") for name in PROJECTED),
+    *((name, "loss.backend", "fast", "null or one of") for name in PROJECTED),
+    ("moco", "model.queue_size", 0, "at least 1"),
+    ("moco", "model.momentum", 1.1, "in [0, 1]"),
+    ("moco", "model.splits", 0, "at least 1"),
+    ("moco", "model.splits", 5, "divide optim.batch_size 256"),
+    ("npid", "model.momentum", 1.0, "in [0, 1)"),
+    ("npid", "loss.proximal", -0.1, "at least 0"),
+    ("supcon", "loss.variant", "both", "one of out, in"),
+]
+
+
+def test_every_rule_is_tried():
+    tried = {(name, key) for name, key, _, _ in BAD}
+    assert {(name, key) for name in PROJECTED for key in methods.get(name).rules} <= tried
+
+
+@pytest.mark.parametrize(("name", "key", "value", "need"), BAD)
+def test_a_bad_setting_is_named_with_what_it_must_be_and_what_it_is(name, key, value, need):
+    settings = methods.get(name)()
+    part, _, field = key.partition(".")
+    setattr(getattr(settings, part), field, value)
+    with pytest.raises(ValueError, match=f"^{re.escape(key)}: must ") as caught:
+        config.check(settings)
+    assert need in str(caught.value)
+    assert str(caught.value).endswith(f", got {limits.shown(value)}")
+
+
+def test_the_published_settings():
+    """Spelled out once more, so that a slip in a table is seen."""
+
+    def of(name, preset="default"):
+        found = config.flatten(config.to_dict(methods.get(name)()))
+        return found | config.flatten(methods.get(name).presets[preset])
+
+    def read(name, preset, *keys):
+        settings = of(name, preset)
+        return tuple(settings[key] for key in keys)
+
+    sgd = ("optim.name", "optim.lr", "optim.weight_decay", "optim.momentum", "optim.batch_size", "optim.epochs")
+    moco = ("model.backbone", "model.layers", "model.queue_size", "model.momentum", "loss.temperature")
+    assert read("moco", "imagenet-v1", *moco) == ("resnet50", 1, 65536, 0.999, 0.07)
+    assert read("moco", "imagenet-v2", *moco) == ("resnet50", 2, 65536, 0.999, 0.2)
+    assert read("moco", "cifar10", *moco) == ("resnet18", 2, 4096, 0.99, 0.1)
+    assert read("moco", "imagenet-v2", *sgd) == ("sgd", 0.03, 1e-4, 0.9, 256, 200)
+    assert read("moco", "cifar10", *sgd) == ("sgd", 0.06, 5e-4, 0.9, 128, 200)
+    views = ("augment.crop_area", "augment.jitter", "augment.jitter_p", "augment.gray_p", "augment.blur_p")
+    assert read("moco", "imagenet-v1", *views) == ([0.2, 1.0], [0.4] * 4, 1.0, 0.2, 0.0)
+    assert read("moco", "imagenet-v2", *views) == ([0.2, 1.0], [0.4, 0.4, 0.4, 0.1], 0.8, 0.2, 0.5)
+    assert read("simclr", "default", *views) == ([0.08, 1.0], [0.8, 0.8, 0.8, 0.2], 0.8, 0.2, 0.5)
+    steps = ("optim.schedule", "optim.milestones", "optim.gamma", "optim.warmup_updates")
+    assert read("moco", "imagenet-v1", *steps) == ("step", [120, 160], 0.1, 0)
+    assert read("moco", "imagenet-v2", "optim.schedule") == ("cosine",)
+    lars = ("optim.name", "optim.lr", "optim.weight_decay", "optim.decay_all", "loss.temperature", "model.layers")
+    assert read("simclr", "default", *lars) == ("lars", 0.3 * 4096 / 256, 1e-6, False, 0.1, 2)
+    assert read("simclr", "cifar10", *lars) == ("lars", 1024 / 256, 1e-6, False, 0.5, 2)
+    assert read("simclr", "imagenet-v2", "model.layers", "model.norm") == (3, True)
+    supcon = of("supcon")
+    factor = supcon["loss.temperature"] / 0.07  # of SupContrast's loss
+    assert supcon["optim.lr"] / factor == pytest.approx(0.5)
+    assert supcon["optim.weight_decay"] * factor == pytest.approx(1e-4)
+    assert read("npid", "default", *sgd) == ("sgd", 0.03, 1e-4, 0.9, 256, 200)
+    assert read("npid", "cifar10", *sgd) == ("sgd", 0.03, 5e-4, 0.9, 128, 200)
+    assert read("npid", "cifar10", "loss.temperature", "model.momentum", "augment.flip_p") == (0.1, 0.5, 0.0)
+    assert not any(of(name)["augment.flip_shared"] for name in PROJECTED)
+
+
+# --- the loop -----------------------------------------------------------------------------------------------------
+
+EXTRA = {"moco": ["--model.splits=2", "--model.queue_size=20"], "npid": ["--loss.proximal=0.1"]}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_resume_is_exact(tmp_path, name):
+    """Weights, moments, queue, bank, momentum encoder, classifiers and log, bit by bit."""
+    extra = EXTRA.get(name, [])
+    assert trainer(name, tmp_path / "a", "--max-steps=5", *extra).run() == "finished"
+    trainer(name, tmp_path / "b", "--max-steps=2", *extra).run()
+    torch.manual_seed(999)  # nothing may depend on the state of the new process
+    resumed(name, tmp_path / "b", "--max-steps=5").run()
+    ours, theirs = tensors(tmp_path / "b", 5), tensors(tmp_path / "a", 5)
+    assert ours.keys() == theirs.keys()
+    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
+    assert untimed(log(tmp_path / "b")) == untimed(log(tmp_path / "a"))
+    early = tensors(tmp_path / "b", 2)
+    memory = {"moco": "model/queue.keys", "npid": "model/bank.vectors"}.get(name)
+    assert memory is None or not torch.equal(early[memory], ours[memory])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_resume_is_exact_for_every_optimizer(tmp_path, optimizer):
+    extra = [f"--optim.name={optimizer}", "--optim.decay_all=false", "--optim.accumulate=2"]
+    trainer("moco", tmp_path / "a", "--max-steps=4", *extra).run()
+    trainer("moco", tmp_path / "b", "--max-steps=2", *extra).run()
+    resumed("moco", tmp_path / "b", "--max-steps=4").run()
+    ours, theirs = tensors(tmp_path / "b", 4), tensors(tmp_path / "a", 4)
+    assert any("momentum_buffer" in key for key in ours)
+    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
+
+
+@pytest.mark.parametrize("name", ["moco", "npid"])
+def test_an_update_that_is_skipped_leaves_memory_and_keys_alone(tmp_path, name):
+    run = trainer(name, tmp_path / "a", "--max-steps=1")
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    real = run.views
+    run.views = lambda images: tuple(view * float("nan") for view in real(images))
+    run._update(run.loader.batches(0), False)
+    assert run.skipped == 1
+    assert [k for k, v in run.model.state_dict().items() if not torch.equal(v, before[k])] == []
+    run.views = real
+    run._update(run.loader.batches(0), False)
+    changed = {k.partition(".")[0] for k, v in run.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"encoder", "head"} | ({"key_encoder", "queue"} if name == "moco" else {"bank"})
+
+
+@pytest.mark.parametrize("name", PROJECTED)
+def test_a_method_learns_the_digits(tmp_path, name):
+    extra = ["--model.queue_size=64", "--model.momentum=0.9"] if name == "moco" else []
+    run = trainer(name, tmp_path / "a", "--batch-size=64", "--max-steps=32", "--optim.warmup_updates=5", *extra)
+    run.run()
+    lines = log(tmp_path / "a")
+    start = lines[2 if name == "moco" else 0]  # MoCo's queue is random at first, and easily told from keys
+    assert lines[-1]["loss"] < start["loss"] - 0.2
+
+
+def test_supcon_needs_a_label_for_every_image(tmp_path, monkeypatch):
+    from fused_nce.train import loader
+
+    real = loader.load_split
+
+    def some(*args, **options):
+        found = real(*args, **options)
+        return dataclasses.replace(found, labels=found.labels.where(torch.arange(len(found.labels)) > 2, -1))
+
+    monkeypatch.setattr(loader, "load_split", some)
+    with pytest.raises(ValueError, match=r"data: 3 of \d+ images have no label; supcon needs one for each"):
+        trainer("supcon", tmp_path / "a")
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def test_train_resume_and_evaluate_from_the_command_line(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    assert cli.main(["train", "moco", *TINY, "--max-steps=4", "--out", out]) == 0
+    assert "MoCo on digits (digits): image_size 16, backbone mini" in capsys.readouterr().out
+    assert cli.main(["train", "simclr", "--resume", out]) == 2
+    assert "is a run of moco; got method simclr, need the same" in capsys.readouterr().err
+    assert cli.main(["train", "moco", "--resume", out, "--max-steps=6"]) == 0
+    assert checkpoint.newest(tmp_path / "run").name == "step_00000006"
+    assert cli.main(["eval", out, "--draws=2", "--baselines=false"]) == 0
+    result = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert (result["method"], result["taps"], result["loss_cost"]) == ("moco", ["h", "z"], None)
+    assert {row["tap"]: row["width"] for row in result["probes"]} == {"h": 128, "z": 64}
+    assert "Online probes on detached h" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_run_loads_without_its_data(tmp_path, name):
+    """A bank has as many rows as the training set; how many, the checkpoint says."""
+    run = trainer(name, tmp_path / "run", "--max-steps=1")
+    run.run()
+    model, settings = checkpoint.load_model(tmp_path / "run")
+    ours, theirs = model.state_dict(), run.model.state_dict()
+    assert [k for k in theirs if not torch.equal(ours[k], theirs[k])] == []
+    taps = model.encode(settings.sample())
+    assert set(settings.taps) <= set(taps)
+
+
+def test_untrained_encoders_are_the_runs_own_architecture():
+    settings = methods.get("moco")()
+    assert list(settings.untrained()) == ["random, zero-branch init", "random, Kaiming init"]
+    inits = [other.model.init for other in settings.untrained().values()]
+    assert inits == ["zero", "kaiming"]
+    settings.model.backbone = "vgg11"
+    assert list(settings.untrained()) == ["random"]
