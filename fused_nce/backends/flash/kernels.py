@@ -2,7 +2,7 @@
 
 | kernel | reads | gives |
 |---|---|---|
-| `fold_kernel` | x, y | partial statistics of x and, in the same pass, Σ w·y as far as w is known before they are finished |
+| `fold_kernel` | x, y | partial statistics of x and, in the same pass, Σ w·y where w does not need them finished |
 | `weights_kernel` | x, y, finished statistics and dL/d them | partial Σ w·y of x as a row, as a column, or as both |
 
 x is what a program keeps, y what it walks through: rows and columns for dq, columns and rows for dk. A program walks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -225,4 +225,4 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
             return found, Gradients(sweep.empty, sweep.empty, sweep.empty)
         unit = tail.unit(problem.n * tail.per_row(spec))
         d = tail.coefficients(spec, found.pos, found.rows, None, unit, 1.0, problem.n * problem.m)
-        return found, sweep.gradients(found, cast(Coefficients, d), bool(tail.penalty), needs)
+        return found, sweep.gradients(found, d, bool(tail.penalty), needs)
