@@ -138,7 +138,7 @@ def tile_loss(
 def _sweep(x: Scores, spec: Spec, tail: Tail, parts: bool, backend: str | None) -> LossParts:
     """One call of the op."""
     graph = torch.is_grad_enabled()
-    needs = [graph and leaf is not None and leaf.requires_grad for leaf in x.differentiable]
+    needs = [graph and leaf is not None and _wants_gradient(leaf) for leaf in x.differentiable]
     loss, nce, penalty, report, pos, rows, *_ = torch.ops.fused_nce.loss(*x, tail.code, needs, parts, backend or "")
     return LossParts(
         loss,
@@ -148,6 +148,14 @@ def _sweep(x: Scores, spec: Spec, tail: Tail, parts: bool, backend: str | None) 
         pos,
         dict(zip(spec.stats, rows.unbind(0), strict=True)),
     )
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    """A tensor inside `torch.vmap` says no, though what it is a batch of may be differentiated outside."""
+    if not torch._C._functorch.is_batchedtensor(x):
+        return x.requires_grad
+    # A graph being traced cannot look: better a gradient too many than one dropped.
+    return torch.compiler.is_compiling() or _wants_gradient(torch._C._functorch.get_unwrapped(x))
 
 
 def _sweeps(x: Scores, spec: Spec, tail: Tail, parts: bool, everyone: Peers, backend: str | None) -> LossParts:
