@@ -44,6 +44,11 @@ def fixed_lse(x: Tensor) -> Tensor:
     return top + fixed_sum((x - top).exp()).log()
 
 
+def log_count(n: int, like: Tensor) -> Tensor:
+    """log n, 0-d: a `math.log` of a batch's size would be a constant of a compiled graph, a new one for every batch."""
+    return torch.full((), n, dtype=torch.float64, device=like.device).log().to(like.dtype)
+
+
 def output(loss: Tensor, stats: dict[str, Tensor]) -> NCEOutput:
     """A loss of one part, without a penalty; the stats are detached here."""
     return NCEOutput(loss, loss, torch.zeros_like(loss), {name: x.detach() for name, x in stats.items()})

@@ -182,11 +182,14 @@ def resident_bytes():
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", LOSSES)
 def test_two_thousand_steps_do_not_grow(name):
-    """A leaked gradient would be at least 5 kB a step, 10 MB in all."""
+    """A leaked gradient would be at least 5 kB a step, 10 MB in all, and as much again the next time."""
     run = step(name, None, 64)
     for _ in range(200):
         run()
-    before = resident_bytes()
-    for _ in range(2000):
-        run()
-    assert resident_bytes() - before <= 2 << 20
+    grown_bytes = []
+    while len(grown_bytes) < 3 and min(grown_bytes, default=1 << 30) > 2 << 20:  # the heap itself may settle late
+        before = resident_bytes()
+        for _ in range(2000):
+            run()
+        grown_bytes.append(resident_bytes() - before)
+    assert min(grown_bytes) <= 2 << 20, grown_bytes
