@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_nce import distributed
 from fused_nce.core import checks
 
 DDP_COMPAT = ("upstream", "exact")
@@ -30,8 +29,12 @@ def everyone() -> str | None:
 
 
 def gathered(x: Tensor) -> Tensor:
-    """The rows of all processes, by rank, without a gradient."""
-    return distributed.all_gather(x.detach(), everyone())
+    """The rows of all processes, of which each has as many, by rank, without a gradient."""
+    if world_size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    torch.distributed.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
 
 
 def mean_of_all(loss: Tensor) -> Tensor:
