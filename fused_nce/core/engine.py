@@ -215,7 +215,7 @@ def _shared(scores: Sequence[Scores], parts: Sequence[Part], backend: str | None
         [p.tail.code for p in parts],
         [p.offset for p in parts],
         [p.reports for p in parts],
-        [graph and x is not None and x.requires_grad for x in leaves],
+        [graph and x is not None and _wants_gradient(x) for x in leaves],
         backend or "",
     )
     return LossSum(*found[:4])
@@ -224,7 +224,7 @@ def _shared(scores: Sequence[Scores], parts: Sequence[Part], backend: str | None
 def _sweep(x: Scores, spec: Spec, tail: Tail, parts: bool, reports: int, backend: str | None) -> LossParts:
     """One call of the op."""
     graph = torch.is_grad_enabled()
-    needs = [graph and leaf is not None and leaf.requires_grad for leaf in x.differentiable]
+    needs = [graph and leaf is not None and _wants_gradient(leaf) for leaf in x.differentiable]
     loss, nce, penalty, report, pos, rows, *_ = torch.ops.fused_nce.loss(
         *x, tail.code, needs, parts, reports, backend or ""
     )
@@ -236,6 +236,14 @@ def _sweep(x: Scores, spec: Spec, tail: Tail, parts: bool, reports: int, backend
         pos,
         dict(zip(spec.stats, rows.unbind(0), strict=True)),
     )
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    """A tensor inside `torch.vmap` says no, though what it is a batch of may be differentiated outside."""
+    if not torch._C._functorch.is_batchedtensor(x):
+        return x.requires_grad
+    # A graph being traced cannot look: better a gradient too many than one dropped.
+    return torch.compiler.is_compiling() or _wants_gradient(torch._C._functorch.get_unwrapped(x))
 
 
 def _sweeps(
