@@ -102,7 +102,7 @@ class Build:
     architecture: int
     dtype: str
     width: int
-    tile: tuple[int, ...]
+    tile: tuple[int | None, ...]  # as `configs.Tile`
     registers: int
     shared_bytes: int
     stack_bytes: int
