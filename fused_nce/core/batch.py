@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_nce.core import spec as specs
 from fused_nce.core import tails, twice, upstream
+from fused_nce.core.cost import Call
 from fused_nce.core.ops import (
     LIBRARY,
     Scores,
@@ -61,6 +62,11 @@ class Losses(NamedTuple):
         wanted = zip(self.leaves, self.needs, strict=False)
         return [x.numel() if need else 0 for x, need in wanted]
 
+    def needs_of(self, i: int) -> Needs:
+        """What is wanted of problem i."""
+        q, k = self.needs[2 * i : 2 * i + 2]
+        return Needs(q, k, self.needs[-1])
+
     def cut(self, stash: Tensor) -> list[Tensor]:
         """The leaves' gradients in the stash; no elements where there is none."""
         parts = zip(stash.split(self.sizes), self.leaves, self.needs, strict=False)
@@ -85,8 +91,10 @@ LIBRARY.define(
 
 def _body(*args: Any) -> tuple[Tensor, ...]:
     x = Losses(*args)
-    problems, _, modules = zip(*(prepared(each, x.backend) for each in x.scores), strict=True)
     rules = [tails.parse(tail) for tail in x.tail]
+    calls = [Call.of("loss", x.needs_of(i), bool(rule.penalty)) for i, rule in enumerate(rules)]
+    found = (prepared(each, x.backend, call) for each, call in zip(x.scores, calls, strict=True))
+    problems, _, modules = zip(*found, strict=True)
     for problem in problems:
         warn_without_negatives(problem)
     stash = x.q[0].new_empty(sum(x.sizes), dtype=stash_of(x.q[0]))
@@ -94,10 +102,10 @@ def _body(*args: Any) -> tuple[Tensor, ...]:
     run = together or _one_after_another(modules)
     with torch.autocast(stash.device.type, enabled=False), torch.profiler.record_function("fused_nce::losses"):
         pos, rows, dscale = run(problems, rules, x.cut(stash), x.needs[-1])
-        found = x.statistics(pos, rows)
+        known = x.statistics(pos, rows)
         summary = getattr(modules[0], "summary", None)
-        brief = summary(problems, rules, found, x.reports) if summary is not None else None
-        values = brief or _summary(problems, rules, found, x.reports)
+        brief = summary(problems, rules, known, x.reports) if summary is not None else None
+        values = brief or _summary(problems, rules, known, x.reports)
     dscale = dscale.sum() * x.scale if x.needs[-1] else dscale.new_empty(0)
     return *values, pos, rows, stash, dscale
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from fused_nce.core import atoms, checks, ring, tails, twice
 from fused_nce.core import spec as specs
 from fused_nce.core import upstream as upstreams
+from fused_nce.core.cost import Call
 from fused_nce.core.problem import Backend, Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import Block, Index, Separate
 
@@ -134,12 +135,12 @@ def _finish(problem: Problem, x: Scores, out: Gradients, d_pos: Tensor, needs: l
     return dq, dk, dscale, dbias, dpositives
 
 
-def prepared(x: Scores, backend: str) -> tuple[Problem, str, Backend]:
+def prepared(x: Scores, backend: str, call: Call) -> tuple[Problem, str, Backend]:
     """The problem, checked, and what runs it."""
     problem = _problem(x, backend)
     if isinstance(problem.spec.layout, Index) and problem.q.device.type == "cpu":
         checks.check_targets(cast(Tensor, x.row_ids), problem.m, x.offset if problem.spec.drop_self else None)
-    name, module = ring.backend(problem, backend)
+    name, module = ring.backend(problem, backend, call)
     return problem, name, module
 
 
@@ -166,7 +167,7 @@ def warn_without_negatives(problem: Problem) -> None:
 
 def _stats(*args: Any) -> tuple[Tensor, ...]:
     x, (backend,) = Scores(*args[:COUNT]), args[COUNT:]
-    problem, name, module = prepared(x, backend)
+    problem, name, module = prepared(x, backend, Call("stats"))
     with torch.autocast(x.q.device.type, enabled=False), torch.profiler.record_function(f"fused_nce::stats[{name}]"):
         found = module.stats(problem)
     return found.pos, found.rows, _empty_columns(problem) if found.columns is None else found.columns
@@ -174,7 +175,7 @@ def _stats(*args: Any) -> tuple[Tensor, ...]:
 
 def _grads(*args: Any) -> tuple[Tensor, ...]:
     x, (pos, rows, columns, d_pos, d_rows, d_columns, needs, backend) = Scores(*args[:COUNT]), args[COUNT:]
-    problem, name, module = prepared(x, backend)
+    problem, name, module = prepared(x, backend, Call.of("grads", _needs(needs)))
     both = problem.spec.columns
     found = Statistics(pos, rows, columns if both else None)
     d = tails.Coefficients(d_pos.contiguous(), d_rows.contiguous(), d_columns.contiguous() if both else None)
@@ -184,9 +185,10 @@ def _grads(*args: Any) -> tuple[Tensor, ...]:
 
 def _loss(*args: Any) -> tuple[Tensor, ...]:
     x, (tail, needs, _, reports, backend) = Scores(*args[:COUNT]), args[COUNT:]
-    problem, name, module = prepared(x, backend)
+    rule, wanted = tails.parse(tail), _needs(needs)
+    problem, name, module = prepared(x, backend, Call.of("loss", wanted, bool(rule.penalty)))
     warn_without_negatives(problem)
-    rule, spec, wanted = tails.parse(tail), problem.spec, _needs(needs)
+    spec = problem.spec
     none = problem.q.new_empty(0, dtype=wide_of(x.q))
     out = Gradients(none, none, none)
     with torch.autocast(x.q.device.type, enabled=False), torch.profiler.record_function(f"fused_nce::loss[{name}]"):
