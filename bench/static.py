@@ -23,6 +23,10 @@ import torch
 from tqdm import tqdm
 
 from fused_nce.backends.flash import configs
+from fused_nce.backends.flash.form import Form, Parts
+from fused_nce.core.problem import Problem
+from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Spec, TanhClip
+from fused_nce.core.tails import LogOut, Nce, Sigmoid
 
 from .host import ROOT
 from .tables import markdown
@@ -34,15 +38,58 @@ SHARED_LIMIT_BYTES = {80: 166912, 90: 232448, 100: 232448}
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}  # what 16-bit products compile to
 REGISTERS_MAY_GROW_BY = 8
 
-CLIPPED, FREE = {"CLIP": True, "SHIFTLESS": True}, {"CLIP": False, "SHIFTLESS": False}
-VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
-    "rows, dq, clip": ("rows_kernel", {**CLIPPED, "GRADIENT": True}),
-    "dk, clip, penalty": ("weights_kernel", {"CLIP": True, "BY_COLUMN": True, "SQUARE": True}),
-    "rows, dq": ("rows_kernel", {**FREE, "GRADIENT": True}),
-    "rows, dq, wide clip": ("rows_kernel", {"CLIP": True, "SHIFTLESS": False, "GRADIENT": True}),
-    "rows, clip": ("rows_kernel", {**CLIPPED, "GRADIENT": False}),
-    "dk": ("weights_kernel", {"CLIP": False, "BY_COLUMN": True, "SQUARE": False}),
-    "dq, clip, penalty": ("weights_kernel", {"CLIP": True, "BY_COLUMN": False, "SQUARE": True}),
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel, and what is compiled into it."""
+
+    kernel: str
+    spec: Spec
+    flags: dict[str, bool]
+    penalised: bool = True
+
+    @property
+    def form(self) -> Form:
+        """Its spec's."""
+        x = torch.empty(0, 16)
+        form = Form.of(Problem(x, x, 1.0, self.spec, 0))
+        return form if self.penalised else form.without_square()
+
+    def tile(self, architecture: int, dtype: torch.dtype, width: int) -> configs.Tile:
+        """What a launch takes."""
+        found = configs.tile(architecture, dtype, width)
+        if self.kernel == "fold_kernel":
+            return configs.fold_tile(found, Parts.of(self.form.rows))
+        return configs.weights_tile(found, all(self.flags.values()))
+
+    def constants(self, width: int, tile: configs.Tile) -> dict[str, Any]:
+        """The constants of a launch at width D."""
+        names = {"FORM": self.form, "PARTS": Parts.of(self.form.rows)}
+        sizes = {"D": width, "X": tile.x, "Y": tile.y, "CHUNK": tile.chunk, "SLICE": tile.slice}
+        return {"PRECISION": "ieee", **names, **sizes, **self.flags}
+
+
+NCE = Nce().stats
+CLIPPED, WIDELY, FREE = (Spec(Block(49), transform) for transform in (TanhClip(20.0), TanhClip(300.0), Identity()))
+ROWS, ROWS_DQ = ({"BY_COLUMN": False, "GRADIENT": gradient} for gradient in (False, True))
+DQ, DK, SELF = ({"AS_ROW": row, "AS_COLUMN": column} for row, column in ((True, False), (False, True), (True, True)))
+VARIANTS = {
+    "rows, dq, clip": Variant("fold_kernel", CLIPPED, ROWS_DQ),
+    "dk, clip, penalty": Variant("weights_kernel", CLIPPED, DK),
+    "rows, dq": Variant("fold_kernel", FREE, ROWS_DQ),
+    "rows, dq, wide clip": Variant("fold_kernel", WIDELY, ROWS_DQ),
+    "rows, clip": Variant("fold_kernel", CLIPPED, ROWS),
+    "dk": Variant("weights_kernel", FREE, DK, penalised=False),
+    "dq, clip, penalty": Variant("weights_kernel", CLIPPED, DQ),
+    "queue: rows, dq": Variant("fold_kernel", Spec(Separate(1), stats=NCE), ROWS_DQ),
+    "targets: dk": Variant("weights_kernel", Spec(Index(), stats=NCE), DK),
+    "views: rows": Variant("fold_kernel", Spec(Block(2, 2), stats=NCE, drop_self=True), ROWS),
+    "views: both roles": Variant("weights_kernel", Spec(Block(2, 2), stats=NCE, drop_self=True), SELF),
+    "two ways: dq": Variant("weights_kernel", Spec(Block(1), stats=NCE, columns=("neg_lse",)), DQ),
+    "pairs: rows, dq": Variant("fold_kernel", Spec(Block(1), Bias(), stats=Sigmoid().stats), ROWS_DQ),
+    "pairs: dk": Variant("weights_kernel", Spec(Block(1), Bias(), stats=Sigmoid().stats), DK),
+    "labels: rows": Variant("fold_kernel", Spec(Labels(), stats=LogOut.READS, drop_self=True), ROWS),
+    "labels: both roles": Variant("weights_kernel", Spec(Labels(), stats=LogOut.READS, drop_self=True), SELF),
 }
 DEFAULT = ("rows, dq, clip", "dk, clip, penalty")
 
@@ -55,7 +102,7 @@ class Build:
     architecture: int
     dtype: str
     width: int
-    tile: tuple[int, ...]
+    tile: tuple[int | None, ...]  # as `configs.Tile`
     registers: int
     shared_bytes: int
     stack_bytes: int
@@ -67,6 +114,16 @@ class Build:
     def key(self) -> tuple[Any, ...]:
         """What it is, without what became of it."""
         return self.variant, self.architecture, self.dtype, self.width
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Where it stands in the table."""
+        return (
+            self.architecture,
+            list(DTYPES.values()).index(self.dtype),
+            self.width,
+            list(VARIANTS).index(self.variant),
+        )
 
     def faults(self) -> Iterator[str]:
         """What must not be, whatever was before."""
@@ -93,34 +150,34 @@ def build(variant: str, architecture: int, dtype: torch.dtype, width: int) -> Bu
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fused_nce.backends.flash import kernels
+    from fused_nce.backends.flash import kernels, memory
 
-    name, flags = VARIANTS[variant]
-    kernel, tile = getattr(kernels, name), configs.tile(architecture, dtype, width)
-    constants: dict[str, Any] = {"D": width, "X": tile.x, "Y": tile.y, "CHUNK": tile.chunk, "SLICE": tile.slice}
-    constants |= {"N_C": 49, "ROWS_PER_IMAGE": 1, "X_PER_IMAGE": 49, "Y_PER_IMAGE": 49}
-    constants |= {"TENSOR_SCALE": False, "PRECISION": "ieee", **flags}
-    constants = {letter: value for letter, value in constants.items() if letter in kernel.arg_names}
+    chosen = VARIANTS[variant]
+    tile = chosen.tile(architecture, dtype, width)
+    kernel = getattr(kernels, chosen.kernel)
+    constants = {name: x for name, x in chosen.constants(width, tile).items() if name in kernel.arg_names}
     signature, attributes = {}, {}
     for index, parameter in enumerate(kernel.params):
-        letter = parameter.name
-        if letter in constants:
-            signature[letter] = "constexpr"
-        elif letter in ("scale", "clip", "inverse_clip"):
-            signature[letter] = "fp32"
-        elif letter in ("q", "k", "x", "y"):
-            signature[letter] = f"*{DTYPES[dtype]}"
-        elif letter in ("partial", "sums", "neg_lse", "d_neg_lse", "d_square"):
-            signature[letter] = "*fp32"
+        name = parameter.name
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in ("x", "y"):
+            signature[name] = f"*{DTYPES[dtype]}"
+        elif name in ("row_ids", "column_ids"):
+            signature[name] = "*i64"
+        elif name in ("scale", "clip", "inverse_clip"):
+            signature[name] = "fp32"
+        elif name in memory.SIZES or name.startswith("stride"):
+            signature[name] = "i32"
         else:
-            signature[letter] = "i32"
+            signature[name] = "*fp32"
         # What a call of aligned tensors specialises; sizes never are.
-        if signature[letter].startswith("*") or letter.startswith("stride"):
+        if signature[name].startswith("*") or name.startswith("stride"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": tile.warps, "num_stages": tile.stages},
+        options=tile.options,
     )
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -149,18 +206,22 @@ def _output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def committed(version: str) -> list[Build]:
+    """The table's builds; none where another Triton wrote it, whose registers are no standard for this one."""
+    record: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {"triton": None}
+    if record["triton"] != version:
+        return []
+    return [Build(**{**row, "tile": tuple(row["tile"])}) for row in record["builds"]]
+
+
 def judge(found: Sequence[Build]) -> list[str]:
     """One line for each thing that is wrong, or worse than in the committed table."""
     import triton
 
     lines = [f"{' '.join(map(str, one.key))}: {fault}" for one in found for fault in one.faults()]
-    if not TABLE.exists():
+    before = {one.key: one for one in committed(triton.__version__)}
+    if not before:
         return lines
-    record = json.loads(TABLE.read_text(encoding="utf-8"))
-    if record["triton"] != triton.__version__:
-        return lines
-    table = [Build(**{**row, "tile": tuple(row["tile"])}) for row in record["builds"]]
-    before = {one.key: one for one in table}
     missing = [f"{' '.join(map(str, one.key))}: not in {TABLE.name}" for one in found if one.key not in before]
     worse = [(one, fault) for one in found if one.key in before for fault in one.regressions(before[one.key])]
     return lines + missing + [f"{' '.join(map(str, one.key))}: {fault}" for one, fault in worse]
@@ -170,7 +231,7 @@ def report(found: Sequence[Build]) -> str:
     """A Markdown table."""
     header = ["kernel", "sm", "dtype", "D", "tile", "registers", "shared KiB", "spills", "matrix", "MUFU/score"]
     rows = [
-        [one.variant, f"{one.architecture}", one.dtype, f"{one.width}", "×".join(map(str, one.tile)),
+        [one.variant, f"{one.architecture}", one.dtype, f"{one.width}", "×".join(map(str, filter(None, one.tile))),
          f"{one.registers}", f"{one.shared_bytes / 1024:.0f}", f"{one.spill_instructions}",
          f"{one.matrix_instructions}", f"{one.mufu_per_score:.2f}"]
         for one in found
@@ -184,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="every kernel and dtype")
     parser.add_argument("--architecture", type=int, choices=configs.ARCHITECTURES, help="one alone")
     parser.add_argument("--width", type=int, choices=WIDTHS, help="one alone")
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)} (with --all)")
+    parser.add_argument("--write", action="store_true", help=f"what was built into {TABLE.relative_to(ROOT)}")
     options = parser.parse_args(argv)
     plan = [
         (variant, architecture, dtype, width)
@@ -198,7 +259,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.write:
         import triton
 
-        record = {"schema": 1, "triton": triton.__version__, "builds": [asdict(one) for one in found]}
+        built = {one.key for one in found}
+        others = [one for one in committed(triton.__version__) if one.key not in built and one.variant in VARIANTS]
+        rows = [asdict(one) for one in sorted(others + found, key=lambda one: one.place)]
+        record = {"schema": 1, "triton": triton.__version__, "builds": rows}
         text = json.dumps(record, indent=None, separators=(",", ":")).replace("},{", "},\n{")
         TABLE.write_text(text + "\n", encoding="utf-8")
     faults = judge(found)

@@ -18,15 +18,22 @@ STATISTICS = ("neg_lse", "neg_max", "square")
 WHOLE_ROW = ("triplets_all", "active_all", "triplets_semihard", "active_semihard")
 """Statistics of pairs within a row, which do not merge: no backend may cut such a row into panels."""
 
-VOCABULARY = frozenset(
+MARGINS = frozenset(
     {
-        *("block", "index", "labels", "separate"),  # layouts
-        *("identity", "tanh_clip", "bias", "sq_dist", "dist"),  # transforms
-        *STATISTICS,
-        *("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap"),
+        *("sq_dist", "dist"),  # transforms
         *("neg_ties", "neg_hardest", "pos_min", "pos_ties", "pos_hardest"),
         *("pos_square", "neg_hinge", "neg_hinge_square", "neg_active"),
         *WHOLE_ROW,
+    }
+)
+"""What only the losses of distances and margins name: torch's atoms alone so far, without twins in a kernel."""
+
+VOCABULARY = MARGINS | frozenset(
+    {
+        *("block", "index", "labels", "separate"),  # layouts
+        *("identity", "tanh_clip", "bias"),  # transforms
+        *STATISTICS,
+        *("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap"),
         *("columns", "drop_self", "self", "mixed"),  # see `Spec.atoms` and `dispatch.why_not`
     }
 )

@@ -15,20 +15,30 @@ from tests.cases import DTYPES
 from tests.gpu.conftest import Place, require
 from tests.gpu.losses import OPEN, etas_of
 
+ONE_A_LAYOUT = (
+    "info_nce/targets, clip, penalty",
+    "info_nce/symmetric, targets, penalty",
+    "moco_nce",
+    "nt_xent",
+    "siglip_loss",
+    "sup_con",
+    "dim_mi",
+)
 
-def places(dtypes: Iterable[str]) -> list[object]:
-    """(place, dtype) of the GPU's kernels. On a CPU `tests/losses` has them all, one tries this file."""
-    on_gpu = [(name, dtype) for name in ("cuda", "triton") for dtype in dtypes]
-    slow = {"triton": [pytest.mark.nightly]}  # it compiles for minutes
-    return [
-        pytest.param(Place("cpu", "chunked"), "float32", id="cpu-chunked"),
-        *(
-            pytest.param(
-                Place("cuda", name), dtype, id=f"cuda-{name}-{dtype}", marks=[pytest.mark.gpu, *slow.get(name, [])]
-            )
-            for name, dtype in on_gpu
-        ),
-    ]
+
+def cases(names: Iterable[str], dtypes: Iterable[str]) -> list[object]:
+    """(place, dtype, loss) of the GPU's kernels. On a CPU `tests/losses` has them all, one tries this file.
+
+    Triton compiles each loss and dtype for seconds: bfloat16 of one loss a layout, the rest nightly.
+    """
+    found: list[object] = []
+    for loss in names:
+        found.append(pytest.param(Place("cpu", "chunked"), "float32", loss, id=f"cpu-chunked-{loss}"))
+        for backend, dtype in ((backend, dtype) for backend in ("cuda", "triton") for dtype in dtypes):
+            quick = backend == "cuda" or (loss in ONE_A_LAYOUT and dtype == "bfloat16")
+            marks = [pytest.mark.gpu, *([] if quick else [pytest.mark.nightly])]
+            found.append(pytest.param(Place("cuda", backend), dtype, loss, id=f"{backend}-{dtype}-{loss}", marks=marks))
+    return found
 
 
 @contextmanager
@@ -42,8 +52,7 @@ def skipped_where_refused() -> Iterator[None]:
         pytest.skip(str(refusal))
 
 
-@pytest.mark.parametrize("name", OPEN)
-@pytest.mark.parametrize(("place", "dtype"), places(("float32", "bfloat16", "float16")))
+@pytest.mark.parametrize(("place", "dtype", "name"), cases(OPEN, ("float32", "bfloat16", "float16")))
 def test_value_and_gradients(place, name, dtype, record_eta):
     require(place, DTYPES[dtype])
     for seed, upstream in ((0, 1.0), (3, -2.5)):
@@ -54,8 +63,7 @@ def test_value_and_gradients(place, name, dtype, record_eta):
 
 
 @pytest.mark.parametrize("workspace_mb", ["16", "0.1"])
-@pytest.mark.parametrize("name", [*PLAIN, *BOTH_WAYS, *MANY])
-@pytest.mark.parametrize(("place", "dtype"), places(["float32"]))
+@pytest.mark.parametrize(("place", "dtype", "name"), cases([*PLAIN, *BOTH_WAYS, *MANY], ["float32"]))
 def test_strips_and_panels_are_the_whole_matrix(place, dtype, name, workspace_mb, monkeypatch):
     """In one piece and in many, against the oracle's on the same device."""
     require(place)
