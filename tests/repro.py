@@ -10,7 +10,7 @@ from .losses import fuzz
 
 
 def main(text: str) -> int:
-    """Run the case, of the engine or of a loss, and say how far each result is from the oracle, in units of its budget."""
+    """Run the case, of the engine or a loss, and say how far each result is from the oracle, in units of its budget."""
     fields = json.loads(text)
     if "loss" in fields:
         of_loss = fuzz.load(fields)

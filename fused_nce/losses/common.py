@@ -92,7 +92,7 @@ def dense_distances(s: Tensor) -> Tensor:
 
 
 def masked_lse(s: Tensor, mask: Tensor) -> Tensor:
-    """LSE over the last dimension where the mask is True; of nothing −1e4 and more, as good as log 0 and with a slope."""
+    """LSE over the last dimension where the mask is True; of nothing −1e4 and more: as good as log 0, with a slope."""
     return torch.where(mask, s, -1e4).logsumexp(dim=-1)
 
 

@@ -198,7 +198,9 @@ def oracle(
     own = torch.eye(len(s), dtype=torch.bool)
     if isinstance(negatives, Tensor):
         sampled = torch.cat([negatives + i * n for i in range(n_steps)])
-        rows = -torch.nn.functional.logsigmoid(s.diagonal() - s.gather(1, sampled).logsumexp(dim=1))
+        # Scores of their own: where a row's own target is sampled too, its two weights are two roundings.
+        others = dense_scores(predictions.reshape(-1, d), targets.reshape(-1, d), 1.0).gather(1, sampled)
+        rows = -torch.nn.functional.logsigmoid(s.diagonal() - others.logsumexp(dim=1))
     elif negatives == "sequence" and groups is not None:
         kept &= groups.repeat(n_steps)[:, None] == groups.repeat(n_steps)
         rows = dense_nce(s, own, kept & ~own)

@@ -164,8 +164,12 @@ def oracle(
     temperature: float | Tensor = 0.07,
 ) -> Tensor:
     """The loss by the posteriors h = P / (P + m/n), as sigmoids of the log odds."""
-    odds = dense_scores(features, bank, 1 / temperature) - math.log(z * noise.shape[1] / bank.shape[0])
-    own, others = odds.gather(1, indices[:, None]), odds.gather(1, noise)
+    shift = math.log(z * noise.shape[1] / bank.shape[0])
+    # Each its own scores: where a row's own is sampled too, its two weights are two roundings.
+    own, others = (
+        dense_scores(features, bank, 1 / temperature).gather(1, columns) - shift
+        for columns in (indices[:, None], noise)
+    )
     return -torch.cat((nn.functional.logsigmoid(own), nn.functional.logsigmoid(-others)), dim=1).sum(dim=1).mean()
 
 

@@ -82,13 +82,13 @@ def test_a_scale_that_is_not_finite_shows(backend, scale):
 def test_the_plan_of_a_batch_with_itself_is_what_is_asked_for(monkeypatch):
     """k = q needs a share of dq more: what `why_not` allows must run, at the very least workspace."""
     x = torch.randn(17, 24).requires_grad_()
+    refusals = []
     for half_kib in range(4, 60):
         monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", str(half_kib / 2048))
         try:
             nt_xent(x[:8], x[8:16], backend="cpu").loss.backward()
+            break
         except ValueError as error:
-            assert "which cannot run this: the workspace" in str(error)
-            continue
-        break
-    else:
-        pytest.fail("30 KiB are too few")
+            refusals.append("which cannot run this: the workspace" in str(error))
+    assert 0 < len(refusals) < 56
+    assert all(refusals)

@@ -2,9 +2,9 @@
 
 The oracle scores by `dense_scores`; a zero E is added there, and value and gradients are differentiated by it. A score
 may be off by δ: its dot product's roundings, and those of everything up to its exponential, which act like an error of
-the score. To first order |∂x/∂E|·δ is what that does to a result x. Beside it stand the roundings of each weight, of the
-sums over them and of the output. A closed form has no scores: its inputs stand in for them, without a dot product's error.
-float64 is judged by an oracle that rounds likewise, which the factors of 2 allow for.
+the score. To first order |∂x/∂E|·δ is what that does to a result x. Beside it stand the roundings of each weight, of
+the sums over them and of the output. A closed form has no scores: its inputs stand in for them, without a dot product's
+error. float64 is judged by an oracle that rounds likewise, which the factors of 2 allow for.
 """
 
 from __future__ import annotations

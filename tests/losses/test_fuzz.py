@@ -1,4 +1,4 @@
-"""Random sizes, strides and workspaces of every registered loss, on every backend and dtype, within its error budget."""
+"""Random sizes, strides and workspaces of every registered loss on every backend and dtype, within its budget."""
 
 from __future__ import annotations
 
