@@ -222,7 +222,7 @@ def _entry(**options: Any) -> Entry:
         if negatives == "sequence":
             found["groups"] = ids(seed, size.n, 1 + size.n // 3)
         if negatives == "sample":
-            found["negatives"] = places(seed, size.n, size.n, size.m)
+            found["negatives"] = places(seed, size.n, size.n, 2 * size.p)
         return found
 
     return Entry(
