@@ -182,9 +182,7 @@ class MultiscaleMixtureLoss(nn.Module):
         AMDIMLoss(pairs, antecedents, **shared)  # its checks
         self.targets = [pair.partition(">")[2] for pair in dict.fromkeys(pairs) if pair.startswith("1>")]
         if not self.targets:
-            raise ValueError(
-                f"pairs: got {tuple(pairs)}, need one from the map of size 1, which the mixture stands for"
-            )
+            raise ValueError(f"pairs: got {tuple(pairs)}, need one from map 1, which the mixture stands for")
         others = [pair for pair in pairs if not pair.startswith("1>")]
         self.mixture = AMDIMMixtureLoss(tau, **shared)
         self.others = AMDIMLoss(others, antecedents, **shared) if others else None
