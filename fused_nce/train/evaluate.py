@@ -139,7 +139,7 @@ def _judge_images(
     seed: int,
 ) -> tuple[dict[str, Any], report.Figures]:
     """What `eval.json` holds of the accuracies, and the pictures."""
-    probe, test = (_labelled(config, split, seed) for split in ("probe", "test"))
+    probe, test = (labelled(config, split, seed) for split in ("probe", "test"))
     plan = scoring.plan(
         probe.labels, test.labels, protocols=protocols, labels_per_class=labels_per_class, draws=draws, tasks=tasks,
         seed=seed,
@@ -204,7 +204,7 @@ def run_and_print(run: str, **options: Any) -> int:
     return 0
 
 
-def _labelled(config: TrainConfig, split: str, seed: int) -> ImageSet:
+def labelled(config: TrainConfig, split: str, seed: int) -> ImageSet:
     """The labelled images of a split; of a large probe split, 50,000 drawn at random."""
     limit = config.run.memory_limit_mb << 20
     found = data.load_split(config.data, split, config.model.image_size, limit_bytes=limit)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fused_nce.train.features import as_vectors
 
 Labels = NDArray[np.int64]
+Transform = Callable[[Tensor], Tensor]
 
 BATCH, MIN_UPDATES, EPOCHS = 64, 100, 10
 HEAD_RATE = 1e-3
@@ -28,43 +29,61 @@ class Subject(NamedTuple):
 
     model: nn.Module
     tap: str
-    transform: Callable[[Tensor], Tensor]
+    transform: Transform
     probe: Tensor  # (n, 3, H, W) uint8
     test: Tensor  # (m, 3, H, W) uint8
 
 
 class Tuned(nn.Module):
-    """A copy of an encoder and a linear classifier on its tap, which starts at zero.
+    """An encoder and a linear classifier on one of its taps, which starts at zero.
 
     BatchNorm keeps the statistics of pre-training: those of ten images a batch would be noise.
 
     Args:
-        subject: the encoder.
-        bank: (n, D) its features of the probe split, by which the tap is standardised.
+        encoder: has `encode(x) -> {tap: tensor}`.
+        tap: its name.
+        transform: uint8 images to what the encoder wants.
+        mean: (D,) of the tap, by which it is standardised.
+        sd: (D,) its deviation; infinite where it is constant.
         classes: how many.
     """
 
-    def __init__(self, subject: Subject, bank: Tensor, classes: int) -> None:
+    mean: Tensor
+    sd: Tensor
+
+    def __init__(
+        self, encoder: nn.Module, tap: str, transform: Transform, mean: Tensor, sd: Tensor, classes: int
+    ) -> None:
         super().__init__()
-        self.encoder, self.tap, self.transform = copy.deepcopy(subject.model).eval(), subject.tap, subject.transform
-        self.mean, self.sd = bank.mean(0), bank.std(0)
-        self.sd[self.sd <= 1e-6 * self.mean.abs()] = math.inf  # as the probes: a constant feature becomes 0
-        self.head = nn.Linear(bank.shape[1], classes)
+        self.encoder, self.tap, self.transform = encoder.eval(), tap, transform
+        self.register_buffer("mean", mean)
+        self.register_buffer("sd", sd)
+        self.head = nn.Linear(len(mean), classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    @classmethod
+    def of(cls, subject: Subject, bank: Tensor, classes: int) -> Tuned:
+        """A copy of an encoder, standardised by its features (n, D) of the probe split."""
+        mean, sd = bank.mean(0), bank.std(0)
+        sd[sd <= 1e-6 * mean.abs()] = math.inf  # as the probes: a constant feature becomes 0
+        return cls(copy.deepcopy(subject.model), subject.tap, subject.transform, mean, sd, classes)
+
     def forward(
         self,
-        images: Tensor,  # (B, 3, H, W) uint8
+        x: Tensor,  # (B, 3, H, W) as the encoder wants them
     ) -> Tensor:  # (B, classes)
-        taps: dict[str, Tensor] = self.encoder.encode(self.transform(images))  # type: ignore[operator]
+        taps: dict[str, Tensor] = self.encoder.encode(x)  # type: ignore[operator]
         logits: Tensor = self.head((as_vectors(taps[self.tap]) - self.mean) / self.sd)
         return logits
 
-    def predict(self, images: Tensor) -> Tensor:  # (B,)
+    def predict(
+        self,
+        images: Tensor,  # (B, 3, H, W) uint8
+    ) -> Tensor:  # (B,)
         """The classes of images, each judged by itself."""
         with torch.inference_mode():
-            return torch.cat([self(part).argmax(1) for part in images.split(256)])
+            return torch.cat([self(self.transform(part)).argmax(1) for part in images.split(256)])
 
 
 def tune(net: Tuned, images: Tensor, labels: Tensor, *, rate: float, seed: int) -> Tuned:
@@ -89,7 +108,7 @@ def tune(net: Tuned, images: Tensor, labels: Tensor, *, rate: float, seed: int) 
                 order = torch.cat((order, torch.randperm(len(images), generator=generator)))
             rows, order = order[:BATCH], order[BATCH:]
             optimizer.zero_grad()
-            F.cross_entropy(net(images[rows]), labels[rows]).backward()
+            F.cross_entropy(net(net.transform(images[rows])), labels[rows]).backward()
             optimizer.step()
             schedule.step()
     return net
@@ -104,22 +123,30 @@ def fine_tune(
     *,
     seed: int,
 ) -> tuple[list[Labels], float]:
-    """Predictions of the test images for each draw of labelled rows, and the encoder's rate.
+    """Predictions of the test images for each draw of labelled rows, and the encoder's rate, chosen on the first."""
+    net, rate = choose(subject, bank, labels, draws[0], held, seed=seed)
+    found = [net.predict(subject.test).numpy()]
+    for chosen in draws[1:]:
+        net = _tuned(subject, bank, labels, chosen, rate, seed)
+        found.append(net.predict(subject.test).numpy())
+    return found, rate
 
-    The rate is chosen once, after the first draw, on up to 1,000 rows that no draw contains.
-    """
-    known, classes = torch.from_numpy(labels), int(labels.max()) + 1
 
-    def tuned(chosen: Labels, rate: float) -> Tuned:
-        rows = torch.from_numpy(chosen)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return tune(Tuned(subject, bank, classes), subject.probe[rows], known[rows], rate=rate, seed=seed)
-
+def choose(
+    subject: Subject, bank: Tensor, labels: Labels, chosen: Labels, held: Labels, *, seed: int
+) -> tuple[Tuned, float]:
+    """The encoder tuned on the chosen rows at the rate that gets most of up to 1,000 held-out rows right; the rate."""
+    known = torch.from_numpy(labels)
     some = torch.from_numpy(np.random.default_rng(seed).permutation(held)[:MAX_HELD])
-    first = [tuned(draws[0], rate) for rate in RATES]
-    right = [int((net.predict(subject.probe[some]) == known[some]).sum()) for net in first]
+    nets = [_tuned(subject, bank, labels, chosen, rate, seed) for rate in RATES]
+    right = [int((net.predict(subject.probe[some]) == known[some]).sum()) for net in nets]
     best = int(np.argmax(right))  # the lowest among equals
-    rate = RATES[best]
-    nets = (first[best] if i == 0 else tuned(chosen, rate) for i, chosen in enumerate(draws))
-    return [net.predict(subject.test).numpy() for net in nets], rate
+    return nets[best], RATES[best]
+
+
+def _tuned(subject: Subject, bank: Tensor, labels: Labels, chosen: Labels, rate: float, seed: int) -> Tuned:
+    rows, known = torch.from_numpy(chosen), torch.from_numpy(labels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = Tuned.of(subject, bank, int(known.max()) + 1)
+        return tune(net, subject.probe[rows], known[rows], rate=rate, seed=seed)

@@ -62,8 +62,8 @@ def test_fine_tuning_learns_the_classes_and_leaves_the_encoder_itself_alone():
 
 def test_the_encoder_learns_too_and_its_batch_norm_keeps_its_statistics():
     made, bank, labels = subject()
-    net = fine_tune.Tuned(made, bank, 3)
-    assert not net(made.test).any()  # starts at zero: every class alike
+    net = fine_tune.Tuned.of(made, bank, 3)
+    assert not net(made.transform(made.test)).any()  # starts at zero: every class alike
     fine_tune.tune(net, made.probe[:9], torch.from_numpy(labels[:9]), rate=1e-3, seed=0)
     changed = {k for k, v in net.encoder.state_dict().items() if not torch.equal(v, made.model.state_dict()[k])}
     assert changed == {name for name, _ in made.model.named_parameters()}

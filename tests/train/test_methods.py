@@ -14,7 +14,7 @@ from tests.train.runs import log, tensors, untimed
 
 NAN = float("nan")
 OTHERS = [name for name in methods.METHODS if name != "amdim"]  # which has files of its own
-IMAGES = [name for name in OTHERS if name != "cpc"]  # whose recordings `test_cpc` makes
+IMAGES = [name for name in OTHERS if name not in ("cpc", "distil")]  # which have files of their own, too
 PROJECTED = ("moco", "simclr", "supcon", "npid")
 TINY = ["--preset=digits", "--batch-size=8", "--run.log_every=4", "--precision=fp32"]
 PRESETS = [(name, preset) for name in OTHERS for preset in methods.get(name).presets]
@@ -138,10 +138,19 @@ EXTRA = {
 }
 
 
-@pytest.mark.parametrize("name", IMAGES)
-def test_resume_is_exact(tmp_path, name):
+WAYS = [
+    *((name, EXTRA.get(name, [])) for name in IMAGES),
+    ("moco", ["--model.layers=1", "--model.splits=2", "--model.queue_size=20", "--optim.name=sgd"]),  # v1
+    ("simclr", ["--model.layers=3"]),  # v2's head
+    ("npid", []),  # the exact softmax
+    ("dim", ["--loss.estimator=jsd", "--loss.occlusion=0.5", "--loss.absolute=1", "--loss.relative=1"]),
+    ("dim", ["--loss.estimator=dv", "--loss.critic=concat", "--loss.alpha=1"]),
+]
+
+
+@pytest.mark.parametrize(("name", "extra"), WAYS)
+def test_resume_is_exact(tmp_path, name, extra):
     """Weights, moments, queue, bank, momentum encoder, classifiers and log, bit by bit."""
-    extra = EXTRA.get(name, [])
     assert trainer(name, tmp_path / "a", "--max-steps=5", *extra).run() == "finished"
     trainer(name, tmp_path / "b", "--max-steps=2", *extra).run()
     torch.manual_seed(999)  # nothing may depend on the state of the new process
