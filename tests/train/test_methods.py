@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 
 import pytest
@@ -89,6 +90,14 @@ def test_a_bad_setting_is_named_with_what_it_must_be_and_what_it_is(name, key, v
         config.check(settings)
     assert need in str(caught.value)
     assert str(caught.value).endswith(f", got {limits.shown(value)}")
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_the_docs_list_every_method_and_preset(name):
+    lines = (pathlib.Path(__file__).parents[2] / "docs" / "methods.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith(f"| `{name}` |")]
+    assert len(rows) == 2
+    assert set(re.findall(r"`([\w-]+)`", rows[1])) == {name, *methods.get(name).presets}
 
 
 def test_the_published_settings():

@@ -76,6 +76,8 @@ class LossConfig:
 # and `stl10-small` are its settings for those sets, `imagenet-small` its recipe for four V100, `imagenet-medium` and
 # `imagenet-large` its released models. The encoder sizes of `*-large` are lightning-bolts' too (which trains them with
 # eps 1e-7 and, since its clip is not passed on, a clip of 10). `digits` and `cifar10-tiny` are ours.
+SMALL: dict[str, Any] = {"model": {"ndf": 128, "n_rkhs": 1024, "n_depth": 3}}
+LARGE: dict[str, Any] = {"model": {"ndf": 320, "n_rkhs": 1280, "n_depth": 10}}
 PAPER_PENALTY = {"penalty": 0.04}
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -97,8 +99,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "loss": PAPER_PENALTY,
         "optim": {"epochs": 3, "batch_size": 128, "lr": 1e-3, "warmup_updates": 100, "schedule": "cosine"},
     },
-    "cifar10-small": {"model": {"ndf": 128, "n_rkhs": 1024, "n_depth": 3}},
-    "cifar10-large": {"model": {"ndf": 320, "n_rkhs": 1280, "n_depth": 10}},
+    "cifar10-small": SMALL,
+    "cifar10-large": LARGE,
+    "cifar100-small": SMALL,  # with CIFAR-10's colours, as amdim-public has it
+    "cifar100-large": LARGE,
     "stl10-small": {"model": {"image_size": 64, "ndf": 128, "n_rkhs": 1024, "n_depth": 3}, "augment": STL},
     "stl10-large": {"model": {"image_size": 64, "ndf": 192, "n_rkhs": 1536, "n_depth": 8}, "augment": STL},
     "imagenet-small": {
