@@ -129,6 +129,10 @@ def test_the_published_settings():
     assert read("simclr", "default", *lars) == ("lars", 0.3 * 4096 / 256, 1e-6, False, 0.1, 2)
     assert read("simclr", "cifar10", *lars) == ("lars", 1024 / 256, 1e-6, False, 0.5, 2)
     assert read("simclr", "imagenet-v2", "model.layers", "model.norm") == (3, True)
+    contrast = of("simclr", "cifar10-supcontrast")
+    factor = contrast["loss.temperature"] / 0.07
+    assert contrast["optim.lr"] / factor == pytest.approx(0.5)
+    assert contrast["optim.weight_decay"] * factor == pytest.approx(1e-4)
     supcon = of("supcon")
     factor = supcon["loss.temperature"] / 0.07  # of SupContrast's loss
     assert supcon["optim.lr"] / factor == pytest.approx(0.5)
