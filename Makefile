@@ -6,11 +6,12 @@ PY := $(VENV)/bin/python
 # A folder of its own for every demo: the trainer refuses one that holds a run.
 NOW := $(shell date +%Y%m%d-%H%M%S)
 RUN ?= runs/demo-$(NOW)
+UPSTREAM := build/upstream
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 KERNELS := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu)
 
-.PHONY: demo test nightly mutants bench gpu lint format install clean
+.PHONY: demo test test-compat nightly mutants bench gpu lint format install clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -34,6 +35,14 @@ demo: install  ## train AMDIM on scikit-learn's digits, evaluate it, write a rep
 
 test: install  ## the default suite
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal
+
+$(UPSTREAM)/.installed: tests/compat/upstream.txt | install
+	@echo "Installing the packages that the adapters stand in for into $(UPSTREAM)"
+	@$(PY) -m pip install --quiet --no-deps --upgrade --target $(UPSTREAM) --requirement $<
+	@touch $@
+
+test-compat: install $(UPSTREAM)/.installed  ## the adapters against the packages themselves
+	@OMP_NUM_THREADS=1 PYTHONPATH=$(UPSTREAM) $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not demo" tests/compat
 
 nightly: install  ## the long fuzz too
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not demo"

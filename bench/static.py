@@ -48,11 +48,23 @@ class Variant:
     flags: dict[str, bool]
     penalised: bool = True
 
+    @property
+    def form(self) -> Form:
+        """Its spec's."""
+        x = torch.empty(0, 16)
+        form = Form.of(Problem(x, x, 1.0, self.spec, 0))
+        return form if self.penalised else form.without_square()
+
+    def tile(self, architecture: int, dtype: torch.dtype, width: int) -> configs.Tile:
+        """What a launch takes."""
+        found = configs.tile(architecture, dtype, width)
+        if self.kernel == "fold_kernel":
+            return configs.fold_tile(found, Parts.of(self.form.rows))
+        return configs.weights_tile(found, all(self.flags.values()))
+
     def constants(self, width: int, tile: configs.Tile) -> dict[str, Any]:
         """The constants of a launch at width D."""
-        x = torch.empty(0, width)
-        form = Form.of(Problem(x, x, 1.0, self.spec, 0))
-        names = {"FORM": form if self.penalised else form.without_square(), "PARTS": Parts.of(form.rows)}
+        names = {"FORM": self.form, "PARTS": Parts.of(self.form.rows)}
         sizes = {"D": width, "X": tile.x, "Y": tile.y, "CHUNK": tile.chunk, "SLICE": tile.slice}
         return {"PRECISION": "ieee", **names, **sizes, **self.flags}
 
@@ -90,7 +102,7 @@ class Build:
     architecture: int
     dtype: str
     width: int
-    tile: tuple[int, ...]
+    tile: tuple[int | None, ...]  # as `configs.Tile`
     registers: int
     shared_bytes: int
     stack_bytes: int
@@ -102,6 +114,16 @@ class Build:
     def key(self) -> tuple[Any, ...]:
         """What it is, without what became of it."""
         return self.variant, self.architecture, self.dtype, self.width
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Where it stands in the table."""
+        return (
+            self.architecture,
+            list(DTYPES.values()).index(self.dtype),
+            self.width,
+            list(VARIANTS).index(self.variant),
+        )
 
     def faults(self) -> Iterator[str]:
         """What must not be, whatever was before."""
@@ -130,7 +152,8 @@ def build(variant: str, architecture: int, dtype: torch.dtype, width: int) -> Bu
 
     from fused_nce.backends.flash import kernels, memory
 
-    chosen, tile = VARIANTS[variant], configs.tile(architecture, dtype, width)
+    chosen = VARIANTS[variant]
+    tile = chosen.tile(architecture, dtype, width)
     kernel = getattr(kernels, chosen.kernel)
     constants = {name: x for name, x in chosen.constants(width, tile).items() if name in kernel.arg_names}
     signature, attributes = {}, {}
@@ -154,7 +177,7 @@ def build(variant: str, architecture: int, dtype: torch.dtype, width: int) -> Bu
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": tile.warps, "num_stages": tile.stages},
+        options=tile.options,
     )
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -183,18 +206,22 @@ def _output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def committed(version: str) -> list[Build]:
+    """The table's builds; none where another Triton wrote it, whose registers are no standard for this one."""
+    record: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {"triton": None}
+    if record["triton"] != version:
+        return []
+    return [Build(**{**row, "tile": tuple(row["tile"])}) for row in record["builds"]]
+
+
 def judge(found: Sequence[Build]) -> list[str]:
     """One line for each thing that is wrong, or worse than in the committed table."""
     import triton
 
     lines = [f"{' '.join(map(str, one.key))}: {fault}" for one in found for fault in one.faults()]
-    if not TABLE.exists():
+    before = {one.key: one for one in committed(triton.__version__)}
+    if not before:
         return lines
-    record = json.loads(TABLE.read_text(encoding="utf-8"))
-    if record["triton"] != triton.__version__:
-        return lines
-    table = [Build(**{**row, "tile": tuple(row["tile"])}) for row in record["builds"]]
-    before = {one.key: one for one in table}
     missing = [f"{' '.join(map(str, one.key))}: not in {TABLE.name}" for one in found if one.key not in before]
     worse = [(one, fault) for one in found if one.key in before for fault in one.regressions(before[one.key])]
     return lines + missing + [f"{' '.join(map(str, one.key))}: {fault}" for one, fault in worse]
@@ -204,7 +231,7 @@ def report(found: Sequence[Build]) -> str:
     """A Markdown table."""
     header = ["kernel", "sm", "dtype", "D", "tile", "registers", "shared KiB", "spills", "matrix", "MUFU/score"]
     rows = [
-        [one.variant, f"{one.architecture}", one.dtype, f"{one.width}", "×".join(map(str, one.tile)),
+        [one.variant, f"{one.architecture}", one.dtype, f"{one.width}", "×".join(map(str, filter(None, one.tile))),
          f"{one.registers}", f"{one.shared_bytes / 1024:.0f}", f"{one.spill_instructions}",
          f"{one.matrix_instructions}", f"{one.mufu_per_score:.2f}"]
         for one in found
@@ -218,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="every kernel and dtype")
     parser.add_argument("--architecture", type=int, choices=configs.ARCHITECTURES, help="one alone")
     parser.add_argument("--width", type=int, choices=WIDTHS, help="one alone")
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)} (with --all)")
+    parser.add_argument("--write", action="store_true", help=f"what was built into {TABLE.relative_to(ROOT)}")
     options = parser.parse_args(argv)
     plan = [
         (variant, architecture, dtype, width)
@@ -232,7 +259,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.write:
         import triton
 
-        record = {"schema": 1, "triton": triton.__version__, "builds": [asdict(one) for one in found]}
+        built = {one.key for one in found}
+        others = [one for one in committed(triton.__version__) if one.key not in built and one.variant in VARIANTS]
+        rows = [asdict(one) for one in sorted(others + found, key=lambda one: one.place)]
+        record = {"schema": 1, "triton": triton.__version__, "builds": rows}
         text = json.dumps(record, indent=None, separators=(",", ":")).replace("},{", "},\n{")
         TABLE.write_text(text + "\n", encoding="utf-8")
     faults = judge(found)

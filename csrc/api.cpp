@@ -9,6 +9,7 @@
 #include "atoms.h"
 #include "cpu/isa.h"
 #include "cpu/sweep.h"
+#include "cuda/machines.h"
 #include "cuda/plan.h"
 
 namespace fused_nce {
@@ -238,6 +239,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("need_q") = true, py::arg("need_k") = true, py::arg("need_scale") = false, py::arg("shared") = false,
         py::arg("labels") = false, py::arg("row_stats") = Names{kNegLse, kNegMax, kSquare},
         py::arg("column_stats") = Names{});
+  m.def("cuda_played_launches", &cuda::played_launches,
+        "what a GPU would have had to launch for all that this process' CPU has played of one");
   m.def("cuda_plan", &cuda_plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("positives"),
         py::arg("element_bytes"), py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true,
         py::arg("gradients") = true, py::arg("sums") = 1, py::arg("both_ways") = false, py::arg("further") = false);

@@ -39,7 +39,7 @@ def trial(tmp_path_factory):
 
 def test_every_problem_is_measured_or_named(trial):
     record, _ = trial
-    wanted = {p.tiny().label for p in (*problems.TABLE, *problems.CROSSOVER)}
+    wanted = {p.tiny().label for p in (*problems.TABLE, *problems.CROSSOVER, *problems.LARGER)}
     assert {row["label"] for row in record["cases"]} | set(record["left_out"]) == wanted
     assert all(not formulas.available(p.loss) for p in problems.TABLE if p.tiny().label in record["left_out"])
     for row in record["cases"]:
@@ -192,7 +192,7 @@ def test_a_clock_is_an_argument():
 
 def made_up(label, ours, naive, compiled, bound, **more):
     """A row as a GPU run writes it, times in ms."""
-    p = next(p for p in (*problems.TABLE, *problems.CROSSOVER) if p.label == label)
+    p = next(p for p in (*problems.TABLE, *problems.CROSSOVER, *problems.LARGER) if p.label == label)
     named = {"ours": ours, "naive": naive, "compile": compiled} | more.pop("backends", {})
     refused = {name: "out of memory" for name, ms in named.items() if ms is None}
     found = {
@@ -273,7 +273,8 @@ def test_crossover_is_where_the_lines_meet():
     assert record_of(*rows[:2])["crossover"] is None
     times = verdict.cost_times(record_of(*rows))
     assert len(times) == 2 * len(rows)
-    assert {"backend": "cuda", "element_bytes": 2, "n": 256, "m": 12544, "d": 512, "time_us": 35.12} in times
+    shape = {"n": 256, "m": 12544, "d": 512}
+    assert {"backend": "cuda", "element_bytes": 2, "gemms": 3, **shape, "time_us": 35.12} in times
 
 
 def test_documents_say_when_there_are_no_gpu_figures():

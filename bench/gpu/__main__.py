@@ -119,9 +119,9 @@ def _reason_to_leave_out(problem: Problem, elapsed_s: float, budget_s: float) ->
 
 
 def _plan(options: argparse.Namespace, device: Machine) -> list[Problem]:
-    """The table first, then the sweep over widths: what is judged must not run out of time."""
+    """The table first, then the sweeps: what is judged must not run out of time."""
     table = problems.QUICK_TABLE if options.quick else problems.TABLE
-    sweep = problems.QUICK_CROSSOVER if options.quick else problems.CROSSOVER
+    sweep = problems.QUICK_CROSSOVER if options.quick else (*problems.CROSSOVER, *problems.LARGER)
     chosen = [problem for problem in (*table, *sweep) if options.only in problem.label]
     return chosen if device.device.type == "cuda" else [problem.tiny() for problem in chosen]
 

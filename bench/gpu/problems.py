@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from bench.cases import PENALTY
+from fused_nce.core.cost import Call
+
 TINY = "tiny "
 SWEEP = "sweep over widths"
-SWEPT_LOSS = "amdim_nce"
+SIZES = "another size, for the cost model"
+SWEPT_LOSS, SWEPT_CALL = "amdim_nce", Call(penalised=PENALTY > 0)
 GRADIENTS = ("scores", "grad_q", "grad_k")  # the GEMMs that no loss with both gradients can do without
 
 
@@ -97,6 +101,8 @@ TABLE = (
 # Where the flash kernels hand over to the GEMM loop: one shape, many widths.
 CROSSOVER_WIDTHS = (64, 128, 192, 256, 384, 512)
 CROSSOVER = tuple(replace(amdim(256, d), role=SWEEP) for d in CROSSOVER_WIDTHS)
+# A time at two sizes tells what a call costs from what a score does: sixteen times the scores.
+LARGER = tuple(replace(amdim(1024, d), role=SIZES) for d in (64, 128, 512))
 
 QUICK_TABLE = tuple(p for p in TABLE if p.loss in ("amdim_nce", "moco_nce"))
 QUICK_CROSSOVER = tuple(p for p in CROSSOVER if p.d in (64, 192, 512))

@@ -7,6 +7,7 @@ from typing import Any
 from bench.gpu import problems
 from bench.gpu.problems import Target
 from bench.verdict import Cell, linear_fit
+from fused_nce.core import cost
 
 Record = dict[str, Any]
 Row = dict[str, Any]
@@ -101,11 +102,12 @@ def backends_ms(row: Row, clock: str) -> dict[str, float]:
 
 
 def cost_times(record: Record) -> list[dict[str, Any]]:
-    """Every backend's time on the losses of three GEMMs and one sweep: what the model of the choice is fitted to."""
+    """The times of AMDIM's loss on each backend with a cost: what the model of the choice is fitted to."""
     return [
         {
             "backend": name,
             "element_bytes": 2,
+            "gemms": problems.SWEPT_CALL.gemms(name),
             "n": row["n"],
             "m": row["m"],
             "d": row["d"],
@@ -114,6 +116,7 @@ def cost_times(record: Record) -> list[dict[str, Any]]:
         for row in record["cases"]
         if row["loss"] == problems.SWEPT_LOSS and row["workspace_limit_mib"] is None
         for name, ms in backends_ms(row, record["clock"]).items()
+        if (name, 2) in cost.table()
     ]
 
 

@@ -51,8 +51,8 @@ class Device final : public Machine {
     check(launch_weigh(strip, rules, rows, element, stream_));
   }
 
-  void loss(const Strip& strip, const Rules& rules, const RowArrays& rows, Element element) const override {
-    check(launch_loss(strip, rules, rows, element, stream_));
+  void loss(const RowTask* tasks, int count, Element element) const override {
+    check(launch_loss(tasks, count, element, stream_));
   }
 
   void fold_further(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const override {
@@ -76,7 +76,7 @@ class Device final : public Machine {
     check(launch_multiply(x, element, count, factor, stream_));
   }
 
-  void summarize(const Summary& summary) const override { check(launch_summary(summary, stream_)); }
+  void summarize(const Summaries& all) const override { check(launch_summary(all, stream_)); }
 
  private:
   cudaStream_t stream_;

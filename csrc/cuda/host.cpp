@@ -3,6 +3,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <atomic>
 #include <utility>
 #include <vector>
 
@@ -80,9 +81,12 @@ at::Tensor operand(const void* data, int64_t stride, bool transposed, int64_t ro
   return (transposed ? stored.t() : stored).to(at::kFloat);
 }
 
+std::atomic<int64_t> launches{0};
+
 class Host final : public Machine {
  public:
   void gemm(const Gemm& g) const override {
+    ++launches;
     const at::Tensor left = operand(g.left, g.left_stride, g.left_transposed, g.m, g.depth, g.element);
     const at::Tensor right = operand(g.right, g.right_stride, g.right_transposed, g.depth, g.n, g.element);
     const at::Tensor out =
@@ -92,6 +96,7 @@ class Host final : public Machine {
   }
 
   void fold(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const override {
+    ++launches;
     Players group{rules.threads};
     with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
       with_flag(has_more(rules, rows), [&](auto more) {
@@ -103,6 +108,7 @@ class Host final : public Machine {
   }
 
   void fold_further(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const override {
+    ++launches;
     Players group{rules.threads};
     with_flag(rules.scoring.clip > 0.0f, [&](auto clip) {
       for (int64_t r = 0; r < strip.rows; ++r)
@@ -113,11 +119,13 @@ class Host final : public Machine {
 
   void finish_further(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows,
                       bool tail) const override {
+    ++launches;
     Players group{32};
     for (int64_t i = first_row; i < first_row + count; ++i) finish_further_row(group, rules, rows, i, tail);
   }
 
   void finish(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows, bool tail) const override {
+    ++launches;
     Players group{32};
     for (int64_t i = first_row; i < first_row + count; ++i)
       needs_no_shift(rules.scoring.clip) ? finish_row<false>(group, rules, rows, i, tail)
@@ -125,6 +133,7 @@ class Host final : public Machine {
   }
 
   void weigh(const Strip& strip, const Rules& rules, const RowArrays& rows, Element element) const override {
+    ++launches;
     Players group{rules.threads};
     with_store(element, [&](auto* store) {
       with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
@@ -138,17 +147,24 @@ class Host final : public Machine {
     });
   }
 
-  void loss(const Strip& strip, const Rules& rules, const RowArrays& rows, Element element) const override {
-    Players group{rules.threads};
+  void loss(const RowTask* tasks, int count, Element element) const override {
+    ++launches;
+    Players group{tasks->rules.threads};
     with_store(element, [&](auto* store) {
-      with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-        for (int64_t r = 0; r < strip.rows; ++r)
-          loss_row<clip.value, shift.value, std::decay_t<decltype(*store)>>(group, strip, rules, rows, r);
+      with_transform(tasks->rules.scoring.clip, [&](auto clip, auto shift) {
+        int64_t rows = 0;
+        for (int t = 0; t < count; ++t) rows += tasks[t].strip.rows;
+        for (int64_t i = 0; i < rows; ++i) {
+          int64_t r = i;
+          const RowTask& task = task_of(tasks, r);
+          loss_row<clip.value, shift.value, std::decay_t<decltype(*store)>>(group, task.strip, task.rules, task.rows, r);
+        }
       });
     });
   }
 
   void fold_columns(const Strip& strip, const Rules& rules, const ColumnArrays& columns) const override {
+    ++launches;
     Players group{kColumnLanes * kColumnWarps};
     with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
       for (int64_t block = 0; block * kColumnLanes < strip.columns; ++block)
@@ -157,26 +173,29 @@ class Host final : public Machine {
   }
 
   void finish_columns(int64_t count, const Rules& rules, const ColumnArrays& columns) const override {
+    ++launches;
     for (int64_t j = 0; j < count; ++j)
       needs_no_shift(rules.scoring.clip) ? finish_column<false>(columns, j) : finish_column<true>(columns, j);
   }
 
   void multiply(void* x, Element element, int64_t count, const float* factor) const override {
+    ++launches;
     const at::Tensor all = at::from_blob(x, {count}, at::TensorOptions(type_of(element)));
     if (*factor != 1.0f) all.copy_(all.to(at::kFloat).mul_(*factor));
   }
 
-  void summarize(const Summary& summary) const override {
+  void summarize(const Summaries& all) const override {
+    launches += all.groups > 1 ? 2 : 1;
     Players group{kSummaryThreads};
-    const int groups = summary.groups * summary.reports;
-    for (int g = 0; g < groups; ++g) sum_up(group, summary, g);
-    if (groups > 1) sum_up_groups(group, summary);
+    for (int g = 0; g < all.groups; ++g) sum_up(group, all, g);
+    if (all.groups > 1) sum_up_groups(group, all);
   }
 };
 
 }  // namespace
 
 std::unique_ptr<Machine> host_machine() { return std::make_unique<Host>(); }
+int64_t played_launches() { return launches; }
 
 }  // namespace cuda
 }  // namespace fused_nce

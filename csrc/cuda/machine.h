@@ -33,14 +33,15 @@ class Machine {
   virtual void fold(const Strip&, const Rules&, const RowArrays&, int64_t first_slot) const = 0;
   virtual void finish(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const = 0;
   virtual void weigh(const Strip&, const Rules&, const RowArrays&, Element) const = 0;
-  virtual void loss(const Strip&, const Rules&, const RowArrays&, Element) const = 0;
+  // `count` strips at once, alike in clip and threads.
+  virtual void loss(const RowTask*, int count, Element) const = 0;
   // Those of the statistics in further.h, likewise.
   virtual void fold_further(const Strip&, const Rules&, const RowArrays&, int64_t first_slot) const = 0;
   virtual void finish_further(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const = 0;
   // Those of columns.h, one group for each 32 columns, or thread for each column.
   virtual void fold_columns(const Strip&, const Rules&, const ColumnArrays&) const = 0;
   virtual void finish_columns(int64_t count, const Rules&, const ColumnArrays&) const = 0;
-  virtual void summarize(const Summary&) const = 0;
+  virtual void summarize(const Summaries&) const = 0;
   // x *= factor, on the device. A factor of 1 costs no pass over x.
   virtual void multiply(void* x, Element element, int64_t count, const float* factor) const = 0;
 };

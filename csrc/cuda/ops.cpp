@@ -161,31 +161,123 @@ void multiply(const Tensor& x, const Tensor& factor) {
   (*Lease(x)).multiply(x.data_ptr(), element_of(x.scalar_type()), x.numel(), factor.const_data_ptr<float>());
 }
 
-// loss, nce, penalty, report (reports, 5) of the NCE tail; nce (N, P) where `elements`, else its mean or sum. `images` of n_c columns
-// each, a positive that stands apart being one more.
-SummaryTuple summary(const Tensor& pos, const Tensor& rows, int64_t n_c, int64_t images, int64_t columns,
-                     double penalty, bool mean, bool elements, int64_t reports) {
-  check_matrix("pos", pos);
-  const int64_t n = pos.size(0), positives = pos.size(1), known = penalty > 0.0 ? 3 : 2;
-  TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(0) >= known, "rows has shape ", rows.sizes(), ", needed: ", known,
-                    " statistics or more");
-  TORCH_CHECK_VALUE(reports > 0 && n % reports == 0, "reports is ", reports, ", needed: a divisor of the ", n, " rows");
-  const Tensor p = coefficients("pos", pos, {n, positives}), r = coefficients("rows", rows, {rows.size(0), n});
-  const float* statistics = r.data_ptr<float>();
-  const auto options = floats(pos);
+// Row i of image i / rows_per_image + offset, against images of n_c columns, one problem after the other.
+Job job_of(const Tensor& q, const Tensor& k, double scale, const Maybe& scale_tensor, int64_t n_c,
+           int64_t rows_per_image, int64_t offset, double clip, bool need_q, bool need_k, bool need_scale,
+           int64_t workspace_bytes) {
+  const Maybe none;
+  Call call = call_of(q, k, scale, scale_tensor, n_c, rows_per_image, offset, clip, none, -1, none, none, none, need_q,
+                      need_k, need_scale, workspace_bytes);
+  return {std::move(call.in), std::move(call.numbers), {}};
+}
+
+// Blocks of several sizes under the nce tail: pos of all, flat; rows (3, all N); dscale of each, or of none. Gradients
+// have their place already, dq and dk of each in turn: the inputs' type for bfloat16, float otherwise; no elements: not
+// wanted.
+std::tuple<Tensor, Tensor, Tensor> losses(at::TensorList q, at::TensorList k, double scale, const Maybe& scale_tensor,
+                                          at::IntArrayRef n_c, at::IntArrayRef rows_per_image, at::IntArrayRef offset,
+                                          double clip, at::ArrayRef<double> unit, at::ArrayRef<double> square_weight,
+                                          at::TensorList gradients, bool need_scale, int64_t workspace_bytes) {
+  const size_t count = q.size();
+  TORCH_CHECK_VALUE(count > 0 && k.size() == count && n_c.size() == count && rows_per_image.size() == count &&
+                        offset.size() == count && unit.size() == count && square_weight.size() == count &&
+                        gradients.size() == 2 * count,
+                    "q has ", count, " tensors, needed: one at least, and as many of all else");
+  int64_t all_rows = 0, all_pos = 0;
+  for (size_t i = 0; i < count; ++i) {
+    check_matrix("q", q[i]);
+    TORCH_CHECK_VALUE(q[i].scalar_type() == q[0].scalar_type() && q[i].device() == q[0].device(), "q has ",
+                      q[i].scalar_type(), " on ", q[i].device(), ", needed: one type and device");
+    all_rows += q[i].size(0);
+    all_pos += q[i].size(0) * n_c[i];
+  }
+  const auto options = floats(q[0]);
+  const Tensor pos = at::empty({all_pos}, options), rows = at::empty({kFirstFurther, all_rows}, options),
+               dscale = at::empty({need_scale ? static_cast<int64_t>(count) : 0}, options);
+  std::vector<Job> jobs;
+  int64_t first_row = 0, first_pos = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor &dq = gradients[2 * i], &dk = gradients[2 * i + 1];
+    Job job = job_of(q[i], k[i], scale, scale_tensor, n_c[i], rows_per_image[i], offset[i], clip, dq.numel() > 0,
+                     dk.numel() > 0, need_scale, workspace_bytes);
+    const int64_t n = q[i].size(0);
+    const auto row = [&](Statistic name) { return rows.select(0, name).narrow(0, first_row, n); };
+    const TailRule rule{kNce, static_cast<float>(unit[i]), static_cast<float>(square_weight[i])};
+    job.task = {true, job.in.need_q || job.in.need_k || need_scale,
+                {pos.narrow(0, first_pos, n * n_c[i]).view({n, n_c[i]}), row(kNegLse), row(kNegMax), row(kSquare), {}},
+                {}, {{}, {}, {}, {}, rule}};
+    job.task.unit = unit_of(element_of(q[i].scalar_type()), peak_of(job.in, rule));
+    job.task.out = {dq, dk, need_scale ? dscale.select(0, static_cast<int64_t>(i)) : dscale, {}};
+    first_row += n;
+    first_pos += n * n_c[i];
+    jobs.push_back(std::move(job));
+  }
+  const Lease machine(q[0]);
+  if (are_brief(jobs)) {
+    sweep_together(*machine, jobs);
+    return {pos, rows, dscale};
+  }
+  for (Job& job : jobs) {  // whose gradients may want to be float until they are finished
+    const Gradients place = job.task.out;
+    job.task.out = new_results(job.in, job.numbers, job.task);
+    sweep(*machine, job.in, job.numbers, job.task);
+    if (job.in.need_q) place.dq.copy_(job.task.out.dq);
+    if (job.in.need_k) place.dk.copy_(job.task.out.dk);
+    if (need_scale) place.dscale.copy_(job.task.out.dscale);
+  }
+  return {pos, rows, dscale};
+}
+
+// loss, nce, penalty of the nce tail, added up over the problems, and report (all reports, 5); nce (N, P) where
+// `elements`, of one problem, else the means or sums. `images` of n_c columns each, a positive that stands apart being
+// one more.
+SummaryTuple summary(at::TensorList pos, at::TensorList rows, at::IntArrayRef n_c, at::IntArrayRef images,
+                     at::IntArrayRef columns, at::ArrayRef<double> weight, at::ArrayRef<double> penalty, bool mean,
+                     bool elements, at::IntArrayRef reports) {
+  const size_t count = pos.size();
+  TORCH_CHECK_VALUE(count > 0 && count <= kMostTogether && (count == 1 || !elements), "pos has ", count,
+                    " tensors, needed: 1 to ", elements ? 1 : kMostTogether);
+  TORCH_CHECK_VALUE(rows.size() == count && n_c.size() == count && images.size() == count && columns.size() == count &&
+                        weight.size() == count && penalty.size() == count && reports.size() == count,
+                    "pos has ", count, " tensors, needed: as many of all else");
+  const auto options = floats(pos[0]);
+  int64_t lines = 0;
+  for (const int64_t each : reports) lines += each;
   const Tensor loss = at::empty({}, options), nce = at::empty({}, options), cost = at::empty({}, options),
-               report = at::empty({reports, kReport}, options), each = elements ? at::empty_like(p) : Tensor();
-  const int groups = summary_groups(p.numel() / reports);
-  const Tensor partials = at::empty({reports * groups * static_cast<int64_t>(sizeof(Totals))}, options.dtype(at::kByte));
-  const double pairs = static_cast<double>(n) * static_cast<double>(columns);
-  (*Lease(pos)).summarize({p.data_ptr<float>(), statistics, statistics + n,
-                           known == 3 ? statistics + 2 * n : nullptr, n, positives, mean,
-                           static_cast<float>(penalty / pairs),
-                           static_cast<float>(std::log1p(static_cast<double>((images - 1) * n_c))),
-                           static_cast<float>(std::log(images)), static_cast<float>(std::log(n_c)),
-                           static_cast<int>(reports), static_cast<Totals*>(partials.data_ptr()), groups, loss.data_ptr<float>(),
-                           nce.data_ptr<float>(), cost.data_ptr<float>(), report.data_ptr<float>(),
-                           elements ? each.data_ptr<float>() : nullptr});
+               report = at::empty({lines, kReport}, options);
+  Tensor each = elements ? at::empty_like(pos[0]) : Tensor();
+  Summaries all{};
+  all.count = static_cast<int>(count);
+  all.mean = mean;
+  float* line = report.data_ptr<float>();
+  for (size_t i = 0; i < count; ++i) {
+    check_matrix("pos", pos[i]);
+    const int64_t n = pos[i].size(0), known = penalty[i] > 0.0 ? 3 : 2;
+    TORCH_CHECK_VALUE(rows[i].dim() == 2 && rows[i].size(0) >= known && rows[i].size(1) == n && rows[i].stride(1) == 1,
+                      "rows has shape ", rows[i].sizes(), ", needed: ", known, " statistics or more of ", n, " rows");
+    TORCH_CHECK_VALUE(reports[i] > 0 && n % reports[i] == 0, "reports is ", reports[i], ", needed: a divisor of the ", n,
+                      " rows");
+    TORCH_CHECK_VALUE(pos[i].is_contiguous() && pos[i].scalar_type() == at::kFloat, "pos is ", pos[i].scalar_type(),
+                      ", needed: float32, contiguous");
+    const float* statistics = rows[i].const_data_ptr<float>();
+    const int64_t stride = rows[i].stride(0);
+    const double pairs = static_cast<double>(n) * static_cast<double>(columns[i]);
+    const int groups = summary_groups(pos[i].numel() / reports[i]);
+    all.of[i] = {pos[i].const_data_ptr<float>(), statistics, statistics + stride,
+                 known == 3 ? statistics + 2 * stride : nullptr, n, pos[i].size(1), static_cast<float>(weight[i]),
+                 static_cast<float>(penalty[i] / pairs),
+                 static_cast<float>(std::log1p(static_cast<double>((images[i] - 1) * n_c[i]))),
+                 static_cast<float>(std::log(images[i])), static_cast<float>(std::log(n_c[i])),
+                 static_cast<int>(reports[i]), groups, line, elements ? each.data_ptr<float>() : nullptr};
+    line += reports[i] * kReport;
+    all.groups += groups * static_cast<int>(reports[i]);
+  }
+  const Tensor partials = at::empty({all.groups * static_cast<int64_t>(sizeof(Totals))}, options.dtype(at::kByte));
+  all.partials = static_cast<Totals*>(partials.data_ptr());
+  all.loss = loss.data_ptr<float>();
+  all.nce = nce.data_ptr<float>();
+  all.penalty = cost.data_ptr<float>();
+  (*Lease(pos[0])).summarize(all);
   return {loss, elements ? each : nce, cost, report};
 }
 
@@ -193,6 +285,7 @@ void implement(torch::Library& m) {
   m.impl("cuda_stats", &stats);
   m.impl("cuda_grads", &grads);
   m.impl("cuda_loss", &loss);
+  m.impl("cuda_losses", &losses);
   m.impl("cuda_summary", &summary);
   m.impl("cuda_multiply_", &multiply);
 }
@@ -215,8 +308,13 @@ TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
         "bool further, str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, "
         "int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
   m.def(
-      "cuda_summary(Tensor pos, Tensor rows, int n_c, int images, int columns, float penalty, bool mean, "
-      "bool elements, int reports) -> (Tensor loss, Tensor nce, Tensor penalty, Tensor report)");
+      "cuda_losses(Tensor[] q, Tensor[] k, float scale, Tensor? scale_tensor, int[] n_c, int[] rows_per_image, "
+      "int[] offset, float clip, float[] unit, float[] square_weight, Tensor(a!)[] gradients, bool need_scale, "
+      "int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor dscale)");
+  m.def(
+      "cuda_summary(Tensor[] pos, Tensor[] rows, int[] n_c, int[] images, int[] columns, float[] weight, "
+      "float[] penalty, bool mean, bool elements, int[] reports) -> "
+      "(Tensor loss, Tensor nce, Tensor penalty, Tensor report)");
   m.def("cuda_multiply_(Tensor(a!) x, Tensor factor) -> ()");
 }
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "cta.h"
 #include "groups.h"
 #include "launch.h"
 
@@ -12,79 +13,6 @@ namespace fused_nce {
 namespace cuda {
 
 namespace {
-
-struct alignas(16) Slot {
-  Four halves[2];
-};
-
-// The threads of a CTA. `gather` merges a warp's threads in a tree, then the warps in a tree: always the same one.
-class Cta {
- public:
-  __device__ explicit Cta(Slot* shared) : shared_(shared) {}
-
-  __device__ bool first() const { return threadIdx.x == 0; }
-  __device__ void meet() const { __syncthreads(); }
-
-  template <class F, class Merge>
-  __device__ auto gather(const F& f, const Merge& merge) {
-    using T = decltype(f(0, 1));
-    static_assert(sizeof(T) <= sizeof(Slot), "a slot holds 32 bytes");
-    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    T x = f(static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
-#pragma unroll
-    for (unsigned offset = 16; offset > 0; offset /= 2) x = merge(x, from_lane_below(x, offset));
-    // The last slot is for the answer. Writing the others cannot race with a thread that still reads it.
-    if (lane == 0) *slot<T>(warp) = x;
-    __syncthreads();
-    if (warp == 0) {
-      if (lane < warps) x = *slot<T>(lane);
-#pragma unroll
-      for (unsigned offset = 16; offset > 0; offset /= 2) {
-        const T y = from_lane_below(x, offset);
-        if (lane + offset < warps) x = merge(x, y);
-      }
-      if (lane == 0) *slot<T>(32) = x;
-    }
-    __syncthreads();
-    return *slot<T>(32);
-  }
-
-  // For a CTA of kColumnWarps warps, with a slot for each thread. One CTA calls it once.
-  template <class F, class Merge, class Use>
-  __device__ void across(const F& f, const Merge& merge, const Use& use) {
-    using T = decltype(f(0, 0, 1));
-    static_assert(sizeof(T) <= sizeof(Slot), "a slot holds 32 bytes");
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    T x = f(lane, warp, kColumnWarps);
-#pragma unroll
-    for (int offset = kColumnWarps / 2; offset > 0; offset /= 2) {
-      if (warp >= offset && warp < 2 * offset) *slot<T>(threadIdx.x) = x;
-      __syncthreads();
-      if (warp < offset) x = merge(x, *slot<T>(threadIdx.x + 32 * offset));
-    }
-    if (warp == 0) use(lane, x);
-  }
-
- private:
-  template <class T>
-  __device__ T* slot(unsigned index) const {
-    return reinterpret_cast<T*>(shared_ + index);
-  }
-
-  // Word by word: x of the lane `offset` further down the warp.
-  template <class T>
-  __device__ static T from_lane_below(const T& x, unsigned offset) {
-    static_assert(sizeof(T) % 4 == 0, "shuffles move words");
-    T out;
-    const unsigned* from = reinterpret_cast<const unsigned*>(&x);
-    unsigned* to = reinterpret_cast<unsigned*>(&out);
-#pragma unroll
-    for (unsigned w = 0; w < sizeof(T) / 4; ++w) to[w] = __shfl_down_sync(0xffffffffu, from[w], offset);
-    return out;
-  }
-
-  Slot* shared_;
-};
 
 __device__ unsigned pack(__nv_bfloat16*, float a, float b) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
@@ -169,12 +97,22 @@ weigh_kernel(const Strip strip, const Rules rules, const RowArrays rows) {
   weigh_row<kClip, kShift, kMore, StoreAs<E>>(cta, strip, rules, rows, at.row, at.part);
 }
 
-template <bool kClip, bool kShift, class E>
+// By value: a launch that is captured in a graph keeps its arguments.
+template <int kMost>
+struct RowTasks {
+  RowTask of[kMost];
+};
+
+// The rows of several strips, one after the other.
+template <bool kClip, bool kShift, class E, int kMost>
 __global__ void __launch_bounds__(kMostThreads)
-loss_kernel(const Strip strip, const Rules rules, const RowArrays rows) {
+loss_kernel(const __grid_constant__ RowTasks<kMost> tasks) {
+  static_assert(sizeof(tasks) <= 4096, "a launch takes 4 KB of arguments");
   __shared__ Slot shared[33];
   Cta cta(shared);
-  loss_row<kClip, kShift, StoreAs<E>>(cta, strip, rules, rows, blockIdx.x);
+  int64_t row = blockIdx.x;
+  const RowTask& task = kMost > 1 ? task_of(tasks.of, row) : tasks.of[0];
+  loss_row<kClip, kShift, StoreAs<E>>(cta, task.strip, task.rules, task.rows, row);
 }
 
 template <bool kClip, bool kShift>
@@ -209,17 +147,17 @@ multiply_kernel(E* x, int64_t count, const float* factor) {
 }
 
 __global__ void __launch_bounds__(kSummaryThreads)
-summary_kernel(const Summary summary) {
+summary_kernel(const __grid_constant__ Summaries all) {
   __shared__ Slot shared[33];
   Cta cta(shared);
-  sum_up(cta, summary, static_cast<int>(blockIdx.x));
+  sum_up(cta, all, static_cast<int>(blockIdx.x));
 }
 
 __global__ void __launch_bounds__(kSummaryThreads)
-last_summary_kernel(const Summary summary) {
+last_summary_kernel(const __grid_constant__ Summaries all) {
   __shared__ Slot shared[33];
   Cta cta(shared);
-  sum_up_groups(cta, summary);
+  sum_up_groups(cta, all);
 }
 
 template <class F>
@@ -272,13 +210,20 @@ int launch_weigh(const Strip& strip, const Rules& rules, const RowArrays& rows, 
   return cudaGetLastError();
 }
 
-int launch_loss(const Strip& strip, const Rules& rules, const RowArrays& rows, Element element, Stream stream) {
-  with_element(element, [&](auto* e) {
-    with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-      loss_kernel<decltype(clip)::value, decltype(shift)::value, typename Pointee<decltype(e)>::type>
-          <<<static_cast<unsigned>(strip.rows), rules.threads, 0, stream>>>(strip, rules, rows);
+int launch_loss(const RowTask* tasks, int count, Element element, Stream stream) {
+  int64_t rows = 0;
+  for (const RowTask* task = tasks; task < tasks + count; ++task) rows += task->strip.rows;
+  const auto launch = [&](auto all) {
+    std::copy_n(tasks, count, all.of);
+    with_element(element, [&](auto* e) {
+      with_transform(tasks->rules.scoring.clip, [&](auto clip, auto shift) {
+        loss_kernel<decltype(clip)::value, decltype(shift)::value, typename Pointee<decltype(e)>::type,
+                    sizeof(all) / sizeof(RowTask)>
+            <<<static_cast<unsigned>(rows), tasks->rules.threads, 0, stream>>>(all);
+      });
     });
-  });
+  };
+  count == 1 ? launch(RowTasks<1>()) : launch(RowTasks<kMostTogether>());
   return cudaGetLastError();
 }
 
@@ -322,10 +267,9 @@ int launch_multiply(void* x, Element element, int64_t count, const float* factor
   return cudaGetLastError();
 }
 
-int launch_summary(const Summary& summary, Stream stream) {
-  const int groups = summary.groups * summary.reports;
-  summary_kernel<<<static_cast<unsigned>(groups), kSummaryThreads, 0, stream>>>(summary);
-  if (groups > 1) last_summary_kernel<<<1, kSummaryThreads, 0, stream>>>(summary);
+int launch_summary(const Summaries& all, Stream stream) {
+  summary_kernel<<<static_cast<unsigned>(all.groups), kSummaryThreads, 0, stream>>>(all);
+  if (all.groups > 1) last_summary_kernel<<<1, kSummaryThreads, 0, stream>>>(all);
   return cudaGetLastError();
 }
 

@@ -12,6 +12,7 @@ using namespace portable;
 constexpr int kColumns = 8;  // of one thread's turn
 // Of a CTA: at 1024 the 64 registers that are left to a thread spill; at 896 there are 72.
 constexpr int kMostThreads = 896;
+constexpr int kMostTogether = 8;  // problems that share a launch: their arguments are 4 KB at most
 
 enum class Element { float32, bfloat16, float16 };
 
@@ -93,6 +94,19 @@ struct RowArrays {
   float* d_bias;           // (N, parts), or null
   FurtherArrays further;   // of losses with any number of positives
 };
+
+// A strip with all that its row kernels need.
+struct RowTask {
+  Strip strip;
+  Rules rules;
+  RowArrays rows;
+};
+
+// The strip that a row lies in, of several counted through; `row` becomes its own.
+FUSED_NCE_HD const RowTask& task_of(const RowTask* tasks, int64_t& row) {
+  for (; row >= tasks->strip.rows; ++tasks) row -= tasks->strip.rows;
+  return *tasks;
+}
 
 FUSED_NCE_HD float scale_of(const Rules& rules) {
   return rules.scale_tensor ? rules.scoring.scale * *rules.scale_tensor : rules.scoring.scale;

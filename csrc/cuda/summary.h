@@ -19,19 +19,28 @@ struct AddTotals {
   }
 };
 
+// One problem's statistics, and what its numbers count for.
 struct Summary {
   const float *pos, *neg_lse, *neg_max, *square;  // (N, P), (N); square null where there is no penalty
   int64_t rows, positives;                        // N, P
-  bool mean;                                      // of nce, else the sum
+  float weight;                                   // of its elements
   float penalty_weight;                           // lambda / (N * M)
   float chance, log_images, log_positives;        // log(1 + (n_k - 1) n_c), log n_k, log n_c
-  int reports;                           // rows r, r + reports, ... have a report of their own; a divisor of N
-  Totals* partials;                      // (reports, groups)
-  int groups;
-  float *loss, *nce, *penalty, *report;  // 0-d; report (reports, kReport) in the order of core/tails.py
-  float* elements;                       // (N, P) of nce, or null
+  int reports;      // rows r, r + reports, ... have a report of their own; a divisor of N
+  int groups;       // of each report
+  float* report;    // (reports, kReport) in the order of core/tails.py
+  float* elements;  // (N, P) of weight * nce, or null
 
   FUSED_NCE_HD int64_t reported() const { return rows / reports * positives; }
+};
+
+// Problems whose losses are added up.
+struct Summaries {
+  Summary of[kMostTogether];
+  int count, groups;  // of all their reports
+  bool mean;          // of nce, else the sum
+  Totals* partials;   // (groups)
+  float *loss, *nce, *penalty;  // 0-d
 };
 
 constexpr int kReport = 5;
@@ -51,7 +60,7 @@ FUSED_NCE_HD Totals totals_thread(const Summary& s, int report, int64_t thread, 
     const int64_t turn = e / s.positives, i = turn * s.reports + report, p = e - turn * s.positives;
     const float pos = s.pos[i * s.positives + p], gap = s.neg_lse[i] - pos, nce = softplus(gap);
     const bool first = p == 0;
-    if (s.elements) s.elements[i * s.positives + p] = nce;
+    if (s.elements) s.elements[i * s.positives + p] = s.weight * nce;
     sum = AddTotals()(sum, {nce, softplus(gap - s.log_positives), pos, pos > s.neg_max[i] ? 1.0f : 0.0f,
                             first ? s.neg_lse[i] : 0.0f, first && s.square ? s.square[i] : 0.0f});
   }
@@ -68,19 +77,29 @@ FUSED_NCE_HD void write_report(const Summary& s, int report, const Totals& all) 
   out[4] = s.log_images - all.bound / count;
 }
 
-FUSED_NCE_HD void write_loss(const Summary& s, const Totals& all) {
-  const float nce = s.mean ? all.nce / static_cast<float>(s.rows * s.positives) : all.nce;
-  // A weight of 0 leaves the penalty out rather than multiply: 0 * infinity would turn a finite loss into NaN.
-  const float penalty = s.penalty_weight > 0.0f ? all.square * s.penalty_weight : 0.0f;
-  *s.loss = nce + penalty;
-  *s.nce = nce;
-  *s.penalty = penalty;
+// What a problem, all of whose elements are in, adds to the loss. A weight of 0 leaves the penalty out rather than
+// multiply: 0 * infinity would turn a finite loss into NaN.
+FUSED_NCE_HD void add_loss(const Summary& s, const Totals& all, bool mean, float& nce, float& penalty) {
+  nce += s.weight * (mean ? all.nce / static_cast<float>(s.rows * s.positives) : all.nce);
+  if (s.penalty_weight > 0.0f) penalty += all.square * s.penalty_weight;
 }
 
-// Group g of the reports' groups; where there is one alone, that is all.
+FUSED_NCE_HD void write_loss(const Summaries& all, float nce, float penalty) {
+  *all.loss = nce + penalty;
+  *all.nce = nce;
+  *all.penalty = penalty;
+}
+
+// Group g of the reports' groups, problem after problem; where there is one alone, that is all.
 template <class Group>
-FUSED_NCE_HD void sum_up(Group& group, const Summary& s, int g) {
-  const int report = g / s.groups, share = g - report * s.groups;
+FUSED_NCE_HD void sum_up(Group& group, const Summaries& all, int g) {
+  int problem = 0, place = g;
+  while (place >= all.of[problem].groups * all.of[problem].reports) {
+    place -= all.of[problem].groups * all.of[problem].reports;
+    ++problem;
+  }
+  const Summary& s = all.of[problem];
+  const int report = place / s.groups, share = place - report * s.groups;
   const Totals found = group.gather(
       [&](int thread, int threads) {
         return totals_thread(s, report, static_cast<int64_t>(share) * threads + thread,
@@ -88,28 +107,35 @@ FUSED_NCE_HD void sum_up(Group& group, const Summary& s, int g) {
       },
       AddTotals());
   if (!group.first()) return;
-  s.partials[g] = found;
-  if (s.groups * s.reports > 1) return;
+  all.partials[g] = found;
+  if (all.groups > 1) return;
+  float nce = 0.0f, penalty = 0.0f;
   write_report(s, 0, found);
-  write_loss(s, found);
+  add_loss(s, found, all.mean, nce, penalty);
+  write_loss(all, nce, penalty);
 }
 
 template <class Group>
-FUSED_NCE_HD void sum_up_groups(Group& group, const Summary& s) {
-  Totals all = {};
-  for (int report = 0; report < s.reports; ++report) {
-    const Totals found = group.gather(
-        [&](int thread, int threads) {
-          Totals sum = {};
-          for (int g = thread; g < s.groups; g += threads)
-            sum = AddTotals()(sum, s.partials[report * s.groups + g]);
-          return sum;
-        },
-        AddTotals());
-    if (group.first()) write_report(s, report, found);
-    all = AddTotals()(all, found);
+FUSED_NCE_HD void sum_up_groups(Group& group, const Summaries& all) {
+  const Totals* partials = all.partials;
+  float nce = 0.0f, penalty = 0.0f;
+  for (int problem = 0; problem < all.count; ++problem) {
+    const Summary& s = all.of[problem];
+    Totals total = {};
+    for (int report = 0; report < s.reports; ++report, partials += s.groups) {
+      const Totals found = group.gather(
+          [&](int thread, int threads) {
+            Totals sum = {};
+            for (int g = thread; g < s.groups; g += threads) sum = AddTotals()(sum, partials[g]);
+            return sum;
+          },
+          AddTotals());
+      if (group.first()) write_report(s, report, found);
+      total = AddTotals()(total, found);
+    }
+    add_loss(s, total, all.mean, nce, penalty);
   }
-  if (group.first()) write_loss(s, all);
+  if (group.first()) write_loss(all, nce, penalty);
 }
 
 }  // namespace cuda

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 
 namespace fused_nce {
 namespace cuda {
@@ -52,7 +53,24 @@ class Sweep {
         for (int64_t column = 0; column < m_; column += plan_.panel) run_panel(first, count, column);
     }
     if (folds_columns()) machine_.finish_columns(m_, rules_, rows_.columns);
-    if (!gradients_) return;
+    if (gradients_) finish_gradients();
+  }
+
+  // `run` in three steps, for a sweep that is one strip: between them its row kernel runs, for which this is the task.
+  RowTask begin(int threads) {
+    rules_.threads = threads;
+    const Strip strip = strip_at(0, n_, 0, 0);
+    score(strip);
+    return {strip, rules_, rows_};
+  }
+
+  void end() const {
+    descend(0, n_, 0);
+    finish_gradients();
+  }
+
+ private:
+  void finish_gradients() const {
     if (numbers_.scale.defined() && !rules_.scaled) {
       if (in_.need_q) out_.dq.mul_(numbers_.scale);
       if (in_.need_k) out_.dk.mul_(numbers_.scale);
@@ -61,7 +79,6 @@ class Sweep {
     if (d_bias_.defined()) out_.dbias.copy_(d_bias_.sum(at::kDouble));
   }
 
- private:
   // float16 weights have no exponents to spare for the scale.
   Rules rules(float unit) const {
     const Layout& layout = in_.layout;
@@ -169,7 +186,8 @@ class Sweep {
       const Strip strip = strip_at(first, count, i, column);
       score(strip);
       if (whole && gradients_ && plan_.parts == 1 && !has_more(rules_, rows_)) {
-        machine_.loss(strip, rules_, rows_, element_);
+        const RowTask task{strip, rules_, rows_};
+        machine_.loss(&task, 1, element_);
         continue;
       }
       if (whole) {
@@ -205,7 +223,7 @@ class Sweep {
   const bool statistics_, gradients_;
   const Tail tail_;
   const Plan plan_;
-  const Rules rules_;
+  Rules rules_;
   RowArrays rows_{};
   at::Tensor scores_, weights_, partials_, row_numbers_, column_parts_, d_scale_, d_bias_;
 };
@@ -238,6 +256,29 @@ Gradients new_results(const SweepInputs& in, const OnDevice& numbers, const Task
 
 void sweep(const Machine& machine, const SweepInputs& in, const OnDevice& numbers, const Task& task) {
   Sweep(machine, in, numbers, task).run();
+}
+
+bool are_brief(const std::vector<Job>& jobs) {
+  int64_t bytes = 0, buffers = 0;
+  for (const Job& job : jobs) {
+    const Plan plan = plan_for(job.in, job.numbers, job.task);
+    const bool one_strip = plan.strip == job.in.q.size(0) && plan.panels == 1 && plan.parts == 1;
+    if (!job.task.gradients || !one_strip) return false;
+    bytes += plan.bytes;
+    buffers += std::max(plan.score_bytes, plan.weight_bytes);
+  }
+  return jobs.size() <= kMostTogether && bytes <= jobs[0].in.workspace_bytes && buffers <= kL2Bytes;
+}
+
+void sweep_together(const Machine& machine, const std::vector<Job>& jobs) {
+  int64_t threads = 0;
+  for (const Job& job : jobs) threads = std::max(threads, plan_for(job.in, job.numbers, job.task).threads);
+  std::deque<Sweep> sweeps;
+  std::vector<RowTask> tasks;
+  for (const Job& job : jobs)
+    tasks.push_back(sweeps.emplace_back(machine, job.in, job.numbers, job.task).begin(static_cast<int>(threads)));
+  machine.loss(tasks.data(), static_cast<int>(tasks.size()), element_of(jobs[0].in.q.scalar_type()));
+  for (const Sweep& each : sweeps) each.end();
 }
 
 }  // namespace cuda

@@ -1,6 +1,8 @@
 // The one driver behind `stats`, `grads` and `loss` on a GPU.
 #pragma once
 
+#include <vector>
+
 #include "../problem.h"
 #include "machine.h"
 #include "plan.h"
@@ -54,6 +56,19 @@ struct Task {
 Gradients new_results(const SweepInputs& in, const OnDevice& numbers, const Task& task);
 
 void sweep(const Machine& machine, const SweepInputs& in, const OnDevice& numbers, const Task& task);
+
+struct Job {
+  SweepInputs in;
+  OnDevice numbers;
+  Task task;
+};
+
+// Whether jobs that differ in shape alone may share a launch for their rows: each is one strip from scores to weights, and
+// the L2 holds them all.
+bool are_brief(const std::vector<Job>& jobs);
+
+// Those jobs. The gradients have room in the inputs' type where it is bfloat16.
+void sweep_together(const Machine& machine, const std::vector<Job>& jobs);
 
 }  // namespace cuda
 }  // namespace fused_nce

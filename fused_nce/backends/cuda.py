@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -154,33 +154,68 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
 
 
 def summary(
-    problem: Problem, tail: Tail, found: Statistics, reports: int
+    problems: Sequence[Problem], tail_of: Sequence[Tail], found: Sequence[Statistics], reports: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """The tail's (loss, nce, penalty, report) in one or two launches, where torch's own operations take forty.
+    """The sum of the tails' (loss, nce, penalty), and their reports, in one or two launches: torch takes forty.
 
-    None for a tail that it does not know.
+    None for tails that it does not know.
     """
-    spec = problem.spec
-    plain = tail.weight == 1 or tail.reduction != "none"
-    if type(tail) is not Nce or not plain or spec.columns or NAMES[: len(spec.stats)] != spec.stats:
-        return None
-    n_c = spec.layout.n_c if isinstance(spec.layout, Block) else 1
-    images = problem.m // n_c + isinstance(spec.layout, Separate)  # a separate positive stands beside the M columns
-    loss, nce, penalty, report = torch.ops.fused_nce.cuda_summary(
-        found.pos,
-        found.rows,
+    tail = tail_of[0]
+    for problem, each in zip(problems, tail_of, strict=True):
+        spec = problem.spec
+        if type(each) is not Nce or spec.columns or NAMES[: len(spec.stats)] != spec.stats:
+            return None
+    n_c = [p.spec.layout.n_c if isinstance(p.spec.layout, Block) else 1 for p in problems]
+    # A separate positive stands beside the M columns.
+    images = [p.m // c + isinstance(p.spec.layout, Separate) for p, c in zip(problems, n_c, strict=True)]
+    brief: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.fused_nce.cuda_summary(
+        [x.pos for x in found],
+        [x.rows for x in found],
         n_c,
         images,
-        problem.m,
-        tail.penalty,
+        [p.m for p in problems],
+        [each.weight for each in tail_of],
+        [each.penalty for each in tail_of],
         tail.reduction != "sum",
         tail.reduction == "none",
         reports,
     )
-    if tail.weight != 1:
-        nce = nce * tail.weight
-        loss = nce + penalty
-    return loss, nce, penalty, report
+    return brief
+
+
+def losses(
+    problems: Sequence[Problem], tail_of: Sequence[Tail], gradients: Sequence[Tensor], need_scale: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`loss` of several problems of blocks, which share a launch for their rows where they are small.
+
+    Args:
+        problems: of one dtype, device, scale and transform.
+        tail_of: `Nce` each.
+        gradients: room for dq and dk of each in turn, in what they wait in; no elements: not wanted.
+        need_scale: whether dscale is wanted.
+
+    Returns:
+        The positives of all, flat, the (S, all N) row statistics, and dL/dscale of each.
+    """
+    first = problems[0]
+    scale, tensor = (1.0, first.scale) if isinstance(first.scale, Tensor) else (float(first.scale), None)
+    blocks = [cast(Block, p.spec.layout) for p in problems]
+    pos, rows, dscale = torch.ops.fused_nce.cuda_losses(
+        [p.q for p in problems],
+        [p.k for p in problems],
+        scale,
+        tensor,
+        [block.n_c for block in blocks],
+        [block.rows_per_image for block in blocks],
+        [p.offset for p in problems],
+        first.spec.clip or 0.0,
+        [tail.unit(p.n * tail.per_row(p.spec)) for p, tail in zip(problems, tail_of, strict=True)],
+        [tail.penalty / (p.n * p.m) for p, tail in zip(problems, tail_of, strict=True)],
+        gradients,
+        need_scale,
+        _limit(first),
+    )
+    return pos, _wanted(first.spec.stats, rows), dscale
 
 
 def _power_of_two(d: list[Tensor | None], squares: tuple[Tensor, Tensor | None]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.compat.amdim import PENALTY, first_image, nce_scores
-from fused_nce.compat.processes import alone
+from fused_nce.compat.processes import everyone
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
 from fused_nce.core.spec import Index, Spec
@@ -41,14 +41,12 @@ class SimCLR:
         temperature: float,
         eps: float = 1e-6,
     ) -> Tensor:
-        """`nt_xent_loss`. There is nothing to clamp at `eps`: a row itself is left out, not subtracted.
+        """`nt_xent_loss`, among the rows of all processes. Nothing is clamped at `eps`: a row itself is left out.
 
         Raises:
             TypeError, ValueError: naming the argument, the value seen and the value needed.
-            NotImplementedError: among several processes.
         """
-        alone("out_1")
-        return nt_xent_loss(out_1, out_2, temperature)
+        return nt_xent(out_1, out_2, temperature=temperature, normalize=False, group=everyone()).loss
 
 
 class PixelCNN(nn.Module):

@@ -15,7 +15,7 @@ from fused_nce.core import checks
 from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_stats
 from fused_nce.core.spec import Block, Spec
-from fused_nce.losses.common import fixed_lse, fixed_mean, widened
+from fused_nce.losses.common import fixed_lse, fixed_mean, log_count, widened
 from fused_nce.losses.dim import dim_mi
 
 MASKED = -10.0  # what upstream sets an image's own pairs to among its negatives, where they should not be
@@ -66,7 +66,7 @@ def fenchel_dual_loss(l: Tensor, m: Tensor, measure: str | None = None) -> Tenso
         return dim_mi(local, global_, estimator="jsd").loss - (2 * math.log(2) if measure == "JSD" else 0.0)
     if measure in ("KL", "H2"):
         found = _scores(local, global_, "neg_lse")
-        product = (fixed_lse(found["neg_lse"]) - math.log(_n_product(local, global_))).exp()
+        product = (fixed_lse(found["neg_lse"]) - log_count(_n_product(local, global_), found["neg_lse"])).exp()
         joint = found["pos"] + 1 if measure == "KL" else 1 - (-found["pos"]).exp()
         return product - (1 if measure == "H2" else 0) - fixed_mean(joint)
     if measure == "X2":

@@ -1,11 +1,11 @@
-"""Inf-CL's losses (inf_cl, 1.2), on any device and any width, one process."""
+"""Inf-CL's losses (inf_cl, 1.2), on any device and any width."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fused_nce.compat.processes import alone
+from fused_nce.compat.processes import check_ddp_compat, everyone, gradient_times, world_size
 from fused_nce.core import checks
 from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_loss, tile_stats
@@ -47,16 +47,27 @@ def cal_inf_loss(
     labels: Tensor | None = None,  # (N,), integers
     scale: float | Tensor | None = None,
     head_dim: int = 256,
+    *,
+    ddp_compat: str = "upstream",
 ) -> Tensor:
-    """The mean of `cal_flash_loss` (which see), 0-d, with one GEMM less.
+    """The mean of `cal_flash_loss` (which see) over the queries of this process among the keys of all, 0-d.
+
+    Args:
+        q: rows as they are.
+        k: M >= N without labels; all processes have the same N and M.
+        labels: as of `cal_flash_loss`; keys of this process.
+        scale: as of `cal_flash_loss`.
+        head_dim: without effect.
+        ddp_compat: "upstream" or "exact": under DDP, whether the gradient of the scale is upstream's, which adds what
+            the processes have of it before DDP takes their mean, or the whole batch's.
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
-        NotImplementedError: among several processes, whose keys upstream passes round.
     """
-    alone("k")
     spec, factor, ids = _given(q, k, labels, scale, head_dim)
-    return tile_loss(q, k, spec, Nce(), scale=factor, row_ids=ids).loss
+    if check_ddp_compat(ddp_compat) == "upstream" and isinstance(factor, Tensor):
+        factor = gradient_times(factor, world_size())
+    return tile_loss(q, k, spec, Nce(), scale=factor, row_ids=ids, group=everyone()).loss
 
 
 def cal_ring_loss(
@@ -65,9 +76,11 @@ def cal_ring_loss(
     labels: Tensor | None = None,  # (N,), integers
     scale: float | Tensor | None = None,
     head_dim: int = 256,
+    *,
+    ddp_compat: str = "upstream",
 ) -> Tensor:
     """`cal_inf_loss`: upstream's two differ in the kernel, which is one here."""
-    return cal_inf_loss(q, k, labels, scale, head_dim)
+    return cal_inf_loss(q, k, labels, scale, head_dim, ddp_compat=ddp_compat)
 
 
 def _given(

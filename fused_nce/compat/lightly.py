@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_nce.compat.processes import alone
+from fused_nce.compat.processes import everyone, gathered
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.tails import Nce
@@ -36,11 +36,11 @@ class NTXentLoss(nn.Module):
     Args:
         temperature: of the softmax; any sign, |temperature| >= 1e-8.
         memory_bank_size: (K, D) of the bank; 0 for none.
-        gather_distributed: negatives of all processes; refused where there are several.
+        gather_distributed: negatives of all processes, whose rows the bank then takes in too. A process reports its own
+            part of the loss; under DDP every gradient is the whole batch's.
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
-        NotImplementedError: at a call with `gather_distributed` among several processes.
     """
 
     def __init__(
@@ -68,15 +68,13 @@ class NTXentLoss(nn.Module):
     ) -> Tensor:
         """The mean loss in nats, 0-d. Rows are normalised here; the bank takes in view 1 if view 0 has a gradient."""
         check_rows("out0", out0, "out1", out1, same_n=True)
-        if self.gather_distributed:
-            alone("gather_distributed=True")
         z0, z1 = normalized(out0), normalized(out1)
         if self.memory_bank is None:
-            z = torch.stack((z0, z1), dim=1).flatten(0, 1)
-            return tile_loss(z, None, TWINS, Nce(), scale=1 / self.temperature).loss
+            z, group = torch.stack((z0, z1), dim=1).flatten(0, 1), everyone() if self.gather_distributed else None
+            return tile_loss(z, None, TWINS, Nce(), scale=1 / self.temperature, group=group).loss
         loss = self._against_bank(z0, z1, self.memory_bank)
         if out0.requires_grad:  # the loss has its gradients: the bank may change under it
-            self.memory_bank.update(z1.detach())
+            self.memory_bank.update(gathered(z1) if self.gather_distributed else z1.detach())
         return loss
 
     def _against_bank(self, z0: Tensor, z1: Tensor, bank: MemoryQueue) -> Tensor:
@@ -119,11 +117,10 @@ class DCLLoss(nn.Module):
     Args:
         temperature: of the softmax, |temperature| >= 1e-8.
         weight_fn: (normalised view, the other) to the (N,) weights of the positive terms; None for 1.
-        gather_distributed: negatives of all processes; refused where there are several.
+        gather_distributed: negatives of all processes, as in `NTXentLoss`. Weights are of each process's own rows.
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
-        NotImplementedError: at a call with `gather_distributed` among several processes.
     """
 
     def __init__(
@@ -147,12 +144,12 @@ class DCLLoss(nn.Module):
     ) -> Tensor:
         """mean(LSE of the other images' rows − weight·s⁺) over both views, in nats, 0-d. Rows are normalised here."""
         check_rows("out0", out0, "out1", out1, same_n=True)
-        if len(out0) < 2:
+        group = everyone() if self.gather_distributed else None
+        if len(out0) < 2 and group is None:
             raise ValueError("out0: got N = 1, need N >= 2: one image has no negatives, and log 0 is no loss")
-        if self.gather_distributed:
-            alone("gather_distributed=True")
         z0, z1 = normalized(out0), normalized(out1)
-        found = tile_stats(torch.stack((z0, z1), dim=1).flatten(0, 1), None, TWINS, scale=1 / self.temperature)
+        z = torch.stack((z0, z1), dim=1).flatten(0, 1)
+        found = tile_stats(z, None, TWINS, scale=1 / self.temperature, group=group)
         positive = found["pos"].squeeze(1)
         if self.weight_fn is not None:
             weights = [self.weight_fn(z0, z1), self.weight_fn(z1, z0)]

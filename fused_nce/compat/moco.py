@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_nce.compat.processes import world_size
+from fused_nce.compat.processes import gathered, rank, world_size
 from fused_nce.core import checks
 from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_loss, tile_stats
@@ -284,32 +284,19 @@ class MoCo(nn.Module):
         """The keys of this process's images, each encoded in a batch drawn from those of all processes."""
         if world_size() == 1 and self.bn_splits == 1:  # a permutation of one batch has its statistics
             return self._encode(self.encoder_k, images)
-        everyone = _gathered(images)
+        everyone = gathered(images)
         order = torch.randperm(len(everyone), device=images.device)
         if world_size() > 1:
             torch.distributed.broadcast(order, src=0)
-        mine = torch.arange(len(images), device=images.device) + _rank() * len(images)
+        mine = torch.arange(len(images), device=images.device) + rank() * len(images)
         keys = self._encode(self.encoder_k, everyone[order[mine]])
-        return _gathered(keys)[order.argsort()[mine]]
+        return gathered(keys)[order.argsort()[mine]]
 
     def _enqueue(self, keys: Tensor) -> None:
         """Those of all processes, over the oldest; of more than K the last K stay."""
-        keys = _gathered(keys)
+        keys = gathered(keys)
         kept = keys[-self.K :]
         first = self.queue_ptr + len(keys) - len(kept)
         slots = (first + torch.arange(len(kept), device=keys.device)) % self.K
         self.queue.index_copy_(1, slots, kept.T.to(self.queue.dtype))
         self.queue_ptr.copy_((self.queue_ptr + len(keys)) % self.K)
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if world_size() > 1 else 0
-
-
-def _gathered(x: Tensor) -> Tensor:
-    """The rows of all processes, which have equally many, in order of rank; no gradient."""
-    if world_size() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    torch.distributed.all_gather(parts, x.contiguous())
-    return torch.cat(parts)

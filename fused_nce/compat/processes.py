@@ -1,8 +1,11 @@
-"""What the adapters of losses that gather across processes share: where there are several, they say so and stop."""
+"""What adapters of losses that gather across processes share: whose negatives, and upstream's scale of gradients."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fused_nce.core import checks
 
@@ -11,18 +14,49 @@ DDP_COMPAT = ("upstream", "exact")
 
 def world_size() -> int:
     """The processes of the default group; 1 without one."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    dist = torch.distributed
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def alone(name: str) -> None:
-    """One process, or none of whose rows another should have seen.
+def rank() -> int:
+    """This process among them."""
+    return torch.distributed.get_rank() if world_size() > 1 else 0
 
-    Raises:
-        NotImplementedError: naming what would gather.
-    """
-    if world_size() > 1:
-        raise NotImplementedError(f"{name}: got {world_size()} processes, need 1: no negatives cross processes yet")
+
+def everyone() -> str | None:
+    """`group=` of a loss that gathers wherever there are several processes."""
+    return "world" if world_size() > 1 else None
+
+
+def gathered(x: Tensor) -> Tensor:
+    """The rows of all processes, of which each has as many, by rank, without a gradient."""
+    if world_size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    torch.distributed.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
+def mean_of_all(loss: Tensor) -> Tensor:
+    """The mean over the processes, where upstream reports the whole batch's loss; the gradient stays this one's."""
+    return loss + (gathered(loss.reshape(1)).mean() - loss.detach())
+
+
+def gradient_times(x: Tensor, factor: float) -> Tensor:
+    """x, whose gradient is another project's multiple of the exact one."""
+    found: Tensor = x if factor == 1 else _GradientTimes.apply(x, factor)
+    return found
+
+
+class _GradientTimes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream[0] * ctx.factor, None
 
 
 def check_ddp_compat(value: object) -> str:
@@ -33,3 +67,14 @@ def check_ddp_compat(value: object) -> str:
     """
     checks.check_choice("ddp_compat", value, DDP_COMPAT)
     return str(value)
+
+
+def check_world(size: int, number: int) -> None:
+    """A caller's count of the processes, and its place among them, are those of the default group.
+
+    Raises:
+        ValueError: naming the argument, the value seen and the value needed.
+    """
+    for name, given, need in (("world_size", size, world_size()), ("rank", number, rank())):
+        if given != need:
+            raise ValueError(f"{name}: got {given}, need {need}, torch.distributed's")

@@ -1,11 +1,15 @@
-"""solo-learn's contrastive losses (solo.losses, 1.0.6), on one process."""
+"""solo-learn's contrastive losses (solo.losses, 1.0.6).
+
+All but `mocov2plus_loss_func` take negatives from all processes wherever there are several: a process then has its own
+part of the loss, and under DDP every gradient is that of one process on the whole batch.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fused_nce.compat.processes import alone
+from fused_nce.compat.processes import everyone
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
 from fused_nce.core.tails import LogIn, Nce
@@ -29,16 +33,14 @@ def simclr_loss_func(
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
-        NotImplementedError: among several processes.
     """
-    alone("z")
     checks.check_tensor("z", z, ("V·N", "D"))
     if not isinstance(indexes, Tensor) or indexes.is_floating_point() or indexes.is_complex():
         raise TypeError(f"indexes: got {getattr(indexes, 'dtype', type(indexes).__name__)}, need integers")
     ids = indexes.to(z.device, torch.int64)
     checks.check_ids("indexes", ids, z.shape[0], "V·N", z.device)
     scale = inverse("temperature", temperature, z.device)
-    found = tile_loss(normalized(z), None, CLASSES, LogIn(), scale=scale, row_ids=ids)
+    found = tile_loss(normalized(z), None, CLASSES, LogIn(), scale=scale, row_ids=ids, group=everyone())
     # Upstream sums over the positives where equation 3 of SupCon averages: less log |P|, a number without a gradient.
     return found.loss - fixed_mean(found.rows["pos_count"].clamp(min=1).log())
 
@@ -76,10 +78,9 @@ def mocov3_loss_func(
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
-        NotImplementedError: among several processes.
     """
-    alone("key")
-    return 2 * temperature * info_nce(query, key.detach(), temperature=temperature, normalize=True).loss
+    group = everyone()
+    return 2 * temperature * info_nce(query, key.detach(), temperature=temperature, normalize=True, group=group).loss
 
 
 def nnclr_loss_func(
@@ -91,7 +92,5 @@ def nnclr_loss_func(
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
-        NotImplementedError: among several processes.
     """
-    alone("p")
-    return info_nce(nn, p, temperature=temperature, normalize=True).loss
+    return info_nce(nn, p, temperature=temperature, normalize=True, group=everyone()).loss

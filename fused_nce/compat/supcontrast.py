@@ -6,9 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
-from fused_nce.core.engine import tile_loss
+from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.spec import Labels, Spec
 from fused_nce.core.tails import LogOut
+from fused_nce.losses.common import fixed_mean, widened
 from fused_nce.losses.sup_con import SPEC
+
+SMALLEST_SUM = 1e-6  # of a mask's row; upstream does not divide by less
 
 
 class SupConLoss(nn.Module):
@@ -21,7 +25,6 @@ class SupConLoss(nn.Module):
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
-        NotImplementedError: for a mask that does not divide the images into classes.
     """
 
     def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07) -> None:
@@ -42,15 +45,26 @@ class SupConLoss(nn.Module):
         labels: Tensor | None = None,  # (B,), integers
         mask: Tensor | None = None,  # (B, B)
     ) -> Tensor:
-        """The loss, 0-d: the mean over all rows, of which one without a positive counts as 0."""
+        """The loss, 0-d: the mean over all rows, of which one without a positive counts as 0.
+
+        A mask may be of any dtype, weighted and one-sided: row i of it has the weights of image i's positives. It costs
+        one GEMM more than labels.
+        """
         if not isinstance(features, Tensor) or features.dim() < 3:
             seen = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"features: got {seen}, need (B, V, ...)")
         batch, views = features.shape[:2]
-        classes = _classes(labels, mask, batch, features.device)
         columns = features.flatten(2).transpose(0, 1).flatten(0, 1)  # view by view, so that row i is column i
-        every = classes.repeat(views)
         scale, tail = 1 / self.temperature, LogOut()
+        if mask is not None:
+            if labels is not None:
+                raise ValueError("mask: got one with labels, need one of the two")
+            if mask.shape != (batch, batch):
+                raise ValueError(f"mask: got shape {tuple(mask.shape)}, need (B, B) = {(batch, batch)}")
+            rows = columns if self.contrast_mode == "all" else columns[:batch]
+            return self.temperature / self.base_temperature * _weighted(rows, columns, mask, scale)
+        classes = _classes(labels, batch, features.device)
+        every = classes.repeat(views)
         if self.contrast_mode == "all":
             loss = tile_loss(columns, None, SPEC, tail, scale=scale, row_ids=every).loss
         else:
@@ -58,12 +72,8 @@ class SupConLoss(nn.Module):
         return self.temperature / self.base_temperature * loss
 
 
-def _classes(labels: Tensor | None, mask: Tensor | None, batch: int, device: torch.device) -> Tensor:
+def _classes(labels: Tensor | None, batch: int, device: torch.device) -> Tensor:
     """(B,) int64, equal for images that are each other's positives."""
-    if labels is not None and mask is not None:
-        raise ValueError("mask: got one with labels, need one of the two")
-    if mask is not None:
-        return _classes_of_mask(mask, batch).to(device)
     if labels is None:
         return torch.arange(batch, device=device)
     labels = labels.reshape(-1)
@@ -74,11 +84,27 @@ def _classes(labels: Tensor | None, mask: Tensor | None, batch: int, device: tor
     return labels.to(device, torch.int64)
 
 
-def _classes_of_mask(mask: Tensor, batch: int) -> Tensor:
-    """The first image of each image's class. Read on the host."""
-    if mask.shape != (batch, batch):
-        raise ValueError(f"mask: got shape {tuple(mask.shape)}, need (B, B) = {(batch, batch)}")
-    classes = (mask != 0).long().argmax(dim=1)
-    if not bool((mask == (classes[:, None] == classes).to(mask.dtype)).all()):
-        raise NotImplementedError("mask: got weights, or positives that are not classes, need (B, B) of equal labels")
-    return classes
+def _weighted(
+    rows: Tensor,  # (N, D), the first N of the columns
+    columns: Tensor,  # (V·B, D), view by view
+    mask: Tensor,  # (B, B) weights of the positives, in any pattern
+    scale: float,
+) -> Tensor:
+    """mean_i Σ_j w_ij (lse_i − s_ij), w the mask's rows divided by their sums, itself left out.
+
+    The scores of weighted positives are linear in the columns: w·s_i is scale·⟨q_i, (w k)_i⟩, so that a (B, B) mask
+    meets (B, D) sums over views, and only the sum over all others is a statistic of scores.
+    """
+    views, images = len(columns) // len(mask), torch.arange(len(rows), device=rows.device) % len(mask)
+    spec = Spec(Labels(), stats=("neg_lse",), drop_self=True)
+    every = torch.arange(len(columns), device=rows.device)  # each a class of its own: all but itself are negatives
+    lse = tile_stats(rows, columns, spec, scale=scale, row_ids=every[: len(rows)], column_ids=every)["neg_lse"]
+    with torch.autocast(rows.device.type, enabled=False):
+        q, k = widened(rows), widened(columns)
+        weights = mask.to(q.device, q.dtype)
+        itself = weights.diagonal()[images, None]
+        total = views * weights.sum(dim=1)[images, None] - itself
+        divisor = torch.where(total < SMALLEST_SUM, 1.0, total)
+        center = ((weights @ k.unflatten(0, (views, -1)).sum(dim=0))[images] - itself * q) / divisor
+        share = (total / divisor).squeeze(1)
+        return fixed_mean(torch.where(share == 0, 0.0, share * lse) - scale * (q * center).sum(dim=1))

@@ -98,6 +98,8 @@ def check_no_transform(name: str, x: object) -> None:
     """
     if not isinstance(x, Tensor) or torch.compiler.is_compiling():
         return
+    while torch._C._functorch.is_batchedtensor(x):  # a vmap inside of them
+        x = torch._C._functorch.get_unwrapped(x)
     if torch._C._functorch.is_gradtrackingtensor(x) and forward_ad.unpack_dual(x).tangent is None:
         raise RuntimeError(
             f"fused_nce: torch.func.grad, vjp and jacrev are not supported: got {name} from one, need torch.autograd"

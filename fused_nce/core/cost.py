@@ -1,38 +1,79 @@
-"""Which backend is fastest on a GPU: a model of their times, and its fit to measured ones.
+"""Which backend is fastest on a GPU: a model of their times, its table, and its fit to measured ones.
 
-A call of N rows, M columns and width D takes launch + N·M·score(D) on each backend. `cuda` moves its scores through the
-L2 but multiplies at cuBLAS' rate; `triton` never lets a score off the chip, computes it once more, and its tiles get
-thin as D grows. They meet near D = 130 for 16-bit inputs. `TABLE` holds the model of a Hopper GPU, not yet a
-measurement; `fit` makes a table from measured times.
+A call of N rows, M columns and width D takes launch + GEMMs·N·M·gemm(D) on each backend. `cuda` moves its scores
+through the L2 but multiplies at cuBLAS' rate; `triton` never lets a score off the chip, computes it again for each
+gradient, and its tiles get thin as D grows. With both gradients they meet near D = 130 in 16 bits, further up where
+only the queries want one. The table is `cost.json`; `python -m bench.gpu.fit` makes another from a measured record.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from fused_nce.core.problem import Needs
+
+PATH = Path(__file__).with_name("cost.json")
+
+
+class Call(NamedTuple):
+    """What is asked of a backend, as far as its time depends on it."""
+
+    op: str = "loss"  # or "stats", "grads"
+    q: bool = True  # a gradient of the rows is wanted, or of a scale alone, which comes from it
+    k: bool = True
+    shared: bool = False  # one tensor in both roles
+    columns: bool = False  # has column statistics: no weight before all of them are there
+    penalised: bool = False
+
+    @classmethod
+    def of(cls, op: str, needs: Needs, penalised: bool = False) -> Call:
+        """One that wants these gradients."""
+        return cls(op, needs.q or (needs.scale and not needs.k), needs.k, penalised=penalised)
+
+    def gemms(self, backend: str) -> int:
+        """N·M·D products that a backend computes: the scores and, of each gradient, w·y."""
+        first = self.op != "grads"  # statistics are to be made
+        if backend != "triton":  # holds a strip of scores for all that is made of it
+            wanted = 2 * self.q if self.shared else self.q + self.k
+            again = self.op == "loss" and self.columns and wanted > 0
+            return (0 if self.op == "stats" else wanted) + 1 + again
+        passes = first * (1 + self.columns)
+        if self.op == "stats":
+            return passes
+        if self.shared:  # one pass has both roles
+            return passes + 2 * self.q
+        once = first and self.q and not self.columns and not self.penalised  # dq comes with the statistics
+        return passes + 2 * (self.q + self.k) - once
+
 
 @dataclass(frozen=True)
 class Cost:
-    """Times of one backend at one element size, forward and backward together."""
+    """Times of one backend at one element size."""
 
     launch_us: float
-    score_ps: dict[int, float]  # by D; linear between the entries, constant below and proportional to D above
+    gemm_ps: dict[int, float]  # a score and GEMM by D; linear between the entries, constant below, proportional above
 
-    def time_us(self, n: int, m: int, d: int) -> float:
+    def time_us(self, gemms: int, n: int, m: int, d: int) -> float:
         """What a call takes."""
-        return self.launch_us + n * m * self._score_ps_at(d) * 1e-6
+        return self.launch_us + gemms * n * m * self._gemm_ps_at(d) * 1e-6
 
-    def _score_ps_at(self, d: int) -> float:
-        below = max((width for width in self.score_ps if width <= d), default=min(self.score_ps))
-        above = min((width for width in self.score_ps if width > d), default=below)
+    def _gemm_ps_at(self, d: int) -> float:
+        below = max((width for width in self.gemm_ps if width <= d), default=min(self.gemm_ps))
+        above = min((width for width in self.gemm_ps if width > d), default=below)
         if d <= below or above == below:
-            return self.score_ps[below] * max(1.0, d / below)
+            return self.gemm_ps[below] * max(1.0, d / below)
         share = (d - below) / (above - below)
-        return self.score_ps[below] * (1 - share) + self.score_ps[above] * share
+        return self.gemm_ps[below] * (1 - share) + self.gemm_ps[above] * share
+
+
+Table = dict[tuple[str, int], Cost]  # by backend and bytes of an element
 
 
 class Measured(NamedTuple):
@@ -40,30 +81,73 @@ class Measured(NamedTuple):
 
     backend: str
     element_bytes: int
+    gemms: int
     n: int
     m: int
     d: int
     time_us: float
 
 
-# At 790 TFLOP/s of 16-bit products and 50 of float32 ones. cuda: 3 GEMMs at 0.92 of that, 1.5 ps for the rows. triton:
-# 4 GEMMs at 0.55 (D = 128), 0.48 (256), 0.28 (512) and 0.125 (768); its float32 products do without the tensor cores.
-# Its tail is some seventy small launches of torch's, 2 us each; `cuda` has one for it.
-TABLE = {
-    ("cuda", 2): Cost(30.0, {64: 2.0, 128: 2.6, 256: 3.6, 1024: 10.0, 2560: 22.7}),
-    ("triton", 2): Cost(150.0, {64: 1.4, 128: 2.5, 256: 5.6, 512: 18.7, 768: 62.4}),
-    ("cuda", 4): Cost(30.0, {64: 9.8, 2560: 334.0}),
-    ("triton", 4): Cost(150.0, {64: 25.8, 2560: 1024.0}),
-}
+def table() -> Table:
+    """The shipped table."""
+    return _read(PATH)
 
 
-def fastest_first(n: int, m: int, d: int, dtype: torch.dtype) -> list[str]:
-    """The backends that the table knows for this element size, by predicted time."""
-    known = {name: cost.time_us(n, m, d) for (name, size), cost in TABLE.items() if size == min(dtype.itemsize, 4)}
-    return sorted(known, key=known.__getitem__)
+@cache
+def _read(path: Path) -> Table:
+    rows = json.loads(path.read_text(encoding="utf-8"))["costs"]
+    return {
+        (row["backend"], row["element_bytes"]): Cost(
+            row["launch_us"], {int(width): ps for width, ps in row["gemm_ps"].items()}
+        )
+        for row in rows
+    }
 
 
-def fit(measured: Iterable[Measured]) -> dict[tuple[str, int], Cost]:
+def write(costs: Table, source: str) -> None:
+    """Make this the shipped table.
+
+    Args:
+        costs: the table.
+        source: where its numbers are from.
+    """
+    lines = [
+        json.dumps(
+            {
+                "backend": backend,
+                "element_bytes": size,
+                "launch_us": round(cost.launch_us, 2),
+                "gemm_ps": {str(width): round(ps, 4) for width, ps in sorted(cost.gemm_ps.items())},
+            }
+        )
+        for (backend, size), cost in costs.items()
+    ]
+    body = ",\n    ".join(lines)
+    PATH.write_text(f'{{\n  "source": {json.dumps(source)},\n  "costs": [\n    {body}\n  ]\n}}\n', encoding="utf-8")
+    _read.cache_clear()
+
+
+def fastest_first(call: Call, n: int, m: int, d: int, dtype: torch.dtype, costs: Table | None = None) -> list[str]:
+    """The backends that the table knows for this element size, by predicted time.
+
+    Args:
+        call: what is asked.
+        n: rows.
+        m: columns.
+        d: width.
+        dtype: of the rows.
+        costs: the shipped table by default.
+    """
+    size = min(dtype.itemsize, 4)
+    times = {
+        name: cost.time_us(call.gemms(name), n, m, d)
+        for (name, known), cost in (table() if costs is None else costs).items()
+        if known == size
+    }
+    return sorted(times, key=times.__getitem__)
+
+
+def fit(measured: Iterable[Measured]) -> Table:
     """A table from measured times, each weighted by its inverse: what matters is the ratio.
 
     Raises:
@@ -82,7 +166,19 @@ def _fit_one(name: str, rows: list[Measured]) -> Cost:
     terms = torch.zeros(len(rows), 1 + len(widths), dtype=torch.float64)
     for i, row in enumerate(rows):
         terms[i, 0] = 1.0
-        terms[i, 1 + widths.index(row.d)] = row.n * row.m * 1e-6
+        terms[i, 1 + widths.index(row.d)] = row.gemms * row.n * row.m * 1e-6
     times = torch.tensor([[row.time_us] for row in rows], dtype=torch.float64)
-    launch, *scores = torch.linalg.lstsq(terms / times, torch.ones_like(times)).solution.squeeze(1).tolist()
-    return Cost(launch, dict(zip(widths, scores, strict=True)))
+    launch, *products = _positive(terms / times).tolist()
+    return Cost(launch, {width: ps for width, ps in zip(widths, products, strict=True) if ps > 0})
+
+
+def _positive(terms: torch.Tensor) -> torch.Tensor:
+    """x ≥ 0 with terms·x nearest to 1: noise makes a small one negative, which is then 0."""
+    found, kept = torch.zeros(terms.shape[1], dtype=terms.dtype), torch.ones(terms.shape[1], dtype=torch.bool)
+    while True:
+        ones = torch.ones(terms.shape[0], 1, dtype=terms.dtype)
+        found[kept] = torch.linalg.lstsq(terms[:, kept], ones).solution.squeeze(1)
+        if bool((found >= 0).all()):
+            return found
+        found[kept & (found < 0)] = 0.0
+        kept &= found > 0

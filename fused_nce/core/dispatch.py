@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 from torch import Tensor
 
 from fused_nce.core import cost
+from fused_nce.core.cost import Call
 from fused_nce.core.problem import Backend
 from fused_nce.core.spec import STATISTICS, Spec
 
@@ -19,6 +20,7 @@ from fused_nce.core.spec import STATISTICS, Spec
 BACKENDS = ("cpu", "triton", "cuda", "chunked", "reference")
 AUTOMATIC = ("cpu", "chunked")  # beside a GPU, where `core/cost.py` puts those of its own first
 MODULES = {"triton": "flash"}  # where the module has another name than the backend
+ANY_CALL = Call()
 # What a backend without `ATOMS` of its own is asked for. `self`: k is q; `mixed`: k has another dtype.
 AMDIM_ATOMS = frozenset({"block", "identity", "tanh_clip", *STATISTICS})
 
@@ -55,21 +57,31 @@ def why_not(backend: str, spec: Spec, q: Tensor, k: Tensor | None) -> str | None
     return module.why_not(spec, q, q if k is None else k)
 
 
-def automatic(q: Tensor, k: Tensor | None) -> tuple[str, ...]:
+def automatic(spec: Spec, q: Tensor, k: Tensor | None, call: Call = ANY_CALL) -> tuple[str, ...]:
     """What the automatic choice tries for these tensors, the fastest first."""
     if q.device.type != "cuda":
         return AUTOMATIC
-    return (*cost.fastest_first(q.shape[0], (q if k is None else k).shape[0], q.shape[1], q.dtype), "chunked")
+    call = call._replace(shared=k is None, columns=bool(spec.columns))
+    n, m, d = q.shape[0], (q if k is None else k).shape[0], q.shape[1]
+    return (*cost.fastest_first(call, n, m, d, q.dtype), "chunked")
 
 
-def choose(spec: Spec, q: Tensor, k: Tensor | None, requested: str) -> tuple[str, Backend]:
+def choose(spec: Spec, q: Tensor, k: Tensor | None, requested: str, call: Call = ANY_CALL) -> tuple[str, Backend]:
     """The backend to run: the requested one (the call's, else `FUSED_NCE_BACKEND`), else the fastest that can.
+
+    Args:
+        spec: what is asked of the scores.
+        q: (N, D) rows.
+        k: (M, D) columns; None if they are the rows.
+        requested: a backend's name, or "".
+        call: which gradients are wanted; its other fields follow from the spec and the tensors.
 
     Raises:
         ValueError: for an unknown name, or when a requested backend cannot run this.
         RuntimeError: under `FUSED_NCE_STRICT=1`, when the automatic choice would be a fallback.
     """
-    return choose_by(lambda name: why_not(name, spec, q, k), automatic(q, k), requested, f"{spec.code} on {q.device}")
+    names, what = automatic(spec, q, k, call), f"{spec.code} on {q.device}"
+    return choose_by(lambda name: why_not(name, spec, q, k), names, requested, what)
 
 
 def choose_by(

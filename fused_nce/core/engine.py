@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_nce.core import checks, remote, ring
+from fused_nce.core import batch, checks, remote, ring
 from fused_nce.core import flop as _flop  # noqa: F401  (the ops' formulas)
 from fused_nce.core.atoms import STATISTIC
 from fused_nce.core.ops import Scores  # and defines torch.ops.fused_nce
@@ -26,6 +27,32 @@ class LossParts(NamedTuple):
     report: dict[str, Tensor]  # the tail's `REPORT`, 0-d each, or (reports,)
     pos: Tensor  # (N, P) transformed scores of the positives
     rows: dict[str, Tensor]  # (N,) each, the spec's statistics
+
+
+class Part(NamedTuple):
+    """One of the problems that `tile_losses` adds up, as `tile_loss` takes them."""
+
+    q: Tensor  # (N, D)
+    k: Tensor  # (M, D)
+    spec: Spec
+    tail: Tail
+    offset: int = 0
+    reports: int = 1
+
+
+class LossSum(NamedTuple):
+    """Of several problems. `loss`, `nce` and `penalty` are 0-d and differentiable, `report` is detached."""
+
+    loss: Tensor
+    nce: Tensor
+    penalty: Tensor
+    report: Tensor  # (all their reports, len(tail.REPORT))
+
+
+# On these, problems of so few scores in all that the L2 holds them (csrc/cuda/plan.h) go into one op: their launches
+# would take longer than their work.
+LAUNCHES_COUNT_ON = ("cuda",)
+FEW_SCORES = 6 << 20
 
 
 def tile_stats(
@@ -140,10 +167,64 @@ def tile_loss(
     return _sweeps(scores, spec, tail, parts, reports, everyone, backend)
 
 
+def tile_losses(
+    parts: Sequence[Part], *, scale: float | Tensor = 1.0, group: Group = None, backend: str | None = None
+) -> LossSum:
+    """The sum of several `tile_loss`es, whose tails' numbers have one meaning.
+
+    On a GPU, small ones share their launches; the values are those of the sum.
+
+    Args:
+        parts: the problems.
+        scale: factor of every dot product; a 0-d tensor is learnable.
+        group: as in `tile_loss`.
+        backend: a name of `fused_nce.backends()`, or None to choose.
+
+    Raises:
+        ValueError, TypeError: naming the argument, the value seen and the value needed.
+    """
+    few = sum(p.q.shape[0] * p.k.shape[0] for p in parts) <= FEW_SCORES
+    if few and len(parts) > 1 and group is None and parts[0].q.device.type in LAUNCHES_COUNT_ON:
+        scores = []
+        for p in parts:
+            _check_tail(p.spec, p.tail)
+            scores.append(_prepare(p.q, p.k, p.spec, scale, p.offset, None, None, None, None))
+        if backend in (None, "cuda") and batch.can_share(scores, [p.spec for p in parts], [p.tail for p in parts]):
+            return _shared(scores, parts, backend)
+    found, lines = [], []
+    for p in parts:
+        out = tile_loss(
+            p.q, p.k, p.spec, p.tail, scale=scale, offset=p.offset, reports=p.reports, group=group, backend=backend
+        )
+        found.append((out.loss, out.nce, out.penalty))
+        lines.append(torch.stack([x.reshape(p.reports) for x in out.report.values()], dim=1))
+    # One by one: a part of the loss that nothing is asked of must have no upstream gradient, not a zero.
+    loss, nce, penalty = (torch.stack(each).sum() for each in zip(*found, strict=True))
+    return LossSum(loss, nce, penalty, torch.cat(lines))
+
+
+def _shared(scores: Sequence[Scores], parts: Sequence[Part], backend: str | None) -> LossSum:
+    """One call of the op for all."""
+    graph = torch.is_grad_enabled()
+    leaves = [*(x for each in scores for x in (each.q, each.k)), scores[0].scale_tensor]
+    found = torch.ops.fused_nce.losses(
+        [each.q for each in scores],
+        [each.keys for each in scores],
+        *(scores[0].scale_tensor, scores[0].scale),
+        [each.spec for each in scores],
+        [p.tail.code for p in parts],
+        [p.offset for p in parts],
+        [p.reports for p in parts],
+        [graph and x is not None and _wants_gradient(x) for x in leaves],
+        backend or "",
+    )
+    return LossSum(*found[:4])
+
+
 def _sweep(x: Scores, spec: Spec, tail: Tail, parts: bool, reports: int, backend: str | None) -> LossParts:
     """One call of the op."""
     graph = torch.is_grad_enabled()
-    needs = [graph and leaf is not None and leaf.requires_grad for leaf in x.differentiable]
+    needs = [graph and leaf is not None and _wants_gradient(leaf) for leaf in x.differentiable]
     loss, nce, penalty, report, pos, rows, *_ = torch.ops.fused_nce.loss(
         *x, tail.code, needs, parts, reports, backend or ""
     )
@@ -155,6 +236,14 @@ def _sweep(x: Scores, spec: Spec, tail: Tail, parts: bool, reports: int, backend
         pos,
         dict(zip(spec.stats, rows.unbind(0), strict=True)),
     )
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    """A tensor inside `torch.vmap` says no, though what it is a batch of may be differentiated outside."""
+    if not torch._C._functorch.is_batchedtensor(x):
+        return x.requires_grad
+    # A graph being traced cannot look: better a gradient too many than one dropped.
+    return torch.compiler.is_compiling() or _wants_gradient(torch._C._functorch.get_unwrapped(x))
 
 
 def _sweeps(

@@ -34,3 +34,10 @@ def _grads_flop(q_shape: Any, k_shape: Any, *args: Any, **__: Any) -> int:
 def _loss_flop(q_shape: Any, k_shape: Any, *args: Any, **__: Any) -> int:
     again = bool(specs.parse(args[COUNT - 4]).columns and any(args[-4]))  # weights need the columns' statistics first
     return _score_gemm(q_shape, k_shape) * (_gemms(q_shape, k_shape, args[-4]) + again)
+
+
+@register_flop_formula(torch.ops.fused_nce.losses)
+def _losses_flop(q_shapes: Any, k_shapes: Any, *args: Any, **__: Any) -> int:
+    needs = args[-2]
+    each = enumerate(zip(q_shapes, k_shapes, strict=True))
+    return sum(_score_gemm(q, k) * _gemms(q, k, needs[2 * i : 2 * i + 2]) for i, (q, k) in each)

@@ -99,7 +99,7 @@ def _prepared(x: _Inputs, backend: str) -> tuple[str, GatheredBackend]:
     def why_not(name: str) -> str | None:
         return None if hasattr(dispatch.backend_module(name), "gathered_scores") else "it gathers no columns"
 
-    name, module = dispatch.choose_by(why_not, dispatch.automatic(x.q, x.k), backend, f"gathered on {x.q.device}")
+    name, module = dispatch.choose_by(why_not, dispatch.AUTOMATIC, backend, f"gathered on {x.q.device}")
     return name, cast(GatheredBackend, module)
 
 

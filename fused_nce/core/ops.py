@@ -17,10 +17,11 @@ from torch import Tensor
 from fused_nce.core import atoms, checks, ring, tails, twice
 from fused_nce.core import spec as specs
 from fused_nce.core import upstream as upstreams
+from fused_nce.core.cost import Call
 from fused_nce.core.problem import Backend, Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import Block, Index, Separate
 
-_lib = torch.library.Library("fused_nce", "FRAGMENT")
+LIBRARY = torch.library.Library("fused_nce", "FRAGMENT")
 
 
 class Scores(NamedTuple):
@@ -70,15 +71,15 @@ _SCHEMAS = {
     f"Tensor penalty, Tensor report, Tensor pos, Tensor rows, Tensor columns, {_GRADIENTS})",
 }
 for _name, _schema in _SCHEMAS.items():
-    _lib.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _wide(q: Tensor) -> torch.dtype:
+def wide_of(q: Tensor) -> torch.dtype:
     """What everything is accumulated in."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _stash(x: Tensor) -> torch.dtype:
+def stash_of(x: Tensor) -> torch.dtype:
     """What the gradient of an input waits in: its own dtype, at no extra memory. At the upstream of a GradScaler,
     float16 would already have lost up to half of dk, so it waits in float32.
     """
@@ -95,7 +96,7 @@ def _problem(x: Scores, backend: str) -> Problem:
 
 def _as_problem(x: Scores, backend: str) -> Problem:
     """In the accumulation dtype where a number is one."""
-    spec, wide = specs.parse(x.spec), _wide(x.q)
+    spec, wide = specs.parse(x.spec), wide_of(x.q)
     bias = 0.0 if x.bias is None else x.bias.to(wide)
     positives = None if x.positives is None else x.positives.to(wide, copy=True)  # `pos` is no input
     return Problem(
@@ -114,12 +115,12 @@ def _as_problem(x: Scores, backend: str) -> Problem:
 
 
 def _empty_columns(problem: Problem) -> Tensor:
-    return problem.q.new_empty(0, problem.m, dtype=_wide(problem.q))
+    return problem.q.new_empty(0, problem.m, dtype=wide_of(problem.q))
 
 
 def _finish(problem: Problem, x: Scores, out: Gradients, d_pos: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
     """Gradients of the op's own arguments. What is unwanted may be one empty tensor there, but not in an op."""
-    none = problem.q.new_empty(0, dtype=_wide(problem.q))
+    none = problem.q.new_empty(0, dtype=wide_of(problem.q))
     dbias, dpositives = none, none.clone()
     if needs[3] and out.dbias is not None:
         dbias = out.dbias
@@ -128,17 +129,18 @@ def _finish(problem: Problem, x: Scores, out: Gradients, d_pos: Tensor, needs: l
         dpositives = through if needs[4] else dpositives
         if needs[3] and out.dbias is not None:
             dbias = dbias + tails.fixed_sum(d_pos)
-    dq = out.dq.to(_stash(problem.q)) if needs[0] else none.clone()
-    dk = out.dk.to(_stash(problem.k)) if needs[1] and not problem.shared else none.clone()
+    dq = out.dq.to(stash_of(problem.q)) if needs[0] else none.clone()
+    dk = out.dk.to(stash_of(problem.k)) if needs[1] and not problem.shared else none.clone()
     dscale = out.dscale * x.scale if needs[2] else none.clone()
     return dq, dk, dscale, dbias, dpositives
 
 
-def _prepared(x: Scores, backend: str) -> tuple[Problem, str, Backend]:
+def prepared(x: Scores, backend: str, call: Call) -> tuple[Problem, str, Backend]:
+    """The problem, checked, and what runs it."""
     problem = _problem(x, backend)
     if isinstance(problem.spec.layout, Index) and problem.q.device.type == "cpu":
         checks.check_targets(cast(Tensor, x.row_ids), problem.m, x.offset if problem.spec.drop_self else None)
-    name, module = ring.backend(problem, backend)
+    name, module = ring.backend(problem, backend, call)
     return problem, name, module
 
 
@@ -156,7 +158,7 @@ def _to_columns(problem: Problem, d: tails.Coefficients) -> tails.Coefficients:
     return d._replace(d_columns=total.index_put((stat, index), d.d_columns.flatten(1), accumulate=True))
 
 
-def _warn_without_negatives(problem: Problem) -> None:
+def warn_without_negatives(problem: Problem) -> None:
     layout = problem.spec.layout
     own = layout.n_c if isinstance(layout, Block) else 0 if isinstance(layout, Separate) else 1
     if problem.n_columns == own:
@@ -165,7 +167,7 @@ def _warn_without_negatives(problem: Problem) -> None:
 
 def _stats(*args: Any) -> tuple[Tensor, ...]:
     x, (backend,) = Scores(*args[:COUNT]), args[COUNT:]
-    problem, name, module = _prepared(x, backend)
+    problem, name, module = prepared(x, backend, Call("stats"))
     with torch.autocast(x.q.device.type, enabled=False), torch.profiler.record_function(f"fused_nce::stats[{name}]"):
         found = module.stats(problem)
     return found.pos, found.rows, _empty_columns(problem) if found.columns is None else found.columns
@@ -173,7 +175,7 @@ def _stats(*args: Any) -> tuple[Tensor, ...]:
 
 def _grads(*args: Any) -> tuple[Tensor, ...]:
     x, (pos, rows, columns, d_pos, d_rows, d_columns, needs, backend) = Scores(*args[:COUNT]), args[COUNT:]
-    problem, name, module = _prepared(x, backend)
+    problem, name, module = prepared(x, backend, Call.of("grads", _needs(needs)))
     both = problem.spec.columns
     found = Statistics(pos, rows, columns if both else None)
     d = tails.Coefficients(d_pos.contiguous(), d_rows.contiguous(), d_columns.contiguous() if both else None)
@@ -183,10 +185,11 @@ def _grads(*args: Any) -> tuple[Tensor, ...]:
 
 def _loss(*args: Any) -> tuple[Tensor, ...]:
     x, (tail, needs, _, reports, backend) = Scores(*args[:COUNT]), args[COUNT:]
-    problem, name, module = _prepared(x, backend)
-    _warn_without_negatives(problem)
-    rule, spec, wanted = tails.parse(tail), problem.spec, _needs(needs)
-    none = problem.q.new_empty(0, dtype=_wide(x.q))
+    rule, wanted = tails.parse(tail), _needs(needs)
+    problem, name, module = prepared(x, backend, Call.of("loss", wanted, bool(rule.penalty)))
+    warn_without_negatives(problem)
+    spec = problem.spec
+    none = problem.q.new_empty(0, dtype=wide_of(x.q))
     out = Gradients(none, none, none)
     with torch.autocast(x.q.device.type, enabled=False), torch.profiler.record_function(f"fused_nce::loss[{name}]"):
         if spec.columns:
@@ -196,7 +199,7 @@ def _loss(*args: Any) -> tuple[Tensor, ...]:
         at = (spec, found.pos, found.rows, atoms.at_positives(problem, found.columns))
         # On a GPU the tail's forty small launches would cost more than the GEMMs of a small batch.
         summary = getattr(module, "summary", None)
-        brief = summary(problem, rule, found, reports) if summary is not None else None
+        brief = summary([problem], [rule], [found], [reports]) if summary is not None else None
         m = problem.n_columns
         *values, report = brief or (*rule.values(*at, m), rule.reports(*at, m, reports))
         d_pos = found.pos
@@ -212,7 +215,7 @@ def _loss(*args: Any) -> tuple[Tensor, ...]:
 
 
 for _name, _body in (("stats", _stats), ("grads", _grads), ("loss", _loss)):
-    torch.library.impl(f"fused_nce::{_name}", "CompositeExplicitAutograd", _body, lib=_lib)
+    torch.library.impl(f"fused_nce::{_name}", "CompositeExplicitAutograd", _body, lib=LIBRARY)
 
 
 # ---- fake kernels -----------------------------------------------------------------------------------------------
@@ -220,17 +223,17 @@ for _name, _body in (("stats", _stats), ("grads", _grads), ("loss", _loss)):
 
 def _fake_stats(*args: Any) -> tuple[Tensor, ...]:
     x = Scores(*args[:COUNT])
-    spec, n, wide = specs.parse(x.spec), x.q.shape[0], _wide(x.q)
+    spec, n, wide = specs.parse(x.spec), x.q.shape[0], wide_of(x.q)
     sizes = (n, spec.n_pos), (len(spec.stats), n), (len(spec.columns), x.keys.shape[0])
     return tuple(x.q.new_empty(size, dtype=wide) for size in sizes)
 
 
 def _fake_gradients(x: Scores, needs: list[bool]) -> tuple[Tensor, ...]:
-    wide = _wide(x.q)
+    wide = wide_of(x.q)
     return tuple(
         x.q.new_empty(0, dtype=wide)
         if leaf is None or not need
-        else x.q.new_empty(leaf.shape, dtype=_stash(leaf) if leaf is x.q or leaf is x.k else wide)
+        else x.q.new_empty(leaf.shape, dtype=stash_of(leaf) if leaf is x.q or leaf is x.k else wide)
         for leaf, need in zip(x.differentiable, needs, strict=True)
     )
 
@@ -249,7 +252,7 @@ def _fake_loss(*args: Any) -> tuple[Tensor, ...]:
 
 
 for _name, _fake in (("stats", _fake_stats), ("grads", _fake_grads), ("loss", _fake_loss)):
-    torch.library.register_fake(f"fused_nce::{_name}", _fake, lib=_lib)
+    torch.library.register_fake(f"fused_nce::{_name}", _fake, lib=LIBRARY)
 
 
 # ---- autograd ---------------------------------------------------------------------------------------------------
@@ -315,9 +318,23 @@ def _loss_backward(
         stash = tuple(upstreams.times(g, d_loss) if need else g for g, need in zip(saved[-5:], ctx.needs, strict=True))
         return *_as_inputs(ctx, stash), *rest
     # A reported part was differentiated on its own: the stash, at upstream 1 on the sum, cannot serve it.
+    x, found = Scores(*saved[:7], *ctx.rest), saved[7:10]
+    return *_recompute(ctx, x, found, coefficients_of(x, ctx.tail, ctx.backend, found, d_loss, d_nce, d_penalty)), *rest
+
+
+def coefficients_of(
+    x: Scores,
+    tail: str,
+    backend: str,
+    found: tuple[Tensor, ...],  # pos, rows, columns
+    d_loss: Tensor | None,
+    d_nce: Tensor | None,
+    d_penalty: Tensor | None,
+) -> tails.Coefficients:
+    """dL/d statistic, where the reported parts of a loss have upstream gradients of their own."""
     upstreams.refuse_batched(d_loss, d_nce, d_penalty)
-    x, (pos, rows, columns) = Scores(*saved[:7], *ctx.rest), saved[7:10]
-    rule, problem = tails.parse(ctx.tail), _problem(x, ctx.backend)
+    pos, rows, columns = found
+    rule, problem = tails.parse(tail), _problem(x, backend)
     spec, n_elements = problem.spec, problem.n * rule.per_row(problem.spec)
     zero = torch.zeros((), dtype=pos.dtype, device=pos.device)
     on_loss = zero if d_loss is None else d_loss
@@ -326,8 +343,8 @@ def _loss_backward(
     d_sum = on_loss + (zero if d_penalty is None else d_penalty)
     at = atoms.at_positives(problem, columns if spec.columns else None)
     d = rule.coefficients(spec, pos, rows, at, d_element, d_sum, problem.n * problem.n_columns)
-    return *_recompute(ctx, x, (pos, rows, columns), _to_columns(problem, d)), *rest
+    return _to_columns(problem, d)
 
 
-torch.library.register_autograd("fused_nce::stats", _stats_backward, setup_context=_setup, lib=_lib)
-torch.library.register_autograd("fused_nce::loss", _loss_backward, setup_context=_setup, lib=_lib)
+torch.library.register_autograd("fused_nce::stats", _stats_backward, setup_context=_setup, lib=LIBRARY)
+torch.library.register_autograd("fused_nce::loss", _loss_backward, setup_context=_setup, lib=LIBRARY)

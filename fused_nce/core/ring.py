@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_nce.core import atoms, checks
+from fused_nce.core.cost import Call
 from fused_nce.core.dispatch import choose
 from fused_nce.core.problem import Backend, Gradients, Needs, Problem, Statistics
 from fused_nce.core.processes import Peers, agree, dtype_number, finish, lost
@@ -204,7 +205,7 @@ def _same(work: Any) -> Any:
     return work
 
 
-def backend(problem: Problem, requested: str) -> tuple[str, Backend]:
+def backend(problem: Problem, requested: str, call: Call) -> tuple[str, Backend]:
     """The name and backend of the ops' backend string: a ring, or what `dispatch.choose` finds.
 
     Raises:
@@ -212,6 +213,6 @@ def backend(problem: Problem, requested: str) -> tuple[str, Backend]:
     """
     peers, inner = parse(requested)
     if peers is None:
-        return choose(problem.spec, problem.q, None if problem.shared else problem.k, inner)
+        return choose(problem.spec, problem.q, None if problem.shared else problem.k, inner, call)
     ring = Ring(peers, problem, inner)
     return f"{MARK}, {ring.name}", cast(Backend, ring)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.core.collectives import gather
-from fused_nce.core.engine import as_matmul, tile_loss
+from fused_nce.core.engine import Part, as_matmul, tile_loss, tile_losses
 from fused_nce.core.processes import Group, peers
 from fused_nce.core.spec import Block, Identity, Spec, TanhClip
-from fused_nce.core.tails import REDUCTIONS, Nce
+from fused_nce.core.tails import REDUCTIONS, REPORT, Nce
 from fused_nce.losses.common import dense_nce
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, dense_scores, features, register
@@ -67,7 +67,30 @@ def amdim_nce(
     check_features(antecedents, consequents, offset)
     check_settings(scale, clip, penalty, antecedents.device)
     checks.check_choice("reduction", reduction, REDUCTIONS)
-    return _nce(antecedents, consequents, offset, scale, clip, penalty, reduction, 1.0, 1, group, backend)
+    part = _part(antecedents, consequents, offset, clip, Nce(penalty, reduction))
+    out = tile_loss(*part[:4], scale=_scale(scale, antecedents), offset=offset, group=group, backend=backend)
+    return NCEOutput(out.loss, out.nce, out.penalty, out.report)
+
+
+def _part(
+    antecedents: Tensor,  # (n_a, D) or (n_a, n_r, D)
+    consequents: Tensor,  # (n_k, n_c, D)
+    offset: int,
+    clip: float | None,
+    tail: Nce,
+    reports: int = 1,
+) -> Part:
+    """The problem of checked arguments. A factor of the tail costs no pass over gradients."""
+    n_c, d = consequents.shape[1:]
+    spec = Spec(
+        Block(n_c, 1 if antecedents.dim() == 2 else antecedents.shape[1]),
+        Identity() if clip is None else TanhClip(float(clip)),
+    )
+    return Part(antecedents.reshape(-1, d), consequents.reshape(-1, d), spec, tail, offset, reports)
+
+
+def _scale(scale: float | Tensor | None, features: Tensor) -> float | Tensor:
+    return 1 / math.sqrt(features.shape[-1]) if scale is None else scale
 
 
 def check_features(antecedents: Tensor, consequents: Tensor, offset: int) -> None:
@@ -90,42 +113,6 @@ def check_settings(scale: float | Tensor | None, clip: float | None, penalty: fl
     checks.check_number("penalty", penalty, at_least=0)
     if scale is not None:
         checks.check_scale("scale", scale, device)
-
-
-def _nce(
-    antecedents: Tensor,  # (n_a, D) or (n_a, n_r, D)
-    consequents: Tensor,  # (n_k, n_c, D)
-    offset: int,
-    scale: float | Tensor | None,
-    clip: float | None,
-    penalty: float,
-    reduction: str,
-    weight: float,
-    reports: int,
-    group: Group,
-    backend: str | None,
-) -> NCEOutput:
-    """`amdim_nce` of checked arguments, all of it times `weight`: a factor of the tail costs no pass over gradients.
-
-    `stats` has (reports,) numbers each where there are several, as in `tile_loss`.
-    """
-    n_c, d = consequents.shape[1:]
-    spec = Spec(
-        Block(n_c, 1 if antecedents.dim() == 2 else antecedents.shape[1]),
-        Identity() if clip is None else TanhClip(float(clip)),
-    )
-    parts = tile_loss(
-        antecedents.reshape(-1, d),
-        consequents.reshape(-1, d),
-        spec,
-        Nce(weight * penalty, reduction, weight),
-        scale=1 / math.sqrt(d) if scale is None else scale,
-        offset=offset,
-        reports=reports,
-        group=group,
-        backend=backend,
-    )
-    return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 
 Settings = dict[str, float | Tensor | None]
@@ -203,25 +190,28 @@ class AMDIMLoss(nn.Module):
 
     def forward(self, view1: Mapping[str, Tensor], view2: Mapping[str, Tensor]) -> NCEOutput:
         """The loss of two views' maps."""
-        parts: list[NCEOutput] = []
-        reports: dict[str, list[dict[str, Tensor]]] = {pair: [] for pair in self.pairs}
         views = (view1, view2)
         keys = self._keys(views)
+        parts: list[Part] = []
+        order: list[str] = []  # the pair of each line of the report; both ways come in the same one
+        group: Group = None
         for i in (0, 1):
             for target, sources in self._by_target().items():
                 against = keys[target, 1 - i]
+                group = against.group
                 rows = {source: self._antecedents(f"f{source}", views[i]) for source in sources}
                 for each in rows.values():
                     check_features(each, against.columns, against.offset)
                 for together in _together(rows):
                     parts.append(self._half([rows[source] for source in together], against))
-                    for source, report in zip(together, _apart(parts[-1].stats, len(together)), strict=True):
-                        reports[f"{source}>{target}"].append(report)
-        loss, nce, penalty = (torch.stack(each).sum() for each in zip(*(out[:3] for out in parts), strict=True))
-        ways = {pair: {name: (one[name] + two[name]) / 2 for name in one} for pair, (one, two) in reports.items()}
-        names = next(iter(ways.values()))
-        stats = {name: torch.stack([report[name] for report in ways.values()]).mean() for name in names}
-        stats |= {f"{pair}/{name}": x for pair, report in ways.items() for name, x in report.items()}
+                    order += [f"{source}>{target}" for source in together]
+        scale = _scale(self.settings["scale"], parts[0].q)
+        loss, nce, penalty, report = tile_losses(parts, scale=scale, group=group, backend=self.backend)
+        ways = report.view(2, len(order) // 2, len(REPORT)).mean(dim=0)
+        stats = dict(zip(REPORT, ways.mean(dim=0).unbind(0), strict=True))
+        named = dict(zip(order, ways.unbind(0), strict=False))
+        for pair in self.pairs:
+            stats |= {f"{pair}/{name}": x for name, x in zip(REPORT, named[pair].unbind(0), strict=True)}
         return NCEOutput(loss, nce, penalty, stats)
 
     def _by_target(self) -> dict[str, list[str]]:
@@ -252,24 +242,16 @@ class AMDIMLoss(nn.Module):
             at: Keys(x, everyone.rank * b, None) for at, x in zip(maps, gather(columns, everyone, seen), strict=True)
         }
 
-    def _half(self, rows: Sequence[Tensor], keys: Keys) -> NCEOutput:
+    def _half(self, rows: Sequence[Tensor], keys: Keys) -> Part:
         """Half of the losses of some sources against one target, added up.
 
         They are one problem, in which each image has a row of each source. The mean over all rows is the mean of their
         means, and so it counts as often as there are sources.
         """
-        count, settings = len(rows), cast(Any, self.settings)
-        return _nce(
-            rows[0] if count == 1 else torch.stack(tuple(rows), dim=1),
-            keys.columns,
-            keys.offset,
-            **settings,
-            reduction="mean",
-            weight=0.5 * count,
-            reports=count,
-            group=keys.group,
-            backend=self.backend,
-        )
+        count, weight = len(rows), 0.5 * len(rows)
+        penalty, clip = cast(float, self.settings["penalty"]), cast("float | None", self.settings["clip"])
+        together = rows[0] if count == 1 else torch.stack(tuple(rows), dim=1)
+        return _part(together, keys.columns, keys.offset, clip, Nce(weight * penalty, "mean", weight), count)
 
     def _antecedents(self, name: str, view: Mapping[str, Tensor]) -> Tensor:
         """(B, D) sampled rows, or (B, H·W, D) all of them."""
@@ -288,11 +270,6 @@ def _together(rows: Mapping[str, Tensor]) -> list[list[str]]:
     """
     single = [source for source, x in rows.items() if x.dim() == 2]
     return [*([single] if single else []), *([source] for source in rows if source not in single)]
-
-
-def _apart(stats: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """A problem's numbers, each source's own."""
-    return [{name: x if count == 1 else x[i] for name, x in stats.items()} for i in range(count)]
 
 
 def locations(name: str, view: Mapping[str, Tensor]) -> Tensor:

@@ -50,6 +50,11 @@ def exposed(s: Tensor) -> Tensor:
     return s * (1 + poison(s))[:, None]
 
 
+def log_count(n: int, like: Tensor) -> Tensor:
+    """log n, 0-d: a `math.log` of a batch's size would be a constant of a compiled graph, a new one for every batch."""
+    return torch.full((), n, dtype=torch.float64, device=like.device).log().to(like.dtype)
+
+
 def output(loss: Tensor, stats: dict[str, Tensor]) -> NCEOutput:
     """A loss of one part, without a penalty; the stats are detached here."""
     return NCEOutput(loss, loss, torch.zeros_like(loss), {name: x.detach() for name, x in stats.items()})

@@ -24,7 +24,7 @@ from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.processes import Group, peers
 from fused_nce.core.spec import Block, Identity, Spec
 from fused_nce.core.tails import Nce, fixed_sum
-from fused_nce.losses.common import dense_nce, fixed_lse, fixed_mean, output
+from fused_nce.losses.common import dense_nce, fixed_lse, fixed_mean, log_count, output
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, dense_scores, features, register
 
@@ -118,7 +118,7 @@ def _divergence(local: Tensor, global_: Tensor, estimator: str, group: Group, ba
         if everyone is not None:
             # One log for all: the processes' sums meet, and each owes the others a part of its gradient.
             total = fixed_lse(gather([total[None]], everyone, None)[0])
-        loss = total - math.log(world * n_product) - fixed_mean(found["pos"])
+        loss = total - log_count(world * n_product, total) - fixed_mean(found["pos"])
         bound = {"mi_bound": -loss}
     return output(loss, {"pos_mean": fixed_mean(found["pos"]), **bound})
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
-from fused_nce.losses.common import fixed_lse, fixed_mean, output, widened
+from fused_nce.losses.common import fixed_lse, fixed_mean, log_count, output, widened
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, features, register
 
@@ -53,7 +53,8 @@ def mine_dv(
 
 def _log_mean(product: Tensor) -> Tensor:
     """log mean e^product, 0-d."""
-    return fixed_lse(widened(product)) - math.log(product.numel())
+    total = fixed_lse(widened(product))
+    return total - log_count(product.numel(), total)
 
 
 class MINELoss(nn.Module):

@@ -124,6 +124,12 @@ def statistics(n, n_c, seed=0):
     return pos, torch.stack([lse, lse - 1.5, torch.rand(n, generator=g) * 100])
 
 
+def summarize(pos, rows, n_c, images, penalty=0.0, mean=True, elements=False, reports=1):
+    """`cuda_summary` of one problem, at weight 1."""
+    lists = [pos], [rows], [n_c], [images], [images * n_c], [1.0], [penalty]
+    return torch.ops.fused_nce.cuda_summary(*lists, mean, elements, [reports])
+
+
 @pytest.mark.parametrize("layout", ["block", "views", "separate"])
 def test_summary_without_squares(layout):
     """Of losses that have no penalty, whose positives are other than n_c columns."""
@@ -135,7 +141,7 @@ def test_summary_without_squares(layout):
     pos, rows = statistics(8, spec.n_pos)
     m = 24
     problem = Problem(torch.empty(8, 1), torch.empty(m, 1), 1.0, spec, 0)
-    found = cuda.summary(problem, Nce(), Statistics(pos, rows[:2]), 2)
+    found = cuda.summary([problem], [Nce()], [Statistics(pos, rows[:2])], [2])
     assert found is not None
     wanted = (
         *Nce().values(spec, pos.double(), rows[:2].double(), None, m),
@@ -156,9 +162,7 @@ def test_summary_is_the_tail(n, n_c, reduction, penalty, by_row):
     tail, spec, m = Nce(penalty, reduction), Spec(Block(n_c), TanhClip(20.0)), (n + 3) * n_c
     pos, rows = found[0].double(), found[1].double()
     exact = (*tail.values(spec, pos, rows, None, m), tail.reports(spec, pos, rows, None, m, reports))
-    out = torch.ops.fused_nce.cuda_summary(
-        *found, n_c, m // n_c, m, penalty, reduction != "sum", reduction == "none", reports
-    )
+    out = summarize(found[0], found[1], n_c, m // n_c, penalty, reduction != "sum", reduction == "none", reports)
     for x, y in zip(out, exact, strict=True):
         assert x.shape == y.shape
         torch.testing.assert_close(x.double(), y, rtol=2e-6, atol=2e-6)
@@ -167,11 +171,11 @@ def test_summary_is_the_tail(n, n_c, reduction, penalty, by_row):
 def test_summary_of_rows_without_negatives():
     pos, rows = statistics(3, 2)
     rows[:2] = -float("inf")
-    loss, nce, penalty, report = torch.ops.fused_nce.cuda_summary(pos, rows, 2, 1, 2, 0.0, True, False, 1)
+    loss, nce, penalty, report = summarize(pos, rows, 2, 1)
     assert (loss, nce, penalty) == (0, 0, 0)
     assert report[0, 2] == -float("inf")
     rows[2] = float("inf")
-    assert torch.ops.fused_nce.cuda_summary(pos, rows, 2, 1, 2, 0.0, True, False, 1)[0] == 0  # no penalty: not 0·inf
+    assert summarize(pos, rows, 2, 1)[0] == 0  # no penalty: not 0·inf
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,8 +10,8 @@ from fused_nce import _nvcc
 NVCC = _nvcc.find()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
 PTXAS = """ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN4cuda11loss_kernelILb0ELb1E13__nv_bfloat16EEvNS0_5StripE' for 'sm_90'
-ptxas info    : Function properties for _ZN4cuda11loss_kernelILb0ELb1E13__nv_bfloat16EEvNS0_5StripE
+ptxas info    : Compiling entry function '_ZN4cuda11loss_kernelILb0ELb1E13__nv_bfloat16Li8EEEvNS0_4TaskE' for 'sm_90'
+ptxas info    : Function properties for _ZN4cuda11loss_kernelILb0ELb1E13__nv_bfloat16Li8EEEvNS0_4TaskE
     32 bytes stack frame, 32 bytes spill stores, 36 bytes spill loads
 ptxas info    : Used 64 registers, used 1 barriers, 32 bytes cumulative stack size, 528 bytes smem
 ptxas info    : Compiling entry function '_ZN4cuda13finish_kernelILb1EEEvlNS0_5RulesE' for 'sm_90'
@@ -23,7 +23,7 @@ ptxas info    : Used 30 registers, used 1 barriers
 
 def test_spills_are_seen():
     spilled, clean = static_cuda.parse(PTXAS)
-    assert spilled == ("loss shift bfloat16", "sm_90", 64, 528, 32, 68)
+    assert spilled == ("loss shift bfloat16 together", "sm_90", 64, 528, 32, 68)
     assert clean == ("finish shift", "sm_90", 30, 0, 0, 0)
     assert (spilled.clean, clean.clean) == (False, True)
     with pytest.raises(ValueError, match="need a name, a stack frame"):
@@ -41,6 +41,7 @@ def test_no_kernel_spills(architecture):
     transforms = ("clip", "clip shift", "shift")
     types = static_cuda.TYPES.values()
     assert {f"{kind} {e}" for t in transforms for kind in (f"loss {t}", f"weigh {t}") for e in types} < names
+    assert {f"loss {t} {e} together" for t in transforms for e in types} < names
     assert {f"weigh {t} more {e}" for t in transforms for e in types} | {f"multiply {e}" for e in types} < names
     assert {f"{kind} {t}" for kind in ("fold", "fold_columns") for t in transforms} < names
     assert {f"fold {t} more" for t in transforms} | {"fold_further", "fold_further clip", "finish_further"} < names

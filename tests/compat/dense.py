@@ -74,6 +74,19 @@ def sup_con(features, classes, temperature, base_temperature, mode):
     return temperature / base_temperature * total / len(anchors)
 
 
+def sup_con_mask(features, mask, temperature, base_temperature, mode):
+    """Of weighted positives: each anchor's mean of log-probabilities among all rows but itself, by its mask's row."""
+    images, views = features.shape[:2]
+    z = features.flatten(2).transpose(0, 1).flatten(0, 1)
+    anchors = len(z) if mode == "all" else images
+    others = ~torch.eye(len(z), dtype=torch.bool)[:anchors]
+    weights = mask.to(z.dtype).repeat(anchors // images, views) * others
+    log_p = (z[:anchors] @ z.T / temperature).masked_fill(~others, -math.inf).log_softmax(1).masked_fill(~others, 0)
+    total = weights.sum(1)
+    loss = -(weights * log_p.nan_to_num()).sum(1) / torch.where(total < 1e-6, 1, total)
+    return temperature / base_temperature * loss.mean()
+
+
 def dcl(out0, out1, temperature, weight_fn):
     """Mean over both views of log Σ over the other images' rows, less the weighted positive."""
     z = [nn.functional.normalize(x, dim=1) for x in (out0, out1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -185,6 +186,33 @@ def test_supcontrast(seed, dtype):
         dtype,
         seed,
     )
+
+
+@both
+def test_supcontrast_with_a_mask(seed, dtype):
+    """One-sided and weighted, with rows of zeros."""
+    g, pick = drawn(seed)
+    images, views, mode = pick.randint(2, 6), pick.randint(1, 3), pick.choice(("all", "one"))
+    mask = torch.rand(images, images, generator=g) * (torch.rand(images, images, generator=g) < 0.5)
+    if pick.random() < 0.3:
+        mask = mask > 0
+    loss = supcontrast.SupConLoss(0.2, mode, 0.1)
+    agree(
+        lambda x: loss(x, mask=mask),
+        lambda x: dense.sup_con_mask(x, mask, 0.2, 0.1, mode),
+        [unit(images, views, 12, generator=g)],
+        dtype,
+        seed,
+    )
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_supcontrast_with_a_mask_of_a_lone_image(views):
+    """0: no other row, or one, which is the positive. Off by no more than 2^-24·(4 + √D)·|s|, times the weight of s."""
+    x = unit(1, views, 12, generator=torch.Generator().manual_seed(0)).float().requires_grad_()
+    loss = supcontrast.SupConLoss(0.2, "all", 0.1)(x, mask=torch.full((1, 1), 0.3))
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert max(abs(loss), gradient.abs().max()) <= 2**-24 * (4 + 12**0.5) * 5 * 2
 
 
 def test_copies_and_state_dicts():

@@ -1,8 +1,9 @@
-"""The adapters against the packages themselves, where they are installed: 50 random configurations each."""
+"""The adapters against the packages themselves: 50 random configurations each. `make test-compat` installs and runs."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import random
 import sys
@@ -15,6 +16,8 @@ from torch import nn
 
 from fused_nce import patch
 from fused_nce.compat import bolts, lightly, open_clip, pml, solo
+from tests.compat import gathering
+from tests.distributed import launch
 
 pytestmark = pytest.mark.nightly
 WITHIN = 5e-5  # as in test_formulas; both sides are float32 here
@@ -269,6 +272,42 @@ def test_pml_margins(theirs_pml, seed):
             x, ids = 0.4 * torch.randn(n, width), torch.randint(0, 3, (n,))
             steps = [functools.partial(memory, labels=ids) for memory in memories]
             agree(steps[0], steps[1], [x])
+
+
+def _package(name):
+    """The module that a case of `gathering` is called on."""
+    if name == "open_clip":
+        return file_of("open_clip", "loss.py", name="open_clip.loss")
+    if name != "pml":
+        return importlib.import_module({"lightly": "lightly.loss"}.get(name, name))
+    parts = ("losses", "utils.distributed")
+    found = [vars(importlib.import_module(f"pytorch_metric_learning.{part}")) for part in parts]
+    return types.SimpleNamespace(**found[0] | found[1])
+
+
+def _processes(rank: int, names: list[str]) -> dict[str, float]:
+    """How far ours is from the package's; Inf-CL computes in float32, lightly's bank holds it."""
+    found = {}
+    for name in names:
+        case = gathering.CASES[name]
+        ours = importlib.import_module(f"fused_nce.compat.{case.package}")
+        dtype = torch.float32 if case.package in ("inf_cl", "lightly") else torch.float64
+        found[name] = gathering.compared(case, ours, _package(case.package), dtype)
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("package", sorted({case.package for case in gathering.CASES.values()}))
+def test_among_processes(package, size, tmp_path):
+    """Gathering, in real processes: values, gradients of the rows, and DDP's mean of those of scale and bias."""
+    name = {"pml": "pytorch_metric_learning"}.get(package, package)
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    if name == "inf_cl":
+        pytest.importorskip("triton", reason="inf_cl needs triton")
+    names = [name for name, case in gathering.CASES.items() if case.package == package]
+    for found in launch.run(tmp_path, size, _processes, names):
+        assert {name: error for name, error in found.items() if not error <= WITHIN} == {}
 
 
 def test_patch(theirs_lightly, theirs_open_clip, theirs_pml):

@@ -336,12 +336,3 @@ def test_refused(error, message, call):
 
 def XBM(size):
     return pml.CrossBatchMemory(pml.NTXentLoss(), 3, size)
-
-
-def test_the_wrapper_of_several_processes_hands_on_and_refuses(monkeypatch):
-    x, labels = torch.randn(6, 3), torch.tensor([0, 0, 1, 1, 2, 2])
-    wrapped = pml.DistributedLossWrapper(pml.SupConLoss(), efficient=True)
-    assert torch.equal(wrapped(x, labels), pml.SupConLoss()(x, labels))
-    monkeypatch.setattr("fused_nce.compat.processes.world_size", lambda: 2)
-    with pytest.raises(NotImplementedError, match=r"^embeddings: got 2 processes"):
-        wrapped(x, labels)

@@ -273,13 +273,13 @@ def test_specs_are_hashable_and_equal():
 def test_sources_of_one_row_share_a_problem_and_keep_their_own_numbers(backend, antecedents, monkeypatch):
     """1→5 and 5→5 of one direction are one call; the value, the gradients and each pair's report are those of two."""
     calls: list[int] = []
-    plain = amdim.tile_loss
+    plain = amdim.tile_losses
 
-    def counted(q, k, *arguments, **options):
-        calls.append(len(q))
-        return plain(q, k, *arguments, **options)
+    def counted(parts, **options):
+        calls.extend(len(part.q) for part in parts)
+        return plain(parts, **options)
 
-    monkeypatch.setattr(amdim, "tile_loss", counted)
+    monkeypatch.setattr(amdim, "tile_losses", counted)
     views = [maps(seed=seed, dtype=torch.float32) for seed in (1, 2)]
     leaves = [x for view in views for x in view.values()]
     pairs = ("1>5", "1>7", "5>5")

@@ -49,6 +49,23 @@ def posed(name, seed=0, dtype=torch.float64):
     )
 
 
+BATCH_AT = {"cpc_nce": 1}  # the dimension of the batch, where it is not the first
+
+
+def grown(name, copies, dtype=torch.float32):
+    """`posed` with a batch that many times the example's: those of several seeds, one after the other."""
+    entry, inputs, leaves = posed(name, 0, dtype)
+    parts = [posed(name, seed, dtype)[1] for seed in range(copies)]
+    for number, part in enumerate(parts):
+        if "keys" in part and "targets" in part:  # among its own
+            part["targets"] = part["targets"] + number * len(inputs["keys"])
+    for key, x in inputs.items():
+        if isinstance(x, Tensor) and x.dim():
+            at = min(BATCH_AT.get(entry.name, 0), x.dim() - 1)
+            inputs[key] = torch.cat([part[key] for part in parts], at).detach().requires_grad_(key in leaves)
+    return entry, inputs, leaves
+
+
 def on(entry, backend):
     """The backend as a keyword, for a loss that has one."""
     return {} if entry.closed else {"backend": backend}

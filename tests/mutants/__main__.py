@@ -41,6 +41,7 @@ TESTS = [
     "tests/core/test_dispatch.py",
     "tests/core/test_ops.py",
     "tests/backends/test_cuda_layouts.py",
+    "tests/backends/test_cuda_together.py",
     "tests/backends/test_cuda_on_host.py",
 ]
 SELECT = "not fresh and not opcheck and not compile"
@@ -89,7 +90,7 @@ def suite(fault: Fault | None, *, kernels: bool = False, tests: Sequence[str] = 
             where = command(["-c", "import fused_nce; print(fused_nce.__file__)"], folder)
             if not where.returncode and Path(where.stdout.strip()).parent != folder / "fused_nce":
                 raise RuntimeError(f"the copy in {folder} is not what is imported: {where.stdout.strip()}")
-            select = f"{SELECT} and (cpu or cuda_on_host) and not contract_holds" if kernels else SELECT
+            select = f"{SELECT} and (cpu or test_cuda) and not contract_holds" if kernels else SELECT
             done = command(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", select, *tests], folder)
         except subprocess.TimeoutExpired:
             return False, f"hangs for {TIMEOUT_S} s"

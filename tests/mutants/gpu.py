@@ -32,6 +32,8 @@ GPU = (
         "i = turn * s.reports + report",
         "i = turn + report * (s.rows / s.reports)",
     ),
+    Fault("gpu: of problems added up, the last alone", "csrc/cuda/summary.h", "nce += s.weight", "nce = s.weight"),
+    Fault("gpu: problems share the places of their statistics", "csrc/cuda/ops.cpp", "    first_row += n;\n", ""),
     Fault("gpu: an index taken for arithmetic", ROWS, "rules.row_ids ? rules.row_ids[out.index] :", ""),
     Fault("gpu: strips of a column summed without their shifts", COLUMNS, "all.sum *= old;", ""),
     Fault("gpu: a column's positives are its negatives", COLUMNS, "inside && !column.own(row)", "inside"),

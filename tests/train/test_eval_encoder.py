@@ -11,6 +11,7 @@ import torch
 from fused_nce import cli
 from fused_nce.train import dependence, evaluate_audio, fine_tune, protocols, reconstruction
 from fused_nce.train.fine_tune import Subject
+from tests.train.test_eval_protocols import make_plan
 from tests.train.test_eval_run import make_run
 
 
@@ -40,7 +41,7 @@ def subject(count=60, tests=30):
     images, labels = colours(count)
     made = Subject(Channels().eval(), "h", lambda x: x.float() / 255, images, colours(tests, seed=1)[0])
     with torch.no_grad():
-        return made, made.model.encode(made.transform(images))["h"], labels
+        return made, made.model.encode(made.transform(images))["h"], labels  # type: ignore[operator]
 
 
 # --- fine-tuning --------------------------------------------------------------------------------------------------
@@ -214,11 +215,11 @@ def test_by_name_they_are_in_every_table(tmp_path, monkeypatch, capsys):
 def test_recordings_have_no_images_to_reconstruct():
     with pytest.raises(ValueError, match=r"^protocols: mine needs images; recordings have linear, knn"):
         evaluate_audio.evaluate(
-            None, None, taps=[], protocols=["mine"], labels_per_class=[], draws=2, tasks=2, baselines=False, seed=0
+            Channels(), None, taps=[], protocols=["mine"], labels_per_class=[], draws=2, tasks=2, baselines=False, seed=0
         )
 
 
 def test_a_protocol_without_its_encoder_says_so():
     features = protocols.FeatureSet(torch.randn(4, 2), torch.randn(4, 2))
     with pytest.raises(ValueError, match=r"^features: without an encoder"):
-        protocols.PROTOCOLS["mine"].run(features, None)
+        protocols.PROTOCOLS["mine"].run(features, make_plan())

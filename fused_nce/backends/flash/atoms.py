@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_nce.backends.flash.memory import load_term, pitch_of
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -188,40 +190,20 @@ def merge_exponentials(total, top, part, peak, FORM: tl.constexpr):
 
 
 @triton.jit
-def load_terms(found, d, index, count, WANTED: tl.constexpr):
-    """What the weights of a side's statistics are made of, a tuple of (len(index),): finished values and dL/d them.
-
-    A set without members has nothing to weigh, whatever its −inf. Logarithms come times log2(e).
-    """
-    inside = index < count
-    length = count.to(tl.int64)
-    found, d = found + index, d + index
-    none = tl.zeros(index.shape, tl.float32)
-    neg_lse, d_neg_lse, pos_lse, d_pos_lse = none, none, none, none
-    d_square, d_softplus, d_sum, d_gap, share = none, none, none, none, none
-    if WANTED.neg_lse >= 0:
-        neg_lse, d_neg_lse = _load_log_sum(found, d, WANTED.neg_lse * length, inside)
-    if WANTED.pos_lse >= 0:
-        pos_lse, d_pos_lse = _load_log_sum(found, d, WANTED.pos_lse * length, inside)
-    if WANTED.square >= 0:
-        d_square = 2.0 * tl.load(d + WANTED.square * length, mask=inside, other=0.0)
-    if WANTED.neg_softplus >= 0:
-        d_softplus = tl.load(d + WANTED.neg_softplus * length, mask=inside, other=0.0)
-    if WANTED.pos_sum >= 0:
-        d_sum = tl.load(d + WANTED.pos_sum * length, mask=inside, other=0.0)
-    if WANTED.pos_gap >= 0:
-        d_gap = tl.load(d + WANTED.pos_gap * length, mask=inside, other=0.0)
-        share = 1.0 / tl.maximum(tl.load(found + WANTED.pos_count * length, mask=inside, other=1.0), 1.0)
-    return neg_lse, d_neg_lse, d_softplus, d_square, pos_lse, d_pos_lse, d_sum, d_gap, share
-
-
-@triton.jit
-def _load_log_sum(found, d, line, inside):
-    """(log2(e)·lse, dL/d lse)."""
-    lse = tl.load(found + line, mask=inside, other=0.0)
-    slope = tl.load(d + line, mask=inside, other=0.0)
-    empty = lse == float("-inf")
-    return tl.where(empty, 0.0, lse * LOG2E), tl.where(empty, 0.0, slope)
+def load_terms(terms, index, count, TERMS: tl.constexpr):
+    """What a side's weights are made of, a tuple of (len(index),), from the lines that `gather.terms_kernel` wrote."""
+    at, pitch = terms + index, pitch_of(count)
+    return (
+        load_term(at, pitch, TERMS.neg_lse),
+        load_term(at, pitch, TERMS.d_neg_lse),
+        load_term(at, pitch, TERMS.d_softplus),
+        load_term(at, pitch, TERMS.d_square),
+        load_term(at, pitch, TERMS.pos_lse),
+        load_term(at, pitch, TERMS.d_pos_lse),
+        load_term(at, pitch, TERMS.d_sum),
+        load_term(at, pitch, TERMS.d_gap),
+        load_term(at, pitch, TERMS.share),
+    )
 
 
 @triton.jit

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from fused_nce.backends.flash.form import ABSENT, Parts
+
 
 class Tile(NamedTuple):
     """The shape of one program."""
@@ -19,6 +21,15 @@ class Tile(NamedTuple):
     slice: int  # width of the sums that it keeps
     warps: int
     stages: int
+    registers: int | None = (
+        None  # a thread's limit; without one ptxas may spill to have two programs on a multiprocessor
+    )
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton compiles it with."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
 # By float32's FMA or by TF32's matrix instructions, whatever `torch.backends` allows: small enough for both.
@@ -33,6 +44,7 @@ _FLOAT32 = (
 _INTERPRETED = (Tile(16, 64, 64, 64, 4, 1), *4 * (Tile(32, 64, 32, 64, 4, 1),))
 INTERPRETED = 0
 
+ALL = 255  # registers of a thread: one program of eight warps has the multiprocessor to itself
 WIDTHS = (64, 128, 256, 512)  # the bounds of the table's columns; the last entry is for anything wider
 # 128 rows where they fit: half the traffic of 64. At D >= 256 the sums, X·SLICE float32, take most of the registers.
 TABLE: dict[tuple[int, torch.dtype], tuple[Tile, ...]] = {
@@ -65,12 +77,12 @@ TABLE: dict[tuple[int, torch.dtype], tuple[Tile, ...]] = {
         Tile(64, 32, 64, 512, 8, 3),
         Tile(64, 32, 64, 512, 8, 3),
     ),
-    (90, torch.float32): _FLOAT32,
+    (90, torch.float32): (Tile(32, 32, 32, 64, 8, 2), *_FLOAT32[1:]),
     (100, torch.bfloat16): (
         Tile(128, 64, 64, 64, 8, 3),
-        Tile(128, 64, 128, 128, 8, 3),
+        Tile(128, 64, 128, 128, 8, 3, ALL),
         Tile(128, 32, 256, 256, 8, 2),
-        Tile(64, 32, 512, 512, 8, 2),
+        Tile(64, 32, 512, 512, 8, 2, ALL),
         Tile(64, 32, 64, 512, 8, 3),
     ),
     (100, torch.float16): (
@@ -80,7 +92,7 @@ TABLE: dict[tuple[int, torch.dtype], tuple[Tile, ...]] = {
         Tile(64, 32, 64, 512, 8, 2),
         Tile(64, 32, 64, 512, 8, 2),
     ),
-    (100, torch.float32): (Tile(32, 32, 32, 64, 8, 2), *_FLOAT32[1:]),
+    (100, torch.float32): (Tile(32, 32, 32, 64, 8, 2, ALL), *(tile._replace(registers=ALL) for tile in _FLOAT32[1:])),
     (INTERPRETED, torch.float16): _INTERPRETED,
     (INTERPRETED, torch.float32): _INTERPRETED,
 }
@@ -99,6 +111,17 @@ def tile(architecture: int, dtype: torch.dtype, d: int) -> Tile:
     found = TABLE[architecture, dtype][column]
     width = power_of_two(d)
     return found._replace(chunk=min(found.chunk, width), slice=min(found.slice, width))
+
+
+def fold_tile(tile: Tile, parts: Parts) -> Tile:
+    """The tile of a pass for statistics: with sums over positives too, half the walked rows, or registers run out."""
+    return tile if parts.pos_sum == ABSENT else tile._replace(y=max(16, tile.y // 2))
+
+
+def weights_tile(tile: Tile, both: bool) -> Tile:
+    """The tile of a pass for a gradient: half the scores where each is weighed in both roles and registers are few."""
+    crowded = tile.slice == 512 or tile.x < 64  # the widest sums; float32, whose tiles no tensor core holds
+    return tile._replace(y=max(16, tile.y // 2)) if both and crowded else tile
 
 
 class Gather(NamedTuple):

@@ -39,6 +39,12 @@ class Wanted:
         return cls(**{name: place for place, name in enumerate(names)})
 
 
+def _places(used: dict[str, bool]) -> dict[str, int]:
+    """A line for each that is used, in order, and how many there are."""
+    present = [name for name in used if used[name]]
+    return {name: present.index(name) if used[name] else ABSENT for name in used} | {"lines": len(present)}
+
+
 @dataclass(frozen=True)
 class Parts:
     """Where each running value of a split lies among its (count, n), `ABSENT` if no statistic is made of it."""
@@ -66,9 +72,40 @@ class Parts:
             "total": wanted.pos_sum,
             "count": wanted.pos_count,
         }
-        present = [name for name, place in used.items() if place != ABSENT]
-        places = {name: present.index(name) if name in present else ABSENT for name in used}
-        return cls(**places, lines=len(present))
+        return cls(**_places({name: place != ABSENT for name, place in used.items()}))
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Where each number that a side's weights are made of lies among its (count, n), each line aligned and padded."""
+
+    neg_lse: int  # times log2(e), as `pos_lse`
+    d_neg_lse: int
+    d_softplus: int
+    d_square: int  # times 2
+    pos_lse: int
+    d_pos_lse: int
+    d_sum: int
+    d_gap: int
+    share: int  # 1 / positives
+    d_target: int  # of a row's one target
+    lines: int
+
+    @classmethod
+    def of(cls, wanted: Wanted, target: bool) -> Terms:
+        """Those of the statistics that have a weight."""
+        used = {
+            "neg_lse": wanted.neg_lse,
+            "d_neg_lse": wanted.neg_lse,
+            "d_softplus": wanted.neg_softplus,
+            "d_square": wanted.square,
+            "pos_lse": wanted.pos_lse,
+            "d_pos_lse": wanted.pos_lse,
+            "d_sum": wanted.pos_sum,
+            "d_gap": wanted.pos_gap,
+            "share": wanted.pos_gap,
+        }
+        return cls(**_places({name: place != ABSENT for name, place in used.items()} | {"d_target": target}))
 
 
 @dataclass(frozen=True)
@@ -90,6 +127,16 @@ class Form:
     def two_way(self) -> bool:
         """Columns have statistics too."""
         return self.columns != Wanted()
+
+    @property
+    def row_terms(self) -> Terms:
+        """What the weights read of rows."""
+        return Terms.of(self.rows, self.ids == "target")
+
+    @property
+    def column_terms(self) -> Terms:
+        """What they read of columns."""
+        return Terms.of(self.columns, False)
 
     @property
     def partners(self) -> int:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fused_nce.backends.flash.atoms import (
+    LOG2E,
     exp,
     log_sum,
     marks_of_rows,
@@ -18,7 +19,15 @@ from fused_nce.backends.flash.atoms import (
     slope_of,
     transform,
 )
-from fused_nce.backends.flash.memory import SIZES, load_line, load_scale, load_tile, offsets, store_line
+from fused_nce.backends.flash.memory import (
+    SIZES,
+    load_line,
+    load_scale,
+    load_tile,
+    offsets,
+    pitch_of,
+    store_line,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -66,6 +75,50 @@ def merge_kernel(
     store_line(out, count, length, inside, WANTED.pos_count)
     gap = tl.where(count > 0.0, pos_lse - total / tl.maximum(count, 1.0), 0.0)
     store_line(out, gap, length, inside, WANTED.pos_gap)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def terms_kernel(
+    found,  # (S, n) finished statistics of rows or columns
+    d,  # (S, n) dL/d them
+    d_pos,  # (N, 1), read where a row has a target
+    terms,  # (TERMS.lines, n and padding) out
+    n,
+    WANTED: tl.constexpr,
+    TERMS: tl.constexpr,
+    X: tl.constexpr,
+):
+    """What the weights are made of, once a row and not once a tile; the padding's is 0.
+
+    A set without members has nothing to weigh, whatever its −inf.
+    """
+    rows = tl.program_id(0) * X + tl.arange(0, X)
+    inside, every = rows < n, rows >= 0
+    length, pitch = n.to(tl.int64), pitch_of(n)
+    found, d, out = found + rows, d + rows, terms + rows
+    lse, slope = log_sum_terms(found, d, length, inside, WANTED.neg_lse)
+    store_line(out, lse, pitch, every, TERMS.neg_lse)
+    store_line(out, slope, pitch, every, TERMS.d_neg_lse)
+    lse, slope = log_sum_terms(found, d, length, inside, WANTED.pos_lse)
+    store_line(out, lse, pitch, every, TERMS.pos_lse)
+    store_line(out, slope, pitch, every, TERMS.d_pos_lse)
+    store_line(out, load_line(d, length, inside, WANTED.neg_softplus, 0.0), pitch, every, TERMS.d_softplus)
+    store_line(out, 2.0 * load_line(d, length, inside, WANTED.square, 0.0), pitch, every, TERMS.d_square)
+    store_line(out, load_line(d, length, inside, WANTED.pos_sum, 0.0), pitch, every, TERMS.d_sum)
+    store_line(out, load_line(d, length, inside, WANTED.pos_gap, 0.0), pitch, every, TERMS.d_gap)
+    count = load_line(found, length, inside, WANTED.pos_count, 1.0)
+    store_line(out, 1.0 / tl.maximum(count, 1.0), pitch, every, TERMS.share)
+    if TERMS.d_target >= 0:
+        store_line(out, tl.load(d_pos + rows, mask=inside, other=0.0), pitch, every, TERMS.d_target)
+
+
+@triton.jit
+def log_sum_terms(found, d, length, inside, LINE: tl.constexpr):
+    """(log2(e)·lse, dL/d lse)."""
+    lse = load_line(found, length, inside, LINE, 0.0)
+    slope = load_line(d, length, inside, LINE, 0.0)
+    empty = lse == float("-inf")
+    return tl.where(empty, 0.0, lse * LOG2E), tl.where(empty, 0.0, slope)
 
 
 @triton.jit

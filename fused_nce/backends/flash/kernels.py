@@ -27,7 +27,7 @@ from fused_nce.backends.flash.atoms import (
     transform,
     weights_of,
 )
-from fused_nce.backends.flash.memory import SIZES, load_scale, load_tile, offsets, store_line
+from fused_nce.backends.flash.memory import SIZES, load_scale, load_term, load_tile, offsets, pitch_of, store_line
 
 
 @triton.jit
@@ -210,11 +210,8 @@ def weights_kernel(
     bias,  # 0-d, read by its transform
     row_ids,  # (N,) int64, read by layouts that have them
     column_ids,  # (M,) int64, likewise
-    found_rows,  # (S, N) finished
-    d_rows,  # (S, N)
-    found_columns,  # (S', M) finished
-    d_columns,  # (S', M)
-    d_pos,  # (N, 1), read where a row has a target
+    row_lines,  # what `gather.terms_kernel` made of the rows' finished statistics and dL/d them
+    column_lines,  # of the columns', where they have any
     sums,  # (splits, n_x, D) out: Σ w·y, without the positives that `gather.py` adds
     tallies,  # (splits, n_x) out: Σ dL/dt, where there is a bias
     n_x,
@@ -235,17 +232,17 @@ def weights_kernel(
     SLICE: tl.constexpr,
 ):
     """One block of x against one split of y, one SLICE of D: w = dL/ds from finished statistics."""
-    ROWS: tl.constexpr = FORM.rows  # an attribute by itself is no argument in Triton 3.6
-    COLUMNS: tl.constexpr = FORM.columns
+    ROWS: tl.constexpr = FORM.row_terms  # an attribute by itself is no argument in Triton 3.6
+    COLUMNS: tl.constexpr = FORM.column_terms
     block, split, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     factor = load_scale(scale, FORM.tensor_scale)
     xs = block * X + tl.arange(0, X)
     if AS_ROW:
         row_marks = marks_of_rows(xs, row_ids, first, itself, n_x, n_y, FORM)
-        row_terms = load_terms(found_rows, d_rows, xs, n_x, ROWS)
+        row_terms = load_terms(row_lines, xs, n_x, ROWS)
     if AS_COLUMN:
         column_marks = marks_of_columns(xs, column_ids, n_x, FORM)
-        column_terms = load_terms(found_columns, d_columns, xs, n_x, COLUMNS)
+        column_terms = load_terms(column_lines, xs, n_x, COLUMNS)
     kept = load_tile(x, xs, n_x, stride_x, 0, D, CHUNK, FORM.mixed)
     acc = tl.zeros((X, SLICE), tl.float32)
     tally = tl.zeros((X,), tl.float32)
@@ -257,16 +254,17 @@ def weights_kernel(
         t, slope = transform(s, clip, inverse_clip, bias, FORM)
         if AS_ROW:
             y_marks = marks_of_columns(ys, column_ids, n_y, FORM)
-            y_terms = load_terms(found_columns, d_columns, ys, n_y, COLUMNS)
+            y_terms = load_terms(column_lines, ys, n_y, COLUMNS)
             of = sets(row_marks, y_marks, ys < n_y, FORM)
             w = role_weights(s, t, slope, of, row_terms, y_terms, 1, FORM)
         if AS_COLUMN:
             y_marks = marks_of_rows(ys, row_ids, first, itself, n_y, n_x, FORM)
-            y_terms = load_terms(found_rows, d_rows, ys, n_y, ROWS)
+            y_terms = load_terms(row_lines, ys, n_y, ROWS)
             of = sets(column_marks, y_marks, ys < n_y, FORM)
             back = role_weights(s, t, slope, of, y_terms, column_terms, 0, FORM)
             if FORM.ids == "target":  # any number of rows may have a column as theirs: no gathering in a fixed order
-                back += tl.where(of[0], tl.load(d_pos + ys, mask=ys < n_y, other=0.0)[None, :] * slope, 0.0)
+                d_target = load_term(row_lines + ys, pitch_of(n_y), ROWS.d_target)
+                back += tl.where(of[0], d_target[None, :] * slope, 0.0)
             w = w + back if AS_ROW else back
         if FORM.transform == "bias":  # without a penalty dL/dt is dL/ds; the penalty is none of the bias's
             tally += tl.sum(w, 1)

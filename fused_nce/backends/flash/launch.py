@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from fused_nce.backends.flash import configs, gather, kernels, plan
-from fused_nce.backends.flash.form import Form, Parts
+from fused_nce.backends.flash.form import Form, Parts, Terms, Wanted
 from fused_nce.core import workspace
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import Bias, Block
@@ -57,16 +57,11 @@ class Sweep:
         # Block counts the offset in images: of rows and columns alike where a row is a column.
         block = isinstance(self.spec.layout, Block)
         self.first, self.itself = problem.offset, problem.offset * (self.form.n_c if block else 1)
-        self.compiled = {
-            "D": self.d,
-            "PRECISION": self._precision(),
-            "X": self.tile.x,
-            "Y": self.tile.y,
-            "CHUNK": self.tile.chunk,
-            "SLICE": self.tile.slice,
-            "num_warps": self.tile.warps,
-            "num_stages": self.tile.stages,
-        }
+
+    def compiled(self, tile: configs.Tile) -> dict[str, Any]:
+        """What a tile's kernel is compiled for, beside the form."""
+        sizes = {"X": tile.x, "Y": tile.y, "CHUNK": tile.chunk, "SLICE": tile.slice}
+        return {"D": self.d, "PRECISION": self._precision(), **sizes, **tile.options}
 
     def _precision(self) -> str:
         """Of products of float32: TF32 where torch allows it, and where it holds both 16-bit types exactly."""
@@ -112,7 +107,8 @@ class Sweep:
         kernels.fold_kernel[(triton.cdiv(n_x, self.tile.x), split.parts, slices)](
             side.x, side.y, *self.scores, self.row_ids, self.column_ids, partial, sums, tallies, n_x, n_y,
             self.first, self.itself, split.walk, side.x.stride(0), side.y.stride(0),
-            FORM=self.form, PARTS=parts, BY_COLUMN=side.as_column, GRADIENT=gradient, **self.compiled,
+            FORM=self.form, PARTS=parts, BY_COLUMN=side.as_column, GRADIENT=gradient,
+            **self.compiled(configs.fold_tile(self.tile, parts)),
         )  # fmt: skip
         gather.merge_kernel[(triton.cdiv(n_x, 128),)](
             partial, out, n_x, split.parts, FORM=self.form, WANTED=wanted, PARTS=parts, X=128
@@ -127,18 +123,32 @@ class Sweep:
 
     # ---- gradients ----------------------------------------------------------------------------------------------
 
-    def weights(self, side: Side, form: Form, found: Statistics, d: Coefficients) -> Sums:
+    def terms(self, found: Statistics, d: Coefficients, form: Form) -> tuple[Tensor, Tensor]:
+        """What the weights read of rows and of columns."""
+
+        def of(n: int, x: Tensor, d_x: Tensor, wanted: Wanted, terms: Terms) -> Tensor:
+            blocks = triton.cdiv(n, plan.STEP)
+            out = self.new(terms.lines, blocks * plan.STEP)
+            gather.terms_kernel[(blocks,)](x, d_x, d.d_pos, out, n, WANTED=wanted, TERMS=terms, X=plan.STEP)
+            return out
+
+        rows = of(self.p.n, found.rows, d.d_rows, form.rows, form.row_terms)
+        if found.columns is None or d.d_columns is None:
+            return rows, self.empty
+        return rows, of(self.p.m, found.columns, d.d_columns, form.columns, form.column_terms)
+
+    def weights(self, side: Side, form: Form, terms: tuple[Tensor, Tensor]) -> Sums:
         """Σ w·y over what is no gathered positive, from finished statistics."""
         n_x, n_y = side.x.shape[0], side.y.shape[0]
         slices = triton.cdiv(self.d, self.tile.slice)
         split = plan.split(n_x, n_y, slices, self.d, self.limit)
         sums = self.new(split.parts, n_x, self.d)
         tallies = self.new(split.parts, n_x) if self.biased else self.empty
-        columns = (found.columns, d.d_columns) if form.two_way else (self.empty, self.empty)
         kernels.weights_kernel[(triton.cdiv(n_x, self.tile.x), split.parts, slices)](
-            side.x, side.y, *self.scores, self.row_ids, self.column_ids, found.rows, d.d_rows, *columns, d.d_pos,
-            sums, tallies, n_x, n_y, self.first, self.itself, split.walk, side.x.stride(0), side.y.stride(0),
-            FORM=form, AS_ROW=side.as_row, AS_COLUMN=side.as_column, **self.compiled,
+            side.x, side.y, *self.scores, self.row_ids, self.column_ids, *terms, sums,
+            tallies, n_x, n_y, self.first, self.itself, split.walk, side.x.stride(0), side.y.stride(0),
+            FORM=form, AS_ROW=side.as_row, AS_COLUMN=side.as_column,
+            **self.compiled(configs.weights_tile(self.tile, side.as_row and side.as_column)),
         )  # fmt: skip
         return Sums(sums, tallies, None)
 
@@ -174,15 +184,17 @@ class Sweep:
         d = Coefficients(*(None if x is None else x.contiguous() for x in d))  # type: ignore[arg-type]
         dq = dk = dscale = self.empty
         dbias: Tensor | None = None
-        by_row = needs.q or (needs.scale and not needs.k)
+        by_row, by_column = needs.q or (needs.scale and not needs.k), needs.k and not self.p.shared
+        swept = by_column or (by_row and self.row_sums is None)
+        terms = self.terms(found, d, form) if swept else (self.empty, self.empty)
         if by_row:
             side = self.rows_side._replace(as_column=self.p.shared)
-            sums = self.row_sums or self.weights(side, form, found, d)
+            sums = self.row_sums or self.weights(side, form, terms)
             dq, dscale, dbias = self.finish(side, sums, found, d, needs.scale)
             self.row_sums = None
             del sums  # their memory serves the next pass
-        if needs.k and not self.p.shared:
-            sums = self.weights(self.columns_side, form, found, d)
+        if by_column:
+            sums = self.weights(self.columns_side, form, terms)
             dk, on_scale, on_bias = self.finish(self.columns_side, sums, found, d, needs.scale and not by_row)
             if not by_row:
                 dscale, dbias = on_scale, on_bias

@@ -5,9 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_nce.backends.flash.plan import STEP
+
 # Never specialised: another batch does not recompile. The form, D and the tile are compiled in: a division by a number
 # known then is a multiplication, and each tile makes one for every row and column.
 SIZES = ["n", "m", "n_x", "n_y", "first", "itself", "walk", "splits"]
+
+
+PITCH = tl.constexpr(STEP)
 
 
 @triton.jit
@@ -50,3 +55,18 @@ def store_line(lines, value, length, mask, LINE: tl.constexpr):
     """`value` to line LINE of (lines, length); one that is not there is left out."""
     if LINE >= 0:
         tl.store(lines + LINE * length, value, mask=mask)
+
+
+@triton.jit
+def pitch_of(count):
+    """From one line of terms to the next: whole tiles of every size in the table, so that no load needs a mask."""
+    return (count.to(tl.int64) + (PITCH - 1)) // PITCH * PITCH
+
+
+@triton.jit
+def load_term(at, pitch, LINE: tl.constexpr):
+    """The line's terms; 0 for one that is not there."""
+    if LINE >= 0:
+        return tl.load(at + LINE * pitch)
+    else:
+        return tl.zeros(at.shape, tl.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fused_nce.backends.flash.form import Parts, Wanted
+from fused_nce.backends.flash.form import Parts, Terms, Wanted
 from fused_nce.core.spec import Spec
 
 PROGRAMS = 264  # enough for two on each of an H100's 132 multiprocessors
@@ -42,15 +42,20 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, limit_bytes: int) -> int
     One split needs no partial sums: the gradient is their place. A scale's gradient wanted alone costs one dq more, and
     inputs whose rows are not adjacent elements are copied, beyond this.
     """
-    row_lines, column_lines = (Parts.of(Wanted.of(names)).lines for names in (spec.stats, spec.columns))
+    by_row, by_column = (Wanted.of(names) for names in (spec.stats, spec.columns))
+    row_lines, column_lines = Parts.of(by_row).lines, Parts.of(by_column).lines
     slices = -(-d // SLICE)
 
     def held(n_x: int, n_y: int, slices: int, numbers: int) -> int:
         parts = split(n_x, n_y, slices, max(1, numbers), limit_bytes).parts
         return 4 * n_x * numbers * parts if parts > 1 or numbers < d else 0
 
+    def padded(count: int, lines: int) -> int:
+        return 4 * lines * -(-count // STEP) * STEP
+
+    terms = padded(n, Terms.of(by_row, True).lines) + padded(m, Terms.of(by_column, False).lines)
     rows = max(held(n, m, slices, d), held(n, m, 1, row_lines), held(n, m, slices, d + row_lines))
     columns = max(held(m, n, slices, d), held(m, n, 1, column_lines))
     dots = 4 * max(n, m) * (-(-d // 16) + 2)
     tail = 4 * n * (4 * spec.n_pos + 3 * len(spec.stats) + 8) + 12 * m * len(spec.columns)
-    return max(rows, columns) + dots + tail + 4 * n * row_lines
+    return max(rows, columns) + dots + terms + tail + 4 * n * row_lines

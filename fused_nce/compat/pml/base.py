@@ -141,14 +141,14 @@ def class_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
     return ids
 
 
-def upstream(name: str, reason: str) -> Any:
+def upstream(name: str, reason: str, part: str = "losses") -> Any:
     """The package's own class, with a line in the log the first time.
 
     Raises:
         NotImplementedError: where it is not installed.
     """
     try:
-        module = importlib.import_module(f"{PACKAGE}.losses")
+        module = importlib.import_module(f"{PACKAGE}.{part}")
     except ImportError as error:
         raise NotImplementedError(
             f"{name}: got {reason}, which is not fused, need pytorch-metric-learning installed for it"

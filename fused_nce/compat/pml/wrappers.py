@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.compat.pml.base import Indices, PairLoss, Rows, class_ids, upstream
-from fused_nce.compat.processes import alone, check_ddp_compat
+from fused_nce.compat.processes import check_ddp_compat, gathered, gradient_times, rank, world_size
 from fused_nce.core import checks
 from fused_nce.losses.common import check_rows, widened
 
@@ -174,23 +174,83 @@ class SelfSupervisedLoss(nn.Module):
 
 
 class DistributedLossWrapper(nn.Module):
-    """A loss as it is, on one process.
+    """A loss of the rows of all W processes, each of which computes it whole.
+
+    Upstream multiplies the loss by W, so that DDP's mean of the processes' gradients is the whole batch's. With
+    `efficient` a process compares its own rows with all, as constants: under DDP about W times the gradient, in another
+    direction.
 
     Args:
-        loss: one of this module.
-        efficient: of several processes, without effect on one.
-        ddp_compat: "upstream" or "exact", whose gradient scale; without effect on one.
+        loss: one of this module, or one of upstream's.
+        efficient: see above.
+        ddp_compat: "upstream" reports W times the loss and obeys `efficient`; "exact" reports the loss itself, and its
+            gradient is the whole batch's.
 
     Raises:
-        NotImplementedError: at a call among several processes.
+        TypeError, ValueError: naming the argument, the value seen and the value needed.
     """
 
     def __init__(self, loss: nn.Module, efficient: bool = False, *, ddp_compat: str = "upstream") -> None:
         super().__init__()
+        if efficient and type(loss).__name__ == "CrossBatchMemory":
+            raise ValueError("efficient: got True with a CrossBatchMemory, need False")
         self.loss, self.efficient, self.ddp_compat = loss, efficient, check_ddp_compat(ddp_compat)
 
-    def forward(self, embeddings: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        """The loss, 0-d."""
-        alone("embeddings")
-        found: Tensor = self.loss(embeddings, *arguments, **options)
+    def forward(
+        self,
+        embeddings: Tensor,  # (N, D), as many on every process
+        labels: Tensor | None = None,  # (N,), integers
+        indices_tuple: Indices | None = None,
+        ref_emb: Tensor | None = None,  # (M, D)
+        ref_labels: Tensor | None = None,  # (M,), integers
+        enqueue_mask: Tensor | None = None,  # (N,) bool, of a CrossBatchMemory
+    ) -> Tensor:
+        """The loss, 0-d. Rows of `indices_tuple` count this process's first, then the others' by rank.
+
+        Raises:
+            TypeError, ValueError: naming the argument, the value seen and the value needed.
+            NotImplementedError: for what only upstream can honour, where it is not installed.
+        """
+        size, exact = world_size(), self.ddp_compat == "exact"
+        if size > 1 and exact:
+            embeddings = gradient_times(embeddings, size)
+            ref_emb = None if ref_emb is None else gradient_times(ref_emb, size)
+        rows, ids, columns, column_ids = map(_of_all, (embeddings, labels, ref_emb, ref_labels))
+        if type(self.loss).__name__ == "CrossBatchMemory":
+            if ref_emb is not None or ref_labels is not None:
+                raise ValueError("ref_emb: got one with a CrossBatchMemory, need None")
+            found: Tensor = self.loss(rows, ids, indices_tuple, _of_all(enqueue_mask))
+        elif self.efficient and size > 1 and not exact:
+            chosen = (rows, ids) if ref_emb is None else (columns, column_ids)
+            found = self._against_constants(embeddings, labels, indices_tuple, *chosen, ref_emb is not None)
+        else:
+            found = self.loss(rows, ids, indices_tuple, columns, column_ids)
+        return found if exact else found * size
+
+    def _against_constants(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: Indices | None,
+        columns: Tensor | None,
+        column_ids: Tensor | None,
+        references: bool,
+    ) -> Tensor:
+        """This process's rows with all, of which its own stand first; row i with column i is no pair."""
+        plain = isinstance(self.loss, PairLoss) and self.loss.reason is None and not references
+        if plain and indices_tuple is None and labels is not None and columns is not None and column_ids is not None:
+            ids, all_ids = class_ids("labels", labels, embeddings), class_ids("labels", column_ids, columns)
+            return self.loss.of(Rows(embeddings, ids, columns, all_ids, 0))  # type: ignore[operator]
+        if indices_tuple is None:
+            pairs = upstream("get_indices_tuple", "efficient=True of this kind", "utils.distributed")
+            indices_tuple = pairs(labels, column_ids)
+        found: Tensor = self.loss(embeddings, labels, indices_tuple, columns, column_ids)
         return found
+
+
+def _of_all(x: Tensor | None) -> Tensor | None:
+    """This process's rows first, with their gradient, then those of the others by rank, without."""
+    if x is None or world_size() == 1:
+        return x
+    parts = gathered(x.view(torch.uint8) if x.dtype == torch.bool else x).to(x.dtype).chunk(world_size())
+    return torch.cat([x, *(part for i, part in enumerate(parts) if i != rank())])
