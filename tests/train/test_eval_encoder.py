@@ -215,7 +215,15 @@ def test_by_name_they_are_in_every_table(tmp_path, monkeypatch, capsys):
 def test_recordings_have_no_images_to_reconstruct():
     with pytest.raises(ValueError, match=r"^protocols: mine needs images; recordings have linear, knn"):
         evaluate_audio.evaluate(
-            Channels(), None, taps=[], protocols=["mine"], labels_per_class=[], draws=2, tasks=2, baselines=False, seed=0
+            Channels(),
+            None,
+            taps=[],
+            protocols=["mine"],
+            labels_per_class=[],
+            draws=2,
+            tasks=2,
+            baselines=False,
+            seed=0,
         )
 
 
