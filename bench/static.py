@@ -23,6 +23,10 @@ import torch
 from tqdm import tqdm
 
 from fused_nce.backends.flash import configs
+from fused_nce.backends.flash.form import Form, Parts
+from fused_nce.core.problem import Problem
+from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Spec, TanhClip
+from fused_nce.core.tails import LogOut, Nce, Sigmoid
 
 from .host import ROOT
 from .tables import markdown
@@ -34,15 +38,46 @@ SHARED_LIMIT_BYTES = {80: 166912, 90: 232448, 100: 232448}
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}  # what 16-bit products compile to
 REGISTERS_MAY_GROW_BY = 8
 
-CLIPPED, FREE = {"CLIP": True, "SHIFTLESS": True}, {"CLIP": False, "SHIFTLESS": False}
-VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
-    "rows, dq, clip": ("rows_kernel", {**CLIPPED, "GRADIENT": True}),
-    "dk, clip, penalty": ("weights_kernel", {"CLIP": True, "BY_COLUMN": True, "SQUARE": True}),
-    "rows, dq": ("rows_kernel", {**FREE, "GRADIENT": True}),
-    "rows, dq, wide clip": ("rows_kernel", {"CLIP": True, "SHIFTLESS": False, "GRADIENT": True}),
-    "rows, clip": ("rows_kernel", {**CLIPPED, "GRADIENT": False}),
-    "dk": ("weights_kernel", {"CLIP": False, "BY_COLUMN": True, "SQUARE": False}),
-    "dq, clip, penalty": ("weights_kernel", {"CLIP": True, "BY_COLUMN": False, "SQUARE": True}),
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel, and what is compiled into it."""
+
+    kernel: str
+    spec: Spec
+    flags: dict[str, bool]
+    penalised: bool = True
+
+    def constants(self, width: int, tile: configs.Tile) -> dict[str, Any]:
+        """The constants of a launch at width D."""
+        x = torch.empty(0, width)
+        form = Form.of(Problem(x, x, 1.0, self.spec, 0))
+        names = {"FORM": form if self.penalised else form.without_square(), "PARTS": Parts.of(form.rows)}
+        sizes = {"D": width, "X": tile.x, "Y": tile.y, "CHUNK": tile.chunk, "SLICE": tile.slice}
+        return {"PRECISION": "ieee", **names, **sizes, **self.flags}
+
+
+NCE = Nce().stats
+CLIPPED, WIDELY, FREE = (Spec(Block(49), transform) for transform in (TanhClip(20.0), TanhClip(300.0), Identity()))
+ROWS, ROWS_DQ = ({"BY_COLUMN": False, "GRADIENT": gradient} for gradient in (False, True))
+DQ, DK, SELF = ({"AS_ROW": row, "AS_COLUMN": column} for row, column in ((True, False), (False, True), (True, True)))
+VARIANTS = {
+    "rows, dq, clip": Variant("fold_kernel", CLIPPED, ROWS_DQ),
+    "dk, clip, penalty": Variant("weights_kernel", CLIPPED, DK),
+    "rows, dq": Variant("fold_kernel", FREE, ROWS_DQ),
+    "rows, dq, wide clip": Variant("fold_kernel", WIDELY, ROWS_DQ),
+    "rows, clip": Variant("fold_kernel", CLIPPED, ROWS),
+    "dk": Variant("weights_kernel", FREE, DK, penalised=False),
+    "dq, clip, penalty": Variant("weights_kernel", CLIPPED, DQ),
+    "queue: rows, dq": Variant("fold_kernel", Spec(Separate(1), stats=NCE), ROWS_DQ),
+    "targets: dk": Variant("weights_kernel", Spec(Index(), stats=NCE), DK),
+    "views: rows": Variant("fold_kernel", Spec(Block(2, 2), stats=NCE, drop_self=True), ROWS),
+    "views: both roles": Variant("weights_kernel", Spec(Block(2, 2), stats=NCE, drop_self=True), SELF),
+    "two ways: dq": Variant("weights_kernel", Spec(Block(1), stats=NCE, columns=("neg_lse",)), DQ),
+    "pairs: rows, dq": Variant("fold_kernel", Spec(Block(1), Bias(), stats=Sigmoid().stats), ROWS_DQ),
+    "pairs: dk": Variant("weights_kernel", Spec(Block(1), Bias(), stats=Sigmoid().stats), DK),
+    "labels: rows": Variant("fold_kernel", Spec(Labels(), stats=LogOut.READS, drop_self=True), ROWS),
+    "labels: both roles": Variant("weights_kernel", Spec(Labels(), stats=LogOut.READS, drop_self=True), SELF),
 }
 DEFAULT = ("rows, dq, clip", "dk, clip, penalty")
 
@@ -93,29 +128,28 @@ def build(variant: str, architecture: int, dtype: torch.dtype, width: int) -> Bu
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fused_nce.backends.flash import kernels
+    from fused_nce.backends.flash import kernels, memory
 
-    name, flags = VARIANTS[variant]
-    kernel, tile = getattr(kernels, name), configs.tile(architecture, dtype, width)
-    constants: dict[str, Any] = {"D": width, "X": tile.x, "Y": tile.y, "CHUNK": tile.chunk, "SLICE": tile.slice}
-    constants |= {"N_C": 49, "ROWS_PER_IMAGE": 1, "X_PER_IMAGE": 49, "Y_PER_IMAGE": 49}
-    constants |= {"TENSOR_SCALE": False, "PRECISION": "ieee", **flags}
-    constants = {letter: value for letter, value in constants.items() if letter in kernel.arg_names}
+    chosen, tile = VARIANTS[variant], configs.tile(architecture, dtype, width)
+    kernel = getattr(kernels, chosen.kernel)
+    constants = {name: x for name, x in chosen.constants(width, tile).items() if name in kernel.arg_names}
     signature, attributes = {}, {}
     for index, parameter in enumerate(kernel.params):
-        letter = parameter.name
-        if letter in constants:
-            signature[letter] = "constexpr"
-        elif letter in ("scale", "clip", "inverse_clip"):
-            signature[letter] = "fp32"
-        elif letter in ("q", "k", "x", "y"):
-            signature[letter] = f"*{DTYPES[dtype]}"
-        elif letter in ("partial", "sums", "neg_lse", "d_neg_lse", "d_square"):
-            signature[letter] = "*fp32"
+        name = parameter.name
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in ("x", "y"):
+            signature[name] = f"*{DTYPES[dtype]}"
+        elif name in ("row_ids", "column_ids"):
+            signature[name] = "*i64"
+        elif name in ("scale", "clip", "inverse_clip"):
+            signature[name] = "fp32"
+        elif name in memory.SIZES or name.startswith("stride"):
+            signature[name] = "i32"
         else:
-            signature[letter] = "i32"
+            signature[name] = "*fp32"
         # What a call of aligned tensors specialises; sizes never are.
-        if signature[letter].startswith("*") or letter.startswith("stride"):
+        if signature[name].startswith("*") or name.startswith("stride"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),

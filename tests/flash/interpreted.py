@@ -16,8 +16,10 @@ import triton.language as tl
 
 from fused_nce import tile_stats
 from fused_nce.backends.flash import atoms, configs, memory, plan
+from fused_nce.backends.flash.form import Form
 from fused_nce.core import atoms as definition
 from fused_nce.core import dispatch
+from fused_nce.core.problem import Problem
 from fused_nce.core.spec import Block, Identity, Spec, TanhClip
 from tests.backends.test_atoms import SIZES, U, compare
 from tests.cases import Case, can_run, draw, run
@@ -82,7 +84,7 @@ TALL = Case("triton", "float32", 2, images=60, rows_per_image=5, n_k=60, n_c=1, 
 @pytest.mark.parametrize("shape", [WIDE, TALL], ids=["wide", "tall"])
 def test_split_walks(shape, penalty, clip):
     n, m = shape.images * shape.rows_per_image, shape.n_k * shape.n_c
-    assert max(plan.split(n, m, shape.d, 1 << 28).parts, plan.split(m, n, shape.d, 1 << 28).parts) > 1
+    assert max(plan.split(x, y, 1, shape.d, 1 << 28).parts for x, y in ((n, m), (m, n))) > 1
     assert max(run(dataclasses.replace(shape, penalty=penalty, clip=clip)).values()) <= 1
 
 
@@ -158,12 +160,18 @@ def test_the_interpreters_bfloat16_is_refused():
 
 
 @triton.jit
-def _transform_probe(x, value, slope, again, clip, inverse_clip, CLIP: tl.constexpr, BLOCK: tl.constexpr):
+def _transform_probe(x, value, slope, again, clip, inverse_clip, FORM: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    t, dt = atoms.transform(tl.load(x + i), clip, inverse_clip, CLIP)
+    t, dt = atoms.transform(tl.load(x + i), clip, inverse_clip, x, FORM)
     tl.store(value + i, t)
     tl.store(slope + i, dt)
-    tl.store(again + i, atoms.slope_of(t, inverse_clip, CLIP))
+    tl.store(again + i, atoms.slope_of(t, inverse_clip, FORM))
+
+
+def form_of(spec):
+    """Its atoms, as a kernel is given them."""
+    x = torch.empty(0, 8)
+    return Form.of(Problem(x, x, 1.0, spec, 0))
 
 
 def pad(x):
@@ -176,8 +184,9 @@ X = pad(torch.cat([-SIZES.flip(0), SIZES]).float())
 @pytest.mark.parametrize("clip", [4.0, 20.0, 43.0, 300.0])
 def test_transform(clip):
     """Relative: small scores keep their digits."""
+    form = form_of(Spec(Block(1), TanhClip(clip)))
     value, slope, again = (torch.empty_like(X) for _ in range(3))
-    _transform_probe[(len(X) // 1024,)](X, value, slope, again, clip, 1 / clip, CLIP=True, BLOCK=1024)
+    _transform_probe[(len(X) // 1024,)](X, value, slope, again, clip, 1 / clip, FORM=form, BLOCK=1024)
     exact = definition.transform_value(TanhClip(clip), X.double())
     sech = torch.cosh(X.double() / clip).reciprocal().square()
     compare(value, exact, 8 * U, 0)
@@ -187,8 +196,9 @@ def test_transform(clip):
 
 def test_transform_of_bad_scores():
     x = pad(torch.tensor([float("inf"), -float("inf"), float("nan")]))
+    form = form_of(Spec(Block(1), TanhClip(20.0)))
     value, slope, again = (torch.empty_like(x) for _ in range(3))
-    _transform_probe[(1,)](x, value, slope, again, 20.0, 0.05, CLIP=True, BLOCK=1024)
+    _transform_probe[(1,)](x, value, slope, again, 20.0, 0.05, FORM=form, BLOCK=1024)
     assert value[:2].tolist() == [20, -20]
     assert slope[:2].tolist() == [0, 0]
     assert value[2].isnan()
@@ -254,6 +264,6 @@ def test_splits_of_the_most_rows_stay_in_32_bits():
     from fused_nce.backends.flash import MOST_ROWS
 
     for n_x in (1, 64, 10**6):
-        split = plan.split(n_x, MOST_ROWS, 64, 1 << 28)
+        split = plan.split(n_x, MOST_ROWS, 1, 64, 1 << 28)
         assert (split.parts - 1) * split.walk < MOST_ROWS <= split.parts * split.walk
         assert (split.parts - 1) * split.walk + 2 * plan.STEP < 2**31

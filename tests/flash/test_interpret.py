@@ -37,6 +37,19 @@ def test_what_every_backend_is_held_to(file):
     assert "passed" in interpret(f"tests/core/{file}", selected="triton")
 
 
+VALUES = "triton and test_value_and_gradients and (float32 or float16)"
+ONE_A_LAYOUT = "moco or nt_xent or siglip or (sup_con and not in) or (info_nce and targets)"
+
+
+def test_a_loss_of_every_layout():
+    assert "passed" in interpret("tests/losses/test_registry.py", selected=f"{VALUES} and ({ONE_A_LAYOUT})")
+
+
+@pytest.mark.nightly
+def test_every_loss():
+    assert "passed" in interpret("tests/losses/test_registry.py", selected=VALUES)
+
+
 @pytest.mark.nightly
 def test_many_cases():
     assert "passed" in interpret("tests/flash/interpreted.py", marked="nightly")

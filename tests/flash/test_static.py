@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +16,7 @@ import torch
 from bench import static
 from fused_nce.backends.flash import configs, plan
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -21,6 +26,29 @@ def test_the_kernels_of_a_step(architecture, capsys):
     """bfloat16 at D = 128 and 512: the narrow heads this backend is for, and the largest sums that one tile holds."""
     assert static.main(["--architecture", str(architecture), "--width", "128"]) == 0, capsys.readouterr().err
     assert static.main(["--architecture", str(architecture), "--width", "512"]) == 0, capsys.readouterr().err
+
+
+def launched(*arguments: str) -> int:
+    """How many kernels `launched.py` compiled."""
+    command = [sys.executable, "-m", "tests.flash.launched", *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[0])
+
+
+@TRITON
+def test_what_two_losses_launch():
+    """Sets of positives and one tensor in both roles; a learnable bias and gathered positives."""
+    assert launched("90", "bfloat16", "sup_con", "siglip_loss") == 10
+
+
+@TRITON
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", static.DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
+def test_what_every_loss_launches(architecture, dtype):
+    assert launched(str(architecture), str(dtype).removeprefix("torch.")) > 50
 
 
 @TRITON
@@ -42,7 +70,13 @@ def test_a_tile_too_large_is_told(monkeypatch):
 def test_sizes_never_recompile():
     from fused_nce.backends.flash import gather, kernels, memory
 
-    for kernel in (kernels.rows_kernel, kernels.weights_kernel, gather.merge_kernel, gather.finish_kernel):
+    for kernel in (
+        kernels.fold_kernel,
+        kernels.weights_kernel,
+        gather.merge_kernel,
+        gather.positives_kernel,
+        gather.finish_kernel,
+    ):
         sizes = {p.name for p in kernel.params if p.do_not_specialize}
         assert sizes == set(memory.SIZES) & set(kernel.arg_names)
         compiled_in = {p.name for p in kernel.params if p.is_constexpr}

@@ -1,6 +1,7 @@
 """Flash-style kernels in Triton: a tile of scores lives and dies on the chip, and no compiler is needed.
 
-Without a penalty, one pass over the scores gives the row statistics and, not yet normalised, dq; dk takes a second.
+Without a penalty, one pass over the scores gives the row statistics and, not yet normalised, dq; dk takes a second. One
+tensor in both roles has its gradient from one pass of its own. A bank of another dtype is cast tile by tile.
 Inputs are used in place where the elements of a row are adjacent, as the `cpu` backend does; any other layout is copied
 first, beyond the workspace. Triton itself is imported when the first kernel is launched: `fused_nce` needs torch alone.
 """
@@ -18,23 +19,22 @@ from torch import Tensor
 
 from fused_nce.backends.flash import configs, plan
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
-from fused_nce.core.spec import Block, Identity, Spec, TanhClip
-from fused_nce.core.tails import Coefficients, Nce
+from fused_nce.core.spec import MARGINS, VOCABULARY, Spec
+from fused_nce.core.tails import Coefficients, Tail
 
+ATOMS = VOCABULARY - MARGINS  # each has its twin in `atoms.py`
 MOST_ROWS = 2**31 - 2**16  # a row's number is a 32-bit integer, a tile or a split beyond the last row too
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
-    """Needs Triton, a GPU that the table of tiles knows, 16 or 32 bits, and atoms that have a twin here."""
-    unknown = [name for name in spec.stats if name not in plan.STATISTICS]
-    if type(spec.layout) is not Block or type(spec.transform) not in (Identity, TanhClip) or unknown:
-        return f"its kernels do not know {spec.code}"
-    if q.dtype not in configs.DTYPES:
-        return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+    """Needs Triton, a GPU that the table of tiles knows, and 16 or 32 bits."""
+    for x in (q, k):
+        if x.dtype not in configs.DTYPES:
+            return f"its kernels take float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
     interpreted = q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if q.device.type != "cuda" and not interpreted:
         return f"needs a GPU, not {q.device}"
-    if interpreted and q.dtype == torch.bfloat16:
+    if interpreted and torch.bfloat16 in (q.dtype, k.dtype):
         return "Triton's interpreter multiplies bfloat16 wrongly"
     if not _installed():
         return "triton is not installed"
@@ -47,11 +47,11 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
 
 def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_bytes: int) -> int:
     """`plan.workspace_bytes`: partial sums of the splits, and O(N·P) statistics."""
-    return plan.workspace_bytes(n, m, d, spec.block.n_c, limit_bytes)
+    return plan.workspace_bytes(spec, n, m, d, limit_bytes)
 
 
 def stats(problem: Problem) -> Statistics:
-    """One score GEMM."""
+    """One score GEMM; two with column statistics."""
     return _launch().stats(problem)
 
 
@@ -60,7 +60,7 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
     return _launch().grads(problem, statistics, coefficients, needs)
 
 
-def loss(problem: Problem, tail: Nce, needs: Needs) -> tuple[Statistics, Gradients]:
+def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
     """Statistics and gradients, without a stored score."""
     return _launch().loss(problem, tail, needs)
 

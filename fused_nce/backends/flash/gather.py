@@ -1,6 +1,6 @@
 """The kernels beside the scores, bound by memory: they join the splits and gather the positives.
 
-The positives are P columns of a row, so they are gathered, in float32: inside a tile they would cost every score an
+Where a row has a fixed number of positives they are gathered, in float32: inside a tile they would cost every score an
 address, and their gradient −σ(neg_lse − pos) is known only when the row is finished.
 """
 
@@ -9,52 +9,92 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_nce.backends.flash.atoms import exp, image_of, log_sum, shift_of, slope_of, transform
-from fused_nce.backends.flash.memory import SIZES, load_scale, load_tile, offsets
+from fused_nce.backends.flash.atoms import (
+    exp,
+    log_sum,
+    marks_of_rows,
+    merge_exponentials,
+    shift_of,
+    slope_of,
+    transform,
+)
+from fused_nce.backends.flash.memory import SIZES, load_line, load_scale, load_tile, offsets, store_line
 
 
 @triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
-    partial,  # (splits, 3, N): Σ e^(t − shift), max t, Σ s²
-    out,  # (3, N): neg_lse, neg_max, square
+    partial,  # (splits, PARTS.lines, n)
+    out,  # (S, n): statistics where WANTED puts them
     n,
     splits,
-    SHIFTLESS: tl.constexpr,
+    FORM: tl.constexpr,
+    WANTED: tl.constexpr,
+    PARTS: tl.constexpr,
     X: tl.constexpr,
 ):
     """The splits' statistics as one, in the order of the splits."""
     rows = tl.program_id(0) * X + tl.arange(0, X)
     inside = rows < n
-    top = tl.full((X,), float("-inf"), tl.float32)
-    total = tl.zeros((X,), tl.float32)
-    square = tl.zeros((X,), tl.float32)
+    neg_sum = tl.zeros((X,), tl.float32)
+    neg_top = tl.full((X,), float("-inf"), tl.float32)
+    pos_sum, pos_top, square, soft, total, count = neg_sum, neg_top, neg_sum, neg_sum, neg_sum, neg_sum
     line, length = partial + rows, n.to(tl.int64)
     for _ in range(splits):
-        part = tl.load(line, mask=inside, other=0.0)
-        peak = tl.load(line + length, mask=inside, other=0.0)
-        square += tl.load(line + 2 * length, mask=inside, other=0.0)
-        line += 3 * length
-        seen = tl.maximum(top, peak)
-        if SHIFTLESS:
-            total += part
-        else:
-            total = total * exp(top - shift_of(seen)) + part * exp(peak - shift_of(seen))
-        top = seen
-    shift = tl.zeros((X,), tl.float32) if SHIFTLESS else shift_of(top)
-    tl.store(out + rows, log_sum(total, shift), mask=inside)
-    tl.store(out + length + rows, top, mask=inside)
-    tl.store(out + 2 * length + rows, square, mask=inside)
+        part = load_line(line, length, inside, PARTS.neg_sum, 0.0)
+        peak = load_line(line, length, inside, PARTS.neg_top, float("-inf"))
+        neg_sum, neg_top = merge_exponentials(neg_sum, neg_top, part, peak, FORM)
+        part = load_line(line, length, inside, PARTS.pos_sum, 0.0)
+        peak = load_line(line, length, inside, PARTS.pos_top, float("-inf"))
+        pos_sum, pos_top = merge_exponentials(pos_sum, pos_top, part, peak, FORM)
+        square += load_line(line, length, inside, PARTS.square, 0.0)
+        soft += load_line(line, length, inside, PARTS.softplus, 0.0)
+        total += load_line(line, length, inside, PARTS.total, 0.0)
+        count += load_line(line, length, inside, PARTS.count, 0.0)
+        line += PARTS.lines * length
+    neg_shift, pos_shift = shift_of(neg_top), shift_of(pos_top)
+    if FORM.shiftless:
+        neg_shift, pos_shift = neg_shift * 0.0, pos_shift * 0.0
+    pos_lse = log_sum(pos_sum, pos_shift)
+    out += rows
+    store_line(out, log_sum(neg_sum, neg_shift), length, inside, WANTED.neg_lse)
+    store_line(out, neg_top, length, inside, WANTED.neg_max)
+    store_line(out, pos_lse, length, inside, WANTED.pos_lse)
+    store_line(out, pos_top, length, inside, WANTED.pos_max)
+    store_line(out, square, length, inside, WANTED.square)
+    store_line(out, soft, length, inside, WANTED.neg_softplus)
+    store_line(out, total, length, inside, WANTED.pos_sum)
+    store_line(out, count, length, inside, WANTED.pos_count)
+    gap = tl.where(count > 0.0, pos_lse - total / tl.maximum(count, 1.0), 0.0)
+    store_line(out, gap, length, inside, WANTED.pos_gap)
 
 
 @triton.jit
-def partners(
-    xs, n_x, n_y, p, x_first, y_first, X_PER_IMAGE: tl.constexpr, Y_PER_IMAGE: tl.constexpr, PARTNERS: tl.constexpr
-):
-    """The rows of y in the image of each x, from the p-th: (X, PARTNERS) indices, which of them there are, places."""
-    place = p + tl.arange(0, PARTNERS)
-    image = (image_of(xs, x_first, X_PER_IMAGE) - y_first).to(tl.int64)  # times its rows it may pass 2^31
-    ys = image[:, None] * Y_PER_IMAGE + place[None, :]
-    return ys, (place < Y_PER_IMAGE)[None, :] & (xs < n_x)[:, None] & (ys >= 0) & (ys < n_y), place
+def partners_of_rows(rows, p, ids, first, itself, n, m, FORM: tl.constexpr, PARTNERS: tl.constexpr):
+    """Each row's positives from the p-th: (X, PARTNERS) columns, which of them there are, and their places in P."""
+    place = p + tl.arange(0, PARTNERS)[None, :]
+    mine, myself = marks_of_rows(rows, ids, first, itself, n, m, FORM)
+    columns = mine.to(tl.int64)[:, None] * FORM.n_c + place  # an image times its columns may pass 2^31
+    there = (place < FORM.partners) & (rows < n)[:, None] & (columns >= 0) & (columns < m)
+    slot = place + tl.zeros(columns.shape, tl.int32)
+    if FORM.drop_self:
+        there = there & (columns != myself[:, None])
+        if FORM.ids == "image":  # the own place in the image is skipped
+            slot = tl.where(columns > myself[:, None], slot - 1, slot)
+    return columns, there, slot
+
+
+@triton.jit
+def partners_of_columns(columns, p, first, n, FORM: tl.constexpr, PARTNERS: tl.constexpr):
+    """The rows of which each column is a positive, from the p-th of its image, and its place among theirs."""
+    place = p + tl.arange(0, PARTNERS)[None, :]
+    image = (columns // FORM.n_c - first).to(tl.int64)
+    rows = image[:, None] * FORM.rows_per_image + place
+    there = (place < FORM.rows_per_image) & (rows >= 0) & (rows < n)
+    slot = (columns % FORM.n_c)[:, None] + tl.zeros(rows.shape, tl.int32)
+    if FORM.drop_self:  # images of as many rows as columns: the p-th row is the p-th column
+        there = there & (slot != place)
+        slot = tl.where(slot > place, slot - 1, slot)
+    return rows, there, slot
 
 
 @triton.jit
@@ -71,66 +111,69 @@ def positives_kernel(
     scale,  # a number, or a 0-d tensor
     clip,
     inverse_clip,
+    bias,  # 0-d, read by its transform
+    row_ids,  # (N,) int64, read by layouts that have them
     pos,  # (N, P) out
     n,
     m,
-    x_first,
+    first,
+    itself,
     stride_q,
     stride_k,
-    N_C: tl.constexpr,
-    ROWS_PER_IMAGE: tl.constexpr,
+    FORM: tl.constexpr,
     D: tl.constexpr,
-    CLIP: tl.constexpr,
-    TENSOR_SCALE: tl.constexpr,
     X: tl.constexpr,
     PARTNERS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Transformed scores of PARTNERS positives of X rows."""
+    """Transformed scores of PARTNERS positives of X rows; NaN for a target that is no column, or the row itself."""
     rows = tl.program_id(0) * X + tl.arange(0, X)
-    columns, paired, place = partners(
-        rows, n, m, tl.program_id(1) * PARTNERS, x_first, 0, ROWS_PER_IMAGE, N_C, PARTNERS
-    )
+    p = tl.program_id(1) * PARTNERS
+    columns, paired, slot = partners_of_rows(rows, p, row_ids, first, itself, n, m, FORM, PARTNERS)
     r = tl.zeros((X, PARTNERS), tl.float32)
     for d0 in range(0, D, WIDTH):
         d = d0 + tl.arange(0, WIDTH)
-        mine = load_tile(q, rows, n, stride_q, d0, D, WIDTH).to(tl.float32)
+        mine = load_tile(q, rows, n, stride_q, d0, D, WIDTH, True)
         r += tl.sum(mine[:, None, :] * gather(k, columns, paired, stride_k, d, D), 2)
-    t, _ = transform(load_scale(scale, TENSOR_SCALE) * r, clip, inverse_clip, CLIP)
-    tl.store(pos + offsets(rows, N_C)[:, None] + place[None, :], t, mask=paired)
+    t, _ = transform(load_scale(scale, FORM.tensor_scale) * r, clip, inverse_clip, bias, FORM)
+    written = paired
+    if FORM.ids == "target":
+        t = tl.where(paired, t, float("nan"))
+        written = (rows < n)[:, None] & (slot < FORM.n_pos)
+    tl.store(pos + offsets(rows, FORM.n_pos)[:, None] + slot, t, mask=written)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def finish_kernel(
-    x,  # (n_x, D) q, or k where BY_COLUMN; read where DOTS
-    y,  # (n_y, D) the other
+    x,  # (n_x, D); read where DOTS
+    y,  # (n_y, D)
     scale,  # a number, or a 0-d tensor
     inverse_clip,
+    row_ids,  # (N,) int64, read by layouts that have them
     sums,  # (splits, n_x, D); may be `out` itself
-    partial,  # (splits, 3, N), whose maxima the sums were shifted by, where NORMALISE
-    neg_lse,  # (N,), read where NORMALISE
-    d_neg_lse,  # (N,), read where NORMALISE
+    tallies,  # (splits, n_x), read where there is a bias and DOTS
+    partial,  # (splits, PARTS.lines, n_x), whose maxima the sums were shifted by, read where NORMALISE
+    found,  # (S, N), read where NORMALISE
+    d_rows,  # (S, N), likewise
     pos,  # (N, P)
     d_pos,  # (N, P)
     out,  # (n_x, D) out: dL/dx
     dots,  # (blocks of D, n_x) out: ⟨x, dL/dx⟩ / scale, where DOTS
+    on_bias,  # (n_x,) out: Σ dL/dt, where DOTS and there is a bias
     n_x,
     n_y,
-    x_first,
-    y_first,
+    first,
+    itself,
     splits,
     stride_x,
     stride_y,
-    N_C: tl.constexpr,
-    X_PER_IMAGE: tl.constexpr,
-    Y_PER_IMAGE: tl.constexpr,
-    D: tl.constexpr,
-    CLIP: tl.constexpr,
-    SHIFTLESS: tl.constexpr,
-    NORMALISE: tl.constexpr,  # the sums are Σ e^(t − shift)·slope·k: times dL/d neg_lse·e^(shift − neg_lse)
-    BY_COLUMN: tl.constexpr,
+    FORM: tl.constexpr,
+    PARTS: tl.constexpr,
+    NORMALISE: tl.constexpr,  # the sums are `fold_kernel`'s: a row's dL/d statistic is still to multiply them
+    AS_ROW: tl.constexpr,  # as in `weights_kernel`
+    AS_COLUMN: tl.constexpr,
     DOTS: tl.constexpr,
-    TENSOR_SCALE: tl.constexpr,
+    D: tl.constexpr,
     X: tl.constexpr,
     PARTNERS: tl.constexpr,  # positives gathered at a time
     WIDTH: tl.constexpr,
@@ -139,33 +182,58 @@ def finish_kernel(
     block, part = tl.program_id(0), tl.program_id(1)
     xs = block * X + tl.arange(0, X)
     d = part * WIDTH + tl.arange(0, WIDTH)
-    inside = (xs < n_x)[:, None] & (d < D)[None, :]
+    own, inside = xs < n_x, (xs < n_x)[:, None] & (d < D)[None, :]
     acc = tl.zeros((X, WIDTH), tl.float32)
-    if NORMALISE:
-        lse = tl.load(neg_lse + xs, mask=xs < n_x, other=0.0)
-        d_lse = tl.load(d_neg_lse + xs, mask=xs < n_x, other=0.0)
+    tally = tl.zeros((X,), tl.float32)
     length = n_x.to(tl.int64)
-    place, top = sums + offsets(xs, D)[:, None] + d[None, :], partial + length + xs
+    if NORMALISE:
+        if FORM.rows.neg_lse >= 0:
+            lse = load_line(found + xs, length, own, FORM.rows.neg_lse, 0.0)
+            factor = load_line(d_rows + xs, length, own, FORM.rows.neg_lse, 0.0)
+        else:
+            factor = load_line(d_rows + xs, length, own, FORM.rows.neg_softplus, 0.0)
+    place, lines, counted = sums + offsets(xs, D)[:, None] + d[None, :], partial + xs, tallies + xs
     for _ in range(splits):
         term = tl.load(place, mask=inside, other=0.0)
         if NORMALISE:
-            shift = tl.zeros((X,), tl.float32)
-            if not SHIFTLESS:
-                shift = shift_of(tl.load(top, mask=xs < n_x, other=0.0))
-            share = tl.where(lse == float("-inf"), 0.0, exp(shift - lse))
-            term = term * share[:, None] * d_lse[:, None]
+            if FORM.rows.neg_lse >= 0:
+                shift = tl.zeros((X,), tl.float32)
+                if not FORM.shiftless:
+                    shift = shift_of(load_line(lines, length, own, PARTS.neg_top, 0.0))
+                share = tl.where(lse == float("-inf"), 0.0, exp(shift - lse))
+                term = term * share[:, None] * factor[:, None]
+            else:
+                share = tl.full((X,), 1.0, tl.float32)
+                term = term * factor[:, None]
+            lines += PARTS.lines * length
         acc += term
-        place, top = place + length * D, top + 3 * length
-    for p in range(0, Y_PER_IMAGE, PARTNERS):
-        ys, paired, place = partners(xs, n_x, n_y, p, x_first, y_first, X_PER_IMAGE, Y_PER_IMAGE, PARTNERS)
-        if BY_COLUMN:  # noqa: SIM108
-            positive = offsets(ys, N_C) + (xs % N_C)[:, None]
-        else:
-            positive = offsets(xs, N_C)[:, None] + place[None, :]
-        w = tl.load(d_pos + positive, mask=paired, other=0.0)
-        w = w * slope_of(tl.load(pos + positive, mask=paired, other=0.0), inverse_clip, CLIP)
-        acc += tl.sum(w[:, :, None] * gather(y, ys, paired, stride_y, d, D), 1)
-    tl.store(out + offsets(xs, D)[:, None] + d[None, :], acc * load_scale(scale, TENSOR_SCALE), mask=inside)
+        if DOTS and FORM.transform == "bias":
+            counts = tl.load(counted, mask=own, other=0.0)
+            tally += counts * share * factor if NORMALISE else counts
+        place, counted = place + length * D, counted + length
+    if AS_ROW and FORM.partners > 0:
+        for p in range(0, FORM.partners, PARTNERS):
+            ys, paired, slot = partners_of_rows(xs, p, row_ids, first, itself, n_x, n_y, FORM, PARTNERS)
+            at = offsets(xs, FORM.n_pos)[:, None] + slot
+            more, counts = gathered(y, ys, paired, pos, d_pos, at, inverse_clip, stride_y, d, FORM, D)
+            acc, tally = acc + more, tally + counts
+    if AS_COLUMN and FORM.ids == "image":
+        for p in range(0, FORM.rows_per_image, PARTNERS):
+            ys, paired, slot = partners_of_columns(xs, p, first, n_y, FORM, PARTNERS)
+            at = offsets(ys, FORM.n_pos) + slot
+            more, counts = gathered(y, ys, paired, pos, d_pos, at, inverse_clip, stride_y, d, FORM, D)
+            acc, tally = acc + more, tally + counts
+    tl.store(out + offsets(xs, D)[:, None] + d[None, :], acc * load_scale(scale, FORM.tensor_scale), mask=inside)
     if DOTS:
         mine = tl.load(x + offsets(xs, stride_x)[:, None] + d[None, :], mask=inside, other=0.0)
-        tl.store(dots + offsets(part, n_x) + xs, tl.sum(mine.to(tl.float32) * acc, 1), mask=xs < n_x)
+        tl.store(dots + offsets(part, n_x) + xs, tl.sum(mine.to(tl.float32) * acc, 1), mask=own)
+        if FORM.transform == "bias":
+            tl.store(on_bias + xs, tally, mask=own & (part == 0))
+
+
+@triton.jit
+def gathered(y, ys, paired, pos, d_pos, at, inverse_clip, stride_y, d, FORM: tl.constexpr, D: tl.constexpr):
+    """Σ over partners of dL/ds·y, (X, len(d)), and of dL/dt, (X,)."""
+    on_t = tl.load(d_pos + at, mask=paired, other=0.0)
+    w = on_t * slope_of(tl.load(pos + at, mask=paired, other=0.0), inverse_clip, FORM)
+    return tl.sum(w[:, :, None] * gather(y, ys, paired, stride_y, d, D), 1), tl.sum(on_t, 1)

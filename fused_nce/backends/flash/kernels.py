@@ -2,11 +2,12 @@
 
 | kernel | reads | gives |
 |---|---|---|
-| `rows_kernel` | q, k | partial row statistics and, in the same pass, Σ e^(t − shift)·slope·k, not yet normalised |
-| `weights_kernel` | q, k, finished rows and dL/d rows | partial Σ w·y: the negatives and the penalty |
+| `fold_kernel` | x, y | partial statistics of x and, in the same pass, Σ w·y where w does not need them finished |
+| `weights_kernel` | x, y, finished statistics and dL/d them | partial Σ w·y of x as a row, as a column, or as both |
 
 x is what a program keeps, y what it walks through: rows and columns for dq, columns and rows for dk. A program walks
 one split of y and keeps one slice of D; `gather.py` adds the splits in their order. No atomics: same shapes, same bits.
+What a spec asks for is compiled in as FORM (`form.py`), its formulas are `atoms.py`'s.
 """
 
 from __future__ import annotations
@@ -14,8 +15,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_nce.backends.flash.atoms import LOG2E, add_exactly, exp, image_of, own_mask, shift_of, transform
-from fused_nce.backends.flash.memory import SIZES, load_scale, load_tile, offsets
+from fused_nce.backends.flash.atoms import (
+    add_exactly,
+    add_exponentials,
+    load_terms,
+    marks_of_columns,
+    marks_of_rows,
+    sets,
+    sigmoid,
+    softplus,
+    transform,
+    weights_of,
+)
+from fused_nce.backends.flash.memory import SIZES, load_scale, load_tile, offsets, store_line
 
 
 @triton.jit
@@ -30,6 +42,7 @@ def score_tile(
     stride_x,
     stride_y,
     part,
+    FORM: tl.constexpr,
     D: tl.constexpr,
     CHUNK: tl.constexpr,
     SLICE: tl.constexpr,
@@ -37,18 +50,19 @@ def score_tile(
 ):
     """One tile's ⟨x_i, y_j⟩, (X, Y) float32, and the slice of y that its weights will multiply, (Y, SLICE)."""
     if D <= CHUNK:
-        walked = load_tile(y, ys, n_y, stride_y, 0, D, CHUNK)
+        walked = load_tile(y, ys, n_y, stride_y, 0, D, CHUNK, FORM.mixed)
         r = tl.dot(kept, tl.trans(walked), input_precision=PRECISION)
         if SLICE == CHUNK:
             return r, walked
         else:
-            return r, load_tile(y, ys, n_y, stride_y, part * SLICE, D, SLICE)
+            return r, load_tile(y, ys, n_y, stride_y, part * SLICE, D, SLICE, FORM.mixed)
     else:
         r = tl.zeros((xs.shape[0], ys.shape[0]), tl.float32)
         for d in range(0, D, CHUNK):
-            mine = load_tile(x, xs, n_x, stride_x, d, D, CHUNK)
-            r = tl.dot(mine, tl.trans(load_tile(y, ys, n_y, stride_y, d, D, CHUNK)), r, input_precision=PRECISION)
-        return r, load_tile(y, ys, n_y, stride_y, part * SLICE, D, SLICE)
+            mine = load_tile(x, xs, n_x, stride_x, d, D, CHUNK, FORM.mixed)
+            other = load_tile(y, ys, n_y, stride_y, d, D, CHUNK, FORM.mixed)
+            r = tl.dot(mine, tl.trans(other), r, input_precision=PRECISION)
+        return r, load_tile(y, ys, n_y, stride_y, part * SLICE, D, SLICE, FORM.mixed)
 
 
 @triton.jit
@@ -64,80 +78,6 @@ def add_product(sums, w, y, PRECISION: tl.constexpr):
         return tl.dot(w.to(y.dtype), y, sums, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def rows_kernel(
-    q,  # (N, D)
-    k,  # (M, D)
-    scale,  # a number, or a 0-d tensor
-    clip,
-    inverse_clip,
-    partial,  # (splits, 3, N) out: Σ e^(t − shift), max t, Σ s²
-    sums,  # (splits, N, D) out: Σ e^(t − shift)·slope·k, where GRADIENT
-    n,
-    m,
-    x_first,  # the image of row 0
-    walk,  # columns of a split
-    stride_q,
-    stride_k,
-    N_C: tl.constexpr,
-    ROWS_PER_IMAGE: tl.constexpr,
-    D: tl.constexpr,
-    CLIP: tl.constexpr,
-    SHIFTLESS: tl.constexpr,  # e^t needs no shift: the clip bounds it
-    GRADIENT: tl.constexpr,
-    TENSOR_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    X: tl.constexpr,
-    Y: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SLICE: tl.constexpr,
-):
-    """One block of rows against one split of the columns; one SLICE of D where GRADIENT."""
-    block, split, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    factor = load_scale(scale, TENSOR_SCALE)
-    rows = block * X + tl.arange(0, X)
-    images = image_of(rows, x_first, ROWS_PER_IMAGE)
-    kept = load_tile(q, rows, n, stride_q, 0, D, CHUNK)
-    top = tl.full((X,), float("-inf"), tl.float32)
-    total = tl.zeros((X,), tl.float32)
-    lost = tl.zeros((X,), tl.float32)
-    square = tl.zeros((X,), tl.float32)
-    if GRADIENT:
-        acc = tl.zeros((X, SLICE), tl.float32)
-    first = split * walk
-    for j in range(first, first + tl.minimum(walk, m - first), Y):
-        columns = j + tl.arange(0, Y)
-        r, walked = score_tile(kept, q, k, rows, columns, n, m, stride_q, stride_k, part, D, CHUNK, SLICE, PRECISION)
-        s = factor * r
-        t, slope = transform(s, clip, inverse_clip, CLIP)
-        own = own_mask(images, image_of(columns, 0, N_C))
-        negative = tl.where(own | (columns >= m)[None, :], float("-inf"), t)
-        seen = tl.maximum(top, tl.max(negative, 1))
-        if SHIFTLESS:
-            e = tl.exp2(negative * LOG2E)
-        else:
-            shift = shift_of(seen)
-            e = tl.exp2((negative - shift[:, None]) * LOG2E)
-            fade = exp(top - shift)
-            total, lost = total * fade, lost * fade
-            if GRADIENT:
-                acc = acc * fade[:, None]
-        top = seen
-        # tanh(±inf) = ±1 and e^−inf = 0 would hide a bad score: 0·s makes it NaN, the positives' too.
-        total, lost = add_exactly(total, lost, tl.sum(e + 0.0 * s, 1))
-        square += tl.sum(s * s, 1)
-        if GRADIENT:
-            acc = add_product(acc, e * slope, walked, PRECISION)
-    inside = (rows < n) & (part == 0)
-    length = n.to(tl.int64)
-    line = partial + split * (3 * length) + rows
-    tl.store(line, total, mask=inside)
-    tl.store(line + length, top, mask=inside)
-    tl.store(line + 2 * length, square, mask=inside)
-    if GRADIENT:
-        store_sums(sums, acc, split, part, rows, n, D, SLICE)
-
-
 @triton.jit
 def store_sums(sums, acc, split, part, xs, count, D: tl.constexpr, SLICE: tl.constexpr):
     """acc to its place in (splits, count, D)."""
@@ -146,70 +86,191 @@ def store_sums(sums, acc, split, part, xs, count, D: tl.constexpr, SLICE: tl.con
     tl.store(sums + place, acc, mask=(xs < count)[:, None] & (d < D)[None, :])
 
 
-@triton.jit
-def load_coefficients(neg_lse, d_neg_lse, d_square, rows, n, SQUARE: tl.constexpr):
-    """Of each row: log2(e)·neg_lse, dL/d neg_lse, 2·dL/d square. A row without negatives has nothing to weigh."""
-    lse = tl.load(neg_lse + rows, mask=rows < n, other=0.0)
-    d_lse = tl.load(d_neg_lse + rows, mask=rows < n, other=0.0)
-    empty = lse == float("-inf")
-    d_sq = 2.0 * tl.load(d_square + rows, mask=rows < n, other=0.0) if SQUARE else lse
-    return tl.where(empty, 0.0, lse * LOG2E), tl.where(empty, 0.0, d_lse), d_sq
-
-
 @triton.jit(do_not_specialize=SIZES)
-def weights_kernel(
+def fold_kernel(
     x,  # (n_x, D) q, or k where BY_COLUMN
     y,  # (n_y, D) the other
     scale,  # a number, or a 0-d tensor
     clip,
     inverse_clip,
-    neg_lse,  # (N,)
-    d_neg_lse,  # (N,)
-    d_square,  # (N,), read where SQUARE
-    sums,  # (splits, n_x, D) out: Σ w·y over the negatives and the penalty
+    bias,  # 0-d, read by its transform
+    row_ids,  # (N,) int64, read by layouts that have them
+    column_ids,  # (M,) int64, likewise
+    partial,  # (splits, PARTS.lines, n_x) out
+    sums,  # (splits, n_x, D) out: Σ w·y, where GRADIENT
+    tallies,  # (splits, n_x) out: Σ w, where GRADIENT and there is a bias
     n_x,
     n_y,
-    x_first,  # the image of x's row 0
-    y_first,
+    first,  # the image of row 0
+    itself,  # the column that row 0 is
     walk,  # rows of y in a split
     stride_x,
     stride_y,
-    X_PER_IMAGE: tl.constexpr,
-    Y_PER_IMAGE: tl.constexpr,
-    D: tl.constexpr,
-    CLIP: tl.constexpr,
+    FORM: tl.constexpr,
+    PARTS: tl.constexpr,
     BY_COLUMN: tl.constexpr,
-    SQUARE: tl.constexpr,
-    TENSOR_SCALE: tl.constexpr,
+    GRADIENT: tl.constexpr,  # w = e^(t − shift) or σ(t), times the slope: dL/d statistic is one factor of the row
+    D: tl.constexpr,
     PRECISION: tl.constexpr,
     X: tl.constexpr,
     Y: tl.constexpr,
     CHUNK: tl.constexpr,
     SLICE: tl.constexpr,
 ):
-    """One block of x against one split of y, one SLICE of D: w = dL/ds from finished rows."""
+    """One block of x against one split of y; one SLICE of D where GRADIENT."""
     block, split, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    factor = load_scale(scale, TENSOR_SCALE)
+    factor = load_scale(scale, FORM.tensor_scale)
     xs = block * X + tl.arange(0, X)
-    images = image_of(xs, x_first, X_PER_IMAGE)
-    kept = load_tile(x, xs, n_x, stride_x, 0, D, CHUNK)
-    if not BY_COLUMN:
-        lse, d_lse, d_sq = load_coefficients(neg_lse, d_neg_lse, d_square, xs, n_x, SQUARE)
-        lse, d_lse, d_sq = lse[:, None], d_lse[:, None], d_sq[:, None]
-    acc = tl.zeros((X, SLICE), tl.float32)
-    first = split * walk
-    for j in range(first, first + tl.minimum(walk, n_y - first), Y):
+    if BY_COLUMN:
+        x_marks = marks_of_columns(xs, column_ids, n_x, FORM)
+    else:
+        x_marks = marks_of_rows(xs, row_ids, first, itself, n_x, n_y, FORM)
+    kept = load_tile(x, xs, n_x, stride_x, 0, D, CHUNK, FORM.mixed)
+    none = tl.zeros((X,), tl.float32)
+    neg_top = tl.full((X,), float("-inf"), tl.float32)
+    pos_top = neg_top
+    neg_sum, neg_lost, pos_sum, pos_lost, square, tally = none, none, none, none, none, none
+    soft, soft_lost, total, total_lost, count = none, none, none, none, none
+    if GRADIENT:
+        acc = tl.zeros((X, SLICE), tl.float32)
+    begin = split * walk
+    for j in range(begin, begin + tl.minimum(walk, n_y - begin), Y):
         ys = j + tl.arange(0, Y)
-        r, walked = score_tile(kept, x, y, xs, ys, n_x, n_y, stride_x, stride_y, part, D, CHUNK, SLICE, PRECISION)
-        s = factor * r
-        t, slope = transform(s, clip, inverse_clip, CLIP)
         if BY_COLUMN:
-            lse, d_lse, d_sq = load_coefficients(neg_lse, d_neg_lse, d_square, ys, n_y, SQUARE)
-            lse, d_lse, d_sq = lse[None, :], d_lse[None, :], d_sq[None, :]
-        w = d_lse * (tl.exp2(t * LOG2E - lse) * slope)
-        # Beyond n_y a row of zeros stands for y, but e^(0 − neg_lse) may be infinite.
-        w = tl.where(own_mask(images, image_of(ys, y_first, Y_PER_IMAGE)) | (ys >= n_y)[None, :], 0.0, w)
-        if SQUARE:
-            w += d_sq * s
+            y_marks = marks_of_rows(ys, row_ids, first, itself, n_y, n_x, FORM)
+        else:
+            y_marks = marks_of_columns(ys, column_ids, n_y, FORM)
+        pos, neg, every = sets(x_marks, y_marks, ys < n_y, FORM)
+        r, walked = score_tile(kept, x, y, xs, ys, n_x, n_y, stride_x, stride_y, part, FORM, D, CHUNK, SLICE, PRECISION)
+        s = factor * r
+        t, slope = transform(s, clip, inverse_clip, bias, FORM)
+        if PARTS.neg_sum >= 0:
+            w, neg_sum, neg_lost, neg_top, fade = add_exponentials(t, neg, neg_sum, neg_lost, neg_top, s, FORM)
+            if GRADIENT and not FORM.shiftless:
+                acc, tally = acc * fade[:, None], tally * fade
+        elif PARTS.neg_top >= 0:
+            neg_top = tl.maximum(neg_top, tl.max(tl.where(neg, t, float("-inf")), 1))
+        if PARTS.softplus >= 0:
+            part_sum = tl.sum(tl.where(neg, softplus(t), 0.0) + 0.0 * s, 1)  # softplus(−inf) would hide a bad score
+            soft, soft_lost = add_exactly(soft, soft_lost, part_sum)
+            if GRADIENT:
+                w = tl.where(neg, sigmoid(t), 0.0)
+        if PARTS.pos_sum >= 0:
+            _, pos_sum, pos_lost, pos_top, _ = add_exponentials(t, pos, pos_sum, pos_lost, pos_top, 0.0, FORM)
+        elif PARTS.pos_top >= 0:
+            pos_top = tl.maximum(pos_top, tl.max(tl.where(pos, t, float("-inf")), 1))
+        if PARTS.total >= 0:
+            total, total_lost = add_exactly(total, total_lost, tl.sum(tl.where(pos, t, 0.0), 1))
+        if PARTS.count >= 0:
+            count += tl.sum(tl.where(pos, 1.0, 0.0), 1)
+        if PARTS.square >= 0:
+            squared = s * s
+            if FORM.drop_self:
+                squared = tl.where(every, squared, 0.0)
+            square += tl.sum(squared, 1)
+        if GRADIENT:
+            if FORM.transform == "bias":
+                tally += tl.sum(w, 1)
+            acc = add_product(acc, w * slope, walked, PRECISION)
+    inside = (xs < n_x) & (part == 0)
+    length = n_x.to(tl.int64)
+    lines = partial + split * (PARTS.lines * length) + xs
+    store_line(lines, neg_sum, length, inside, PARTS.neg_sum)
+    store_line(lines, neg_top, length, inside, PARTS.neg_top)
+    store_line(lines, pos_sum, length, inside, PARTS.pos_sum)
+    store_line(lines, pos_top, length, inside, PARTS.pos_top)
+    store_line(lines, square, length, inside, PARTS.square)
+    store_line(lines, soft, length, inside, PARTS.softplus)
+    store_line(lines, total, length, inside, PARTS.total)
+    store_line(lines, count, length, inside, PARTS.count)
+    if GRADIENT:
+        store_sums(sums, acc, split, part, xs, n_x, D, SLICE)
+        if FORM.transform == "bias":
+            tl.store(tallies + split * length + xs, tally, mask=inside)
+
+
+@triton.jit
+def role_weights(s, t, slope, of, row_terms, column_terms, ROW_AXIS: tl.constexpr, FORM: tl.constexpr):
+    """w of a tile in one of x's roles, (X, Y): from its rows' terms, spread along ROW_AXIS, and its columns'."""
+    ROWS: tl.constexpr = FORM.rows
+    COLUMNS: tl.constexpr = FORM.columns
+    w = weights_of(s, t, slope, of, row_terms, ROW_AXIS, FORM, ROWS)
+    if FORM.two_way:
+        w += weights_of(s, t, slope, of, column_terms, 1 - ROW_AXIS, FORM, COLUMNS)
+    return w
+
+
+@triton.jit(do_not_specialize=SIZES)
+def weights_kernel(
+    x,  # (n_x, D)
+    y,  # (n_y, D)
+    scale,  # a number, or a 0-d tensor
+    clip,
+    inverse_clip,
+    bias,  # 0-d, read by its transform
+    row_ids,  # (N,) int64, read by layouts that have them
+    column_ids,  # (M,) int64, likewise
+    found_rows,  # (S, N) finished
+    d_rows,  # (S, N)
+    found_columns,  # (S', M) finished
+    d_columns,  # (S', M)
+    d_pos,  # (N, 1), read where a row has a target
+    sums,  # (splits, n_x, D) out: Σ w·y, without the positives that `gather.py` adds
+    tallies,  # (splits, n_x) out: Σ dL/dt, where there is a bias
+    n_x,
+    n_y,
+    first,  # the image of row 0
+    itself,  # the column that row 0 is
+    walk,  # rows of y in a split
+    stride_x,
+    stride_y,
+    FORM: tl.constexpr,
+    AS_ROW: tl.constexpr,  # x are rows, y columns: w_ij
+    AS_COLUMN: tl.constexpr,  # x are columns, y rows: w_ji. Both, where one tensor is in both roles
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    X: tl.constexpr,
+    Y: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SLICE: tl.constexpr,
+):
+    """One block of x against one split of y, one SLICE of D: w = dL/ds from finished statistics."""
+    ROWS: tl.constexpr = FORM.rows  # an attribute by itself is no argument in Triton 3.6
+    COLUMNS: tl.constexpr = FORM.columns
+    block, split, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    factor = load_scale(scale, FORM.tensor_scale)
+    xs = block * X + tl.arange(0, X)
+    if AS_ROW:
+        row_marks = marks_of_rows(xs, row_ids, first, itself, n_x, n_y, FORM)
+        row_terms = load_terms(found_rows, d_rows, xs, n_x, ROWS)
+    if AS_COLUMN:
+        column_marks = marks_of_columns(xs, column_ids, n_x, FORM)
+        column_terms = load_terms(found_columns, d_columns, xs, n_x, COLUMNS)
+    kept = load_tile(x, xs, n_x, stride_x, 0, D, CHUNK, FORM.mixed)
+    acc = tl.zeros((X, SLICE), tl.float32)
+    tally = tl.zeros((X,), tl.float32)
+    begin = split * walk
+    for j in range(begin, begin + tl.minimum(walk, n_y - begin), Y):
+        ys = j + tl.arange(0, Y)
+        r, walked = score_tile(kept, x, y, xs, ys, n_x, n_y, stride_x, stride_y, part, FORM, D, CHUNK, SLICE, PRECISION)
+        s = factor * r
+        t, slope = transform(s, clip, inverse_clip, bias, FORM)
+        if AS_ROW:
+            y_marks = marks_of_columns(ys, column_ids, n_y, FORM)
+            y_terms = load_terms(found_columns, d_columns, ys, n_y, COLUMNS)
+            of = sets(row_marks, y_marks, ys < n_y, FORM)
+            w = role_weights(s, t, slope, of, row_terms, y_terms, 1, FORM)
+        if AS_COLUMN:
+            y_marks = marks_of_rows(ys, row_ids, first, itself, n_y, n_x, FORM)
+            y_terms = load_terms(found_rows, d_rows, ys, n_y, ROWS)
+            of = sets(column_marks, y_marks, ys < n_y, FORM)
+            back = role_weights(s, t, slope, of, y_terms, column_terms, 0, FORM)
+            if FORM.ids == "target":  # any number of rows may have a column as theirs: no gathering in a fixed order
+                back += tl.where(of[0], tl.load(d_pos + ys, mask=ys < n_y, other=0.0)[None, :] * slope, 0.0)
+            w = w + back if AS_ROW else back
+        if FORM.transform == "bias":  # without a penalty dL/dt is dL/ds; the penalty is none of the bias's
+            tally += tl.sum(w, 1)
         acc = add_product(acc, w, walked, PRECISION)
     store_sums(sums, acc, split, part, xs, n_x, D, SLICE)
+    if FORM.transform == "bias":
+        tl.store(tallies + n_x.to(tl.int64) * split + xs, tally, mask=(xs < n_x) & (part == 0))

@@ -10,59 +10,56 @@ import triton
 from torch import Tensor
 
 from fused_nce.backends.flash import configs, gather, kernels, plan
-from fused_nce.backends.flash.plan import STATISTICS
-from fused_nce.core import atoms, workspace
+from fused_nce.backends.flash.form import Form, Parts
+from fused_nce.core import workspace
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
-from fused_nce.core.tails import Coefficients, Nce, fixed_sum
+from fused_nce.core.spec import Bias, Block
+from fused_nce.core.tails import Coefficients, Tail, fixed_sum
 
 
 class Side(NamedTuple):
-    """What a pass keeps (x) and what it walks through (y): rows and columns for dq, columns and rows for dk."""
+    """What a pass keeps (x), what it walks through (y), and what x is in it: rows for dq, columns for dk."""
 
     x: Tensor  # (n_x, D)
     y: Tensor  # (n_y, D)
-    x_first: int  # the image of x's row 0
-    y_first: int
-    x_per_image: int
-    y_per_image: int
-    by_column: bool
+    as_row: bool
+    as_column: bool  # both, where one tensor is in both roles
 
 
 class Sums(NamedTuple):
     """Partial sums of a gradient."""
 
     parts: Tensor  # (splits, n_x, D)
-    partial: Tensor | None  # (splits, 3, N) the statistics beside which they were summed; None where normalised
+    tallies: Tensor  # (splits, n_x) of what a bias gets; empty without one
+    partial: Tensor | None  # (splits, lines, N) beside which they were summed; None where normalised
 
 
 class Sweep:
     """One problem's launches. Every tensor lies on its device, and every launch goes to that device's stream."""
 
     def __init__(self, problem: Problem) -> None:
-        self.p, self.spec = problem, problem.spec
+        self.p, self.spec, self.form = problem, problem.spec, Form.of(problem)
         # The elements of a row must be adjacent; rows may lie anywhere.
         q, k = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (problem.q, problem.k))
-        layout, d = self.spec.block, q.shape[1]
-        self.rows_side = Side(q, k, problem.offset, 0, layout.rows_per_image, layout.n_c, False)
-        self.columns_side = Side(k, q, 0, problem.offset, layout.n_c, layout.rows_per_image, True)
-        self.d, self.empty = d, q.new_empty(0, dtype=torch.float32)
+        self.rows_side, self.columns_side = Side(q, k, True, False), Side(k, q, False, True)
+        self.d, self.empty = q.shape[1], q.new_empty(0, dtype=torch.float32)
         self.row_sums: Sums | None = None  # dq's, where the statistics' own pass gave them
         architecture = configs.architecture_of(q.device)
         assert architecture is not None, "why_not was not asked"
-        self.tile = configs.tile(architecture, q.dtype, d)
+        self.tile = configs.tile(architecture, torch.promote_types(q.dtype, k.dtype), self.d)
         clip = self.spec.clip
-        self.clip, self.inverse_clip = (clip, 1 / clip) if clip else (1.0, 1.0)
+        bias = problem.bias if isinstance(problem.bias, Tensor) else self.empty.new_full((), problem.bias)
+        self.scores = (problem.scale, *((clip, 1 / clip) if clip else (1.0, 1.0)), bias)
         self.limit = workspace.limit_bytes(q.device.type)
-        self.shiftless = clip is not None and clip <= atoms.SHIFTLESS_CLIP
-        self.images = {"N_C": layout.n_c, "ROWS_PER_IMAGE": layout.rows_per_image}
-        self.compiled: dict[str, Any] = {
-            "D": d,
-            "CLIP": clip is not None,
-            "TENSOR_SCALE": isinstance(problem.scale, Tensor),
-        }
-        tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        self.tiled = self.compiled | {
-            "PRECISION": "tf32" if tf32 else "ieee",
+        self.biased = isinstance(self.spec.transform, Bias)
+        ids = (problem.row_ids, problem.column_ids)
+        self.row_ids, self.column_ids = (self.empty if x is None else x.contiguous() for x in ids)
+        # Block counts the offset in images: of rows and columns alike where a row is a column.
+        block = isinstance(self.spec.layout, Block)
+        self.first, self.itself = problem.offset, problem.offset * (self.form.n_c if block else 1)
+        self.compiled = {
+            "D": self.d,
+            "PRECISION": self._precision(),
             "X": self.tile.x,
             "Y": self.tile.y,
             "CHUNK": self.tile.chunk,
@@ -71,133 +68,161 @@ class Sweep:
             "num_stages": self.tile.stages,
         }
 
+    def _precision(self) -> str:
+        """Of products of float32: TF32 where torch allows it, and where it holds both 16-bit types exactly."""
+        wide = torch.float32 in (self.p.q.dtype, self.p.k.dtype)
+        allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return "tf32" if (wide and allowed) or (self.form.mixed and not wide) else "ieee"
+
     def device(self) -> AbstractContextManager[Any]:
         """Launches go to the tensors' device, whichever is current."""
         return torch.cuda.device(self.p.q.device) if self.p.q.is_cuda else nullcontext()
 
     def new(self, *shape: int) -> Tensor:
         """An uninitialised float32 buffer."""
-        return self.p.q.new_empty(shape, dtype=torch.float32)
+        return self.empty.new_empty(shape)
+
+    # ---- statistics ---------------------------------------------------------------------------------------------
 
     def positives(self) -> Tensor:
         """(N, P) transformed scores of the positives."""
-        p, n_c = self.p, self.spec.block.n_c
-        side, shape = self.rows_side, configs.gather_tile(self.d, n_c)
-        pos = self.new(p.n, n_c)
-        gather.positives_kernel[(triton.cdiv(p.n, shape.x), triton.cdiv(n_c, shape.partners))](
-            side.x, side.y, p.scale, self.clip, self.inverse_clip, pos, p.n, p.m, p.offset,
-            side.x.stride(0), side.y.stride(0),
-            X=shape.x, PARTNERS=shape.partners, WIDTH=shape.width, **self.images, **self.compiled,
-        )  # fmt: skip
+        p, form = self.p, self.form
+        if p.positives is not None:
+            return p.positives
+        pos = self.new(p.n, form.n_pos)
+        if form.n_pos:
+            side, shape = self.rows_side, configs.gather_tile(self.d, form.partners)
+            gather.positives_kernel[(triton.cdiv(p.n, shape.x), triton.cdiv(form.partners, shape.partners))](
+                side.x, side.y, *self.scores, self.row_ids, pos, p.n, p.m, self.first, self.itself,
+                side.x.stride(0), side.y.stride(0),
+                FORM=form, D=self.d, X=shape.x, PARTNERS=shape.partners, WIDTH=shape.width,
+            )  # fmt: skip
         return pos
 
-    def rows(self, gradient: bool) -> Tensor:
-        """(3, N) statistics, and in the same pass `row_sums`, which become dq."""
-        p, side = self.p, self.rows_side
-        split = plan.split(p.n, p.m, self.d, self.limit)
-        partial, out = self.new(split.parts, len(STATISTICS), p.n), self.new(len(STATISTICS), p.n)
-        sums = self.new(split.parts, p.n, self.d) if gradient else self.empty
+    def fold(self, side: Side, gradient: bool = False) -> Tensor:
+        """(S, n_x) statistics of x and, in the same pass, `row_sums`, which become dq."""
+        n_x, n_y = side.x.shape[0], side.y.shape[0]
+        wanted = self.form.columns if side.as_column else self.form.rows
+        parts, names = Parts.of(wanted), self.spec.columns if side.as_column else self.spec.stats
         slices = triton.cdiv(self.d, self.tile.slice) if gradient else 1
-        kernels.rows_kernel[(triton.cdiv(p.n, self.tile.x), split.parts, slices)](
-            side.x, side.y, p.scale, self.clip, self.inverse_clip, partial, sums, p.n, p.m, p.offset, split.walk,
-            side.x.stride(0), side.y.stride(0),
-            SHIFTLESS=self.shiftless, GRADIENT=gradient, **self.images, **self.tiled,
+        split = plan.split(n_x, n_y, slices, parts.lines + self.d * gradient, self.limit)
+        partial, out = self.new(split.parts, parts.lines, n_x), self.new(len(names), n_x)
+        sums = self.new(split.parts, n_x, self.d) if gradient else self.empty
+        tallies = self.new(split.parts, n_x) if gradient and self.biased else self.empty
+        kernels.fold_kernel[(triton.cdiv(n_x, self.tile.x), split.parts, slices)](
+            side.x, side.y, *self.scores, self.row_ids, self.column_ids, partial, sums, tallies, n_x, n_y,
+            self.first, self.itself, split.walk, side.x.stride(0), side.y.stride(0),
+            FORM=self.form, PARTS=parts, BY_COLUMN=side.as_column, GRADIENT=gradient, **self.compiled,
         )  # fmt: skip
-        gather.merge_kernel[(triton.cdiv(p.n, 128),)](partial, out, p.n, split.parts, SHIFTLESS=self.shiftless, X=128)
-        self.row_sums = Sums(sums, partial) if gradient else None
+        gather.merge_kernel[(triton.cdiv(n_x, 128),)](
+            partial, out, n_x, split.parts, FORM=self.form, WANTED=wanted, PARTS=parts, X=128
+        )
+        self.row_sums = Sums(sums, tallies, partial) if gradient else None
         return out
 
-    def weights(self, side: Side, neg_lse: Tensor, d_neg_lse: Tensor, d_square: Tensor | None) -> Sums:
-        """Σ w·y over the negatives and the penalty, from finished rows."""
-        (n_x, _), (n_y, _) = side.x.shape, side.y.shape
-        split = plan.split(n_x, n_y, self.d, self.limit)
+    def statistics(self, gradient: bool = False) -> Statistics:
+        """Of rows and columns, and the positives."""
+        rows = self.fold(self.rows_side, gradient)
+        return Statistics(self.positives(), rows, self.fold(self.columns_side) if self.spec.columns else None)
+
+    # ---- gradients ----------------------------------------------------------------------------------------------
+
+    def weights(self, side: Side, form: Form, found: Statistics, d: Coefficients) -> Sums:
+        """Σ w·y over what is no gathered positive, from finished statistics."""
+        n_x, n_y = side.x.shape[0], side.y.shape[0]
+        slices = triton.cdiv(self.d, self.tile.slice)
+        split = plan.split(n_x, n_y, slices, self.d, self.limit)
         sums = self.new(split.parts, n_x, self.d)
-        grid = (triton.cdiv(n_x, self.tile.x), split.parts, triton.cdiv(self.d, self.tile.slice))
-        kernels.weights_kernel[grid](
-            side.x, side.y, self.p.scale, self.clip, self.inverse_clip, neg_lse, d_neg_lse,
-            self.empty if d_square is None else d_square, sums, n_x, n_y, side.x_first, side.y_first, split.walk,
-            side.x.stride(0), side.y.stride(0), X_PER_IMAGE=side.x_per_image, Y_PER_IMAGE=side.y_per_image,
-            BY_COLUMN=side.by_column, SQUARE=d_square is not None, **self.tiled,
+        tallies = self.new(split.parts, n_x) if self.biased else self.empty
+        columns = (found.columns, d.d_columns) if form.two_way else (self.empty, self.empty)
+        kernels.weights_kernel[(triton.cdiv(n_x, self.tile.x), split.parts, slices)](
+            side.x, side.y, *self.scores, self.row_ids, self.column_ids, found.rows, d.d_rows, *columns, d.d_pos,
+            sums, tallies, n_x, n_y, self.first, self.itself, split.walk, side.x.stride(0), side.y.stride(0),
+            FORM=form, AS_ROW=side.as_row, AS_COLUMN=side.as_column, **self.compiled,
         )  # fmt: skip
-        return Sums(sums, None)
+        return Sums(sums, tallies, None)
 
     def finish(
-        self, side: Side, sums: Sums, neg_lse: Tensor, d_neg_lse: Tensor, pos: Tensor, d_pos: Tensor, scale: bool
-    ) -> tuple[Tensor, Tensor]:
-        """(dL/dx, dL/dscale): dL/dscale = Σ w·⟨x, y⟩ is Σ ⟨x, dL/dx⟩ / scale, before the scale has multiplied it."""
-        (n_x, _), (n_y, _) = side.x.shape, side.y.shape
-        splits = sums.parts.shape[0]
-        shape = configs.gather_tile(self.d, side.y_per_image)
+        self, side: Side, sums: Sums, found: Statistics, d: Coefficients, scale: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(dL/dx, dL/dscale, dL/dbias): Σ w·⟨x, y⟩ is Σ ⟨x, dL/dx⟩ / scale, before the scale has multiplied it."""
+        n_x, n_y, splits, form = side.x.shape[0], side.y.shape[0], sums.parts.shape[0], self.form
+        shape = configs.gather_tile(self.d, form.n_c if side.as_row else form.rows_per_image)
         widths = triton.cdiv(self.d, shape.width)
         out = sums.parts[0] if splits == 1 else self.new(n_x, self.d)
         dots = self.new(widths, n_x) if scale else self.empty
+        on_bias = self.new(n_x) if scale and self.biased else self.empty
         gather.finish_kernel[(triton.cdiv(n_x, shape.x), widths)](
-            side.x, side.y, self.p.scale, self.inverse_clip, sums.parts,
-            self.empty if sums.partial is None else sums.partial, neg_lse, d_neg_lse, pos, d_pos, out, dots,
-            n_x, n_y, side.x_first, side.y_first, splits, side.x.stride(0), side.y.stride(0),
-            N_C=self.spec.block.n_c, X_PER_IMAGE=side.x_per_image, Y_PER_IMAGE=side.y_per_image,
-            SHIFTLESS=self.shiftless, NORMALISE=sums.partial is not None, BY_COLUMN=side.by_column, DOTS=scale,
-            X=shape.x, PARTNERS=shape.partners, WIDTH=shape.width, **self.compiled,
+            side.x, side.y, self.scores[0], self.scores[2], self.row_ids, sums.parts, sums.tallies,
+            self.empty if sums.partial is None else sums.partial, found.rows, d.d_rows, found.pos, d.d_pos,
+            out, dots, on_bias, n_x, n_y, self.first, self.itself, splits, side.x.stride(0), side.y.stride(0),
+            FORM=form, PARTS=Parts.of(form.rows), NORMALISE=sums.partial is not None, AS_ROW=side.as_row,
+            AS_COLUMN=side.as_column, DOTS=scale, D=self.d,
+            X=shape.x, PARTNERS=shape.partners, WIDTH=shape.width,
         )  # fmt: skip
-        return out, fixed_sum(dots) if scale else self.empty
+        share = 0.5 if side.as_row and side.as_column else 1.0  # each score was met twice
+        return (
+            out,
+            fixed_sum(dots) * share if scale else self.empty,
+            fixed_sum(on_bias) * share if self.biased else None,
+        )
 
-    def statistics(self, rows: Tensor) -> Statistics:
-        """The spec's choice of the (3, N) rows, in its order, and the positives."""
-        names = self.spec.stats
-        # Not indexed by a list: that is a tensor on the host, and copying it would wait for the GPU.
-        chosen = rows if names == STATISTICS else torch.stack([rows[STATISTICS.index(name)] for name in names])
-        return Statistics(self.positives(), chosen)
-
-    def gradients(self, found: Statistics, d: Coefficients, square: bool, needs: Needs) -> Gradients:
-        """The wanted gradients, from finished statistics; the penalty's part where `square`."""
-        names = self.spec.stats
-        if "neg_lse" in names:
-            neg_lse, d_neg_lse = (x[names.index("neg_lse")].contiguous() for x in (found.rows, d.d_rows))
-        else:  # no negative has a weight, as in a row that has none
-            neg_lse, d_neg_lse = torch.full_like(found.rows[0], float("-inf")), torch.zeros_like(found.rows[0])
-        d_square = d.d_rows[names.index("square")].contiguous() if square else None
-        finished = (neg_lse, d_neg_lse, found.pos.contiguous(), d.d_pos.contiguous())
+    def gradients(self, found: Statistics, d: Coefficients, penalised: bool, needs: Needs) -> Gradients:
+        """The wanted gradients, from finished statistics."""
+        form = self.form if penalised else self.form.without_square()
+        found = Statistics(*(None if x is None else x.contiguous() for x in found))  # type: ignore[arg-type]
+        d = Coefficients(*(None if x is None else x.contiguous() for x in d))  # type: ignore[arg-type]
         dq = dk = dscale = self.empty
+        dbias: Tensor | None = None
         by_row = needs.q or (needs.scale and not needs.k)
         if by_row:
-            sums = self.row_sums or self.weights(self.rows_side, neg_lse, d_neg_lse, d_square)
-            dq, dscale = self.finish(self.rows_side, sums, *finished, needs.scale)
+            side = self.rows_side._replace(as_column=self.p.shared)
+            sums = self.row_sums or self.weights(side, form, found, d)
+            dq, dscale, dbias = self.finish(side, sums, found, d, needs.scale)
             self.row_sums = None
             del sums  # their memory serves the next pass
-        if needs.k:
-            sums = self.weights(self.columns_side, neg_lse, d_neg_lse, d_square)
-            dk, by_column = self.finish(self.columns_side, sums, *finished, needs.scale and not by_row)
-            dscale = dscale if by_row else by_column
-        return Gradients(dq if needs.q else self.empty, dk, dscale)
+        if needs.k and not self.p.shared:
+            sums = self.weights(self.columns_side, form, found, d)
+            dk, on_scale, on_bias = self.finish(self.columns_side, sums, found, d, needs.scale and not by_row)
+            if not by_row:
+                dscale, dbias = on_scale, on_bias
+        return Gradients(dq if needs.q else self.empty, dk, dscale, dbias if needs.scale else None)
+
+    def known_before(self, tail: Tail) -> bool:
+        """One factor of each row is all that its weights miss before its statistics are finished."""
+        rows = self.form.rows
+        one = (rows.neg_lse >= 0) != (rows.neg_softplus >= 0)
+        return one and not tail.penalty and max(rows.pos_lse, rows.pos_sum) < 0
 
 
 def stats(problem: Problem) -> Statistics:
-    """One score GEMM."""
+    """One score GEMM; two with column statistics."""
     sweep = Sweep(problem)
     with sweep.device():
-        return sweep.statistics(sweep.rows(gradient=False))
+        return sweep.statistics()
 
 
 def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
     """The scores again, and one GEMM a gradient, for each of dq and dk."""
     sweep = Sweep(problem)
     with sweep.device():
-        return sweep.gradients(statistics, coefficients, "square" in problem.spec.stats, needs)
+        return sweep.gradients(statistics, coefficients, True, needs)
 
 
-def loss(problem: Problem, tail: Nce, needs: Needs) -> tuple[Statistics, Gradients]:
+def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
     """Statistics and gradients.
 
-    Without a penalty the pass that gives the statistics gives dq too: 2u, and 2u for dk. A penalty's share of dq stands
-    in another proportion to the negatives', unknown until the row is finished: a second accumulator, with a GEMM of its
-    own, would cost what computing the scores again does, so that is done: 1u + 2u, and 2u for dk.
+    Where one factor a row is all that its weights miss, the pass that gives the statistics gives dq too: 2u, and 2u for
+    dk. A penalty's share of dq stands in another proportion to the negatives', unknown until the row is finished: a
+    second accumulator, with a GEMM of its own, would cost what computing the scores again does, so that is done: 1u +
+    2u, and 2u for dk. One tensor in both roles has its whole gradient from one pass: 1u + 2u.
     """
-    sweep = Sweep(problem)
-    single = not tail.penalty and (needs.q or (needs.scale and not needs.k))
+    sweep, spec = Sweep(problem), problem.spec
+    single = sweep.known_before(tail) and not problem.shared and (needs.q or (needs.scale and not needs.k))
     with sweep.device():
-        found = sweep.statistics(sweep.rows(gradient=single))
+        found = sweep.statistics(gradient=single)
         if not any(needs):
             return found, Gradients(sweep.empty, sweep.empty, sweep.empty)
-        unit = tail.unit(found.pos.numel())
-        d = tail.coefficients(problem.spec, *found, unit, 1.0, problem.n * problem.m)
+        unit = tail.unit(problem.n * tail.per_row(spec))
+        d = tail.coefficients(spec, found.pos, found.rows, None, unit, 1.0, problem.n * problem.m)
         return found, sweep.gradients(found, d, bool(tail.penalty), needs)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Never specialised: another batch does not recompile. The spec, D and the tile are compiled in: a division by a number
+# Never specialised: another batch does not recompile. The form, D and the tile are compiled in: a division by a number
 # known then is a multiplication, and each tile makes one for every row and column.
-SIZES = ["n", "m", "n_x", "n_y", "x_first", "y_first", "walk", "splits"]
+SIZES = ["n", "m", "n_x", "n_y", "first", "itself", "walk", "splits"]
 
 
 @triton.jit
@@ -17,13 +17,14 @@ def offsets(rows, stride):
 
 
 @triton.jit
-def load_tile(x, rows, count, stride, d0, D: tl.constexpr, WIDTH: tl.constexpr):
-    """x[rows, d0 : d0 + WIDTH], 0 outside, (len(rows), WIDTH)."""
+def load_tile(x, rows, count, stride, d0, D: tl.constexpr, WIDTH: tl.constexpr, WIDEN: tl.constexpr):
+    """x[rows, d0 : d0 + WIDTH], 0 outside, (len(rows), WIDTH); float32 where it must WIDEN."""
     d = d0 + tl.arange(0, WIDTH)
     inside = (rows < count)[:, None]
     if D % WIDTH != 0:
         inside = inside & (d < D)[None, :]
-    return tl.load(x + offsets(rows, stride)[:, None] + d[None, :], mask=inside, other=0.0)
+    tile = tl.load(x + offsets(rows, stride)[:, None] + d[None, :], mask=inside, other=0.0)
+    return tile.to(tl.float32) if WIDEN else tile
 
 
 @triton.jit
@@ -33,3 +34,19 @@ def load_scale(scale, TENSOR_SCALE: tl.constexpr):
         return tl.load(scale)
     else:
         return scale
+
+
+@triton.jit
+def load_line(lines, length, mask, LINE: tl.constexpr, ABSENT: tl.constexpr):
+    """Line LINE of (lines, length); a line that is not there is ABSENT."""
+    if LINE >= 0:
+        return tl.load(lines + LINE * length, mask=mask, other=0.0)
+    else:
+        return tl.full(mask.shape, ABSENT, tl.float32)
+
+
+@triton.jit
+def store_line(lines, value, length, mask, LINE: tl.constexpr):
+    """`value` to line LINE of (lines, length); one that is not there is left out."""
+    if LINE >= 0:
+        tl.store(lines + LINE * length, value, mask=mask)

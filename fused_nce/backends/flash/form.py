@@ -1,0 +1,125 @@
+"""What is compiled in: a problem's atoms as its kernels ask for them. Static, hashable, and free of every size but D's.
+
+Triton compiles one kernel per `Form`, and branches on its fields at compile time: a field that is not asked for costs
+nothing. Names are those of `core/spec.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fused_nce.core.atoms import SHIFTLESS_CLIP
+from fused_nce.core.problem import Problem
+from fused_nce.core.spec import Block, Index, Labels, TanhClip
+
+ABSENT = -1
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Where each statistic of a side lies among its finished ones, (S, n); `ABSENT` if it is not asked for."""
+
+    neg_lse: int = ABSENT
+    neg_max: int = ABSENT
+    square: int = ABSENT
+    neg_softplus: int = ABSENT
+    pos_lse: int = ABSENT
+    pos_max: int = ABSENT
+    pos_sum: int = ABSENT
+    pos_count: int = ABSENT
+    pos_gap: int = ABSENT
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Wanted:
+        """In the order of `names`."""
+        return cls(**{name: place for place, name in enumerate(names)})
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where each running value of a split lies among its (count, n), `ABSENT` if no statistic is made of it."""
+
+    neg_sum: int  # Σ e^(t − shift) over the negatives, shift being their maximum so far
+    neg_top: int  # max t
+    pos_sum: int
+    pos_top: int
+    square: int
+    softplus: int
+    total: int  # Σ t over the positives
+    count: int  # of the positives
+    lines: int
+
+    @classmethod
+    def of(cls, wanted: Wanted) -> Parts:
+        """Those that the statistics are made of. A sum of exponentials is merged by its maximum."""
+        used = {
+            "neg_sum": wanted.neg_lse,
+            "neg_top": max(wanted.neg_lse, wanted.neg_max),
+            "pos_sum": wanted.pos_lse,
+            "pos_top": max(wanted.pos_lse, wanted.pos_max),
+            "square": wanted.square,
+            "softplus": wanted.neg_softplus,
+            "total": wanted.pos_sum,
+            "count": wanted.pos_count,
+        }
+        present = [name for name, place in used.items() if place != ABSENT]
+        places = {name: present.index(name) if name in present else ABSENT for name in used}
+        return cls(**places, lines=len(present))
+
+
+@dataclass(frozen=True)
+class Form:
+    """A problem's atoms."""
+
+    ids: str  # where they come from: "image" (arithmetic), "target" (of the rows), "label" (of both), "none"
+    n_c: int  # columns an image
+    rows_per_image: int
+    drop_self: bool
+    transform: str
+    shiftless: bool  # e^t needs no shift: the clip bounds it
+    tensor_scale: bool
+    mixed: bool  # q and k differ in dtype: both meet in float32
+    rows: Wanted
+    columns: Wanted
+
+    @property
+    def two_way(self) -> bool:
+        """Columns have statistics too."""
+        return self.columns != Wanted()
+
+    @property
+    def partners(self) -> int:
+        """Columns of which a row's gathered positives are chosen; 0 where none are gathered."""
+        return {"image": self.n_c, "target": 1}.get(self.ids, 0)
+
+    @property
+    def n_pos(self) -> int:
+        """P of these."""
+        return self.partners - (self.drop_self and self.ids == "image")
+
+    @classmethod
+    def of(cls, problem: Problem) -> Form:
+        """Of one problem."""
+        spec, layout = problem.spec, problem.spec.layout
+        block = layout if isinstance(layout, Block) else Block(1)
+        clip = spec.clip
+        return cls(
+            ids={Block: "image", Index: "target", Labels: "label"}.get(type(layout), "none"),
+            n_c=block.n_c,
+            rows_per_image=block.rows_per_image,
+            drop_self=spec.drop_self,
+            transform="tanh_clip" if isinstance(spec.transform, TanhClip) else spec.transform.code.removesuffix("()"),
+            shiftless=clip is not None and clip <= SHIFTLESS_CLIP,
+            tensor_scale=isinstance(problem.scale, Tensor),
+            mixed=problem.q.dtype != problem.k.dtype,
+            rows=Wanted.of(spec.stats),
+            columns=Wanted.of(spec.columns),
+        )
+
+    def without_square(self) -> Form:
+        """For a tail without a penalty, whose coefficients of it are 0: 0·inf would turn a finite loss into NaN."""
+        return dataclasses.replace(self, rows=dataclasses.replace(self.rows, square=ABSENT))
