@@ -46,7 +46,7 @@ def fixed_lse(x: Tensor) -> Tensor:
 
 
 def log_count(n: float, like: Tensor) -> Tensor:
-    """log n of a size or a ratio of sizes, 0-d: `math.log` would be a constant, and each batch size a graph of its own."""
+    """log n of a size or a ratio of sizes, 0-d: `math.log` would be a constant, each batch size a graph of its own."""
     return torch.full((), n, dtype=torch.float64, device=like.device).log().to(like.dtype)
 
 
