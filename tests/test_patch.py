@@ -220,6 +220,12 @@ SETTINGS = [
         {"loss": stand_in("NTXentLoss", PML, temperature=0.1, **COSINE), "symmetric": False},
         pml,
     ),
+    (
+        "DistributedLossWrapper",
+        "pytorch_metric_learning.utils.distributed",
+        {"loss": stand_in("NTXentLoss", PML, temperature=0.1, **COSINE), "efficient": True},
+        pml,
+    ),
     ("AmdimNCELoss", BOLTS, {"tclip": 7.0}, bolts),
     ("CPCTask", BOLTS, CPC, bolts),
     ("FeatureMapContrastiveTask", BOLTS, {"comparisons": "01", "tclip": 7.0, "bidirectional": False}, bolts),
