@@ -91,8 +91,8 @@ def pairs(formula: Formula, *settings: str) -> Formula:
 def in_memory(self, embeddings, labels):
     """After entering a memory of as many rows."""
     self.embedding_memory.copy_(embeddings.detach()), self.label_memory.copy_(labels)
-    chosen = pml_dense.pairs(labels, labels, 0)
-    return pml_dense.sup_con(embeddings, self.embedding_memory.clone(), *chosen, self.loss.temperature)
+    own, others = pml_dense.pairs(labels, labels, 0)
+    return pml_dense.sup_con(embeddings, self.embedding_memory.clone(), own, others, self.loss.temperature)
 
 
 def sup_con(self, features, labels):
