@@ -85,6 +85,36 @@ def strided(x, how):
     return wide[::2, 1::2]
 
 
+# Sizes of classes, and which images a mask means, are read on the host.
+READ = ("pml.NTXentLoss", "pml.ContrastiveLoss", "bolts.AmdimNCELoss")
+
+
+def masked(a, b):
+    """SupContrast's loss of a mask."""
+    mask = torch.eye(len(a)) + torch.eye(len(a)).roll(1, 0)
+    return supcontrast.SupConLoss(0.2)(torch.stack((a, b), dim=1), mask=mask)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("open_clip.ClipLoss", "lightly.NTXentLoss") else pytest.mark.nightly)
+        for name in [*LOSSES, "mask"]
+        if name not in READ
+    ],
+)
+def test_compiles_without_a_break(name):
+    torch._dynamo.reset()
+    loss = LOSSES.get(name, masked)
+    compiled, found = torch.compile(loss, fullgraph=True, backend="aot_eager"), []
+    for function in (loss, compiled):
+        leaves = [x.requires_grad_() for x in rows()]
+        value = function(*leaves)
+        found.append([value, *torch.autograd.grad(value, leaves, materialize_grads=True, allow_unused=True)])
+    for eager, traced in zip(*found, strict=True):
+        torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("how", ["columns first", "every second"])
 @every
 def test_any_layout(name, how):

@@ -250,6 +250,7 @@ def _processes(rank: int, names: list[str]) -> dict[str, float]:
         ours = importlib.import_module(f"fused_nce.compat.{case.package}")
         dtype = torch.float32 if case.package in ("inf_cl", "lightly") else torch.float64
         found[name] = gathering.compared(case, ours, packages.load(case.package), dtype)
+    torch.distributed.barrier()  # a process that leaves while another still talks to it ends in an abort
     return found
 
 

@@ -187,7 +187,7 @@ def test_two_thousand_steps_do_not_grow(name):
     run = step(name, None, 64)
     for _ in range(200):
         run()
-    grown_bytes = []
+    grown_bytes: list[int] = []
     while len(grown_bytes) < 3 and min(grown_bytes, default=1 << 30) > 2 << 20:  # the heap itself may settle late
         before = resident_bytes()
         for _ in range(2000):
