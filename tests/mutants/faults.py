@@ -158,7 +158,7 @@ PYTHON = (
     Fault(
         "frozen side pays for a gradient",
         ENGINE,
-        "graph and leaf is not None and leaf.requires_grad",
+        "graph and leaf is not None and _wants_gradient(leaf)",
         "graph and leaf is not None",
     ),
     Fault("gradient work under no_grad", ENGINE, "graph = torch.is_grad_enabled()", "graph = True"),
