@@ -1,7 +1,7 @@
 """Markdown from a results JSON, and from there into the documents, between `<!-- bench:NAME -->` and `<!-- /bench -->`.
 
 `python -m bench.tables` rewrites the blocks of README.md and docs/*.md; `--check` only compares, and exits 1 where one
-differs: no figure in them is typed by hand.
+differs: no figure in them is typed by hand. The losses' table and pages come from their registry likewise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench import roofline
+from bench import losses, roofline
 from bench.gpu import model as gpu_model
 from bench.gpu import tables as gpu_tables
 from bench.host import ROOT
@@ -162,6 +162,8 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "cpu-memory-fit": memory_fit,
     "cpu-host": host_line,
     "when-it-matters": lambda record: roofline.table(),
+    "losses": lambda record: losses.table("docs/losses.md"),
+    "losses-page": lambda record: f"{losses.table('')}\n\n{losses.reference()}",
     "gpu-model": lambda record: gpu_model.table(),
     "gpu": lambda record: gpu_tables.block(newest_gpu_record()),
 }

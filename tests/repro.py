@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 from .cases import can_run, load, run
+from .losses import fuzz
 
 
 def main(text: str) -> int:
-    """Run the case and say how far each result is from the oracle, in units of its budget."""
-    case = load(text)
-    reason = can_run(case)
-    if reason is not None:
-        print(f"{case.backend} cannot run this: {reason}")
-        return 2
-    etas = run(case)
+    """Run the case, of the engine or a loss, and say how far each result is from the oracle, in units of its budget."""
+    fields = json.loads(text)
+    if "loss" in fields:
+        of_loss = fuzz.load(fields)
+        found = fuzz.Judge(of_loss).run(of_loss.backend)
+        if found is None:
+            print(f"{of_loss.backend} cannot run {of_loss.loss}")
+            return 2
+        etas = found
+    else:
+        case = load(text)
+        reason = can_run(case)
+        if reason is not None:
+            print(f"{case.backend} cannot run this: {reason}")
+            return 2
+        etas = run(case)
     for name, value in etas.items():
         print(f"{name:25} eta = {value:.3g}{'   FAILED' if not value <= 1 else ''}")
     return int(not all(value <= 1 for value in etas.values()))

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from bench import cases, host, measure, memory, rivals, roofline, tables, verdict
+from bench import cases, host, losses, measure, memory, rivals, roofline, tables, verdict
 from bench.__main__ import main
 from bench.cases import Case
 
@@ -196,5 +196,11 @@ def test_blocks_are_filled_from_the_record(record):
             assert block(record)
 
 
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_every_registered_loss_can_be_measured(name):
+    assert losses.step(name, losses.Size(n=8, m=20, d=6, p=2), "reference")().isfinite()
+
+
 def test_the_documents_show_the_published_numbers():
+    """After a change of a number, a signature or a docstring: `python -m bench.tables`."""
     assert tables.main(["--check"]) == 0

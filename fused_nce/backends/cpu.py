@@ -36,7 +36,7 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
     if q.dtype not in DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
     limit = workspace.limit_bytes("cpu")
-    for plan in _plans(module, spec, q.shape[0], k.shape[0], q.shape[1], q.dtype, limit):
+    for plan in _plans(module, spec, q.shape[0], k.shape[0], q.shape[1], q.dtype, limit, shared=k is q):
         if not plan["fits"]:
             return f"the workspace of {limit} bytes is below the {plan['total_bytes']} of its smallest plan"
     return None
@@ -50,7 +50,8 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
     dtypes = [dtype for dtype in DTYPES if dtype.itemsize == dtype_bytes]
     if not dtypes:
         raise ValueError(f"dtype: got one of {dtype_bytes} bytes, need float32, bfloat16 or float16 for 'cpu'")
-    plans = [plan for dtype in dtypes for plan in _plans(module, spec, n, m, d, dtype, limit_bytes)]
+    shared = spec.drop_self
+    plans = [plan for dtype in dtypes for plan in _plans(module, spec, n, m, d, dtype, limit_bytes, shared=shared)]
     return max(int(plan["total_bytes"]) for plan in plans)
 
 
@@ -106,11 +107,12 @@ def _limit() -> int:
 
 
 def _plans(
-    module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype: torch.dtype, limit_bytes: int
+    module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype: torch.dtype, limit_bytes: int, *, shared: bool
 ) -> list[dict[str, Any]]:
     """Of `loss`, `stats` and `grads`; of the last two where columns keep a loss from one sweep."""
     options = {
         "image": spec.layout.n_c if isinstance(spec.layout, Block) else max(1, spec.n_pos),
+        "shared": shared,
         "labels": isinstance(spec.layout, Labels),
         "row_stats": [NAMES.index(name) for name in spec.stats],
         "column_stats": [NAMES.index(name) for name in spec.columns],

@@ -23,7 +23,7 @@ from fused_nce.core.spec import Block, Identity, Spec, TanhClip
 from fused_nce.core.tails import REDUCTIONS, REPORT, Nce
 from fused_nce.losses.common import dense_nce
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, dense_scores, features, register
+from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
 
 def amdim_nce(
@@ -299,10 +299,10 @@ def oracle(
     return dense_nce(t, own, ~own).mean() + penalty * s.square().mean()
 
 
-def _example(seed: int) -> dict[str, Any]:
+def _draw(seed: int, size: Size) -> dict[str, Any]:
     return {
-        "antecedents": features(seed, 5, 6),
-        "consequents": features(seed + 1, 5, 3, 6),
+        "antecedents": features(seed, size.n, size.d),
+        "consequents": features(seed + 1, size.n, size.p, size.d),
         "scale": torch.tensor(0.41),
         "clip": 4.0,
     }
@@ -315,7 +315,7 @@ register(
         AMDIMLoss,
         "mean_ip −log(e^t_ip / (e^t_ip + Σ_neg e^t)) + λ·mean s², t = c·tanh(s/c)",
         "Bachman et al. 2019, arXiv:1906.00910",
-        _example,
+        _draw,
         oracle,
     )
 )

@@ -23,7 +23,7 @@ from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.amdim import AMDIMLoss, check_features, check_settings, locations
 from fused_nce.losses.common import dense_nce, fixed_mean
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, dense_scores, features, register
+from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
 
 def amdim_mixture_nce(
@@ -222,10 +222,10 @@ def oracle(
     return penalty * s.square().mean() - objective.mean()
 
 
-def _example(seed: int) -> dict[str, Any]:
+def _draw(seed: int, size: Size) -> dict[str, Any]:
     return {
-        "antecedents": features(seed, 4, 2, 5),
-        "consequents": features(seed + 1, 4, 3, 5),
+        "antecedents": features(seed, size.n, 2, size.d),
+        "consequents": features(seed + 1, size.n, size.p, size.d),
         "tau": 1.5,
         "scale": torch.tensor(0.41),
         "clip": 4.0,
@@ -239,7 +239,7 @@ register(
         AMDIMMixtureLoss,
         "−mean_ai (1/τ)·log Σ_j e^(−τ·nce_aji) + λ·mean s², nce_aji of amdim_nce",
         "Bachman et al. 2019, arXiv:1906.00910",
-        _example,
+        _draw,
         oracle,
     )
 )

@@ -15,7 +15,7 @@ from fused_nce.core.atoms import softplus
 from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.common import check_same, fixed_mean, output, widened
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, features, register
+from fused_nce.losses.registry import Entry, Size, features, register
 
 
 def binary_nce(
@@ -75,18 +75,19 @@ class BinaryNCELoss(nn.Module):
 
 
 def oracle(data_scores: Tensor, noise_scores: Tensor, log_kq_data: Tensor, log_kq_noise: Tensor) -> Tensor:
-    """The loss by the posteriors, P(data) = e^s / (e^s + k·q)."""
-    data = data_scores.exp() / (data_scores.exp() + log_kq_data.exp())
-    noise = log_kq_noise.exp() / (noise_scores.exp() + log_kq_noise.exp())
-    return -(data.log() + noise.log().sum(dim=1)).mean()
+    """The loss by the posteriors, P(data) = e^s / (e^s + k·q), as sigmoids of the log odds."""
+    data = nn.functional.logsigmoid(data_scores - log_kq_data)
+    noise = nn.functional.logsigmoid(log_kq_noise - noise_scores)
+    return -(data + noise.sum(dim=1)).mean()
 
 
-def _example(seed: int) -> dict[str, Any]:
+def _draw(seed: int, size: Size) -> dict[str, Any]:
+    n, k = size.n, size.p
     return {
-        "data_scores": features(seed, 6),
-        "noise_scores": features(seed + 1, 6, 4),
-        "log_kq_data": features(seed + 2, 6) - 1,
-        "log_kq_noise": features(seed + 3, 6, 4) - 1,
+        "data_scores": features(seed, n),
+        "noise_scores": features(seed + 1, n, k),
+        "log_kq_data": features(seed + 2, n) - 1,
+        "log_kq_noise": features(seed + 3, n, k) - 1,
     }
 
 
@@ -97,7 +98,7 @@ register(
         BinaryNCELoss,
         "mean_i softplus(−Δ_i) + Σ_k softplus(Δ_ik), Δ = s − log kq",
         "Gutmann, Hyvärinen 2010; Mnih, Teh 2012, arXiv:1206.6426",
-        _example,
+        _draw,
         oracle,
         closed=True,
     )

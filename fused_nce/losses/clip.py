@@ -14,7 +14,7 @@ from fused_nce.core.spec import Block, Spec
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import check_rows, dense_nce
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, dense_scores, features, register
+from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
 SPEC = Spec(Block(1), stats=Nce().stats, columns=("neg_lse",))
 
@@ -68,10 +68,10 @@ def oracle(image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
     return (dense_nce(s, own, ~own).mean() + dense_nce(s.T, own, ~own).mean()) / 2
 
 
-def _example(seed: int) -> dict[str, Any]:
+def _draw(seed: int, size: Size) -> dict[str, Any]:
     return {
-        "image": features(seed, 7, 5, unit=True),
-        "text": features(seed + 1, 7, 5, unit=True),
+        "image": features(seed, size.n, size.d, unit=True),
+        "text": features(seed + 1, size.n, size.d, unit=True),
         "logit_scale": torch.tensor(9.5),
     }
 
@@ -83,7 +83,7 @@ register(
         CLIPLoss,
         "½(mean_i −log softmax_j(s_ij)_i + mean_j −log softmax_i(s_ij)_j)",
         "Radford et al. 2021, arXiv:2103.00020",
-        _example,
+        _draw,
         oracle,
     )
 )

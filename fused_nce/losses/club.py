@@ -17,7 +17,7 @@ from fused_nce.core import checks
 from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.common import check_same, fixed_mean, output, widened
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, features, register
+from fused_nce.losses.registry import Entry, Size, features, register
 
 
 def club(
@@ -71,8 +71,8 @@ def oracle(y: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     return s.diagonal().mean() - s.mean()
 
 
-def _example(seed: int) -> dict[str, Any]:
-    x = features(seed, 3, 7, 4)
+def _draw(seed: int, size: Size) -> dict[str, Any]:
+    x = features(seed, 3, size.n, size.d)
     return {"y": x[0] + 0.5 * x[1], "mu": x[0], "logvar": 0.5 * x[2]}
 
 
@@ -83,7 +83,7 @@ register(
         CLUBLoss,
         "mean_i log q(y_i|x_i) − mean_ij log q(y_j|x_i)",
         "Cheng et al. 2020, arXiv:2006.12013",
-        _example,
+        _draw,
         oracle,
         closed=True,
     )

@@ -91,7 +91,15 @@ def dense_distances(s: Tensor) -> Tensor:
     return (square[:, None] + square - 2 * s).masked_fill(torch.eye(len(s), dtype=torch.bool), 0.0)
 
 
+def masked_lse(s: Tensor, mask: Tensor) -> Tensor:
+    """LSE over the last dimension where the mask is True; of nothing −1e4 and more: as good as log 0, with a slope."""
+    return torch.where(mask, s, -1e4).logsumexp(dim=-1)
+
+
 def dense_nce(s: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """−log(e^pos / (e^pos + Σ_neg e^s)) of every True of `positive`, in row order; masks (N, M) bool."""
-    others = s.masked_fill(~negative, float("-inf")).logsumexp(dim=1, keepdim=True).expand_as(s)[positive]
-    return torch.logaddexp(others, s[positive]) - s[positive]
+    """−log(e^pos / (e^pos + Σ_neg e^s)) of every True of `positive`, in row order; masks (N, M) bool.
+
+    As a logistic loss of the difference, whose slope keeps its digits where p − 1 has none left.
+    """
+    others = masked_lse(s, negative)[:, None].expand_as(s)
+    return -torch.nn.functional.logsigmoid(s[positive] - others[positive])

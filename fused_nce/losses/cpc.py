@@ -22,7 +22,7 @@ from fused_nce.core.spec import Block, Labels, Spec
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import dense_nce, exposed, fixed_mean, output, widened
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, dense_scores, features, register
+from fused_nce.losses.registry import Entry, Size, dense_scores, features, ids, places, register
 
 BATCH = Spec(Block(1), stats=Nce().stats)
 # The columns of a row's sequence are its `pos` set: less the row itself, they are the negatives.
@@ -198,7 +198,9 @@ def oracle(
     own = torch.eye(len(s), dtype=torch.bool)
     if isinstance(negatives, Tensor):
         sampled = torch.cat([negatives + i * n for i in range(n_steps)])
-        rows = torch.nn.functional.softplus(s.gather(1, sampled).logsumexp(dim=1) - s.diagonal())
+        # Scores of their own: where a row's own target is sampled too, its two weights are two roundings.
+        others = dense_scores(predictions.reshape(-1, d), targets.reshape(-1, d), 1.0).gather(1, sampled)
+        rows = -torch.nn.functional.logsigmoid(s.diagonal() - others.logsumexp(dim=1))
     elif negatives == "sequence" and groups is not None:
         kept &= groups.repeat(n_steps)[:, None] == groups.repeat(n_steps)
         rows = dense_nce(s, own, kept & ~own)
@@ -210,12 +212,17 @@ def oracle(
 
 
 def _entry(**options: Any) -> Entry:
-    in_sequence = str(options.get("negatives")) == "sequence"
+    negatives = options.get("negatives")
 
-    def example(seed: int) -> dict[str, Any]:
-        found = {"predictions": features(seed, 3, 6, 4), "targets": features(seed + 1, 3, 6, 4), **options}
-        if in_sequence:
-            found["groups"] = torch.tensor([0, 5, 0, -2, 5, -2])
+    def draw(seed: int, size: Size) -> dict[str, Any]:
+        shape = size.p, size.n, size.d
+        found = {"predictions": features(seed, *shape), "targets": features(seed + 1, *shape), **options}
+        if options.get("weights"):
+            found["weights"] = tuple(1 / (1 + step) for step in range(size.p))
+        if negatives == "sequence":
+            found["groups"] = ids(seed, size.n, 1 + size.n // 3)
+        if negatives == "sample":
+            found["negatives"] = places(seed, size.n, size.n, 2 * size.p)
         return found
 
     return Entry(
@@ -224,16 +231,13 @@ def _entry(**options: Any) -> Entry:
         CPCLoss,
         "mean_s mean_i −log(e^(s_ii) / Σ_j e^(s_ij)), of each step s",
         "van den Oord et al. 2018, arXiv:1807.03748",
-        example,
+        draw,
         oracle,
-        two_paths=("predictions", "targets") if in_sequence else (),
+        two_paths=("predictions", "targets") if negatives == "sequence" else (),
     )
 
 
 register(_entry())
-register(_entry(weights=(1.0, 0.5, 3.0)), "weights")
-register(_entry(negatives="sequence", weights=(2.0, 1.0, 1.0)), "sequence")
-register(
-    _entry(negatives=torch.tensor([[1, 2, 2, 5], [0, 3, 4, 5], [3, 3, 0, 1], [0, 3, 1, 5], *[[0, 1, 2, 3]] * 2])),
-    "sampled",
-)
+register(_entry(weights=True), "weights")
+register(_entry(negatives="sequence", weights=True), "sequence")
+register(_entry(negatives="sample"), "sampled")

@@ -26,7 +26,7 @@ from fused_nce.core.spec import Block, Identity, Spec
 from fused_nce.core.tails import Nce, fixed_sum
 from fused_nce.losses.common import dense_nce, fixed_lse, fixed_mean, log_count, output
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, dense_scores, features, register
+from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
 ESTIMATORS = ("jsd", "dv", "nce")
 ANCHORS = ("global", "local", "both")
@@ -161,8 +161,9 @@ def oracle(local: Tensor, global_: Tensor, *, estimator: str = "jsd", anchor: st
 
 
 def _entry(*global_shape: int, **options: Any) -> Entry:
-    def example(seed: int) -> dict[str, Any]:
-        return {"local": features(seed, 4, 3, 5), "global_": features(seed + 1, 4, *global_shape, 5), **options}
+    def draw(seed: int, size: Size) -> dict[str, Any]:
+        local = features(seed, size.n, size.p, size.d)
+        return {"local": local, "global_": features(seed + 1, size.n, *global_shape, size.d), **options}
 
     formulas = {
         "jsd": "mean_joint softplus(−u) + mean_product softplus(u)",
@@ -175,7 +176,7 @@ def _entry(*global_shape: int, **options: Any) -> Entry:
         DIMLoss,
         formulas[options["estimator"]],
         "Hjelm et al. 2019, arXiv:1808.06670",
-        example,
+        draw,
         oracle,
     )
 

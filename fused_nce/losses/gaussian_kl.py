@@ -14,7 +14,7 @@ from fused_nce.core import checks
 from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.common import check_same, output, widened
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, features, register
+from fused_nce.losses.registry import Entry, Size, features, register
 
 
 def gaussian_kl(
@@ -58,8 +58,8 @@ def oracle(mu: Tensor, logvar: Tensor) -> Tensor:
     return torch.distributions.kl_divergence(code, prior).sum(dim=1).mean()
 
 
-def _example(seed: int) -> dict[str, Any]:
-    return {"mu": features(seed, 6, 5), "logvar": features(seed + 1, 6, 5)}
+def _draw(seed: int, size: Size) -> dict[str, Any]:
+    return {"mu": features(seed, size.n, size.d), "logvar": features(seed + 1, size.n, size.d)}
 
 
 register(
@@ -69,7 +69,7 @@ register(
         GaussianKLLoss,
         "mean_i ½ Σ_d (σ² + μ² − 1 − log σ²)",
         "Kingma, Welling 2014, arXiv:1312.6114",
-        _example,
+        _draw,
         oracle,
         closed=True,
     )

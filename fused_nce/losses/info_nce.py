@@ -18,7 +18,7 @@ from fused_nce.core.spec import Block, Identity, Index, Spec, TanhClip
 from fused_nce.core.tails import REDUCTIONS, Nce
 from fused_nce.losses.common import check_rows, dense_nce, inverse, normalized
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, dense_scores, features, register
+from fused_nce.losses.registry import Entry, Size, dense_scores, features, places, register
 
 
 def info_nce(
@@ -144,11 +144,12 @@ def oracle(
 
 
 def _entry(**options: Any) -> Entry:
-    def example(seed: int) -> dict[str, Any]:
-        m = 7 if options.get("symmetric") or "targets" not in options else 10
-        found = {"queries": features(seed, 7, 5), "keys": features(seed + 1, m, 5), **options}
+    def draw(seed: int, size: Size) -> dict[str, Any]:
+        n, m = size.n, size.m if options.get("targets") and not options.get("symmetric") else size.n
+        found = {"queries": features(seed, n, size.d), "keys": features(seed + 1, m, size.d), **options}
         if options.get("targets"):
-            found["targets"] = torch.randperm(m, generator=torch.Generator().manual_seed(seed))[:7]
+            permuted = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+            found["targets"] = permuted if options.get("symmetric") else places(seed, m, n)
         if options.get("temperature") is None:
             found["temperature"] = torch.tensor(0.7)
         return found
@@ -159,7 +160,7 @@ def _entry(**options: Any) -> Entry:
         InfoNCELoss,
         "mean_i −log(e^(s_i,t(i)) / Σ_j e^(s_ij))",
         "van den Oord et al. 2018, arXiv:1807.03748",
-        example,
+        draw,
         oracle,
     )
 

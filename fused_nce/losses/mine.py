@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fused_nce.core import checks
 from fused_nce.losses.common import fixed_lse, fixed_mean, log_count, output, widened
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, features, register
+from fused_nce.losses.registry import Entry, Size, features, register
 
 
 def mine_dv(
@@ -109,8 +109,8 @@ def oracle(joint: Tensor, product: Tensor) -> Tensor:
     return product.exp().mean().log() - joint.mean()
 
 
-def _example(seed: int) -> dict[str, Any]:
-    return {"joint": 2 * features(seed, 9), "product": 2 * features(seed + 1, 14)}
+def _draw(seed: int, size: Size) -> dict[str, Any]:
+    return {"joint": 2 * features(seed, size.n), "product": 2 * features(seed + 1, size.m)}
 
 
 register(
@@ -120,7 +120,7 @@ register(
         MINELoss,
         "log mean_product e^T − mean_joint T",
         "Belghazi et al. 2018, arXiv:1801.04062",
-        _example,
+        _draw,
         oracle,
         closed=True,
     )

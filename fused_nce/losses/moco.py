@@ -15,9 +15,9 @@ from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
 from fused_nce.core.spec import Separate, Spec
 from fused_nce.core.tails import Nce
-from fused_nce.losses.common import check_rows, inverse, normalized, widened
+from fused_nce.losses.common import check_rows, dense_nce, inverse, normalized, widened
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, dense_scores, features, register
+from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
 SPEC = Spec(Separate(1), stats=Nce().stats)
 
@@ -89,20 +89,21 @@ class MoCoLoss(nn.Module):
 def oracle(
     queries: Tensor, keys: Tensor, queue: Tensor, *, temperature: float | Tensor = 0.07, normalize: bool = True
 ) -> Tensor:
-    """The loss as MoCo's builder writes it: logits of the positive and the queue, class 0."""
+    """The loss as MoCo's builder writes it: logits of the positive and the queue, of which the first is right."""
     if normalize:
         queries, keys = (nn.functional.normalize(x, dim=1) for x in (queries, keys))
     both = dense_scores(queries, torch.cat((keys, queue)), 1 / temperature)
     n = len(queries)
     logits = torch.cat((both[:, :n].diagonal()[:, None], both[:, n:]), dim=1)
-    return nn.functional.cross_entropy(logits, torch.zeros(n, dtype=torch.int64))
+    right = (torch.arange(logits.shape[1]) == 0).expand_as(logits)
+    return dense_nce(logits, right, ~right).mean()
 
 
-def _example(seed: int) -> dict[str, Any]:
+def _draw(seed: int, size: Size) -> dict[str, Any]:
     return {
-        "queries": features(seed, 6, 5, unit=True),
-        "keys": features(seed + 1, 6, 5, unit=True),
-        "queue": features(seed + 2, 11, 5, unit=True),
+        "queries": features(seed, size.n, size.d, unit=True),
+        "keys": features(seed + 1, size.n, size.d, unit=True),
+        "queue": features(seed + 2, size.m, size.d, unit=True),
         "temperature": torch.tensor(0.2),
         "normalize": False,
     }
@@ -115,7 +116,7 @@ register(
         MoCoLoss,
         "mean_i −log(e^(s_i⁺) / (e^(s_i⁺) + Σ_queue e^s))",
         "He et al. 2020, arXiv:1911.05722",
-        _example,
+        _draw,
         oracle,
         frozen=("keys", "queue"),
         two_paths=("queries",),

@@ -15,9 +15,9 @@ from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
 from fused_nce.core.spec import Index, Spec
 from fused_nce.core.tails import Nce, fixed_sum
-from fused_nce.losses.common import inverse, widened
+from fused_nce.losses.common import dense_nce, inverse, widened
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, dense_scores, register
+from fused_nce.losses.registry import Entry, Size, dense_scores, places, register
 from fused_nce.losses.registry import features as random_features
 
 SPEC = Spec(Index(), stats=Nce().stats)
@@ -105,14 +105,15 @@ class NPIDSoftmaxLoss(nn.Module):
 
 def oracle(features: Tensor, bank: Tensor, indices: Tensor, *, temperature: float | Tensor = 0.07) -> Tensor:
     """The loss, dense."""
-    return nn.functional.cross_entropy(dense_scores(features, bank, 1 / temperature), indices)
+    own = indices[:, None] == torch.arange(len(bank))
+    return dense_nce(dense_scores(features, bank, 1 / temperature), own, ~own).mean()
 
 
-def _example(seed: int) -> dict[str, Any]:
+def _draw(seed: int, size: Size) -> dict[str, Any]:
     return {
-        "features": random_features(seed, 6, 5, unit=True),
-        "bank": random_features(seed + 1, 13, 5, unit=True),
-        "indices": torch.tensor([4, 0, 12, 4, 7, 1]),  # an image may come twice in a batch
+        "features": random_features(seed, size.n, size.d, unit=True),
+        "bank": random_features(seed + 1, size.m, size.d, unit=True),
+        "indices": places(seed + 2, size.m, size.n),  # an image may come twice in a batch
         "temperature": torch.tensor(0.2),
     }
 
@@ -124,7 +125,7 @@ register(
         NPIDSoftmaxLoss,
         "mean_i −log softmax_j(⟨f_i, v_j⟩ / τ)_i",
         "Wu et al. 2018, arXiv:1805.01978",
-        _example,
+        _draw,
         oracle,
         frozen=("bank",),
     )

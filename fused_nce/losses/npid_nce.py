@@ -18,7 +18,7 @@ from fused_nce.losses.binary_nce import binary
 from fused_nce.losses.common import exposed, fixed_lse, inverse, log_count
 from fused_nce.losses.npid import check_bank, proximal_to
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, dense_scores, features, register
+from fused_nce.losses.registry import Entry, Size, dense_scores, features, places, register
 
 
 def npid_nce(
@@ -163,19 +163,22 @@ def oracle(
     z: float | Tensor,
     temperature: float | Tensor = 0.07,
 ) -> Tensor:
-    """The loss by the posteriors h = P / (P + m/n)."""
-    p = (dense_scores(features, bank, 1 / temperature)).exp() / z
-    q = noise.shape[1] / bank.shape[0]
-    own, others = p.gather(1, indices[:, None]), p.gather(1, noise)
-    return -((own / (own + q)).log().sum(dim=1) + (q / (others + q)).log().sum(dim=1)).mean()
+    """The loss by the posteriors h = P / (P + m/n), as sigmoids of the log odds."""
+    shift = math.log(z * noise.shape[1] / bank.shape[0])
+    # Each its own scores: where a row's own is sampled too, its two weights are two roundings.
+    own, others = (
+        dense_scores(features, bank, 1 / temperature).gather(1, columns) - shift
+        for columns in (indices[:, None], noise)
+    )
+    return -torch.cat((nn.functional.logsigmoid(own), nn.functional.logsigmoid(-others)), dim=1).sum(dim=1).mean()
 
 
-def _example(seed: int) -> dict[str, Any]:
+def _draw(seed: int, size: Size) -> dict[str, Any]:
     return {
-        "features": features(seed, 6, 5, unit=True),
-        "bank": features(seed + 1, 13, 5, unit=True),
-        "indices": torch.tensor([4, 0, 12, 4, 7, 1]),
-        "noise": torch.randint(13, (6, 4), generator=torch.Generator().manual_seed(seed)),
+        "features": features(seed, size.n, size.d, unit=True),
+        "bank": features(seed + 1, size.m, size.d, unit=True),
+        "indices": places(seed + 2, size.m, size.n),
+        "noise": places(seed + 3, size.m, size.n, size.p),
         "z": 60.0,
         "temperature": torch.tensor(0.2),
     }
@@ -188,7 +191,7 @@ register(
         NPIDNCELoss,
         "mean_i softplus(−Δ_i) + Σ_j softplus(Δ_ij), Δ = ⟨f_i, v_j⟩ / τ − log Z − log(m/n)",
         "Wu et al. 2018, arXiv:1805.01978",
-        _example,
+        _draw,
         oracle,
         frozen=("bank",),
     )

@@ -17,7 +17,7 @@ from fused_nce.core.spec import Block, Spec
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import check_rows, dense_nce, inverse, normalized
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, dense_scores, features, register
+from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
 # Twins side by side are the two columns of one image: no tensor of targets, and the self is left out by arithmetic.
 SPEC = Spec(Block(2, 2), stats=Nce().stats, drop_self=True)
@@ -99,8 +99,8 @@ def oracle(view0: Tensor, view1: Tensor, *, temperature: float | Tensor = 0.5, n
     return dense_nce(s, twin, ~twin & ~itself).mean()
 
 
-def _example(seed: int) -> dict[str, Any]:
-    views = features(seed, 2, 6, 5, unit=True)
+def _draw(seed: int, size: Size) -> dict[str, Any]:
+    views = features(seed, 2, size.n, size.d, unit=True)
     return {"view0": views[0], "view1": views[1], "temperature": torch.tensor(0.4), "normalize": False}
 
 
@@ -111,7 +111,7 @@ register(
         NTXentLoss,
         "1/2N Σ_i LSE_{j≠i} s_ij − s_i,twin(i)",
         "Chen et al. 2020, arXiv:2002.05709",
-        _example,
+        _draw,
         oracle,
     )
 )

@@ -14,7 +14,7 @@ from fused_nce.core.spec import Dist, Labels, Spec
 from fused_nce.losses import registry
 from fused_nce.losses.common import dense_distances, output
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, dense_scores, register
+from fused_nce.losses.registry import Entry, Size, dense_scores, register
 
 SPEC = Spec(Labels(), Dist(), Pairs.READS, drop_self=True)
 
@@ -90,10 +90,10 @@ def oracle(features: Tensor, labels: Tensor, *, margin: float = 1.0) -> Tensor:
     return torch.where(same, square, apart).mean() / 2
 
 
-def _example(seed: int) -> dict[str, Any]:
+def _draw(seed: int, size: Size) -> dict[str, Any]:
     return {
-        "features": registry.features(seed, 9, 5),
-        "labels": torch.tensor([0, 1, 0, 2, 1, 0, 3, -4, 2]),  # 3 and −4 are alone
+        "features": registry.features(seed, size.n, size.d),
+        "labels": registry.ids(seed, size.n, 1 + size.n // 2),
         "margin": 2.5,
     }
 
@@ -105,7 +105,8 @@ register(
         PairContrastiveLoss,
         "mean_pairs ½d² if y = y', else ½max(0, m − d)²",
         "Hadsell et al. 2006, CVPR",
-        _example,
+        _draw,
         oracle,
+        kinked=True,
     )
 )

@@ -8,12 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fused_nce.losses.output import NCEOutput
+
+
+class Size(NamedTuple):
+    """How large an example is; a loss takes of it what it has."""
+
+    n: int = 6  # rows: images, positions, features; 2 at the least
+    m: int = 11  # what they are compared with besides each other: a bank, a queue, pairs drawn apart
+    d: int = 5  # width
+    p: int = 3  # of a row: locations, steps, samples
+
+
+SMALL = Size()
+"""What a dense oracle takes at once, with all its second derivatives."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +39,13 @@ class Entry:
         module: its `nn.Module` twin.
         formula: one line, for the table.
         source: paper, with its arXiv id or year.
-        example: seed to keyword arguments of `function`, float32 tensors and static options, at a size that a dense
-            oracle takes at once. The float tensors are the differentiable inputs but where `frozen` names them.
+        draw: seed and size to keyword arguments of `function`, float32 tensors and static options. The float tensors
+            are the differentiable inputs but where `frozen` names them.
         oracle: the same arguments, float64, to the loss, dense and in plain torch; it scores by `dense_scores`.
         frozen: arguments without a gradient.
         two_paths: arguments whose gradient is a sum of two, each rounded to their dtype: the op's and torch's own.
         closed: plain torch, linear in its inputs' size: no scores of pairs, so no `dense_scores` and no backend.
+        kinked: its slope jumps, at a hinge or between two scores that are the highest.
     """
 
     name: str
@@ -39,11 +53,16 @@ class Entry:
     module: type[nn.Module]
     formula: str
     source: str
-    example: Callable[[int], dict[str, Any]]
+    draw: Callable[[int, Size], dict[str, Any]]
     oracle: Callable[..., Tensor]
     frozen: tuple[str, ...] = ()
     two_paths: tuple[str, ...] = ()
     closed: bool = False
+    kinked: bool = False
+
+    def example(self, seed: int, size: Size = SMALL) -> dict[str, Any]:
+        """One of this size; the same seed and size draw the same numbers."""
+        return self.draw(seed, size)
 
 
 LOSSES: dict[str, Entry] = {}
@@ -64,3 +83,13 @@ def features(seed: int, *shape: int, unit: bool = False) -> Tensor:
     """Normal features, each row of unit norm if asked; on the CPU, float32."""
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return nn.functional.normalize(x, dim=-1) if unit else x
+
+
+def ids(seed: int, n: int, kinds: int) -> Tensor:
+    """(n,) int64 of as many kinds at most, a negative one among them; on the CPU."""
+    return torch.randint(-1, kinds - 1, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def places(seed: int, columns: int, *shape: int) -> Tensor:
+    """int64 in 0 .. columns - 1, some more than once; on the CPU."""
+    return torch.randint(columns, shape, generator=torch.Generator().manual_seed(seed))

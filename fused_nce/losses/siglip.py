@@ -14,7 +14,7 @@ from fused_nce.core.spec import Bias, Block, Spec
 from fused_nce.core.tails import Sigmoid
 from fused_nce.losses.common import check_rows
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, dense_scores, features, register
+from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
 SPEC = Spec(Block(1), Bias(), stats=Sigmoid().stats)
 
@@ -74,10 +74,10 @@ def oracle(image: Tensor, text: Tensor, logit_scale: float | Tensor, logit_bias:
     return torch.logaddexp(torch.zeros_like(t), -z * t).sum() / len(image)
 
 
-def _example(seed: int) -> dict[str, Any]:
+def _draw(seed: int, size: Size) -> dict[str, Any]:
     return {
-        "image": features(seed, 7, 5, unit=True),
-        "text": features(seed + 1, 7, 5, unit=True),
+        "image": features(seed, size.n, size.d, unit=True),
+        "text": features(seed + 1, size.n, size.d, unit=True),
         "logit_scale": torch.tensor(6.5),
         "logit_bias": torch.tensor(-3.25),
     }
@@ -90,7 +90,7 @@ register(
         SigLIPLoss,
         "1/N Σ_ij softplus(−z_ij(s_ij + b))",
         "Zhai et al. 2023, arXiv:2303.15343",
-        _example,
+        _draw,
         oracle,
     )
 )

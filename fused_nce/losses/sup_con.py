@@ -18,9 +18,9 @@ from fused_nce.core.processes import Group
 from fused_nce.core.spec import Labels, Spec
 from fused_nce.core.tails import LogIn, LogOut
 from fused_nce.losses import registry
-from fused_nce.losses.common import inverse, normalized
+from fused_nce.losses.common import inverse, masked_lse, normalized
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, dense_scores, register
+from fused_nce.losses.registry import Entry, Size, dense_scores, register
 
 SPEC = Spec(Labels(), stats=LogOut.READS, drop_self=True)
 TAILS = {"out": LogOut(), "in": LogIn()}
@@ -108,24 +108,26 @@ def oracle(
     variant: str = "out",
     normalize: bool = True,
 ) -> Tensor:
-    """The loss, dense, row by row."""
+    """The loss, dense: log softmax_p as a logistic loss against all others, its slope precise where p → 1."""
     z = nn.functional.normalize(features, dim=1) if normalize else features
     s = dense_scores(z, z, 1 / temperature)
-    total = s.new_zeros(())
-    for i in range(len(z)):
-        others = torch.arange(len(z)) != i
-        own = others & (labels == labels[i])
-        if own.any():
-            log_p = s[i] - s[i][others].logsumexp(0)
-            total = total - (log_p[own].mean() if variant == "out" else log_p[own].exp().mean().log())
-    return total / len(z)
+    itself = torch.eye(len(z), dtype=torch.bool)
+    own = (labels[:, None] == labels) & ~itself
+    count = own.sum(dim=1).clamp(min=1)
+    if variant == "in":
+        log_share = (
+            nn.functional.logsigmoid(masked_lse(s, own) - masked_lse(s, ~own & ~itself)) - count.to(s.dtype).log()
+        )
+        return -torch.where(own.any(dim=1), log_share, 0.0).mean()
+    log_p = nn.functional.logsigmoid(s - masked_lse(s[:, None, :], ~itself[:, None, :] & ~itself))
+    return -(torch.where(own, log_p, 0.0).sum(dim=1) / count).mean()
 
 
 def _entry(variant: str) -> Entry:
-    def example(seed: int) -> dict[str, Any]:
+    def draw(seed: int, size: Size) -> dict[str, Any]:
         return {
-            "features": registry.features(seed, 11, 5, unit=True),
-            "labels": torch.tensor([0, 1, 0, 2, 1, 0, 3, -4, 2, 0, 0]),  # 3 and −4 are alone, 1 and 2 are pairs
+            "features": registry.features(seed, size.n, size.d, unit=True),
+            "labels": registry.ids(seed, size.n, 1 + size.n // 2),
             "temperature": torch.tensor(0.3),
             "variant": variant,
             "normalize": False,
@@ -138,7 +140,7 @@ def _entry(variant: str) -> Entry:
         SupConLoss,
         formula[variant],
         "Khosla et al. 2020, arXiv:2004.11362",
-        example,
+        draw,
         oracle,
     )
 

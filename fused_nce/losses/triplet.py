@@ -20,7 +20,7 @@ from fused_nce.core.tails import Tail, fixed_sum
 from fused_nce.losses import registry
 from fused_nce.losses.common import dense_distances, normalized, output, widened
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, dense_scores, register
+from fused_nce.losses.registry import Entry, Size, dense_scores, register
 
 TAILS: dict[str, type[Tail]] = {"hard": Hardest, "semihard": SemihardTriplets, "all": AllTriplets}
 FORMS = ("distance", "similarity")
@@ -146,7 +146,7 @@ def oracle(
     z = nn.functional.normalize(features, dim=1) if normalize else features
     s = dense_scores(z, z, 1.0)
     d = -s if form == "similarity" else dense_distances(s) if squared else dense_distances(s).sqrt()
-    total, count = s.new_zeros(()), 0
+    total, count = 0 * s.sum(), 0
     for a in range(len(z)):
         own = (labels == labels[a]) & (torch.arange(len(z)) != a)
         positives, negatives = d[a][own], d[a][labels != labels[a]]
@@ -162,10 +162,10 @@ def oracle(
 
 
 def _entry(**options: Any) -> Entry:
-    def example(seed: int) -> dict[str, Any]:
+    def draw(seed: int, size: Size) -> dict[str, Any]:
         return {
-            "features": registry.features(seed, 8, 4, unit=True),
-            "labels": torch.tensor([0, 1, 0, -4, 1, 0, 3, 0]),  # −4 and 3 are alone, 1 is a pair
+            "features": registry.features(seed, size.n, size.d, unit=True),
+            "labels": registry.ids(seed, size.n, 1 + size.n // 2),
             "normalize": False,
             **options,
         }
@@ -177,8 +177,9 @@ def _entry(**options: Any) -> Entry:
         TripletMarginLoss,
         f"mean_{options['mining']} max(0, m − {distances})",
         "Schroff et al. 2015, arXiv:1503.03832",
-        example,
+        draw,
         oracle,
+        kinked=True,
     )
 
 

@@ -76,3 +76,19 @@ def test_widths_are_compared_under_autocast_too(call):
 def test_a_scale_that_is_not_finite_shows(backend, scale):
     out = amdim_nce(torch.randn(3, 4), torch.randn(3, 2, 4), scale=torch.tensor(scale), penalty=0.0, backend=backend)
     assert out.loss.isnan()
+
+
+@needs_kernels
+def test_the_plan_of_a_batch_with_itself_is_what_is_asked_for(monkeypatch):
+    """k = q needs a share of dq more: what `why_not` allows must run, at the very least workspace."""
+    x = torch.randn(17, 24).requires_grad_()
+    refusals = []
+    for half_kib in range(4, 60):
+        monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", str(half_kib / 2048))
+        try:
+            nt_xent(x[:8], x[8:16], backend="cpu").loss.backward()
+            break
+        except ValueError as error:
+            refusals.append("which cannot run this: the workspace" in str(error))
+    assert 0 < len(refusals) < 56
+    assert all(refusals)

@@ -2,9 +2,9 @@
 
 The oracle scores by `dense_scores`; a zero E is added there, and value and gradients are differentiated by it. A score
 may be off by δ: its dot product's roundings, and those of everything up to its exponential, which act like an error of
-the score. To first order |∂x/∂E|·δ is what that does to a result x. Beside it stand the roundings of the sums over
-the weights and of the output. A closed form has no scores: its inputs stand in for them, without a dot product's error.
-float64 is judged by an oracle that rounds likewise, which the factors of 2 allow for.
+the score. To first order |∂x/∂E|·δ is what that does to a result x. Beside it stand the roundings of each weight, of
+the sums over them and of the output. A closed form has no scores: its inputs stand in for them, without a dot product's
+error. float64 is judged by an oracle that rounds likewise, which the factors of 2 allow for.
 """
 
 from __future__ import annotations
@@ -46,47 +46,97 @@ class Exact(NamedTuple):
     grad_budgets: dict[str, Tensor]
 
 
-def exact(entry: Entry, inputs: dict[str, Any], leaves: list[str], p: Precision, monkeypatch: Any) -> Exact:
-    """Everything about float64 `inputs`, differentiated by those that `leaves` names."""
+def scored(
+    entry: Entry,
+    inputs: dict[str, Any],
+    leaves: list[str],
+    p: Precision,
+    monkeypatch: Any,
+    off: list[Tensor] | None = None,
+) -> tuple[Tensor, list[Probe]]:
+    """The oracle's loss, and what was probed on the way, in its order; each off by as much as `off` says."""
     seen: list[Probe] = []
+
+    def add(value: Tensor, noise: Tensor) -> Tensor:
+        seen.append(probe(value, noise))
+        return value + (seen[-1].error if off is None else off[len(seen) - 1])
 
     def probed(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
         terms = abs(float(torch.as_tensor(scale).detach())) * (q.detach().abs() @ k.detach().abs().T)
-        seen.append(probe(scale * (q @ k.T), p.u * (4 + math.sqrt(q.shape[1])) * terms))
-        return seen[-1].value + seen[-1].error
+        return add(scale * (q @ k.T), p.u * (4 + math.sqrt(q.shape[1])) * terms)
 
     if entry.closed:
-        seen = [probe(inputs[name], torch.zeros_like(inputs[name])) for name in leaves]
-        loss = entry.oracle(**{**inputs, **{name: x.value + x.error for name, x in zip(leaves, seen, strict=True)}})
-    else:
-        with monkeypatch.context() as patch:
-            patch.setattr(sys.modules[entry.oracle.__module__], "dense_scores", probed)
-            loss = entry.oracle(**inputs)
+        floats = [name for name, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()]
+        moved = {name: add(inputs[name], torch.zeros_like(inputs[name])) for name in floats}
+        return entry.oracle(**{**inputs, **moved}), seen
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[entry.oracle.__module__], "dense_scores", probed)
+        return entry.oracle(**inputs), seen
+
+
+def errors_of(seen: list[Probe], inputs: dict[str, Any], p: Precision) -> list[Tensor]:
+    """How far off each probed value may be."""
     bias = abs(float(torch.as_tensor(inputs.get("logit_bias", 0.0)).detach()))
-    delta = torch.cat([(x.noise + ROUNDINGS * p.u * (x.size + bias)).reshape(-1) for x in seen])
+    return [x.noise + ROUNDINGS * p.u * (x.size + bias) for x in seen]
+
+
+def exact(entry: Entry, inputs: dict[str, Any], leaves: list[str], p: Precision, monkeypatch: Any) -> Exact:
+    """Everything about float64 `inputs`, differentiated by those that `leaves` names."""
+    loss, seen = scored(entry, inputs, leaves, p, monkeypatch)
+    delta = torch.cat([x.reshape(-1) for x in errors_of(seen, inputs, p)])
     count = delta.numel()
     tensors, errors = [inputs[name] for name in leaves], [x.error for x in seen]
     grads = torch.autograd.grad(loss, [*tensors, *errors], create_graph=True)
     w = torch.cat([g.detach().abs().reshape(-1) for g in grads[len(leaves) :]])
+    # A log-sum-exp is stored rounded, by u times its size, and every weight e^(t − lse) is off by that.
+    sizes = torch.cat([x.size.expand(x.value.numel()) for x in seen])
+    relative = (ROUNDINGS + math.sqrt(count) + sizes) * p.u + p.u_in
     budgets = {}
     for name, x, g in zip(leaves, tensors, grads, strict=False):
         moved = torch.cat([_jacobian(g, error) for error in errors], dim=1) @ delta
-        gross = torch.cat([_jacobian(part.value, x) for part in seen]).T @ w
-        if not gross.any():  # the bias, which is added to every score
-            gross = w.sum().reshape(1)
-        sums = (ROUNDINGS + math.sqrt(count)) * p.u + p.u_in
+        reach = torch.cat([_jacobian(part.value, x) for part in seen]).T
+        if not reach.any():  # the bias, which is added to every score
+            reach = torch.ones(1, count, dtype=w.dtype)
+        gross, summed = reach @ w, reach @ (w * relative)
         u_out = torch.finfo(x.dtype if x.dim() == 0 else p.out).eps / 2
         out = max(u_out, p.u) * (g.detach().abs().reshape(-1) + (gross if name in entry.two_paths else 0))
-        budgets[name] = (2 * moved + 2 * sums * gross + 2 * out + p.step).reshape(x.shape)
+        budgets[name] = (2 * moved + 2 * summed + 2 * out + p.step).reshape(x.shape)
     value = 2 * (w * delta).sum() + 2 * ROUNDINGS * p.u * (1 + loss.detach().abs())
     return Exact(loss.detach(), value, {name: g.detach() for name, g in zip(leaves, grads, strict=False)}, budgets)
+
+
+def jumps(
+    entry: Entry,
+    inputs: dict[str, Any],
+    leaves: list[str],
+    p: Precision,
+    monkeypatch: Any,
+    budget: Exact,
+    seed: int,
+    patterns: int = 6,
+) -> bool:
+    """Whether the oracle's own gradient leaves the budget when its scores are as far off as they may be: at a kink.
+
+    The signs of the errors are random, and then the opposite ones; a kink that a rounding would cross, they cross.
+    """
+    _, seen = scored(entry, inputs, leaves, p, monkeypatch)
+    sizes, g = errors_of(seen, inputs, p), torch.Generator().manual_seed(seed)
+    for _ in range(patterns):
+        signs = [torch.randint(0, 2, x.shape, generator=g) * 2 - 1 for x in sizes]
+        for way in (1, -1):
+            off = [way * sign * size for sign, size in zip(signs, sizes, strict=True)]
+            loss, _ = scored(entry, inputs, leaves, p, monkeypatch, off)
+            found = torch.autograd.grad(loss, [inputs[name] for name in leaves])
+            for name, grad in zip(leaves, found, strict=True):
+                if not ((grad - budget.grads[name]).abs() <= budget.grad_budgets[name]).all():
+                    return True
+    return False
 
 
 def _jacobian(y: Tensor, x: Tensor) -> Tensor:
     """|∂y/∂x|, (y.numel(), x.numel())."""
     if not y.requires_grad:  # a constant gradient
         return torch.zeros(y.numel(), x.numel(), dtype=x.dtype)
-    rows = [
-        torch.autograd.grad(element, x, retain_graph=True, allow_unused=True)[0] for element in y.reshape(-1).unbind()
-    ]
-    return torch.stack([torch.zeros(x.numel(), dtype=x.dtype) if r is None else r.abs().reshape(-1) for r in rows])
+    units = torch.eye(y.numel(), dtype=y.dtype).view(y.numel(), *y.shape)
+    (rows,) = torch.autograd.grad(y, x, units, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    return torch.zeros(y.numel(), x.numel(), dtype=x.dtype) if rows is None else rows.abs().reshape(y.numel(), -1)

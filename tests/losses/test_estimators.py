@@ -214,6 +214,12 @@ def test_golden_club():
     assert club(y + 1e6, y + 1e6, torch.zeros_like(y)).loss.item() == pytest.approx(0.25, rel=1e-9)
 
 
+def test_golden_club_of_any_scores():
+    """⟨y_j, μ_i⟩ are the scores of a variance of 1, up to what is a row's or a column's alone, and cancels."""
+    found = club(SCORES.T, EYE, torch.zeros_like(EYE))
+    assert found.loss.item() == pytest.approx(1.1111111111111112, rel=1e-14)
+
+
 def test_golden_binary_nce():
     """NPID's sampled loss of one row: n = 50, m = 4, Z = 60, temperature 0.1."""
     cosines = torch.tensor([0.3, 0.1, -0.05, 0.02, 0.0], dtype=torch.float64)

@@ -17,7 +17,6 @@ import fused_nce
 from fused_nce.losses.registry import LOSSES
 from tests.budget import eta, precision
 from tests.cases import DTYPES
-from tests.losses import table
 from tests.losses.sensitivity import exact
 
 
@@ -192,8 +191,3 @@ def test_registry_covers_the_public_functions():
     for entry in LOSSES.values():
         assert public[entry.name] is entry.function
         assert sys.modules[entry.oracle.__module__] is sys.modules[entry.function.__module__]
-
-
-def test_the_page_of_losses_is_current():
-    """After a change of a signature or a docstring: `python -m tests.losses.table`."""
-    assert table.PAGE.read_text(encoding="utf-8") == table.page()
