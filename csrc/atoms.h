@@ -9,8 +9,10 @@
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define FUSED_NCE_HD __host__ __device__ __forceinline__
+#define FUSED_NCE_UNROLL _Pragma("unroll")  // left to itself, ptxas puts the arrays of a large body in local memory
 #else
 #define FUSED_NCE_HD inline __attribute__((always_inline))
+#define FUSED_NCE_UNROLL
 #endif
 
 // Each instruction set compiles the formulas in a namespace of its own: with one shared inline symbol the linker may

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 COMMANDS = {
     "train": ("fused_nce.train.command", "main", "train an encoder: fused-nce train amdim --preset digits"),
     "eval": ("fused_nce.cli", "evaluate", "evaluate a run and write its report: fused-nce eval RUN"),
+    "fine-tune": ("fused_nce.cli", "fine_tune", "make a run's encoder a classifier: fused-nce fine-tune RUN"),
     "compare": ("fused_nce.train.compare", "main", "one report of several evaluated runs: fused-nce compare RUN RUN"),
     "export": ("fused_nce.cli", "export", "write a run's encoder alone: fused-nce export RUN --out FOLDER"),
     "doctor": ("fused_nce.cli", "doctor", "say what this installation can do, and why not more"),
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """The commands, one a line."""
-    lines = [f"  {name:8} {help_text}" for name, (_, _, help_text) in COMMANDS.items()]
+    lines = [f"  {name:9} {help_text}" for name, (_, _, help_text) in COMMANDS.items()]
     return "\n".join(["usage: fused-nce COMMAND [options]", *lines])
 
 
@@ -57,6 +58,13 @@ def evaluate(argv: Sequence[str]) -> int:
     from fused_nce.train.evaluate import run_and_print
 
     return _of_arguments(run_and_print, "fused-nce eval RUN", argv)
+
+
+def fine_tune(argv: Sequence[str]) -> int:
+    """`fused-nce fine-tune RUN [options]`."""
+    from fused_nce.train.teacher import run_and_print
+
+    return _of_arguments(run_and_print, "fused-nce fine-tune RUN", argv)
 
 
 def export(argv: Sequence[str]) -> int:

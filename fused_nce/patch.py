@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from fused_nce.verify import check_within, compare
+from fused_nce.verify import check_within, compare, of_leaves
 
 
 def patch(
@@ -88,22 +89,23 @@ class _Trial:
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         self.theirs.train(self.ours.training)
-        inputs = [*args, *options.values()]
+        inputs, where = pytree.tree_flatten((args, options))
         wanted = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
         if wanted and torch.is_grad_enabled():
-            self._compare(inputs, wanted, len(args), list(options))
+            self._compare(inputs, wanted, where)
         return self.theirs(*args, **options)
 
-    def _compare(self, inputs: list[Any], wanted: list[int], n_args: int, names: list[str]) -> None:
+    def _compare(self, inputs: list[Any], wanted: list[int], where: pytree.TreeSpec) -> None:
         """On copies of upstream's module, and on ours itself, whose memory goes on as upstream's does."""
 
-        def ours(*x: Any) -> Any:
-            return type(self.ours).forward(self.ours, *x[:n_args], **dict(zip(names, x[n_args:], strict=True)))
+        def ours(*args: Any, **options: Any) -> Any:
+            return type(self.ours).forward(self.ours, *args, **options)
 
         devices = sorted({x.device.index for x in inputs if isinstance(x, Tensor) and x.is_cuda})
         state = torch.random.get_rng_state()
         with torch.random.fork_rng(devices):
-            differences, _ = compare(_Call(self.theirs, n_args, names), ours, inputs, wanted, state)
+            both = of_leaves(self.theirs, where), of_leaves(ours, where)
+            differences, _ = compare(*both, inputs, wanted, state)
         try:
             check_within(differences, self.within)
         except ValueError as error:
@@ -113,15 +115,3 @@ class _Trial:
             del self.ours.forward
             if self.show:
                 print(f"fused_nce.patch: {self.path or 'the module'}: both agree, ours runs alone from here")
-
-
-class _Call(nn.Module):
-    """A module with its keywords bound by place; a module, so that `compare` copies its state."""
-
-    def __init__(self, loss: nn.Module, n_args: int, names: list[str]) -> None:
-        super().__init__()
-        self.loss, self.n_args, self.names = loss, n_args, names
-
-    def forward(self, *x: Any) -> Any:
-        """The loss."""
-        return self.loss(*x[: self.n_args], **dict(zip(self.names, x[self.n_args :], strict=True)))

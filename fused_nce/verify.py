@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 Loss = Callable[..., Any]
 PROBES = 2  # how often the inputs are moved by a rounding; one alone can leave a single number where it was
@@ -79,7 +81,8 @@ def verify(
     Args:
         upstream_loss: called as upstream_loss(*inputs); a module is copied, its state (a memory bank) included.
         ours: the same, and drawn from the same random state.
-        inputs: the arguments. Gradients are compared of the tensors that require one; if none does, of all float ones.
+        inputs: the arguments, tensors or tuples, lists and dicts of them, which count one by one. Gradients are
+            compared of the tensors that require one; if none does, of all float ones.
         repeats: timed runs of each, interleaved, after one that is not timed.
         within: raise where a difference is above so many roundings; None never raises.
         show: print the table.
@@ -94,6 +97,8 @@ def verify(
     """
     if repeats < 1:
         raise ValueError(f"repeats: got {repeats}, need >= 1")
+    leaves, where = pytree.tree_flatten((inputs, {}))
+    upstream_loss, ours, inputs = of_leaves(upstream_loss, where), of_leaves(ours, where), tuple(leaves)
     wanted = _wanted(inputs)
     state = torch.random.get_rng_state()
     devices = sorted({x.device.index for x in inputs if isinstance(x, Tensor) and x.is_cuda})
@@ -122,6 +127,28 @@ def compare(
     rows = zip(names, *found, *moved, strict=True)
     differences = tuple(_difference(name, theirs, mine, near) for name, theirs, mine, *near in rows)
     return differences, (float(found[0][0]), float(found[1][0]))
+
+
+class _OfLeaves(nn.Module):
+    """A module of the leaves of its arguments; a module, so that `compare` copies its state."""
+
+    def __init__(self, loss: nn.Module, where: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.loss, self.where = loss, where
+
+    def forward(self, *leaves: Any) -> Any:
+        """The loss."""
+        return _call(self.loss, self.where, *leaves)
+
+
+def _call(loss: Loss, where: pytree.TreeSpec, *leaves: Any) -> Any:
+    args, options = pytree.tree_unflatten(leaves, where)
+    return loss(*args, **options)
+
+
+def of_leaves(loss: Loss, where: pytree.TreeSpec) -> Loss:
+    """The loss as a function of the leaves of (args, options); a module stays one."""
+    return _OfLeaves(loss, where) if isinstance(loss, nn.Module) else functools.partial(_call, loss, where)
 
 
 def check_within(differences: Sequence[Difference], within: float | None) -> None:

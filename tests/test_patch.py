@@ -211,11 +211,19 @@ SETTINGS = [
     ("SigLipLoss", CLIP, SIG_WORDS, open_clip),
     ("NTXentLoss", PML, {"temperature": 0.2, **COSINE}, pml),
     ("SupConLoss", PML, {"temperature": 0.2, **COSINE}, pml),
+    ("ContrastiveLoss", PML, {"pos_margin": 0.1, "neg_margin": 0.8}, pml),
+    ("TripletMarginLoss", PML, {"margin": 0.1, "swap": False, "smooth_loss": False, "triplets_per_anchor": "all"}, pml),
     ("CrossBatchMemory", PML, {"loss": stand_in("NTXentLoss", PML, temperature=0.1, **COSINE), **XBM}, pml),
     (
         "SelfSupervisedLoss",
         PML,
         {"loss": stand_in("NTXentLoss", PML, temperature=0.1, **COSINE), "symmetric": False},
+        pml,
+    ),
+    (
+        "DistributedLossWrapper",
+        "pytorch_metric_learning.utils.distributed",
+        {"loss": stand_in("NTXentLoss", PML, temperature=0.1, **COSINE), "efficient": True},
         pml,
     ),
     ("AmdimNCELoss", BOLTS, {"tclip": 7.0}, bolts),
@@ -267,5 +275,5 @@ def test_the_rest_of_the_known():
 
 
 def test_settings_that_a_twin_refuses():
-    with pytest.raises(NotImplementedError, match=r"^world_size: got 2"):
-        patch(stand_in("ClipLoss", CLIP, **{**CLIP_WORDS, "world_size": 2}))
+    with pytest.raises(ValueError, match=r"^contrast_mode: got 'two'"):
+        patch(stand_in("SupConLoss", "losses", temperature=0.1, contrast_mode="two", base_temperature=0.1))

@@ -102,6 +102,21 @@ def test_what_a_loss_may_return(shape):
     assert verify(several, info_nce, *batch(), repeats=1, show=False).worst <= 8
 
 
+def test_tensors_inside_of_arguments_count_one_by_one():
+    """As a task that takes tuples of maps has them; a dict too."""
+
+    def nested(function):
+        return lambda pair, options: function(pair[0], pair[1]["keys"]) * options["factor"]
+
+    q, k = batch()
+    arguments = ((q, {"keys": k}), {"factor": torch.tensor(2.0)})
+    found = verify(nested(dense), nested(lambda q, k: info_nce(q, k).loss), *arguments, repeats=1, show=False)
+    assert [row.name for row in found.differences] == ["loss", *(f"gradient of input {i}" for i in range(3))]
+    assert found.worst <= 8
+    lost = verify(nested(dense), nested(lambda q, k: info_nce(q, k.detach()).loss), *arguments, repeats=1, show=False)
+    assert lost.differences[2].relative == 1.0
+
+
 def test_cost_is_measured():
     """A step that holds 64 MiB more, and one that waits: both are seen."""
     import time

@@ -32,6 +32,7 @@ FUSED_NCE_HD FurtherPart further_thread(const Row& row, int thread, int threads)
     const Eight eight = load(row.scores + c, row.scale);
     float t[kColumns], soft[kColumns], e[kColumns], own[kColumns], top = part.max;
     bool positive[kColumns];
+    FUSED_NCE_UNROLL
     for (int u = 0; u < kColumns; ++u) {
       const int column = c + u;
       const bool inside = column < row.end && column != row.itself;
@@ -50,6 +51,7 @@ FUSED_NCE_HD FurtherPart further_thread(const Row& row, int thread, int threads)
       sum_error *= factor;
       part.max = top;
     }
+    FUSED_NCE_UNROLL
     for (int u = 0; u < kColumns; ++u) {
       const float x = exp_value(t[u] - shift_of(top));
       e[u] = positive[u] ? x : 0.0f;

@@ -104,8 +104,9 @@ struct RowTasks {
 };
 
 // The rows of several strips, one after the other.
+// The 1: some versions of ptxas would rather spill than have one CTA of an SM less.
 template <bool kClip, bool kShift, class E, int kMost>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
 loss_kernel(const __grid_constant__ RowTasks<kMost> tasks) {
   static_assert(sizeof(tasks) <= 4096, "a launch takes 4 KB of arguments");
   __shared__ Slot shared[33];

@@ -62,6 +62,7 @@ FUSED_NCE_HD Slopes weigh_thread(const Row& row, const Rules& rules, const RowAr
   for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
     const Eight dot = load(row.scores + c, 1.0f);
     float w[kColumns], product[kColumns], slope[kColumns];
+    FUSED_NCE_UNROLL
     for (int u = 0; u < kColumns; ++u) {
       const int column = c + u;
       const bool inside = column < row.end && column != row.itself;

@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_nce.core import checks
 from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_stats
-from fused_nce.core.spec import Block, Spec
+from fused_nce.core.spec import Block, Identity, Spec
 from fused_nce.losses.common import fixed_lse, fixed_mean, log_count, widened
 from fused_nce.losses.dim import dim_mi
 
@@ -101,7 +101,7 @@ def _vectors(l: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scores(local: Tensor, global_: Tensor, statistic: str) -> dict[str, Tensor]:
     """The joint scores as `pos`, (N·M, L), and a statistic of each global vector's product scores."""
-    spec = Spec(Block(local.shape[1], global_.shape[1]), stats=(statistic,))
+    spec = Spec(Block(local.shape[1], global_.shape[1]), Identity(), (statistic,))
     return tile_stats(global_.flatten(0, 1), local.flatten(0, 1), spec)
 
 

@@ -124,6 +124,11 @@ KNOWN = (
     _pml("TripletMarginLoss", "margin", "swap", "smooth_loss", "triplets_per_anchor"),
     Known("CrossBatchMemory", PML, _pml_memory),
     Known("SelfSupervisedLoss", PML, lambda theirs: pml.SelfSupervisedLoss(adapter(theirs.loss), theirs.symmetric)),
+    Known(
+        "DistributedLossWrapper",
+        "pytorch_metric_learning.utils.distributed",
+        lambda theirs: pml.DistributedLossWrapper(adapter(theirs.loss), theirs.efficient),
+    ),
     Known("AmdimNCELoss", BOLTS, words(bolts.AmdimNCELoss, "tclip")),
     Known("CPCTask", BOLTS, _cpc_task),
     Known(

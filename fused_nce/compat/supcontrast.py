@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss, tile_stats
-from fused_nce.core.spec import Labels, Spec
+from fused_nce.core.spec import Identity, Labels, Spec
 from fused_nce.core.tails import LogOut
 from fused_nce.losses.common import fixed_mean, widened
 from fused_nce.losses.sup_con import SPEC
@@ -96,7 +96,7 @@ def _weighted(
     meets (B, D) sums over views, and only the sum over all others is a statistic of scores.
     """
     views, images = len(columns) // len(mask), torch.arange(len(rows), device=rows.device) % len(mask)
-    spec = Spec(Labels(), stats=("neg_lse",), drop_self=True)
+    spec = Spec(Labels(), Identity(), ("neg_lse",), drop_self=True)
     every = torch.arange(len(columns), device=rows.device)  # each a class of its own: all but itself are negatives
     lse = tile_stats(rows, columns, spec, scale=scale, row_ids=every[: len(rows)], column_ids=every)["neg_lse"]
     with torch.autocast(rows.device.type, enabled=False):

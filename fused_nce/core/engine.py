@@ -205,7 +205,6 @@ def tile_losses(
 
 def _shared(scores: Sequence[Scores], parts: Sequence[Part], backend: str | None) -> LossSum:
     """One call of the op for all."""
-    graph = torch.is_grad_enabled()
     leaves = [*(x for each in scores for x in (each.q, each.k)), scores[0].scale_tensor]
     found = torch.ops.fused_nce.losses(
         [each.q for each in scores],
@@ -215,7 +214,7 @@ def _shared(scores: Sequence[Scores], parts: Sequence[Part], backend: str | None
         [p.tail.code for p in parts],
         [p.offset for p in parts],
         [p.reports for p in parts],
-        [graph and x is not None and _wants_gradient(x) for x in leaves],
+        _needs(leaves),
         backend or "",
     )
     return LossSum(*found[:4])
@@ -223,10 +222,8 @@ def _shared(scores: Sequence[Scores], parts: Sequence[Part], backend: str | None
 
 def _sweep(x: Scores, spec: Spec, tail: Tail, parts: bool, reports: int, backend: str | None) -> LossParts:
     """One call of the op."""
-    graph = torch.is_grad_enabled()
-    needs = [graph and leaf is not None and _wants_gradient(leaf) for leaf in x.differentiable]
     loss, nce, penalty, report, pos, rows, *_ = torch.ops.fused_nce.loss(
-        *x, tail.code, needs, parts, reports, backend or ""
+        *x, tail.code, _needs(x.differentiable), parts, reports, backend or ""
     )
     return LossParts(
         loss,
@@ -236,6 +233,12 @@ def _sweep(x: Scores, spec: Spec, tail: Tail, parts: bool, reports: int, backend
         pos,
         dict(zip(spec.stats, rows.unbind(0), strict=True)),
     )
+
+
+def _needs(leaves: Sequence[Tensor | None]) -> list[bool]:
+    """Whose gradients the op works out."""
+    graph = torch.is_grad_enabled()
+    return [graph and x is not None and _wants_gradient(x) for x in leaves]
 
 
 def _wants_gradient(x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Losses: one file each, a spec and a tail on the engine, and what it must equal. They import no backend."""
 
 from fused_nce.losses.amdim import AMDIMLoss, amdim_nce
-from fused_nce.losses.amdim_mixture import AMDIMMixtureLoss, amdim_mixture_nce
+from fused_nce.losses.amdim_mixture import AMDIMMixtureLoss, MultiscaleMixtureLoss, amdim_mixture_nce
 from fused_nce.losses.binary_nce import BinaryNCELoss, binary_nce
 from fused_nce.losses.clip import CLIPLoss, clip_loss
 from fused_nce.losses.club import CLUBLoss, club
@@ -34,6 +34,7 @@ __all__ = [
     "MINELoss",
     "MemoryQueue",
     "MoCoLoss",
+    "MultiscaleMixtureLoss",
     "NCEOutput",
     "NPIDNCELoss",
     "NPIDSoftmaxLoss",

@@ -225,7 +225,7 @@ class AMDIMLoss(nn.Module):
         """The maps that are compared against, by size and view. Of several processes each is gathered once, however
         many pairs compare against it; in a ring it goes round for each problem.
         """
-        maps = {(target, i): _locations(f"f{target}", views[i]) for target in self._by_target() for i in (0, 1)}
+        maps = {(target, i): locations(f"f{target}", views[i]) for target in self._by_target() for i in (0, 1)}
         everyone = peers(self.group)
         if everyone is None or everyone.ring:
             return {at: Keys(x, 0, self.group) for at, x in maps.items()}
@@ -255,7 +255,7 @@ class AMDIMLoss(nn.Module):
 
     def _antecedents(self, name: str, view: Mapping[str, Tensor]) -> Tensor:
         """(B, D) sampled rows, or (B, H·W, D) all of them."""
-        rows = _locations(name, view)
+        rows = locations(name, view)
         if rows.shape[1] == 1:
             return rows.squeeze(1)
         if self.antecedents == "all":
@@ -272,7 +272,7 @@ def _together(rows: Mapping[str, Tensor]) -> list[list[str]]:
     return [*([single] if single else []), *([source] for source in rows if source not in single)]
 
 
-def _locations(name: str, view: Mapping[str, Tensor]) -> Tensor:
+def locations(name: str, view: Mapping[str, Tensor]) -> Tensor:
     """A view's map as (B, H·W, D)."""
     if name not in view:
         raise ValueError(f"view: got maps {sorted(view)}, need {name!r} for the pairs of this loss")

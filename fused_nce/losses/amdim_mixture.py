@@ -8,6 +8,7 @@ entropy at its weight 1/τ, Σ_j q_ji·s_ji + H(q_i)/τ is (1/τ)·log Σ_j e^(�
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from fused_nce.core.engine import tile_stats
 from fused_nce.core.processes import Group, peers
 from fused_nce.core.spec import Block, Identity, Spec, TanhClip
 from fused_nce.core.tails import fixed_sum
-from fused_nce.losses.amdim import check_features, check_settings
+from fused_nce.losses.amdim import AMDIMLoss, check_features, check_settings, locations
 from fused_nce.losses.common import dense_nce, fixed_mean
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
@@ -141,6 +142,64 @@ class AMDIMMixtureLoss(nn.Module):
             group=self.group,
             backend=self.backend,
         )
+
+
+class MultiscaleMixtureLoss(nn.Module):
+    """`AMDIMLoss` with a mixture for f1: the pairs from f1 by `amdim_mixture_nce`, the others as they were.
+
+    Args:
+        pairs: as `AMDIMLoss`; at least one from the map of size 1.
+        antecedents: as `AMDIMLoss`, of the other pairs.
+        tau: as `amdim_mixture_nce`.
+        scale, clip, penalty, group, backend: as `amdim_nce`, of all pairs.
+
+    Shape:
+        each view: as `AMDIMLoss`'s, with the components "m1" (B, m, D) in the place of "f1".
+
+    Returns:
+        NCEOutput; `stats` has those of the other pairs, and the mean entropy and best of the mixtures.
+
+    Raises:
+        ValueError: without a pair from f1; `AMDIMLoss` lists the rest.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[str] = ("1>5", "1>7", "5>5"),
+        antecedents: str = "sample",
+        *,
+        tau: float = 1.0,
+        scale: float | None = None,
+        clip: float | None = 20.0,
+        penalty: float = 0.04,
+        group: Group = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        shared: dict[str, Any] = {
+            "scale": scale, "clip": clip, "penalty": penalty, "group": group, "backend": backend
+        }  # fmt: skip
+        AMDIMLoss(pairs, antecedents, **shared)  # its checks
+        self.targets = [pair.partition(">")[2] for pair in dict.fromkeys(pairs) if pair.startswith("1>")]
+        if not self.targets:
+            raise ValueError(f"pairs: got {tuple(pairs)}, need one from map 1, which the mixture stands for")
+        others = [pair for pair in pairs if not pair.startswith("1>")]
+        self.mixture = AMDIMMixtureLoss(tau, **shared)
+        self.others = AMDIMLoss(others, antecedents, **shared) if others else None
+
+    def forward(self, view1: Mapping[str, Tensor], view2: Mapping[str, Tensor]) -> NCEOutput:
+        """The loss of two views' maps: pairs summed, both directions averaged."""
+        ways = [
+            self.mixture(own["m1"], locations(f"f{target}", other))
+            for target in self.targets
+            for own, other in ((view1, view2), (view2, view1))
+        ]
+        loss, nce, penalty = (torch.stack(each).sum() / 2 for each in zip(*(out[:3] for out in ways), strict=True))
+        stats = {name: torch.stack([out.stats[name] for out in ways]).mean() for name in ("entropy", "best")}
+        if self.others is None:
+            return NCEOutput(loss, nce, penalty, stats)
+        rest = self.others(view1, view2)
+        return NCEOutput(loss + rest.loss, nce + rest.nce, penalty + rest.penalty, rest.stats | stats)
 
 
 def oracle(

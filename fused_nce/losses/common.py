@@ -45,14 +45,14 @@ def fixed_lse(x: Tensor) -> Tensor:
     return top + fixed_sum((x - top).exp()).log()
 
 
+def log_count(n: float, like: Tensor) -> Tensor:
+    """log n of a size or a ratio of sizes, 0-d: `math.log` would be a constant, each batch size a graph of its own."""
+    return torch.full((), n, dtype=torch.float64, device=like.device).log().to(like.dtype)
+
+
 def exposed(s: Tensor) -> Tensor:
     """(N, m) scores, a row NaN throughout where one is not finite: what saturates would hide an infinite one."""
     return s * (1 + poison(s))[:, None]
-
-
-def log_count(n: int, like: Tensor) -> Tensor:
-    """log n, 0-d: a `math.log` of a batch's size would be a constant of a compiled graph, a new one for every batch."""
-    return torch.full((), n, dtype=torch.float64, device=like.device).log().to(like.dtype)
 
 
 def output(loss: Tensor, stats: dict[str, Tensor]) -> NCEOutput:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fused_nce.core import checks
 from fused_nce.core.gathered import gathered_scores
 from fused_nce.losses.binary_nce import binary
-from fused_nce.losses.common import exposed, fixed_lse, inverse
+from fused_nce.losses.common import exposed, fixed_lse, inverse, log_count
 from fused_nce.losses.npid import check_bank, proximal_to
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, places, register
@@ -83,7 +83,7 @@ def _nce(
 ) -> NCEOutput:
     """The loss of the scores."""
     m = s.shape[1] - 1
-    delta = exposed(s) - log_z - math.log(m / bank.shape[0])
+    delta = exposed(s) - log_z - log_count(m / bank.shape[0], s)
     return proximal_to(binary(delta[:, 0], delta[:, 1:]), features, bank, indices, proximal)
 
 
@@ -147,7 +147,7 @@ class NPIDNCELoss(nn.Module):
     @torch.no_grad()
     def _known(self, s: Tensor, n: int) -> Tensor:
         """log Z; of a batch that is not finite none is kept."""
-        own = (fixed_lse(s) + math.log(n / s.numel())).to(self.log_z.dtype)
+        own = (fixed_lse(s) + log_count(n / s.numel(), s)).to(self.log_z.dtype)
         log_z = torch.where(self.log_z.isnan(), own, self.log_z)
         if self.training:
             self.log_z.copy_(torch.where(log_z.isfinite(), log_z, self.log_z))

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fused_nce.losses import AMDIMLoss
+from fused_nce.losses import AMDIMLoss, MultiscaleMixtureLoss
 from fused_nce.models.base import Embedded, Losses, Model, split_views
 from fused_nce.models.encoders.amdim import AMDIMEncoder
 from fused_nce.models.encoders.blocks import Init
+from fused_nce.models.mixture import Components
 
 
 class AMDIM(Model):
@@ -31,7 +32,9 @@ class AMDIM(Model):
         n_depth: layers of each residual block.
         use_bn: BatchNorm inside the blocks.
         init: `"amdim"` (zero-initialised branches) or `"kaiming"`.
-        loss: called with the tap dictionaries of the two views; `AMDIMLoss()` if left out.
+        mixture: components in the place of f1 in the loss; 1 is f1 itself.
+        loss: called with the tap dictionaries of the two views, which with a mixture have its components "m1" (B, m,
+            n_rkhs) too; `AMDIMLoss()`, with a mixture `MultiscaleMixtureLoss()`, if left out.
 
     Raises:
         ValueError: for a size outside these.
@@ -46,13 +49,18 @@ class AMDIM(Model):
         n_depth: int = 3,
         use_bn: bool = False,
         init: Init = "amdim",
+        mixture: int = 1,
         loss: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.encoder = AMDIMEncoder(
             image_size=image_size, ndf=ndf, n_rkhs=n_rkhs, n_depth=n_depth, use_bn=use_bn, init=init
         )
-        self.loss = AMDIMLoss() if loss is None else loss
+        if mixture < 1:
+            raise ValueError(f"mixture: must be at least 1, got {mixture}")
+        self.components = Components(n_rkhs, mixture) if mixture > 1 else None
+        own: nn.Module = MultiscaleMixtureLoss() if mixture > 1 else AMDIMLoss()
+        self.loss = own if loss is None else loss
         self.image_size = image_size
 
     def encode(
@@ -77,14 +85,16 @@ class AMDIM(Model):
         self,
         batch: Tensor | Sequence[Tensor],  # (B, 2, 3, H, H), or two tensors (B, 3, H, H)
     ) -> Embedded:
-        """The maps of both views, which are what the loss is called with too.
+        """The maps of both views; with them, and the components of a mixture, the loss is called.
 
         Raises:
             ValueError: if there are not two views of one shape, or only one image (no negatives).
         """
         view1, view2 = split_views(batch)
         taps = self.encode(view1), self.encode(view2)
-        return Embedded(taps, taps)
+        if self.components is None:
+            return Embedded(taps, taps)
+        return Embedded(taps, tuple({**maps, "m1": self.components(maps["f1"])} for maps in taps))
 
     def forward(
         self,

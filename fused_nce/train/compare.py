@@ -15,7 +15,7 @@ from typing import Any
 from fused_nce.train import compare_page, config, evaluate, runlog
 
 FIELDS = ("run", "method", "trained_on", "data", "tap", "encoder", "probe", "labels")
-VALUES = ("accuracy_pct", "sd_pct", "ci95_pct", "width")
+VALUES = ("accuracy_pct", "sd_pct", "ci95_pct", "width", "value", "unit")
 
 
 @dataclass(frozen=True)
@@ -99,4 +99,4 @@ def write_csv(path: Path, runs: list[Run]) -> None:
             result = run.result
             shared = {"run": run.name, "method": result["method"], "data": result["data_name"]}
             shared["trained_on"] = result.get("trained_on", result["data_name"])
-            writer.writerows(shared | row for row in result["probes"])
+            writer.writerows(shared | row for row in result["probes"] + result.get("measures", []))

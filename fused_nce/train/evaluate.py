@@ -37,6 +37,7 @@ from fused_nce.train import (
 from fused_nce.train.config import CONFIG_NAME, TrainConfig
 from fused_nce.train.data import ImageSet
 from fused_nce.train.figures import draw_figures
+from fused_nce.train.fine_tune import Subject
 from fused_nce.train.protocols import DEFAULT, check_names
 
 MAX_PROBE_IMAGES = 50_000  # more labelled images than CIFAR's 50,000 change a probe little and cost minutes
@@ -62,9 +63,10 @@ def evaluate(
     Args:
         run: folder of a training run.
         taps: feature maps of the encoder, the method's own if left out; the pictures show the first.
-        protocols: of linear, knn, few (a few labels a class), few-shot (tasks of 5 classes), sgd, svm, mlp; or all.
+        protocols: of linear, knn, few (a few labels a class), few-shot (tasks of 5 classes), sgd, svm, mlp; or all of
+            these. By name alone, minutes an encoder and tap: fine-tune, ms-ssim, mine, ndm.
         data: another labelled data set to probe and test on (transfer); the run's own if left out.
-        labels_per_class: sizes of the small label sets of "few", such as 1,10,100.
+        labels_per_class: sizes of the small label sets of few and fine-tune, such as 1,10,100.
         draws: how many small label sets of each size, at least 2.
         tasks: of few-shot, at least 2.
         baselines: measure raw pixels and two untrained encoders too.
@@ -108,6 +110,7 @@ def evaluate(
         "online_tap": config.taps[0],
         **settings,
         "training": summary.training(log),
+        "measures": [],
         "loss_cost": None,
         "loss_cost_error": None,
         "environment": host.environment(),
@@ -115,7 +118,7 @@ def evaluate(
         "evaluation_s": round(time.perf_counter() - start, 1),
     }
     write_text(folder / f"eval{ending}.json", json.dumps(result, indent=1) + "\n")
-    _write_csv(folder / f"eval{ending}.csv", result["probes"])
+    _write_csv(folder / f"eval{ending}.csv", result["probes"] + result["measures"])
     (folder / f"eval{ending}.partial.csv").unlink(missing_ok=True)
     write_text(folder / f"report{ending}.html", report.render(result, log, (folder / CONFIG_NAME).read_text(), figures))
     return result
@@ -136,23 +139,25 @@ def _judge_images(
     seed: int,
 ) -> tuple[dict[str, Any], report.Figures]:
     """What `eval.json` holds of the accuracies, and the pictures."""
-    probe, test = (_labelled(config, split, seed) for split in ("probe", "test"))
+    probe, test = (labelled(config, split, seed) for split in ("probe", "test"))
     plan = scoring.plan(
         probe.labels, test.labels, protocols=protocols, labels_per_class=labels_per_class, draws=draws, tasks=tasks,
         seed=seed,
     )  # fmt: skip
 
     rows: list[dict[str, Any]] = []
+    measures: list[dict[str, Any]] = []
     kept: dict[str, Any] = {}
     # One at a time: all of CIFAR-10's feature sets together are 2 GB.
     sets = _feature_sets(model, config, probe, test, taps, baselines, seed)
     count = len(taps) * (1 + len(config.untrained())) + 1 if baselines else len(taps)
-    for encoder, tap, bank, queries in progress.bar(sets, desc="probes", total=count, unit="set", leave=False):
-        found, shown = scoring.score(bank, queries, plan, protocols)
-        rows += [{"encoder": encoder, "tap": tap} | row for row in found]
-        _write_csv(folder / f"eval{ending}.partial.csv", rows)
+    for encoder, tap, bank, queries, own in progress.bar(sets, desc="probes", total=count, unit="set", leave=False):
+        found = scoring.score(bank, queries, plan, protocols, own)
+        rows += [{"encoder": encoder, "tap": tap} | row for row in found.rows]
+        measures += [{"encoder": encoder, "tap": tap} | row for row in found.measures]
+        _write_csv(folder / f"eval{ending}.partial.csv", rows + measures)
         if not kept:  # the trained encoder's first tap comes first
-            kept = {"bank": bank, "queries": queries, "shown": shown}
+            kept = {"bank": bank, "queries": queries, "shown": found.shown}
     figures = draw_figures(
         bank=kept["bank"], bank_images=probe.images, bank_labels=probe.labels,
         queries=kept["queries"], query_images=test.images, query_labels=test.labels, seed=seed,
@@ -167,6 +172,7 @@ def _judge_images(
         "taps": taps,
         "splits": {"probe": len(probe.labels), "test": len(test.labels)},
         "probes": rows,
+        "measures": measures,
         "confusion": confusion,
         "protocol": summary.protocol(config.data, protocols, draws, tasks, baselines),
     }
@@ -198,7 +204,7 @@ def run_and_print(run: str, **options: Any) -> int:
     return 0
 
 
-def _labelled(config: TrainConfig, split: str, seed: int) -> ImageSet:
+def labelled(config: TrainConfig, split: str, seed: int) -> ImageSet:
     """The labelled images of a split; of a large probe split, 50,000 drawn at random."""
     limit = config.run.memory_limit_mb << 20
     found = data.load_split(config.data, split, config.model.image_size, limit_bytes=limit)
@@ -218,8 +224,8 @@ def _labelled(config: TrainConfig, split: str, seed: int) -> ImageSet:
 
 def _feature_sets(
     model: nn.Module, config: TrainConfig, probe: ImageSet, test: ImageSet, taps: list[str], baselines: bool, seed: int
-) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-    """(encoder, tap, features of the probe split, features of the test split), the trained encoder first."""
+) -> Iterator[tuple[str, str, Tensor, Tensor, Subject | None]]:
+    """(encoder, tap, features of the probe split, of the test split, the encoder itself), the trained one first."""
     transform, dtype = augment.test_transform(config), _precision(config)
     models = {report.TRAINED: model}
     if baselines:
@@ -234,9 +240,11 @@ def _feature_sets(
             for split, what in ((probe, "probe images"), (test, "test images"))
         ]
         for tap in taps:
-            yield name, tap, parts[0][tap], parts[1][tap]
+            own = Subject(encoder, tap, transform, probe.images, test.images)
+            yield name, tap, parts[0][tap], parts[1][tap], own
     if baselines:
-        yield "raw pixels", report.PIXELS, features.raw_pixels(probe.images), features.raw_pixels(test.images)
+        bank, queries = (features.raw_pixels(split.images) for split in (probe, test))
+        yield "raw pixels", report.PIXELS, bank, queries, None
 
 
 def _precision(config: TrainConfig) -> torch.dtype | None:
@@ -268,7 +276,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    names = ["encoder", "tap", "probe", "labels", "accuracy_pct", "sd_pct", "ci95_pct", "width"]
+    names = ["encoder", "tap", "probe", "labels", "accuracy_pct", "sd_pct", "ci95_pct", "width", "value", "unit"]
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.train import features, figures, log_mel, progress, recordings, report, scoring, summary
+from fused_nce.train.protocols import FROZEN, PROTOCOLS
 from fused_nce.train.recordings import Recordings
 
 LOG_MEL = "log-mel mean"
@@ -54,6 +55,9 @@ def evaluate(
     Raises:
         ValueError: for recordings without a label of 2 or more classes, or a class that is too small.
     """
+    for name in protocols:
+        if PROTOCOLS[name].of_encoder:
+            raise ValueError(f"protocols: {name} needs images; recordings have {', '.join(FROZEN)}")
     probe, test = (recordings.load(config.data, split) for split in ("probe", "test"))
     targets = find_targets(probe, test, config.data)
     plans = {
@@ -69,10 +73,10 @@ def evaluate(
         for target in targets:
             # The log-mel mean is no tap: it stands beside each.
             for shown in [tap] if tap is not None else taps:
-                found, predicted = scoring.score(bank, queries, plans[target.name], protocols)
-                rows += [{"encoder": encoder, "tap": f"{shown}, {target.name}"} | row for row in found]
+                found = scoring.score(bank, queries, plans[target.name], protocols)
+                rows += [{"encoder": encoder, "tap": f"{shown}, {target.name}"} | row for row in found.rows]
             if not first:
-                first = {"queries": queries, "predicted": predicted}
+                first = {"queries": queries, "predicted": found.shown}
     main = targets[0]
     names = [f"{tap}, {target.name}" for tap in taps for target in targets]
     confusion = None

@@ -1,4 +1,4 @@
-"""The protocols of `fused-nce eval`, by name. Each is given one feature set and the plan, and returns accuracies."""
+"""The protocols of `fused-nce eval`, by name. Each is given one feature set and the plan, and returns table rows."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fused_nce.train import episodes
+from fused_nce.train import dependence, episodes, reconstruction
 from fused_nce.train.episodes import CLASSIFIERS, QUERIES, WAYS, Episode
+from fused_nce.train.fine_tune import Subject, fine_tune
 from fused_nce.train.knn import TEMPERATURE, knn_predict, neighbours_for
 from fused_nce.train.logistic import Kind
 from fused_nce.train.probes import few_label_probe, linear_probe
@@ -43,13 +44,15 @@ class FeatureSet(NamedTuple):
 
     bank: Tensor  # (n, D) of the probe split
     queries: Tensor  # (m, D) of the test split
+    subject: Subject | None = None  # the encoder itself; None of pixels and spectra
 
 
 class Found(NamedTuple):
-    """Rows of the table; and the (m,) test predictions, of a protocol that has one set of them."""
+    """Rows of the table; the (m,) test predictions, of a protocol that has one set of them; and what is no accuracy."""
 
     rows: list[Row]
     predicted: Labels | None = None
+    measures: list[Row] = []  # noqa: RUF012  # never written to
 
 
 def percent(predicted: Labels, truth: Labels) -> float:
@@ -71,6 +74,11 @@ def row(probe: str, labels: str, accuracies: list[float], setting: dict[str, Any
     found: Row = {"probe": probe, "labels": labels, "accuracy_pct": float(np.mean(accuracies))}
     found |= {"sd_pct": None if interval else sd, "ci95_pct": half, "values_pct": accuracies}
     return found | {"setting": setting}
+
+
+def measure(name: str, of: str, value: float, unit: str = "") -> Row:
+    """A number that is no accuracy; null where it is not finite."""
+    return {"probe": name, "labels": of, "value": value if math.isfinite(value) else None, "unit": unit}
 
 
 def _full(kind: Kind, probe: str) -> Callable[[FeatureSet, Plan], Found]:
@@ -98,7 +106,7 @@ def _knn(features: FeatureSet, plan: Plan) -> Found:
 
 
 def _few(features: FeatureSet, plan: Plan) -> Found:
-    bank, queries = features
+    bank, queries = features[:2]
     known, rows = torch.from_numpy(plan.labels), []
     for count, draws in plan.draws.items():
         few = few_label_probe(bank.numpy(), plan.labels, queries.numpy(), draws, plan.held)
@@ -120,11 +128,55 @@ def _few_shot(features: FeatureSet, plan: Plan) -> Found:
     return Found(rows)
 
 
+def _fine_tune(features: FeatureSet, plan: Plan) -> Found:
+    rows, subject = [], _subject(features)
+    for count, draws in plan.draws.items():
+        found, rate = fine_tune(subject, features.bank, plan.labels, draws, plan.held, seed=plan.seed)
+        rows.append(row("fine-tune", f"{count}/class", [percent(one, plan.truth) for one in found], {"lr": rate}))
+    return Found(rows)
+
+
+def _ms_ssim(features: FeatureSet, plan: Plan) -> Found:
+    subject = _subject(features)
+    reconstruction.scales(subject.test.shape[-1])  # refused before the training
+    bank, queries = dependence.standardised(features.bank, features.queries)
+    decoder = reconstruction.train_decoder(bank, subject.probe, seed=plan.seed)
+    several, single, count = reconstruction.similarity(queries, subject.test, decoder)
+    return Found([], None, [measure("ms-ssim", f"{count} scales", several), measure("ms-ssim", "1 scale", single)])
+
+
+def _mine(features: FeatureSet, plan: Plan) -> Found:
+    subject = _subject(features)
+    bank, queries = dependence.standardised(features.bank, features.queries)
+    found = dependence.mine(bank, subject.probe, queries, subject.test, seed=plan.seed)
+    return Found([], None, [measure("mine", "image", found, "nats")])
+
+
+def _ndm(features: FeatureSet, plan: Plan) -> Found:
+    kinds = {"units": features[:2], "sigmoids": (features.bank.sigmoid(), features.queries.sigmoid())}
+    found = {name: dependence.ndm(*dependence.standardised(*both), seed=plan.seed) for name, both in kinds.items()}
+    return Found([], None, [measure("ndm", name, value, "nats") for name, value in found.items()])
+
+
+def _subject(features: FeatureSet) -> Subject:
+    if features.subject is None:
+        raise ValueError("features: without an encoder; this protocol needs one")
+    return features.subject
+
+
 class Protocol(NamedTuple):
-    """How it is run, and what a reader must know of it."""
+    """How it is run, and what a reader must know of it.
+
+    Attributes:
+        run: the protocol.
+        text: a sentence or two.
+        of_encoder: it trains beside or through an image encoder, takes minutes for each, and runs only where it is
+            asked for by name.
+    """
 
     run: Callable[[FeatureSet, Plan], Found]
     text: str
+    of_encoder: bool = False
 
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -165,12 +217,39 @@ PROTOCOLS: dict[str, Protocol] = {
         f"MLP: {MLP_UNITS} hidden units, dropout 0.1, BatchNorm, ReLU, on standardised features without augmentation; "
         f"Adam, {MLP_EPOCHS} epochs.",
     ),
+    "fine-tune": Protocol(
+        _fine_tune,
+        "Fine-tuned: encoder and a linear classifier learn from a few labels a class, without augmentation, BatchNorm "
+        "with the statistics of pre-training, Adam along a cosine; the encoder's rate chosen on labelled images that "
+        "no draw contains; mean ± standard deviation over the draws. Of an untrained encoder: supervised learning from "
+        "the same labels.",
+        True,
+    ),
+    "ms-ssim": Protocol(
+        _ms_ssim,
+        "MS-SSIM: a decoder learns from the features of the probe split and is compared on test images, by the finest "
+        "scales that the window of 11 px fits into, and by one.",
+        True,
+    ),
+    "mine": Protocol(
+        _mine,
+        "MINE: a lower bound on the information between image and features, its critic trained on the probe split and "
+        "the bound taken on the test split.",
+        True,
+    ),
+    "ndm": Protocol(
+        _ndm,
+        "NDM: how far the features' units are from independent, critic trained on the probe split, measured on the "
+        "test split, without and with a sigmoid; 0 is independent.",
+        True,
+    ),
 }
+FROZEN = tuple(name for name, protocol in PROTOCOLS.items() if not protocol.of_encoder)
 DEFAULT = ("linear", "knn", "few")
 
 
 def check_names(names: list[str]) -> list[str]:
-    """The protocols asked for, in the table's order; "all" is every one.
+    """The protocols asked for, in the table's order; "all" is every one on frozen features.
 
     Raises:
         ValueError: none, or one that is none.
@@ -180,4 +259,4 @@ def check_names(names: list[str]) -> list[str]:
             raise ValueError(f"protocols: must be of {', '.join(PROTOCOLS)}, or {ALL}; got {name!r}")
     if not names:
         raise ValueError(f"protocols: none given; need at least one of {', '.join(PROTOCOLS)}")
-    return [name for name in PROTOCOLS if name in names or ALL in names]
+    return [name for name in PROTOCOLS if name in names or (ALL in names and name in FROZEN)]

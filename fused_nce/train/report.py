@@ -16,7 +16,8 @@ from fused_nce.train.plots import Bar, Series
 TRAINED, PIXELS = "trained", "pixels"
 NAMES = {
     "linear": "Linear", "knn": "kNN", "sgd": "Linear, SGD", "svm": "Linear SVM", "mlp": "MLP",
-    "prototype": "Prototype", "logistic": "Logistic",
+    "prototype": "Prototype", "logistic": "Logistic", "fine-tune": "Fine-tuned", "ms-ssim": "MS-SSIM", "mine": "MINE",
+    "ndm": "NDM",
 }  # fmt: skip
 
 
@@ -57,6 +58,23 @@ def shown(row: dict[str, Any] | None) -> str:
         return "–"
     around = spread(row)
     return f"{row['accuracy_pct']:.1f}" + (f" ± {around:.1f}" if around is not None else "")
+
+
+def measured(row: dict[str, Any] | None) -> str:
+    """A number that is no accuracy: `0.371`, `4.2 nats`, or what became of it."""
+    if row is None:
+        return "–"
+    return f"{row['value']:.3g} {row['unit']}".strip() if row["value"] is not None else "not finite"
+
+
+def measures(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of what is no accuracy; no rows without any."""
+    found = result.get("measures", [])
+    kinds = list(dict.fromkeys((row["probe"], row["labels"]) for row in found))
+    known = {(row["encoder"], row["tap"], row["probe"], row["labels"]): row for row in found}
+    names = list(dict.fromkeys((row["encoder"], row["tap"]) for row in found))
+    head = ["", *(f"{NAMES[probe]}, {of}" for probe, of in kinds)]
+    return head, [[f"{tap}  {one}", *(measured(known.get((one, tap, *kind))) for kind in kinds)] for one, tap in names]
 
 
 def heading(probe: str, labels: str) -> str:
@@ -136,6 +154,11 @@ def _probe_table(result: dict[str, Any]) -> str:
             mark = ' class="ours"' if name == TRAINED else ""
             rows.append(f"<tr{mark}><td>{escape(name)}</td>{cells}</tr>")
     return f"<table><thead><tr><th>accuracy, %</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _measure_table(result: dict[str, Any]) -> str:
+    head, rows = measures(result)
+    return page.table([*map(escape, head)], [[*map(escape, row)] for row in rows]) if rows else ""
 
 
 def _curves(result: dict[str, Any], log: list[runlog.Line]) -> str:
@@ -271,7 +294,7 @@ def render(result: dict[str, Any], log: list[runlog.Line], config_text: str, fig
             f"{splits['probe']:,} labelled {things(result)}. {_spreads(result)}"
         ),
         bars=_probe_bars(result),
-        probe_table=_probe_table(result),
+        probe_table=_probe_table(result) + _measure_table(result),
         training_note=escape(f"{note}."),
         curves=_curves(result, log),
         closer_note=f"None of these {things(result)} was seen in pre-training or by a probe.",

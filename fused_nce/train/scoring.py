@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from fused_nce.train import episodes
+from fused_nce.train.fine_tune import Subject
 from fused_nce.train.probes import HELD_OUT, draw, hold_out
 from fused_nce.train.protocols import PROTOCOLS, FeatureSet, Labels, Plan, Row
 
@@ -40,16 +42,30 @@ def plan(
         raise ValueError(f"labels: test class {missing[0]} has no image in the probe split; need every class there")
     rng = np.random.default_rng(seed)
     pool, held = hold_out(known, HELD_OUT, rng)
-    counts = labels_per_class if "few" in protocols else ()
+    counts = labels_per_class if {"few", "fine-tune"} & set(protocols) else ()
     few = {count: [draw(known, pool, count, rng) for _ in range(draws)] for count in counts}
     shots = episodes.SHOTS if "few-shot" in protocols else ()
     drawn = {shot: episodes.draw(known, tested, shots=shot, count=tasks, rng=rng) for shot in shots}
     return Plan(known, tested, few, held, drawn, seed)
 
 
+class Scored(NamedTuple):
+    """Of one feature set.
+
+    Attributes:
+        rows: with probe, labels, accuracy_pct, sd_pct, ci95_pct, values_pct, setting and width.
+        shown: the first probe with one set of (m,) test predictions, with them; None without such a probe.
+        measures: rows of what is no accuracy, with probe, labels, value, unit and width.
+    """
+
+    rows: list[Row]
+    shown: tuple[str, Labels] | None
+    measures: list[Row]
+
+
 def score(
-    bank: Tensor, queries: Tensor, plan: Plan, protocols: Sequence[str]
-) -> tuple[list[Row], tuple[str, Labels] | None]:
+    bank: Tensor, queries: Tensor, plan: Plan, protocols: Sequence[str], subject: Subject | None = None
+) -> Scored:
     """All accuracies of one feature set.
 
     Args:
@@ -57,19 +73,20 @@ def score(
         queries: (m, D) features of the test split.
         plan: labels and draws.
         protocols: names, in the order of the rows.
-
-    Returns:
-        Rows with probe, labels, accuracy_pct, sd_pct, ci95_pct, values_pct, setting and width; and the first probe
-        with one set of (m,) test predictions, with them; None without such a probe.
+        subject: the encoder that they are of; without one, protocols that need it are passed over.
     """
     rows: list[Row] = []
+    measures: list[Row] = []
     shown = None
     for name in protocols:
-        found = PROTOCOLS[name].run(FeatureSet(bank, queries), plan)
+        if PROTOCOLS[name].of_encoder and subject is None:
+            continue
+        found = PROTOCOLS[name].run(FeatureSet(bank, queries, subject), plan)
         rows += [row | {"width": bank.shape[1]} for row in found.rows]
+        measures += [row | {"width": bank.shape[1]} for row in found.measures]
         if shown is None and found.predicted is not None:
             shown = name, found.predicted
-    return rows, shown
+    return Scored(rows, shown, measures)
 
 
 def confusion_matrix(predicted: Labels, truth: Labels, classes: int) -> list[list[int]]:

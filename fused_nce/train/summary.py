@@ -68,6 +68,10 @@ def table(result: dict[str, Any]) -> str:
             name = encoder if tap == report.PIXELS else f"{tap}  {encoder}"
             lines.append(f"{name:28}" + "".join(f"{cell:>18}" for cell in cells))
         lines.append("")
+    head, rows = report.measures(result)
+    for cells in [head, *rows] if rows else []:
+        lines.append(f"{cells[0]:28}" + "".join(f"{cell:>18}" for cell in cells[1:]))
+    lines += [""] if rows else []
     speed, cost = result["training"]["images_per_s"], result["loss_cost"]
     if speed is not None:
         minutes = result["training"]["minutes"]

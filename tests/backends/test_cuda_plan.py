@@ -41,7 +41,7 @@ def test_every_plan_keeps_its_promises(element_bytes):
         assert p["panels"] * p["panel_columns"] >= m > (p["panels"] - 1) * p["panel_columns"]
         assert p["panels"] == 1 or p["panel_columns"] % 8 == 0
         assert p["threads"] % 32 == 0
-        assert 64 <= p["threads"] <= 896
+        assert 64 <= p["threads"] <= 768
         assert p["strip_rows"] * p["parts"] < 2**31
 
 

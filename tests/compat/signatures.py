@@ -16,7 +16,13 @@ class Upstream(NamedTuple):
     @property
     def on_pypi(self) -> bool:
         """Whether `make test-compat` installs it; others are folders in somebody's repository."""
-        return self.module.partition(".")[0] in ("lightly", "open_clip", "pl_bolts", "pytorch_metric_learning")
+        return self.module.partition(".")[0] in (
+            "inf_cl",
+            "lightly",
+            "open_clip",
+            "pl_bolts",
+            "pytorch_metric_learning",
+        )
 
 
 CLIP = "image_features, text_features, logit_scale, logit_bias"
@@ -33,7 +39,7 @@ UPSTREAM = {
     "bolts.FeatureMapContrastiveTask": Upstream(
         BOLTS, "comparisons='00, 11', tclip=10.0, bidirectional=True", "anchor_maps, positive_maps"
     ),
-    "bolts.CPCTask": Upstream(BOLTS, "num_input_channels, target_dim=64, embed_scale=0.1", "Z"),
+    "bolts.CPCTask": Upstream(BOLTS, "num_input_channels, target_dim=64, embed_scale=0.1", "z"),
     "bolts.nt_xent_loss": Upstream(BOLTS, "out_1, out_2, temperature"),
     "dim.infonce_loss": Upstream(DIM, "l, m"),
     "dim.fenchel_dual_loss": Upstream(DIM, "l, m, measure=None"),

@@ -6,9 +6,8 @@ import functools
 import importlib
 import importlib.util
 import random
+import subprocess
 import sys
-import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 
 from fused_nce import patch
 from fused_nce.compat import bolts, lightly, open_clip, pml, solo
-from tests.compat import gathering
+from tests.compat import gathering, packages
 from tests.distributed import launch
 
 pytestmark = pytest.mark.nightly
@@ -24,60 +23,29 @@ WITHIN = 5e-5  # as in test_formulas; both sides are float32 here
 SEEDS = pytest.mark.parametrize("seed", range(50))
 
 
-def file_of(package, *parts, name):
-    """One file of a package as a module: what is around it imports tokenizers, trainers, other versions of torch."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        pytest.skip(f"{package} is not installed")
-    source = importlib.util.spec_from_file_location(name, Path(spec.origin).parent.joinpath(*parts))
-    assert source is not None
-    assert source.loader is not None
-    module = importlib.util.module_from_spec(source)
-    sys.modules[source.name] = module
-    source.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def theirs_lightly():
-    return pytest.importorskip("lightly.loss", reason="lightly is not installed", exc_type=ImportError)
+    return packages.or_skip("lightly")
 
 
 @pytest.fixture(scope="module")
 def theirs_open_clip():
-    return file_of("open_clip", "loss.py", name="open_clip.loss")
+    return packages.or_skip("open_clip")
 
 
 @pytest.fixture(scope="module")
 def theirs_pml():
-    return pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning is not installed")
+    return packages.or_skip("pml")
 
 
 @pytest.fixture(scope="module")
 def theirs_solo():
-    """1.0.2, the newest on PyPI."""
-    return types.SimpleNamespace(
-        **{name: file_of("solo", "losses", f"{name}.py", name=f"solo_{name}") for name in ("simclr", "moco", "nnclr")}
-    )
+    return packages.or_skip("solo")
 
 
 @pytest.fixture(scope="module")
 def theirs_bolts():
-    """Its losses, without the Lightning that they do not use."""
-    stability = types.ModuleType("pl_bolts.utils.stability")
-    stability.under_review = lambda: lambda x: x  # type: ignore[attr-defined]
-    for name in ("pl_bolts.utils", "pl_bolts.models", "pl_bolts.models.vision"):
-        sys.modules[name] = types.ModuleType(name)
-    sys.modules[stability.__name__] = stability
-    parts = ("models", "vision", "pixel_cnn.py")
-    found = importlib.util.find_spec("pl_bolts")
-    if found is None:
-        pytest.skip("lightning-bolts is not installed")
-    file_of("pl_bolts", *parts, name="pl_bolts.models.vision.pixel_cnn")
-    losses = file_of(
-        "pl_bolts", "losses", "self_supervised_learning.py", name="pl_bolts.losses.self_supervised_learning"
-    )
-    return losses
+    return packages.or_skip("bolts")
 
 
 def agree(theirs, ours, tensors):
@@ -274,17 +242,6 @@ def test_pml_margins(theirs_pml, seed):
             agree(steps[0], steps[1], [x])
 
 
-def _package(name):
-    """The module that a case of `gathering` is called on."""
-    if name == "open_clip":
-        return file_of("open_clip", "loss.py", name="open_clip.loss")
-    if name != "pml":
-        return importlib.import_module({"lightly": "lightly.loss"}.get(name, name))
-    parts = ("losses", "utils.distributed")
-    found = [vars(importlib.import_module(f"pytorch_metric_learning.{part}")) for part in parts]
-    return types.SimpleNamespace(**found[0] | found[1])
-
-
 def _processes(rank: int, names: list[str]) -> dict[str, float]:
     """How far ours is from the package's; Inf-CL computes in float32, lightly's bank holds it."""
     found = {}
@@ -292,7 +249,8 @@ def _processes(rank: int, names: list[str]) -> dict[str, float]:
         case = gathering.CASES[name]
         ours = importlib.import_module(f"fused_nce.compat.{case.package}")
         dtype = torch.float32 if case.package in ("inf_cl", "lightly") else torch.float64
-        found[name] = gathering.compared(case, ours, _package(case.package), dtype)
+        found[name] = gathering.compared(case, ours, packages.load(case.package), dtype)
+    torch.distributed.barrier()  # a process that leaves while another still talks to it ends in an abort
     return found
 
 
@@ -300,14 +258,19 @@ def _processes(rank: int, names: list[str]) -> dict[str, float]:
 @pytest.mark.parametrize("package", sorted({case.package for case in gathering.CASES.values()}))
 def test_among_processes(package, size, tmp_path):
     """Gathering, in real processes: values, gradients of the rows, and DDP's mean of those of scale and bias."""
-    name = {"pml": "pytorch_metric_learning"}.get(package, package)
-    if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed")
-    if name == "inf_cl":
-        pytest.importorskip("triton", reason="inf_cl needs triton")
+    packages.or_skip(package)
     names = [name for name, case in gathering.CASES.items() if case.package == package]
     for found in launch.run(tmp_path, size, _processes, names):
         assert {name: error for name, error in found.items() if not error <= WITHIN} == {}
+
+
+def test_inf_cl_interpreted():
+    """In a process of its own, for Triton is told at its import to interpret."""
+    packages.or_skip("inf_cl")
+    command = [sys.executable, "-O", "-m", "tests.compat.interpreted_inf_cl"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= WITHIN
 
 
 def test_patch(theirs_lightly, theirs_open_clip, theirs_pml):

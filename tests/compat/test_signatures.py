@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.compat import packages
 from tests.compat.signatures import UPSTREAM, of, parameters
 
 PAGE = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text(encoding="utf-8")
@@ -30,8 +31,6 @@ def test_ours_begins_with_upstreams_words(name):
             continue
         wanted, found = parameters(text), of(adapter(name), call)
         named = [x[::2] for x in wanted if x[0] != "**"]
-        if name == "bolts.CPCTask" and call:
-            named = [("z", inspect.Parameter.empty)]  # upstream's Z; nobody passes one map by keyword
         assert [x[::2] for x in found[: len(named)]] == named
         assert "**" in [x[0] for x in wanted] or "**" not in [x[0] for x in found]
         extra = {x[0] for x in found[len(named) :] if x[1] is not KEYWORD and x[0] != "**"}
@@ -40,10 +39,10 @@ def test_ours_begins_with_upstreams_words(name):
 
 @pytest.mark.parametrize("name", [name for name, x in UPSTREAM.items() if x.on_pypi])
 def test_these_are_upstreams_words(name):
-    """Of the packages that `make test-compat` installs; Bolts no longer imports as a whole."""
+    """Of the packages that `make test-compat` installs."""
     theirs = UPSTREAM[name]
-    module = pytest.importorskip(theirs.module, reason=f"{theirs.module} is not installed", exc_type=ImportError)
-    thing = getattr(module, name.partition(".")[2])
+    project, _, thing_name = name.partition(".")
+    thing = getattr(packages.or_skip(project), thing_name)
     assert [x[::2] for x in of(thing, False)] == [x[::2] for x in parameters(theirs.words)]
     if theirs.call is not None:
         assert [x[::2] for x in of(thing, True)] == [x[::2] for x in parameters(theirs.call)]

@@ -145,7 +145,7 @@ def test_message(case):
 
 def test_nothing_runs_before_the_checks(monkeypatch):
     """A bad setting is found before a backend is even chosen; a missing map when its pair's turn comes."""
-    monkeypatch.setattr("fused_nce.core.ops.choose", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("fused_nce.core.ring.choose", lambda *_: pytest.fail("work began"))
     for call, kind, pattern in CASES:
         if not pattern.startswith(("^backend", "^view", "^f5")):
             with pytest.raises(kind, match=pattern):

@@ -60,7 +60,7 @@ def grown(name, copies, dtype=torch.float32):
             part["targets"] = part["targets"] + number * len(inputs["keys"])
     for key, x in inputs.items():
         if isinstance(x, Tensor) and x.dim():
-            at = min(BATCH_AT.get(entry.name, 0), x.dim() - 1)
+            at = 0 if key == "negatives" else min(BATCH_AT.get(entry.name, 0), x.dim() - 1)
             inputs[key] = torch.cat([part[key] for part in parts], at).detach().requires_grad_(key in leaves)
     return entry, inputs, leaves
 

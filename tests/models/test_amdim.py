@@ -1,5 +1,6 @@
 """AMDIM in a loop of one's own: no trainer, no accelerate, no command line."""
 
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_nce.losses import AMDIMLoss
+from fused_nce.losses import AMDIMLoss, MultiscaleMixtureLoss, amdim_mixture_nce
 from fused_nce.models import AMDIM
 
 
@@ -98,3 +99,30 @@ def test_models_need_torch_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_mixture_stands_for_f1_in_its_pairs_and_in_no_other():
+    torch.manual_seed(0)
+    model = small(mixture=3, loss=MultiscaleMixtureLoss(antecedents="all", tau=2.0, penalty=0.1)).double()
+    views = torch.rand(2, 6, 3, 32, 32, dtype=torch.float64)
+    taps, inputs = model.embed(tuple(views))
+    assert [sorted(view) for view in taps] == [["f1", "f5", "f7", "h5", "h7"]] * 2  # a mixture is no tap
+    found = model.loss(*inputs)
+    columns = [{name: x[f"f{name}"].flatten(2).transpose(1, 2) for name in "57"} for x in inputs]
+    rows = [x["f1"].flatten(1)[:, None] + model.components.net(x["f1"].flatten(1)).view(6, 3, -1) for x in taps]
+    alone = AMDIMLoss(["5>5"], "all", penalty=0.1)(*taps)
+    mixed = [amdim_mixture_nce(rows[i], columns[1 - i][t], tau=2.0, penalty=0.1) for t in "57" for i in (0, 1)]
+    torch.testing.assert_close(found.loss, alone.loss + sum(one.loss for one in mixed) / 2)
+    torch.testing.assert_close(found.penalty, alone.penalty + sum(one.penalty for one in mixed) / 2)
+    assert found.stats["5>5/top1"] == alone.stats["5>5/top1"]
+    assert 0 < found.stats["entropy"] <= math.log(3) + 1e-9
+    found.loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.components.parameters())
+    assert not torch.allclose(rows[0][:, 0], rows[0][:, 1])  # components that are alike would stay so
+
+
+def test_a_mixture_needs_a_pair_from_f1():
+    with pytest.raises(ValueError, match=r"^pairs: got \('5>5',\), need one from map 1"):
+        MultiscaleMixtureLoss(["5>5"])
+    with pytest.raises(ValueError, match=r"^mixture: must be at least 1, got 0$"):
+        small(mixture=0)

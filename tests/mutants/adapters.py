@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutants.faults import Fault
 
 COMPAT = "fused_nce/compat"
+PROCESSES = "tests/compat/test_processes.py"
 
 
 def fault(reason: str, file: str, find: str, replace: str, *tests: str) -> Fault:
@@ -29,8 +30,8 @@ ADAPTERS = (
     fault(
         "moco: keys do not return to their images",
         f"{COMPAT}/moco.py",
-        "return _gathered(keys)[order.argsort()[mine]]",
-        "return _gathered(keys)[order[mine]]",
+        "return gathered(keys)[order.argsort()[mine]]",
+        "return gathered(keys)[order[mine]]",
         "tests/compat/test_moco.py",
     ),
     fault(
@@ -83,6 +84,69 @@ ADAPTERS = (
         "tests/compat/test_pml.py",
     ),
     fault(
+        "supcontrast: a mask's row is its own positive",
+        f"{COMPAT}/supcontrast.py",
+        "- itself * q",
+        "- 0 * q",
+        "tests/compat/test_formulas.py",
+    ),
+    fault(
+        "processes: ClipLoss has the exact gradient where upstream's is 1/W of it",
+        f"{COMPAT}/open_clip.py",
+        "share = 1 if exact else 1 / self.world_size",
+        "share = 1",
+        PROCESSES,
+    ),
+    fault(
+        "processes: ClipLoss with local_loss alone has the terms of all processes",
+        f"{COMPAT}/open_clip.py",
+        "if self.local_loss and not exact:",
+        "if not exact and False:",
+        PROCESSES,
+    ),
+    fault(
+        "processes: ClipLoss reports a part for the whole",
+        f"{COMPAT}/open_clip.py",
+        "return loss if self.local_loss else mean_of_all(loss)",
+        "return loss",
+        PROCESSES,
+    ),
+    fault(
+        "processes: the scale of Inf-CL has its own gradient",
+        f"{COMPAT}/inf_cl.py",
+        "gradient_times(factor, world_size())",
+        "gradient_times(factor, 1)",
+        PROCESSES,
+    ),
+    fault(
+        "processes: lightly's bank takes in the rows of one process",
+        f"{COMPAT}/lightly.py",
+        "gathered(z1) if self.gather_distributed else z1.detach()",
+        "z1.detach()",
+        PROCESSES,
+    ),
+    fault(
+        "processes: the decoupled loss stays at home",
+        f"{COMPAT}/lightly.py",
+        "found = tile_stats(z, None, TWINS, scale=1 / self.temperature, group=group)",
+        "found = tile_stats(z, None, TWINS, scale=1 / self.temperature)",
+        PROCESSES,
+    ),
+    fault(
+        "processes: pml's rows of all by rank, not its own first",
+        f"{COMPAT}/pml/wrappers.py",
+        "torch.cat([x, *(part for i, part in enumerate(parts) if i != rank())])",
+        "torch.cat([x if i == rank() else part for i, part in enumerate(parts)])",
+        PROCESSES,
+    ),
+    fault(
+        "processes: pml's wrapper loses the others' share of an exact gradient",
+        f"{COMPAT}/pml/wrappers.py",
+        "embeddings = gradient_times(embeddings, size)",
+        "embeddings = gradient_times(embeddings, 1)",
+        PROCESSES,
+    ),
+    fault(
         "patch: the difference is looked at by nobody",
         "fused_nce/patch.py",
         "check_within(differences, self.within)",
@@ -92,8 +156,8 @@ ADAPTERS = (
     fault(
         "patch: upstream's own memory moves with the copies'",
         "fused_nce/patch.py",
-        "compare(_Call(self.theirs, n_args, names), ours,",
-        "compare(_Call(self.theirs, n_args, names).forward, ours,",
+        "both = of_leaves(self.theirs, where), of_leaves(ours, where)",
+        "both = of_leaves(self.theirs.forward, where), of_leaves(ours, where)",
         "tests/test_patch.py",
     ),
     fault(

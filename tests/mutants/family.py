@@ -47,8 +47,8 @@ FAMILY = (
     Fault(
         "npid: noise as if one were drawn",
         "fused_nce/losses/npid_nce.py",
-        "math.log(m / bank.shape[0])",
-        "math.log(1 / bank.shape[0])",
+        "log_count(m / bank.shape[0], s)",
+        "log_count(1 / bank.shape[0], s)",
         SAMPLED,
     ),
     Fault(

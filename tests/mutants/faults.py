@@ -158,8 +158,8 @@ PYTHON = (
     Fault(
         "frozen side pays for a gradient",
         ENGINE,
-        "graph and leaf is not None and leaf.requires_grad",
-        "graph and leaf is not None",
+        "graph and x is not None and _wants_gradient(x)",
+        "graph and x is not None",
     ),
     Fault("gradient work under no_grad", ENGINE, "graph = torch.is_grad_enabled()", "graph = True"),
     # ---- the chunk loop
@@ -239,8 +239,8 @@ PYTHON = (
     Fault(
         "default scale 1/D",
         AMDIM,
-        "scale=1 / math.sqrt(d) if scale is None else scale",
-        "scale=1 / d if scale is None else scale",
+        "1 / math.sqrt(features.shape[-1]) if scale is None",
+        "1 / features.shape[-1] if scale is None",
     ),
     Fault(
         "preset with another λ",
@@ -248,7 +248,7 @@ PYTHON = (
         '{"scale": None, "clip": 20.0, "penalty": 0.05}',
         '{"scale": None, "clip": 20.0, "penalty": 0.04}',
     ),
-    Fault("directions summed, not averaged", AMDIM, "weight=0.5", "weight=1.0"),
+    Fault("directions summed, not averaged", AMDIM, "0.5 * len(rows)", "1.0 * len(rows)"),
     # ---- the rest of the vocabulary
     Fault("the row itself among its negatives", ATOMS, "~own & kept, kept)", "~own, kept)"),
     Fault("the row itself among its exponentials", TILES, 'self.itself.put(x, x.new_full((), float("-inf")))', "pass"),

@@ -153,6 +153,7 @@ BAD = [
     ("model.ndf", 0, "at least 1"),
     ("model.n_rkhs", -1, "at least 1"),
     ("model.n_depth", 0, "at least 1"),
+    ("model.mixture", 0, "at least 1"),
     ("loss.pairs", ["5>1x"], "different pairs A>C"),
     ("loss.pairs", ["1>3"], "different pairs A>C"),
     ("loss.pairs", ["1>5", "1>5"], "different pairs A>C"),
@@ -163,6 +164,7 @@ BAD = [
     ("loss.clip", INF, "null or above 0"),
     ("loss.penalty", NAN, "at least 0"),
     ("loss.penalty", -0.1, "at least 0"),
+    ("loss.tau", 0, "above 0"),
     ("loss.backend", "fast", "null or one of cpu"),
     ("augment.flip_p", 1.5, "in [0, 1]"),
     ("augment.geometry_p", -0.1, "in [0, 1]"),
@@ -256,7 +258,7 @@ def test_cli_errors_are_one_line_and_status_2(tmp_path, capsys):
     assert error.count("\n") == 1
     assert cli.main(["train", "simsiam"]) == 2
     assert cli.main(["tarin"]) == 2
-    assert "command: must be one of train, eval, compare, export, doctor" in capsys.readouterr().err
+    assert "command: must be one of train, eval, fine-tune, compare, export, doctor" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -317,3 +319,11 @@ def test_the_committed_settings_of_a_run_before_methods_had_names_still_load():
 def test_a_run_of_another_method_is_not_resumed(saved):
     with pytest.raises(ValueError, match="method: must be one of amdim"):
         command.parse("simsiam", ["--resume", saved])
+
+
+def test_a_mixture_needs_a_pair_from_f1():
+    settings = AMDIMConfig(model=ModelConfig(mixture=2))
+    config.check(settings)
+    settings.loss.pairs = ("5>5",)
+    with pytest.raises(ValueError, match=r"^model\.mixture: must be 1 without a pair from map 1 in .*, got 2$"):
+        config.check(settings)

@@ -241,7 +241,7 @@ def test_images_without_a_label_are_left_out(monkeypatch):
     images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 32, 32)
     some = ImageSet(images, torch.tensor([0, -1, 1, -1]), ["a", "b"])
     monkeypatch.setattr(evaluate.data, "load_split", lambda *args, **kwargs: some)
-    found = evaluate._labelled(AMDIMConfig(), "probe", 0)
+    found = evaluate.labelled(AMDIMConfig(), "probe", 0)
     assert found.labels.tolist() == [0, 1]
     assert found.images[:, 0, 0, 0].tolist() == [0, 2]
 

@@ -22,7 +22,10 @@ def write_images(folder, count):
         TF.to_pil_image(values).save(path)
 
 
-@pytest.mark.parametrize("extra", [[], ["--optim.accumulate=2"], ["--precision=fp32", "--optim.schedule=step"]])
+WAYS = [[], ["--optim.accumulate=2"], ["--precision=fp32", "--optim.schedule=step"], ["--model.mixture=3"]]
+
+
+@pytest.mark.parametrize("extra", WAYS)
 def test_resume_is_exact(tmp_path, extra):
     """13 updates at once against 6 and 7: weights, moments, classifiers and log, bit by bit."""
     assert trainer(tmp_path / "a", "--max-steps=13", *extra).run() == "finished"

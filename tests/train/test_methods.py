@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 
 import pytest
@@ -14,7 +15,7 @@ from tests.train.runs import log, tensors, untimed
 
 NAN = float("nan")
 OTHERS = [name for name in methods.METHODS if name != "amdim"]  # which has files of its own
-IMAGES = [name for name in OTHERS if name != "cpc"]  # whose recordings `test_cpc` makes
+IMAGES = [name for name in OTHERS if name not in ("cpc", "distil")]  # which have files of their own, too
 PROJECTED = ("moco", "simclr", "supcon", "npid")
 TINY = ["--preset=digits", "--batch-size=8", "--run.log_every=4", "--precision=fp32"]
 PRESETS = [(name, preset) for name in OTHERS for preset in methods.get(name).presets]
@@ -91,6 +92,14 @@ def test_a_bad_setting_is_named_with_what_it_must_be_and_what_it_is(name, key, v
     assert str(caught.value).endswith(f", got {limits.shown(value)}")
 
 
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_the_docs_list_every_method_and_preset(name):
+    lines = (pathlib.Path(__file__).parents[2] / "docs" / "methods.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith(f"| `{name}` |")]
+    assert len(rows) == 2
+    assert set(re.findall(r"`([\w-]+)`", rows[1])) == {name, *methods.get(name).presets}
+
+
 def test_the_published_settings():
     """Spelled out once more, so that a slip in a table is seen."""
 
@@ -120,6 +129,10 @@ def test_the_published_settings():
     assert read("simclr", "default", *lars) == ("lars", 0.3 * 4096 / 256, 1e-6, False, 0.1, 2)
     assert read("simclr", "cifar10", *lars) == ("lars", 1024 / 256, 1e-6, False, 0.5, 2)
     assert read("simclr", "imagenet-v2", "model.layers", "model.norm") == (3, True)
+    contrast = of("simclr", "cifar10-supcontrast")
+    factor = contrast["loss.temperature"] / 0.07
+    assert contrast["optim.lr"] / factor == pytest.approx(0.5)
+    assert contrast["optim.weight_decay"] * factor == pytest.approx(1e-4)
     supcon = of("supcon")
     factor = supcon["loss.temperature"] / 0.07  # of SupContrast's loss
     assert supcon["optim.lr"] / factor == pytest.approx(0.5)
@@ -138,10 +151,19 @@ EXTRA = {
 }
 
 
-@pytest.mark.parametrize("name", IMAGES)
-def test_resume_is_exact(tmp_path, name):
+WAYS = [
+    *((name, EXTRA.get(name, [])) for name in IMAGES),
+    ("moco", ["--model.layers=1", "--model.splits=2", "--model.queue_size=20", "--optim.name=sgd"]),  # v1
+    ("simclr", ["--model.layers=3"]),  # v2's head
+    ("npid", []),  # the exact softmax
+    ("dim", ["--loss.estimator=jsd", "--loss.occlusion=0.5", "--loss.absolute=1", "--loss.relative=1"]),
+    ("dim", ["--loss.estimator=dv", "--loss.critic=concat", "--loss.alpha=1"]),
+]
+
+
+@pytest.mark.parametrize(("name", "extra"), WAYS)
+def test_resume_is_exact(tmp_path, name, extra):
     """Weights, moments, queue, bank, momentum encoder, classifiers and log, bit by bit."""
-    extra = EXTRA.get(name, [])
     assert trainer(name, tmp_path / "a", "--max-steps=5", *extra).run() == "finished"
     trainer(name, tmp_path / "b", "--max-steps=2", *extra).run()
     torch.manual_seed(999)  # nothing may depend on the state of the new process

@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_nce.compat.pml.base import PairLoss, Rows, block_scores, class_blocks
 from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_stats
-from fused_nce.core.spec import Labels, Spec
+from fused_nce.core.spec import Identity, Labels, Spec
 from fused_nce.core.tails import LogOut
 from fused_nce.losses.common import inverse
 
@@ -36,7 +36,7 @@ class NTXentLoss(PairLoss):
     def of(self, rows: Rows) -> Tensor:
         """mean over the positive pairs of softplus(neg_lse − s); 0 without a negative in the whole batch."""
         rows = rows.normalized() if self.normalize else rows
-        spec = Spec(Labels(), stats=("neg_lse",), drop_self=rows.itself is not None)
+        spec = Spec(Labels(), Identity(), ("neg_lse",), drop_self=rows.itself is not None)
         lse = tile_stats(rows.q, rows.k, spec, scale=1 / self.temperature, **rows.where)["neg_lse"]
         losses = [lse[:0]]  # no pair at all leaves a 0 that still has its gradient
         for block in class_blocks(rows):
@@ -64,7 +64,7 @@ class SupConLoss(PairLoss):
     def of(self, rows: Rows) -> Tensor:
         """The rows' losses, reduced; 0 without a negative in the whole batch."""
         rows = rows.normalized() if self.normalize else rows
-        spec = Spec(Labels(), stats=LogOut.READS, drop_self=rows.itself is not None)
+        spec = Spec(Labels(), Identity(), LogOut.READS, drop_self=rows.itself is not None)
         found = tile_stats(rows.q, rows.k, spec, scale=1 / self.temperature, **rows.where)
         statistics = torch.stack([found[name] for name in spec.stats])
         losses = LogOut().elements(spec, found["pos"], statistics, None).squeeze(1)

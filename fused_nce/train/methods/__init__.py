@@ -10,6 +10,7 @@ METHODS = {
     "moco": ("moco", "MoCoConfig"),
     "simclr": ("simclr", "SimCLRConfig"),
     "supcon": ("supcon", "SupConConfig"),
+    "distil": ("distil", "DistilConfig"),
     "npid": ("npid", "NPIDConfig"),
     "dim": ("dim", "DIMConfig"),
     "cpc": ("cpc", "CPCConfig"),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from fused_nce.core.dispatch import BACKENDS
-from fused_nce.losses import AMDIMLoss
+from fused_nce.losses import AMDIMLoss, MultiscaleMixtureLoss
 from fused_nce.models import AMDIM
 from fused_nce.models.encoders.amdim import IMAGE_SIZES, trunk_width
 from fused_nce.train.config import TrainConfig
@@ -37,6 +37,7 @@ class ModelConfig:
         n_depth: layers of each residual block.
         use_bn: BatchNorm inside the blocks.
         init: zero-initialised branches ("amdim") or Kaiming.
+        mixture: components in the place of f1 in the loss; 1 is f1 itself.
     """
 
     image_size: int = 32
@@ -45,6 +46,7 @@ class ModelConfig:
     n_depth: int = 3
     use_bn: bool = False
     init: Literal["amdim", "kaiming"] = "amdim"
+    mixture: int = 1
 
 
 @dataclass
@@ -57,6 +59,7 @@ class LossConfig:
         scale: of the dot products; 1/sqrt(D) if left out.
         clip: soft limit of the scores, clip * tanh(s / clip); null for none.
         penalty: weight of the mean squared raw score: 0.05 in amdim-public, 0.04 in the paper.
+        tau: of a mixture: how sharply its components compete.
         backend: engine backend; chosen by the machine if left out.
     """
 
@@ -65,6 +68,7 @@ class LossConfig:
     scale: float | None = None
     clip: float | None = 20.0
     penalty: float = 0.05
+    tau: float = 1.0
     backend: str | None = None
 
 
@@ -72,6 +76,8 @@ class LossConfig:
 # and `stl10-small` are its settings for those sets, `imagenet-small` its recipe for four V100, `imagenet-medium` and
 # `imagenet-large` its released models. The encoder sizes of `*-large` are lightning-bolts' too (which trains them with
 # eps 1e-7 and, since its clip is not passed on, a clip of 10). `digits` and `cifar10-tiny` are ours.
+SMALL: dict[str, Any] = {"model": {"ndf": 128, "n_rkhs": 1024, "n_depth": 3}}
+LARGE: dict[str, Any] = {"model": {"ndf": 320, "n_rkhs": 1280, "n_depth": 10}}
 PAPER_PENALTY = {"penalty": 0.04}
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -93,8 +99,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "loss": PAPER_PENALTY,
         "optim": {"epochs": 3, "batch_size": 128, "lr": 1e-3, "warmup_updates": 100, "schedule": "cosine"},
     },
-    "cifar10-small": {"model": {"ndf": 128, "n_rkhs": 1024, "n_depth": 3}},
-    "cifar10-large": {"model": {"ndf": 320, "n_rkhs": 1280, "n_depth": 10}},
+    "cifar10-small": SMALL,
+    "cifar10-large": LARGE,
+    "cifar100-small": SMALL,  # with CIFAR-10's colours, as amdim-public has it
+    "cifar100-large": LARGE,
     "stl10-small": {"model": {"image_size": 64, "ndf": 128, "n_rkhs": 1024, "n_depth": 3}, "augment": STL},
     "stl10-large": {"model": {"image_size": 64, "ndf": 192, "n_rkhs": 1536, "n_depth": 8}, "augment": STL},
     "imagenet-small": {
@@ -123,15 +131,18 @@ class AMDIMConfig(TrainConfig):
     title: ClassVar[str] = "AMDIM"
     presets: ClassVar = PRESETS
     taps: ClassVar = ("f1", "f7")
+    stats: ClassVar = ("entropy",)  # of a mixture's posterior: log m, all components alike; 0, one explains all
     rules: ClassVar = {
         "model.image_size": one_of(IMAGE_SIZES),
         "model.ndf": AT_LEAST_1,
         "model.n_rkhs": AT_LEAST_1,
         "model.n_depth": AT_LEAST_1,
+        "model.mixture": AT_LEAST_1,
         "loss.pairs": PAIRS,
         "loss.scale": optional(ABOVE_0),
         "loss.clip": optional(ABOVE_0),
         "loss.penalty": AT_LEAST_0,
+        "loss.tau": ABOVE_0,
         "loss.backend": optional(one_of(BACKENDS)),
     }
 
@@ -139,7 +150,11 @@ class AMDIMConfig(TrainConfig):
     loss: LossConfig = field(default_factory=LossConfig)
 
     def build(self, *, images: int = 1) -> AMDIM:
-        return AMDIM(**vars(self.model), loss=AMDIMLoss(**vars(self.loss)))
+        settings = dict(vars(self.loss))
+        tau = settings.pop("tau")
+        mixed = self.model.mixture > 1
+        loss = MultiscaleMixtureLoss(tau=tau, **settings) if mixed else AMDIMLoss(**settings)
+        return AMDIM(**vars(self.model), loss=loss)
 
     def check_together(self) -> None:
         m = self.model
@@ -147,6 +162,10 @@ class AMDIMConfig(TrainConfig):
         if m.n_rkhs < width:
             raise ValueError(
                 f"model.n_rkhs: must be at least {width} ({width // m.ndf} x ndf at {m.image_size} px), got {m.n_rkhs}"
+            )
+        if m.mixture > 1 and not any(pair.startswith("1>") for pair in self.loss.pairs):
+            raise ValueError(
+                f"model.mixture: must be 1 without a pair from map 1 in loss.pairs {self.loss.pairs}, got {m.mixture}"
             )
         super().check_together()
 
@@ -165,5 +184,6 @@ class AMDIMConfig(TrainConfig):
         """Every pair, in both directions."""
         every = self.loss.antecedents == "all"
         sides = [[int(side) ** 2 for side in pair.split(">")] for pair in self.loss.pairs]
-        terms = [(rows if every else 1, columns) for rows, columns in sides for _ in range(2)]
+        rows_of = {rows: rows if every else 1 for rows, _ in sides} | {1: self.model.mixture}
+        terms = [(rows_of[rows], columns) for rows, columns in sides for _ in range(2)]
         return terms, self.model.n_rkhs

@@ -101,6 +101,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar10-dv": {"loss": {"estimator": "dv"}},
     "cifar10-global": {"loss": {"estimator": "jsd", "alpha": 1.0, "beta": 0.0, "gamma": 1.0}},
     "cifar10-global-local": {"loss": {"estimator": "jsd", "alpha": 0.5, "beta": 0.1}},
+    "cifar10-occlude": {"loss": {"occlusion": 0.5}},
+    "cifar10-coord": {"loss": {"absolute": 1.0, "relative": 1.0}},
     "cifar10-occlude-coord": {"loss": {"occlusion": 0.5, "absolute": 1.0, "relative": 1.0}},
     "cifar10-crops": {"model": {"architecture": "crops-resnet19-32"}, "loss": COMPARED},
     "cifar10-crops-several": {"model": {"architecture": "crops-resnet19-32-several"}, "loss": COMPARED},

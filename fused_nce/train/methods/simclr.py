@@ -36,7 +36,10 @@ class SimCLRLossConfig:
 
 # `default` is the paper's ImageNet run of 100 epochs: 4,096 images, here 512 on each of 8 processes, LARS at 0.3·B/256.
 # `imagenet-v2` has the head of three layers. `cifar10` is the paper's appendix B.9 (batch 1024, LARS at 1.0·B/256),
-# `cifar10-resnet18` solo-learn's. A warm-up of 10 epochs is given in updates. `digits` and `cifar10-tiny` are ours.
+# `cifar10-resnet18` solo-learn's, `cifar10-supcontrast` SupContrast's (`--method SimCLR`), whose loss is multiplied by
+# temperature / 0.07: under SGD a rate as many times as large and a decay as many times as small. A warm-up of 10 epochs
+# is given in updates. `digits` and `cifar10-tiny` are ours.
+SCALE = 0.5 / 0.07
 CIFAR_OPTIM: dict[str, Any] = {"epochs": 1000, "batch_size": 1024, "lr": 4.0, "warmup_updates": 480}
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -60,6 +63,20 @@ PRESETS: dict[str, dict[str, Any]] = {
             "trust": 0.02,
             "weight_decay": 1e-4,
             "warmup_updates": 1950,
+        },
+    },
+    "cifar10-supcontrast": {
+        "model": {**CIFAR_R50, "norm": False},
+        "loss": {"temperature": 0.5},
+        "augment": CIFAR_VIEWS | {"crop_area": [0.2, 1.0]},
+        "optim": {
+            "name": "sgd",
+            "epochs": 1000,
+            "batch_size": 1024,
+            "lr": 0.5 * SCALE,
+            "weight_decay": 1e-4 / SCALE,
+            "decay_all": True,
+            "warmup_updates": 480,
         },
     },
     "cifar10-tiny": {

@@ -1,0 +1,127 @@
+"""SimCLR v2's distillation in the loop (arXiv 2006.10029): a student of a fine-tuned run, on images without labels."""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from fused_nce.models.distil import DistillationLoss, Distilled
+from fused_nce.train import config as settings
+from fused_nce.train import teacher
+from fused_nce.train.config import AugmentConfig, OptimConfig
+from fused_nce.train.limits import ABOVE_0, Rule, number, optional
+from fused_nce.train.loader import Loader
+from fused_nce.train.methods import projected
+from fused_nce.train.methods.projected import CIFAR_R18, DIGITS_OPTIM, TINY_OPTIM
+from fused_nce.train.presets import CIFAR_VIEWS, DIGITS_VIEWS, crops
+
+
+@dataclass
+class DistilModelConfig:
+    """The student.
+
+    Args:
+        teacher: folder of a run that `fused-nce fine-tune` made a classifier of; needed to train.
+        classes: of the teacher.
+        image_size: side in px.
+        backbone: "tiny" or "mini" (ours), a torchvision classifier, or "timm/NAME".
+        stem: "imagenet", or "cifar": a ResNet's first layers for 32 px.
+        init: "kaiming", or "zero": residual branches start at zero.
+    """
+
+    teacher: str | None = None
+    classes: int = 1000
+    image_size: int = 224
+    backbone: str = "resnet50"
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    init: Literal["kaiming", "zero"] = "kaiming"
+
+
+@dataclass
+class DistilLossConfig:
+    """The cross-entropy with the teacher's answers.
+
+    Args:
+        temperature: of both softmaxes.
+    """
+
+    temperature: float = 1.0
+
+
+# All ours: with crops and flips alone, as v2 has it, and the rates of the other presets.
+ADAM: dict[str, Any] = {"name": "adam", "lr": 1e-3, "betas": [0.9, 0.999]}
+TEN: dict[str, Any] = {"classes": 10}
+PLAIN: dict[str, Any] = {"jitter_p": 0.0, "gray_p": 0.0}
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "cifar10": {
+        "model": {**CIFAR_R18, **TEN},
+        "augment": CIFAR_VIEWS | PLAIN,
+        "optim": {**ADAM, "epochs": 200, "batch_size": 128, "warmup_updates": 1000},
+    },
+    "cifar10-tiny": {
+        "model": {"image_size": 32, "backbone": "tiny", **TEN},
+        "augment": CIFAR_VIEWS | PLAIN,
+        "optim": {**TINY_OPTIM, **ADAM, "epochs": 6},
+    },
+    "digits": {
+        "model": {"image_size": 16, "backbone": "mini", **TEN},
+        "augment": DIGITS_VIEWS,
+        "optim": DIGITS_OPTIM,
+        "run": {"log_every": 5},
+    },
+}
+
+
+def _optim() -> OptimConfig:
+    return OptimConfig(
+        name="lars", epochs=400, batch_size=512, lr=4.8, weight_decay=1e-6, decay_all=False, warmup_updates=3120,
+        schedule="cosine",
+    )  # fmt: skip
+
+
+@dataclass
+class DistilConfig(projected.ProjectedConfig):
+    __doc__ = projected.ProjectedConfig.__doc__
+
+    method: ClassVar[str] = "distil"
+    title: ClassVar[str] = "Distillation"
+    presets: ClassVar = PRESETS
+    stats: ClassVar = ("agreement",)
+    view_count: ClassVar[int] = 1
+    rules: ClassVar = {
+        "model.teacher": optional(Rule("the folder of a run", bool)),
+        "model.classes": number("at least 2", lambda v: v >= 2),
+        "model.image_size": projected.RULES["model.image_size"],
+        "model.backbone": projected.RULES["model.backbone"],
+        "loss.temperature": ABOVE_0,
+    }
+
+    model: DistilModelConfig = field(default_factory=DistilModelConfig)
+    loss: DistilLossConfig = field(default_factory=DistilLossConfig)
+    augment: AugmentConfig = field(default_factory=lambda: crops(crop_area=(0.08, 1.0), jitter_p=0.0, gray_p=0.0))
+    optim: OptimConfig = field(default_factory=_optim)
+
+    def build(self, *, images: int = 1) -> Distilled:
+        arguments = self.model_arguments()
+        run = arguments.pop("teacher")
+        make = functools.partial(teacher.load, run) if run else None
+        return Distilled(teacher=make, **arguments, loss=DistillationLoss(self.loss.temperature))
+
+    def open_loader(self, rank: int, world: int) -> Loader:
+        """With a teacher that fits.
+
+        Raises:
+            ValueError: without one, or for one of other images or classes.
+        """
+        if self.model.teacher is None:
+            raise ValueError("model.teacher: must be the folder of a fine-tuned run, got null")
+        seen: Any = settings.load(self.model.teacher)
+        for name, own, other in (
+            ("model.classes", self.model.classes, teacher.classes(self.model.teacher)),
+            ("model.image_size", self.model.image_size, seen.model.image_size),
+            ("augment.mean", self.augment.mean, seen.augment.mean),
+            ("augment.std", self.augment.std, seen.augment.std),
+        ):
+            if own != other:
+                raise ValueError(f"{name}: must be the teacher's {other}, got {own}")
+        return Loader(self, rank=rank, world=world)

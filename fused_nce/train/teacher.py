@@ -1,0 +1,89 @@
+"""`fused-nce fine-tune RUN`: a run's encoder as a classifier, from a few labels a class; a teacher for `train distil`.
+
+Writes RUN/fine-tuned.safetensors: the weights of encoder and classifier, and in its header which tap and what labels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from fused_nce.train import augment, checkpoint, evaluate, features, scoring
+from fused_nce.train.fine_tune import Subject, Tuned, choose
+
+NAME = "fine-tuned.safetensors"
+
+
+def write(run: str, *, labels_per_class: int = 10, tap: str | None = None, seed: int = 0) -> dict[str, Any]:
+    """Fine-tunes a run's encoder and writes the classifier beside it.
+
+    Args:
+        run: folder of a training run on images.
+        labels_per_class: labels that it learns from.
+        tap: of the encoder, the method's first if left out.
+        seed: of the draw of labels, and of the batches.
+
+    Returns:
+        The rate of the encoder and the accuracy on the test images, in percent.
+
+    Raises:
+        ValueError: no run, no usable checkpoint, no labels, or an unknown tap.
+    """
+    model, config = checkpoint.load_model(run)
+    tap = config.taps[0] if tap is None else tap
+    features.check_taps(model, config.sample(), [tap])
+    probe, test = (evaluate.labelled(config, split, seed) for split in ("probe", "test"))
+    plan = scoring.plan(
+        probe.labels, test.labels, protocols=("fine-tune",), labels_per_class=[labels_per_class], draws=2, seed=seed
+    )
+    transform = augment.test_transform(config)
+    bank = features.extract(model, probe.images, transform, [tap])[tap]
+    subject = Subject(model, tap, transform, probe.images, test.images)
+    net, rate = choose(subject, bank, plan.labels, plan.draws[labels_per_class][0], plan.held, seed=seed)
+    accuracy = 100 * float((net.predict(test.images).numpy() == plan.truth).mean())
+    facts = {"tap": tap, "labels_per_class": str(labels_per_class), "accuracy_pct": f"{accuracy:.2f}"}
+    save_file({key: x.contiguous() for key, x in net.state_dict().items()}, Path(run) / NAME, facts)
+    return {"rate": rate, "accuracy_pct": accuracy}
+
+
+def classes(run: str) -> int:
+    """Of the classifier that a run's folder holds.
+
+    Raises:
+        ValueError: if it holds none.
+    """
+    path = Path(run) / NAME
+    if not path.is_file():
+        raise ValueError(f"model.teacher: {run} holds no {NAME}; make it by: fused-nce fine-tune {run}")
+    with safe_open(path, "pt") as file:
+        return int(file.get_slice("head.bias").get_shape()[0])
+
+
+def load(run: str) -> Tuned:
+    """The classifier that `write` left."""
+    count, (model, config) = classes(run), checkpoint.load_model(run)
+    with safe_open(Path(run) / NAME, "pt") as file:
+        tensors, facts = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    empty = torch.empty_like(tensors["mean"])
+    net = Tuned(model, facts["tap"], augment.test_transform(config), empty, empty.clone(), count)
+    checkpoint.load_into(net, tensors, NAME)
+    return net.eval()
+
+
+def run_and_print(run: str, **options: Any) -> int:
+    """Fine-tune a run's encoder on a few labels a class; writes RUN/fine-tuned.safetensors.
+
+    Args:
+        run: folder of a training run on images.
+        options: as for `write`.
+
+    Returns:
+        The exit status, 0.
+    """
+    found = write(run, **options)
+    print(f"{found['accuracy_pct']:.1f} % of the test images right (rate {found['rate']:g}); {Path(run) / NAME}")
+    return 0
