@@ -1,11 +1,12 @@
 """AMDIM as an `nn.Module`: two views in, losses out; no trainer needed."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from fused_nce.losses import AMDIMLoss
-from fused_nce.models.base import Embedded, Losses, Model, split_views
+from fused_nce.models.base import Embedded, Losses, Model, split_views, views_of
 from fused_nce.models.encoders.amdim import AMDIMEncoder
 from fused_nce.models.encoders.blocks import Init
 
@@ -85,6 +86,19 @@ class AMDIM(Model):
         view1, view2 = split_views(batch)
         taps = self.encode(view1), self.encode(view2)
         return Embedded(taps, taps)
+
+    def begin(
+        self,
+        batch: Tensor | Sequence[Tensor],  # (B, 2, 3, H, H), or two tensors (B, 3, H, H)
+    ) -> tuple[dict[str, Tensor], ...]:  # f1, f5 and f7 of each view
+        """The maps before their BatchNorms: without `use_bn`, those of an image alone."""
+        views = [self.encoder.before_norms(view) for view in views_of(batch)]
+        return tuple({name: tap for name, tap in taps.items() if name[0] == "f"} for taps in views)
+
+    def finish(self, begun: tuple[dict[str, Tensor], ...], batch: Any) -> Embedded:
+        """The three BatchNorms, each over all images of a view."""
+        first, second = map(self.encoder.normalise, begun)
+        return Embedded((first, second), (first, second))
 
     def forward(
         self,
