@@ -32,15 +32,19 @@ class Draws(NamedTuple):
 
 @contextmanager
 def untracked(module: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises as it would, and its running statistics stay: they have seen this batch already."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    """BatchNorm normalises as it would, and its running statistics stay: they have seen this batch already.
+
+    Copies move in their place: the operation, and what it saves for the backward, are those of the first pass.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    kept = [dict(norm._buffers) for norm in norms]
+    for norm, own in zip(norms, kept, strict=True):
+        norm._buffers |= {name: None if x is None else x.clone() for name, x in own.items()}
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, own in zip(norms, kept, strict=True):
+            norm._buffers |= own
 
 
 def checkpointed(module: nn.Module) -> None:

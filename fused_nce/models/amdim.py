@@ -1,7 +1,6 @@
 """AMDIM as an `nn.Module`: two views in, losses out; no trainer needed."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -95,7 +94,7 @@ class AMDIM(Model):
         views = [self.encoder.before_norms(view) for view in views_of(batch)]
         return tuple({name: tap for name, tap in taps.items() if name[0] == "f"} for taps in views)
 
-    def finish(self, begun: tuple[dict[str, Tensor], ...], batch: Any) -> Embedded:
+    def finish(self, begun: tuple[dict[str, Tensor], ...], extras: Sequence[Tensor] = ()) -> Embedded:
         """The three BatchNorms, each over all images of a view."""
         first, second = map(self.encoder.normalise, begun)
         return Embedded((first, second), (first, second))

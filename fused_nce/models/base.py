@@ -101,8 +101,11 @@ class Model(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__}: has no begin(), need a model whose negatives are its batch")
 
-    def finish(self, begun: Any, batch: Any) -> Embedded:
-        """The rest of `embed`, from what `begin` returned for the whole batch. Taps may be missing."""
+    def finish(self, begun: Any, extras: Sequence[Tensor] = ()) -> Embedded:
+        """The rest of `embed`, from what `begin` returned for the whole batch, and what follows the views in it.
+
+        Taps may be missing.
+        """
         raise NotImplementedError
 
     def forward(self, batch: Any) -> Losses:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +65,7 @@ class SimCLR(Projected):
             ValueError: if there are not two views of one shape, or only one image.
         """
         split_views(batch)
-        return self.finish(self.begin(batch), batch)
+        return self.finish(self.begin(batch))
 
     def begin(
         self,
@@ -75,6 +74,6 @@ class SimCLR(Projected):
         """All but the loss; the encoder's BatchNorms see what they are given, both views of it."""
         return halves(self.encode(torch.cat(views_of(batch))))
 
-    def finish(self, begun: tuple[dict[str, Tensor], ...], batch: Any) -> Embedded:
+    def finish(self, begun: tuple[dict[str, Tensor], ...], extras: Sequence[Tensor] = ()) -> Embedded:
         """The taps, and the loss's arguments among them."""
         return Embedded(begun, (begun[0]["z"], begun[1]["z"]))

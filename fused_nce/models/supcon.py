@@ -65,7 +65,7 @@ class SupCon(Projected):
         if len(batch) != 3:
             raise ValueError(f"batch: must hold 2 views and labels, got {len(batch)} parts")
         split_views(batch[:2])
-        return self.finish(self.begin(batch), batch)
+        return self.finish(self.begin(batch), batch[2:])
 
     def begin(
         self,
@@ -74,6 +74,6 @@ class SupCon(Projected):
         """All but the loss; the encoder's BatchNorms see what they are given, both views of it."""
         return halves(self.encode(torch.cat(views_of(batch[:2]))))
 
-    def finish(self, begun: tuple[dict[str, Tensor], ...], batch: Sequence[Tensor]) -> Embedded:
+    def finish(self, begun: tuple[dict[str, Tensor], ...], extras: Sequence[Tensor] = ()) -> Embedded:
         """The taps, and the loss's arguments: one view's rows after the other's."""
-        return Embedded(begun, (torch.cat([taps["z"] for taps in begun]), batch[2].repeat(2)))
+        return Embedded(begun, (torch.cat([taps["z"] for taps in begun]), extras[0].repeat(2)))

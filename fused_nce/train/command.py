@@ -16,6 +16,9 @@ SHORT = {
     "--epochs": "--optim.epochs",
     "--lr": "--optim.lr",
     "--batch-size": "--optim.batch_size",
+    "--negatives": "--scale.negatives",
+    "--checkpoint-activations": "--scale.checkpoint_activations",
+    "--sync-norm": "--scale.sync_norm",
     "--max-steps": "--run.max_steps",
     "--max-minutes": "--run.max_minutes",
 }
@@ -94,9 +97,12 @@ def parse(name: str | None, argv: Sequence[str]) -> tuple[TrainConfig, Path, boo
     values = parser.parse_args(argv)
     settings = config.instantiate(method, parser, values)
     run_dir = Path(values.out or f"runs/{method.method}-{settings.preset}")
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun, after a process was lost
+    if again and any((run_dir / "checkpoints").glob("step_*")):
+        return _resumed(method, parser, [word for word in argv if word != "--overwrite"], run_dir, [])
     if not _first_process():
         return settings, run_dir, False
-    if (run_dir / config.CONFIG_NAME).exists():
+    if (run_dir / config.CONFIG_NAME).exists() and not again:
         if not values.overwrite:
             raise ValueError(
                 f"out: {run_dir} holds a run already; use --resume {run_dir}, --overwrite, or another --out"

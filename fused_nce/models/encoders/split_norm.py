@@ -25,8 +25,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
         if mean is None or var is None or count is None:
             raise ValueError("SplitBatchNorm2d: needs running statistics, got track_running_stats=False")
-        if self.track_running_stats:
-            count.add_(1)
+        count.add_(1)
         step = 1 / int(count) if self.momentum is None else self.momentum  # None is the plain mean over the passes
         pieces = x.tensor_split(min(self.splits, len(x)))
         means, variances = ([old.clone() for _ in pieces] for old in (mean, var))
@@ -34,9 +33,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             F.batch_norm(piece, m, v, self.weight, self.bias, True, step, self.eps)
             for piece, m, v in zip(pieces, means, variances, strict=True)
         ]
-        if self.track_running_stats:
-            mean.copy_(torch.stack(means).mean(0))
-            var.copy_(torch.stack(variances).mean(0))
+        mean.copy_(torch.stack(means).mean(0))
+        var.copy_(torch.stack(variances).mean(0))
         return torch.cat(parts)
 
 

@@ -121,6 +121,7 @@ class AMDIMConfig(TrainConfig):
 
     method: ClassVar[str] = "amdim"
     title: ClassVar[str] = "AMDIM"
+    in_parts: ClassVar[bool] = True
     presets: ClassVar = PRESETS
     taps: ClassVar = ("f1", "f7")
     rules: ClassVar = {
