@@ -173,8 +173,9 @@ def train(rank):
     """The gradients of a cached step under DDP, and how often it reduced."""
     dist.barrier()
     encoder, _ = pair_of()
-    step = GradientCache(encoder, Loss(group="world"), part=2)
-    step.loss.idle.requires_grad_(False)
+    loss = Loss(group="world")
+    loss.idle.requires_grad_(False)
+    step = GradientCache(encoder, loss, part=2)
     ddp = DistributedDataParallel(step)
     buckets = []
 
@@ -189,7 +190,7 @@ def train(rank):
         ddp.zero_grad()
         buckets.clear()
         step.backward([x[rank * size : (rank + 1) * size] for x in views()], through=ddp)
-    return gradients(encoder, step.loss), buckets
+    return gradients(encoder, loss), buckets
 
 
 def test_under_ddp_gradients_are_those_of_one_process_in_one_reduction(tmp_path):
@@ -219,4 +220,4 @@ def test_outputs_must_be_a_row_an_input_and_a_part_at_least_one():
     with pytest.raises(ValueError, match="part: got 0, need >= 1"):
         GradientCache(lambda x: x, lambda x: x.sum(), part=0)
     with pytest.raises(TypeError, match=r"part: got float"):
-        GradientCache(lambda x: x, lambda x: x.sum(), part=2.0)
+        GradientCache(lambda x: x, lambda x: x.sum(), part=2.0)  # type: ignore[arg-type]
