@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import scaling
+from bench import data, scaling
 
 A_SCORE_S = 20e-12
 
@@ -47,3 +47,12 @@ def test_a_record_brings_the_measured_time():
 def test_the_document_has_the_tables():
     text = Path(__file__).parent.parent.joinpath("docs/scaling.md").read_text(encoding="utf-8")
     assert scaling.tables() in text
+
+
+def test_the_data_path_is_measured_on_images_like_imagenets(tmp_path):
+    found = data.main(["--images=8", "--batch=4", "--batches=1", f"--keep={tmp_path / 'jpegs'}"])
+    assert found["images"] == 4
+    assert 0 < found["read_images_per_s"] < 1e5
+    sizes = [path.stat().st_size for path in (tmp_path / "jpegs").rglob("*.jpg")]
+    assert len(sizes) == 8
+    assert 50e3 < min(sizes) <= max(sizes) < 200e3
