@@ -37,11 +37,13 @@ def main(argv: Sequence[str]) -> int:
         print(f"usage: fused-nce train {{{','.join(methods.METHODS)}}} [options]; add --help for the options")
         return 0
     settings, run_dir, resume = parse(argv[0] if argv else None, argv[1:])
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    first = _first_process()
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
 
     from fused_nce.train.loop import Diverged, Trainer, describe
 
-    print(describe(settings), flush=True)
+    if first:
+        print(describe(settings), flush=True)
     try:
         trainer = Trainer(settings, run_dir, resume=resume)
     except BaseException:  # Ctrl-C while the images are read, too
@@ -56,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"fused-nce: {error}", file=sys.stderr)
         return 1
     trainer.close()
-    print(f"{reason} at step {trainer.step} after {trainer.time_s:.0f} s{lost(trainer)}; run saved in {run_dir}")
+    if first:
+        print(f"{reason} at step {trainer.step} after {trainer.time_s:.0f} s{lost(trainer)}; run saved in {run_dir}")
     return 0
 
 
