@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -128,6 +129,13 @@ def stamp_of(parts: set[str], compiler: str) -> dict[str, Any]:
     }
 
 
+def architectures() -> str:
+    """What torch will ask nvcc for, as `sm_80,sm_90,compute_90`: machine code, and PTX for later GPUs."""
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+    return ",".join(re.findall(r",code=(\w+)", " ".join(_get_cuda_arch_flags())))
+
+
 def extension_arguments(parts: set[str]) -> dict[str, Any]:
     """The arguments of ``setup`` that build ``fused_nce._C`` and leave its stamp beside it."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
@@ -159,7 +167,7 @@ def extension_arguments(parts: set[str]) -> dict[str, Any]:
         "fused_nce._C",
         sorted(str(path.relative_to(ROOT)) for path in sources),
         include_dirs=[str(ROOT / "csrc")],
-        define_macros=[("FUSED_NCE_CUDA", None)] if cuda else [],
+        define_macros=[("FUSED_NCE_CUDA", None), ("FUSED_NCE_ARCHITECTURES", architectures())] if cuda else [],
         extra_compile_args={
             "cxx": ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *openmp, *headers],
             "nvcc": list(nvcc_finder.FLAGS),

@@ -137,7 +137,7 @@ if has pytest; then
   [[ -z $QUICK ]] || MARKS="$MARKS and not nightly"
   WORKERS=()
   if [[ $DEVICE == cuda ]] && has xdist; then WORKERS=(-n 6 --dist worksteal); fi
-  phase tests $((DEVICE_IS_CPU ? 600 : QUICK ? 70 : 200)) 25 "$PYTHON" -m pytest -q tests/gpu -m "$MARKS" "${WORKERS[@]}"
+  phase tests $((DEVICE_IS_CPU ? 600 : QUICK ? 85 : 240)) 25 "$PYTHON" -m pytest -q tests/gpu -m "$MARKS" "${WORKERS[@]}"
 else
   printf '\n== tests\n   pytest is not installed for %s\n' "$PYTHON"
   note FAILED tests 0 "pytest is not installed"

@@ -59,11 +59,12 @@ def parse(text: str) -> list[Kernel]:
 
 def label(mangled: str) -> str:
     """`loss clip shift bfloat16` of a kernel's mangled name: which template it is."""
-    name = re.search(r"\d+([a-z_]+)_kernel(?:I((?:Lb[01]E)+)(\w*?)E)?", mangled)
+    name = re.search(r"\d+([a-z_]+)_kernel(?:I((?:Lb[01]E)*)(\w*?)E)?", mangled)
     if name is None:
         return mangled
     flags = re.findall(r"Lb([01])E", name[2] or "")
-    names = ("shift",) if len(flags) == 1 else ("clip", "shift")
+    lone = "clip" if name[1] == "fold_further" else "shift"
+    names = (lone,) if len(flags) == 1 else ("clip", "shift", "more")
     words = [name[1], *(word for word, flag in zip(names, flags, strict=False) if flag == "1")]
     return " ".join([*words, *([TYPES[name[3]]] if name[3] in TYPES else [])])
 

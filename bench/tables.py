@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench import roofline
+from bench.gpu import model as gpu_model
 from bench.gpu import tables as gpu_tables
 from bench.host import ROOT
 from bench.rivals import RIVALS
@@ -161,6 +162,7 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "cpu-memory-fit": memory_fit,
     "cpu-host": host_line,
     "when-it-matters": lambda record: roofline.table(),
+    "gpu-model": lambda record: gpu_model.table(),
     "gpu": lambda record: gpu_tables.block(newest_gpu_record()),
 }
 

@@ -21,38 +21,6 @@ using StatisticTuple = std::tuple<Tensor, Tensor, Tensor>;
 using GradientTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-void check_ids(const char* name, const Tensor& x, int64_t count) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kLong, name, " is ", x.scalar_type(), ", needed: int64");
-  TORCH_CHECK_VALUE(x.sizes() == at::IntArrayRef{count}, name, " has shape ", x.sizes(), ", needed: ", count);
-}
-
-// `itself` -1: no row is a column of its own.
-Layout layout(const Tensor& q, const Tensor& k, int64_t n_c, const OptionalTensor& row_ids, int64_t itself,
-              const OptionalTensor& positives, const OptionalTensor& column_ids) {
-  const int64_t n = q.size(0), m = k.size(0);
-  TORCH_CHECK_VALUE(m < int64_t{1} << 31, "k has ", m, " rows, needed: fewer than 2^31");
-  TORCH_CHECK_VALUE(itself == -1 || (itself >= 0 && itself + n <= m), "itself is ", itself, ", needed: -1, or 0 to ", m - n);
-  TORCH_CHECK_VALUE(!column_ids || row_ids, "row_ids is None, needed: the rows' labels, as column_ids are given");
-  Layout out{n_c, {}, itself, {}, {}};
-  if (itself >= 0 && !row_ids && !positives) --out.n_pos;  // it lies in its own image
-  if (row_ids) {
-    check_ids("row_ids", *row_ids, n);
-    out.row_ids = row_ids->contiguous();
-  }
-  if (column_ids) {
-    check_ids("column_ids", *column_ids, m);
-    out.column_ids = column_ids->contiguous();
-    out.n_pos = 0;
-  }
-  if (positives) {
-    TORCH_CHECK_VALUE(positives->dim() == 2 && positives->size(0) == n, "positives has shape ", positives->sizes(),
-                      ", needed: ", n, " rows");
-    out.positives = coefficients("positives", *positives, positives->sizes());
-    out.n_pos = positives->size(1);
-  }
-  return out;
-}
-
 // A row whose positive is nowhere shows it. Positives from elsewhere are handed on: no column fills them in.
 StatisticTensors new_statistics(const SweepInputs& in) {
   const int64_t n = in.q.size(0), s = static_cast<int64_t>(in.wanted.rows.size());
@@ -80,16 +48,12 @@ StatisticTensors checked(const char* pos_name, const Tensor& pos, const char* ro
 }
 
 TailRule tail_of(const std::string& name, double unit, double square_weight, const Wanted& wanted) {
-  constexpr const char* names[kTails] = {"nce", "log_out", "log_in", "sigmoid"};
   constexpr unsigned supervised = bit_of(kNegLse) | bit_of(kPosLse) | bit_of(kPosCount) | bit_of(kPosGap);
   constexpr unsigned reads[kTails] = {bit_of(kNegLse), supervised, supervised, bit_of(kNegSoftplus)};
-  for (int tail = 0; tail < kTails; ++tail) {
-    if (name != names[tail]) continue;
-    TORCH_CHECK_VALUE((reads[tail] & ~Wanted::mask(wanted.rows)) == 0, "stats are ", wanted.rows,
-                      ", needed: all that the tail ", name, " reads");
-    return {static_cast<Tail>(tail), static_cast<float>(unit), static_cast<float>(square_weight)};
-  }
-  TORCH_CHECK_VALUE(false, "tail is '", name, "', needed: nce, log_out, log_in or sigmoid");
+  const Tail tail = tail_named(name);
+  TORCH_CHECK_VALUE((reads[tail] & ~Wanted::mask(wanted.rows)) == 0, "stats are ", wanted.rows,
+                    ", needed: all that the tail ", name, " reads");
+  return {tail, static_cast<float>(unit), static_cast<float>(square_weight)};
 }
 
 // The arguments that the three operators begin with, and end with.
@@ -103,7 +67,7 @@ SweepInputs score_inputs(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_s
   check_names("columns", columns);
   TORCH_CHECK_VALUE(bias == 0.0 || clip == 0.0, "bias is ", bias, ", needed: 0 beside a clip");
   SweepInputs in = inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k || (q.is_same(k) && need_q),
-                          need_scale, workspace_bytes, layout(q, k, n_c, row_ids, itself, positives, column_ids));
+                          need_scale, workspace_bytes, layout_of(q, k, n_c, row_ids, itself, positives, column_ids));
   in.scoring.bias = static_cast<float>(bias);
   in.wanted = {std::move(stats), std::move(columns)};
   return in;
@@ -195,8 +159,10 @@ pybind11::dict plan(int64_t rows, int64_t columns, int64_t width, at::ScalarType
 }
 
 pybind11::dict cuda_plan(int64_t rows, int64_t columns, int64_t width, int64_t positives, int64_t element_bytes,
-                         int64_t workspace_bytes, bool statistics, bool gradients) {
-  const cuda::Work work{rows, columns, width, positives, element_bytes, statistics, gradients};
+                         int64_t workspace_bytes, bool statistics, bool gradients, int64_t sums, bool both_ways,
+                         bool further) {
+  const cuda::Work work{rows,      columns, width,     positives, element_bytes, statistics,
+                        gradients, sums,    both_ways, further};
   const cuda::Plan p = cuda::make_plan(work, workspace_bytes);
   pybind11::dict out;
   out["fits"] = p.fits;
@@ -208,8 +174,13 @@ pybind11::dict cuda_plan(int64_t rows, int64_t columns, int64_t width, int64_t p
   out["threads"] = p.threads;
   out["score_bytes"] = p.score_bytes;
   out["total_bytes"] = p.bytes;
+  out["sum_bytes"] = p.sum_bytes;
   return out;
 }
+
+// `sm_90,compute_90` as text: what setup.py asked nvcc for.
+#define FUSED_NCE_TEXT_OF(...) #__VA_ARGS__
+#define FUSED_NCE_TEXT(...) FUSED_NCE_TEXT_OF(__VA_ARGS__)
 
 pybind11::dict build_info() {
   pybind11::dict out;
@@ -223,8 +194,10 @@ pybind11::dict build_info() {
   out["isa_active"] = active_kernels().name;
 #ifdef FUSED_NCE_CUDA
   out["cuda"] = true;
+  out["cuda_architectures"] = FUSED_NCE_TEXT(FUSED_NCE_ARCHITECTURES);
 #else
   out["cuda"] = false;
+  out["cuda_architectures"] = "";
 #endif
   out["bf16_hardware"] = has_bf16_gemm();
   return out;
@@ -267,7 +240,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("column_stats") = Names{});
   m.def("cuda_plan", &cuda_plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("positives"),
         py::arg("element_bytes"), py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true,
-        py::arg("gradients") = true);
+        py::arg("gradients") = true, py::arg("sums") = 1, py::arg("both_ways") = false, py::arg("further") = false);
 }
 
 }  // namespace fused_nce

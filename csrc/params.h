@@ -18,6 +18,12 @@ struct Scoring {
   float bias = 0.0f;       // t = s + bias, where there is no clip
 };
 
+// The loss that a sweep descends: unit * elements of the tail + square_weight * square.
+struct TailRule {
+  Tail name;
+  float unit, square_weight;
+};
+
 // One array a statistic, by its name; null: not wanted.
 struct ByStatistic {
   float* of[kStatistics] = {};

@@ -7,6 +7,8 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -46,22 +48,10 @@ struct SweepInputs {
   Wanted wanted = {};
 };
 
-// Statistics: written by stats and loss, read by grads.
-struct RowStatistics {
-  at::Tensor pos;                       // (N, n_c)
-  at::Tensor neg_lse, neg_max, square;  // (N)
-};
-
-// The same of any statistics, and dL/d statistic in the same shapes.
+// Statistics, written by stats and loss and read by grads; and dL/d statistic in the same shapes.
 struct StatisticTensors {
   at::Tensor pos;            // (N, P)
   at::Tensor rows, columns;  // (S, N), (S', M)
-};
-
-// The loss that a sweep descends: unit * elements of the tail + square_weight * square.
-struct TailRule {
-  Tail name;
-  float unit, square_weight;
 };
 
 // The rows of (S, count) by name.
@@ -71,12 +61,6 @@ inline ByStatistic arrays_of(const at::Tensor& x, const std::vector<int64_t>& na
     out[static_cast<int>(names[s])] = x.data_ptr<float>() + static_cast<int64_t>(s) * x.size(1);
   return out;
 }
-
-// Coefficients given by the caller (grads), or the weights of the NCE tail that the statistics feed (loss).
-struct Upstream {
-  at::Tensor d_pos, d_neg_lse, d_square;  // (N, n_c), (N), (N); undefined for loss
-  float nce_weight = 0.0f, square_weight = 0.0f;
-};
 
 struct Gradients {
   at::Tensor dq, dk, dscale;  // float, dk possibly the inputs' type; those not needed have no elements
@@ -131,13 +115,53 @@ inline void check_names(const char* what, const std::vector<int64_t>& names) {
                     ", needed: pos_lse and pos_count beside pos_gap");
 }
 
+inline Tail tail_named(const std::string& name) {
+  constexpr const char* names[kTails] = {"nce", "log_out", "log_in", "sigmoid"};
+  for (int tail = 0; tail < kTails; ++tail)
+    if (name == names[tail]) return static_cast<Tail>(tail);
+  TORCH_CHECK_VALUE(false, "tail is '", name, "', needed: nce, log_out, log_in or sigmoid");
+}
+
 inline at::TensorOptions floats(const at::Tensor& q) { return q.options().dtype(at::kFloat); }
 
-inline RowStatistics new_statistics(const at::Tensor& q, int64_t n_c) {
-  const int64_t n = q.size(0);
-  const auto options = floats(q);
-  // A row whose positive is nowhere shows it.
-  return {at::full({n, n_c}, std::numeric_limits<float>::quiet_NaN(), options), at::empty({n}, options), at::empty({n}, options), at::empty({n}, options)};
+inline at::Tensor coefficients(const char* name, const at::Tensor& x, at::IntArrayRef shape) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, name, " is ", x.scalar_type(), ", needed: float32");
+  TORCH_CHECK_VALUE(x.sizes() == shape, name, " has shape ", x.sizes(), ", needed: ", shape);
+  return x.contiguous();
+}
+
+inline void check_ids(const char* name, const at::Tensor& x, int64_t count) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kLong, name, " is ", x.scalar_type(), ", needed: int64");
+  TORCH_CHECK_VALUE(x.sizes() == at::IntArrayRef{count}, name, " has shape ", x.sizes(), ", needed: ", count);
+}
+
+// `itself` -1: no row is a column of its own.
+inline Layout layout_of(const at::Tensor& q, const at::Tensor& k, int64_t n_c, const std::optional<at::Tensor>& row_ids,
+                        int64_t itself, const std::optional<at::Tensor>& positives,
+                        const std::optional<at::Tensor>& column_ids) {
+  const int64_t n = q.size(0), m = k.size(0);
+  TORCH_CHECK_VALUE(m < int64_t{1} << 31, "k has ", m, " rows, needed: fewer than 2^31");
+  TORCH_CHECK_VALUE(itself == -1 || (itself >= 0 && itself + n <= m), "itself is ", itself, ", needed: -1, or 0 to ",
+                    m - n);
+  TORCH_CHECK_VALUE(!column_ids || row_ids, "row_ids is None, needed: the rows' labels, as column_ids are given");
+  Layout out{n_c, {}, itself, {}, {}};
+  if (itself >= 0 && !row_ids && !positives) --out.n_pos;  // it lies in its own image
+  if (row_ids) {
+    check_ids("row_ids", *row_ids, n);
+    out.row_ids = row_ids->contiguous();
+  }
+  if (column_ids) {
+    check_ids("column_ids", *column_ids, m);
+    out.column_ids = column_ids->contiguous();
+    out.n_pos = 0;
+  }
+  if (positives) {
+    TORCH_CHECK_VALUE(positives->dim() == 2 && positives->size(0) == n, "positives has shape ", positives->sizes(),
+                      ", needed: ", n, " rows");
+    out.positives = coefficients("positives", *positives, positives->sizes());
+    out.n_pos = positives->size(1);
+  }
+  return out;
 }
 
 inline Gradients new_gradients(const SweepInputs& in, at::ScalarType dk_type = at::kFloat) {
@@ -145,12 +169,6 @@ inline Gradients new_gradients(const SweepInputs& in, at::ScalarType dk_type = a
   return {at::empty(in.need_q ? in.q.sizes() : at::IntArrayRef{0}, options),
           at::empty(in.need_k ? in.k.sizes() : at::IntArrayRef{0}, options.dtype(dk_type)),
           in.need_scale ? at::empty({}, options) : at::empty({0}, options)};
-}
-
-inline at::Tensor coefficients(const char* name, const at::Tensor& x, at::IntArrayRef shape) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, name, " is ", x.scalar_type(), ", needed: float32");
-  TORCH_CHECK_VALUE(x.sizes() == shape, name, " has shape ", x.sizes(), ", needed: ", shape);
-  return x.contiguous();
 }
 
 }  // namespace fused_nce

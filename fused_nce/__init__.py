@@ -1,84 +1,27 @@
 """Noise-contrastive losses and their gradients without the score tensor, and the trainers that use them."""
 
 from fused_nce import backends as _package  # noqa: F401  (loaded before `doctor.backends` takes the name, or it would take it back)
+from fused_nce import losses
 from fused_nce._version import __version__
 from fused_nce.core.dispatch import last_path
 from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.gathered import gathered_scores
 from fused_nce.core.workspace import workspace_bytes
 from fused_nce.doctor import backends, doctor
-from fused_nce.losses import (
-    AMDIMLoss,
-    BinaryNCELoss,
-    CLIPLoss,
-    CLUBLoss,
-    CPCLoss,
-    DIMLoss,
-    GaussianKLLoss,
-    InfoNCELoss,
-    MemoryQueue,
-    MINELoss,
-    MoCoLoss,
-    NCEOutput,
-    NPIDSoftmaxLoss,
-    NTXentLoss,
-    SigLIPLoss,
-    SupConLoss,
-    amdim_nce,
-    binary_nce,
-    clip_loss,
-    club,
-    cpc_nce,
-    dim_mi,
-    gaussian_kl,
-    info_nce,
-    mine_dv,
-    moco_nce,
-    npid_softmax,
-    nt_xent,
-    siglip_loss,
-    sup_con,
-)
+from fused_nce.losses import *  # noqa: F403  (its `__all__` is the one list of losses)
 from fused_nce.patch import patch
 from fused_nce.verify import verify
 
 __all__ = [
-    "AMDIMLoss",
-    "BinaryNCELoss",
-    "CLIPLoss",
-    "CLUBLoss",
-    "CPCLoss",
-    "DIMLoss",
-    "GaussianKLLoss",
-    "InfoNCELoss",
-    "MINELoss",
-    "MemoryQueue",
-    "MoCoLoss",
-    "NCEOutput",
-    "NPIDSoftmaxLoss",
-    "NTXentLoss",
-    "SigLIPLoss",
-    "SupConLoss",
     "__version__",
-    "amdim_nce",
     "backends",
-    "binary_nce",
-    "clip_loss",
-    "club",
-    "cpc_nce",
-    "dim_mi",
     "doctor",
-    "gaussian_kl",
-    "info_nce",
+    "gathered_scores",
     "last_path",
-    "mine_dv",
-    "moco_nce",
-    "npid_softmax",
-    "nt_xent",
     "patch",
-    "siglip_loss",
-    "sup_con",
     "tile_loss",
     "tile_stats",
     "verify",
     "workspace_bytes",
 ]
+__all__ += losses.__all__

@@ -3,12 +3,14 @@
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # name: (module, function, what it does). The function takes the arguments after the name and returns an exit status.
 COMMANDS = {
     "train": ("fused_nce.train.command", "main", "train an encoder: fused-nce train amdim --preset digits"),
     "eval": ("fused_nce.cli", "evaluate", "evaluate a run and write its report: fused-nce eval RUN"),
+    "compare": ("fused_nce.train.compare", "main", "one report of several evaluated runs: fused-nce compare RUN RUN"),
+    "export": ("fused_nce.cli", "export", "write a run's encoder alone: fused-nce export RUN --out FOLDER"),
     "doctor": ("fused_nce.cli", "doctor", "say what this installation can do, and why not more"),
 }
 
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, function, _ = COMMANDS[name]
     try:
         status: int = getattr(importlib.import_module(module), function)(arguments[1:])
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("FUSED_NCE_DEBUG") == "1":
             raise
         print(f"fused-nce: {error}", file=sys.stderr)
@@ -52,14 +54,26 @@ def usage() -> str:
 
 def evaluate(argv: Sequence[str]) -> int:
     """`fused-nce eval RUN [options]`."""
+    from fused_nce.train.evaluate import run_and_print
+
+    return _of_arguments(run_and_print, "fused-nce eval RUN", argv)
+
+
+def export(argv: Sequence[str]) -> int:
+    """`fused-nce export RUN --out FOLDER`."""
+    from fused_nce.train.export import run_and_print
+
+    return _of_arguments(run_and_print, "fused-nce export RUN --out FOLDER", argv)
+
+
+def _of_arguments(function: Callable[..., int], usage: str, argv: Sequence[str]) -> int:
+    """A function as a command: its arguments are the options."""
     from jsonargparse import auto_cli
 
-    from fused_nce.train.evaluate import run_and_print
     from fused_nce.train.options import Parser
 
-    status: int = auto_cli(
-        run_and_print, args=list(argv), prog="fused-nce eval", usage="fused-nce eval RUN [options]", parser_class=Parser
-    )
+    prog = " ".join(usage.split()[:2])
+    status: int = auto_cli(function, args=list(argv), prog=prog, usage=f"{usage} [options]", parser_class=Parser)
     return status
 
 

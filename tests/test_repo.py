@@ -79,9 +79,13 @@ TORCH_ALONE = ("core", "backends", "losses")
 
 def public_names():
     """What `import fused_nce` offers: the trainer and the command line stand above it, and may use it as anyone may."""
-    text = (ROOT / "fused_nce" / "__init__.py").read_text(encoding="utf-8")
-    (names,) = re.findall(r"__all__ = (\[.*?\])", text, re.S)
-    return {"", *ast.literal_eval(names)}
+    names = {""}
+    for folder in ("fused_nce", "fused_nce/losses"):
+        (listed,) = re.findall(
+            r"__all__ = (\[.*?\])", (ROOT / folder / "__init__.py").read_text(encoding="utf-8"), re.S
+        )
+        names |= set(ast.literal_eval(listed))
+    return names
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=name_of)

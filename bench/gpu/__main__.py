@@ -35,7 +35,7 @@ COUNTING = {
     "excluded; inputs rotated through twice the L2; a ratio compares two times of the same clock",
     "flop": "the least GEMMs (`gemms`, times `steps`) of 2·n·m·d; useful_gflop_per_s = flop / median time",
     "bound": "those GEMMs at these shapes by cuBLAS: scores in float32, gradients at the faster result dtype",
-    "memory": "peak of the caching allocator above inputs and gradients, 1 MB = 10^6 bytes",
+    "memory": "peak of the bytes asked of the caching allocator above inputs and gradients, 1 MB = 10^6 bytes",
 }
 
 

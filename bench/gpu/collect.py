@@ -98,8 +98,6 @@ def _graph_times(machine: Machine, each: dict[str, list[Call]], rounds: int, fou
     """The same calls as replays of CUDA graphs, one graph a set of inputs; adds `graph_ms_…`, or why there is none."""
     replays: dict[Any, Call] = {}
     for name, steps in each.items():
-        if name in rivals.NO_GRAPH:
-            continue
         graphs, reason = rivals.failure(lambda steps=steps: [machine.capture(step) for step in steps])  # type: ignore[misc]
         if reason:
             found[name]["graph_refused"] = reason

@@ -107,15 +107,18 @@ class Gpu(Machine):
         self.timers = {"device": DeviceTimer(), "wall": synchronized_wall_ms}
 
     def peak_bytes(self, call: Call) -> int | None:
-        """By the caching allocator, which also gives cuBLAS its workspace (before, in the warm-up)."""
+        """Bytes asked of the caching allocator at once, which also gives cuBLAS its workspace (before, in the warm-up).
+
+        Not those that it hands out: its blocks may be much larger than what they are for.
+        """
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         result = call()
         torch.cuda.synchronize()
         del result
-        return torch.cuda.max_memory_allocated() - before
+        return int(torch.cuda.memory_stats()["requested_bytes.all.peak"] - before)
 
     def capture(self, call: Call) -> Call | None:
         """Warm-up on a side stream, as capture wants it; the results stay alive with the graph."""

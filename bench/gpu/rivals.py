@@ -22,7 +22,6 @@ from fused_nce.core import dispatch
 
 LABELS = {"naive": "eager torch", "compile": "torch.compile", "ours": "fused_nce"}
 NAIVE = ("naive", "compile")
-NO_GRAPH = ("chunked",)  # its tiles' own images are found by `nonzero`, which waits for the device
 DTYPE = torch.bfloat16
 
 Inputs = tuple[Tensor, ...]

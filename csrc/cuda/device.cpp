@@ -28,10 +28,14 @@ class Device final : public Machine {
   void gemm(const Gemm& g) const override {
     const float beta = g.add ? 1.0f : 0.0f;
     // ATen's handle sets the math mode at each request: TF32 only where torch.backends.cuda.matmul allows it.
+    const cublasHandle_t handle = at::cuda::getCurrentCUDABlasHandle();
+    // A product cut along its depth must not meet again in 16 bits; the next request for the handle undoes this.
+    if (g.out_element != Element::float32)
+      TORCH_CUDABLAS_CHECK(cublasSetMathMode(handle, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
     TORCH_CUDABLAS_CHECK(cublasGemmEx_64(
-        at::cuda::getCurrentCUDABlasHandle(), g.right_transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
+        handle, g.right_transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
         g.left_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, g.n, g.m, g.depth, &g.alpha, g.right, type_of(g.element),
-        g.right_stride, g.left, type_of(g.element), g.left_stride, &beta, g.out, CUDA_R_32F, g.out_stride,
+        g.right_stride, g.left, type_of(g.element), g.left_stride, &beta, g.out, type_of(g.out_element), g.out_stride,
         CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
   }
 
@@ -49,6 +53,27 @@ class Device final : public Machine {
 
   void loss(const Strip& strip, const Rules& rules, const RowArrays& rows, Element element) const override {
     check(launch_loss(strip, rules, rows, element, stream_));
+  }
+
+  void fold_further(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const override {
+    check(launch_fold_further(strip, rules, rows, first_slot, stream_));
+  }
+
+  void finish_further(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows,
+                      bool tail) const override {
+    check(launch_finish_further(first_row, count, rules, rows, tail, stream_));
+  }
+
+  void fold_columns(const Strip& strip, const Rules& rules, const ColumnArrays& columns) const override {
+    check(launch_fold_columns(strip, rules, columns, stream_));
+  }
+
+  void finish_columns(int64_t count, const Rules& rules, const ColumnArrays& columns) const override {
+    check(launch_finish_columns(count, rules, columns, stream_));
+  }
+
+  void multiply(void* x, Element element, int64_t count, const float* factor) const override {
+    check(launch_multiply(x, element, count, factor, stream_));
   }
 
   void summarize(const Summary& summary) const override { check(launch_summary(summary, stream_)); }

@@ -34,6 +34,17 @@ struct Players {
       for (size_t w = 0; w < offset && w + offset < warps.size(); ++w) warps[w] = merge(warps[w], warps[w + offset]);
     return warps[0];
   }
+
+  template <class F, class Merge, class Use>
+  void across(const F& f, const Merge& merge, const Use& use) const {
+    for (int lane = 0; lane < kColumnLanes; ++lane) {
+      std::vector<decltype(f(0, 0, 1))> warps;
+      for (int w = 0; w < kColumnWarps; ++w) warps.push_back(f(lane, w, kColumnWarps));
+      for (int offset = kColumnWarps / 2; offset > 0; offset /= 2)
+        for (int w = 0; w < offset; ++w) warps[w] = merge(warps[w], warps[w + offset]);
+      use(lane, warps[0]);
+    }
+  }
 };
 
 template <class E>
@@ -74,18 +85,36 @@ class Host final : public Machine {
   void gemm(const Gemm& g) const override {
     const at::Tensor left = operand(g.left, g.left_stride, g.left_transposed, g.m, g.depth, g.element);
     const at::Tensor right = operand(g.right, g.right_stride, g.right_transposed, g.depth, g.n, g.element);
-    const at::Tensor out = at::from_blob(g.out, {g.m, g.n}, {g.out_stride, 1}, at::TensorOptions(at::kFloat));
+    const at::Tensor out =
+        at::from_blob(g.out, {g.m, g.n}, {g.out_stride, 1}, at::TensorOptions(type_of(g.out_element)));
     const at::Tensor product = at::mm(left, right).mul_(g.alpha);
-    g.add ? out.add_(product) : out.copy_(product);
+    out.copy_(g.add ? product.add_(out) : product);
   }
 
   void fold(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const override {
     Players group{rules.threads};
     with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
+      with_flag(has_more(rules, rows), [&](auto more) {
+        for (int64_t r = 0; r < strip.rows; ++r)
+          for (int part = 0; part < rules.parts; ++part)
+            fold_row<clip.value, shift.value, more.value>(group, strip, rules, rows, r, part, first_slot + part);
+      });
+    });
+  }
+
+  void fold_further(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const override {
+    Players group{rules.threads};
+    with_flag(rules.scoring.clip > 0.0f, [&](auto clip) {
       for (int64_t r = 0; r < strip.rows; ++r)
         for (int part = 0; part < rules.parts; ++part)
-          fold_row<clip.value, shift.value>(group, strip, rules, rows, r, part, first_slot + part);
+          fold_further_row<clip.value>(group, strip, rules, rows, r, part, first_slot + part);
     });
+  }
+
+  void finish_further(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows,
+                      bool tail) const override {
+    Players group{32};
+    for (int64_t i = first_row; i < first_row + count; ++i) finish_further_row(group, rules, rows, i, tail);
   }
 
   void finish(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows, bool tail) const override {
@@ -99,9 +128,12 @@ class Host final : public Machine {
     Players group{rules.threads};
     with_store(element, [&](auto* store) {
       with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-        for (int64_t r = 0; r < strip.rows; ++r)
-          for (int part = 0; part < rules.parts; ++part)
-            weigh_row<clip.value, shift.value, std::decay_t<decltype(*store)>>(group, strip, rules, rows, r, part);
+        with_flag(has_more(rules, rows), [&](auto more) {
+          using Store = std::decay_t<decltype(*store)>;
+          for (int64_t r = 0; r < strip.rows; ++r)
+            for (int part = 0; part < rules.parts; ++part)
+              weigh_row<clip.value, shift.value, more.value, Store>(group, strip, rules, rows, r, part);
+        });
       });
     });
   }
@@ -116,10 +148,29 @@ class Host final : public Machine {
     });
   }
 
+  void fold_columns(const Strip& strip, const Rules& rules, const ColumnArrays& columns) const override {
+    Players group{kColumnLanes * kColumnWarps};
+    with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
+      for (int64_t block = 0; block * kColumnLanes < strip.columns; ++block)
+        cuda::fold_columns<clip.value, shift.value>(group, strip, rules, columns, block);
+    });
+  }
+
+  void finish_columns(int64_t count, const Rules& rules, const ColumnArrays& columns) const override {
+    for (int64_t j = 0; j < count; ++j)
+      needs_no_shift(rules.scoring.clip) ? finish_column<false>(columns, j) : finish_column<true>(columns, j);
+  }
+
+  void multiply(void* x, Element element, int64_t count, const float* factor) const override {
+    const at::Tensor all = at::from_blob(x, {count}, at::TensorOptions(type_of(element)));
+    if (*factor != 1.0f) all.copy_(all.to(at::kFloat).mul_(*factor));
+  }
+
   void summarize(const Summary& summary) const override {
     Players group{kSummaryThreads};
-    for (int g = 0; g < summary.groups; ++g) sum_up(group, summary, g);
-    if (summary.groups > 1) sum_up_groups(group, summary);
+    const int groups = summary.groups * summary.reports;
+    for (int g = 0; g < groups; ++g) sum_up(group, summary, g);
+    if (groups > 1) sum_up_groups(group, summary);
   }
 };
 

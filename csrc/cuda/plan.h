@@ -9,6 +9,11 @@
 //           of all panels come first and the scores are computed again: 4 GEMMs, and no memory that grows with N * M
 //   part    a share of a row's columns, one CTA each: rows that are few would leave most of the GPU idle
 //
+// Statistics of columns are kept for all of them, 24 bytes each.
+//
+// 16-bit gradients that several GEMMs add to are float until the last of them. That is beyond `bytes`, but where it is at
+// most half of the limit, it and the workspace share the limit; a sixteenth is left to what the tail computes.
+//
 // float weights take the place of their scores; then strip and block share one buffer.
 #pragma once
 
@@ -22,9 +27,12 @@ namespace cuda {
 
 struct Work {
   int64_t rows, columns, width;  // N, M, D
-  int64_t positives;             // a row: n_c
+  int64_t positives;             // a row: P
   int64_t element_bytes;         // of q and k: 4 or 2
   bool statistics, gradients;
+  int64_t sums;                  // a row: 1 where dscale is wanted, 2 with dbias
+  bool both_ways;                // statistics of columns too
+  bool further;                  // those of further.h, of rows
 };
 
 struct Plan {
@@ -36,7 +44,9 @@ struct Plan {
   int64_t weight_bytes = 0;
   int64_t partial_bytes = 0;
   int64_t row_bytes = 0;
+  int64_t column_bytes = 0;
   int64_t bytes = 0;  // everything allocated beyond inputs and outputs
+  int64_t sum_bytes = 0;  // of float gradients that will leave in 16 bits
 };
 
 constexpr int64_t kL2Bytes = 24 << 20;      // of an H100's 50 MB: the operands need their share
@@ -51,6 +61,9 @@ constexpr int64_t kMostColumns = 1 << 30;   // of a panel: columns within one ar
 // Row stride of scores and weights: whole vectors.
 inline int64_t stride_of(int64_t columns) { return round_up(columns, kColumns); }
 
+// Numbers a row: d_pos, d_neg_lse and those of the further statistics.
+inline int64_t coefficients_of(int64_t positives, bool further) { return positives + 1 + (further ? kFurther : 0); }
+
 // Fills in what follows from strip, block and panel.
 inline void account(const Work& w, Plan& p) {
   const bool in_place = w.gradients && w.element_bytes == 4;
@@ -64,23 +77,28 @@ inline void account(const Work& w, Plan& p) {
   p.threads = std::min(most, std::max<int64_t>(64, round_up(vectors, 32)));
   p.score_bytes = in_place ? 0 : round_up(p.strip * stride_of(p.panel) * 4, kAllocation);
   p.weight_bytes = w.gradients ? round_up(p.block * stride_of(p.panel) * w.element_bytes, kAllocation) : 0;
-  const int64_t partials = p.block * p.panels * p.parts * static_cast<int64_t>(sizeof(RowPart));
+  const int64_t part = static_cast<int64_t>(sizeof(RowPart) + (w.further ? sizeof(FurtherPart) : 0));
+  const int64_t partials = p.block * p.panels * p.parts * part;
   p.partial_bytes = w.statistics ? round_up(partials, kAllocation) : 0;
-  // d_pos and d_neg_lse of a block where the tail makes them, and the rows' shares of dscale.
-  const int64_t coefficients = w.statistics ? p.block * (w.positives + 1) : 0;
-  p.row_bytes = w.gradients ? round_up((coefficients + w.rows * p.parts) * 4, kAllocation) : 0;
-  p.bytes = p.score_bytes + p.weight_bytes + p.partial_bytes + p.row_bytes;
+  // What a block's weights need, where the tail makes it, and the rows' shares of dscale and dbias.
+  const int64_t coefficients = w.statistics ? p.block * coefficients_of(w.positives, w.further) : 0;
+  p.row_bytes = w.gradients ? round_up((coefficients + w.sums * w.rows * p.parts) * 4, kAllocation) : 0;
+  p.column_bytes = w.both_ways ? round_up(w.columns * static_cast<int64_t>(sizeof(ColumnPart)), kAllocation) : 0;
+  p.bytes = p.score_bytes + p.weight_bytes + p.partial_bytes + p.row_bytes + p.column_bytes;
+  const int64_t sums = (p.block < w.rows ? w.columns : 0) + (p.panels > 1 ? w.rows : 0);
+  p.sum_bytes = w.gradients && !in_place ? sums * w.width * 4 : 0;
 }
 
-// `fits` is false if nothing does; `bytes` is then what the smallest plan needs.
-inline Plan make_plan(const Work& w, int64_t limit) {
+// The first plan within the limit; `roomy`: with the float sums and a sixteenth of it to spare.
+inline Plan search_plan(const Work& w, int64_t limit, bool roomy) {
   Plan p;
   const auto fits = [&](int64_t strip, int64_t block, int64_t panel) {
     p.strip = strip;
     p.block = block;
     p.panel = panel;
     account(w, p);
-    return p.fits = p.bytes <= limit;
+    const int64_t sums = p.sum_bytes <= limit / 2 ? p.sum_bytes : 0;
+    return p.fits = roomy ? p.bytes + sums <= limit - limit / 16 : p.bytes <= limit;
   };
   // One panel: rows cut evenly into the fewest blocks, and a block into the fewest strips that stay in the L2.
   if (w.columns <= kMostColumns) {
@@ -110,6 +128,12 @@ inline Plan make_plan(const Work& w, int64_t limit) {
     }
   }
   return p;
+}
+
+// `fits` is false if nothing does; `bytes` is then what the smallest plan needs.
+inline Plan make_plan(const Work& w, int64_t limit) {
+  const Plan roomy = search_plan(w, limit, true);
+  return roomy.fits ? roomy : search_plan(w, limit, false);
 }
 
 }  // namespace cuda

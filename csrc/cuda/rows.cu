@@ -3,6 +3,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+
 #include "groups.h"
 #include "launch.h"
 
@@ -45,6 +47,22 @@ class Cta {
     }
     __syncthreads();
     return *slot<T>(32);
+  }
+
+  // For a CTA of kColumnWarps warps, with a slot for each thread. One CTA calls it once.
+  template <class F, class Merge, class Use>
+  __device__ void across(const F& f, const Merge& merge, const Use& use) {
+    using T = decltype(f(0, 0, 1));
+    static_assert(sizeof(T) <= sizeof(Slot), "a slot holds 32 bytes");
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    T x = f(lane, warp, kColumnWarps);
+#pragma unroll
+    for (int offset = kColumnWarps / 2; offset > 0; offset /= 2) {
+      if (warp >= offset && warp < 2 * offset) *slot<T>(threadIdx.x) = x;
+      __syncthreads();
+      if (warp < offset) x = merge(x, *slot<T>(threadIdx.x + 32 * offset));
+    }
+    if (warp == 0) use(lane, x);
   }
 
  private:
@@ -109,13 +127,13 @@ struct Place {
       : row(blockIdx.x / rules.parts), part(static_cast<int>(blockIdx.x % rules.parts)) {}
 };
 
-template <bool kClip, bool kShift>
+template <bool kClip, bool kShift, bool kMore>
 __global__ void __launch_bounds__(kMostThreads)
 fold_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   const Place at(rules);
-  fold_row<kClip, kShift>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
+  fold_row<kClip, kShift, kMore>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
 }
 
 template <bool kShift>
@@ -126,13 +144,29 @@ finish_kernel(int64_t first_row, const Rules rules, const RowArrays rows, bool t
   finish_row<kShift>(cta, rules, rows, first_row + blockIdx.x, tail);
 }
 
-template <bool kClip, bool kShift, class E>
+template <bool kClip>
+__global__ void __launch_bounds__(kMostThreads)
+fold_further_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
+  __shared__ Slot shared[33];
+  Cta cta(shared);
+  const Place at(rules);
+  fold_further_row<kClip>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
+}
+
+__global__ void __launch_bounds__(32)
+finish_further_kernel(int64_t first_row, const Rules rules, const RowArrays rows, bool tail) {
+  __shared__ Slot shared[33];
+  Cta cta(shared);
+  finish_further_row(cta, rules, rows, first_row + blockIdx.x, tail);
+}
+
+template <bool kClip, bool kShift, bool kMore, class E>
 __global__ void __launch_bounds__(kMostThreads)
 weigh_kernel(const Strip strip, const Rules rules, const RowArrays rows) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   const Place at(rules);
-  weigh_row<kClip, kShift, StoreAs<E>>(cta, strip, rules, rows, at.row, at.part);
+  weigh_row<kClip, kShift, kMore, StoreAs<E>>(cta, strip, rules, rows, at.row, at.part);
 }
 
 template <bool kClip, bool kShift, class E>
@@ -141,6 +175,37 @@ loss_kernel(const Strip strip, const Rules rules, const RowArrays rows) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   loss_row<kClip, kShift, StoreAs<E>>(cta, strip, rules, rows, blockIdx.x);
+}
+
+template <bool kClip, bool kShift>
+__global__ void __launch_bounds__(kColumnLanes * kColumnWarps)
+fold_columns_kernel(const Strip strip, const Rules rules, const ColumnArrays columns) {
+  __shared__ Slot shared[kColumnLanes * kColumnWarps];
+  Cta cta(shared);
+  fold_columns<kClip, kShift>(cta, strip, rules, columns, blockIdx.x);
+}
+
+template <bool kShift>
+__global__ void __launch_bounds__(kColumnLanes * kColumnWarps)
+finish_columns_kernel(int64_t count, const ColumnArrays columns) {
+  const int64_t j = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (j < count) finish_column<kShift>(columns, j);
+}
+
+// torch builds extensions without the conversions of 16-bit types.
+__device__ float times(float x, float by) { return x * by; }
+__device__ __nv_bfloat16 times(__nv_bfloat16 x, float by) { return __float2bfloat16_rn(__bfloat162float(x) * by); }
+__device__ __half times(__half x, float by) { return __float2half_rn(__half2float(x) * by); }
+
+// Upstream 1 is what `loss.backward()` has: then no thread touches x, and the launch is all that it costs.
+template <class E>
+__global__ void __launch_bounds__(256)
+multiply_kernel(E* x, int64_t count, const float* factor) {
+  const float by = *factor;
+  if (by == 1.0f) return;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step)
+    x[i] = times(x[i], by);
 }
 
 __global__ void __launch_bounds__(kSummaryThreads)
@@ -179,8 +244,10 @@ unsigned grid_of(const Strip& strip, const Rules& rules) {
 
 int launch_fold(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot, Stream stream) {
   with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-    fold_kernel<decltype(clip)::value, decltype(shift)::value>
-        <<<grid_of(strip, rules), rules.threads, 0, stream>>>(strip, rules, rows, first_slot);
+    with_flag(has_more(rules, rows), [&](auto more) {
+      fold_kernel<decltype(clip)::value, decltype(shift)::value, decltype(more)::value>
+          <<<grid_of(strip, rules), rules.threads, 0, stream>>>(strip, rules, rows, first_slot);
+    });
   });
   return cudaGetLastError();
 }
@@ -195,8 +262,11 @@ int launch_finish(int64_t first_row, int64_t count, const Rules& rules, const Ro
 int launch_weigh(const Strip& strip, const Rules& rules, const RowArrays& rows, Element element, Stream stream) {
   with_element(element, [&](auto* e) {
     with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-      weigh_kernel<decltype(clip)::value, decltype(shift)::value, typename Pointee<decltype(e)>::type>
-          <<<grid_of(strip, rules), rules.threads, 0, stream>>>(strip, rules, rows);
+      with_flag(has_more(rules, rows), [&](auto more) {
+        weigh_kernel<decltype(clip)::value, decltype(shift)::value, decltype(more)::value,
+                     typename Pointee<decltype(e)>::type>
+            <<<grid_of(strip, rules), rules.threads, 0, stream>>>(strip, rules, rows);
+      });
     });
   });
   return cudaGetLastError();
@@ -212,9 +282,50 @@ int launch_loss(const Strip& strip, const Rules& rules, const RowArrays& rows, E
   return cudaGetLastError();
 }
 
+int launch_fold_further(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot,
+                        Stream stream) {
+  with_flag(rules.scoring.clip > 0.0f, [&](auto clip) {
+    fold_further_kernel<decltype(clip)::value>
+        <<<grid_of(strip, rules), rules.threads, 0, stream>>>(strip, rules, rows, first_slot);
+  });
+  return cudaGetLastError();
+}
+
+int launch_finish_further(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows, bool tail,
+                          Stream stream) {
+  finish_further_kernel<<<static_cast<unsigned>(count), 32, 0, stream>>>(first_row, rules, rows, tail);
+  return cudaGetLastError();
+}
+
+int launch_fold_columns(const Strip& strip, const Rules& rules, const ColumnArrays& columns, Stream stream) {
+  const auto blocks = static_cast<unsigned>((strip.columns + kColumnLanes - 1) / kColumnLanes);
+  with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
+    fold_columns_kernel<decltype(clip)::value, decltype(shift)::value>
+        <<<blocks, kColumnLanes * kColumnWarps, 0, stream>>>(strip, rules, columns);
+  });
+  return cudaGetLastError();
+}
+
+int launch_finish_columns(int64_t count, const Rules& rules, const ColumnArrays& columns, Stream stream) {
+  constexpr int threads = kColumnLanes * kColumnWarps;
+  const auto kernel = needs_no_shift(rules.scoring.clip) ? finish_columns_kernel<false> : finish_columns_kernel<true>;
+  kernel<<<static_cast<unsigned>((count + threads - 1) / threads), threads, 0, stream>>>(count, columns);
+  return cudaGetLastError();
+}
+
+int launch_multiply(void* x, Element element, int64_t count, const float* factor, Stream stream) {
+  constexpr int64_t threads = 256, most = 132 * 8;  // CTAs: one wave, so that a factor of 1 costs no more
+  const auto blocks = static_cast<unsigned>(std::min(most, (count + threads - 1) / threads));
+  with_element(element, [&](auto* e) {
+    multiply_kernel<<<blocks, threads, 0, stream>>>(static_cast<decltype(e)>(x), count, factor);
+  });
+  return cudaGetLastError();
+}
+
 int launch_summary(const Summary& summary, Stream stream) {
-  summary_kernel<<<static_cast<unsigned>(summary.groups), kSummaryThreads, 0, stream>>>(summary);
-  if (summary.groups > 1) last_summary_kernel<<<1, kSummaryThreads, 0, stream>>>(summary);
+  const int groups = summary.groups * summary.reports;
+  summary_kernel<<<static_cast<unsigned>(groups), kSummaryThreads, 0, stream>>>(summary);
+  if (groups > 1) last_summary_kernel<<<1, kSummaryThreads, 0, stream>>>(summary);
   return cudaGetLastError();
 }
 

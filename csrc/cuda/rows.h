@@ -27,9 +27,16 @@ struct Strip {
 struct Rules {
   Scoring scoring;
   const float* scale_tensor;  // one more factor of the scale, on the device; or null
+  const int64_t* row_ids;     // (N): the image of each row, or its label; null: by arithmetic
+  const int64_t* column_ids;  // (M): the label of each column; null: by arithmetic
+  const float* bias;          // t = s + bias, on the device; or null
+  bool apart;                 // no column is a positive: they come from elsewhere
+  int64_t itself;             // column that row 0 is, as row i is column itself + i, left out of every set; -1: none is
+  int64_t positives;          // P, the width of `pos`: n_c, less the row itself
   int parts;                  // CTAs that share a row
   int threads;
   float unit;                 // power of two that keeps float16 weights in range; 1 otherwise
+  bool scaled;                // weights leave times the scale, so that the GEMMs' results may be rounded at once
 };
 
 // What the threads of a row have found so far.
@@ -40,18 +47,51 @@ struct RowPart {
   float bad;     // of 0 * s: 0, or NaN as soon as one score is NaN or infinite
 };
 
+// What a strip adds to a column, as ever more strips have found it: a row's statistics, and Kahan's errors.
+struct ColumnPart {
+  float max, sum, sum_error, square, square_error, bad;
+};
+
+// Statistics of all M columns, or the coefficients that the weights need.
+struct ColumnArrays {
+  float *neg_lse, *neg_max, *square;   // (M)
+  const float *d_neg_lse, *d_square;   // (M); d_square null: 0
+  ColumnPart* partials;                // (M)
+};
+
+// What the threads of a row have found of the further statistics: over the negatives, all columns, the positives.
+struct FurtherPart {
+  float softplus, bad, count, max, sum, total;
+};
+
+// The statistics from kFirstFurther on, one line each: (kFurther, stride). Null: none is wanted.
+constexpr int kFirstFurther = kNegSoftplus, kFurther = kStatistics - kFirstFurther;
+
+struct FurtherArrays {
+  float* found;               // of all N rows
+  float* d;                   // of the rows from first_coefficient on; null: 0
+  int64_t found_stride, d_stride;
+  FurtherPart* partials;      // (rows of a block, slots)
+
+  FUSED_NCE_HD float& of(Statistic name, int64_t i) const { return found[(name - kFirstFurther) * found_stride + i]; }
+  FUSED_NCE_HD float& d_of(Statistic name, int64_t c) const { return d[(name - kFirstFurther) * d_stride + c]; }
+};
+
 // Statistics of all N rows, and the coefficients that the weights need.
 struct RowArrays {
-  float* pos;              // (N, n_c)
+  float* pos;              // (N, P)
   float *neg_lse, *neg_max, *square;  // (N)
-  float* d_pos;            // (rows from first_coefficient on, n_c): given, or the NCE tail's own
+  float* d_pos;            // (rows from first_coefficient on, P): given, or the tail's own
   float* d_neg_lse;        // (rows from first_coefficient on)
   const float* d_square;   // (N); null: square_weight
   int64_t first_coefficient;
-  float nce_weight, square_weight;
+  TailRule tail;           // where the coefficients are its own
   float* d_scale;          // (N, parts), or null
   RowPart* partials;       // (rows of a block, slots), or null
   int64_t block_first, slots;
+  ColumnArrays columns;    // of losses that classify both ways
+  float* d_bias;           // (N, parts), or null
+  FurtherArrays further;   // of losses with any number of positives
 };
 
 FUSED_NCE_HD float scale_of(const Rules& rules) {
@@ -63,9 +103,24 @@ struct Row {
   const float* scores;
   int begin, end;          // columns, counted from the panel's first
   int own_begin, own_end;  // those of the row's own image
+  int itself;              // the column that the row itself is; one that is not there, where none is
+  int after;               // own columns beyond this one have their place among the positives one further left
   int64_t index;           // of S
+  int64_t first_column;    // of S, the panel's
   int64_t own_at;          // own_begin before the panel cut it: column - own_at is the location in the image
-  float scale, clip, inverse_clip;
+  float scale, clip, inverse_clip, bias;
+  const int64_t* column_ids;  // of the panel's columns; null: those of the image are the row's own
+  int64_t id;
+
+  // A positive of the row, or the row itself. kMore: the rules may have labels.
+  template <bool kMore>
+  FUSED_NCE_HD bool own(int column) const {
+    if (kMore && column_ids) return column_ids[column] == id;
+    return column >= own_begin && column < own_end;
+  }
+
+  // Where in the row's `pos` its own column stands, counted from own_at.
+  FUSED_NCE_HD int place(int column) const { return column - (column > after); }
 };
 
 FUSED_NCE_HD int clamp(int64_t x, int64_t most) {
@@ -82,14 +137,21 @@ FUSED_NCE_HD Row row_of(const Strip& strip, const Rules& rules, int64_t row, int
   out.begin = clamp(part * share, strip.columns);
   out.end = clamp((part + 1) * share, strip.columns);
   out.index = strip.first_row + row;
-  const int64_t image = out.index / scoring.rows_per_image + scoring.offset;
-  const int64_t own = image * scoring.n_c - strip.first_column;
+  out.first_column = strip.first_column;
+  const int64_t id = rules.row_ids ? rules.row_ids[out.index] : out.index / scoring.rows_per_image + scoring.offset;
+  const int64_t own = (rules.column_ids ? 0 : id * scoring.n_c) - strip.first_column;  // a label may be any number
   out.own_begin = clamp(own, strip.columns);
-  out.own_end = clamp(own + scoring.n_c, strip.columns);
+  out.own_end = rules.apart ? out.own_begin : clamp(own + scoring.n_c, strip.columns);
   out.own_at = own;
+  const int64_t itself = rules.itself + out.index - strip.first_column;
+  out.itself = rules.itself < 0 ? -1 : clamp(itself + 1, strip.columns + 1) - 1;
+  out.after = rules.itself >= 0 && itself >= own && itself < own + scoring.n_c ? out.itself : out.own_end;
   out.scale = scale_of(rules);
   out.clip = scoring.clip;
   out.inverse_clip = scoring.clip > 0.0f ? 1.0f / scoring.clip : 0.0f;
+  out.bias = rules.bias ? *rules.bias : 0.0f;
+  out.column_ids = rules.column_ids ? rules.column_ids + strip.first_column : nullptr;
+  out.id = id;
   return out;
 }
 
@@ -142,9 +204,9 @@ struct Add {
 };
 
 // One thread's columns into a part; their positives go to `pos`. Eight terms share a Kahan step.
-template <bool kClip, bool kShift>
+template <bool kClip, bool kShift, bool kMore>
 FUSED_NCE_HD RowPart fold_thread(const Row& row, const Rules& rules, const RowArrays& rows, int thread, int threads) {
-  float* pos = rows.pos + row.index * rules.scoring.n_c - row.own_at;
+  float* pos = rows.pos + row.index * rules.positives - row.own_at;
   RowPart part = no_part();
   float sum_error = 0.0f, square_error = 0.0f;
   for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
@@ -154,14 +216,15 @@ FUSED_NCE_HD RowPart fold_thread(const Row& row, const Rules& rules, const RowAr
     bool negative[kColumns];
     for (int u = 0; u < kColumns; ++u) {
       const int column = c + u;
-      const bool inside = column < row.end;
-      const bool own = column >= row.own_begin && column < row.own_end;
+      const bool inside = column < row.end && column != row.itself;
+      const bool own = inside && row.own<kMore>(column);
       const float s = inside ? eight.s[u] : 0.0f;
       t[u] = transform<kClip>(s, row.clip, row.inverse_clip).value;
+      if (kMore) t[u] += row.bias;
       negative[u] = inside && !own;
       square[u] = s * s;
       bad[u] = s * 0.0f;
-      if (own) pos[column] = t[u];
+      if (own && !(kMore && row.column_ids)) pos[row.place(column)] = t[u];
       top = negative[u] && t[u] > top ? t[u] : top;
     }
     if (kShift && top > part.max) {
@@ -194,58 +257,12 @@ FUSED_NCE_HD void write_statistics(const RowPart& all, int64_t i, const RowArray
 }
 
 // One thread's share of the NCE tail: d_pos of its positives, and what they add to -d_neg_lse.
-FUSED_NCE_HD float tail_thread(const RowArrays& rows, int64_t i, int64_t n_c, int thread, int threads) {
+FUSED_NCE_HD float tail_thread(const RowArrays& rows, int64_t i, int64_t positives, int thread, int threads) {
   float sum = 0.0f, error = 0.0f;
-  for (int64_t p = thread; p < n_c; p += threads) {
-    const float slope = nce_slope_positive(rows.neg_lse[i], rows.pos[i * n_c + p]);
-    rows.d_pos[(i - rows.first_coefficient) * n_c + p] = rows.nce_weight * slope;
+  for (int64_t p = thread; p < positives; p += threads) {
+    const float slope = nce_slope_positive(rows.neg_lse[i], rows.pos[i * positives + p]);
+    rows.d_pos[(i - rows.first_coefficient) * positives + p] = rows.tail.unit * slope;
     add_exactly(sum, error, slope);
-  }
-  return sum - error;
-}
-
-// exp(t - shift) * inverse = exp(t - neg_lse); a row without negatives has nothing to weigh.
-struct Softmax {
-  float shift, inverse;
-};
-
-template <bool kShift>
-FUSED_NCE_HD Softmax softmax_of(float neg_lse) {
-  Softmax out;
-  const bool none = neg_lse == -infinity();
-  out.shift = kShift && !none ? neg_lse : 0.0f;
-  out.inverse = none ? 0.0f : (kShift ? 1.0f : exp_value(-neg_lse));
-  return out;
-}
-
-// One thread's columns into weights times `unit`; gives its share of dL/dscale, the sum of w * <q, k>.
-template <bool kClip, bool kShift, class Store>
-FUSED_NCE_HD float weigh_thread(const Row& row, const Rules& rules, const RowArrays& rows, bool want_scale,
-                                const Store& store, int thread, int threads) {
-  const int64_t i = row.index, coefficient = i - rows.first_coefficient;
-  const Softmax soft = softmax_of<kShift>(rows.neg_lse[i]);
-  const float d_neg_lse = rows.d_neg_lse[coefficient];
-  const float* d_pos = rows.d_pos + coefficient * rules.scoring.n_c - row.own_at;
-  const float two_d_square = 2.0f * (rows.d_square ? rows.d_square[i] : rows.square_weight);
-  float sum = 0.0f, error = 0.0f;
-  for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
-    const Eight dot = load(row.scores + c, 1.0f);
-    float w[kColumns], product[kColumns];
-    for (int u = 0; u < kColumns; ++u) {
-      const int column = c + u;
-      const bool inside = column < row.end;
-      const bool own = column >= row.own_begin && column < row.own_end;
-      const float r = inside ? dot.s[u] : 0.0f, s = r * row.scale;
-      const Score t = transform<kClip>(s, row.clip, row.inverse_clip);
-      const float e = exp_shifted<kShift>(t.value, soft.shift);
-      float weight = negative_weight(e, soft.inverse, d_neg_lse, t.slope);
-      if (own) weight = d_pos[column] * t.slope;
-      weight += two_d_square * s;
-      product[u] = inside ? weight * r : 0.0f;
-      w[u] = weight * rules.unit;
-    }
-    if (want_scale) add_exactly(sum, error, sum_of(product));
-    store(c, w);
   }
   return sum - error;
 }

@@ -20,77 +20,96 @@ struct AddTotals {
 };
 
 struct Summary {
-  const float *pos, *neg_lse, *neg_max, *square;  // (N, n_c), (N)
-  int64_t rows, positives;                        // N, n_c
+  const float *pos, *neg_lse, *neg_max, *square;  // (N, P), (N); square null where there is no penalty
+  int64_t rows, positives;                        // N, P
   bool mean;                                      // of nce, else the sum
   float penalty_weight;                           // lambda / (N * M)
   float chance, log_images, log_positives;        // log(1 + (n_k - 1) n_c), log n_k, log n_c
-  Totals* partials;                               // (groups)
+  int reports;                           // rows r, r + reports, ... have a report of their own; a divisor of N
+  Totals* partials;                      // (reports, groups)
   int groups;
-  float *loss, *nce, *penalty, *report;  // 0-d; report in the order of core/tails.py
-  float* elements;                       // (N, n_c) of nce, or null
+  float *loss, *nce, *penalty, *report;  // 0-d; report (reports, kReport) in the order of core/tails.py
+  float* elements;                       // (N, P) of nce, or null
+
+  FUSED_NCE_HD int64_t reported() const { return rows / reports * positives; }
 };
 
+constexpr int kReport = 5;
 // Elements that one thread sums one after the other; all else is a tree.
 constexpr int kSummaryThreads = 256;
 constexpr int kSummaryElements = 16;
 
+// For the elements of one report.
 inline int summary_groups(int64_t elements) {
   constexpr int64_t share = kSummaryThreads * kSummaryElements;
   return static_cast<int>((elements + share - 1) / share);
 }
 
-FUSED_NCE_HD Totals totals_thread(const Summary& s, int64_t thread, int64_t threads) {
+FUSED_NCE_HD Totals totals_thread(const Summary& s, int report, int64_t thread, int64_t threads) {
   Totals sum = {};
-  for (int64_t e = thread; e < s.rows * s.positives; e += threads) {
-    const int64_t i = e / s.positives;
-    const float gap = s.neg_lse[i] - s.pos[e], nce = softplus(gap);
-    const bool first = e == i * s.positives;
-    if (s.elements) s.elements[e] = nce;
-    sum = AddTotals()(sum, {nce, softplus(gap - s.log_positives), s.pos[e], s.pos[e] > s.neg_max[i] ? 1.0f : 0.0f,
-                            first ? s.neg_lse[i] : 0.0f, first ? s.square[i] : 0.0f});
+  for (int64_t e = thread; e < s.reported(); e += threads) {
+    const int64_t turn = e / s.positives, i = turn * s.reports + report, p = e - turn * s.positives;
+    const float pos = s.pos[i * s.positives + p], gap = s.neg_lse[i] - pos, nce = softplus(gap);
+    const bool first = p == 0;
+    if (s.elements) s.elements[i * s.positives + p] = nce;
+    sum = AddTotals()(sum, {nce, softplus(gap - s.log_positives), pos, pos > s.neg_max[i] ? 1.0f : 0.0f,
+                            first ? s.neg_lse[i] : 0.0f, first && s.square ? s.square[i] : 0.0f});
   }
   return sum;
 }
 
-FUSED_NCE_HD void write_summary(const Summary& s, const Totals& all) {
-  const float count = static_cast<float>(s.rows * s.positives), mean = all.nce / count;
-  const float nce = s.mean ? mean : all.nce;
+FUSED_NCE_HD void write_report(const Summary& s, int report, const Totals& all) {
+  const float count = static_cast<float>(s.reported());
+  float* out = s.report + report * kReport;
+  out[0] = all.top1 / count;
+  out[1] = all.pos / count;
+  out[2] = all.neg_lse / static_cast<float>(s.rows / s.reports);
+  out[3] = all.nce / count - s.chance;
+  out[4] = s.log_images - all.bound / count;
+}
+
+FUSED_NCE_HD void write_loss(const Summary& s, const Totals& all) {
+  const float nce = s.mean ? all.nce / static_cast<float>(s.rows * s.positives) : all.nce;
   // A weight of 0 leaves the penalty out rather than multiply: 0 * infinity would turn a finite loss into NaN.
   const float penalty = s.penalty_weight > 0.0f ? all.square * s.penalty_weight : 0.0f;
   *s.loss = nce + penalty;
   *s.nce = nce;
   *s.penalty = penalty;
-  s.report[0] = all.top1 / count;
-  s.report[1] = all.pos / count;
-  s.report[2] = all.neg_lse / static_cast<float>(s.rows);
-  s.report[3] = mean - s.chance;
-  s.report[4] = s.log_images - all.bound / count;
 }
 
-// Group g of all groups; where there is one alone, that is all.
+// Group g of the reports' groups; where there is one alone, that is all.
 template <class Group>
 FUSED_NCE_HD void sum_up(Group& group, const Summary& s, int g) {
+  const int report = g / s.groups, share = g - report * s.groups;
   const Totals found = group.gather(
       [&](int thread, int threads) {
-        return totals_thread(s, static_cast<int64_t>(g) * threads + thread, static_cast<int64_t>(s.groups) * threads);
+        return totals_thread(s, report, static_cast<int64_t>(share) * threads + thread,
+                             static_cast<int64_t>(s.groups) * threads);
       },
       AddTotals());
   if (!group.first()) return;
-  if (s.groups == 1) write_summary(s, found);
-  else s.partials[g] = found;
+  s.partials[g] = found;
+  if (s.groups * s.reports > 1) return;
+  write_report(s, 0, found);
+  write_loss(s, found);
 }
 
 template <class Group>
 FUSED_NCE_HD void sum_up_groups(Group& group, const Summary& s) {
-  const Totals all = group.gather(
-      [&](int thread, int threads) {
-        Totals sum = {};
-        for (int g = thread; g < s.groups; g += threads) sum = AddTotals()(sum, s.partials[g]);
-        return sum;
-      },
-      AddTotals());
-  if (group.first()) write_summary(s, all);
+  Totals all = {};
+  for (int report = 0; report < s.reports; ++report) {
+    const Totals found = group.gather(
+        [&](int thread, int threads) {
+          Totals sum = {};
+          for (int g = thread; g < s.groups; g += threads)
+            sum = AddTotals()(sum, s.partials[report * s.groups + g]);
+          return sum;
+        },
+        AddTotals());
+    if (group.first()) write_report(s, report, found);
+    all = AddTotals()(all, found);
+  }
+  if (group.first()) write_loss(s, all);
 }
 
 }  // namespace cuda

@@ -14,35 +14,32 @@ namespace {
 
 float* floats_of(const at::Tensor& x) { return x.defined() ? x.data_ptr<float>() : nullptr; }
 
+Plan plan_for(const SweepInputs& in, const OnDevice& numbers, const Task& task) {
+  const int64_t n = in.q.size(0), m = in.k.size(0), d = in.q.size(1);
+  const Plan plan = make_plan({n, m, d, in.layout.n_pos, in.q.element_size(), task.statistics, task.gradients,
+                               in.need_scale ? (numbers.bias.defined() ? 2 : 1) : 0,
+                               task.statistics && task.columns.neg_lse.defined(),
+                               task.statistics && task.rows.further.defined()},
+                              in.workspace_bytes);
+  TORCH_CHECK_VALUE(plan.fits, "workspace_bytes is ", in.workspace_bytes, ", needed: at least ", plan.bytes, " for ",
+                    n, " rows, ", m, " columns of width ", d);
+  return plan;
+}
+
 class Sweep {
  public:
-  Sweep(const Machine& machine, const SweepInputs& in, const at::Tensor& scale_tensor, bool statistics, bool gradients,
-        const RowStatistics& stats, const Upstream& upstream, float unit, const Gradients& out)
-      : machine_(machine), in_(in), scale_tensor_(scale_tensor), out_(out), n_(in.q.size(0)), m_(in.k.size(0)),
+  Sweep(const Machine& machine, const SweepInputs& in, const OnDevice& numbers, const Task& task)
+      : machine_(machine), in_(in), numbers_(numbers), out_(task.out), n_(in.q.size(0)), m_(in.k.size(0)),
         d_(in.q.size(1)), element_bytes_(in.q.element_size()), element_(element_of(in.q.scalar_type())),
-        statistics_(statistics), gradients_(gradients), plan_(checked_plan()),
-        rules_{in.scoring, floats_of(scale_tensor), static_cast<int>(plan_.parts), static_cast<int>(plan_.threads),
-               unit} {
+        statistics_(task.statistics), gradients_(task.gradients), tail_(task.upstream.tail.name),
+        plan_(plan_for(in, numbers, task)), rules_(rules(task.unit)) {
     scores_ = bytes(plan_.score_bytes);
     weights_ = bytes(plan_.weight_bytes);
     partials_ = bytes(plan_.partial_bytes);
     row_numbers_ = bytes(plan_.row_bytes);
-    const int64_t coefficients = statistics && gradients ? plan_.block * (in.scoring.n_c + 1) : 0;
-    float* numbers = static_cast<float*>(row_numbers_.data_ptr());
-    rows_.pos = floats_of(stats.pos);
-    rows_.neg_lse = floats_of(stats.neg_lse);
-    rows_.neg_max = floats_of(stats.neg_max);
-    rows_.square = floats_of(stats.square);
-    rows_.d_pos = coefficients ? numbers : floats_of(upstream.d_pos);
-    rows_.d_neg_lse = coefficients ? numbers + plan_.block * in.scoring.n_c : floats_of(upstream.d_neg_lse);
-    rows_.d_square = floats_of(upstream.d_square);
-    rows_.nce_weight = upstream.nce_weight;
-    rows_.square_weight = upstream.square_weight;
-    if (gradients && in.need_scale)
-      d_scale_ = row_numbers_.view(at::kFloat).narrow(0, coefficients, n_ * plan_.parts);
-    rows_.d_scale = floats_of(d_scale_);
-    rows_.partials = reinterpret_cast<RowPart*>(partials_.data_ptr());
-    rows_.slots = plan_.panels * plan_.parts;
+    column_parts_ = bytes(plan_.column_bytes);
+    name_rows(task.rows, task.upstream);
+    name_columns(task.columns);
   }
 
   void run() {
@@ -54,27 +51,77 @@ class Sweep {
       if (plan_.panels == 1 || gradients_)
         for (int64_t column = 0; column < m_; column += plan_.panel) run_panel(first, count, column);
     }
+    if (folds_columns()) machine_.finish_columns(m_, rules_, rows_.columns);
     if (!gradients_) return;
-    if (scale_tensor_.defined()) {
-      if (in_.need_q) out_.dq.mul_(scale_tensor_);
-      if (in_.need_k) out_.dk.mul_(scale_tensor_);
+    if (numbers_.scale.defined() && !rules_.scaled) {
+      if (in_.need_q) out_.dq.mul_(numbers_.scale);
+      if (in_.need_k) out_.dk.mul_(numbers_.scale);
     }
     if (d_scale_.defined()) out_.dscale.copy_(d_scale_.sum(at::kDouble));
+    if (d_bias_.defined()) out_.dbias.copy_(d_bias_.sum(at::kDouble));
   }
 
  private:
-  Plan checked_plan() const {
-    const Work work{n_, m_, d_, in_.scoring.n_c, element_bytes_, statistics_, gradients_};
-    const Plan plan = make_plan(work, in_.workspace_bytes);
-    TORCH_CHECK_VALUE(plan.fits, "workspace_bytes is ", in_.workspace_bytes, ", needed: at least ", plan.bytes, " for ",
-                      n_, " rows, ", m_, " columns of width ", d_);
-    return plan;
+  // float16 weights have no exponents to spare for the scale.
+  Rules rules(float unit) const {
+    const Layout& layout = in_.layout;
+    const auto ids = [](const at::Tensor& x) { return x.defined() ? x.const_data_ptr<int64_t>() : nullptr; };
+    return {in_.scoring,
+            floats_of(numbers_.scale),
+            ids(layout.row_ids),
+            ids(layout.column_ids),
+            floats_of(numbers_.bias),
+            layout.positives.defined(),
+            layout.itself,
+            layout.n_pos,
+            static_cast<int>(plan_.parts),
+            static_cast<int>(plan_.threads),
+            unit,
+            element_ != Element::float16};
   }
+
+  // Coefficients that the tail makes are a block's, at the front of `row_numbers_`; the sums of all rows follow.
+  void name_rows(const RowStatistics& stats, const Upstream& upstream) {
+    const bool further = stats.further.defined(), own = statistics_ && gradients_;
+    const int64_t positives = in_.layout.n_pos, block = plan_.block;
+    float* numbers = static_cast<float*>(row_numbers_.data_ptr());
+    rows_.pos = floats_of(stats.pos);
+    rows_.neg_lse = floats_of(stats.neg_lse);
+    rows_.neg_max = floats_of(stats.neg_max);
+    rows_.square = floats_of(stats.square);
+    rows_.d_pos = own ? numbers : floats_of(upstream.d_pos);
+    rows_.d_neg_lse = own ? numbers + block * positives : floats_of(upstream.d_neg_lse);
+    rows_.d_square = floats_of(upstream.d_square);
+    rows_.tail = upstream.tail;
+    rows_.slots = plan_.panels * plan_.parts;
+    rows_.partials = reinterpret_cast<RowPart*>(partials_.data_ptr());
+    if (further) {
+      float* d = floats_of(upstream.d_further);
+      if (own) d = tail_ == kNce ? nullptr : numbers + block * (positives + 1);
+      rows_.further = {floats_of(stats.further), d, n_, own ? block : n_,
+                       reinterpret_cast<FurtherPart*>(rows_.partials + block * rows_.slots)};
+    }
+    if (!gradients_ || !in_.need_scale) return;
+    const int64_t first = own ? block * coefficients_of(positives, further) : 0, count = n_ * plan_.parts;
+    const at::Tensor sums = row_numbers_.view(at::kFloat);
+    d_scale_ = sums.narrow(0, first, count);
+    if (numbers_.bias.defined()) d_bias_ = sums.narrow(0, first + count, count);
+    rows_.d_scale = floats_of(d_scale_);
+    rows_.d_bias = floats_of(d_bias_);
+  }
+
+  void name_columns(const ColumnStatistics& columns) {
+    rows_.columns = {floats_of(columns.neg_lse),   floats_of(columns.neg_max),
+                     floats_of(columns.square),    floats_of(columns.d_neg_lse),
+                     floats_of(columns.d_square),  reinterpret_cast<ColumnPart*>(column_parts_.data_ptr())};
+  }
+
+  bool folds_columns() const { return statistics_ && rows_.columns.neg_lse; }
 
   at::Tensor bytes(int64_t count) const { return at::empty({count}, in_.q.options().dtype(at::kByte)); }
 
-  const void* row(const at::Tensor& x, int64_t i) const {
-    return static_cast<const char*>(x.data_ptr()) + i * x.stride(0) * element_bytes_;
+  static void* row(const at::Tensor& x, int64_t i) {
+    return static_cast<char*>(x.data_ptr()) + i * x.stride(0) * x.element_size();
   }
 
   // A strip of a block and a panel. Its weights have their place in the block's buffer; float ones are their scores.
@@ -90,7 +137,19 @@ class Sweep {
 
   void score(const Strip& s) const {
     machine_.gemm({s.rows, s.columns, d_, row(in_.q, s.first_row), in_.q.stride(0), false,
-                   row(in_.k, s.first_column), in_.k.stride(0), true, element_, 1.0f, false, s.scores, s.stride});
+                   row(in_.k, s.first_column), in_.k.stride(0), true, element_, 1.0f, false, s.scores, s.stride,
+                   Element::float32});
+  }
+
+  void fold(const Strip& strip, int64_t first_slot) const {
+    machine_.fold(strip, rules_, rows_, first_slot);
+    if (rows_.further.found) machine_.fold_further(strip, rules_, rows_, first_slot);
+    if (folds_columns()) machine_.fold_columns(strip, rules_, rows_.columns);
+  }
+
+  void finish(int64_t first, int64_t count) const {
+    machine_.finish(first, count, rules_, rows_, gradients_ && tail_ == kNce);
+    if (rows_.further.found) machine_.finish_further(first, count, rules_, rows_, gradients_ && tail_ != kNce);
   }
 
   // First pass over panels: statistics alone.
@@ -99,52 +158,56 @@ class Sweep {
       for (int64_t i = first; i < first + count; i += plan_.strip) {
         const Strip strip = strip_at(first, count, i, column);
         score(strip);
-        machine_.fold(strip, rules_, rows_, slot);
+        fold(strip, slot);
       }
-    machine_.finish(first, count, rules_, rows_, gradients_);
+    finish(first, count);
   }
 
   void run_panel(int64_t first, int64_t count, int64_t column) const {
-    const bool fold = statistics_ && plan_.panels == 1;
+    const bool whole = statistics_ && plan_.panels == 1;
     for (int64_t i = first; i < first + count; i += plan_.strip) {
       const Strip strip = strip_at(first, count, i, column);
       score(strip);
-      if (fold && gradients_ && plan_.parts == 1) {
+      if (whole && gradients_ && plan_.parts == 1 && !has_more(rules_, rows_)) {
         machine_.loss(strip, rules_, rows_, element_);
         continue;
       }
-      if (fold) {
-        machine_.fold(strip, rules_, rows_, 0);
-        machine_.finish(i, strip.rows, rules_, rows_, gradients_);
+      if (whole) {
+        fold(strip, 0);
+        finish(i, strip.rows);
       }
       if (gradients_) machine_.weigh(strip, rules_, rows_, element_);
     }
     if (gradients_) descend(first, count, column);
   }
 
-  // A block's weights to its rows of dq, which panels add to, and the panel's rows of dk, which blocks add to.
+  // A block's weights to its rows of dq, which panels add to, and the panel's rows of dk, which blocks add to. Where q is
+  // k both go to one buffer, of zeros at first.
   void descend(int64_t first, int64_t count, int64_t column) const {
     const int64_t columns = std::min(plan_.panel, m_ - column), stride = stride_of(columns);
-    const float alpha = in_.scoring.scale / rules_.unit;
+    const float alpha = (rules_.scaled ? 1.0f : in_.scoring.scale) / rules_.unit;
+    const bool shared = in_.shared;
     if (in_.need_q)
       machine_.gemm({count, d_, columns, weights_.data_ptr(), stride, false, row(in_.k, column), in_.k.stride(0), false,
-                     element_, alpha, column > 0, out_.dq.data_ptr<float>() + first * d_, d_});
-    if (in_.need_k)
+                     element_, alpha, shared || column > 0, row(out_.dq, first), d_, element_of(out_.dq.scalar_type())});
+    const at::Tensor& dk = shared ? out_.dq : out_.dk;
+    if (shared ? in_.need_q : in_.need_k)
       machine_.gemm({columns, d_, count, weights_.data_ptr(), stride, true, row(in_.q, first), in_.q.stride(0), false,
-                     element_, alpha, first > 0, out_.dk.data_ptr<float>() + column * d_, d_});
+                     element_, alpha, shared || first > 0, row(dk, column), d_, element_of(dk.scalar_type())});
   }
 
   const Machine& machine_;
   const SweepInputs& in_;
-  const at::Tensor& scale_tensor_;
+  const OnDevice& numbers_;
   const Gradients& out_;
   const int64_t n_, m_, d_, element_bytes_;
   const Element element_;
   const bool statistics_, gradients_;
+  const Tail tail_;
   const Plan plan_;
   const Rules rules_;
   RowArrays rows_{};
-  at::Tensor scores_, weights_, partials_, row_numbers_, d_scale_;
+  at::Tensor scores_, weights_, partials_, row_numbers_, column_parts_, d_scale_, d_bias_;
 };
 
 }  // namespace
@@ -159,9 +222,22 @@ float unit_of(Element element, float peak) {
   return std::ldexp(1.0f, std::clamp(7 - std::ilogb(peak), -100, 100));
 }
 
-void sweep(const Machine& machine, const SweepInputs& in, const at::Tensor& scale_tensor, bool statistics,
-           bool gradients, const RowStatistics& stats, const Upstream& upstream, float unit, const Gradients& out) {
-  Sweep(machine, in, scale_tensor, statistics, gradients, stats, upstream, unit, out).run();
+Gradients new_results(const SweepInputs& in, const OnDevice& numbers, const Task& task) {
+  const auto options = in.q.options(), wide = floats(in.q);
+  const bool wanted = in.need_q || in.need_k || in.need_scale;
+  // float16 gradients wait for a GradScaler's upstream, in float32.
+  const bool narrow = wanted && in.q.scalar_type() == at::kBFloat16 && !in.shared;
+  const Plan plan = wanted ? plan_for(in, numbers, task) : Plan();
+  const bool narrow_q = narrow && plan.panels == 1, narrow_k = narrow && plan.block == in.q.size(0);
+  const auto number = [&](bool needed) { return needed ? at::empty({}, wide) : at::empty({0}, wide); };
+  at::Tensor dq = at::empty(in.need_q ? in.q.sizes() : at::IntArrayRef{0}, narrow_q ? options : wide);
+  if (in.shared && in.need_q) dq.zero_();
+  return {dq, at::empty(in.need_k && !in.shared ? in.k.sizes() : at::IntArrayRef{0}, narrow_k ? options : wide),
+          number(in.need_scale), number(in.need_scale && numbers.bias.defined())};
+}
+
+void sweep(const Machine& machine, const SweepInputs& in, const OnDevice& numbers, const Task& task) {
+  Sweep(machine, in, numbers, task).run();
 }
 
 }  // namespace cuda

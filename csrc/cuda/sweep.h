@@ -14,10 +14,46 @@ Element element_of(at::ScalarType type);
 // room above. 1 for the types that have float's exponents.
 float unit_of(Element element, float peak);
 
-// `scale_tensor`: one more factor of the scale, 0-d float on q's device, or undefined.
-// `statistics` are computed, or read; `gradients` are those that `out` has room for.
-void sweep(const Machine& machine, const SweepInputs& in, const at::Tensor& scale_tensor, bool statistics,
-           bool gradients, const RowStatistics& stats, const Upstream& upstream, float unit, const Gradients& out);
+// Numbers that the host does not know: 0-d floats on q's device, undefined where there are none.
+struct OnDevice {
+  at::Tensor scale;  // one more factor of the scale
+  at::Tensor bias;   // t = s + bias
+};
+
+// Statistics of rows, written or read.
+struct RowStatistics {
+  at::Tensor pos;                       // (N, P)
+  at::Tensor neg_lse, neg_max, square;  // (N)
+  at::Tensor further;                   // (kFurther, N); undefined: the loss asks for none
+};
+
+// Statistics of columns, written or read, and the coefficients that come with those that are read.
+struct ColumnStatistics {
+  at::Tensor neg_lse, neg_max, square;  // (M); all undefined: the loss asks for none
+  at::Tensor d_neg_lse, d_square;       // (M)
+};
+
+// The coefficients of the statistics that are read, or the tail that makes them.
+struct Upstream {
+  at::Tensor d_pos, d_neg_lse, d_square;  // (N, P), (N), (N)
+  at::Tensor d_further;                   // (kFurther, N)
+  TailRule tail = {};
+};
+
+// What a sweep computes: statistics, or it reads them; gradients, those that `out` has room for.
+struct Task {
+  bool statistics, gradients;
+  RowStatistics rows = {};
+  ColumnStatistics columns = {};
+  Upstream upstream = {};
+  float unit = 1.0f;
+  Gradients out = {};
+};
+
+// Room for the gradients, in the inputs' type where one GEMM finishes them. Where q is k, dq is both roles' and zero.
+Gradients new_results(const SweepInputs& in, const OnDevice& numbers, const Task& task);
+
+void sweep(const Machine& machine, const SweepInputs& in, const OnDevice& numbers, const Task& task);
 
 }  // namespace cuda
 }  // namespace fused_nce

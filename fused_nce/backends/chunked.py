@@ -13,9 +13,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fused_nce.backends.tiles import AtomTile, LseTile, Merger, Tile, kind
+from fused_nce.backends import gathered
+from fused_nce.backends.tiles import AtomTile, LseTile, Tile, kind
 from fused_nce.core import atoms, workspace
-from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
+from fused_nce.core.problem import GatheredGradients, Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import VOCABULARY, Bias, Block, Spec
 from fused_nce.core.tails import Coefficients, Tail
 
@@ -34,6 +35,9 @@ def plan(spec: Spec, n: int, m: int, d: int, wide_bytes: int, cast: bool, limit_
     """The tiling, by shape alone. `cast`: 16-bit inputs need their part of q and k in float32 beside the scores."""
     n_c = spec.layout.n_c if isinstance(spec.layout, Block) else 1
     row_bytes = kind(spec).BUFFERS * wide_bytes
+    if spec.whole_rows:
+        left = limit_bytes - (m * d * wide_bytes if cast else 0)
+        return Plan(max(1, min(n, left // (m * row_bytes + (d * wide_bytes if cast else 0)))), m)
     if not cast and n * m * row_bytes <= limit_bytes:
         return Plan(n, m)
     strip = min(n, limit_bytes // (m * row_bytes))
@@ -46,7 +50,12 @@ def plan(spec: Spec, n: int, m: int, d: int, wide_bytes: int, cast: bool, limit_
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
-    """Plain torch refuses nothing."""
+    """Plain torch refuses nothing, but a row that may not be cut has to fit."""
+    if spec.whole_rows:
+        limit, wide = workspace.limit_bytes(q.device.type), max(q.dtype.itemsize, 4)
+        needed = wide * (kind(spec).BUFFERS * k.shape[0] + ((k.shape[0] + 1) * q.shape[1] if q.itemsize < 4 else 0))
+        if needed > limit:
+            return f"the workspace of {limit} bytes is below the {needed} of one row's {k.shape[0]} scores, sorted"
     return None
 
 
@@ -70,6 +79,18 @@ def stats(problem: Problem) -> Statistics:
 def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
     """Gradients from finished statistics; the scores are computed again."""
     return _Sweep(problem).gradients(needs, statistics, coefficients)
+
+
+def gathered_scores(q: Tensor, k: Tensor, indices: Tensor) -> Tensor:
+    """Of the rows that a block of the workspace's size takes, one after the other."""
+    return gathered.scores(q, k, indices, workspace.limit_bytes(q.device.type))
+
+
+def gathered_grads(
+    q: Tensor, k: Tensor, indices: Tensor, d: Tensor, need_q: bool, need_k: bool, need_scale: bool
+) -> GatheredGradients:
+    """The same blocks."""
+    return gathered.grads(q, k, indices, d, need_q, need_k, need_scale, workspace.limit_bytes(q.device.type))
 
 
 def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
@@ -98,7 +119,7 @@ class _Sweep:
         unknown = q.new_full((problem.n, spec.n_pos), float("nan"), dtype=self.wide)
         self.pos = unknown if problem.positives is None else problem.positives
         self.rows = q.new_empty(len(spec.stats), problem.n, dtype=self.wide)
-        self.columns = [Merger(spec.columns) for _ in self.panels()] if spec.columns else []
+        self.columns = [atoms.Merger(spec.columns) for _ in self.panels()] if spec.columns else []
 
     def strips(self) -> list[slice]:
         """Row slices."""
@@ -192,11 +213,19 @@ class _Sweep:
                 out.dscale.add_(torch.dot(w.view(-1), part.r.view(-1)))
             if out.dbias is not None and part.bias_sum is not None:
                 out.dbias.add_(part.bias_sum)
+            k = p.k[columns].to(self.wide) if needs.q or p.spec.distance else p.k[columns]
             if needs.q:
-                out.dq[rows].addmm_(w, p.k[columns].to(self.wide), beta=int(columns.start > 0 or p.shared))
+                out.dq[rows].addmm_(w, k, beta=int(columns.start > 0 or p.shared))
             if p.shared and needs.q:
                 out.dq[columns].addmm_(w.T, q)
             elif needs.k:
                 out.dk[columns].addmm_(w.T, q, beta=int(rows.start > 0))
+            if p.spec.distance:
+                if needs.q:
+                    atoms.less_itself(out.dq[rows], w, p.q[rows].to(self.wide), dim=1)
+                if p.shared and needs.q:
+                    atoms.less_itself(out.dq[columns], w, k, dim=0)
+                elif needs.k:
+                    atoms.less_itself(out.dk[columns], w, k, dim=0, factor=p.scale)
         if needs.q and not p.shared:
             out.dq[rows].mul_(p.scale)

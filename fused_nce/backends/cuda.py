@@ -1,13 +1,15 @@
 """The chunk loop of `csrc/cuda`: cuBLAS GEMMs with float32 scores that stay in the GPU's L2, one kernel for the rows.
 
 Best where D is large: the scores cross the L2, never the memory, and each is computed once (3 GEMMs) unless the columns
-are too many for one strip (4 GEMMs). Inputs are used in place where the elements of a row are adjacent; any other
-layout is copied first, beyond the workspace. Gradients leave in float32. Nothing waits for the GPU, so a call can be
-captured in a CUDA graph.
+are too many for one strip, or have statistics of their own (4 GEMMs). Inputs are used in place where the elements of a
+row are adjacent; any other layout is copied first, beyond the workspace. Gradients leave in float32, or in bfloat16
+where the inputs are and one GEMM finishes them. Nothing waits for the GPU, so a call can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -17,11 +19,14 @@ from torch import Tensor
 from fused_nce import _extension
 from fused_nce.core import workspace
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
-from fused_nce.core.spec import STATISTICS, Block, Identity, Spec, TanhClip
-from fused_nce.core.tails import Coefficients, Nce, Tail
+from fused_nce.core.spec import MARGINS, VOCABULARY, Bias, Block, Index, Labels, Separate, Spec
+from fused_nce.core.tails import Coefficients, LogIn, LogOut, Nce, Sigmoid, Tail
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = ("neg_lse", "neg_max", "square")  # in the order in which the kernels return them
+NAMES = ("neg_lse", "neg_max", "square")  # in the order in which the kernels return them, of rows and of columns
+FURTHER = ("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap")  # of rows, where one is wanted
+TAILS = (Nce, LogOut, LogIn, Sigmoid)  # whose coefficients the kernels find themselves
+ATOMS = VOCABULARY - MARGINS - {"mixed"}
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
@@ -32,9 +37,31 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
     if q.device.type != "cuda" or k.device.type != "cuda":
         gpu = "" if torch.cuda.is_available() else ", and torch finds no GPU here"
         return f"its kernels run on NVIDIA GPUs, not on {q.device}{gpu}"
-    if not module.build_info()["cuda"]:
+    built = module.build_info()
+    if not built["cuda"]:
         return f"the kernels were built without nvcc; with it at hand: FUSED_NCE_BUILD=cpu,cuda {_command()}"
+    capability = torch.cuda.get_device_capability(q.device)
+    if not _runs_on(capability, built["cuda_architectures"]):
+        return (
+            f"the kernels were built for {built['cuda_architectures']}, which this GPU, sm_{capability[0]}"
+            f"{capability[1]}, cannot run; for it: FUSED_NCE_BUILD=cpu,cuda {_command()}"
+        )
     return _unable(module, spec, q, k)
+
+
+def _runs_on(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether a GPU runs code for `sm_80,sm_90,compute_90`.
+
+    Machine code runs on later minor versions of its major one; PTX is compiled by the driver for any later GPU; code
+    with a letter, such as sm_90a, runs on that very version alone.
+    """
+    for kind, major, minor, exact in re.findall(r"(sm|compute)_(\d+)(\d)([a-z]?)", architectures):
+        version = (int(major), int(minor))
+        if version == capability:
+            return True
+        if not exact and version < capability and (kind == "compute" or version[0] == capability[0]):
+            return True
+    return False
 
 
 def _command() -> str:
@@ -43,13 +70,11 @@ def _command() -> str:
 
 def _unable(module: ModuleType, spec: Spec, q: Tensor, k: Tensor) -> str | None:
     """What neither its kernels nor the CPU that plays a GPU in the tests can do."""
-    if not isinstance(spec.layout, Block) or not isinstance(spec.transform, (Identity, TanhClip)):
-        return f"its kernels know block layouts, with or without a clip, not {spec.code}"
-    unknown = [name for name in spec.stats if name not in NAMES]
-    if unknown:
-        return f"its kernels know the statistics {', '.join(NAMES)}, not {', '.join(unknown)}"
     if q.dtype not in DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+    missing = [name for name in spec.columns if name not in NAMES]
+    if missing:
+        return f"it has no {', '.join(missing)} of columns"
     limit = workspace.limit_bytes(q.device.type)
     needed = _total_bytes(module, spec, q.shape[0], k.shape[0], q.shape[1], q.element_size(), limit)
     return f"the workspace of {limit} bytes is below the {needed} of its smallest plan" if needed > limit else None
@@ -65,55 +90,92 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
 
 def stats(problem: Problem) -> Statistics:
     """One score GEMM, strip by strip."""
-    pos, rows = torch.ops.fused_nce.cuda_stats(*_arguments(problem), _limit(problem))
-    return Statistics(pos, _wanted(problem.spec, rows))
+    spec = problem.spec
+    pos, rows, columns = torch.ops.fused_nce.cuda_stats(
+        *_arguments(problem), _further(spec), bool(spec.columns), _limit(problem)
+    )
+    return Statistics(pos, _wanted(spec.stats, rows), _wanted(spec.columns, columns) if spec.columns else None)
 
 
 def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
     """The scores again, and one GEMM a gradient."""
-    names, zeros = problem.spec.stats, torch.zeros_like(statistics.rows[0])
+    spec, zeros = problem.spec, torch.zeros_like(statistics.rows[0])
 
     def row(of: Tensor, name: str, absent: Tensor) -> Tensor:
-        return of[names.index(name)] if name in names else absent
+        return of[spec.stats.index(name)] if name in spec.stats else absent
 
-    d_pos, d_neg_lse, d_square = (
+    def column(of: Tensor | None, name: str) -> Tensor | None:
+        return of[spec.columns.index(name)] if of is not None and name in spec.columns else None
+
+    def further(of: Tensor) -> Tensor | None:
+        return torch.stack([row(of, name, zeros) for name in FURTHER]) if _further(spec) else None
+
+    # Without neg_lse among the statistics no negative has a weight, as in a row that has no negatives.
+    neg_lse, column_neg_lse = (
+        row(statistics.rows, "neg_lse", zeros - float("inf")),
+        column(statistics.columns, "neg_lse"),
+    )
+    d: list[Tensor | None] = [
         coefficients.d_pos,
         row(coefficients.d_rows, "neg_lse", zeros),
         row(coefficients.d_rows, "square", zeros),
-    )
-    # Without neg_lse among the statistics no negative has a weight, as in a row that has no negatives.
-    neg_lse = row(statistics.rows, "neg_lse", zeros - float("inf"))
+        further(coefficients.d_rows),
+        column(coefficients.d_columns, "neg_lse"),
+        column(coefficients.d_columns, "square"),
+    ]
+    if spec.columns and column_neg_lse is None:
+        column_neg_lse = d[4] = zeros.new_full((problem.m,), -float("inf"))
     factor = None
     if problem.q.dtype == torch.float16:
         # The weights enter the GEMMs as float16: coefficients of any size are brought to at most 1, on the device.
-        factor = _power_of_two(d_pos, d_neg_lse, d_square, row(statistics.rows, "square", zeros))
-        d_pos, d_neg_lse, d_square = d_pos * factor, d_neg_lse * factor, d_square * factor
+        squares = row(statistics.rows, "square", zeros), column(statistics.columns, "square")
+        factor = _power_of_two(d, squares)
+        d = [None if x is None else x * factor for x in d]
     found = torch.ops.fused_nce.cuda_grads(
-        *_arguments(problem), statistics.pos, neg_lse, d_pos, d_neg_lse, d_square, *needs, _limit(problem)
+        *_arguments(problem),
+        *(statistics.pos, neg_lse, *d[:3], further(statistics.rows), d[3], column_neg_lse, *d[4:]),
+        *needs,
+        _limit(problem),
     )
-    return Gradients(*(found if factor is None else (x.div_(factor) for x in found)))
+    return _gradients(problem, found if factor is None else [x.div_(factor) for x in found])
 
 
 def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
-    """One sweep: one score GEMM, and one a gradient."""
-    nce_weight = tail.unit(problem.n * problem.spec.block.n_c)
-    square_weight = tail.penalty / (problem.n * problem.m)
-    pos, rows, *gradients = torch.ops.fused_nce.cuda_loss(
-        *_arguments(problem), nce_weight, square_weight, *needs, _limit(problem)
+    """One sweep: one score GEMM, and one a gradient. A tail that the kernels do not know costs the scores twice."""
+    spec = problem.spec
+    unit, n_scores = tail.unit(problem.n * tail.per_row(spec)), problem.n * problem.m
+    if type(tail) not in TAILS:
+        known = stats(problem)
+        return known, grads(problem, known, tail.coefficients(spec, *known[:2], None, unit, 1.0, n_scores), needs)
+    pos, rows, *found = torch.ops.fused_nce.cuda_loss(
+        *_arguments(problem), _further(spec), tail.NAME, unit, tail.penalty / n_scores, *needs, _limit(problem)
     )
-    return Statistics(pos, _wanted(problem.spec, rows)), Gradients(*gradients)
+    return Statistics(pos, _wanted(spec.stats, rows)), _gradients(problem, found)
 
 
-def summary(problem: Problem, tail: Tail, found: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+def summary(
+    problem: Problem, tail: Tail, found: Statistics, reports: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """The tail's (loss, nce, penalty, report) in one or two launches, where torch's own operations take forty.
 
     None for a tail that it does not know.
     """
+    spec = problem.spec
     plain = tail.weight == 1 or tail.reduction != "none"
-    if type(tail) is not Nce or not plain or problem.spec.stats != STATISTICS:
+    if type(tail) is not Nce or not plain or spec.columns or NAMES[: len(spec.stats)] != spec.stats:
         return None
+    n_c = spec.layout.n_c if isinstance(spec.layout, Block) else 1
+    images = problem.m // n_c + isinstance(spec.layout, Separate)  # a separate positive stands beside the M columns
     loss, nce, penalty, report = torch.ops.fused_nce.cuda_summary(
-        found.pos, found.rows, problem.m, tail.penalty, tail.reduction != "sum", tail.reduction == "none"
+        found.pos,
+        found.rows,
+        n_c,
+        images,
+        problem.m,
+        tail.penalty,
+        tail.reduction != "sum",
+        tail.reduction == "none",
+        reports,
     )
     if tail.weight != 1:
         nce = nce * tail.weight
@@ -121,9 +183,18 @@ def summary(problem: Problem, tail: Tail, found: Statistics) -> tuple[Tensor, Te
     return loss, nce, penalty, report
 
 
-def _power_of_two(d_pos: Tensor, d_neg_lse: Tensor, d_square: Tensor, square: Tensor) -> Tensor:
-    """0-d: what brings every weight to at most 1. A weight of the square is 2·d_square·s, and |s| ≤ √square."""
-    sizes = [d_pos.abs().amax(), d_neg_lse.abs().amax(), (2 * d_square.abs() * square.sqrt()).amax()]
+def _power_of_two(d: list[Tensor | None], squares: tuple[Tensor, Tensor | None]) -> Tensor:
+    """0-d: what brings every weight to at most 1. A weight of the square is 2·d_square·s, and |s| ≤ √square.
+
+    A score has a few weights, of its row and of its column: a few times what one of them is.
+    """
+    d_pos, d_row, d_square, d_further, d_column, d_column_square = d
+    sizes = [x.abs().amax() for x in (d_pos, d_row, d_further, d_column) if x is not None and x.numel()]
+    sizes += [
+        (2 * x.abs() * y.sqrt()).amax()
+        for x, y in zip((d_square, d_column_square), squares, strict=True)
+        if x is not None and y is not None
+    ]
     peak = torch.stack(sizes).amax()
     exponent = torch.frexp(peak).exponent.clamp(-100, 100)
     # A peak of 0 needs no factor, and one that is not finite must come out as it is.
@@ -131,27 +202,58 @@ def _power_of_two(d_pos: Tensor, d_neg_lse: Tensor, d_square: Tensor, square: Te
 
 
 def _arguments(problem: Problem) -> tuple[Any, ...]:
-    layout, scale = problem.spec.block, problem.scale
+    spec, layout, scale, bias = problem.spec, problem.spec.layout, problem.scale, None
     factors = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
-    return problem.q, problem.k, *factors, layout.n_c, layout.rows_per_image, problem.offset, problem.spec.clip or 0.0
+    block = (layout.n_c, layout.rows_per_image, problem.offset) if isinstance(layout, Block) else (1, 1, 0)
+    row_ids = problem.row_ids if isinstance(layout, (Index, Labels)) else None
+    column_ids = problem.column_ids if isinstance(layout, Labels) else None
+    itself = problem.offset * block[0] if spec.drop_self else -1
+    if isinstance(spec.transform, Bias):
+        bias = torch.as_tensor(problem.bias, dtype=torch.float32, device=problem.q.device)
+    k = None if problem.shared else problem.k
+    return problem.q, k, *factors, *block, spec.clip or 0.0, row_ids, itself, problem.positives, column_ids, bias
+
+
+def _further(spec: Spec) -> bool:
+    return not set(FURTHER).isdisjoint(spec.stats)
+
+
+def _gradients(problem: Problem, found: Sequence[Tensor]) -> Gradients:
+    dq, dk, dscale, dbias = found
+    return Gradients(dq, dk, dscale, dbias if isinstance(problem.spec.transform, Bias) else None)
 
 
 def _limit(problem: Problem) -> int:
     return workspace.limit_bytes(problem.q.device.type)
 
 
-def _wanted(spec: Spec, rows: Tensor) -> Tensor:
-    """(S, N) in the spec's order."""
-    return rows if spec.stats == NAMES else torch.stack([rows[NAMES.index(name)] for name in spec.stats])
+def _wanted(names: tuple[str, ...], found: Tensor) -> Tensor:
+    """(S, N) in the spec's order; a view where that is the kernels' own."""
+    known = (*NAMES, *FURTHER)
+    if names == known[: len(names)]:
+        return found[: len(names)]
+    return torch.stack([found[known.index(name)] for name in names])
 
 
 def _total_bytes(module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_bytes: int) -> int:
     """The dearest of the three operations: `grads` has no statistics to hold, `stats` no weights."""
+    # With statistics of columns there is no `loss`.
+    tasks = ((True, False), (False, True)) if spec.columns else ((True, True), (True, False), (False, True))
     return max(
         int(
-            module.cuda_plan(n, m, d, spec.block.n_c, dtype_bytes, limit_bytes, statistics=s, gradients=g)[
-                "total_bytes"
-            ]
+            module.cuda_plan(
+                n,
+                m,
+                d,
+                spec.n_pos,
+                dtype_bytes,
+                limit_bytes,
+                statistics=statistics,
+                gradients=gradients,
+                sums=gradients * (2 if isinstance(spec.transform, Bias) else 1),
+                both_ways=statistics and bool(spec.columns),
+                further=statistics and _further(spec),
+            )["total_bytes"]
         )
-        for s, g in ((True, True), (True, False), (False, True))
+        for statistics, gradients in tasks
     )

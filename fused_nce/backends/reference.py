@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from fused_nce.backends import gathered
 from fused_nce.core import atoms
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import VOCABULARY, Bias, Separate, Spec
 from fused_nce.core.tails import Coefficients, Tail
 
 ATOMS = VOCABULARY
+gathered_scores = partial(gathered.scores, limit_bytes=None)
+gathered_grads = partial(gathered.grads, limit_bytes=None)
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
@@ -28,7 +32,7 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
 
 def stats(problem: Problem) -> Statistics:
     """Statistics of the whole score matrix."""
-    return _fold(problem, _scores(problem))
+    return _fold(problem, _scores(problem).x)
 
 
 def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
@@ -39,28 +43,31 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
 def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
     """Statistics, then gradients, from the same scores."""
     scores, spec = _scores(problem), problem.spec
-    found = _fold(problem, scores)
+    found = _fold(problem, scores.x)
     unit = tail.unit(problem.n * tail.per_row(spec))
     coefficients = tail.coefficients(spec, *found, unit, 1.0, problem.n * problem.m)
     return found, _descend(problem, scores, found, coefficients, needs)
 
 
-class _Scores(NamedTuple):
-    """Each (N, M)."""
+class _Problem(NamedTuple):
+    """A problem and all its scores."""
 
-    s: Tensor
-    t: Tensor
-    of: atoms.Sets
+    r: Tensor  # (N, M) raw scores at scale 1
+    x: atoms.Scores
 
 
-def _scores(problem: Problem) -> _Scores:
+def _scores(problem: Problem) -> _Problem:
     wide, spec = torch.promote_types(problem.q.dtype, torch.float32), problem.spec
-    s = problem.scale * (problem.q.to(wide) @ problem.k.to(wide).T)
+    q, k = problem.q.to(wide), problem.k.to(wide)
+    r = q @ k.T
+    if spec.distance:
+        atoms.to_half_distances(r, q, k)
+    s = problem.scale * r
     of = atoms.sets(problem, range(problem.n), range(problem.m))
-    return _Scores(s, atoms.transform_value(spec.transform, s, problem.bias), of)
+    return _Problem(r, atoms.Scores(s, atoms.transform_value(spec.transform, s, problem.bias), of))
 
 
-def _fold(problem: Problem, x: _Scores) -> Statistics:
+def _fold(problem: Problem, x: atoms.Scores) -> Statistics:
     spec = problem.spec
     pos = x.t.new_empty(problem.n, 0)
     if isinstance(spec.layout, Separate):
@@ -68,31 +75,38 @@ def _fold(problem: Problem, x: _Scores) -> Statistics:
     elif spec.n_pos:
         pos = x.t.gather(1, atoms.positive_columns(problem, range(problem.n)))
     rows, columns = (
-        atoms.merge_tiles(names, [atoms.fold_tile(names, *x, dim)]) if names else None
+        atoms.merge_tiles(names, [atoms.fold_tile(names, x, dim)]) if names else None
         for names, dim in ((spec.stats, 1), (spec.columns, 0))
     )
     return Statistics(pos, cast(Tensor, rows), columns)
 
 
 def _descend(
-    problem: Problem, x: _Scores, statistics: Statistics, coefficients: Coefficients, needs: Needs
+    problem: Problem, scores: _Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs
 ) -> Gradients:
-    """dL/dq = scale·W k, dL/dk = scale·Wᵀ q, dL/dscale = Σ W·⟨q,k⟩."""
-    spec = problem.spec
-    on_t, on_s = atoms.tile_weights(spec.stats, *x, statistics.rows, coefficients.d_rows)
+    """dL/dq = scale·W k, dL/dk = scale·Wᵀ q, dL/dscale = Σ W·r; of a distance, W k less ΣW·q, and Wᵀ q less ΣW·k."""
+    spec, (r, x) = problem.spec, scores
+    on_t, on_s = atoms.tile_weights(spec.stats, x, statistics.rows, coefficients.d_rows)
     if spec.columns:
         found, d = cast(Tensor, statistics.columns), cast(Tensor, coefficients.d_columns)
-        across = atoms.tile_weights(spec.columns, *x, found, d, dim=0)
+        across = atoms.tile_weights(spec.columns, x, found, d, dim=0)
         on_t, on_s = on_t + across[0], on_s + across[1]
     if spec.n_pos and not isinstance(spec.layout, Separate):
         on_t.scatter_add_(1, atoms.positive_columns(problem, range(problem.n)), coefficients.d_pos)
     w = on_t * atoms.transform_slope(spec.transform, x.t) + on_s
     q, k = problem.q.to(w.dtype), problem.k.to(w.dtype)
     none = w.new_empty(0)
-    dq = problem.scale * ((w + w.T if problem.shared else w) @ k) if needs.q else none
+    both = w + w.T if problem.shared else w
+    dq = both @ k if needs.q else none
+    dk = w.T @ q if needs.k and not problem.shared else none
+    if spec.distance:
+        if dq.numel():
+            atoms.less_itself(dq, both, q, dim=1)
+        if dk.numel():
+            atoms.less_itself(dk, w, k, dim=0)
     return Gradients(
-        dq,
-        problem.scale * (w.T @ q) if needs.k and not problem.shared else none,
-        (w * (q @ k.T)).sum() if needs.scale else none,
+        problem.scale * dq,
+        problem.scale * dk,
+        (w * r).sum() if needs.scale else none,
         on_t.sum() if needs.scale and isinstance(spec.transform, Bias) else None,
     )

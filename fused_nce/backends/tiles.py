@@ -7,7 +7,6 @@ made of, in three buffers that it overwrites as it goes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -23,7 +22,7 @@ FAST = frozenset({"block", "index", "separate", "identity", "tanh_clip", "drop_s
 
 def kind(spec: Spec) -> type[Tile]:
     """The cheapest tile that can run a spec."""
-    return LseTile if spec.atoms <= FAST else AtomTile
+    return LseTile if spec.atoms <= FAST else SortTile if spec.whole_rows else AtomTile
 
 
 class Places:
@@ -64,7 +63,9 @@ class Tile(ABC):
         if self.spec.drop_self:
             self.itself = Places(atoms.self_columns(problem, self.rows)[:, None], panel)
         self.buffers = buffers[:, : q.shape[0] * k.shape[0]].view(-1, q.shape[0], k.shape[0])
-        self.r = torch.mm(q, k.T, out=self.buffers[0])  # (strip, panel) ⟨q,k⟩, unscaled
+        self.r = torch.mm(q, k.T, out=self.buffers[0])  # (strip, panel) ⟨q,k⟩ or −½‖q − k‖², unscaled
+        if self.spec.distance:
+            atoms.to_half_distances(self.r, q, k)
         self.bias_sum: Tensor | None = None  # 0-d Σ dL/dt, of a bias
 
     @abstractmethod
@@ -83,32 +84,38 @@ class AtomTile(Tile):
 
     def __init__(self, problem: Problem, rows: slice, panel: slice, buffers: Tensor, lse: Tensor | None) -> None:
         super().__init__(problem, rows, panel, buffers, lse)
-        self.s = self.r * problem.scale
-        self.t = atoms.transform_value(self.spec.transform, self.s, problem.bias)
-        self.of = atoms.sets(problem, self.rows, self.columns)
+        s = self.r * problem.scale
+        t = atoms.transform_value(self.spec.transform, s, problem.bias)
+        self.x = atoms.Scores(s, t, atoms.sets(problem, self.rows, self.columns))
 
     def fold(self, pos: Tensor) -> Tensor:
         """By definition."""
         if self.own:
-            pos.copy_(torch.where(self.own.inside, self.own.get(self.t), pos))
-        return atoms.fold_tile(self.spec.stats, self.s, self.t, self.of)
+            pos.copy_(torch.where(self.own.inside, self.own.get(self.x.t), pos))
+        return atoms.fold_tile(self.spec.stats, self.x)
 
     def fold_columns(self) -> Tensor:
         """The tile's column statistics, (S', panel)."""
-        return atoms.fold_tile(self.spec.columns, self.s, self.t, self.of, dim=0)
+        return atoms.fold_tile(self.spec.columns, self.x, dim=0)
 
     def weights(self, found: Statistics, d: Coefficients) -> Tensor:
         """By definition."""
         spec = self.spec
-        on_t, on_s = atoms.tile_weights(spec.stats, self.s, self.t, self.of, found.rows, d.d_rows)
+        on_t, on_s = atoms.tile_weights(spec.stats, self.x, found.rows, d.d_rows)
         if found.columns is not None and d.d_columns is not None:
-            across = atoms.tile_weights(spec.columns, self.s, self.t, self.of, found.columns, d.d_columns, dim=0)
+            across = atoms.tile_weights(spec.columns, self.x, found.columns, d.d_columns, dim=0)
             on_t, on_s = on_t.add_(across[0]), on_s.add_(across[1])
         if self.own:
             self.own.put(on_t, self.own.get(on_t) + d.d_pos)
         if isinstance(spec.transform, Bias):
             self.bias_sum = on_t.sum()
-        return on_t.mul_(atoms.transform_slope(spec.transform, self.t)).add_(on_s)
+        return on_t.mul_(atoms.transform_slope(spec.transform, self.x.t)).add_(on_s)
+
+
+class SortTile(AtomTile):
+    """With whole rows sorted beside their scores, and places in them, which are int64."""
+
+    BUFFERS = 26
 
 
 class LseTile(Tile):
@@ -179,25 +186,3 @@ class LseTile(Tile):
         if self.itself:
             self.itself.put(self.r, self.r.new_zeros(()))
         return self.r
-
-
-class Merger:
-    """Partial statistics, pushed one by one and merged in pairs of pairs; log2 of them are held."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
-        self.levels: list[Tensor | None] = []
-
-    def push(self, part: Tensor) -> None:
-        """Add one, (S, ·)."""
-        for level, waiting in enumerate(self.levels):
-            if waiting is None:
-                self.levels[level] = part
-                return
-            part, self.levels[level] = atoms.merge_two(self.names, waiting, part), None
-        self.levels.append(part)
-
-    def result(self) -> Tensor:
-        """All of them as one, finished."""
-        left = [part for part in reversed(self.levels) if part is not None]
-        return atoms.merge_tiles(self.names, left)

@@ -120,6 +120,8 @@ KNOWN = (
     ),
     _pml("NTXentLoss", "temperature"),
     _pml("SupConLoss", "temperature"),
+    _pml("ContrastiveLoss", "pos_margin", "neg_margin"),
+    _pml("TripletMarginLoss", "margin", "swap", "smooth_loss", "triplets_per_anchor"),
     Known("CrossBatchMemory", PML, _pml_memory),
     Known("SelfSupervisedLoss", PML, lambda theirs: pml.SelfSupervisedLoss(adapter(theirs.loss), theirs.symmetric)),
     Known("AmdimNCELoss", BOLTS, words(bolts.AmdimNCELoss, "tclip")),

@@ -6,17 +6,19 @@ the `reference` and `chunked` backends run. N rows, M columns, P positives a row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from fused_nce.core.spec import Bias, Block, Index, Labels, TanhClip, Transform
+from fused_nce.core.spec import Bias, Block, Dist, Index, Labels, SqDist, TanhClip, Transform
+from fused_nce.core.statistics import STATISTIC, Scores, Sets, poison, softplus
 
 if TYPE_CHECKING:
     from fused_nce.core.problem import Problem
+
+__all__ = ["STATISTIC", "Scores", "Sets", "poison", "softplus"]  # of `core/statistics.py`
 
 # ---- layouts ----------------------------------------------------------------------------------------------------
 
@@ -68,14 +70,6 @@ def at_positives(problem: Problem, columns: Tensor | None) -> Tensor | None:
     return None if columns is None else columns[:, positive_columns(problem, range(problem.n))]
 
 
-class Sets(NamedTuple):
-    """Which columns of a tile are in each row's sets, (N, m) bool."""
-
-    pos: Tensor
-    neg: Tensor
-    all: Tensor
-
-
 def sets(problem: Problem, rows: range, columns: range) -> Sets:
     """The sets of one tile."""
     ids = row_ids(problem, rows)
@@ -97,158 +91,69 @@ def sets(problem: Problem, rows: range, columns: range) -> Sets:
 SHIFTLESS_CLIP = 43.0
 
 
+def to_half_distances(r: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """(N, m) dot products of q and k to raw scores −½‖q − k‖², in place.
+
+    What rounding leaves above 0 is 0. As a score's, the gradient is W k in q, less Σ_j w_ij·q_i: see `less_itself`.
+    """
+    norms = (x.square().sum(dim=1) for x in (q, k))
+    rows, columns = (norm.mul_(0.5) for norm in norms)
+    return r.sub_(rows[:, None]).sub_(columns).clamp_(max=0)
+
+
+def less_itself(dx: Tensor, w: Tensor, x: Tensor, dim: int, factor: float | Tensor = 1.0) -> None:
+    """Subtract factor·Σw·x from a gradient in place: d −½‖q − k‖² / dq is k − q, where d ⟨q,k⟩ / dq is k.
+
+    Args:
+        dx: (N, D) gradient of the rows (dim 1), or (m, D) of the columns (dim 0).
+        w: (N, m) dL/ds.
+        x: the rows or columns.
+        dim: what w is summed over.
+        factor: the score's scale.
+    """
+    dx.addcmul_((w.sum(dim=dim) * factor)[:, None], x, value=-1)
+
+
 def transform_value(transform: Transform, s: Tensor, bias: float | Tensor = 0.0) -> Tensor:
     """t(s)."""
     if isinstance(transform, Bias):
         return s + bias
+    if isinstance(transform, SqDist):
+        return 2 * s
+    if isinstance(transform, Dist):
+        at_zero = s == 0  # where the root has no slope, and an infinite one would become NaN behind a mask
+        return -torch.sqrt((-2 * s).masked_fill(at_zero, 1.0)).masked_fill(at_zero, 0.0)
     return transform.c * torch.tanh(s / transform.c) if isinstance(transform, TanhClip) else s
 
 
 def transform_slope(transform: Transform, t: Tensor) -> Tensor:
     """dt/ds, from the value t: no second tanh. dt/db of a bias is the same 1."""
+    if isinstance(transform, SqDist):
+        return torch.full_like(t, 2.0)
+    if isinstance(transform, Dist):
+        return torch.where(t == 0, t, -1 / t)
     return 1 - (t / transform.c) ** 2 if isinstance(transform, TanhClip) else torch.ones_like(t)
-
-
-# ---- statistics -------------------------------------------------------------------------------------------------
-
-
-def softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z). Not `F.softplus`, which turns linear at 20 and is off by 2e-9 there."""
-    return -torch.nn.functional.logsigmoid(-z)
-
-
-Found = Mapping[str, Tensor]  # finished statistics by name, broadcasting against the scores
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """A reduction of one row's scores, or one column's.
-
-    Attributes:
-        over: `pos`, `neg` or `all`: a set of `Sets`.
-        of: `t` (transformed scores) or `s` (raw: the penalty has to see what the clip saturates).
-        empty: what a score outside the set becomes: it leaves the fold unchanged.
-        fold: (scores, dim) to the statistic.
-        merge: two partial results to one; column splits, chunks and ranks combine through it.
-        weight: (scores, finished statistics) to d statistic / d score, or None where it is not differentiable.
-        derive: the statistic from finished others; it has no fold of its own.
-        reads: those others, which a spec must name beside it.
-        poisoned: the fold would hide a score that is not finite.
-    """
-
-    over: str
-    of: str
-    empty: float
-    fold: Callable[[Tensor, int], Tensor]
-    merge: Callable[[Tensor, Tensor], Tensor]
-    weight: Callable[[Tensor, Found], Tensor] | None
-    derive: Callable[[Found], Tensor] | None = None
-    reads: tuple[str, ...] = ()
-    poisoned: bool = False
-
-
-def _lse(over: str) -> Statistic:
-    """log Σ e^t."""
-    name = f"{over}_lse"
-    return Statistic(
-        over=over,
-        of="t",
-        empty=float("-inf"),
-        fold=torch.logsumexp,
-        merge=torch.logaddexp,
-        weight=lambda t, found: torch.exp(t - found[name]),
-        poisoned=over == "neg",
-    )
-
-
-def _max(over: str) -> Statistic:
-    """For ranking the positives; its gradient is undefined at ties, and no loss asks for it."""
-    return Statistic(over=over, of="t", empty=float("-inf"), fold=torch.amax, merge=torch.maximum, weight=None)
-
-
-def _sum(over: str, of: str, term: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor] | None) -> Statistic:
-    """Σ term(x). `empty` is where the term vanishes: 0, or −inf for those that are a log of 1 + e^x."""
-    return Statistic(
-        over=over,
-        of=of,
-        empty=float("-inf") if term is softplus else 0.0,
-        fold=lambda x, dim: term(x).sum(dim=dim),
-        merge=torch.add,
-        weight=None if slope is None else lambda x, _: slope(x),
-        poisoned=term is softplus,
-    )
-
-
-def _gap(found: Found) -> Tensor:
-    """pos_lse − mean pos; 0 for a row without positives."""
-    count = found["pos_count"]
-    return torch.where(count > 0, found["pos_lse"] - found["pos_sum"] / count, torch.zeros_like(count))
-
-
-STATISTIC = {
-    "neg_lse": _lse("neg"),
-    "pos_lse": _lse("pos"),
-    "neg_max": _max("neg"),
-    "pos_max": _max("pos"),
-    "square": _sum("all", "s", torch.square, lambda s: 2 * s),
-    "neg_softplus": _sum("neg", "t", softplus, torch.sigmoid),
-    "pos_sum": _sum("pos", "t", lambda t: t, torch.ones_like),
-    "pos_count": Statistic(
-        over="pos",
-        of="t",
-        empty=float("-inf"),
-        fold=lambda t, dim: (t != float("-inf")).sum(dim=dim).to(t.dtype),
-        merge=torch.add,
-        weight=None,
-    ),
-    # One statistic, because its weight is small where those of its parts cancel: (1 − ν) − 1 keeps no digit of ν.
-    "pos_gap": Statistic(
-        over="pos",
-        of="t",
-        empty=0.0,
-        fold=lambda t, dim: t.new_zeros(t.shape[1 - dim]),
-        merge=torch.add,
-        weight=lambda t, found: torch.exp(t - found["pos_lse"]) - 1 / found["pos_count"],
-        derive=_gap,
-        reads=("pos_lse", "pos_sum", "pos_count"),
-    ),
-}
-
-
-def poison(s: Tensor, dim: int = 1) -> Tensor:
-    """0 for a row (or, over dim 0, a column) of finite scores, NaN otherwise.
-
-    tanh(±inf) = ±1, and a max drops a NaN: without this, a NaN or Inf in the features could leave a finite loss. Added
-    to `neg_lse`, it reaches the row's loss and, through the weights, every gradient that the bad score belongs to.
-    """
-    return s.sum(dim=dim) * 0
 
 
 # ---- tiles ------------------------------------------------------------------------------------------------------
 
 
-def fold_tile(names: Sequence[str], s: Tensor, t: Tensor, of: Sets, dim: int = 1) -> Tensor:
-    """Statistics of one tile of scores: of its rows (dim 1), (S, N), or of its columns (dim 0), (S, m).
-
-    Args:
-        names: the statistics.
-        s: (N, m) raw scores.
-        t: (N, m) transformed scores.
-        of: each row's sets.
-        dim: what is reduced.
-    """
-    found = []
-    for name in names:
-        stat = STATISTIC[name]
-        x = s if stat.of == "s" else t
-        value = stat.fold(x.masked_fill(~getattr(of, stat.over), stat.empty), dim)
-        found.append(value + poison(s, dim) if stat.poisoned else value)
-    return torch.stack(found)
+def fold_tile(names: Sequence[str], x: Scores, dim: int = 1) -> Tensor:
+    """Statistics of one tile of scores: of its rows (dim 1), (S, N), or of its columns (dim 0), (S, m)."""
+    return torch.stack([STATISTIC[name].value(x, dim) for name in names])
 
 
 def merge_two(names: Sequence[str], one: Tensor, two: Tensor) -> Tensor:
-    """Two partial (S, N) statistics as one."""
-    return torch.stack([STATISTIC[name].merge(x, y) for name, x, y in zip(names, one, two, strict=True)])
+    """Two partial (S, N) statistics as one.
+
+    Raises:
+        TypeError: for one that needs whole rows.
+    """
+    parts = [dict(zip(names, part, strict=True)) for part in (one, two)]
+    rules = [STATISTIC[name].merge for name in names]
+    if None in rules:
+        raise TypeError(f"statistics: got two parts of {names[rules.index(None)]}, need whole rows")
+    return torch.stack([rule(*parts) for rule in rules if rule is not None])
 
 
 def merge_tiles(names: Sequence[str], parts: list[Tensor]) -> Tensor:
@@ -264,21 +169,41 @@ def merge_tiles(names: Sequence[str], parts: list[Tensor]) -> Tensor:
     return torch.stack([derived.get(name, value) for name, value in named.items()]) if derived else parts[0]
 
 
+class Merger:
+    """Partial statistics, pushed one by one and merged in pairs of pairs; log2 of them are held."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.levels: list[Tensor | None] = []
+
+    def push(self, part: Tensor) -> None:
+        """Add one, (S, ·)."""
+        for level, waiting in enumerate(self.levels):
+            if waiting is None:
+                self.levels[level] = part
+                return
+            part, self.levels[level] = merge_two(self.names, waiting, part), None
+        self.levels.append(part)
+
+    def result(self) -> Tensor:
+        """All of them as one, finished."""
+        left = [part for part in reversed(self.levels) if part is not None]
+        return merge_tiles(self.names, left)
+
+
 def tile_weights(
     names: Sequence[str],
-    s: Tensor,  # (N, m) raw scores
-    t: Tensor,  # (N, m) transformed scores
-    of: Sets,
+    x: Scores,
     found: Tensor,  # (S, N) finished statistics of the rows, or (S, m) of the columns
     d: Tensor,  # the same shape, dL/d statistic
     dim: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """What the statistics contribute to (dL/dt, dL/ds beside it), each (N, m). The caller adds `pos`'s own part."""
     named = {name: row.unsqueeze(dim) for name, row in zip(names, found, strict=True)}
-    w = {"t": torch.zeros_like(s), "s": torch.zeros_like(s)}
+    w = {"t": torch.zeros_like(x.s), "s": torch.zeros_like(x.s)}
     for name, d_row in zip(names, d, strict=True):
         stat = STATISTIC[name]
-        if stat.weight is not None:
-            part = d_row.unsqueeze(dim) * stat.weight(s if stat.of == "s" else t, named)
-            w[stat.of] += part.masked_fill(~getattr(of, stat.over), 0.0)
+        slope = stat.slope(x, named)
+        if slope is not None:
+            w[stat.of] += d_row.unsqueeze(dim) * slope
     return w["t"], w["s"]

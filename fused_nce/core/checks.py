@@ -133,6 +133,27 @@ def check_ids(name: str, ids: Tensor | None, length: int, letter: str, device: t
         raise ValueError(f"{name}: got device {ids.device}, need the inputs' {device}")
 
 
+def check_indices(name: str, indices: Tensor, n: int, m: int, device: torch.device) -> None:
+    """(N, m) int64 row numbers below M. Only a CPU can look at them without waiting; elsewhere they give a NaN.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another shape or device, or an index out of range.
+    """
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{name}: got {type(indices).__name__}, need a (N, m) int64 tensor")
+    if indices.dtype != torch.int64:
+        raise TypeError(f"{name}: got {indices.dtype}, need int64")
+    if indices.dim() != 2 or indices.shape[0] != n or indices.shape[1] < 1:
+        raise ValueError(f"{name}: got shape {tuple(indices.shape)}, need (N, m) = ({n}, m) with m >= 1")
+    if indices.device != device:
+        raise ValueError(f"{name}: got device {indices.device}, need the inputs' {device}")
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in torch.aminmax(indices))
+        if low < 0 or high >= m:
+            raise ValueError(f"{name}: got {low if low < 0 else high}, need 0 <= index < {m}")
+
+
 def check_targets(targets: Tensor, m: int, itself: int | None) -> None:
     """Targets within the M columns. Reads them, so for the CPU alone: elsewhere one out of range gives its row a NaN.
 

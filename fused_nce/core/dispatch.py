@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import threading
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 from torch import Tensor
@@ -56,13 +57,12 @@ def why_not(backend: str, spec: Spec, q: Tensor, k: Tensor | None) -> str | None
     return module.why_not(spec, q, q if k is None else k)
 
 
-def automatic(spec: Spec, q: Tensor, k: Tensor | None, call: Call = ANY_CALL) -> tuple[str, ...]:
+def automatic(q: Tensor, k: Tensor | None, call: Call = ANY_CALL) -> tuple[str, ...]:
     """What the automatic choice tries for these tensors, the fastest first."""
     if q.device.type != "cuda":
         return AUTOMATIC
-    call = call._replace(shared=k is None, columns=bool(spec.columns))
     n, m, d = q.shape[0], (q if k is None else k).shape[0], q.shape[1]
-    return (*cost.fastest_first(call, n, m, d, q.dtype), "chunked")
+    return (*cost.fastest_first(call._replace(shared=k is None), n, m, d, q.dtype), "chunked")
 
 
 def choose(spec: Spec, q: Tensor, k: Tensor | None, requested: str, call: Call = ANY_CALL) -> tuple[str, Backend]:
@@ -79,21 +79,29 @@ def choose(spec: Spec, q: Tensor, k: Tensor | None, requested: str, call: Call =
         ValueError: for an unknown name, or when a requested backend cannot run this.
         RuntimeError: under `FUSED_NCE_STRICT=1`, when the automatic choice would be a fallback.
     """
+    names = automatic(q, k, call._replace(columns=bool(spec.columns)))
+    return choose_by(lambda name: why_not(name, spec, q, k), names, requested, f"{spec.code} on {q.device}")
+
+
+def choose_by(
+    why_not: Callable[[str], str | None], names: tuple[str, ...], requested: str, what: str
+) -> tuple[str, Backend]:
+    """The requested backend, else the first of `names` that can; `what` is for a message. Raises as `choose` does."""
     requested = requested or os.environ.get("FUSED_NCE_BACKEND", "")
     if requested:
-        reason = why_not(requested, spec, q, k)
+        reason = why_not(requested)
         if reason is not None:
             raise ValueError(f"backend: got {requested!r}, which cannot run this: {reason}")
         _local.path = Path(requested, "requested")
         return requested, backend_module(requested)
     reasons: list[str] = []
-    for name in automatic(spec, q, k, call):
-        reason = why_not(name, spec, q, k)
+    for name in names:
+        reason = why_not(name)
         if reason is None:
             _record(name, "; ".join(reasons))
             return name, backend_module(name)
         reasons.append(f"{name}: {reason}")
-    raise RuntimeError(f"no backend can run {spec.code} on {q.device}: {'; '.join(reasons)}")
+    raise RuntimeError(f"no backend can run {what}: {'; '.join(reasons)}")
 
 
 def last_path() -> Path | None:

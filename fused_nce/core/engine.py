@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_nce.core import checks, remote
+from fused_nce.core import checks, remote, ring
 from fused_nce.core import flop as _flop  # noqa: F401  (the ops' formulas)
 from fused_nce.core.atoms import STATISTIC
 from fused_nce.core.ops import Scores  # and defines torch.ops.fused_nce
@@ -23,7 +23,7 @@ class LossParts(NamedTuple):
     loss: Tensor  # 0-d
     nce: Tensor  # 0-d, or the elements, (N, P) or (N, 1), under reduction="none"
     penalty: Tensor  # 0-d
-    report: dict[str, Tensor]  # 0-d each, the tail's `REPORT`
+    report: dict[str, Tensor]  # the tail's `REPORT`, 0-d each, or (reports,)
     pos: Tensor  # (N, P) transformed scores of the positives
     rows: dict[str, Tensor]  # (N,) each, the spec's statistics
 
@@ -69,11 +69,11 @@ def tile_stats(
     """
     scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids)
     everyone = peers(group)
-    if everyone is not None:
+    if everyone is not None and everyone.ring:
+        backend = ring.code(everyone, backend or "")
+    elif everyone is not None:
         if spec.columns:
-            raise ValueError(
-                f"group: got columns {spec.columns}, whose rows lie on other processes, need row statistics"
-            )
+            raise ValueError(f"group: got columns {spec.columns}, whose rows lie on other processes, need ring=True")
         (scores,) = remote.spread(scores, spec, everyone)
     pos, rows, columns = torch.ops.fused_nce.stats(*scores, backend or "")
     named = dict(zip(spec.stats, rows.unbind(0), strict=True))
@@ -97,6 +97,7 @@ def tile_loss(
     row_ids: Tensor | None = None,
     column_ids: Tensor | None = None,
     parts: bool = True,
+    reports: int = 1,
     group: Group = None,
     backend: str | None = None,
 ) -> LossParts:
@@ -121,6 +122,7 @@ def tile_loss(
         row_ids: (N,) int64, as in `tile_stats`.
         column_ids: (M,) int64, as in `tile_stats`.
         parts: False where `loss` alone is differentiated: q and k are not kept, a bank may change before the backward.
+        reports: several losses in one: the report of rows r, r + reports, … comes apart for each r < reports.
         group: as in `tile_stats`.
         backend: a name of `fused_nce.backends()`, or None to choose.
 
@@ -129,37 +131,47 @@ def tile_loss(
     """
     _check_tail(spec, tail)
     scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids)
+    checks.check_int("reports", reports)
+    if reports < 1 or q.shape[0] % reports:
+        raise ValueError(f"reports: got {reports} for N = {q.shape[0]} rows, need a divisor of them")
     everyone = peers(group)
     if everyone is None:
-        return _sweep(scores, spec, tail, parts, backend)
-    return _sweeps(scores, spec, tail, parts, everyone, backend)
+        return _sweep(scores, spec, tail, parts, reports, backend)
+    return _sweeps(scores, spec, tail, parts, reports, everyone, backend)
 
 
-def _sweep(x: Scores, spec: Spec, tail: Tail, parts: bool, backend: str | None) -> LossParts:
+def _sweep(x: Scores, spec: Spec, tail: Tail, parts: bool, reports: int, backend: str | None) -> LossParts:
     """One call of the op."""
     graph = torch.is_grad_enabled()
     needs = [graph and leaf is not None and leaf.requires_grad for leaf in x.differentiable]
-    loss, nce, penalty, report, pos, rows, *_ = torch.ops.fused_nce.loss(*x, tail.code, needs, parts, backend or "")
+    loss, nce, penalty, report, pos, rows, *_ = torch.ops.fused_nce.loss(
+        *x, tail.code, needs, parts, reports, backend or ""
+    )
     return LossParts(
         loss,
         nce,
         penalty,
-        dict(zip(tail.REPORT, report.unbind(0), strict=True)),
+        dict(zip(tail.REPORT, (report[0] if reports == 1 else report.T).unbind(0), strict=True)),
         pos,
         dict(zip(spec.stats, rows.unbind(0), strict=True)),
     )
 
 
-def _sweeps(x: Scores, spec: Spec, tail: Tail, parts: bool, everyone: Peers, backend: str | None) -> LossParts:
-    """This process's part of the loss of all: its rows, and with column statistics half of it from its keys as rows."""
+def _sweeps(
+    x: Scores, spec: Spec, tail: Tail, parts: bool, reports: int, everyone: Peers, backend: str | None
+) -> LossParts:
+    """This process's part of the loss of all: its rows; with column statistics, half of it from its keys as rows."""
+    if tail.reduction == "sum":
+        tail = replace(tail, weight=tail.weight * everyone.size)
+    if everyone.ring:
+        return _sweep(x, spec, tail, parts, reports, ring.code(everyone, backend or ""))
     both = bool(spec.columns)
-    share = tail.weight * (everyone.size if tail.reduction == "sum" else 1) / (2 if both else 1)
-    tail = replace(tail, weight=share)
+    tail = replace(tail, weight=tail.weight / 2) if both else tail
     scores = remote.spread(x, spec, everyone)
-    there = _sweep(scores[0], spec, tail, parts, backend)
+    there = _sweep(scores[0], spec, tail, parts, reports, backend)
     if not both:
         return there
-    back = _sweep(scores[1], spec, replace(tail, penalty=0.0), parts, backend)
+    back = _sweep(scores[1], spec, replace(tail, penalty=0.0), parts, 1, backend)
     nce = remote.back_at(spec, back.nce, x) if tail.reduction == "none" else back.nce
     return there._replace(loss=there.loss + back.loss, nce=there.nce + nce)
 

@@ -32,5 +32,5 @@ def _grads_flop(q_shape: Any, k_shape: Any, *args: Any, **__: Any) -> int:
 
 @register_flop_formula(torch.ops.fused_nce.loss)
 def _loss_flop(q_shape: Any, k_shape: Any, *args: Any, **__: Any) -> int:
-    again = bool(specs.parse(args[COUNT - 4]).columns and any(args[-3]))  # weights need the columns' statistics first
-    return _score_gemm(q_shape, k_shape) * (_gemms(q_shape, k_shape, args[-3]) + again)
+    again = bool(specs.parse(args[COUNT - 4]).columns and any(args[-4]))  # weights need the columns' statistics first
+    return _score_gemm(q_shape, k_shape) * (_gemms(q_shape, k_shape, args[-4]) + again)

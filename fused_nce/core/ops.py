@@ -14,11 +14,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fused_nce.core import atoms, checks, tails, twice
+from fused_nce.core import atoms, checks, ring, tails, twice
 from fused_nce.core import spec as specs
 from fused_nce.core import upstream as upstreams
 from fused_nce.core.cost import Call
-from fused_nce.core.dispatch import choose
 from fused_nce.core.problem import Backend, Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import Block, Index, Separate
 
@@ -62,12 +61,13 @@ _SCORES = (
 )
 _GRADIENTS = "Tensor dq, Tensor dk, Tensor dscale, Tensor dbias, Tensor dpositives"
 # needs: gradient wanted of q, k, scale_tensor, bias, positives. backend "": choose. parts: nce and penalty are
-# differentiable by themselves, for which q and k are kept; without, a key bank may change before the backward.
+# differentiable by themselves, for which q and k are kept; without, a key bank may change before the backward. reports:
+# rows r, r + reports, … have a line of `report` of their own.
 _SCHEMAS = {
     "stats": f"({_SCORES}, str backend) -> (Tensor pos, Tensor rows, Tensor columns)",
     "grads": f"({_SCORES}, Tensor pos, Tensor rows, Tensor columns, Tensor d_pos, Tensor d_rows, Tensor d_columns, "
     f"bool[] needs, str backend) -> ({_GRADIENTS})",
-    "loss": f"({_SCORES}, str tail, bool[] needs, bool parts, str backend) -> (Tensor loss, Tensor nce, "
+    "loss": f"({_SCORES}, str tail, bool[] needs, bool parts, int reports, str backend) -> (Tensor loss, Tensor nce, "
     f"Tensor penalty, Tensor report, Tensor pos, Tensor rows, Tensor columns, {_GRADIENTS})",
 }
 for _name, _schema in _SCHEMAS.items():
@@ -89,12 +89,12 @@ def _stash(x: Tensor) -> torch.dtype:
 # ---- bodies -----------------------------------------------------------------------------------------------------
 
 
-def _problem(x: Scores) -> Problem:
+def _problem(x: Scores, backend: str) -> Problem:
     """The backend's view: detached."""
-    return _as_problem(x.each(Tensor.detach))
+    return _as_problem(x.each(Tensor.detach), backend)
 
 
-def _as_problem(x: Scores) -> Problem:
+def _as_problem(x: Scores, backend: str) -> Problem:
     """In the accumulation dtype where a number is one."""
     spec, wide = specs.parse(x.spec), _wide(x.q)
     bias = 0.0 if x.bias is None else x.bias.to(wide)
@@ -110,6 +110,7 @@ def _as_problem(x: Scores) -> Problem:
         x.row_ids,
         x.column_ids,
         shared=x.k is None,
+        blocks=everyone.size if (everyone := ring.parse(backend)[0]) is not None else 1,
     )
 
 
@@ -135,10 +136,10 @@ def _finish(problem: Problem, x: Scores, out: Gradients, d_pos: Tensor, needs: l
 
 
 def _prepared(x: Scores, backend: str, call: Call) -> tuple[Problem, str, Backend]:
-    problem = _problem(x)
+    problem = _problem(x, backend)
     if isinstance(problem.spec.layout, Index) and problem.q.device.type == "cpu":
         checks.check_targets(cast(Tensor, x.row_ids), problem.m, x.offset if problem.spec.drop_self else None)
-    name, module = choose(problem.spec, problem.q, None if problem.shared else problem.k, backend, call)
+    name, module = ring.backend(problem, backend, call)
     return problem, name, module
 
 
@@ -159,7 +160,7 @@ def _to_columns(problem: Problem, d: tails.Coefficients) -> tails.Coefficients:
 def _warn_without_negatives(problem: Problem) -> None:
     layout = problem.spec.layout
     own = layout.n_c if isinstance(layout, Block) else 0 if isinstance(layout, Separate) else 1
-    if problem.m == own:
+    if problem.n_columns == own:
         warnings.warn("fused_nce: one image has no negatives; its nce is 0, and so is the gradient of it", stacklevel=3)
 
 
@@ -182,7 +183,7 @@ def _grads(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _loss(*args: Any) -> tuple[Tensor, ...]:
-    x, (tail, needs, _, backend) = Scores(*args[:COUNT]), args[COUNT:]
+    x, (tail, needs, _, reports, backend) = Scores(*args[:COUNT]), args[COUNT:]
     rule, wanted = tails.parse(tail), _needs(needs)
     problem, name, module = _prepared(x, backend, Call.of("loss", wanted, bool(rule.penalty)))
     _warn_without_negatives(problem)
@@ -197,11 +198,13 @@ def _loss(*args: Any) -> tuple[Tensor, ...]:
         at = (spec, found.pos, found.rows, atoms.at_positives(problem, found.columns))
         # On a GPU the tail's forty small launches would cost more than the GEMMs of a small batch.
         summary = getattr(module, "summary", None)
-        brief = summary(problem, rule, found) if summary is not None else None
-        *values, report = brief or (*rule.values(*at, problem.m), rule.report(*at, problem.m))
+        brief = summary(problem, rule, found, reports) if summary is not None else None
+        m = problem.n_columns
+        *values, report = brief or (*rule.values(*at, m), rule.reports(*at, m, reports))
         d_pos = found.pos
         if spec.columns or needs[4]:
-            d = rule.coefficients(*at, rule.unit(problem.n * rule.per_row(spec)), 1.0, problem.n * problem.m)
+            n_scores = problem.n * problem.n_columns
+            d = rule.coefficients(*at, rule.unit(problem.n * rule.per_row(spec)), 1.0, n_scores)
             d_pos = d.d_pos
             if spec.columns and any(wanted):
                 out = module.grads(problem, found, _to_columns(problem, d), wanted)
@@ -239,11 +242,11 @@ def _fake_grads(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_loss(*args: Any) -> tuple[Tensor, ...]:
-    x, (tail, needs, *_) = Scores(*args[:COUNT]), args[COUNT:]
+    x, (tail, needs, _, reports, _) = Scores(*args[:COUNT]), args[COUNT:]
     pos, rows, columns = _fake_stats(*args)
     rule = tails.parse(tail)
     elements = (x.q.shape[0], rule.per_row(specs.parse(x.spec))) if rule.reduction == "none" else ()
-    shapes = (), elements, (), (len(rule.REPORT),)
+    shapes = (), elements, (), (reports, len(rule.REPORT))
     return *(pos.new_empty(shape) for shape in shapes), pos, rows, columns, *_fake_gradients(x, needs)
 
 
@@ -258,7 +261,7 @@ def _with_graph(ctx: Any, tail: tails.Tail | None, *upstream: Tensor | None) -> 
     """The backward under create_graph=True, of inputs that are views of themselves: none is a function of another."""
     twice.check_asked_for(ctx.backend, tail is None or ctx.parts)
     x = Scores(*ctx.saved_tensors[:7], *ctx.rest).each(lambda y: y.view_as(y))
-    problem = _as_problem(x)
+    problem = _as_problem(x, ctx.backend)
     found = twice.statistics(problem)
     outputs = found if tail is None else twice.loss(problem, tail, found)
     return [*twice.gradients(outputs, upstream, x.differentiable, ctx.needs), None, None]
@@ -304,7 +307,7 @@ def _stats_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
 def _loss_backward(
     ctx: Any, d_loss: Tensor | None, d_nce: Tensor | None, d_penalty: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
-    rest = [None] * 7
+    rest = [None] * 8
     if torch.is_grad_enabled():
         return *_with_graph(ctx, tails.parse(ctx.tail), d_loss, d_nce, d_penalty), *rest
     saved = ctx.saved_tensors
@@ -316,7 +319,7 @@ def _loss_backward(
     # A reported part was differentiated on its own: the stash, at upstream 1 on the sum, cannot serve it.
     upstreams.refuse_batched(d_loss, d_nce, d_penalty)
     x, (pos, rows, columns) = Scores(*saved[:7], *ctx.rest), saved[7:10]
-    rule, problem = tails.parse(ctx.tail), _problem(x)
+    rule, problem = tails.parse(ctx.tail), _problem(x, ctx.backend)
     spec, n_elements = problem.spec, problem.n * rule.per_row(problem.spec)
     zero = torch.zeros((), dtype=pos.dtype, device=pos.device)
     on_loss = zero if d_loss is None else d_loss
@@ -324,7 +327,7 @@ def _loss_backward(
     d_element = on_loss * rule.unit(n_elements) + (zero if d_nce is None else d_nce * mean)
     d_sum = on_loss + (zero if d_penalty is None else d_penalty)
     at = atoms.at_positives(problem, columns if spec.columns else None)
-    d = rule.coefficients(spec, pos, rows, at, d_element, d_sum, problem.n * problem.m)
+    d = rule.coefficients(spec, pos, rows, at, d_element, d_sum, problem.n * problem.n_columns)
     return *_recompute(ctx, x, (pos, rows, columns), _to_columns(problem, d)), *rest
 
 

@@ -23,6 +23,7 @@ class Problem(NamedTuple):
     row_ids: Tensor | None = None  # (N,) int64, of Index (targets) and Labels
     column_ids: Tensor | None = None  # (M,) int64, of Labels
     shared: bool = False  # k is q: dq must hold both roles' gradient, (W + Wᵀ) q, and dk is empty
+    blocks: int = 1  # blocks of M keys that the rows meet: more than k where keys go round several processes
 
     @property
     def n(self) -> int:
@@ -31,8 +32,13 @@ class Problem(NamedTuple):
 
     @property
     def m(self) -> int:
-        """M, columns."""
+        """M, columns of k."""
         return self.k.shape[0]
+
+    @property
+    def n_columns(self) -> int:
+        """Columns that each row meets."""
+        return self.m * self.blocks
 
 
 class Needs(NamedTuple):
@@ -60,6 +66,26 @@ class Gradients(NamedTuple):
     dk: Tensor  # (M, D)
     dscale: Tensor  # 0-d
     dbias: Tensor | None = None  # 0-d; None without a bias
+
+
+class GatheredGradients(NamedTuple):
+    """Of unscaled scores of gathered columns, in their dtype; what is not wanted is empty, dscale 0."""
+
+    dq: Tensor  # (N, D)
+    dk: Tensor  # (M, D)
+    dscale: Tensor  # 0-d
+
+
+class GatheredBackend(Protocol):
+    """What a module of `fused_nce.backends` may have beside the rest, for columns that each row chooses."""
+
+    def gathered_scores(self, q: Tensor, k: Tensor, indices: Tensor) -> Tensor:
+        """(N, m) ⟨q_i, k_(indices_ij)⟩, unscaled; NaN for an index out of range."""
+
+    def gathered_grads(
+        self, q: Tensor, k: Tensor, indices: Tensor, d: Tensor, need_q: bool, need_k: bool, need_scale: bool
+    ) -> GatheredGradients:
+        """From dL/d score, (N, m)."""
 
 
 class Backend(Protocol):

@@ -6,7 +6,8 @@ first one they exchange eight integers, on the host, within a time limit: all go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, cast
@@ -110,10 +111,21 @@ def finish(what: str, timeout_s: float, start: Callable[[], Any], *, host: bool 
     Raises:
         ProcessLostError: where a process does not come in time, or its connection breaks.
     """
-    try:
+    with lost(what, timeout_s):
         work = start()
         if work is not None:
             work.wait(timedelta(seconds=timeout_s)) if host else work.wait()
+
+
+@contextmanager
+def lost(what: str, timeout_s: float) -> Iterator[None]:
+    """What torch raises for a broken or late collective, by its name.
+
+    Raises:
+        ProcessLostError: for it.
+    """
+    try:
+        yield
     except (RuntimeError, dist.DistError) as error:
         raise ProcessLostError(
             f"group: {what} did not finish within {timeout_s:g} s on every process: one died, is late or does "

@@ -15,7 +15,20 @@ from functools import lru_cache
 STATISTICS = ("neg_lse", "neg_max", "square")
 """The row statistics of a spec that names none, in the order of a backend's rows: what the `nce` tail reads."""
 
-VOCABULARY = frozenset(
+WHOLE_ROW = ("triplets_all", "active_all", "triplets_semihard", "active_semihard")
+"""Statistics of pairs within a row, which do not merge: no backend may cut such a row into panels."""
+
+MARGINS = frozenset(
+    {
+        *("sq_dist", "dist"),  # transforms
+        *("neg_ties", "neg_hardest", "pos_min", "pos_ties", "pos_hardest"),
+        *("pos_square", "neg_hinge", "neg_hinge_square", "neg_active"),
+        *WHOLE_ROW,
+    }
+)
+"""What only the losses of distances and margins name: torch's atoms alone so far, without twins in a kernel."""
+
+VOCABULARY = MARGINS | frozenset(
     {
         *("block", "index", "labels", "separate"),  # layouts
         *("identity", "tanh_clip", "bias"),  # transforms
@@ -95,8 +108,22 @@ class Bias:
     code = "bias()"
 
 
+@dataclass(frozen=True)
+class SqDist:
+    """t = −scale·‖q − k‖²: higher is closer, as with every score. The raw score becomes s = −scale·½‖q − k‖²."""
+
+    code = "sq_dist()"
+
+
+@dataclass(frozen=True)
+class Dist:
+    """t = −√(scale·‖q − k‖²), of the same raw score. At distance 0, where it has no slope, it is given none."""
+
+    code = "dist()"
+
+
 Layout = Block | Index | Labels | Separate
-Transform = Identity | TanhClip | Bias
+Transform = Identity | TanhClip | Bias | SqDist | Dist
 
 
 @dataclass(frozen=True)
@@ -133,6 +160,16 @@ class Spec:
         return self.transform.c if isinstance(self.transform, TanhClip) else None
 
     @property
+    def distance(self) -> bool:
+        """Raw scores are −½‖q − k‖² instead of ⟨q,k⟩."""
+        return isinstance(self.transform, (SqDist, Dist))
+
+    @property
+    def whole_rows(self) -> bool:
+        """A statistic needs all scores of a row at once."""
+        return not set(WHOLE_ROW).isdisjoint(self.stats)
+
+    @property
     def block(self) -> Block:
         """The layout, for a backend that has no other."""
         if not isinstance(self.layout, Block):
@@ -155,7 +192,13 @@ class Spec:
 
 
 LAYOUTS: dict[str, type[Layout]] = {"block": Block, "index": Index, "labels": Labels, "separate": Separate}
-TRANSFORMS: dict[str, type[Transform]] = {"identity": Identity, "tanh_clip": TanhClip, "bias": Bias}
+TRANSFORMS: dict[str, type[Transform]] = {
+    "identity": Identity,
+    "tanh_clip": TanhClip,
+    "bias": Bias,
+    "sq_dist": SqDist,
+    "dist": Dist,
+}
 
 
 @lru_cache(maxsize=256)

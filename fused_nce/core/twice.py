@@ -71,28 +71,33 @@ def statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 def _strip(p: Problem, rows: slice, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     here, every, spec = range(rows.start, rows.stop), range(p.m), p.spec
-    s = p.scale * (p.q[rows].to(wide) @ p.k.to(wide).T)
+    q, k = p.q[rows].to(wide), p.k.to(wide)
+    r = q @ k.T
+    s = p.scale * (atoms.to_half_distances(r, q, k) if spec.distance else r)
     t = atoms.transform_value(spec.transform, s, p.bias)
-    of = atoms.sets(p, here, every)
+    x = atoms.Scores(s, t, atoms.sets(p, here, every))
     pos = t[:, :0]
     if isinstance(spec.layout, Separate):
         pos = cast(Tensor, p.positives)[rows]
     elif spec.n_pos:
         pos = t.gather(1, atoms.positive_columns(p, here))
-    down = _fold(spec.columns, s, t, of, 0) if spec.columns else s.new_empty(0, p.m)
-    return pos, atoms.merge_tiles(spec.stats, [_fold(spec.stats, s, t, of, 1)]), down
+    down = _fold(spec.columns, x, 0) if spec.columns else s.new_empty(0, p.m)
+    return pos, atoms.merge_tiles(spec.stats, [_fold(spec.stats, x, 1)]), down
 
 
-def _fold(names: Sequence[str], s: Tensor, t: Tensor, of: atoms.Sets, dim: int) -> Tensor:
+def _fold(names: Sequence[str], x: atoms.Scores, dim: int) -> Tensor:
     """`atoms.fold_tile`, but an empty set has no derivative: that of log 0 is a NaN, which no mask stops twice."""
     found = []
     for name in names:
         stat = atoms.STATISTIC[name]
-        inside, x = getattr(of, stat.over), s if stat.of == "s" else t
+        if stat.merge is None:
+            found.append(stat.value(x, dim))  # linear in the scores, with no log in it
+            continue
+        inside, scores = getattr(x.of, stat.over), x.s if stat.of == "s" else x.t
         some = inside.any(dim, keepdim=True)
-        value = stat.fold(torch.where(some, x.masked_fill(~inside, stat.empty), 0.0), dim)
-        value = torch.where(some.squeeze(dim), value, stat.fold(torch.full_like(x, stat.empty), dim))
-        found.append(value + atoms.poison(s, dim) if stat.poisoned else value)
+        value = stat.fold(torch.where(some, scores.masked_fill(~inside, stat.empty), 0.0), dim)
+        value = torch.where(some.squeeze(dim), value, stat.fold(torch.full_like(scores, stat.empty), dim))
+        found.append(value + atoms.poison(x.s, dim) if stat.poisoned else value)
     return torch.stack(found)
 
 

@@ -1,6 +1,7 @@
 """Losses: one file each, a spec and a tail on the engine, and what it must equal. They import no backend."""
 
 from fused_nce.losses.amdim import AMDIMLoss, amdim_nce
+from fused_nce.losses.amdim_mixture import AMDIMMixtureLoss, amdim_mixture_nce
 from fused_nce.losses.binary_nce import BinaryNCELoss, binary_nce
 from fused_nce.losses.clip import CLIPLoss, clip_loss
 from fused_nce.losses.club import CLUBLoss, club
@@ -11,14 +12,18 @@ from fused_nce.losses.info_nce import InfoNCELoss, info_nce
 from fused_nce.losses.mine import MINELoss, mine_dv
 from fused_nce.losses.moco import MoCoLoss, moco_nce
 from fused_nce.losses.npid import NPIDSoftmaxLoss, npid_softmax
+from fused_nce.losses.npid_nce import NPIDNCELoss, npid_nce
 from fused_nce.losses.nt_xent import NTXentLoss, nt_xent
 from fused_nce.losses.output import NCEOutput
+from fused_nce.losses.pairs import PairContrastiveLoss, pair_contrastive
 from fused_nce.losses.queue import MemoryQueue
 from fused_nce.losses.siglip import SigLIPLoss, siglip_loss
 from fused_nce.losses.sup_con import SupConLoss, sup_con
+from fused_nce.losses.triplet import TripletMarginLoss, triplet_margin
 
 __all__ = [
     "AMDIMLoss",
+    "AMDIMMixtureLoss",
     "BinaryNCELoss",
     "CLIPLoss",
     "CLUBLoss",
@@ -30,10 +35,14 @@ __all__ = [
     "MemoryQueue",
     "MoCoLoss",
     "NCEOutput",
+    "NPIDNCELoss",
     "NPIDSoftmaxLoss",
     "NTXentLoss",
+    "PairContrastiveLoss",
     "SigLIPLoss",
     "SupConLoss",
+    "TripletMarginLoss",
+    "amdim_mixture_nce",
     "amdim_nce",
     "binary_nce",
     "clip_loss",
@@ -44,8 +53,11 @@ __all__ = [
     "info_nce",
     "mine_dv",
     "moco_nce",
+    "npid_nce",
     "npid_softmax",
     "nt_xent",
+    "pair_contrastive",
     "siglip_loss",
     "sup_con",
+    "triplet_margin",
 ]

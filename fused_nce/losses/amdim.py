@@ -64,13 +64,13 @@ def amdim_nce(
         TypeError: another dtype than a float one, two dtypes outside autocast, or something that is not a dense tensor.
         ValueError: wrong rank, sizes that do not fit, an empty batch, two devices, clip <= 0, penalty < 0, a NaN.
     """
-    _check_features(antecedents, consequents, offset)
-    _check_settings(scale, clip, penalty, antecedents.device)
+    check_features(antecedents, consequents, offset)
+    check_settings(scale, clip, penalty, antecedents.device)
     checks.check_choice("reduction", reduction, REDUCTIONS)
-    return _nce(antecedents, consequents, offset, scale, clip, penalty, reduction, 1.0, group, backend)
+    return _nce(antecedents, consequents, offset, scale, clip, penalty, reduction, 1.0, 1, group, backend)
 
 
-def _check_features(antecedents: Tensor, consequents: Tensor, offset: int) -> None:
+def check_features(antecedents: Tensor, consequents: Tensor, offset: int) -> None:
     rows = ("n_a", "D") if not isinstance(antecedents, Tensor) or antecedents.dim() != 3 else ("n_a", "n_r", "D")
     checks.check_tensor("antecedents", antecedents, rows)
     checks.check_tensor("consequents", consequents, ("n_k", "n_c", "D"))
@@ -84,7 +84,7 @@ def _check_features(antecedents: Tensor, consequents: Tensor, offset: int) -> No
         )
 
 
-def _check_settings(scale: float | Tensor | None, clip: float | None, penalty: float, device: torch.device) -> None:
+def check_settings(scale: float | Tensor | None, clip: float | None, penalty: float, device: torch.device) -> None:
     if clip is not None:
         checks.check_number("clip", clip, above=0)
     checks.check_number("penalty", penalty, at_least=0)
@@ -101,10 +101,14 @@ def _nce(
     penalty: float,
     reduction: str,
     weight: float,
+    reports: int,
     group: Group,
     backend: str | None,
 ) -> NCEOutput:
-    """`amdim_nce` of checked arguments, all of it times `weight`: a factor of the tail costs no pass over gradients."""
+    """`amdim_nce` of checked arguments, all of it times `weight`: a factor of the tail costs no pass over gradients.
+
+    `stats` has (reports,) numbers each where there are several, as in `tile_loss`.
+    """
     n_c, d = consequents.shape[1:]
     spec = Spec(
         Block(n_c, 1 if antecedents.dim() == 2 else antecedents.shape[1]),
@@ -117,6 +121,7 @@ def _nce(
         Nce(weight * penalty, reduction, weight),
         scale=1 / math.sqrt(d) if scale is None else scale,
         offset=offset,
+        reports=reports,
         group=group,
         backend=backend,
     )
@@ -189,7 +194,7 @@ class AMDIMLoss(nn.Module):
         if unknown:
             raise TypeError(f"settings: got {', '.join(sorted(unknown))}, need some of {', '.join(DEFAULTS)}")
         self.settings: Settings = {**(PRESETS[preset] if preset else DEFAULTS), **settings}
-        _check_settings(**self.settings, device=torch.device("cpu"))  # type: ignore[arg-type]
+        check_settings(**self.settings, device=torch.device("cpu"))  # type: ignore[arg-type]
         self.group, self.backend = group, backend
 
     def extra_repr(self) -> str:
@@ -198,30 +203,39 @@ class AMDIMLoss(nn.Module):
 
     def forward(self, view1: Mapping[str, Tensor], view2: Mapping[str, Tensor]) -> NCEOutput:
         """The loss of two views' maps."""
-        found: dict[str, NCEOutput] = {}
+        parts: list[NCEOutput] = []
+        reports: dict[str, list[dict[str, Tensor]]] = {pair: [] for pair in self.pairs}
         views = (view1, view2)
         keys = self._keys(views)
-        for pair in self.pairs:
-            source, target = (f"f{side}" for side in pair.split(">"))
-            ways = [self._direction(source, views[i], keys[target, 1 - i]) for i in (0, 1)]
-            found[pair] = NCEOutput(
-                ways[0].loss + ways[1].loss,
-                ways[0].nce + ways[1].nce,
-                ways[0].penalty + ways[1].penalty,
-                {name: (ways[0].stats[name] + ways[1].stats[name]) / 2 for name in ways[0].stats},
-            )
-        totals = [torch.stack(parts).sum() for parts in zip(*(out[:3] for out in found.values()), strict=True)]
-        names = next(iter(found.values())).stats
-        stats = {name: torch.stack([out.stats[name] for out in found.values()]).mean() for name in names}
-        stats |= {f"{pair}/{name}": value for pair, out in found.items() for name, value in out.stats.items()}
-        return NCEOutput(totals[0], totals[1], totals[2], stats)
+        for i in (0, 1):
+            for target, sources in self._by_target().items():
+                against = keys[target, 1 - i]
+                rows = {source: self._antecedents(f"f{source}", views[i]) for source in sources}
+                for each in rows.values():
+                    check_features(each, against.columns, against.offset)
+                for together in _together(rows):
+                    parts.append(self._half([rows[source] for source in together], against))
+                    for source, report in zip(together, _apart(parts[-1].stats, len(together)), strict=True):
+                        reports[f"{source}>{target}"].append(report)
+        loss, nce, penalty = (torch.stack(each).sum() for each in zip(*(out[:3] for out in parts), strict=True))
+        ways = {pair: {name: (one[name] + two[name]) / 2 for name in one} for pair, (one, two) in reports.items()}
+        names = next(iter(ways.values()))
+        stats = {name: torch.stack([report[name] for report in ways.values()]).mean() for name in names}
+        stats |= {f"{pair}/{name}": x for pair, report in ways.items() for name, x in report.items()}
+        return NCEOutput(loss, nce, penalty, stats)
+
+    def _by_target(self) -> dict[str, list[str]]:
+        """The sources of each target."""
+        found: dict[str, list[str]] = {}
+        for source, target in (pair.split(">") for pair in dict.fromkeys(self.pairs)):
+            found.setdefault(target, []).append(source)
+        return found
 
     def _keys(self, views: Sequence[Mapping[str, Tensor]]) -> dict[tuple[str, int], Keys]:
-        """The maps that are compared against, by name and view. Of several processes each is gathered once, however
-        many pairs compare against it; in a ring it goes round for each.
+        """The maps that are compared against, by size and view. Of several processes each is gathered once, however
+        many pairs compare against it; in a ring it goes round for each problem.
         """
-        names = dict.fromkeys(f"f{pair.partition('>')[2]}" for pair in self.pairs)
-        maps = {(name, i): _locations(name, views[i]) for name in names for i in (0, 1)}
+        maps = {(target, i): _locations(f"f{target}", views[i]) for target in self._by_target() for i in (0, 1)}
         everyone = peers(self.group)
         if everyone is None or everyone.ring:
             return {at: Keys(x, 0, self.group) for at, x in maps.items()}
@@ -238,17 +252,21 @@ class AMDIMLoss(nn.Module):
             at: Keys(x, everyone.rank * b, None) for at, x in zip(maps, gather(columns, everyone, seen), strict=True)
         }
 
-    def _direction(self, source: str, view: Mapping[str, Tensor], keys: Keys) -> NCEOutput:
-        """Half of one direction's loss."""
-        rows, settings = self._antecedents(source, view), cast(Any, self.settings)
-        _check_features(rows, keys.columns, keys.offset)
+    def _half(self, rows: Sequence[Tensor], keys: Keys) -> NCEOutput:
+        """Half of the losses of some sources against one target, added up.
+
+        They are one problem, in which each image has a row of each source. The mean over all rows is the mean of their
+        means, and so it counts as often as there are sources.
+        """
+        count, settings = len(rows), cast(Any, self.settings)
         return _nce(
-            rows,
+            rows[0] if count == 1 else torch.stack(tuple(rows), dim=1),
             keys.columns,
             keys.offset,
             **settings,
             reduction="mean",
-            weight=0.5,
+            weight=0.5 * count,
+            reports=count,
             group=keys.group,
             backend=self.backend,
         )
@@ -262,6 +280,19 @@ class AMDIMLoss(nn.Module):
             return rows
         batch = torch.arange(rows.shape[0], device=rows.device)
         return rows[batch, torch.randint(rows.shape[1], (rows.shape[0],), device=rows.device)]
+
+
+def _together(rows: Mapping[str, Tensor]) -> list[list[str]]:
+    """Which sources share a problem: those of one row an image, for which the target is then read, and its gradient
+    written, once. One of many rows is a problem of its own: a mean over all rows would not weigh the two alike.
+    """
+    single = [source for source, x in rows.items() if x.dim() == 2]
+    return [*([single] if single else []), *([source] for source in rows if source not in single)]
+
+
+def _apart(stats: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """A problem's numbers, each source's own."""
+    return [{name: x if count == 1 else x[i] for name, x in stats.items()} for i in range(count)]
 
 
 def _locations(name: str, view: Mapping[str, Tensor]) -> Tensor:

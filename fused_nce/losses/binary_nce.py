@@ -47,8 +47,14 @@ def binary_nce(
     checks.check_tensor("log_kq_noise", log_kq_noise, ("N", "k"))
     check_same("log_kq_data", log_kq_data, "data_scores", data_scores)
     check_same("log_kq_noise", log_kq_noise, "noise_scores", noise_scores)
-    data = widened(data_scores) - widened(log_kq_data)
-    noise = widened(noise_scores) - widened(log_kq_noise)
+    return binary(widened(data_scores) - widened(log_kq_data), widened(noise_scores) - widened(log_kq_noise))
+
+
+def binary(
+    data: Tensor,  # (N,)
+    noise: Tensor,  # (N, k)
+) -> NCEOutput:
+    """The loss of log odds Δ, wide."""
     loss = fixed_mean(softplus(-data)) + fixed_sum(softplus(noise)) / noise.shape[0]
     stats = {
         "pos_mean": fixed_mean(data),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
+from fused_nce.core.atoms import poison
 from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.output import NCEOutput
 
@@ -44,6 +45,11 @@ def fixed_lse(x: Tensor) -> Tensor:
     return top + fixed_sum((x - top).exp()).log()
 
 
+def exposed(s: Tensor) -> Tensor:
+    """(N, m) scores, a row NaN throughout where one is not finite: what saturates would hide an infinite one."""
+    return s * (1 + poison(s))[:, None]
+
+
 def output(loss: Tensor, stats: dict[str, Tensor]) -> NCEOutput:
     """A loss of one part, without a penalty; the stats are detached here."""
     return NCEOutput(loss, loss, torch.zeros_like(loss), {name: x.detach() for name, x in stats.items()})
@@ -72,6 +78,12 @@ def check_same(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
         raise ValueError(f"{name_a}: got shape {tuple(a.shape)}, need {name_b}'s {tuple(b.shape)}")
     if a.device != b.device:
         raise ValueError(f"{name_a}: got device {a.device}, need {name_b}'s {b.device}")
+
+
+def dense_distances(s: Tensor) -> Tensor:
+    """‖x_i − x_j‖² from (N, N) dot products, whose diagonal holds the norms; 0 on it."""
+    square = s.diagonal()
+    return (square[:, None] + square - 2 * s).masked_fill(torch.eye(len(s), dtype=torch.bool), 0.0)
 
 
 def dense_nce(s: Tensor, positive: Tensor, negative: Tensor) -> Tensor:

@@ -16,15 +16,17 @@ from torch import Tensor, nn
 from fused_nce.core import checks
 from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.gathered import gathered_scores
 from fused_nce.core.processes import Group
 from fused_nce.core.spec import Block, Labels, Spec
 from fused_nce.core.tails import Nce
-from fused_nce.losses.common import dense_nce, fixed_mean, output, widened
+from fused_nce.losses.common import dense_nce, exposed, fixed_mean, output, widened
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, dense_scores, features, register
 
 BATCH = Spec(Block(1), stats=Nce().stats)
 # The columns of a row's sequence are its `pos` set: less the row itself, they are the negatives.
+NEGATIVES = ("batch", "sequence")
 SEQUENCE = Spec(Labels(), stats=("pos_lse", "pos_max"), drop_self=True)
 
 
@@ -33,7 +35,7 @@ def cpc_nce(
     targets: Tensor,  # (S, N, D), z_(i+s)
     *,
     weights: Sequence[float] | None = None,
-    negatives: str = "batch",
+    negatives: str | Tensor = "batch",  # or (N, m) int64
     groups: Tensor | None = None,  # (N,) int64
     group: Group = None,
     backend: str | None = None,
@@ -44,8 +46,9 @@ def cpc_nce(
         predictions: (S, N, D), of S steps and N positions (of all sequences); float64, 32, 16 or bfloat16.
         targets: (S, N, D), what each is a prediction of; same dtype and device.
         weights: S numbers >= 0, not all 0; None is the mean over the steps.
-        negatives: "batch", all other targets of the step; or "sequence", those of the row's own group. The latter costs
-            the scores of the whole batch, and one GEMM more.
+        negatives: "batch", all other targets of the step; "sequence", those of the row's own group, which costs the
+            scores of the whole batch, and one GEMM more; or (N, m) int64, each row's own sample of the N targets, the
+            same in every step. What is sampled counts as often as it comes, the row's own target too.
         groups: (N,) int64, the sequence of each position; needed by "sequence", and by nothing else.
         group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
             for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
@@ -53,8 +56,8 @@ def cpc_nce(
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
-        NCEOutput, in nats. `stats` is the plain mean over the steps, and "step0/top1" etc. of each; "sequence" has top1
-        and pos_mean. A position without negatives costs 0.
+        NCEOutput, in nats. `stats` is the plain mean over the steps, and "step0/top1" etc. of each; "sequence" and
+        samples have top1 and pos_mean. A position without negatives costs 0.
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
@@ -65,16 +68,22 @@ def cpc_nce(
         checks.check_pair("predictions", predictions, "targets", targets)
     if targets.shape != predictions.shape:
         raise ValueError(f"targets: got shape {tuple(targets.shape)}, need predictions's {tuple(predictions.shape)}")
-    _check_negatives(negatives)
     n_steps, n = predictions.shape[:2]
+    columns = None
+    if isinstance(negatives, Tensor):
+        checks.check_indices("negatives", negatives, n, n, predictions.device)
+        _check_alone(group, "a sample", "which is of one process's targets")
+        columns = torch.cat((torch.arange(n, device=negatives.device)[:, None], negatives), dim=1)
+        negatives = "sample"
+    else:
+        checks.check_choice("negatives", negatives, NEGATIVES)
     if negatives == "sequence":
         checks.check_ids("groups", groups, n, "N", predictions.device)
-        if group is not None:
-            raise ValueError("group: got one with negatives='sequence', need None: a sequence lies on one process")
+        _check_alone(group, "'sequence'", "which lies on one process")
     elif groups is not None:
-        raise ValueError("groups: got a tensor with negatives='batch', need None, or negatives='sequence'")
+        raise ValueError(f"groups: got a tensor with negatives={negatives!r}, need None, or negatives='sequence'")
     steps = [
-        _step(prediction, target, share, groups, group, backend)
+        _step(prediction, target, share, groups, columns, group, backend)
         for prediction, target, share in zip(
             predictions.unbind(0), targets.unbind(0), _shares(weights, n_steps), strict=True
         )
@@ -85,13 +94,9 @@ def cpc_nce(
     return NCEOutput(loss, nce, penalty, stats)
 
 
-def _check_negatives(negatives: object) -> None:
-    if isinstance(negatives, Tensor):
-        raise ValueError(
-            "negatives: got a tensor, need 'batch' or 'sequence': sampled ones need scores of gathered columns, "
-            "which the engine does not have"
-        )
-    checks.check_choice("negatives", negatives, ("batch", "sequence"))
+def _check_alone(group: Group, negatives: str, why: str) -> None:
+    if group is not None:
+        raise ValueError(f"group: got one with negatives={negatives}, need None: of a sequence or a sample, {why}")
 
 
 def _shares(weights: Sequence[float] | None, n_steps: int) -> list[float]:
@@ -110,17 +115,32 @@ def _shares(weights: Sequence[float] | None, n_steps: int) -> list[float]:
 
 
 def _step(
-    prediction: Tensor, target: Tensor, share: float, groups: Tensor | None, group: Group, backend: str | None
+    prediction: Tensor,
+    target: Tensor,
+    share: float,
+    groups: Tensor | None,
+    columns: Tensor | None,  # (N, 1 + m), the row's own first
+    group: Group,
+    backend: str | None,
 ) -> NCEOutput:
     """`share` times one step's loss, of (N, D) predictions and targets."""
+    if columns is not None:
+        s = exposed(gathered_scores(prediction, target, columns, backend=backend))
+        own, others = s[:, 0], s[:, 1:]
+        return _classified(own, others.logsumexp(dim=1), others.amax(dim=1), share)
     if groups is None:
         parts = tile_loss(prediction, target, BATCH, Nce(weight=share), group=group, backend=backend)
         return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
     found = tile_stats(prediction, target, SEQUENCE, row_ids=groups, column_ids=groups, backend=backend)
     with torch.autocast(prediction.device.type, enabled=False):  # a score never goes through 16 bits
         own = (widened(prediction) * widened(target)).sum(dim=1)
-    loss = share * fixed_mean(softplus(found["pos_lse"] - own))
-    top1 = (own > found["pos_max"]).to(own.dtype)
+    return _classified(own, found["pos_lse"], found["pos_max"], share)
+
+
+def _classified(own: Tensor, lse: Tensor, highest: Tensor, share: float) -> NCEOutput:
+    """Of each row's positive and two statistics of its negatives, (N,) each."""
+    loss = share * fixed_mean(softplus(lse - own))
+    top1 = (own > highest).to(own.dtype)
     return output(loss, {"top1": fixed_mean(top1), "pos_mean": fixed_mean(own)})
 
 
@@ -136,20 +156,26 @@ class CPCLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        _check_negatives(negatives)
+        checks.check_choice("negatives", negatives, NEGATIVES)
         self.weights, self.negatives, self.group, self.backend = weights, negatives, group, backend
 
     def extra_repr(self) -> str:
         """The settings, as `print(module)` shows them."""
         return f"weights={self.weights}, negatives={self.negatives!r}"
 
-    def forward(self, predictions: Tensor, targets: Tensor, groups: Tensor | None = None) -> NCEOutput:
-        """`cpc_nce` of the batch."""
+    def forward(
+        self,
+        predictions: Tensor,  # (S, N, D)
+        targets: Tensor,  # (S, N, D)
+        groups: Tensor | None = None,  # (N,)
+        negatives: Tensor | None = None,  # (N, m)
+    ) -> NCEOutput:
+        """`cpc_nce` of the batch, with the negatives sampled where they are given."""
         return cpc_nce(
             predictions,
             targets,
             weights=self.weights,
-            negatives=self.negatives,
+            negatives=self.negatives if negatives is None else negatives,
             groups=groups,
             group=self.group,
             backend=self.backend,
@@ -161,7 +187,7 @@ def oracle(
     targets: Tensor,
     *,
     weights: Sequence[float] | None = None,
-    negatives: str = "batch",
+    negatives: str | Tensor = "batch",
     groups: Tensor | None = None,
 ) -> Tensor:
     """The loss from the scores of every step against every step, of which a mask keeps each step's own."""
@@ -169,18 +195,26 @@ def oracle(
     s = dense_scores(predictions.reshape(-1, d), targets.reshape(-1, d), 1.0)
     step = torch.arange(n_steps).repeat_interleave(n)
     kept = step[:, None] == step
-    if negatives == "sequence" and groups is not None:
-        kept &= groups.repeat(n_steps)[:, None] == groups.repeat(n_steps)
     own = torch.eye(len(s), dtype=torch.bool)
-    each = dense_nce(s, own, kept & ~own).view(n_steps, n).mean(dim=1)
+    if isinstance(negatives, Tensor):
+        sampled = torch.cat([negatives + i * n for i in range(n_steps)])
+        rows = torch.nn.functional.softplus(s.gather(1, sampled).logsumexp(dim=1) - s.diagonal())
+    elif negatives == "sequence" and groups is not None:
+        kept &= groups.repeat(n_steps)[:, None] == groups.repeat(n_steps)
+        rows = dense_nce(s, own, kept & ~own)
+    else:
+        rows = dense_nce(s, own, kept & ~own)
+    each = rows.view(n_steps, n).mean(dim=1)
     w = s.new_tensor(weights or [1.0] * n_steps)
     return (w * each).sum() / w.sum()
 
 
 def _entry(**options: Any) -> Entry:
+    in_sequence = str(options.get("negatives")) == "sequence"
+
     def example(seed: int) -> dict[str, Any]:
         found = {"predictions": features(seed, 3, 6, 4), "targets": features(seed + 1, 3, 6, 4), **options}
-        if options.get("negatives") == "sequence":
+        if in_sequence:
             found["groups"] = torch.tensor([0, 5, 0, -2, 5, -2])
         return found
 
@@ -192,10 +226,14 @@ def _entry(**options: Any) -> Entry:
         "van den Oord et al. 2018, arXiv:1807.03748",
         example,
         oracle,
-        two_paths=("predictions", "targets") if options.get("negatives") == "sequence" else (),
+        two_paths=("predictions", "targets") if in_sequence else (),
     )
 
 
 register(_entry())
 register(_entry(weights=(1.0, 0.5, 3.0)), "weights")
 register(_entry(negatives="sequence", weights=(2.0, 1.0, 1.0)), "sequence")
+register(
+    _entry(negatives=torch.tensor([[1, 2, 2, 5], [0, 3, 4, 5], [3, 3, 0, 1], [0, 3, 1, 5], *[[0, 1, 2, 3]] * 2])),
+    "sampled",
+)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
 from fused_nce.core.spec import Index, Spec
-from fused_nce.core.tails import Nce
-from fused_nce.losses.common import inverse
+from fused_nce.core.tails import Nce, fixed_sum
+from fused_nce.losses.common import inverse, widened
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, dense_scores, register
 from fused_nce.losses.registry import features as random_features
@@ -29,6 +29,7 @@ def npid_softmax(
     indices: Tensor,  # (N,) int64
     *,
     temperature: float | Tensor = 0.07,
+    proximal: float = 0.0,
     backend: str | None = None,
 ) -> NCEOutput:
     """mean_i −log softmax_j(⟨f_i, v_j⟩ / temperature)_indices(i) over the whole bank, the (N, n) logits never held.
@@ -40,10 +41,25 @@ def npid_softmax(
         bank: (n, D), a unit row an image, any float dtype; no gradient.
         indices: (N,) int64, each image's row of the bank. On a GPU one out of range gives a NaN.
         temperature: of the softmax, > 0; a 0-d tensor is learnable.
+        proximal: λ >= 0 of λ·mean_i ‖f_i − v_i‖², which holds an image near where it last was (section 3.3).
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
-        NCEOutput, in nats; chance is log n. `stats["top1"]` is the share of images that choose themselves.
+        NCEOutput, in nats, `penalty` being the proximal part; chance is log n. `stats["top1"]` is the share of images
+        that choose themselves.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value seen and the value needed.
+    """
+    check_bank(features, bank, indices)
+    scale = inverse("temperature", temperature, features.device)
+    parts = tile_loss(features, bank.detach(), SPEC, Nce(), scale=scale, row_ids=indices, parts=False, backend=backend)
+    found = NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
+    return proximal_to(found, features, bank, indices, proximal)
+
+
+def check_bank(features: Tensor, bank: Tensor, indices: Tensor) -> None:
+    """What every loss on a bank is given.
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
@@ -55,26 +71,36 @@ def npid_softmax(
     if bank.shape[1] != features.shape[1]:
         raise ValueError(f"bank: got width D = {bank.shape[1]}, need features's {features.shape[1]}")
     checks.check_ids("indices", indices, features.shape[0], "N", features.device)
-    scale = inverse("temperature", temperature, features.device)
-    parts = tile_loss(features, bank.detach(), SPEC, Nce(), scale=scale, row_ids=indices, parts=False, backend=backend)
-    return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
+
+
+def proximal_to(found: NCEOutput, features: Tensor, bank: Tensor, indices: Tensor, weight: float) -> NCEOutput:
+    """A loss on a bank, plus λ·mean_i ‖f_i − v_i‖²."""
+    checks.check_number("proximal", weight, at_least=0)
+    if not weight:
+        return found
+    apart = widened(features) - widened(bank.detach()[indices])
+    pull = weight * fixed_sum(apart.square()) / len(features)
+    return NCEOutput(found.loss + pull, found.nce, found.penalty + pull, found.stats)
 
 
 class NPIDSoftmaxLoss(nn.Module):
-    """`npid_softmax` with its settings kept: `temperature`, `backend`."""
+    """`npid_softmax` with its settings kept: `temperature`, `proximal`, `backend`."""
 
-    def __init__(self, temperature: float = 0.07, *, backend: str | None = None) -> None:
+    def __init__(self, temperature: float = 0.07, *, proximal: float = 0.0, backend: str | None = None) -> None:
         super().__init__()
         inverse("temperature", temperature, torch.device("cpu"))
-        self.temperature, self.backend = temperature, backend
+        checks.check_number("proximal", proximal, at_least=0)
+        self.temperature, self.proximal, self.backend = temperature, proximal, backend
 
     def extra_repr(self) -> str:
         """The settings, as `print(module)` shows them."""
-        return f"temperature={self.temperature}"
+        return f"temperature={self.temperature}, proximal={self.proximal}"
 
     def forward(self, features: Tensor, bank: Tensor, indices: Tensor) -> NCEOutput:
         """`npid_softmax` of the batch."""
-        return npid_softmax(features, bank, indices, temperature=self.temperature, backend=self.backend)
+        return npid_softmax(
+            features, bank, indices, temperature=self.temperature, proximal=self.proximal, backend=self.backend
+        )
 
 
 def oracle(features: Tensor, bank: Tensor, indices: Tensor, *, temperature: float | Tensor = 0.07) -> Tensor:

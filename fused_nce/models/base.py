@@ -73,10 +73,14 @@ class Model(nn.Module):
     Attributes:
         loss: any callable module of `Embedded.inputs`.
         memories: names of sub-modules whose buffers only `after_step` writes.
+        encoders: names of the sub-modules that outlive the training: what an export keeps.
+        head_taps: the taps of `encode` that need more than these.
     """
 
     loss: nn.Module
     memories: tuple[str, ...] = ()
+    encoders: tuple[str, ...] = ("encoder",)
+    head_taps: tuple[str, ...] = ()
 
     def encode(
         self,

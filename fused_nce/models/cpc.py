@@ -10,12 +10,36 @@ from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.losses import CPCLoss, NCEOutput
+from fused_nce.models.base import Embedded, Losses, Model
+from fused_nce.models.cpc_sampled import SampledCPCLoss
 from fused_nce.models.encoders.cpc import AudioEncoder, GRUContext, NoContext, PatchEncoder, PixelCNN
 
-NEGATIVES = ("batch", "sequence")
+NEGATIVES = ("batch", "sequence", "sampled")
 
 
-class CPC(nn.Module):
+class EachStep(nn.Module):
+    """The mean of a loss over prediction steps that differ in their number of positions.
+
+    Args:
+        loss: called once a step, with predictions and targets (1, N, D) and, if there are any, groups (N,).
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, *steps: tuple[Tensor, ...]) -> NCEOutput:
+        """`stats` has the loss's own, a mean over the steps, and "step1/nce", "step1/top1" and so on of each."""
+        parts = [self.loss(prediction[None], target[None], *groups) for prediction, target, *groups in steps]
+        loss, nce, penalty = (torch.stack(list(column)).mean() for column in zip(*(p[:3] for p in parts), strict=True))
+        # The loss was given one step at a time, and calls each the first: its names for a step are of no use.
+        each = [{"nce": p.nce.detach()} | {n: x for n, x in p.stats.items() if "/" not in n} for p in parts]
+        stats = {name: torch.stack([found[name] for found in each]).mean() for name in each[0]}
+        stats |= {f"step{k}/{name}": x for k, found in enumerate(each, 1) for name, x in found.items()}
+        return NCEOutput(loss, nce, penalty, stats)
+
+
+class CPC(Model):
     """Contrastive predictive coding (van den Oord, Li, Vinyals 2018, arXiv:1807.03748).
 
     ```
@@ -36,14 +60,17 @@ class CPC(nn.Module):
         context: makes c (B, C, R, W) of which row r has not seen a later row of z, and has `channels`.
         steps: K.
         skip: rows left out before the first prediction. 1 for images, whose patches share a half with the next row's.
-        negatives: "batch", every other target of the step; or "sequence", those of the prediction's own sequence or
-            image.
+        negatives: "batch", every other target of the step; "sequence", those of the prediction's own sequence or
+            image; or "sampled", a few of the batch, drawn for each prediction.
+        sampled: how many of "sampled".
         loss: called with predictions and targets (1, N, D), and in "sequence" the sequence of each (N,), once a step;
-            `CPCLoss` if left out.
+            `CPCLoss` or `SampledCPCLoss` if left out. The model's `loss` wraps it.
 
     Raises:
         TypeError, ValueError: for a setting outside these.
     """
+
+    encoders = ("encoder", "context")
 
     def __init__(
         self,
@@ -53,6 +80,7 @@ class CPC(nn.Module):
         steps: int,
         skip: int = 0,
         negatives: str = "batch",
+        sampled: int = 10,
         loss: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -68,7 +96,9 @@ class CPC(nn.Module):
         self.steps, self.skip, self.negatives = steps, skip, negatives
         width: Any = encoder.channels
         self.predict = nn.ModuleList(nn.Linear(context.channels, width, bias=False) for _ in range(steps))  # type: ignore[arg-type]
-        self.loss = CPCLoss(negatives=negatives) if loss is None else loss
+        if loss is None:
+            loss = SampledCPCLoss(sampled) if negatives == "sampled" else CPCLoss(negatives=negatives)
+        self.loss = EachStep(loss)
 
     @classmethod
     def audio(
@@ -147,46 +177,55 @@ class CPC(nn.Module):
         Raises:
             ValueError: for images of another size, or waveforms that are too short.
         """
-        z, c = self._grids(x)
-        return {"z_t": z, "c_t": c} if z.shape[3] > 1 else {"z_t": z.squeeze(3), "c_t": c.squeeze(3)}
+        return _taps(*self._grids(x))
 
-    def forward(
+    def embed(
         self,
-        x: Tensor,  # (B, samples), (B, 1, samples) or (B, C, H, H)
-    ) -> NCEOutput:
-        """The losses of a batch, every position of it in one sweep a step.
-
-        `stats` has the loss's own, a mean over the steps, and "step1/nce", "step1/top1" and so on of each.
+        batch: Tensor | Sequence[Tensor],  # (B, samples), (B, 1, samples) or (B, C, H, H), alone or as the one view
+    ) -> Embedded:
+        """The taps; and of each step predictions and targets (N, D) of all positions, with groups if there are any.
 
         Raises:
-            ValueError: for fewer rows than the farthest prediction needs, or for nothing to be told apart.
+            ValueError: for more than one view, fewer rows than the farthest prediction needs, or no negative.
         """
+        if not isinstance(batch, Tensor) and len(batch) != 1:
+            raise ValueError(f"batch: must hold 1 view, got {len(batch)}")
+        x = batch if isinstance(batch, Tensor) else batch[0]
         z, c = self._grids(x)
         images, _, rows, columns = z.shape
         farthest = self.skip + self.steps
         if rows <= farthest:
             raise ValueError(f"x: gives {rows} rows, need more than skip + steps = {farthest}")
-        candidates = (1 if self.negatives == "sequence" else images) * (rows - farthest) * columns
-        if candidates < 2:
+        if (1 if self.negatives == "sequence" else images) * (rows - farthest) * columns < 2:
             raise ValueError(f"x: {tuple(x.shape)} leaves the farthest step no negative, need more rows")
-        parts = []
+        steps = []
         for k, predict in enumerate(self.predict, 1):
             ahead = self.skip + k
             predictions, targets = predict(_positions(c[:, :, : rows - ahead])), _positions(z[:, :, ahead:])
             own = torch.arange(images, device=x.device).repeat_interleave(len(targets) // images)
-            groups = (own,) if self.negatives == "sequence" else ()
-            parts.append(self.loss(predictions[None], targets[None], *groups))
-        loss, nce, penalty = (torch.stack(list(column)).mean() for column in zip(*(p[:3] for p in parts), strict=True))
-        # The loss was given one step at a time, and calls each the first: its names for a step are of no use.
-        each = [{"nce": p.nce.detach()} | {n: x for n, x in p.stats.items() if "/" not in n} for p in parts]
-        stats = {name: torch.stack([found[name] for found in each]).mean() for name in each[0]}
-        stats |= {f"step{k}/{name}": x for k, found in enumerate(each, 1) for name, x in found.items()}
-        return NCEOutput(loss, nce, penalty, stats)
+            steps.append((predictions, targets, *((own,) if self.negatives == "sequence" else ())))
+        return Embedded((_taps(z, c),), tuple(steps))
+
+    def forward(
+        self,
+        batch: Tensor | Sequence[Tensor],  # (B, samples), (B, 1, samples) or (B, C, H, H), alone or as the one view
+    ) -> Losses:
+        """The losses of a batch, every position of it in one sweep a step; `stats` as `EachStep` has them.
+
+        Raises:
+            ValueError: as `embed`.
+        """
+        return super().forward(batch)
 
     def _grids(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (B, D, R, W), (B, C, R, W)
         _check(self.encoder, x)
         z = self.encoder(x)
         return z, self.context(z)
+
+
+def _taps(z: Tensor, c: Tensor) -> dict[str, Tensor]:
+    """A single column goes."""
+    return {"z_t": z, "c_t": c} if z.shape[3] > 1 else {"z_t": z.squeeze(3), "c_t": c.squeeze(3)}
 
 
 def _positions(grid: Tensor) -> Tensor:  # (B, D, R, W) -> (B·R·W, D)

@@ -2,22 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.losses import DIMLoss, NCEOutput
+from fused_nce.models.base import Embedded, Losses, Model
 from fused_nce.models.dim_critics import GlobalConcat, GlobalDot, LocalConcat, LocalDot, PairLoss
 from fused_nce.models.dim_prior import PriorMatching
 from fused_nce.models.dim_tasks import AbsoluteCoordinates, RelativeCoordinates, occlude
 from fused_nce.models.encoders.dim import DIMEncoder
 
 CRITICS = ("dot", "concat")
+Pairs = tuple[Any, ...] | None  # what a critic returns
 
 
-class DIM(nn.Module):
+class Rest(NamedTuple):
+    """What DIM minimises beside the information: its weighted sum, 0-d, and each part detached."""
+
+    penalty: Tensor
+    stats: dict[str, Tensor]
+
+
+class DIMObjective(nn.Module):
+    """α·global + β·local information and the rest, as one loss.
+
+    Args:
+        estimator: called with what a critic returns.
+        alpha: weight of the global information.
+        beta: weight of the local information.
+    """
+
+    def __init__(self, estimator: nn.Module, alpha: float, beta: float) -> None:
+        super().__init__()
+        self.estimator, self.alpha, self.beta = estimator, alpha, beta
+
+    def forward(self, local: Pairs, whole: Pairs, rest: Rest) -> NCEOutput:
+        """`nce`, the weighted negative information; `penalty`, the rest; `stats` of each part without its weight."""
+        nce, stats = torch.zeros_like(rest.penalty), dict(rest.stats)
+        if local is not None:
+            found: Losses = self.estimator(*local)
+            nce = nce + self.beta * found.loss
+            stats |= {"local": found.loss.detach()} | found.stats
+        if whole is not None:
+            found = self.estimator(*whole)
+            nce = nce + self.alpha * found.loss
+            stats |= {"global": found.loss.detach()} | {f"global/{name}": x for name, x in found.stats.items()}
+        return NCEOutput(nce + rest.penalty, nce, rest.penalty, stats)
+
+
+class DIM(Model):
     """Deep InfoMax (Hjelm et al. 2019, arXiv:1808.06670): DIM(G), DIM(L) or both, with a prior on the code.
 
     ```
@@ -34,9 +71,9 @@ class DIM(nn.Module):
     DIM(L) 0, 1, 0.1; DIM(L+G) 0.5, 0.1, and a γ that it does not state. A part whose weight is 0 is not built.
 
     Args:
-        architecture: `dcgan32` (CIFAR), `alexnet64` (STL-10, Tiny ImageNet), `dcgan64`, or one that runs on strided
-            crops, a 7×7 map: `crops-resnet19-32`, `crops-resnet37-32`, `crops-alexnet64`, and with a 5×5 map of global
-            vectors `crops-resnet19-32-several`, `crops-alexnet64-several`.
+        architecture: `dcgan32` (CIFAR), `alexnet64` (STL-10, Tiny ImageNet), `dcgan64`, our `tiny32`, or one that runs
+            on strided crops, a 7×7 map: `crops-resnet19-32`, `crops-resnet37-32`, `crops-alexnet64`, and with a 5×5 map
+            of global vectors `crops-resnet19-32-several`, `crops-alexnet64-several`.
         width: multiplies the encoder's channels; 1 is the paper's.
         code: units of Y.
         critic: "dot" embeds locations and code and takes dot products, on the engine; "concat" has a network of its own
@@ -54,7 +91,8 @@ class DIM(nn.Module):
         relative: weight of the coordinates between two.
         occlusion: side of the square, of the image's side, that is hidden from the code but not from the local map; 0
             for none.
-        loss: called with what the critics return: two embeddings (B, L, D), (B, G, D) of "dot"; `DIMLoss` if left out.
+        loss: called with what a critic returns: of "dot" two embeddings (B, L, D) and (B, G, D), of "concat" the scores
+            (1 + K, B, L); `DIMLoss` or `PairLoss` of the estimator if left out. The model's `loss` wraps it.
 
     Raises:
         TypeError, ValueError: for a setting outside these, or without any information to maximise.
@@ -98,13 +136,14 @@ class DIM(nn.Module):
         self.local: nn.Module | None = None
         self.whole: nn.Module | None = None
         if critic == "dot":
-            self.loss = DIMLoss(estimator, anchor=anchor) if loss is None else loss
+            own: nn.Module = DIMLoss(estimator, anchor=anchor)
             self.local = LocalDot(encoder, encoder.top.channels if self.several else code, mi_units) if beta else None
             self.whole = GlobalDot(encoder, mi_units) if alpha else None
         else:
-            self.loss = PairLoss(estimator, anchor=anchor) if loss is None else loss
+            own = PairLoss(estimator, anchor=anchor)
             self.local = LocalConcat(encoder, critic_negatives) if beta else None
             self.whole = GlobalConcat(encoder, critic_negatives) if alpha else None
+        self.loss = DIMObjective(own if loss is None else loss, alpha, beta)
         place = (encoder.channels, code, encoder.side)
         self.absolute = AbsoluteCoordinates(*place) if absolute else None
         self.relative = RelativeCoordinates(*place) if relative else None
@@ -135,36 +174,30 @@ class DIM(nn.Module):
         taps: dict[str, Tensor] = self.encoder(x)
         return taps
 
-    def forward(
+    def embed(
         self,
-        images: Tensor,  # (B, 3, H, H)
-    ) -> NCEOutput:
-        """The losses of a batch: `nce`, the weighted negative information; `penalty`, everything else.
-
-        `stats` has each part on its own, without its weight: `local`, `global`, `prior` (the encoder's term),
-        `discriminator`, `discriminator_acc`, `absolute`, `absolute_acc`, `relative`, `relative_acc`, and what the loss
-        reports, with "global/" before the global one's.
+        batch: Tensor | Sequence[Tensor],  # (B, 3, H, H), alone or as the one view of a batch
+    ) -> Embedded:
+        """The taps, of the whole images where some are occluded; and what the critics and the other tasks made of them.
 
         Raises:
-            ValueError: for images of another shape, or a single one, which has no negatives.
+            ValueError: for more than one view, images of another shape, or a single image, which has no negatives.
         """
+        if not isinstance(batch, Tensor) and len(batch) != 1:
+            raise ValueError(f"batch: must hold 1 view, got {len(batch)}")
+        images = batch if isinstance(batch, Tensor) else batch[0]
         if len(images) < 2:
-            raise ValueError(f"images: must be at least 2, got {len(images)}: one image has no negatives")
-        seen = self.encode(images)
-        taps = self.encode(occlude(images, self.occlusion)) if self.occlusion else seen
-        local, code = seen["local"], taps["Y"]
-        globals_ = taps["conv"] if self.several else code[:, :, None, None]
+            raise ValueError(f"batch: must hold at least 2 images, got {len(images)}: one image has no negatives")
+        taps = self.encode(images)
+        seen = self.encode(occlude(images, self.occlusion)) if self.occlusion else taps
+        local, code = taps["local"], seen["Y"]
+        globals_ = seen["conv"] if self.several else code[:, :, None, None]
+        pairs = None if self.local is None else self.local(local, globals_)
+        whole = None if self.whole is None else self.whole(local, code)
+        return Embedded((taps,), (pairs, whole, self._rest(local, code)))
 
-        nce = penalty = code.new_zeros((), dtype=torch.float32)
-        stats: dict[str, Tensor] = {}
-        if self.local is not None:
-            found = self.loss(*self.local(local, globals_))
-            nce = nce + self.weights["beta"] * found.loss
-            stats |= {"local": found.loss.detach()} | found.stats
-        if self.whole is not None:
-            found = self.loss(*self.whole(local, code))
-            nce = nce + self.weights["alpha"] * found.loss
-            stats |= {"global": found.loss.detach()} | {f"global/{name}": x for name, x in found.stats.items()}
+    def _rest(self, local: Tensor, code: Tensor) -> Rest:
+        penalty, stats = code.new_zeros((), dtype=torch.promote_types(code.dtype, torch.float32)), dict[str, Tensor]()
         for name, task in (("absolute", self.absolute), ("relative", self.relative)):
             if task is not None:
                 loss, accuracy = task(local, code)
@@ -175,7 +208,22 @@ class DIM(nn.Module):
             penalty = penalty + self.weights["gamma"] * prior.encoder + prior.discriminator
             stats |= {"prior": prior.encoder.detach(), "discriminator": prior.discriminator.detach()}
             stats["discriminator_acc"] = prior.accuracy
-        return NCEOutput(nce + penalty, nce, penalty, stats)
+        return Rest(penalty, stats)
+
+    def forward(
+        self,
+        batch: Tensor | Sequence[Tensor],  # (B, 3, H, H), alone or as the one view of a batch
+    ) -> Losses:
+        """The losses of a batch: `nce`, the weighted negative information; `penalty`, everything else.
+
+        `stats` has each part on its own, without its weight: `local`, `global`, `prior` (the encoder's term),
+        `discriminator`, `discriminator_acc`, `absolute`, `absolute_acc`, `relative`, `relative_acc`, and what the
+        estimator reports, of the global information after "global/".
+
+        Raises:
+            ValueError: as `embed`.
+        """
+        return super().forward(batch)
 
 
 def _check_sizes(mi_units: int, critic_negatives: int | None, occlusion: float) -> None:

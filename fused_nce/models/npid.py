@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fused_nce.losses import NPIDSoftmaxLoss
-from fused_nce.losses.output import NCEOutput
 from fused_nce.models import processes
 from fused_nce.models.base import Embedded, Pending
 from fused_nce.models.encoders.backbones import Init, Stem
@@ -49,29 +48,6 @@ class MemoryBank(nn.Module):
         self.vectors.index_copy_(0, indices, functional.normalize(mixed, dim=1))
 
 
-class Proximal(nn.Module):
-    """A loss on a bank, plus `λ·mean_i ‖f_i − v_i‖²`, which holds an image near where it last was (NPID, section 3.3).
-
-    Args:
-        loss: called with `(features, bank, indices)`.
-        weight: λ.
-    """
-
-    def __init__(self, loss: nn.Module, weight: float) -> None:
-        super().__init__()
-        self.inner, self.weight = loss, weight
-
-    def forward(
-        self,
-        features: Tensor,  # (B, D)
-        bank: Tensor,  # (n, D)
-        indices: Tensor,  # (B,)
-    ) -> NCEOutput:
-        out: NCEOutput = self.inner(features, bank, indices)
-        pull = self.weight * (features.float() - bank[indices]).square().sum(1).mean()
-        return NCEOutput(out.loss + pull, out.nce, out.penalty + pull, out.stats)
-
-
 class NPID(Projected):
     """Non-parametric instance discrimination (arXiv 1805.01978): every image a class, its weights a memory of it.
 
@@ -93,7 +69,7 @@ class NPID(Projected):
         layers: of the head.
         hidden: width of its layers but the last; the features' if None.
         momentum: of the bank.
-        loss: called with `(features, bank, indices)`; `NPIDSoftmaxLoss()` if left out.
+        loss: called with `(features, bank, indices)`; `NPIDSoftmaxLoss()` if left out, `NPIDNCELoss()` for the paper's.
 
     Raises:
         ValueError: for a backbone that is none, or a number out of its range.

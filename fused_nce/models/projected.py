@@ -46,6 +46,8 @@ class Projected(Model):
         norm: BatchNorm in it.
     """
 
+    head_taps = ("z",)
+
     def __init__(
         self, *, backbone_name: str, stem: Stem, init: Init, dim: int, layers: int, hidden: int | None, norm: bool
     ) -> None:

@@ -217,6 +217,10 @@ class TrainConfig:
         """The encoders that the evaluation compares with, by the names that it prints."""
         return {"random": self}
 
+    def judge(self) -> Callable[..., tuple[dict[str, Any], Any]] | None:
+        """What evaluates inputs that are no images: see `evaluate_audio.evaluate`. None for images."""
+        return None
+
     def loss_shape(self) -> tuple[list[tuple[int, int]], int] | None:
         """(rows, columns) that an image supplies to each term of AMDIM's loss, and D; None for another loss."""
         return None

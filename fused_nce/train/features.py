@@ -19,9 +19,11 @@ CALIBRATION_IMAGES = 4096
 
 
 def as_vectors(
-    tap: Tensor,  # (B, D), (B, C, 1, 1) or (B, C, H, W)
+    tap: Tensor,  # (B, D), (B, C, frames), (B, C, 1, 1) or (B, C, H, W)
 ) -> Tensor:  # (B, D)
-    """(B, D) features of a tap: a vector as it is, a map averaged over a 2 × 2 grid, in fp32."""
+    """(B, D) features of a tap: a vector as it is, a map averaged over a 2 × 2 grid, frames over time, in fp32."""
+    if tap.ndim == 3:
+        tap = tap.float().mean(2)
     if tap.ndim == 4 and tap.shape[-1] > 1:
         tap = functional.adaptive_avg_pool2d(tap.float(), GRID)
     return tap.flatten(1).float()
@@ -36,7 +38,7 @@ def width(
     training = model.training
     check_taps(model.eval(), sample, [tap])
     with torch.inference_mode():
-        numbers: int = model.encode(sample)[tap].numel()  # type: ignore[operator]
+        numbers = as_vectors(model.encode(sample)[tap]).shape[1]  # type: ignore[operator]
     model.train(training)
     return numbers
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 
-from fused_nce.train import checkpoint, features, journal, machine, optim, progress, rng
+from fused_nce.train import checkpoint, features, host, journal, machine, optim, progress, rng
 from fused_nce.train.config import TrainConfig, check
 from fused_nce.train.online_probes import OnlineProbes
 from fused_nce.train.signals import Interrupt
@@ -56,6 +56,7 @@ class Trainer:
         self.device = self.accelerator.device
         self.bf16 = machine.use_bf16(config.precision, self.device)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.environment = host.environment() | {"processes": world}  # now: the code may change while it runs
         self.loader = config.open_loader(rank, world)
         self.views = config.make_views()
         self.per_epoch = max(1, self.loader.order.per_epoch // config.optim.accumulate)
@@ -286,7 +287,7 @@ class Trainer:
             "probes_skipped": self.probes_skipped,
             "meter": self.meter.state(),
             "rng": states,
-            "torch": torch.__version__,
+            "environment": self.environment,
         }
         checkpoint.save(self.run_dir, self.step, tensors, state, self.config.run.keep)
 

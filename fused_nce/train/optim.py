@@ -9,9 +9,16 @@ from torch import nn
 from fused_nce.train.config import OptimConfig
 
 
-def build(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """One over all that is trained, the online classifiers included, with weight decay in the gradient."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+def build(module: nn.Module, config: OptimConfig, *, without: nn.Module | None = None) -> torch.optim.Optimizer:
+    """One over all that is trained, the online classifiers included, with weight decay in the gradient.
+
+    Args:
+        module: what is trained.
+        config: the settings.
+        without: a part of it that has an optimizer of its own.
+    """
+    apart = {id(p) for p in without.parameters()} if without is not None else set()
+    trained = [p for p in module.parameters() if p.requires_grad and id(p) not in apart]
     groups: list[dict[str, Any]] = [{"params": trained}]
     if not config.decay_all:
         groups = [{"params": [p for p in trained if p.dim() > 1]}]

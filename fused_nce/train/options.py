@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, NoReturn
+import types
+from collections.abc import Sequence
+from typing import Any, NoReturn, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
@@ -21,10 +23,39 @@ WORDS = (
 class Parser(ArgumentParser):
     """Raises `ValueError` instead of printing forty lines of usage and leaving."""
 
+    def parse_args(self, args: Any = None, *rest: Any, **named: Any) -> Any:
+        """A list may be written as `a,b` or `a`, not only as `[a,b]`."""
+        return super().parse_args(None if args is None else self._bracketed(args), *rest, **named)
+
+    def _bracketed(self, args: Sequence[str]) -> list[str]:
+        found, awaited = [], False
+        for word in args:
+            name, equals, value = word.partition("=")
+            if word.startswith("--"):
+                action = self._option_string_actions.get(name)
+                awaited = action is not None and action.nargs is None and _is_list(getattr(action, "_typehint", None))
+                word = f"{name}={_bracket(value)}" if awaited and equals else word
+                awaited = awaited and not equals
+            elif awaited:
+                word, awaited = _bracket(word), False
+            found.append(word)
+        return found
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Called by jsonargparse for whatever it refuses."""
         names = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
         raise ValueError(one_line(str(message), names)) from ex
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether a value of this type is a sequence: `Sequence[str]`, `tuple[float, ...]`, `list[int] | None`."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_is_list(part) for part in get_args(hint))
+    return get_origin(hint) in (list, tuple, Sequence)
+
+
+def _bracket(value: str) -> str:
+    return value if value[:1] in ("[", "(", "") or value == "null" else f"[{value}]"
 
 
 def one_line(message: str, options: list[str]) -> str:

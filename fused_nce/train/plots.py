@@ -1,6 +1,6 @@
 """Charts as inline SVG: text that scales, colours that follow the page's theme, nothing to download.
 
-Colours are CSS custom properties defined by the report's template (`--series-0` … `--series-9`, `--quiet`, `--ink`,
+Colours are CSS custom properties defined in `page.css` (`--series-0` … `--series-9`, `--quiet`, `--ink`,
 `--line`), so the same markup serves the light and the dark page.
 """
 
@@ -225,4 +225,4 @@ def scatter(points: Sequence[tuple[float, float]], labels: Sequence[int], classe
         body.append(f'<g class="dots" style="fill:var(--series-{label_ % 10})">{dots}<title>{escape(name)}</title></g>')
         middle = [sorted(axis)[len(mine) // 2] for axis in zip(*mine, strict=True)]
         names.append(_text(middle[0], middle[1] + 5, name, "place"))
-    return _svg(body + (names if len(classes) <= 40 else []), "2-D embedding of the test images", height=side)
+    return _svg(body + (names if len(classes) <= 40 else []), "2-D embedding of the test set", height=side)

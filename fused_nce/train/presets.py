@@ -46,3 +46,10 @@ def crops(**changes: Any) -> AugmentConfig:
         "std": tuple(IMAGENET_COLOURS["std"]),
     }
     return AugmentConfig(**shared | changes)
+
+
+def unmoved() -> AugmentConfig:
+    """The image as it is, in [−1, 1]."""
+    return AugmentConfig(
+        flip_p=0.0, geometry="none", jitter_p=0.0, gray_p=0.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+    )

@@ -1,4 +1,4 @@
-"""Logistic regression on frozen features: the linear probe, with every label or with a few labels a class."""
+"""Linear classifiers on frozen features, with every label or with a few labels a class: penalty chosen, then fitted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fused_nce.train.logistic import Axes, fit, principal_axes
+from fused_nce.train.logistic import Axes, Kind, fit, principal_axes
 
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -18,6 +18,8 @@ Labels = NDArray[np.int64]
 # Inverse penalties, strong to weak: on standardised features the best value lay inside this range for every
 # feature set tried, from 64 pixels to 2,048 channels, with 100 labels and with all.
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+# The squared hinge bends twenty times as much as a softmax of ten classes: as strong a pull needs a smaller C.
+C_GRIDS: dict[Kind, tuple[float, ...]] = {"softmax": C_GRID, "svm": tuple(c / 10 for c in C_GRID)}
 SMALL_ROWS = 2_000
 HELD_OUT = 0.25
 
@@ -76,13 +78,15 @@ def draw(labels: Labels, pool: Labels, per_class: int, rng: np.random.Generator)
     return np.sort(np.concatenate(chosen))
 
 
-def fit_predict(features: Array, labels: Labels, queries: Array, c: float, axes: Axes | None = None) -> Fitted:
-    """Multinomial logistic regression with penalty |w|²/2c on standardised features; predicts the queries."""
+def fit_predict(
+    features: Array, labels: Labels, queries: Array, c: float, axes: Axes | None = None, kind: Kind = "softmax"
+) -> Fitted:
+    """A linear classifier with penalty |w|²/2c on standardised features; predicts the queries."""
     names, numbers = np.unique(labels, return_inverse=True)
     x = torch.from_numpy(features)
     # Small problems are all overhead: more threads only wait for each other on a busy machine.
     with threads(1 if len(features) < SMALL_ROWS else torch.get_num_threads()):
-        model = fit(x, torch.from_numpy(numbers), c, principal_axes(x) if axes is None else axes)
+        model = fit(x, torch.from_numpy(numbers), c, principal_axes(x) if axes is None else axes, kind)
         predicted = model.predict(torch.from_numpy(queries)).numpy()
     return Fitted(names[predicted], c, model.converged)
 
@@ -98,8 +102,14 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def choose_c(features: Array, labels: Labels, trials: list[tuple[Labels, Labels]], axes: Axes | None = None) -> float:
-    """The penalty of `C_GRID` that gets most held-out rows right, over all (fit rows, held-out rows) trials.
+def choose_c(
+    features: Array,
+    labels: Labels,
+    trials: list[tuple[Labels, Labels]],
+    axes: Axes | None = None,
+    kind: Kind = "softmax",
+) -> float:
+    """The penalty of the kind's grid that gets most held-out rows right, over all (fit rows, held-out rows) trials.
 
     Among equals the strongest penalty wins, because the grid goes from strong to weak.
 
@@ -108,17 +118,19 @@ def choose_c(features: Array, labels: Labels, trials: list[tuple[Labels, Labels]
         labels: (n,).
         trials: row indices.
         axes: of all the features; each trial's own if left out.
+        kind: of classifier.
     """
-    right = np.zeros(len(C_GRID), dtype=np.int64)
+    grid = C_GRIDS[kind]
+    right = np.zeros(len(grid), dtype=np.int64)
     for rows, held in trials:
         known, own = features[rows], axes or principal_axes(torch.from_numpy(features[rows]))
-        for i, c in enumerate(C_GRID):
-            found = fit_predict(known, labels[rows], features[held], c, own)
+        for i, c in enumerate(grid):
+            found = fit_predict(known, labels[rows], features[held], c, own, kind)
             right[i] += int((found.predicted == labels[held]).sum())
-    return C_GRID[int(np.argmax(right))]
+    return grid[int(np.argmax(right))]
 
 
-def linear_probe(bank: Array, labels: Labels, queries: Array, *, seed: int = 0) -> Fitted:
+def linear_probe(bank: Array, labels: Labels, queries: Array, *, seed: int = 0, kind: Kind = "softmax") -> Fitted:
     """The probe with every label: penalty chosen on a held-out quarter of the bank, then fitted on the whole bank.
 
     Args:
@@ -126,11 +138,12 @@ def linear_probe(bank: Array, labels: Labels, queries: Array, *, seed: int = 0) 
         labels: (n,) their classes.
         queries: (m, D) features of the test images, which no choice sees.
         seed: of the held-out part.
+        kind: "softmax", logistic regression, or "svm".
     """
     bank, queries = standardise(bank, queries)
     rows, held = hold_out(labels, HELD_OUT, np.random.default_rng(seed))
     axes = principal_axes(torch.from_numpy(bank))
-    return fit_predict(bank, labels, queries, choose_c(bank, labels, [(rows, held)], axes), axes)
+    return fit_predict(bank, labels, queries, choose_c(bank, labels, [(rows, held)], axes, kind), axes, kind)
 
 
 def few_label_probe(

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from html import escape
-from pathlib import Path
-from string import Template
 from typing import Any
 
-from fused_nce.train import plots, runlog
+from fused_nce.train import page, plots, runlog
 from fused_nce.train.plots import Bar, Series
 
 TRAINED, PIXELS = "trained", "pixels"
-COLUMNS = (("linear", "all"), ("knn", "all"), ("linear", "few"), ("knn", "few"))
-NAMES = {"linear": "Linear", "knn": "kNN"}
+NAMES = {
+    "linear": "Linear", "knn": "kNN", "sgd": "Linear, SGD", "svm": "Linear SVM", "mlp": "MLP",
+    "prototype": "Prototype", "logistic": "Logistic",
+}  # fmt: skip
 
 
 @dataclass
@@ -40,16 +40,35 @@ def encoders(result: dict[str, Any], tap: str) -> list[str]:
     return list(dict.fromkeys(row["encoder"] for row in result["probes"] if row["tap"] == tap))
 
 
+def columns(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """(probe, labels) of the table, in the order of the result."""
+    return list(dict.fromkeys((row["probe"], row["labels"]) for row in result["probes"]))
+
+
+def spread(row: dict[str, Any]) -> float | None:
+    """The standard deviation of the draws, or half the mean's 95 % interval of few-shot tasks; None of one value."""
+    found: float | None = row["sd_pct"] if row["sd_pct"] is not None else row.get("ci95_pct")
+    return found
+
+
 def shown(row: dict[str, Any] | None) -> str:
     """`95.2 ± 0.8`, `97.7`, or a dash for what was not measured."""
     if row is None:
         return "–"
-    return f"{row['accuracy_pct']:.1f}" + (f" ± {row['sd_pct']:.1f}" if row["sd_pct"] is not None else "")
+    around = spread(row)
+    return f"{row['accuracy_pct']:.1f}" + (f" ± {around:.1f}" if around is not None else "")
 
 
-def heading(result: dict[str, Any], probe: str, labels: str) -> str:
-    few = f"{result['labels_per_class']} labels a class"
-    return f"{NAMES[probe]}, {few if labels == 'few' else 'all labels'}"
+def heading(probe: str, labels: str) -> str:
+    """`Linear, 10 labels a class`, `Prototype, 5-way 1-shot`."""
+    count, few, _ = labels.partition("/class")
+    words = f"{count} label{'' if count == '1' else 's'} a class" if few else labels
+    return f"{NAMES.get(probe, probe)}, {'all labels' if labels == 'all' else words}"
+
+
+def things(result: dict[str, Any]) -> str:
+    """What was encoded, in the plural."""
+    return str(result.get("things", "images"))
 
 
 def mebibytes(count: int | None) -> str:
@@ -61,19 +80,20 @@ def _tile(value: str, text: str) -> str:
     return f'<div class="tile"><b>{escape(number)} <small>{escape(unit)}</small></b><span>{escape(text)}</span></div>'
 
 
-def _card(title: str, body: str) -> str:
+def card(title: str, body: str) -> str:
+    """A chart in its frame."""
     return f'<div class="card"><h3>{escape(title)}</h3>{body}</div>'
 
 
 def _tiles(result: dict[str, Any]) -> str:
     tap, cost, speed = result["taps"][0], result["loss_cost"], result["training"]["images_per_s"]
     tiles = []
-    for probe, labels in COLUMNS[:3]:
+    for probe, labels in columns(result)[:3]:
         row = find(result, TRAINED, tap, probe, labels)
         if row is not None:
-            tiles.append(_tile(f"{shown(row)} %", f"{heading(result, probe, labels)}, on {tap}"))
+            tiles.append(_tile(f"{shown(row)} %", f"{heading(probe, labels)}, on {tap}"))
     if speed is not None:
-        tiles.append(_tile(f"{speed:,.0f} images/s", "in training, median"))
+        tiles.append(_tile(f"{speed:,.0f} {things(result)}/s", "in training, median"))
     if cost is not None:
         ratio = cost["naive"]["time_ms"] / cost["fused"]["time_ms"]
         speed_up = f"{ratio:.1f}× faster" if ratio >= 1 else f"{1 / ratio:.1f}× slower"
@@ -87,30 +107,32 @@ def _tiles(result: dict[str, Any]) -> str:
 def _probe_bars(result: dict[str, Any]) -> str:
     tap = result["taps"][0]
     cards = []
-    for probe, labels in (("linear", "few"), ("linear", "all")):
+    found = columns(result)
+    for probe, labels in sorted((c for c in found if c[0] == "linear"), key=lambda c: c[1] == "all") or found[:2]:
         bars = []
         for encoder in [*encoders(result, tap), *encoders(result, PIXELS)]:
             row = find(result, encoder, PIXELS if encoder == "raw pixels" else tap, probe, labels)
             if row is not None:
                 color = "var(--series-0)" if encoder == TRAINED else "var(--quiet)"
-                bars.append(Bar(encoder, row["accuracy_pct"], row["sd_pct"], color))
+                bars.append(Bar(encoder, row["accuracy_pct"], spread(row), color))
         if bars:
             chart = plots.dot_chart(bars, unit="%", high=100.0)
-            chance = 100 / len(result["classes"])
-            cards.append(_card(f"{heading(result, probe, labels)} ({tap}; chance {chance:.2g} %)", chart))
+            chance = 100 / (int(labels[0]) if "-way" in labels else len(result["classes"]))
+            cards.append(card(f"{heading(probe, labels)} ({tap}; chance {chance:.2g} %)", chart))
     return "".join(cards)
 
 
 def _probe_table(result: dict[str, Any]) -> str:
-    columns = [c for c in COLUMNS if any((row["probe"], row["labels"]) == c for row in result["probes"])]
-    head = "".join(f"<th>{escape(heading(result, *column))}</th>" for column in columns)
+    found = columns(result)
+    head = "".join(f"<th>{escape(heading(*column))}</th>" for column in found)
     rows = []
     for tap in dict.fromkeys(row["tap"] for row in result["probes"]):
         width = next(row["width"] for row in result["probes"] if row["tap"] == tap)
-        size = f"<small> · {width:,} numbers an image</small>"
-        rows.append(f'<tr class="group"><td colspan="{len(columns) + 1}">{escape(tap)}{size}</td></tr>')
+        what = things(result)
+        size = f"<small> · {width:,} numbers a{'n' if what == 'images' else ''} {what[:-1]}</small>"
+        rows.append(f'<tr class="group"><td colspan="{len(found) + 1}">{escape(tap)}{size}</td></tr>')
         for name in encoders(result, tap):
-            cells = "".join(f"<td>{shown(find(result, name, tap, *column))}</td>" for column in columns)
+            cells = "".join(f"<td>{shown(find(result, name, tap, *column))}</td>" for column in found)
             mark = ' class="ours"' if name == TRAINED else ""
             rows.append(f"<tr{mark}><td>{escape(name)}</td>{cells}</tr>")
     return f"<table><thead><tr><th>accuracy, %</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
@@ -123,7 +145,7 @@ def _curves(result: dict[str, Any], log: list[runlog.Line]) -> str:
 
     charts: list[tuple[str, str, tuple[float, float] | None, list[Series]]] = [
         ("NCE minus its chance level (0 = guessing)", "nats", None, [series("NCE − chance", "nce_minus_chance", 0)]),
-        (f"Online probes on detached {result['online_tap']} (training images)", "accuracy, %", (0.0, 100.0), [
+        (f"Online probes on detached {result['online_tap']} (training {things(result)})", "accuracy, %", (0.0, 100.0), [
             series("linear", "linear_acc", 0, 100), series("MLP", "mlp_acc", 1, 100)]),
         ("Loss and its penalty", "nats", None, [series("loss", "loss", 0), series("penalty", "penalty", 1)]),
         ("Positives ranked first", "%", None, [series("top-1", "top1", 2, 100)]),
@@ -132,16 +154,19 @@ def _curves(result: dict[str, Any], log: list[runlog.Line]) -> str:
     for title, unit, limits, lines in charts:
         lines = [line for line in lines if line.x]
         if lines:
-            cards.append(_card(title, plots.line_chart(lines, x_label="step", y_label=unit, y_range=limits)))
+            cards.append(card(title, plots.line_chart(lines, x_label="step", y_label=unit, y_range=limits)))
     return "".join(cards)
 
 
 def _closer(result: dict[str, Any], figures: Figures) -> str:
-    tap = result["taps"][0]
-    cards = [_card(f"Confusions of the linear probe on {tap}, all labels", _confusion(result))]
+    tap, confusion = result["taps"][0], result["confusion"]
+    cards = []
+    if confusion is not None:
+        probe = NAMES[confusion.get("probe", "linear")]
+        cards.append(card(f"Confusions of the probe on {tap}: {probe}, all labels", _confusion(result)))
     if figures.points:
         picture = plots.scatter(figures.points, figures.point_labels, result["classes"])
-        cards.append(_card(f"{len(figures.points):,} test images by their {tap} (PCA, then t-SNE)", picture))
+        cards.append(card(f"{len(figures.points):,} test {things(result)} by their {tap} (PCA, then t-SNE)", picture))
     return "".join(cards)
 
 
@@ -154,13 +179,23 @@ def _confusion(result: dict[str, Any]) -> str:
     return f"<p>{len(classes):,} classes are too many to draw; the twenty commonest mistakes:</p><ul>{items}</ul>"
 
 
-def _neighbours(figures: Figures) -> str:
+def _neighbours(result: dict[str, Any], figures: Figures) -> str:
+    """A card of thumbnails, where there are any."""
+    if not figures.neighbours:
+        return ""
+    note = (
+        f"A test image (dark line) and the labelled images nearest to it by cosine on {result['taps'][0]}: green for "
+        "its own class, orange for another."
+    )
     rows = []
     for row in figures.neighbours:
         (query, _), rest = row[0], row[1:]
         images = "".join(f'<img alt="" src="{uri}"{"" if right else " class=miss"}>' for uri, right in rest)
         rows.append(f'<div><img alt="" class="query" src="{query}"><em>→</em>{images}</div>')
-    return "".join(rows)
+    return (
+        f'<div class="card" style="margin-top:14px"><h3>Nearest neighbours</h3><p class="note">{escape(note)}</p>'
+        f'<div class="neighbours">{"".join(rows)}</div></div>'
+    )
 
 
 def _cost(result: dict[str, Any]) -> tuple[str, str, str]:
@@ -181,10 +216,10 @@ def _cost(result: dict[str, Any]) -> tuple[str, str, str]:
     )
     colors = {"fused": "var(--series-0)", "naive": "var(--quiet)"}
     times = [Bar(name, cost[name]["time_ms"], None, color) for name, color in colors.items()]
-    bars = _card("Time a step", plots.bar_chart(times, unit="ms"))
+    bars = card("Time a step", plots.bar_chart(times, unit="ms"))
     if all(cost[name]["peak_bytes"] is not None for name in colors):
         peaks = [Bar(name, cost[name]["peak_bytes"] / 2**20, None, color) for name, color in colors.items()]
-        bars += _card("Peak memory", plots.bar_chart(peaks, unit="MiB"))
+        bars += card("Peak memory", plots.bar_chart(peaks, unit="MiB"))
     rows = "".join(
         f"<tr{' class=ours' if name == 'fused' else ''}><td>{name}</td><td>{cost[name]['time_ms']:.1f}</td>"
         f"<td>{' – '.join(f'{value:.1f}' for value in cost[name]['quartiles_ms'])}</td>"
@@ -193,6 +228,21 @@ def _cost(result: dict[str, Any]) -> tuple[str, str, str]:
     )
     head = "<th>loss</th><th>ms a step</th><th>quartiles</th><th>peak memory</th><th>value</th>"
     return note, bars, f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _title(result: dict[str, Any]) -> str:
+    trained_on = result.get("trained_on", result["data_name"])
+    other = f", evaluated on {result['data_name']}" if trained_on != result["data_name"] else ""
+    return f"{result['method'].upper()} on {trained_on}{other}"
+
+
+def _spreads(result: dict[str, Any]) -> str:
+    found, lines = [labels for _, labels in columns(result)], []
+    if any(labels.endswith("/class") for labels in found):
+        lines.append(f"With few labels a class: mean ± standard deviation of {result['draws']} draws.")
+    if any("-shot" in labels for labels in found):
+        lines.append(f"Few-shot: mean ± 95 % interval of {result['tasks']:,} tasks.")
+    return " ".join(lines)
 
 
 def render(result: dict[str, Any], log: list[runlog.Line], config_text: str, figures: Figures) -> str:
@@ -211,27 +261,23 @@ def render(result: dict[str, Any], log: list[runlog.Line], config_text: str, fig
     note += f"; the loss took {100 * share:.1f} % of a step (median)" if share is not None else ""
     note += f"; {training['skipped']:,} updates were skipped (not finite)" if training.get("skipped") else ""
     note += f"; {training['damaged']:,} images could not be read" if training.get("damaged") else ""
-    template = Template(Path(__file__).with_name("report_template.html").read_text())
-    return template.substitute(
-        title=escape(f"{result['method'].upper()} on {result['data_name']}"),
+    return page.fill(
+        "report_template.html",
+        title=escape(_title(result)),
         subtitle=escape(f"Run {result['run']} · {result['date']} · fused_nce {result['environment']['fused_nce']}"),
         tiles=_tiles(result),
         probes_note=escape(
-            f"Accuracy on {splits['test']:,} test images of probes fitted on frozen features of {splits['probe']:,} "
-            f"labelled images. With {result['labels_per_class']} labels a class: mean ± standard deviation of "
-            f"{result['draws']} draws."
+            f"Accuracy on {splits['test']:,} test {things(result)} of probes fitted on frozen features of "
+            f"{splits['probe']:,} labelled {things(result)}. {_spreads(result)}"
         ),
         bars=_probe_bars(result),
         probe_table=_probe_table(result),
         training_note=escape(f"{note}."),
         curves=_curves(result, log),
-        closer_note="None of these images was seen in pre-training or by a probe.",
+        closer_note=f"None of these {things(result)} was seen in pre-training or by a probe.",
         closer=_closer(result, figures),
-        neighbours_note=escape(
-            f"A test image (dark line) and the labelled images nearest to it by cosine on {result['taps'][0]}: "
-            "green for its own class, orange for another."
-        ),
-        neighbours=_neighbours(figures),
+        things=things(result),
+        neighbours=_neighbours(result, figures),
         cost_note=escape(cost_note),
         cost_bars=cost_bars,
         cost_table=cost_table,

@@ -5,8 +5,9 @@ import io
 import json
 import logging
 import tarfile
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -21,18 +22,22 @@ DIGITS_SPLIT_SEED = 0
 MAX_DAMAGED = 0.01  # of a set; above it the set, not an image, is at fault
 
 
-class Source(Protocol):
-    """Images by index, without holding them decoded."""
-
-    labels: list[int]
-    classes: list[str]
+class Readable(Protocol):
+    """Images, or recordings, by index, without holding them decoded."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str: ...
 
-    def read(self, index: int) -> Tensor:  # (3, H, W) uint8, any size
+    def read(self, index: int) -> Tensor:  # (3, H, W) uint8, any size; or (samples,) int16
         ...
+
+
+class Source(Readable, Protocol):
+    """Images with the numbers of their classes."""
+
+    labels: list[int]
+    classes: list[str]
 
 
 class FolderSource:
@@ -60,30 +65,35 @@ class FolderSource:
         return to_rgb(self.paths[index].read_bytes())
 
 
-class ShardSource:
-    """WebDataset shards: members that share a key are a sample, `.cls` holds the label as text.
+class Shards:
+    """WebDataset shards by index: members that share a key are a sample, one kept and the small ones beside it parsed.
 
-    A plain `.tar` is indexed once and read by offset. A `.tar.gz` cannot be, so its encoded images are held in memory.
+    A plain `.tar` is indexed once and read by offset. A `.tar.gz` cannot be, so what it keeps is held in memory.
+
+    Args:
+        pattern: a folder of shards, or a glob.
+        split: "train" or "test".
+        kept: suffixes of the member that a sample is read from, with their dots.
+        notes: parsers of the members beside it, by suffix without the dot.
+
+    Attributes:
+        notes: of each sample, what its parsers found, by suffix.
+        shards: the files.
     """
 
-    def __init__(self, pattern: str, split: str) -> None:
-        shards = find_shards(pattern, split)
-        self.labels: list[int] = []
+    def __init__(
+        self, pattern: str, split: str, kept: Collection[str], notes: Mapping[str, Callable[[bytes], Any]]
+    ) -> None:
+        self.shards = find_shards(pattern, split)
+        self.notes: list[dict[str, Any]] = []
         self.entries: list[tuple[str, Path, int, bytes | int]] = []  # key, shard, offset, the bytes or their number
-        for shard in shards:
-            self._index(shard)
-        if not self.entries:
-            raise ValueError(f"data: no image in {', '.join(map(str, shards))}")
-        names = shards[0].parent / "classes.json"
-        count = max(self.labels) + 1
-        self.classes = json.loads(names.read_text()) if names.is_file() else [str(i) for i in range(count)]
-        if len(self.classes) < count:
-            raise ValueError(f"data: {names} names {len(self.classes)} classes, but a label is {count - 1}")
+        for shard in self.shards:
+            self._index(shard, kept, notes)
 
-    def _index(self, shard: Path) -> None:
+    def _index(self, shard: Path, kept: Collection[str], notes: Mapping[str, Callable[[bytes], Any]]) -> None:
         zipped = shard.suffix == ".gz"
         pending: dict[str, tuple[int, bytes | int]] = {}
-        labels: dict[str, int] = {}
+        found: dict[str, dict[str, Any]] = {}
         try:
             with tarfile.open(shard, "r:gz" if zipped else "r:") as tar:
                 for member in tar:
@@ -91,16 +101,16 @@ class ShardSource:
                     folder, _, base = member.name.rpartition("/")
                     stem, _, suffix = base.partition(".")
                     key = f"{folder}/{stem}" if folder else stem
-                    handle = tar.extractfile(member) if zipped or suffix == "cls" else None
-                    if f".{suffix.lower()}" in IMAGE_SUFFIXES:
+                    handle = tar.extractfile(member) if zipped or suffix in notes else None
+                    if f".{suffix.lower()}" in kept:
                         pending[key] = (member.offset_data, handle.read() if handle else member.size)
-                    elif suffix == "cls" and handle:
-                        labels[key] = int(handle.read())
+                    elif suffix in notes and handle:
+                        found.setdefault(key, {})[suffix] = notes[suffix](handle.read())
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             raise ValueError(f"data: shard {shard} cannot be read: {error}") from error
         for key, (offset, content) in pending.items():
             self.entries.append((key, shard, offset, content))
-            self.labels.append(labels.get(key, -1))
+            self.notes.append(found.get(key, {}))
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -109,13 +119,32 @@ class ShardSource:
         key, shard, *_ = self.entries[index]
         return f"{shard}:{key}"
 
-    def read(self, index: int) -> Tensor:
+    def content(self, index: int) -> bytes:
+        """The kept member of a sample."""
         _, shard, offset, content = self.entries[index]
         if isinstance(content, int):
             with shard.open("rb") as handle:
                 handle.seek(offset)
                 content = handle.read(content)
-        return to_rgb(content)
+        return content
+
+
+class ShardSource(Shards):
+    """Images in shards; `.cls` holds the label as text."""
+
+    def __init__(self, pattern: str, split: str) -> None:
+        super().__init__(pattern, split, IMAGE_SUFFIXES, {"cls": int})
+        if not self.entries:
+            raise ValueError(f"data: no image in {', '.join(map(str, self.shards))}")
+        self.labels: list[int] = [note.get("cls", -1) for note in self.notes]
+        names = self.shards[0].parent / "classes.json"
+        count = max(self.labels) + 1
+        self.classes = json.loads(names.read_text()) if names.is_file() else [str(i) for i in range(count)]
+        if len(self.classes) < count:
+            raise ValueError(f"data: {names} names {len(self.classes)} classes, but a label is {count - 1}")
+
+    def read(self, index: int) -> Tensor:
+        return to_rgb(self.content(index))
 
 
 class Damage:
@@ -128,7 +157,7 @@ class Damage:
     def count(self) -> int:
         return len(self.bad)
 
-    def read(self, source: Source, index: int) -> tuple[Tensor, int]:
+    def read(self, source: Readable, index: int) -> tuple[Tensor, int]:
         """The image, and the index that it came from.
 
         Raises:

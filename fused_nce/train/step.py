@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from fused_nce.models.base import Losses, Model
 from fused_nce.train.config import TrainConfig
+from fused_nce.train.features import as_vectors
 from fused_nce.train.online_probes import OnlineProbes
 
 # The order of the numbers that a step returns: means over images, then those that a method adds, then counts.
@@ -104,7 +105,8 @@ class TrainStep(nn.Module):
         counts = torch.zeros(len(COUNTS), device=labels.device)
         extra = None
         if self.probes is not None:  # before the loss, so that the loss's nodes are the newest: see LossTimer
-            probe = self.probes(torch.cat([view[self.tap] for view in taps]), labels.repeat(len(taps)))
+            seen = torch.cat([as_vectors(view[self.tap].detach()) for view in taps])
+            probe = self.probes(seen, labels.repeat(len(taps)))
             extra = probe.loss
             counts = torch.stack((*probe.correct, probe.labelled)).float()
         out = self.timer(model.loss, inputs)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fused_nce.train import report, runlog
+from fused_nce.train.protocols import PROTOCOLS
+
+COLUMNS = 4  # of accuracies, side by side on a terminal
 
 
 def training(log: list[runlog.Line]) -> dict[str, Any]:
@@ -22,7 +26,7 @@ def training(log: list[runlog.Line]) -> dict[str, Any]:
     }
 
 
-def protocol(data: str, labels_per_class: int, draws: int, baselines: bool) -> list[str]:
+def protocol(data: str, protocols: list[str], draws: int, tasks: int, baselines: bool) -> list[str]:
     """What a reader must know to judge the accuracies, one sentence a line."""
     split = (
         "The images of pre-training, of the probes and of the test are disjoint."
@@ -34,13 +38,7 @@ def protocol(data: str, labels_per_class: int, draws: int, baselines: bool) -> l
         "Not transductive: BatchNorm uses the statistics of pre-training (eval mode), never of test images; every test "
         "image counts.",
         "A map is averaged over a 2 × 2 grid; a vector, such as f1, stays.",
-        "Linear probe: multinomial logistic regression on standardised features (full-batch L-BFGS to a gradient of "
-        "3e-4 in whitened coordinates); its penalty is chosen on a held-out quarter of the probe split, never on the "
-        "test images.",
-        f"{labels_per_class} labels a class: {draws} draws from the other three quarters, the same for every encoder; "
-        "mean ± standard deviation over the draws.",
-        "kNN: cosine similarity, votes weighted by exp(similarity / 0.1); 200 neighbours, or 2 % of a bank below "
-        "10,000 images (at least 5).",
+        *of_protocols(protocols, draws, tasks),
     ]
     if baselines:
         lines.append(
@@ -50,19 +48,30 @@ def protocol(data: str, labels_per_class: int, draws: int, baselines: bool) -> l
     return lines
 
 
+def of_protocols(protocols: Sequence[str], draws: int, tasks: int, *, things: str = "images") -> list[str]:
+    """How each of them is run."""
+    lines = [PROTOCOLS[name].text.replace("images", things) for name in protocols]
+    lines += [f"Few labels: {draws} draws."] if "few" in protocols else []
+    lines += [f"Few-shot: {tasks} tasks."] if "few-shot" in protocols else []
+    return lines
+
+
 def table(result: dict[str, Any]) -> str:
-    """The accuracies, the speed and the cost of the loss, for a terminal of 100 columns."""
-    columns = report.COLUMNS
-    few = f"{result['labels_per_class']}/class"
-    heads = [f"{report.NAMES[probe]}, {few if labels == 'few' else 'all'}" for probe, labels in columns]
-    lines = [f"{'test accuracy, %':30}" + "".join(f"{head:>18}" for head in heads)]
-    for encoder, tap in dict.fromkeys((row["encoder"], row["tap"]) for row in result["probes"]):
-        cells = [report.shown(report.find(result, encoder, tap, *column)) for column in columns]
-        name = encoder if tap == report.PIXELS else f"{tap}  {encoder}"
-        lines.append(f"{name:30}" + "".join(f"{cell:>18}" for cell in cells))
+    """The accuracies, four columns a block, the speed and the cost of the loss, for a terminal of 100 columns."""
+    columns, lines = report.columns(result), []
+    for start in range(0, len(columns), COLUMNS):
+        block = columns[start : start + COLUMNS]
+        heads = [f"{report.NAMES[probe]}, {labels.removeprefix('5-way ')}" for probe, labels in block]
+        lines.append(f"{'test accuracy, %':28}" + "".join(f"{head:>18}" for head in heads))
+        for encoder, tap in dict.fromkeys((row["encoder"], row["tap"]) for row in result["probes"]):
+            cells = [report.shown(report.find(result, encoder, tap, *column)) for column in block]
+            name = encoder if tap == report.PIXELS else f"{tap}  {encoder}"
+            lines.append(f"{name:28}" + "".join(f"{cell:>18}" for cell in cells))
+        lines.append("")
     speed, cost = result["training"]["images_per_s"], result["loss_cost"]
     if speed is not None:
-        lines.append(f"\ntraining {speed:,.0f} images/s (median), {result['training']['minutes']:.1f} minutes")
+        minutes = result["training"]["minutes"]
+        lines.append(f"training {speed:,.0f} {report.things(result)}/s (median), {minutes:.1f} minutes")
     if cost is not None:
         lines.append(f"{'the loss of one step':30}{'time':>18}{'peak memory':>18}")
         for name in ("fused", "naive"):

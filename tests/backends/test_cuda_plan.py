@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,15 @@ def test_published_shapes():
     assert clip["block_rows"] >= 735  # dk's traffic hides behind its GEMM
 
 
+@pytest.mark.parametrize(("name", "n", "d"), [("CLIP", 32768, 512), ("CLIP", 32768, 1024), ("CPC", 12544, 1024)])
+def test_float_sums_of_16_bit_gradients_are_within_the_limit_too(name, n, d):
+    """256 MB in all, of which dk in float until the last block is up to half."""
+    p = plan(n, n, d, statistics=name == "CPC")
+    assert p["block_rows"] >= 735
+    assert p["total_bytes"] + p["sum_bytes"] <= 252e6
+    assert plan(n, n, d, element_bytes=4)["sum_bytes"] == 0
+
+
 def test_a_bank_of_a_million_columns_stays_within_the_limit():
     for n in (1, 256, 65536):
         p = plan(n, 1_280_000, 128)
@@ -69,6 +79,44 @@ def test_workspace_does_not_grow_with_the_problem():
     sizes = [plan(n, n, 512)["total_bytes"] for n in (2**14, 2**16, 2**18)]
     assert max(sizes) <= 256 * MIB
     assert min(sizes) >= 64 * MIB
+
+
+def test_space_is_taken_for_what_is_wanted():
+    """A number of dL/dscale a row, and a column's running statistics, where they are asked for."""
+    plain = plan(4096, 4096, 64, sums=0)["total_bytes"]
+    assert plan(4096, 4096, 64)["total_bytes"] == plain + 4096 * 4
+    stats = {"gradients": False, "sums": 0}
+    assert (
+        plan(4096, 4096, 64, both_ways=True, **stats)["total_bytes"]
+        == plan(4096, 4096, 64, **stats)["total_bytes"] + 4096 * 24
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 0), False), ((12, 0), False)],
+)
+def test_machine_code_runs_within_its_major_version(capability, runs):
+    assert cuda._runs_on(capability, "sm_80,sm_90") is runs
+
+
+def test_ptx_runs_on_what_comes_later_and_a_letter_binds():
+    assert cuda._runs_on((12, 0), "sm_80,compute_90")
+    assert not cuda._runs_on((8, 6), "compute_90")
+    assert cuda._runs_on((9, 0), "sm_90a")
+    assert not cuda._runs_on((10, 3), "sm_100a,compute_90a")
+    assert cuda._runs_on((10, 3), "sm_100")
+    assert not cuda._runs_on((9, 0), "")
+
+
+def test_a_gpu_that_the_kernels_were_not_built_for_is_told_so(monkeypatch):
+    """Not by cudaErrorNoKernelImageForDevice in the middle of a step."""
+    built = MODULE.build_info() | {"cuda": True, "cuda_architectures": "sm_80,sm_90"}
+    monkeypatch.setattr(_extension, "status", lambda: (types.SimpleNamespace(build_info=lambda: built), ""))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    x: Any = types.SimpleNamespace(device=torch.device("cuda"))
+    reason = cuda.why_not(Spec(Block(1)), x, x) or ""
+    assert reason.startswith("the kernels were built for sm_80,sm_90, which this GPU, sm_120, cannot run; for it: ")
 
 
 def test_published_formula_and_refusal():

@@ -39,9 +39,11 @@ def test_no_kernel_spills(architecture):
     kernels = static_cuda.compile_for(NVCC, static_cuda.SOURCES / "rows.cu", architecture)
     names = {kernel.name for kernel in kernels}
     transforms = ("clip", "clip shift", "shift")
-    assert {
-        f"{kind} {t} {e}" for kind in ("loss", "weigh") for t in transforms for e in static_cuda.TYPES.values()
-    } < names
-    assert {f"fold {t}" for t in transforms} | {"finish", "finish shift", "summary", "last_summary"} < names
+    types = static_cuda.TYPES.values()
+    assert {f"{kind} {e}" for t in transforms for kind in (f"loss {t}", f"weigh {t}") for e in types} < names
+    assert {f"weigh {t} more {e}" for t in transforms for e in types} | {f"multiply {e}" for e in types} < names
+    assert {f"{kind} {t}" for kind in ("fold", "fold_columns") for t in transforms} < names
+    assert {f"fold {t} more" for t in transforms} | {"fold_further", "fold_further clip", "finish_further"} < names
+    assert {"finish", "finish shift", "finish_columns", "finish_columns shift", "summary", "last_summary"} < names
     assert len(names) == len(kernels)
     assert [kernel for kernel in kernels if not kernel.clean] == []

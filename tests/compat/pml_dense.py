@@ -49,3 +49,28 @@ def sup_con(q, k, positive, negative, temperature, normalize=True, reducer="nonz
         row = own + [n for a, n in negative if a == i]
         losses.append(s[i, row].logsumexp(0) - s[i, own].mean() if own else zero)
     return reduce(losses, reducer, zero)
+
+
+def distances(q, k, normalize, similar):
+    """(N, M) Euclidean distances by the differences, or similarities, negated: the nearer the smaller."""
+    if similar:
+        return -scores(q, k, normalize)
+    if normalize:
+        q, k = (nn.functional.normalize(x, dim=1) for x in (q, k))
+    return (q[:, None] - k + 0 * q.sum()).square().sum(2).clamp(min=1e-30).sqrt()
+
+
+def contrastive(q, k, positive, negative, pos_margin, neg_margin, normalize=True, similar=False, reducer="nonzero"):
+    """The two hinges' means."""
+    d, zero = distances(q, k, normalize, similar), 0 * (q.sum() + k.sum())
+    sign = -1 if similar else 1
+    own = [torch.relu(d[i, j] - sign * pos_margin) for i, j in positive]
+    others = [torch.relu(sign * neg_margin - d[i, j]) for i, j in negative]
+    return reduce(own, reducer, zero) + reduce(others, reducer, zero)
+
+
+def triplet(q, k, positive, negative, margin, normalize=True, similar=False, reducer="nonzero"):
+    """The mean over all triplets."""
+    d, zero = distances(q, k, normalize, similar), 0 * (q.sum() + k.sum())
+    hinges = [torch.relu(margin + d[a, p] - d[a, n]) for a, p in positive for i, n in negative if i == a]
+    return reduce(hinges, reducer, zero)

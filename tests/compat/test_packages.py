@@ -228,6 +228,49 @@ def test_pml(theirs_pml, name, seed):
         agree(steps[0], steps[1], [x])
 
 
+@SEEDS
+def test_pml_margins(theirs_pml, seed):
+    """Pairs and triplets, of distances and similarities; the settings that go to upstream's code; the memory."""
+    from pytorch_metric_learning import distances, losses, miners, reducers
+
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    n, width = pick.randint(4, 20), pick.choice((3, 16, 33))
+    words = pick.choice(
+        (
+            {},
+            {"reducer": reducers.MeanReducer()},
+            {"distance": distances.LpDistance(normalize_embeddings=False)},
+            {"distance": distances.DotProductSimilarity(normalize_embeddings=False)},
+            {"distance": distances.CosineSimilarity(), "reducer": reducers.MeanReducer()},
+            {"distance": distances.LpDistance(power=2)},
+        )
+    )
+    own = {
+        "ContrastiveLoss": {"pos_margin": pick.choice((0, 0.3)), "neg_margin": pick.choice((1, 0.4, 0))},
+        "TripletMarginLoss": {"margin": pick.choice((0.05, 0.7)), **pick.choice(({}, {}, {"smooth_loss": True}))},
+    }
+    labels, other = torch.randint(0, 3, (n,)), torch.randint(0, 3, (n,))
+    rows = [0.5 * torch.randn(n, width) for _ in range(2)]
+    mined = miners.MultiSimilarityMiner()(rows[0], labels)
+    for name, settings in own.items():
+        one, two = (getattr(module, name)(**settings, **words) for module in (losses, pml))
+        agree(lambda x, one=one: one(x, labels), lambda x, two=two: two(x, labels), rows[:1])
+        agree(
+            lambda x, y, one=one: one(x, labels, None, y, other),
+            lambda x, y, two=two: two(x, labels, None, y, other),
+            rows,
+        )
+        agree(lambda x, one=one: one(x, labels, mined), lambda x, two=two: two(x, labels, mined), rows[:1])
+        memories = [
+            kind(loss, width, n + 3) for kind, loss in ((losses.CrossBatchMemory, one), (pml.CrossBatchMemory, two))
+        ]
+        for _ in range(3):
+            x, ids = 0.4 * torch.randn(n, width), torch.randint(0, 3, (n,))
+            steps = [functools.partial(memory, labels=ids) for memory in memories]
+            agree(steps[0], steps[1], [x])
+
+
 def test_patch(theirs_lightly, theirs_open_clip, theirs_pml):
     """The real classes are known, and agree with their twins."""
     from pytorch_metric_learning import losses
@@ -242,6 +285,8 @@ def test_patch(theirs_lightly, theirs_open_clip, theirs_pml):
             "clip": theirs_open_clip.ClipLoss(),
             "siglip": theirs_open_clip.SigLipLoss(),
             "pml": losses.SupConLoss(),
+            "pairs": losses.ContrastiveLoss(0.1, 0.9),
+            "triplets": losses.TripletMarginLoss(0.3),
             "memory": losses.CrossBatchMemory(losses.SupConLoss(), 5, 16),
         }
     )
@@ -254,7 +299,8 @@ def test_patch(theirs_lightly, theirs_open_clip, theirs_pml):
             model[name](a, b)
         model["clip"](image_features=a, text_features=b, logit_scale=scale, output_dict=True)
         model["siglip"](a, b, scale, bias)
-        model["pml"](a, labels)
+        for name in ("pml", "pairs", "triplets"):
+            model[name](a, labels)
         model["memory"](a, labels)
     for name, loss in model.items():
         assert type(loss).__module__.startswith("fused_nce.compat."), name

@@ -7,6 +7,7 @@ import importlib.util
 import pickle
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,43 @@ def test_losses(seed, dtype):
 
 
 @both
+def test_margins(seed, dtype):
+    """Pairs and triplets, of distances and similarities, with the same rows and references."""
+    g, pick = drawn(seed)
+    n, width, classes = pick.randint(2, 10), pick.choice((3, 16)), pick.randint(1, 4)
+    ids = torch.randint(0, classes, (n,), generator=g)
+    form = pick.choice(("self", "ref", "ref without labels"))
+    m = pick.randint(1, 10) if form == "ref" else n
+    other = torch.randint(-1, classes, (m,), generator=g) if form == "ref" else ids
+    q, k = (0.5 * torch.randn(x, width, generator=g, dtype=torch.float64) for x in (n, m))
+    found = dense.pairs(ids.tolist(), other.tolist(), None if form == "ref" else 0)
+    given, told = options(pick)
+    told["similar"] = pick.random() < 0.5
+    if told["similar"]:
+        kind = "CosineSimilarity" if told["normalize"] else "DotProductSimilarity"
+        given["distance"] = stand_in(kind, "distances.any", normalize_embeddings=told["normalize"], p=2, power=1)
+    elif "distance" in given:
+        given["distance"] = stand_in("LpDistance", "distances.any", normalize_embeddings=False, p=2, power=1)
+    pos_margin, neg_margin, margin = pick.choice((0, 0.3)), pick.choice((1, 0.4, 0)), pick.choice((0.05, 0.7))
+    pairs, triplets = pml.ContrastiveLoss(pos_margin, neg_margin, **given), pml.TripletMarginLoss(margin, **given)
+    formulas = {
+        pairs: lambda q, k: dense.contrastive(q, k, found[0], found[1], pos_margin, neg_margin, **told),
+        triplets: lambda q, k: dense.triplet(q, k, found[0], found[1], margin, **told),
+    }
+    for loss, formula in formulas.items():
+
+        def ours(q: torch.Tensor, k: torch.Tensor, loss: nn.Module = loss) -> torch.Tensor:
+            arguments = () if form == "self" else (None, k, other if form == "ref" else None)
+            value: torch.Tensor = loss(q, ids, *arguments)
+            return value
+
+        def theirs(q, k, formula=formula):
+            return formula(q, q if form == "self" else k)
+
+        agree(ours, theirs, [q, k], dtype, seed)
+
+
+@both
 def test_memory(seed, dtype):
     """Several steps around the ring's end, with a mask now and then: enqueue first, no row with its own copy."""
     g, pick = drawn(seed)
@@ -131,7 +169,7 @@ def test_self_supervised(seed, dtype):
 
 def test_nothing_to_compare_costs_nothing():
     """One class, or as many classes as rows: 0, with a gradient of 0 and not none."""
-    for loss in (pml.NTXentLoss(), pml.SupConLoss()):
+    for loss in (pml.NTXentLoss(), pml.SupConLoss(), pml.TripletMarginLoss()):
         for labels in (torch.zeros(4, dtype=torch.int64), torch.arange(4)):
             x = torch.randn(4, 3, requires_grad=True)
             value = loss(x, labels)
@@ -142,7 +180,7 @@ def test_nothing_to_compare_costs_nothing():
 
 
 def test_a_nan_is_not_hidden():
-    for loss in (pml.NTXentLoss(), pml.SupConLoss()):
+    for loss in (pml.NTXentLoss(), pml.SupConLoss(), pml.TripletMarginLoss(), pml.ContrastiveLoss()):
         x = torch.randn(6, 3)
         x[2, 1] = float("nan")
         assert loss(x, torch.tensor([0, 0, 1, 1, 2, 2])).isnan()
@@ -261,6 +299,16 @@ def test_without_upstream_it_raises():
         NotImplementedError, match=r"^NTXentLoss: got indices_tuple, which is not fused, need pytorch-m"
     ):
         pml.NTXentLoss()(torch.randn(4, 3), torch.arange(4), (torch.tensor([0]),) * 3)
+    settings: tuple[dict[str, Any], ...] = (
+        {"swap": True},
+        {"smooth_loss": True},
+        {"triplets_per_anchor": 2},
+        {"margin": -0.1},
+    )
+    for words in settings:
+        loss, ((word, value),) = pml.TripletMarginLoss(**words), words.items()
+        with pytest.raises(NotImplementedError, match=rf"^TripletMarginLoss: got {word}={value}, which is not fused"):
+            loss(torch.randn(4, 3), torch.arange(4))
 
 
 @pytest.mark.parametrize(

@@ -120,10 +120,10 @@ def test_a_table_is_read_as_it_was_written(tmp_path, monkeypatch):
 
 def test_only_a_gpu_asks_the_model():
     x: Any = torch.empty(4, 8)
-    assert dispatch.automatic(SPEC, x, x) == dispatch.AUTOMATIC
+    assert dispatch.automatic(x, x) == dispatch.AUTOMATIC
     x = SimpleNamespace(device=SimpleNamespace(type="cuda"), shape=(128, 2560), dtype=torch.bfloat16)
-    assert dispatch.automatic(SPEC, x, x)[0] == "cuda"
-    assert dispatch.automatic(SPEC, x, x)[-1] == "chunked"
+    assert dispatch.automatic(x, x)[0] == "cuda"
+    assert dispatch.automatic(x, x)[-1] == "chunked"
 
 
 def test_the_choice_knows_what_is_wanted(monkeypatch):
@@ -136,23 +136,24 @@ def test_the_choice_knows_what_is_wanted(monkeypatch):
 
     monkeypatch.setattr(cost, "fastest_first", answer)
     x: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"), shape=(8, 4), dtype=torch.bfloat16)
-    dispatch.automatic(SPEC, x, None, ONE)
-    dispatch.automatic(Spec(Block(1), columns=("neg_lse",)), x, x, Call("stats"))
+    monkeypatch.setattr(dispatch, "why_not", lambda *_: None)
+    dispatch.choose(SPEC, x, None, "", ONE)
+    dispatch.choose(Spec(Block(1), columns=("neg_lse",)), x, x, "", Call("stats"))
     assert asked == [Call(k=False, shared=True), Call("stats", columns=True)]
 
 
 @pytest.mark.parametrize(("wanted", "call"), [("q", Call("loss", True, False)), ("qk", Call("loss", True, True))])
 def test_the_ops_say_what_is_wanted(wanted, call, monkeypatch):
     from fused_nce import info_nce
-    from fused_nce.core import ops
+    from fused_nce.core import ring
 
-    asked, choose = [], ops.choose
+    asked, choose = [], ring.choose
 
     def listen(*given):
         asked.append(given[-1])
         return choose(*given)
 
-    monkeypatch.setattr(ops, "choose", listen)
+    monkeypatch.setattr(ring, "choose", listen)
     q, k = (torch.randn(4, 8).requires_grad_(name in wanted) for name in "qk")
     info_nce(q, k, penalty=0.1)
     assert asked == [call._replace(penalised=True)]

@@ -102,6 +102,8 @@ CASES = [
         ValueError,
         r"^spec: got statistics \('neg_lse',\), need all .*$",
     ),
+    (loss(reports=3), ValueError, r"^reports: got 3 for N = 4 rows, need a divisor of them$"),
+    (loss(reports=True), TypeError, r"^reports: got .*$"),
     (stats(k=K.half()), TypeError, r"^k: got torch.float16, need q's torch.float32 .*$"),
     (stats(k=K[:, :5]), ValueError, r"^k: got width D = 5, need q's 8$"),
     (stats(scale=math.nan), ValueError, r"^scale: got nan, need a finite number$"),

@@ -43,7 +43,7 @@ def samples(backend):
         yield OPS.stats.default, (q, k, scale, *rest, backend)
         for reduction in ("mean", "sum", "none"):
             parts = reduction != "sum"
-            yield OPS.loss.default, (q, k, scale, *rest, f"nce(0.04,{reduction})", needs, parts, backend)
+            yield OPS.loss.default, (q, k, scale, *rest, f"nce(0.04,{reduction})", needs, parts, 1 + i % 2, backend)
         with torch.no_grad():
             found = OPS.stats(q, k, scale, *rest, backend)
         leaves = (q.detach(), k.detach(), None if scale is None else scale.detach())
@@ -248,8 +248,8 @@ def test_unwanted_gradients_are_empty(backend):
     q, k = features(N, N_C, D)
     for needs in itertools.product([True, False], repeat=3):
         wanted = [*needs, False, False]
-        arguments = (q.detach(), k.detach(), None, *NO_IDS, 0.3, SPEC.code, 0, "nce(0.04,mean)", wanted, True, backend)
-        assert [x.numel() > 0 for x in OPS.loss(*arguments)[-5:]] == wanted
+        arguments = (q.detach(), k.detach(), None, *NO_IDS, 0.3, SPEC.code, 0, "nce(0.04,mean)", wanted, True, 1)
+        assert [x.numel() > 0 for x in OPS.loss(*arguments, backend)[-5:]] == wanted
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])

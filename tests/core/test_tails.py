@@ -9,7 +9,22 @@ import pytest
 import torch
 
 from fused_nce.core import atoms, tails
-from fused_nce.core.spec import STATISTICS, Bias, Block, Identity, Index, Labels, Separate, Spec, TanhClip, parse
+from fused_nce.core.margins import MARGIN_TAILS
+from fused_nce.core.spec import (
+    STATISTICS,
+    WHOLE_ROW,
+    Bias,
+    Block,
+    Dist,
+    Identity,
+    Index,
+    Labels,
+    Separate,
+    Spec,
+    SqDist,
+    TanhClip,
+    parse,
+)
 from fused_nce.core.tails import LogIn, LogOut, Nce, Sigmoid
 
 SPEC = Spec(Block(3))
@@ -51,6 +66,7 @@ POSED = {  # tail: spec
     "log_out": Spec(Labels(), stats=(*LogOut.READS, "square")),
     "log_in": Spec(Labels(), stats=(*LogIn.READS, "square")),
     "sigmoid": Spec(Block(3), stats=(*Sigmoid.READS, "square")),
+    **{tail.NAME: Spec(Labels(), SqDist(), (*tail.READS, "square")) for tail in MARGIN_TAILS},
 }
 
 
@@ -123,25 +139,45 @@ def test_fixed_sum_does_not_depend_on_threads():
     assert torch.equal(sums[0], sums[2])
 
 
-FOLDED = [name for name, stat in atoms.STATISTIC.items() if stat.derive is None]
+def scores(t, own=None):
+    """As statistics see them: t in every set, or its positives where `own`, s something else."""
+    everywhere = torch.ones_like(t, dtype=torch.bool)
+    of = atoms.Sets(everywhere, everywhere, everywhere) if own is None else atoms.Sets(own, ~own, everywhere)
+    return atoms.Scores(t, t, of)
+
+
+MERGED = [name for name, stat in atoms.STATISTIC.items() if stat.merge is not None]
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("name", FOLDED)
+@pytest.mark.parametrize("name", MERGED)
 def test_partial_results_merge(name, dim):
     """A fold over two parts, merged, is the fold over both; an empty part changes nothing. Of rows and of columns."""
-    stat = atoms.STATISTIC[name]
-    x = 5 * torch.randn(4, 10, dtype=torch.float64)
+    names = (*atoms.STATISTIC[name].reads, name)
+    x = torch.randint(-9, 9, (4, 10)).double() / 2  # with ties, across the parts too
+    x[:, 0] = x[:, 5]
     x = x if dim else x.T
 
-    def fold(scores):
-        return stat.fold(scores, dim)
+    def fold(t):
+        return atoms.fold_tile(names, scores(t), dim)
 
-    parts = (x[:, :3], x[:, 3:]) if dim else (x[:3], x[3:])
-    whole, left, right = fold(x), *map(fold, parts)
-    torch.testing.assert_close(stat.merge(left, right), whole, rtol=1e-14, atol=1e-14)
-    empty = fold(torch.full((4, 2) if dim else (2, 4), stat.empty, dtype=torch.float64))
-    assert torch.equal(stat.merge(left, empty), left)
+    left, right = (x[:, :3], x[:, 3:]) if dim else (x[:3], x[3:])
+    whole = atoms.merge_tiles(names, [fold(x)])
+    torch.testing.assert_close(atoms.merge_tiles(names, [fold(left), fold(right)]), whole, rtol=1e-14, atol=1e-14)
+    nothing = torch.zeros_like(x, dtype=torch.bool)
+    empty = atoms.fold_tile(names, atoms.Scores(x, x, atoms.Sets(nothing, nothing, nothing)), dim)
+    merged = [
+        atoms.merge_tiles(names, [atoms.merge_two(names, *parts)]) for parts in ((fold(x), empty), (empty, fold(x)))
+    ]
+    assert torch.equal(merged[0], whole)
+    assert torch.equal(merged[1], whole)
+
+
+def test_what_needs_whole_rows_says_so():
+    assert [name for name in atoms.STATISTIC if name not in MERGED] == list(WHOLE_ROW)
+    x = atoms.fold_tile(WHOLE_ROW, scores(torch.randn(3, 4), torch.rand(3, 4) < 0.5))
+    with pytest.raises(TypeError, match=r"^statistics: got two parts of triplets_all, need whole rows$"):
+        atoms.merge_two(WHOLE_ROW, x, x)
 
 
 def test_derived_statistics_are_finished_after_the_merge():
@@ -151,7 +187,8 @@ def test_derived_statistics_are_finished_after_the_merge():
     own[0], own[1] = False, torch.arange(10) == 3  # no positive; one
     of = [atoms.Sets(part, ~part, torch.ones_like(part)) for part in (own[:, :3], own[:, 3:])]
     found = atoms.merge_tiles(
-        names, [atoms.fold_tile(names, y, y, o) for y, o in zip((x[:, :3], x[:, 3:]), of, strict=True)]
+        names,
+        [atoms.fold_tile(names, atoms.Scores(y, y, o)) for y, o in zip((x[:, :3], x[:, 3:]), of, strict=True)],
     )
     for i in range(4):
         exact = (x[i][own[i]].logsumexp(0) - x[i][own[i]].mean()).item() if own[i].any() else 0.0
@@ -163,22 +200,35 @@ def test_derived_statistics_are_finished_after_the_merge():
 def test_statistic_weight_is_its_derivative(name):
     """Each weight against autograd of its fold, or of its definition where it is derived."""
     stat = atoms.STATISTIC[name]
-    if stat.weight is None:
-        assert name in ("neg_max", "pos_max", "pos_count")  # undefined at ties, or a number; no loss asks for it
-        return
+    names = (*stat.reads, name)
     x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
-    found = {part: atoms.STATISTIC[part].fold(x, 1)[:, None] for part in stat.reads or (name,)}
-    value = stat.derive(found).squeeze(1) if stat.derive else found[name].squeeze(1)
-    torch.testing.assert_close(stat.weight(x, found), torch.autograd.grad(value.sum(), x)[0])
+    own = torch.rand(4, 10) < 0.5
+    found = atoms.merge_tiles(names, [atoms.fold_tile(names, scores(x, own))])
+    if stat.weight is None:  # a number, of which there is no slope; or an extreme, undefined at ties
+        assert name in ("neg_max", "pos_max", "pos_min") or torch.equal(found[-1], found[-1].round())
+        return
+    (exact,) = torch.autograd.grad(found[-1].sum(), x)
+    named = {key: row.detach()[:, None] for key, row in zip(names, found, strict=True)}
+    slope = stat.slope(scores(x.detach(), own), named)
+    assert slope is not None
+    torch.testing.assert_close(slope, exact)
+    assert slope.any()
 
 
-@pytest.mark.parametrize("transform", [Identity(), TanhClip(4.0)])
+@pytest.mark.parametrize("transform", [Identity(), TanhClip(4.0), SqDist(), Dist()])
 def test_transform_slope_is_its_derivative(transform):
-    s = torch.linspace(-30, 30, 101, dtype=torch.float64, requires_grad=True)
+    top = -0.01 if isinstance(transform, (SqDist, Dist)) else 30
+    s = torch.linspace(-30, top, 101, dtype=torch.float64, requires_grad=True)
     t = atoms.transform_value(transform, s)
     torch.testing.assert_close(
         atoms.transform_slope(transform, t), torch.autograd.grad(t.sum(), s)[0], rtol=1e-9, atol=1e-15
     )
+
+
+def test_a_distance_of_zero_has_no_slope():
+    t = torch.tensor([-2.0, 0.0, -0.0, math.nan])
+    assert atoms.transform_slope(Dist(), t)[:3].tolist() == [0.5, 0.0, 0.0]
+    assert atoms.transform_slope(Dist(), t)[3].isnan()
 
 
 def test_codes_round_trip():
@@ -189,8 +239,9 @@ def test_codes_round_trip():
             assert parse(spec.code) == spec
     for layout in (Index(), Labels(), Separate(), Separate(3), Block(2, 2)):
         for columns, drop_self in itertools.product(((), ("neg_lse",), ("neg_lse", "neg_max")), (False, True)):
-            spec = Spec(layout, Bias(), LogOut.READS, columns, drop_self)
-            assert parse(spec.code) == spec
+            for other in (Bias(), SqDist(), Dist()):
+                spec = Spec(layout, other, LogOut.READS, columns, drop_self)
+                assert parse(spec.code) == spec
     for penalty, reduction in itertools.product((0.0, 0.04, 1 / 3, 1e-30), tails.REDUCTIONS):
         for tail in tails.TAILS.values():
             assert tails.parse(tail(penalty, reduction, 0.5).code) == tail(penalty, reduction, 0.5)

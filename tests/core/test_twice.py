@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fused_nce import moco_nce, tile_loss, tile_stats
-from fused_nce.core.spec import Bias, Block, Index, Labels, Separate, Spec, TanhClip
+from fused_nce.core.margins import AllTriplets, Hardest, Pairs
+from fused_nce.core.spec import Bias, Block, Dist, Index, Labels, Separate, Spec, SqDist, TanhClip
 from fused_nce.core.tails import LogIn, LogOut, Nce, Sigmoid
 from fused_nce.losses.registry import LOSSES
 from tests.losses.test_registry import posed
@@ -24,6 +25,9 @@ KINDS = {  # spec, tail, keywords
     "twins": (Spec(Block(2, 2), drop_self=True), Nce(), {}),
     "labels out": (Spec(Labels(), stats=LogOut.READS, drop_self=True), LogOut(), {"row_ids": IDS}),
     "labels in": (Spec(Labels(), stats=LogIn.READS, drop_self=True), LogIn(reduction="none"), {"row_ids": IDS}),
+    "pairs": (Spec(Labels(), Dist(), Pairs.READS, drop_self=True), Pairs(), {"row_ids": IDS}),
+    "hardest": (Spec(Labels(), SqDist(), Hardest.READS, drop_self=True), Hardest(), {"row_ids": IDS}),
+    "triplets": (Spec(Labels(), Dist(), AllTriplets.READS, drop_self=True), AllTriplets(), {"row_ids": IDS}),
 }
 
 

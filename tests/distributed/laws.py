@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fused_nce import (
     AMDIMLoss,
+    amdim_mixture_nce,
     amdim_nce,
     clip_loss,
     cpc_nce,
@@ -77,6 +78,9 @@ LAWS: dict[str, Callable[[Net, Tensor, Tensor, Group], Tensor]] = {
     "amdim_nce/sum": lambda net, z, y, g: amdim_nce(z[:, 0], z[:, 1:], reduction="sum", group=g).loss,
     "amdim_nce/none": lambda net, z, y, g: amdim_nce(z[:, 0], z[:, 1:], reduction="none", group=g).nce.square().mean(),
     "amdim_nce/parts": _parts,
+    "amdim_mixture_nce": lambda net, z, y, g: (
+        amdim_mixture_nce(z[:, :2], z[:, 2:], tau=1.5, scale=net.scale, clip=4.0, penalty=0.3, group=g).loss
+    ),
     "amdim": lambda net, z, y, g: AMDIMLoss(antecedents="all", group=g)(*_maps(z)).loss,
     "info_nce": lambda net, z, y, g: (
         info_nce(z[:, 0], z[:, 1], temperature=1 / net.scale, normalize=True, group=g).loss

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from fused_nce.distributed import Group, Processes
 from .launch import run
 from .laws import BATCH, LAWS, Net, batch
 
-HOW = {"gather": Processes}
+HOW: dict[str, Callable[..., Processes]] = {"gather": Processes, "ring": functools.partial(Processes, ring=True)}
 
 
 def one_process(name: str) -> tuple[Tensor, dict[str, Tensor]]:

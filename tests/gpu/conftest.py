@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +13,7 @@ from fused_nce.core import dispatch
 from fused_nce.core.spec import Block, Spec, TanhClip
 
 HOME = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # backends whose kernels are for one kind of device
-PLAIN = ("chunked", "reference")  # plain torch: they look where a row's own image is, and wait for the answer
+WHOLE = ("reference",)  # holds all scores, and is not made for a graph
 
 
 class Place(NamedTuple):
@@ -46,12 +48,24 @@ def place(request: pytest.FixtureRequest) -> Place:
     return require(request.param)
 
 
-@pytest.fixture(params=parameters([p for p in PLACES if p.backend not in PLAIN or p.device == "cpu"]))
+@pytest.fixture(params=parameters([p for p in PLACES if p.backend not in WHOLE or p.device == "cpu"]))
 def kernels(request: pytest.FixtureRequest) -> Place:
-    """The same without plain torch on a GPU: what must neither wait for the device nor resist a graph."""
+    """The same without the oracle on a GPU: what must neither wait for the device nor resist a graph."""
     return require(request.param)
 
 
 def repeats(place: Place, on_cpu: int, on_gpu: int) -> int:
     """A GPU is where the many are needed."""
     return on_gpu if place.device == "cuda" else on_cpu
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """What a call asks of the CUDA allocator at once beyond what is held: bytes asked for, not whole blocks of them."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return int(torch.cuda.memory_stats()["requested_bytes.all.peak"] - before)

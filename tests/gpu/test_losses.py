@@ -1,23 +1,20 @@
-"""Every registered loss on a device's kernels, within the budget that its dense oracle gives on the CPU.
-
-A Triton kernel is compiled for each loss and dtype, 1.5 s a kernel: bfloat16 of one loss a layout, the rest nightly.
-"""
+"""Every loss of the package on every device, backend and dtype: whatever kernels it takes, within its error budget."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
-from torch import Tensor
 
-from fused_nce import moco_nce
-from fused_nce.losses.registry import LOSSES
-from tests.budget import eta, precision
+from tests.backends.test_cpu_layouts import LOSSES as PLAIN
+from tests.backends.test_cpu_layouts import D, M, N
+from tests.backends.test_cuda_layouts import BOTH_WAYS, MANY
 from tests.cases import DTYPES
-from tests.gpu.conftest import require
-from tests.losses.sensitivity import exact
-from tests.losses.test_registry import posed, run, widened
+from tests.gpu.conftest import Place, require
+from tests.gpu.losses import OPEN, etas_of
 
-OPEN = [name for name, entry in LOSSES.items() if not entry.closed]
 ONE_A_LAYOUT = (
     "info_nce/targets, clip, penalty",
     "info_nce/symmetric, targets, penalty",
@@ -29,58 +26,54 @@ ONE_A_LAYOUT = (
 )
 
 
-def check(name, place, dtype, monkeypatch, record_eta):
-    entry, inputs, leaves = posed(name, 0, DTYPES[dtype])
-    wide = {key: widened(x, key in leaves) for key, x in inputs.items()}
-    budget = exact(entry, wide, leaves, precision(DTYPES[dtype], place.backend), monkeypatch)
+def cases(names: Iterable[str], dtypes: Iterable[str]) -> list[object]:
+    """(place, dtype, loss) of the GPU's kernels. On a CPU `tests/losses` has them all, one tries this file.
 
-    def placed(key, x):
-        return x.detach().to(place.device).requires_grad_(key in leaves) if isinstance(x, Tensor) else x
+    Triton compiles each loss and dtype for seconds: bfloat16 of one loss a layout, the rest nightly.
+    """
+    found: list[object] = []
+    for loss in names:
+        found.append(pytest.param(Place("cpu", "chunked"), "float32", loss, id=f"cpu-chunked-{loss}"))
+        for backend, dtype in ((backend, dtype) for backend in ("cuda", "triton") for dtype in dtypes):
+            quick = backend == "cuda" or (loss in ONE_A_LAYOUT and dtype == "bfloat16")
+            marks = [pytest.mark.gpu, *([] if quick else [pytest.mark.nightly])]
+            found.append(pytest.param(Place("cuda", backend), dtype, loss, id=f"{backend}-{dtype}-{loss}", marks=marks))
+    return found
 
+
+@contextmanager
+def skipped_where_refused() -> Iterator[None]:
+    """With the backend's reason."""
     try:
-        out, grads = run(entry, {key: placed(key, x) for key, x in inputs.items()}, leaves, place.backend)
-    except ValueError as error:
-        if "which cannot run this: " not in str(error):
+        yield
+    except ValueError as refusal:
+        if "which cannot run this: " not in str(refusal):
             raise
-        pytest.skip(str(error))
-    etas = {"loss": eta(out.loss, budget.loss.numpy(), budget.loss_budget.numpy())}
-    for key in leaves:
-        etas[key] = eta(grads[key], budget.grads[key].numpy(), budget.grad_budgets[key].numpy())
-    record_eta(place.backend, dtype, etas)
-    assert max(etas.values()) <= 1, (name, etas)
+        pytest.skip(str(refusal))
 
 
-@pytest.mark.parametrize("name", ONE_A_LAYOUT)
-def test_one_loss_a_layout(name, kernels, monkeypatch, record_eta):
-    require(kernels, torch.bfloat16)
-    check(name, kernels, "bfloat16", monkeypatch, record_eta)
+@pytest.mark.parametrize(("place", "dtype", "name"), cases(OPEN, ("float32", "bfloat16", "float16")))
+def test_value_and_gradients(place, name, dtype, record_eta):
+    require(place, DTYPES[dtype])
+    for seed, upstream in ((0, 1.0), (3, -2.5)):
+        with skipped_where_refused():
+            etas = etas_of(name, place.device, place.backend, DTYPES[dtype], seed, upstream)
+        record_eta(" ".join(reversed(place)), dtype, etas)
+        assert max(etas.values()) <= 1, (name, seed, etas)
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", OPEN)
-def test_every_loss(name, dtype, kernels, monkeypatch, record_eta):
-    require(kernels, DTYPES[dtype])
-    check(name, kernels, dtype, monkeypatch, record_eta)
-
-
-@pytest.mark.parametrize(("dtype", "bank"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
-def test_a_bank_of_another_dtype(dtype, bank, kernels):
-    """The same as with both cast to the wider one, which holds the other exactly."""
-    require(kernels, torch.bfloat16)
-    g = torch.Generator().manual_seed(0)
-    q, k, queue = (torch.randn(rows, 40, generator=g) for rows in (70, 70, 300))
-    mine = [q.to(kernels.device, dtype).requires_grad_(), k.to(kernels.device, dtype), queue.to(kernels.device, bank)]
-    wide = [q.to(dtype).double().requires_grad_(), k.to(dtype).double(), queue.to(bank).double()]
-    try:
-        loss = moco_nce(*mine, normalize=False, temperature=4.0, backend=kernels.backend).loss
-    except ValueError as error:
-        if "which cannot run this: " not in str(error):
-            raise
-        pytest.skip(str(error))
-    whole = moco_nce(*wide, normalize=False, temperature=4.0, backend="reference").loss
-    (found,), (wanted,) = torch.autograd.grad(loss, mine[:1]), torch.autograd.grad(whole, wide[:1])
-    torch.testing.assert_close(loss.cpu().double(), whole, rtol=1e-5, atol=0)
-    # A score of 40 terms of 1/6 is off by 10 u of their 6; twice that in each weight, and the rounding of dq.
-    step = torch.finfo(dtype).eps + 128 * 2.0**-24
-    assert (found.cpu().double() - wanted).abs().max() <= step * wanted.abs().max()
+@pytest.mark.parametrize("workspace_mb", ["16", "0.1"])
+@pytest.mark.parametrize(("place", "dtype", "name"), cases([*PLAIN, *BOTH_WAYS, *MANY], ["float32"]))
+def test_strips_and_panels_are_the_whole_matrix(place, dtype, name, workspace_mb, monkeypatch):
+    """In one piece and in many, against the oracle's on the same device."""
+    require(place)
+    torch.manual_seed(0)
+    a, b = (torch.randn(rows, D).to(place.device, DTYPES[dtype]).requires_grad_() for rows in (N, M))
+    call = (PLAIN | BOTH_WAYS | MANY)[name]
+    with torch.device(place.device):  # the numbers and ids that the calls make
+        wanted = call(a, b, "reference")
+        monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", workspace_mb)
+        with skipped_where_refused():
+            found = call(a, b, place.backend)
+    for x, value in zip(found, wanted, strict=True):
+        assert (x - value).abs().max() <= 5e-6 * value.abs().max()

@@ -11,6 +11,7 @@ import torch
 
 from fused_nce import AMDIMLoss, NCEOutput, amdim_nce
 from fused_nce.core.spec import Block, TanhClip
+from fused_nce.losses import amdim
 from fused_nce.losses.amdim import PRESETS
 from tests.layouts import LAYOUTS
 
@@ -266,3 +267,35 @@ def test_preset_is_not_shared_between_modules():
 def test_specs_are_hashable_and_equal():
     assert hash(Block(49)) == hash(Block(49))
     assert TanhClip(20.0) == TanhClip(20.0) != TanhClip(10.0)
+
+
+@pytest.mark.parametrize("antecedents", ["sample", "all"])
+def test_sources_of_one_row_share_a_problem_and_keep_their_own_numbers(backend, antecedents, monkeypatch):
+    """1→5 and 5→5 of one direction are one call; the value, the gradients and each pair's report are those of two."""
+    calls: list[int] = []
+    plain = amdim.tile_loss
+
+    def counted(q, k, *arguments, **options):
+        calls.append(len(q))
+        return plain(q, k, *arguments, **options)
+
+    monkeypatch.setattr(amdim, "tile_loss", counted)
+    views = [maps(seed=seed, dtype=torch.float32) for seed in (1, 2)]
+    leaves = [x for view in views for x in view.values()]
+    pairs = ("1>5", "1>7", "5>5")
+    torch.manual_seed(3)
+    whole = AMDIMLoss(pairs, antecedents, backend=backend)(*views)
+    assert len(calls) == (4 if antecedents == "sample" else 6)
+    assert sorted(calls)[:2] == [5, 5]
+    gradients = torch.autograd.grad(whole.loss, leaves)
+    torch.manual_seed(3)
+    total = [torch.zeros(()) for _ in range(3)]
+    for pair in pairs:  # one after the other; only 5>5 draws, and in the same order
+        out = AMDIMLoss((pair,), antecedents, backend=backend)(*views)
+        total = [x + y for x, y in zip(total, out[:3], strict=True)]
+        for name in ("top1", "pos_mean", "neg_lse_mean", "nce_minus_chance", "mi_bound"):
+            torch.testing.assert_close(whole.stats[f"{pair}/{name}"], out.stats[name], rtol=1e-5, atol=1e-6)
+    for x, y in zip(whole[:3], total, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-6, atol=0)
+    for x, y in zip(gradients, torch.autograd.grad(total[0], leaves), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-7)

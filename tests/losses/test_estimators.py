@@ -12,6 +12,8 @@ from fused_nce import (
     CPCLoss,
     DIMLoss,
     MINELoss,
+    amdim_mixture_nce,
+    amdim_nce,
     binary_nce,
     club,
     cpc_nce,
@@ -19,8 +21,10 @@ from fused_nce import (
     gaussian_kl,
     info_nce,
     mine_dv,
+    npid_nce,
     npid_softmax,
 )
+from fused_nce.losses.amdim_mixture import mixture
 
 SCORES = torch.tensor([[2, 0.5, -0.5], [1, 3, 0], [-1, 2, 1]], dtype=torch.float64)
 EYE = torch.eye(3, dtype=torch.float64)
@@ -220,6 +224,43 @@ def test_golden_binary_nce():
     assert found.stats["noise_right"].item() == 1
 
 
+# ---- mixtures ---------------------------------------------------------------------------------------------------
+
+
+def test_golden_mixture():
+    """Two components of three consequents; the gradient of each consequent is the posterior."""
+    nce = torch.tensor([[[0.5, 2, 1], [1.5, 0.2, 3]]], dtype=torch.float64, requires_grad=True)
+    loss = mixture(nce, 2.0)
+    assert loss.item() == pytest.approx(0.5379941613385016, rel=1e-14)
+    torch.testing.assert_close(torch.autograd.grad(loss, nce)[0], (-2 * nce).softmax(1) / 3)
+
+
+def test_mixture_of_one_and_of_equals(wide):
+    """m = 1 is `amdim_nce`; m equal components are that less log(m)/τ, posterior of full entropy."""
+    a, c = normal(4, 1, 5), normal(4, 3, 5, seed=1)
+    plain = amdim_nce(a[:, 0], c, clip=4.0, backend=wide)
+    for m in (1, 3):
+        found = amdim_mixture_nce(a.expand(4, m, 5), c, tau=2.0, clip=4.0, backend=wide)
+        assert found.nce.item() == pytest.approx(plain.nce.item() - math.log(m) / 2, rel=1e-13)
+        assert found.penalty.item() == pytest.approx(plain.penalty.item(), rel=1e-13)
+        assert found.stats["entropy"].item() == pytest.approx(math.log(m), abs=1e-14)
+        assert found.stats["best"].item() == pytest.approx(plain.nce.item(), rel=1e-13)
+        ours, theirs = (torch.autograd.grad(x.loss, (a, c)) for x in (found, plain))
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
+        plain = amdim_nce(a[:, 0], c, clip=4.0, backend=wide)
+    far = amdim_mixture_nce(torch.cat((a, -9 * a), 1), c, tau=50.0, clip=None, penalty=0.0, backend=wide)
+    assert far.nce.item() == pytest.approx(far.stats["best"].item(), abs=math.log(2) / 50)
+    assert far.penalty.item() == 0
+
+
+def test_mixture_of_one_image_costs_its_entropy_alone(wide):
+    """No negatives: every nce is 0, and so is every gradient."""
+    a, c = normal(1, 2, 5), normal(1, 3, 5, seed=1)
+    found = amdim_mixture_nce(a, c, tau=2.0, penalty=0.0, backend=wide)
+    assert found.loss.item() == pytest.approx(-math.log(2) / 2, rel=1e-14)
+    assert not any(g.any() for g in torch.autograd.grad(found.loss, (a, c)))
+
+
 # ---- bad numbers and refusals -----------------------------------------------------------------------------------
 
 
@@ -231,7 +272,10 @@ def test_a_bad_number_is_never_hidden(wide, bad):
     calls = [
         lambda: cpc_nce(a[None], b[None], backend=wide),
         lambda: cpc_nce(a[None], b[None], negatives="sequence", groups=torch.tensor([0, 1, 0, 1]), backend=wide),
+        lambda: cpc_nce(a[None], b[None], negatives=torch.tensor([[1, 2, 3]] * 4), backend=wide),
+        lambda: amdim_mixture_nce(a[:, None], b[:, None], tau=1.0, backend=wide),
         lambda: npid_softmax(a, b, torch.arange(4), backend=wide),
+        lambda: npid_nce(a, b, torch.arange(4), torch.tensor([[0, 1]] * 4), z=9.0, backend=wide),
         *(lambda e=e: dim_mi(b[:, None], a, estimator=e, backend=wide) for e in ("jsd", "dv", "nce")),
         lambda: dim_mi(b[:, None], a, estimator="nce", anchor="both", backend=wide),
         lambda: mine_dv(a[2], b[2]),
@@ -256,10 +300,23 @@ ERRORS = [
     (lambda: cpc_nce(S, S, weights=(1.0, -1.0)), ValueError, r"^weights: got -1.0, need a finite number >= 0$"),
     (lambda: cpc_nce(S, S, weights=(0, 0)), ValueError, r"^weights: got \(0, 0\), need one > 0$"),
     (lambda: cpc_nce(S, S, negatives="all"), ValueError, r"^negatives: got 'all', need one of 'batch', 'sequence'$"),
-    (lambda: cpc_nce(S, S, negatives=ANY), ValueError, r"^negatives: got a tensor, need .* gathered columns, .*$"),
+    (lambda: cpc_nce(S, S, negatives=ANY), ValueError, r"^negatives: got shape \(4,\), need \(N, m\) = \(4, m\) .*$"),
+    (lambda: cpc_nce(S, S, negatives=ANY[:, None] + 1), ValueError, r"^negatives: got 4, need 0 <= index < 4$"),
+    (
+        lambda: cpc_nce(S, S, negatives=ANY[:, None], group="world"),
+        ValueError,
+        r"^group: got one with .* a sample, .*$",
+    ),
     (lambda: cpc_nce(S, S, negatives="sequence"), TypeError, r"^groups: got NoneType, need a \(N,\) int64 tensor$"),
     (lambda: cpc_nce(S, S, groups=T), ValueError, r"^groups: got a tensor with negatives='batch', need None.*$"),
     (lambda: CPCLoss(negatives="all"), ValueError, r"^negatives: got 'all', need one of .*$"),
+    (
+        lambda: amdim_mixture_nce(A, S, tau=1),
+        ValueError,
+        r"^consequents: got n_k = 2 images for n_a = 4 .*$",
+    ),
+    (lambda: amdim_mixture_nce(A[:2], S, tau=1), ValueError, r"^antecedents: got shape \(2, 3\), need \(n_a, m, D\)$"),
+    (lambda: amdim_mixture_nce(S, S, tau=0), ValueError, r"^tau: got 0, need a finite number > 0$"),
     (lambda: npid_softmax(A, A[:, :2], T), ValueError, r"^bank: got width D = 2, need features's 3$"),
     (lambda: npid_softmax(A, A, T.int()), TypeError, r"^indices: got torch.int32, need int64$"),
     (lambda: npid_softmax(A, A, T + 1), ValueError, r"^targets: got 4, need 0 <= target < M = 4$"),

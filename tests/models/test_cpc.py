@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fused_nce.losses import CPCLoss, NCEOutput
 from fused_nce.models import CPC
+from fused_nce.models.cpc_sampled import SampledCPCLoss
 from fused_nce.models.encoders.cpc import AudioEncoder, GRUContext, PatchEncoder, PixelCNN, shake
 from fused_nce.models.encoders.patches import grid_side, to_grid, to_patches
 
@@ -93,7 +94,7 @@ def test_the_loss_is_called_once_a_step_with_all_positions():
 
     model = audio(steps=2, negatives="sequence", loss=Count())
     out = model(waves(2, 960))
-    assert model.loss.calls == [((1, 2 * n, 12), (1, 2 * n, 12), [0] * n + [1] * n) for n in (5, 4)]
+    assert model.loss.loss.calls == [((1, 2 * n, 12), (1, 2 * n, 12), [0] * n + [1] * n) for n in (5, 4)]
     assert out.stats.keys() == {"nce", "x", "step1/nce", "step1/x", "step2/nce", "step2/x"}
 
 
@@ -198,8 +199,8 @@ def test_jitter_moves_each_patch_on_its_own_and_only_in_training():
 
 
 def test_the_fused_loss_is_the_default():
-    assert isinstance(audio().loss, CPCLoss)
-    assert audio(negatives="sequence").loss.negatives == "sequence"
+    assert isinstance(audio().loss.loss, CPCLoss)
+    assert audio(negatives="sequence").loss.loss.negatives == "sequence"
 
 
 @pytest.mark.parametrize(
@@ -236,3 +237,48 @@ def test_refusals(make, settings, message):
 def test_batches_that_are_refused(make, settings, shape, message):
     with pytest.raises(ValueError, match=message):
         make(**settings)(torch.zeros(shape))
+
+
+def test_sampled_negatives_are_the_softmax_over_the_sample():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 5, 4, dtype=torch.float64, requires_grad=True)
+    drawn = torch.tensor([[1, 2], [0, 0], [4, 1], [0, 2], [3, 1]])
+    out = SampledCPCLoss(2)(q, k, drawn)
+    scores = torch.stack([q[0, i] @ k[0, [i, *drawn[i].tolist()]].T for i in range(5)])
+    torch.testing.assert_close(out.loss, F.cross_entropy(scores, torch.zeros(5, dtype=torch.long)))
+    torch.testing.assert_close(out.stats["nce_minus_chance"], out.loss.detach() - math.log(3))
+    torch.testing.assert_close(out.stats["top1"], (scores.argmax(1) == 0).double().mean())
+
+
+def test_the_sample_never_holds_the_positive_and_reaches_all_others(monkeypatch):
+    """Equal targets: a row's loss is log(1 + count) whatever was drawn, unless its own is told apart."""
+    seen, real = [], torch.randint
+
+    def watched(*args, **options):
+        seen.append(real(*args, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(torch, "randint", watched)
+    q = torch.zeros(1, 6, 2)
+    assert SampledCPCLoss(200)(q, q).loss == pytest.approx(math.log(201))
+    drawn = seen[0] + (seen[0] >= torch.arange(6)[:, None])
+    assert [sorted(set(row)) for row in drawn.tolist()] == [[j for j in range(6) if j != i] for i in range(6)]
+    # Every target but a row's own is a far one: with the own among the negatives the loss could not vanish.
+    far = 100 * torch.eye(6)[None]
+    assert SampledCPCLoss(50)(far, far).loss < 1e-6
+
+
+def test_a_single_position_has_no_sample():
+    with pytest.raises(ValueError, match="targets: got N = 1, need at least 2"):
+        SampledCPCLoss()(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2))
+    with pytest.raises(ValueError, match="sampled: must be at least 1, got 0"):
+        audio(negatives="sampled", sampled=0)
+
+
+def test_the_model_trains_on_sampled_negatives():
+    model = audio(negatives="sampled", sampled=4)
+    assert model.loss.loss.count == 4
+    out = model(waves())
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert 0 <= out.stats["step3/top1"] <= 1

@@ -308,10 +308,17 @@ def test_refusals(settings, message):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 3, 32, 32), "images: must be at least 2, got 1"),
+        ((1, 3, 32, 32), "batch: must hold at least 2 images, got 1"),
         ((4, 1, 32, 32), r"x: must be \(B, 3, 32, 32\) images, got \(4, 1, 32, 32\)"),
     ],
 )
 def test_batches_that_are_refused(shape, message):
     with pytest.raises(ValueError, match=message):
         small()(torch.zeros(shape))
+
+
+def test_a_batch_may_be_a_sequence_of_one_view():
+    model, x = small(gamma=0), images()
+    assert torch.equal(model((x,)).loss, model(x).loss)
+    with pytest.raises(ValueError, match="batch: must hold 1 view, got 2"):
+        model((x, x))

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fused_nce.losses import sup_con
+from fused_nce.losses import NPIDSoftmaxLoss, sup_con
 from fused_nce.losses.nt_xent import oracle as nt_xent_oracle
 from fused_nce.models import NPID, MoCo, SimCLR, SupCon
-from fused_nce.models.npid import MemoryBank, Proximal
+from fused_nce.models.npid import MemoryBank
 
 MINI: dict[str, Any] = {"backbone": "mini", "dim": 16}
 
@@ -143,7 +143,7 @@ def test_the_proximal_term_is_two_minus_twice_the_cosine():
     features, bank = (F.normalize(torch.randn(n, 8), dim=1) for n in (4, 9))
     rows = torch.tensor([8, 0, 3, 3])
     plain = NPID(size=9, **MINI).loss
-    out = Proximal(plain, 0.3)(features, bank, rows)
+    out = NPIDSoftmaxLoss(proximal=0.3)(features, bank, rows)
     pull = 0.3 * (2 - 2 * (features * bank[rows]).sum(1)).mean()
     torch.testing.assert_close(out.loss, plain(features, bank, rows).loss + pull)
     torch.testing.assert_close(out.penalty, pull)

@@ -1,4 +1,4 @@
-"""`python -m tests.mutants [python|cpp|trainer|adapters|all] [PART]`: plant each fault in a copy, and test that.
+"""`python -m tests.mutants [python|family|cpp|trainer|adapters|all] [PART]`: plant each fault in a copy, and test that.
 
 `JOBS` at a time, 2 by default. A fault that no test notices survives: the table says so and the exit status is 1.
 """
@@ -18,7 +18,9 @@ from pathlib import Path
 from fused_nce import _extension
 
 from .adapters import ADAPTERS
+from .family import FAMILY
 from .faults import CPP, PYTHON, Fault
+from .gpu import GPU
 from .trainer import TRAINER
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -33,10 +35,12 @@ TESTS = [
     "tests/core/test_nonfinite.py",
     "tests/losses/test_amdim.py",
     "tests/losses/test_family.py",
+    "tests/losses/test_margins.py",
     "tests/losses/test_queue.py",
     "tests/losses/test_registry.py",
     "tests/core/test_dispatch.py",
     "tests/core/test_ops.py",
+    "tests/backends/test_cuda_layouts.py",
     "tests/backends/test_cuda_on_host.py",
 ]
 SELECT = "not fresh and not opcheck and not compile"
@@ -97,13 +101,19 @@ def main(group: str = "all", part: str = "") -> int:
     """Run a group of faults.
 
     Args:
-        group: "python", "cpp", "trainer", "adapters" or "all".
+        group: "python", "family", "cpp", "trainer", "adapters" or "all".
         part: only faults with this in their reason.
     """
-    cpp = CPP if _extension.status()[0] is not None else ()
+    cpp = (*CPP, *GPU) if _extension.status()[0] is not None else ()
     if group in ("cpp", "all") and not cpp:
         print(f"C++ faults left out: {_extension.status()[1]}")
-    groups: dict[str, tuple[Fault, ...]] = {"python": PYTHON, "cpp": cpp, "trainer": TRAINER, "adapters": ADAPTERS}
+    groups: dict[str, tuple[Fault, ...]] = {
+        "python": PYTHON,
+        "family": FAMILY,
+        "cpp": cpp,
+        "trainer": TRAINER,
+        "adapters": ADAPTERS,
+    }
     groups["all"] = tuple(fault for some in groups.values() for fault in some)
     faults = [f for f in groups[group] if part in f.reason]
     own = tuple(sorted({name for f in faults for name in f.tests}))

@@ -64,8 +64,8 @@ ADAPTERS = (
     fault(
         "pml: a row is its own positive in the memory",
         f"{COMPAT}/pml/base.py",
-        "return s, c[:, None, :] != r[:, :, None] + rows.itself",
-        "return s, torch.ones_like(s, dtype=torch.bool)",
+        "c[:, None, :] != itself[:, :, None]",
+        "c[:, None, :] != itself[:, :, None] - c.numel()",
         "tests/compat/test_pml.py",
     ),
     fault(

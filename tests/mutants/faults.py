@@ -18,7 +18,9 @@ class Fault(NamedTuple):
     tests: tuple[str, ...] = ()  # that must notice it; the engine's quick tests if empty
 
 
-ATOMS, TAILS, OPS, ENGINE = (f"fused_nce/core/{name}.py" for name in ("atoms", "tails", "ops", "engine"))
+ATOMS, STATISTICS, TAIL, TAILS, OPS, ENGINE = (
+    f"fused_nce/core/{name}.py" for name in ("atoms", "statistics", "tail", "tails", "ops", "engine")
+)
 CHUNKED, DISPATCH, AMDIM = "fused_nce/backends/chunked.py", "fused_nce/core/dispatch.py", "fused_nce/losses/amdim.py"
 CPU, TILES, REFERENCE = (f"fused_nce/backends/{name}.py" for name in ("cpu", "tiles", "reference"))
 QUEUE = "fused_nce/losses/queue.py"
@@ -27,13 +29,13 @@ PYTHON = (
     # ---- formulas
     Fault(
         "softplus linear from 20 on",
-        ATOMS,
+        STATISTICS,
         "return -torch.nn.functional.logsigmoid(-z)",
         "return torch.nn.functional.softplus(z)",
     ),
     Fault(
         "reference: NaN hidden by clip or max",
-        ATOMS,
+        STATISTICS,
         "return s.sum(dim=dim) * 0",
         "return torch.zeros_like(s.sum(dim=dim))",
     ),
@@ -45,15 +47,15 @@ PYTHON = (
     ),
     Fault(
         "reference: siblings in the denominator",
-        ATOMS,
-        "stat.fold(x.masked_fill(~getattr(of, stat.over), stat.empty), dim)",
-        "stat.fold(x, dim)",
+        STATISTICS,
+        "self.fold(scores.masked_fill(~getattr(x.of, self.over), self.empty), dim)",
+        "self.fold(scores, dim)",
     ),
     Fault(
         "reference: siblings weighed as negatives",
-        ATOMS,
-        "w[stat.of] += part.masked_fill(~getattr(of, stat.over), 0.0)",
-        "w[stat.of] += part",
+        STATISTICS,
+        ".masked_fill(~getattr(x.of, self.over), 0.0)",
+        "",
     ),
     Fault(
         "offset ignored",
@@ -69,9 +71,9 @@ PYTHON = (
     ),
     Fault(
         "penalty after the clip",
-        ATOMS,
-        '"square": _sum("all", "s",',
-        '"square": _sum("all", "t",',
+        STATISTICS,
+        '_sum("square", "s",',
+        '_sum("square", "t",',
     ),
     Fault(
         "p − 1 cancels as p → 1",
@@ -80,13 +82,13 @@ PYTHON = (
         'q = (1 - torch.sigmoid(pos - rows[spec.stats.index("neg_lse")][:, None])) * d_element',
     ),
     Fault(
-        "penalty: mean over the positives", TAILS, "(self.penalty / (pos.shape[0] * m))", "(self.penalty / pos.numel())"
+        "penalty: mean over the positives", TAIL, "(self.penalty / (pos.shape[0] * m))", "(self.penalty / pos.numel())"
     ),
-    Fault("penalty's slope: not a mean", TAILS, "d_penalty * (self.penalty / n_scores)", "d_penalty * self.penalty"),
-    Fault("λ = 0 times inf is NaN", TAILS, " if self.penalty else torch.zeros_like(total)", ""),
+    Fault("penalty's slope: not a mean", TAIL, "d_penalty * (self.penalty / n_scores)", "d_penalty * self.penalty"),
+    Fault("λ = 0 times inf is NaN", TAIL, " if self.penalty else torch.zeros_like(total)", ""),
     Fault(
         "sum reduced like mean",
-        TAILS,
+        TAIL,
         'return self.weight if self.reduction == "sum" else self.weight / n_elements',
         "return self.weight / n_elements",
     ),
@@ -149,8 +151,8 @@ PYTHON = (
     Fault(
         "double backward of an empty set",
         "fused_nce/core/twice.py",
-        "torch.where(some, x.masked_fill(~inside, stat.empty), 0.0)",
-        "x.masked_fill(~inside, stat.empty)",
+        "torch.where(some, scores.masked_fill(~inside, stat.empty), 0.0)",
+        "scores.masked_fill(~inside, stat.empty)",
         ("tests/core/test_twice.py",),
     ),
     Fault(
@@ -251,17 +253,13 @@ PYTHON = (
     Fault("the row itself among its negatives", ATOMS, "~own & kept, kept)", "~own, kept)"),
     Fault("the row itself among its exponentials", TILES, 'self.itself.put(x, x.new_full((), float("-inf")))', "pass"),
     Fault("one tensor in both roles: half the gradient", CHUNKED, "out.dq[columns].addmm_(w.T, q)", "pass"),
-    Fault(
-        "reference: one tensor in both roles, half the gradient", REFERENCE, "(w + w.T if problem.shared else w)", "w"
-    ),
-    Fault(
-        "strips' column statistics overwrite", TILES, "atoms.merge_two(self.names, waiting, part), None", "part, None"
-    ),
+    Fault("reference: one tensor in both roles, half the gradient", REFERENCE, "w + w.T if problem.shared else w", "w"),
+    Fault("strips' column statistics overwrite", ATOMS, "merge_two(self.names, waiting, part), None", "part, None"),
     Fault("both ways summed, not averaged", TAILS, "- pos)) / 2", "- pos))"),
     Fault(
         "an anchor without positives is NaN",
         TAILS,
-        'torch.where(found["pos_count"] > 0, value, _bad(found["neg_lse"]))[:, None]',
+        'torch.where(found["pos_count"] > 0, value, bad(found["neg_lse"]))[:, None]',
         "value[:, None]",
     ),
     Fault("gradient of the bias dropped", CHUNKED, "out.dbias.add_(part.bias_sum)", "pass"),
@@ -284,8 +282,6 @@ PYTHON = (
 
 ROWS, STRIP, SWEEP, FORMULAS = "csrc/cpu/rows.inl", "csrc/cpu/strip.cpp", "csrc/cpu/sweep.cpp", "csrc/atoms.h"
 IDS = "csrc/cpu/ids.h"
-
-GPU_ROWS, GPU_GROUPS, GPU_SWEEP = "csrc/cuda/rows.h", "csrc/cuda/groups.h", "csrc/cuda/sweep.cpp"
 
 CPP = (
     Fault(
@@ -314,18 +310,5 @@ CPP = (
     ),
     Fault(
         "kernels: groups summed without their shifts", FORMULAS, "+ b.sum * exp_value(b.shift - out.shift)", "+ b.sum"
-    ),
-    Fault("gpu: dk not accumulated across blocks", GPU_SWEEP, "alpha, first > 0,", "alpha, false,"),
-    Fault("gpu: dq not accumulated across panels", GPU_SWEEP, "alpha, column > 0,", "alpha, false,"),
-    Fault("gpu: padding counted", GPU_ROWS, "negative[u] = inside && !own;", "negative[u] = !own;"),
-    Fault(
-        "gpu: parts share columns",
-        GPU_ROWS,
-        "clamp((part + 1) * share, strip.columns)",
-        "clamp(strip.columns, strip.columns)",
-    ),
-    Fault("gpu: only the first part counts", GPU_GROUPS, "s < rows.slots;", "s < 1;"),
-    Fault(
-        "gpu: learnable scale left out of the gradients", GPU_SWEEP, "if (in_.need_k) out_.dk.mul_(scale_tensor_);", ""
     ),
 )

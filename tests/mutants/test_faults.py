@@ -6,10 +6,12 @@ import pytest
 
 from tests.mutants.__main__ import ROOT
 from tests.mutants.adapters import ADAPTERS
+from tests.mutants.family import FAMILY
 from tests.mutants.faults import CPP, PYTHON
+from tests.mutants.gpu import GPU
 from tests.mutants.trainer import TRAINER
 
-FAULTS = (*PYTHON, *CPP, *TRAINER, *ADAPTERS)
+FAULTS = (*PYTHON, *FAMILY, *CPP, *GPU, *TRAINER, *ADAPTERS)
 
 
 def test_there_are_enough():

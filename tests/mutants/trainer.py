@@ -260,8 +260,8 @@ TRAINER = (
     fault(
         "the penalty chosen on rows that were fitted",
         f"{TRAIN}/probes.py",
-        "found = fit_predict(known, labels[rows], features[held], c, own)",
-        "held = rows\n            found = fit_predict(known, labels[rows], features[held], c, own)",
+        "found = fit_predict(known, labels[rows], features[held], c, own, kind)",
+        "held = rows\n            found = fit_predict(known, labels[rows], features[held], c, own, kind)",
         "tests/train/test_eval_probes.py",
     ),
     fault(

@@ -256,7 +256,7 @@ def test_cli_errors_are_one_line_and_status_2(tmp_path, capsys):
     assert error.count("\n") == 1
     assert cli.main(["train", "simsiam"]) == 2
     assert cli.main(["tarin"]) == 2
-    assert "command: must be one of train, eval, doctor" in capsys.readouterr().err
+    assert "command: must be one of train, eval, compare, export, doctor" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_choose_c_takes_the_best_and_the_strongest_among_equals(monkeypatch):
     right = dict(zip(C_GRID, [3, 8, 8, 7, 2, 1], strict=True))
     labels = np.zeros(10, dtype=np.int64)
 
-    def fake(features, labels_, queries, c, axes):
+    def fake(features, labels_, queries, c, axes, kind):
         predicted = np.ones(10, dtype=np.int64)
         predicted[: right[c]] = 0
         return Fitted(predicted, c, True)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from fused_nce import cli
 from fused_nce.train import checkpoint, config, evaluate, loss_cost, scoring
@@ -32,7 +33,7 @@ def make_run(folder, **model):
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     folder = make_run(tmp_path_factory.mktemp("eval") / "run")
-    return folder, evaluate.evaluate(str(folder), draws=3, labels_per_class=5, cost=False)
+    return folder, evaluate.evaluate(str(folder), draws=3, labels_per_class=[5], cost=False)
 
 
 def test_every_encoder_is_measured_on_the_same_taps(evaluated):
@@ -82,18 +83,88 @@ def test_raw_pixels_reach_their_known_level(evaluated):
 
 def test_a_second_evaluation_gives_the_same_numbers(evaluated):
     folder, result = evaluated
-    again = evaluate.evaluate(str(folder), draws=3, labels_per_class=5, cost=False, baselines=False)
+    again = evaluate.evaluate(str(folder), draws=3, labels_per_class=[5], cost=False, baselines=False)
     first = [row for row in result["probes"] if row["encoder"] == "trained"]
     assert json.dumps(again["probes"]) == json.dumps(first)
 
 
 def test_the_command_prints_the_table_and_the_path(tmp_path, capsys):
     folder = make_run(tmp_path / "run")
-    options = ["--draws", "2", "--labels_per_class", "5", "--baselines", "false", "--cost", "false", "--taps", "[f1]"]
+    options = ["--draws", "2", "--labels_per_class", "5", "--baselines", "false", "--cost", "false", "--taps", "f1"]
     assert cli.main(["eval", str(folder), *options]) == 0
     out = capsys.readouterr().out
     assert "f1  trained" in out
     assert out.rstrip().endswith(f"Report: {folder / 'report.html'}")
+
+
+def make_folder(root, classes=6, train=24, test=16, px=16):
+    """A labelled data set of small images, one colour a class with noise upon it."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", train), ("test", test)):
+        for label in range(classes):
+            folder = root / split / f"colour{label}"
+            folder.mkdir(parents=True)
+            base = torch.randint(40, 215, (3, 1, 1), generator=torch.Generator().manual_seed(label))
+            for i in range(count):
+                noise = torch.randint(-30, 30, (3, px, px), generator=generator)
+                Image.fromarray((base + noise).to(torch.uint8).permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    return root
+
+
+def test_another_data_set_by_every_protocol(tmp_path, capsys):
+    folder = make_run(tmp_path / "run")
+    (folder / "eval.json").write_text("the run's own")
+    other = make_folder(tmp_path / "colours")
+    options = ["--data", str(other), "--protocols", "all", "--labels_per_class", "1,5", "--taps", "f1", "--draws", "2"]
+    options += ["--tasks=4", "--baselines=false", "--cost=false"]
+    assert cli.main(["eval", str(folder), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "Prototype, 1-shot" in printed
+    assert "Linear, 5/class" in printed
+    assert printed.rstrip().endswith("report-colours.html")
+    assert (folder / "eval.json").read_text() == "the run's own"
+    result = json.loads((folder / "eval-colours.json").read_text())
+    assert (result["trained_on"], result["data_name"]) == ("digits", "colours")
+    assert result["classes"] == [f"colour{i}" for i in range(6)]
+    found = {(row["probe"], row["labels"]): row for row in result["probes"]}
+    assert set(found) == {
+        *((name, "all") for name in ("linear", "knn", "sgd", "svm", "mlp")),
+        *((name, f"{count}/class") for name in ("linear", "knn") for count in (1, 5)),
+        *((name, f"5-way {shots}-shot") for name in ("prototype", "logistic") for shots in (1, 5)),
+    }
+    assert all(row["accuracy_pct"] > 60 for row in found.values())  # six plain colours
+    page = (folder / "report-colours.html").read_text()
+    assert "AMDIM on digits, evaluated on colours" in page
+    assert "95 % interval of 4 tasks" in page
+    assert not list(folder.glob("*.partial.csv"))
+
+
+@pytest.mark.parametrize("words", [["--taps", "f1,f7"], ["--taps=f1,f7"], ["--taps=[f1, f7]"], ["--taps", "[f1,f7]"]])
+def test_a_list_is_written_plainly_or_in_brackets(evaluated, monkeypatch, capsys, words):
+    def stop(*args, **options):
+        raise ValueError(f"asked for {options['labels_per_class']}")
+
+    seen = []
+    monkeypatch.setattr(evaluate.features, "check_taps", lambda model, sample, taps: seen.extend(taps))
+    monkeypatch.setattr(scoring, "plan", stop)
+    assert cli.main(["eval", str(evaluated[0]), *words, "--labels_per_class", "5"]) == 2
+    assert seen == ["f1", "f7"]
+    assert "asked for [5]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--labels_per_class", "few"], "labels_per_class"),
+        (["--protocols", "lda"], "protocols: must be of linear, knn, few"),
+        (["--taps"], "taps"),
+    ],
+)
+def test_a_list_that_is_none_is_one_line(tmp_path, capsys, words, message):
+    assert cli.main(["eval", str(make_run(tmp_path / "run")), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_a_failed_timing_of_the_loss_costs_no_result(tmp_path, monkeypatch, capsys):
@@ -102,7 +173,7 @@ def test_a_failed_timing_of_the_loss_costs_no_result(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(loss_cost, "measure", fail)
     folder = make_run(tmp_path / "run")
-    options = ["--draws=2", "--labels_per_class=5", "--baselines=false", "--taps=[f1]"]
+    options = ["--draws=2", "--labels_per_class=5", "--baselines=false", "--taps=f1"]
     assert cli.main(["eval", str(folder), *options]) == 1
     printed = capsys.readouterr()
     assert "f1  trained" in printed.out
@@ -137,8 +208,8 @@ def test_accuracies_are_on_the_disk_as_they_come(tmp_path, monkeypatch, capsys):
         ({"taps": ["f3"]}, "taps: 'f3'; need one of f1, f5, f7"),
         ({"taps": []}, "taps: none given"),
         ({"draws": 1}, "draws: 1; need at least 2"),
-        ({"labels_per_class": 0}, "labels_per_class: 0; need at least 1"),
-        ({"labels_per_class": 40}, "labels_per_class: 40; class 0 has only"),
+        ({"labels_per_class": [0]}, "labels_per_class: 0; need at least 1"),
+        ({"labels_per_class": [40]}, "labels_per_class: 40; class 0 has only"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(evaluated, options, message):
@@ -177,7 +248,7 @@ def test_images_without_a_label_are_left_out(monkeypatch):
 
 def test_a_test_class_without_probe_images_is_refused():
     with pytest.raises(ValueError, match="test class 2 has no image in the probe split"):
-        scoring.plan(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 2]), labels_per_class=1, draws=2, seed=0)
+        scoring.plan(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 2]), labels_per_class=[1], draws=2, seed=0)
 
 
 def test_confusion_matrix_has_the_truth_in_rows():

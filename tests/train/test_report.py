@@ -52,13 +52,13 @@ def make_result(classes=("zero", "one", "two"), cost=True):
     for index, (encoder, tap) in enumerate(sources):
         rows.append(row(encoder, tap, "linear", "all", 91.25 + index))
         rows.append(row(encoder, tap, "knn", "all", 81.25 + index))
-        rows.append(row(encoder, tap, "linear", "few", 71.25 + index, 1.125))
+        rows.append(row(encoder, tap, "linear", "10/class", 71.25 + index, 1.125))
     count = len(classes)
     losses = {"fused": (10.0, 2**20), "naive": (40.0, 50 * 2**20)}
     return {
         "run": "trial", "method": "amdim", "data": "digits", "data_name": "digits", "date": "2030-01-02",
         "classes": list(classes), "taps": ["f1", "f7"], "online_tap": "f1",
-        "labels_per_class": 10, "draws": 12, "seed": 0,
+        "labels_per_class": [10], "draws": 12, "seed": 0,
         "splits": {"probe": 445, "test": 456},
         "probes": rows,
         "confusion": {"matrix": [[7 if i == j else (i + 1) * (j == 0) for j in range(count)] for i in range(count)]},
@@ -157,7 +157,7 @@ def test_many_classes_become_a_list_of_mistakes():
 
 def test_terminal_table():
     text = summary.table(make_result())
-    assert re.search(r"f1  trained +91\.2 +81\.2 +71\.2 ± 1\.1 +–", text)
+    assert re.search(r"f1  trained +91\.2 +81\.2 +71\.2 ± 1\.1\n", text)
     assert re.search(r"raw pixels +94\.2 +84\.2 +74\.2 ± 1\.1", text)
     assert re.search(r"fused +10\.0 ms +1\.0 MiB", text)
     assert max(map(len, text.splitlines())) <= 104

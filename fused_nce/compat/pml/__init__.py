@@ -7,6 +7,16 @@ line in the log; where it is not, it raises.
 
 from fused_nce.compat.pml.base import OPTIONS
 from fused_nce.compat.pml.losses import NTXentLoss, SupConLoss
+from fused_nce.compat.pml.margins import ContrastiveLoss, TripletMarginLoss
 from fused_nce.compat.pml.wrappers import CrossBatchMemory, DistributedLossWrapper, SelfSupervisedLoss
 
-__all__ = ["OPTIONS", "CrossBatchMemory", "DistributedLossWrapper", "NTXentLoss", "SelfSupervisedLoss", "SupConLoss"]
+__all__ = [
+    "OPTIONS",
+    "ContrastiveLoss",
+    "CrossBatchMemory",
+    "DistributedLossWrapper",
+    "NTXentLoss",
+    "SelfSupervisedLoss",
+    "SupConLoss",
+    "TripletMarginLoss",
+]

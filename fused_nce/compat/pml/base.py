@@ -184,11 +184,15 @@ def class_blocks(rows: Rows) -> list[tuple[Tensor, Tensor]]:
 
 
 def block_scores(rows: Rows, block: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(C, n, m) dot products of a block, float32 at least, and which of them are pairs: a row with itself is none."""
+    """(C, n, m) dot products of a block, and which of them are pairs."""
+    q, k, pairs = block_pairs(rows, block)
+    with torch.autocast(q.device.type, enabled=False):
+        return torch.bmm(q, k.transpose(1, 2)), pairs
+
+
+def block_pairs(rows: Rows, block: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(C, n, D) rows and (C, m, D) columns of a block, float32 at least; which are pairs: a row with itself is none."""
     r, c = block
     k = rows.q if rows.k is None else rows.k
-    with torch.autocast(rows.q.device.type, enabled=False):
-        s = torch.bmm(widened(rows.q[r]), widened(k[c]).transpose(1, 2))
-    if rows.itself is None:
-        return s, torch.ones_like(s, dtype=torch.bool)
-    return s, c[:, None, :] != r[:, :, None] + rows.itself
+    itself = torch.full_like(r, -1) if rows.itself is None else r + rows.itself
+    return widened(rows.q[r]), widened(k[c]), c[:, None, :] != itself[:, :, None]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fused_nce.models.encoders.patches import grid_side, to_grid, to_patches
+from fused_nce.models.encoders.tiny import Block
 
 
 class Conv(NamedTuple):
@@ -51,7 +52,22 @@ class Unit(NamedTuple):
         return Bottleneck(c_in, inner, self.stride), 4 * inner
 
 
-Layer = Conv | Unit
+class Residual(NamedTuple):
+    """The two-layer residual block of our own small encoder (`encoders.tiny`), in steps of 2."""
+
+    channels: int
+
+    def side(self, side: int) -> int:
+        """The side of the map that comes out."""
+        return (side - 1) // 2 + 1
+
+    def build(self, c_in: int, width: float) -> tuple[nn.Module, int]:
+        """The layer, and its output channels."""
+        c_out = scaled(self.channels, width)
+        return Block(c_in, c_out, 2), c_out
+
+
+Layer = Conv | Unit | Residual
 
 
 class Architecture(NamedTuple):
@@ -79,9 +95,11 @@ ALEX_TOP = (Conv(384, 3, 1, 1), Conv(192, 3, 1, 1, pool=True))
 RESNET19, RESNET37 = _resnet(1, 1, 1, 1, 1, 1), _resnet(1, 2, 1, 5, 1, 2)
 
 # The paper's: `dcgan32` for CIFAR, `alexnet64` for STL-10 and Tiny ImageNet, `dcgan64` for CelebA; the others for its
-# comparison with CPC, `-several` with a 5×5 map of global vectors from a 3×3 convolution over the patches.
+# comparison with CPC, `-several` with a 5×5 map of global vectors from a 3×3 convolution over the patches. `tiny32` is
+# ours: the convolutions of the other methods' `tiny`, so that results compare.
 ARCHITECTURES: dict[str, Architecture] = {
     "dcgan32": Architecture(32, _halving(64, 128), _halving(256), (1024,)),
+    "tiny32": Architecture(32, (Conv(32, 3, 1, 1), Residual(64), Residual(128)), (Residual(256),), (256,)),
     "dcgan64": Architecture(64, _halving(64, 128, 256), _halving(512), (1024,)),
     "alexnet64": Architecture(64, ALEX_BOTTOM, ALEX_TOP, (4096, 4096)),
     "crops-resnet19-32": Architecture(32, RESNET19, (), (1024,), crop=8),

@@ -11,6 +11,9 @@ METHODS = {
     "simclr": ("simclr", "SimCLRConfig"),
     "supcon": ("supcon", "SupConConfig"),
     "npid": ("npid", "NPIDConfig"),
+    "dim": ("dim", "DIMConfig"),
+    "cpc": ("cpc", "CPCConfig"),
+    "cpc-vision": ("cpc_vision", "CPCVisionConfig"),
 }
 
 

@@ -1,15 +1,14 @@
 """NPID in the loop (arXiv 1805.01978)."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from fused_nce.losses import NPIDSoftmaxLoss
+from fused_nce.losses import NPIDNCELoss, NPIDSoftmaxLoss
 from fused_nce.models import NPID
-from fused_nce.models.npid import Proximal
 from fused_nce.train.config import AugmentConfig, OptimConfig
-from fused_nce.train.limits import AT_LEAST_0, BELOW_1
+from fused_nce.train.limits import AT_LEAST_0, AT_LEAST_1, BELOW_1
 from fused_nce.train.methods import projected
 from fused_nce.train.methods.projected import CIFAR_R18, DIGITS_OPTIM, MINI, TINY, TINY_OPTIM
 from fused_nce.train.presets import CIFAR10_COLOURS, CIFAR100_COLOURS, CIFAR_VIEWS, DIGITS_VIEWS, crops
@@ -27,14 +26,18 @@ class NPIDModelConfig(projected.EncoderConfig):
 
 @dataclass
 class NPIDLossConfig:
-    """The exact softmax over the bank.
+    """The loss on the bank.
 
     Args:
+        loss: "softmax", exact over the bank, or "nce" with sampled noise.
+        noise: of "nce", images sampled for each one.
         temperature: of the softmax.
         proximal: weight of the squared distance to the bank's vector.
         backend: engine backend; chosen by the machine if left out.
     """
 
+    loss: Literal["softmax", "nce"] = "softmax"
+    noise: int = 4096
     temperature: float = 0.07
     proximal: float = 0.0
     backend: str | None = None
@@ -81,7 +84,12 @@ class NPIDConfig(projected.ProjectedConfig):
     method: ClassVar[str] = "npid"
     title: ClassVar[str] = "NPID"
     presets: ClassVar = PRESETS
-    rules: ClassVar = {**projected.RULES, "model.momentum": BELOW_1, "loss.proximal": AT_LEAST_0}
+    rules: ClassVar = {
+        **projected.RULES,
+        "model.momentum": BELOW_1,
+        "loss.proximal": AT_LEAST_0,
+        "loss.noise": AT_LEAST_1,
+    }
     view_count: ClassVar[int] = 1
     extras: ClassVar = ("indices",)
 
@@ -91,7 +99,10 @@ class NPIDConfig(projected.ProjectedConfig):
     optim: OptimConfig = field(default_factory=_optim)
 
     def build(self, *, images: int = 1) -> NPID:
-        loss: nn.Module = NPIDSoftmaxLoss(self.loss.temperature, backend=self.loss.backend)
-        if self.loss.proximal > 0:
-            loss = Proximal(loss, self.loss.proximal)
+        settings: dict[str, Any] = {"proximal": self.loss.proximal, "backend": self.loss.backend}
+        loss: nn.Module = (
+            NPIDSoftmaxLoss(self.loss.temperature, **settings)
+            if self.loss.loss == "softmax"
+            else NPIDNCELoss(self.loss.temperature, m=self.loss.noise, **settings)
+        )
         return NPID(size=images, **self.model_arguments(), loss=loss)

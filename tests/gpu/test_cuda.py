@@ -16,15 +16,19 @@ from tests.backends.test_cuda_on_host import DTYPES, MIB, ROUTES
 from tests.budget import Budget, eta, precision
 from tests.cases import DTYPES as BY_NAME
 from tests.cases import Case, environment, features
+from tests.gpu.conftest import peak_bytes
 from tests.oracle import Oracle
 
 MODULE: Any
 MODULE, REASON = _extension.status()
 GPU = torch.cuda.is_available()
-pytestmark = pytest.mark.skipif(
-    not GPU or MODULE is None or not MODULE.build_info()["cuda"],
-    reason="torch finds no GPU here" if not GPU else REASON or "the kernels were built without nvcc",
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not GPU or MODULE is None or not MODULE.build_info()["cuda"],
+        reason="torch finds no GPU here" if not GPU else REASON or "the kernels were built without nvcc",
+    ),
+]
 
 
 def solve(case: Case, device: str = "cuda", backend: str | None = "cuda"):
@@ -59,10 +63,32 @@ def test_every_route_is_within_budget(route, dtype, clip):
     assert max(etas.values()) <= 1, etas
 
 
+ADDED = (None, None, False, "nce")  # labels of columns, a bias, further statistics, the tail
+
+
 def arguments(n=128, n_c=49, d=256, dtype=torch.bfloat16):
     g = torch.Generator(device="cuda").manual_seed(0)
     q, k = (torch.randn(rows, d, generator=g, device="cuda").to(dtype) for rows in (n, n * n_c))
-    return q, k, d**-0.5, None, n_c, 1, 0, 20.0, 1 / (n * n_c), 1e-8, True, True, True, 256 * MIB
+    return (
+        q,
+        k,
+        d**-0.5,
+        None,
+        n_c,
+        1,
+        0,
+        20.0,
+        None,
+        -1,
+        None,
+        *ADDED,
+        1 / (n * n_c),
+        1e-8,
+        True,
+        True,
+        True,
+        256 * MIB,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -114,12 +140,8 @@ def test_memory_is_the_published_formula(n, n_c, limit_mb):
     """Peak above inputs and outputs. A first call leaves cuBLAS its workspace, which torch keeps."""
     args = (*arguments(n, n_c)[:-1], limit_mb * MIB)
     torch.ops.fused_nce.cuda_loss(*args)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    out = torch.ops.fused_nce.cuda_loss(*args)
-    outputs = sum(x.nbytes for x in out)
-    peak = torch.cuda.max_memory_allocated() - before - outputs
+    outputs = sum(x.nbytes for x in torch.ops.fused_nce.cuda_loss(*args))
+    peak = peak_bytes(lambda: torch.ops.fused_nce.cuda_loss(*args)) - outputs
     q = args[0]
     with environment(FUSED_NCE_WORKSPACE_MB=str(limit_mb)):
         spec = dataclasses.replace(Case("cuda", "bfloat16", 0), n_c=n_c).spec
@@ -138,6 +160,17 @@ def test_a_learnable_scale_is_never_read_on_the_host():
     args = (q.detach(), k.detach(), 1.0, scale.detach(), *args[4:])
     with torch.cuda.graph(torch.cuda.CUDAGraph()):  # a synchronisation would raise
         torch.ops.fused_nce.cuda_loss(*args)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+def test_the_upstream_gradient_meets_the_stash_on_the_device(upstream):
+    """Without a wait, and without a pass over the gradients where it is 1."""
+    q, k = (x.requires_grad_() for x in arguments()[:2])
+    plain = torch.autograd.grad(amdim_nce(q, k.view(128, 49, -1), backend="cuda").loss, (q, k))
+    out = amdim_nce(q, k.view(128, 49, -1), backend="cuda")
+    found = torch.autograd.grad(out.loss, (q, k), torch.tensor(upstream, device="cuda"))
+    for x, y in zip(found, plain, strict=True):
+        assert torch.equal(x, y * upstream)
 
 
 def test_the_model_chooses_it_for_wide_features():

@@ -1,0 +1,218 @@
+"""Blocks of keys that go round: a backend made of another, for which each process holds its own keys and one guest.
+
+Process r has its own rows and, at step t, the keys of process r − t. Two rounds: in the first every visit gives
+statistics of the rows, merged as those of tiles are; in the second, from the finished statistics, gradients. What a
+block is owed by the rows that it visits (its gradient, and its columns' statistics) travels one step behind it and
+arrives at home. Blocks and debts are on the wire while the visit is computed.
+
+Process by process the sums have a fixed order, so the bits are the same every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_nce.core import atoms, checks
+from fused_nce.core.cost import Call
+from fused_nce.core.dispatch import choose
+from fused_nce.core.problem import Backend, Gradients, Needs, Problem, Statistics
+from fused_nce.core.processes import Peers, agree, dtype_number, finish, lost
+from fused_nce.core.spec import Labels, Separate, Spec
+from fused_nce.core.tails import Coefficients, Tail
+
+MARK = "ring"
+
+
+def code(peers: Peers, backend: str) -> str:
+    """The ring on a backend ("" to choose) as the ops' backend string."""
+    wire = "" if peers.wire_dtype is None else checks.DTYPES.index(peers.wire_dtype)
+    return f"{MARK}|{peers.name}|{peers.rank}|{peers.size}|{peers.timeout_s}|{wire}|{backend}"
+
+
+def parse(backend: str) -> tuple[Peers | None, str]:
+    """What `code` wrote, and the backend; any other string has no peers."""
+    if not backend.startswith(f"{MARK}|"):
+        return None, backend
+    _, name, rank, size, timeout_s, wire, inner = backend.split("|")
+    dtype = checks.DTYPES[int(wire)] if wire else None
+    return Peers(name, int(rank), int(size), True, dtype, float(timeout_s)), inner
+
+
+class Guest(NamedTuple):
+    """What goes round. Tensors of the same shapes on every process, None where there are none."""
+
+    k: Tensor  # (M, D), in the dtype of the wire
+    column_ids: Tensor | None
+    columns: Tensor | None = None  # (S', M) finished statistics
+    d_columns: Tensor | None = None  # (S', M)
+
+
+class Ring:
+    """A `Backend` (`core/problem.py`): the rows of this process against the keys of all."""
+
+    def __init__(self, peers: Peers, problem: Problem, backend: str) -> None:
+        """`backend` as a caller asked for it; it must run both the own block and a guest's."""
+        self.peers = peers
+        problem = self._rounded(problem)
+        guest = _visited(problem, Guest(problem.k, problem.column_ids))
+        self.guest_name, self.other = choose(guest.spec, guest.q, guest.k, backend)
+        self.name, self.own = choose(problem.spec, problem.q, None if problem.shared else problem.k, backend)
+
+    def stats(self, problem: Problem, **more: int) -> Statistics:
+        """Of all columns; those of the own columns over all rows. `more` is agreed on with the sizes."""
+        n, d = problem.q.shape
+        sizes = {"N": n, "M": problem.m, "D": d, "dtype": dtype_number(problem.k), **more}
+        agree(self.peers.name, self.peers.timeout_s, sizes)
+        problem = self._rounded(problem)
+        rows, spec, own = atoms.Merger(problem.spec.stats), problem.spec, []
+
+        def visit(home: bool, guest: Guest) -> Tensor | None:
+            found = (self.own.stats if home else self.other.stats)(problem if home else _visited(problem, guest))
+            rows.push(found.rows)
+            if home:
+                own.append(found.pos)
+            return found.columns
+
+        columns = self._round(self._guest(problem), visit, lambda one, two: atoms.merge_two(spec.columns, one, two))
+        if columns is not None and spec.columns:
+            columns = atoms.merge_tiles(spec.columns, [columns])
+        return Statistics(own[0], rows.result(), columns)
+
+    def grads(self, problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
+        """Of the rows over all columns, and of the own keys over all rows."""
+        wide = statistics.rows.dtype
+        none = problem.q.new_empty(0, dtype=wide)
+        one_gradient, problem = problem.shared, self._rounded(problem)
+        if one_gradient and not problem.shared:
+            needs = needs._replace(k=needs.q)
+        total = {"dq": none, "dscale": none, "dbias": None}
+        guests = needs._replace(k=needs.q if problem.shared else needs.k)
+
+        def visit(home: bool, guest: Guest) -> Tensor | None:
+            found = statistics._replace(columns=guest.columns)
+            d = coefficients._replace(d_columns=guest.d_columns)
+            if home:
+                out = self.own.grads(problem, found, d, needs)
+            else:
+                there = _visited(problem, guest)
+                pos = there.positives if there.positives is not None else found.pos
+                out = self.other.grads(there, found._replace(pos=pos), d._replace(d_pos=torch.zeros_like(pos)), guests)
+            for name, had in total.items():
+                part = getattr(out, name)
+                if part is not None and part.numel():
+                    total[name] = part.to(wide) if had is None or not had.numel() else had.add_(part)
+            if not guests.k:
+                return None
+            return out.dk.to(wide) if out.dk.numel() else problem.q.new_zeros(problem.k.shape, dtype=wide)
+
+        guest = self._guest(problem)._replace(columns=statistics.columns, d_columns=coefficients.d_columns)
+        dk = self._round(guest, visit, torch.add)
+        dq = total["dq"] if total["dq"] is not None else none
+        if one_gradient and dk is not None:
+            dq, dk = dq.add_(dk), None
+        dscale = total["dscale"] if total["dscale"] is not None else none
+        return Gradients(dq, none if dk is None else dk, dscale, total["dbias"])
+
+    def loss(self, problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
+        """Both rounds; only the first where no gradient is wanted."""
+        found = self.stats(problem, **{"gradients wanted": int("".join(str(int(need)) for need in needs))})
+        none = problem.q.new_empty(0, dtype=found.rows.dtype)
+        if not any(needs):
+            return found, Gradients(none, none, none)
+        unit = tail.unit(problem.n * tail.per_row(problem.spec))
+        d = tail.coefficients(problem.spec, found.pos, found.rows, None, unit, 1.0, problem.n * problem.n_columns)
+        return found, self.grads(problem, found, d, needs)
+
+    def _rounded(self, problem: Problem) -> Problem:
+        """Its keys as the other processes see them: every score is that of the same key, wherever its row lies."""
+        wire = self.peers.wire_dtype
+        if wire is None or wire == problem.k.dtype:
+            return problem
+        return problem._replace(k=problem.k.to(wire).to(problem.k.dtype), shared=False)
+
+    def _guest(self, problem: Problem) -> Guest:
+        wire = self.peers.wire_dtype or problem.k.dtype
+        return Guest(problem.k.to(wire).contiguous(), problem.column_ids)
+
+    def _round(
+        self,
+        guest: Guest,
+        visit: Callable[[bool, Guest], Tensor | None],
+        merge: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor | None:
+        """Every guest visits every process; what the visits owe it, merged in the order of its way, arrives at home."""
+        size = self.peers.size
+        debt: Tensor | None = None
+        for step in range(size):
+            following = guest if step < size - 1 else None
+            behind = debt if step else None
+            works, came, owed = self._pass_on(following, behind)
+            part = visit(step == 0, guest)
+            self._wait(works)
+            debt = part if owed is None or part is None else merge(owed, part)
+            guest = came or guest
+        works, _, owed = self._pass_on(None, debt)
+        self._wait(works)
+        return owed
+
+    def _pass_on(self, guest: Guest | None, debt: Tensor | None) -> tuple[list[Any], Guest | None, Tensor | None]:
+        """Begin to send to the next process, and to receive the same from the one before."""
+        sent = [*(guest or ()), debt]
+        came = [None if x is None else torch.empty_like(x) for x in sent]
+        group, ops = self.peers.group, []
+        for tag, (out, into) in enumerate(zip(sent, came, strict=True)):
+            if out is None or into is None:
+                continue
+            ends = (dist.isend, out.contiguous(), 1), (dist.irecv, into, -1)
+            for act, x, way in ends:
+                peer = (self.peers.rank + way) % self.peers.size
+                ops.append(dist.P2POp(act, x, group=group, tag=tag, group_peer=peer))
+        with lost("the ring", self.peers.timeout_s):
+            works = dist.batch_isend_irecv(ops) if ops else []
+        return works, None if guest is None else Guest(*came[:-1]), came[-1]  # type: ignore[arg-type]
+
+    def _wait(self, works: list[Any]) -> None:
+        on_host = "cpu" in {device.type for device in self.peers.group._device_types}
+        for work in works:
+            finish("the ring", self.peers.timeout_s, partial(_same, work), host=on_host)
+
+
+def _visited(problem: Problem, guest: Guest) -> Problem:
+    """The rows against another process's keys: no row is among them, and none has a positive there but by its label."""
+    spec, p = problem.spec, max(1, problem.spec.n_pos)
+    labels = isinstance(spec.layout, Labels)
+    positives = problem.positives
+    if not labels and positives is None:
+        positives = problem.q.new_zeros(problem.n, p, dtype=torch.promote_types(problem.q.dtype, torch.float32))
+    return problem._replace(
+        k=guest.k.to(problem.k.dtype),
+        spec=Spec(spec.layout if labels else Separate(p), spec.transform, spec.stats, spec.columns),
+        offset=0,
+        positives=positives,
+        row_ids=problem.row_ids if labels else None,
+        column_ids=guest.column_ids,
+        shared=False,
+    )
+
+
+def _same(work: Any) -> Any:
+    return work
+
+
+def backend(problem: Problem, requested: str, call: Call) -> tuple[str, Backend]:
+    """The name and backend of the ops' backend string: a ring, or what `dispatch.choose` finds.
+
+    Raises:
+        ValueError, RuntimeError: as `dispatch.choose`.
+    """
+    peers, inner = parse(requested)
+    if peers is None:
+        return choose(problem.spec, problem.q, None if problem.shared else problem.k, inner, call)
+    ring = Ring(peers, problem, inner)
+    return f"{MARK}, {ring.name}", cast(Backend, ring)

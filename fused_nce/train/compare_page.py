@@ -1,0 +1,167 @@
+"""The page of `fused-nce compare`: one HTML file that opens offline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from fused_nce.train import page, plots, report, runlog
+from fused_nce.train.plots import Bar, Series
+
+if TYPE_CHECKING:
+    from fused_nce.train.compare import Run
+
+COLORS = 10  # that the style has, used in turn
+NAME_LENGTH = 20  # that the charts have room for
+MAX_CHARTS = 4
+SKIPPED = ("run.", "method")  # settings that change no number, and one that the table above shows
+
+Column = tuple[str, str]
+
+
+def render(runs: list[Run]) -> str:
+    """The page of runs that were evaluated on one data set."""
+    results = [run.result for run in runs]
+    columns = _union(report.columns(result) for result in results)
+    settings = _settings(runs)
+    return page.fill(
+        "compare_template.html",
+        title=escape(f"{len(runs)} runs on {results[0]['data_name']}"),
+        subtitle=escape(", ".join(run.name for run in runs)),
+        probes_note=escape(_note(results)),
+        bars=_bars(runs, columns),
+        probe_table=_probe_table(runs, columns),
+        training_note="From the runs' logs. Times are comparable only between runs of one machine.",
+        curves=_curves(runs),
+        training_table=_training_table(runs),
+        settings_note="Where a run has no such setting, a dash." if settings else "Nothing: every setting is the same.",
+        settings_table=settings,
+        protocol="".join(f"<li>{escape(line)}</li>" for line in _union(result["protocol"] for result in results)),
+    )
+
+
+def _union(lists: Iterable[list[Any]]) -> list[Any]:
+    return list(dict.fromkeys(item for one in lists for item in one))
+
+
+def _note(results: list[dict[str, Any]]) -> str:
+    """What the accuracies are of; and a warning where the runs were not given the same images and draws."""
+    keys = ("splits", "labels_per_class", "draws", "tasks", "seed")
+    lines = [
+        f"Accuracy on the test images of {results[0]['data_name']}, each run at its own taps; charts at its first. The "
+        "best trained encoder of a column is bold; below each run's tap, the better of its untrained encoders."
+    ]
+    differing = [key for key in keys if any(result.get(key) != results[0].get(key) for result in results)]
+    if differing:
+        lines.append(f"Beware: the evaluations differ in {', '.join(differing)}; evaluate the runs alike.")
+    return " ".join(lines)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= NAME_LENGTH else "…" + name[1 - NAME_LENGTH :]
+
+
+def _color(index: int) -> str:
+    return f"var(--series-{index % COLORS})"
+
+
+def _pixels(runs: list[Run], column: Column) -> dict[str, Any] | None:
+    rows = (report.find(run.result, "raw pixels", report.PIXELS, *column) for run in runs)
+    return next((row for row in rows if row is not None), None)
+
+
+def _bars(runs: list[Run], columns: list[Column]) -> str:
+    cards = []
+    for column in columns[:MAX_CHARTS]:
+        bars = []
+        for index, run in enumerate(runs):
+            row = report.find(run.result, report.TRAINED, run.result["taps"][0], *column)
+            if row is not None:
+                bars.append(Bar(_short(run.name), row["accuracy_pct"], report.spread(row), _color(index)))
+        pixels = _pixels(runs, column)
+        if pixels is not None:
+            bars.append(Bar("raw pixels", pixels["accuracy_pct"], report.spread(pixels), "var(--quiet)"))
+        if bars:
+            cards.append(report.card(report.heading(*column), plots.dot_chart(bars, unit="%", high=100.0)))
+    return "".join(cards)
+
+
+def _probe_table(runs: list[Run], columns: list[Column]) -> str:
+    best: dict[Column, float] = {}
+    for column in columns:
+        found = [row for run in runs for row in run.result["probes"] if (row["probe"], row["labels"]) == column]
+        best[column] = max((row["accuracy_pct"] for row in found if row["encoder"] == report.TRAINED), default=-1.0)
+
+    def cell(row: dict[str, Any] | None, column: Column, trained: bool = False) -> str:
+        top = trained and row is not None and row["accuracy_pct"] == best[column]
+        return f"<b>{report.shown(row)}</b>" if top else report.shown(row)
+
+    rows: list[list[str]] = []
+    for run in runs:
+        rows.append([f"{escape(run.name)}<small> · {escape(run.result['method'])}</small>"])
+        for tap in run.result["taps"]:
+            found = [report.find(run.result, report.TRAINED, tap, *column) for column in columns]
+            cells = [cell(row, column, True) for row, column in zip(found, columns, strict=True)]
+            rows.append([escape(tap), *cells])
+            bare = [_untrained(run.result, tap, column) for column in columns]
+            if any(bare):
+                rows.append(["<small>untrained</small>", *(f"<small>{report.shown(row)}</small>" for row in bare)])
+    pixels = [_pixels(runs, column) for column in columns]
+    if any(pixels):
+        rows += [["raw pixels"], ["pixels", *(report.shown(row) for row in pixels)]]
+    return page.table(["accuracy, %", *(escape(report.heading(*column)) for column in columns)], rows)
+
+
+def _untrained(result: dict[str, Any], tap: str, column: Column) -> dict[str, Any] | None:
+    names = [name for name in report.encoders(result, tap) if name != report.TRAINED]
+    rows = [row for name in names if (row := report.find(result, name, tap, *column)) is not None]
+    return max(rows, key=lambda row: row["accuracy_pct"], default=None)
+
+
+def _curves(runs: list[Run]) -> str:
+    charts = (
+        ("Online linear probe (training images)", "accuracy, %", (0.0, 100.0), "linear_acc", 100.0),
+        ("NCE minus its chance level (0 = guessing)", "nats", None, "nce_minus_chance", 1.0),
+    )
+    cards = []
+    for title, unit, limits, key, scale in charts:
+        lines = []
+        for index, run in enumerate(runs):
+            x, y = runlog.column(run.log, "time_s", key)
+            name, color = _short(run.name), _color(index)
+            lines.append(Series(name, [value / 60 for value in x], [scale * value for value in y], color))
+        lines = [line for line in lines if line.x]
+        if lines:
+            chart = plots.line_chart(lines, x_label="minutes", y_label=unit, y_range=limits)
+            cards.append(report.card(title, chart))
+    return "".join(cards)
+
+
+def _training_table(runs: list[Run]) -> str:
+    rows = []
+    for run in runs:
+        training, host = run.result["training"], run.result["environment"]
+        speed, peak = training["images_per_s"], training["peak_memory_mb"]
+        rows.append([
+            escape(run.name),
+            escape(run.result["method"]),
+            escape(run.result.get("trained_on", run.result["data_name"])),
+            f"{training['steps']:,}",
+            f"{training['minutes']:.1f}",
+            "–" if speed is None else f"{speed:,.0f}",
+            "–" if peak is None else f"{peak:,.0f}",
+            escape(f"{host.get('processor', '–')}, {host.get('device', 'CPU')}"),
+        ])  # fmt: skip
+    head = ["run", "method", "trained on", "updates", "minutes", "images/s", "peak MB", "evaluated on"]
+    return page.table(head, rows)
+
+
+def _settings(runs: list[Run]) -> str:
+    keys = _union(list(run.settings) for run in runs)
+    rows = []
+    for key in keys:
+        values = [run.settings.get(key, "–") for run in runs]
+        if not key.startswith(SKIPPED) and any(value != values[0] for value in values):
+            rows.append([escape(key), *(escape(str(value)) for value in values)])
+    return page.table(["setting", *(escape(run.name) for run in runs)], rows) if rows else ""

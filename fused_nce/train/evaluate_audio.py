@@ -1,0 +1,180 @@
+"""`fused-nce eval RUN` of a run on recordings: every label probed, beside log-mel spectra and untrained encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_nce.train import features, figures, log_mel, progress, recordings, report, scoring, summary
+from fused_nce.train.recordings import Recordings
+
+LOG_MEL = "log-mel mean"
+
+
+class Target(NamedTuple):
+    """A label that every recording of both splits may have."""
+
+    name: str
+    classes: list[str]
+    probe: Tensor  # (n,) of the recordings that the probe is fitted on
+    test: Tensor  # (m,)
+
+
+def evaluate(
+    model: nn.Module,
+    config: Any,
+    *,
+    taps: Sequence[str],
+    protocols: Sequence[str],
+    labels_per_class: Sequence[int],
+    draws: int,
+    tasks: int,
+    baselines: bool,
+    seed: int,
+) -> tuple[dict[str, Any], report.Figures]:
+    """Every protocol asked for, on the mean over time of each tap, for each label.
+
+    Args:
+        model: the trained one.
+        config: of its run.
+        taps: of `encode`.
+        protocols: names, in the order of the table.
+        labels_per_class: sizes of the small label sets.
+        draws: how many of each, at least 2.
+        tasks: of few-shot, at least 2.
+        baselines: untrained encoders and log-mel spectra too.
+        seed: of the draws, the untrained encoders and the embedding.
+
+    Returns:
+        What `eval.json` holds of the accuracies, and the pictures. A tap has the label's name: "c_t, digit".
+
+    Raises:
+        ValueError: for recordings without a label of 2 or more classes, or a class that is too small.
+    """
+    probe, test = (recordings.load(config.data, split) for split in ("probe", "test"))
+    targets = find_targets(probe, test, config.data)
+    plans = {
+        target.name: scoring.plan(
+            target.probe, target.test, protocols=protocols, labels_per_class=labels_per_class, draws=draws,
+            tasks=tasks, seed=seed,
+        )
+        for target in targets
+    }  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    first: dict[str, Any] = {}
+    for encoder, tap, bank, queries in _feature_sets(model, config, probe, test, taps, baselines, seed):
+        for target in targets:
+            # The log-mel mean is no tap: it stands beside each.
+            for shown in [tap] if tap is not None else taps:
+                found, predicted = scoring.score(bank, queries, plans[target.name], protocols)
+                rows += [{"encoder": encoder, "tap": f"{shown}, {target.name}"} | row for row in found]
+            if not first:
+                first = {"queries": queries, "predicted": predicted}
+    main = targets[0]
+    names = [f"{tap}, {target.name}" for tap in taps for target in targets]
+    confusion = None
+    if first["predicted"] is not None:
+        name, predicted = first["predicted"]
+        matrix = scoring.confusion_matrix(predicted, plans[main.name].truth, len(main.classes))
+        confusion = {"tap": names[0], "probe": name, "labels": "all", "matrix": matrix}
+    result = {
+        "things": "recordings",
+        "classes": main.classes,
+        "taps": names,
+        "splits": {"probe": len(probe.waves), "test": len(test.waves)},
+        "probes": sorted(rows, key=lambda row: names.index(row["tap"])),
+        "confusion": confusion,
+        "protocol": protocol(protocols, draws, tasks),
+    }
+    return result, report.Figures(figures.embed(first["queries"], seed), main.test.tolist())
+
+
+def find_targets(probe: Recordings, test: Recordings, data: str) -> list[Target]:
+    """Every label that all recordings have, in both splits, with 2 classes or more."""
+    targets = []
+    for name in probe.tags:
+        classes = recordings.classes(probe.tags[name])
+        complete = all("" not in split.tags.get(name, [""]) for split in (probe, test))
+        if len(classes) >= 2 and complete:
+            new = set(test.tags[name]) - set(classes)
+            if new:
+                raise ValueError(f"data: no training recording has {name} {min(new)!r}, which a test recording has")
+            targets.append(Target(name, classes, probe.labels(name, classes), test.labels(name, classes)))
+    if not targets:
+        raise ValueError(f"data: {data} has no label of 2 or more classes on every recording; need one to evaluate")
+    return targets
+
+
+def _feature_sets(
+    model: nn.Module,
+    config: Any,
+    probe: Recordings,
+    test: Recordings,
+    taps: Sequence[str],
+    baselines: bool,
+    seed: int,
+) -> Iterator[tuple[str, str | None, Tensor, Tensor]]:
+    """(encoder, tap, features of the probe split, features of the test split), the trained encoder first."""
+    models = {report.TRAINED: model}
+    level = config.augment.level
+    for name, other in config.untrained().items() if baselines else ():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            models[name] = other.build()
+    for name, encoder in models.items():
+        parts = [extract(encoder, split.waves, level, taps, name=name) for split in (probe, test)]
+        for tap in taps:
+            yield name, tap, parts[0][tap], parts[1][tap]
+    if baselines:
+        bank, queries = (
+            torch.stack([log_mel.log_mel(recordings.scaled(x, level), split.rate).mean(0) for x in split.waves])
+            for split in (probe, test)
+        )
+        yield LOG_MEL, None, bank, queries
+
+
+def extract(
+    model: Any, waves: Sequence[Tensor], level: float | None, taps: Sequence[str], *, name: str = "features"
+) -> dict[str, Tensor]:  # {tap: (n, D)}
+    """Each tap's mean over the frames of a recording, which is encoded whole and by itself: no padding, no neighbours.
+
+    Args:
+        model: has `encode(x) -> {tap: tensor}` and `encoder.frames(samples)`.
+        waves: (samples,) int16 each; one that is too short for a frame is filled with zeros.
+        level: see `recordings.scaled`.
+        taps: to keep.
+        name: shown beside the progress bar.
+
+    Raises:
+        ValueError: for a feature that is not finite.
+    """
+    model.eval()
+    shortest = next(n for n in range(1, 1 << 30) if model.encoder.frames(n) >= 1)
+    found: dict[str, list[Tensor]] = {tap: [] for tap in taps}
+    with torch.inference_mode():
+        for wave in progress.bar(waves, desc=name, unit="rec", leave=False, total=len(waves)):
+            x = recordings.scaled(wave, level)
+            known = model.encode(nn.functional.pad(x, (0, max(0, shortest - len(x))))[None])
+            for tap in taps:
+                found[tap].append(features.as_vectors(known[tap])[0])
+    stacked = {tap: torch.stack(parts).clone() for tap, parts in found.items()}
+    for tap, values in stacked.items():
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"features {tap}: not all are finite; need a usable checkpoint")
+    return stacked
+
+
+def protocol(protocols: Sequence[str], draws: int, tasks: int) -> list[str]:
+    """What a reader must know to judge the accuracies, one sentence a line."""
+    return [
+        "Probes are fitted on the labelled training recordings and judged on the test recordings, which nothing else "
+        "sees; the speakers are the same in both where the data set's own split has it so.",
+        "A recording is encoded whole and by itself, in eval mode; a tap is averaged over its frames. The paper probes "
+        "every frame of c_t, Greedy InfoMax the average for speakers, as here.",
+        *summary.of_protocols(protocols, draws, tasks, things="recordings"),
+        "Log-mel mean: 40 bands, windows of 25 ms every 10 ms, the logarithm averaged over the recording; at the level "
+        "that the encoder is given.",
+    ]

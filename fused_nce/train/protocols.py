@@ -1,0 +1,183 @@
+"""The protocols of `fused-nce eval`, by name. Each is given one feature set and the plan, and returns accuracies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fused_nce.train import episodes
+from fused_nce.train.episodes import CLASSIFIERS, QUERIES, WAYS, Episode
+from fused_nce.train.knn import TEMPERATURE, knn_predict, neighbours_for
+from fused_nce.train.logistic import Kind
+from fused_nce.train.probes import few_label_probe, linear_probe
+from fused_nce.train.trained_probes import MLP_EPOCHS, MLP_UNITS, SGD_EPOCHS, Trained, mlp_probe, sgd_probe
+
+Labels = NDArray[np.int64]
+Row = dict[str, Any]
+
+ALL = "all"
+Z_95 = 1.959964  # standard errors each side of a mean that hold 95 % of a normal distribution
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The labelled rows that every feature set is given, so that all are compared on the same draws."""
+
+    labels: Labels  # (n,) of the probe split
+    truth: Labels  # (m,) of the test split
+    draws: dict[int, list[Labels]]  # labels a class: row numbers of the probe split
+    held: Labels  # rows that no draw contains: the penalty is chosen on them
+    episodes: dict[int, list[Episode]]  # shots: the tasks
+    seed: int
+
+
+class FeatureSet(NamedTuple):
+    """Of one encoder at one tap."""
+
+    bank: Tensor  # (n, D) of the probe split
+    queries: Tensor  # (m, D) of the test split
+
+
+class Found(NamedTuple):
+    """Rows of the table; and the (m,) test predictions, of a protocol that has one set of them."""
+
+    rows: list[Row]
+    predicted: Labels | None = None
+
+
+def percent(predicted: Labels, truth: Labels) -> float:
+    return 100.0 * float((predicted == truth).mean())
+
+
+def row(probe: str, labels: str, accuracies: list[float], setting: dict[str, Any], *, interval: bool = False) -> Row:
+    """A line of the table.
+
+    Args:
+        probe: what classified.
+        labels: which it was given: "all", "10/class", "5-way 1-shot".
+        accuracies: in percent, one a draw.
+        setting: what was chosen.
+        interval: the mean's 95 % interval instead of the draws' standard deviation.
+    """
+    sd = float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None
+    half = Z_95 * sd / math.sqrt(len(accuracies)) if interval and sd is not None else None
+    found: Row = {"probe": probe, "labels": labels, "accuracy_pct": float(np.mean(accuracies))}
+    found |= {"sd_pct": None if interval else sd, "ci95_pct": half, "values_pct": accuracies}
+    return found | {"setting": setting}
+
+
+def _full(kind: Kind, probe: str) -> Callable[[FeatureSet, Plan], Found]:
+    def run(features: FeatureSet, plan: Plan) -> Found:
+        found = linear_probe(features.bank.numpy(), plan.labels, features.queries.numpy(), seed=plan.seed, kind=kind)
+        setting = {"C": found.c, "converged": found.converged}
+        return Found([row(probe, ALL, [percent(found.predicted, plan.truth)], setting)], found.predicted)
+
+    return run
+
+
+def _trained(probe: str, train: Callable[..., Trained], setting: dict[str, Any]) -> Callable[[FeatureSet, Plan], Found]:
+    def run(features: FeatureSet, plan: Plan) -> Found:
+        found = train(features.bank.numpy(), plan.labels, features.queries.numpy(), seed=plan.seed)
+        accuracy = percent(found.predicted, plan.truth)
+        return Found([row(probe, ALL, [accuracy], {"lr": found.rate} | setting)], found.predicted)
+
+    return run
+
+
+def _knn(features: FeatureSet, plan: Plan) -> Found:
+    predicted = knn_predict(features.bank, torch.from_numpy(plan.labels), features.queries).numpy()
+    setting = {"k": neighbours_for(len(features.bank)), "temperature": TEMPERATURE}
+    return Found([row("knn", ALL, [percent(predicted, plan.truth)], setting)], predicted)
+
+
+def _few(features: FeatureSet, plan: Plan) -> Found:
+    bank, queries = features
+    known, rows = torch.from_numpy(plan.labels), []
+    for count, draws in plan.draws.items():
+        few = few_label_probe(bank.numpy(), plan.labels, queries.numpy(), draws, plan.held)
+        setting: dict[str, Any] = {"C": few[0].c, "converged": all(one.converged for one in few)}
+        rows.append(row("linear", f"{count}/class", [percent(one.predicted, plan.truth) for one in few], setting))
+        voted = [knn_predict(bank[chosen], known[chosen], queries).numpy() for chosen in map(torch.from_numpy, draws)]
+        setting = {"k": neighbours_for(len(draws[0])), "temperature": TEMPERATURE}
+        rows.append(row("knn", f"{count}/class", [percent(one, plan.truth) for one in voted], setting))
+    return Found(rows)
+
+
+def _few_shot(features: FeatureSet, plan: Plan) -> Found:
+    bank, queries = episodes.unit(features.bank, features.queries)
+    rows = []
+    for shots, tasks in plan.episodes.items():
+        for name in CLASSIFIERS:
+            found = episodes.accuracies(bank, queries, tasks, name)
+            rows.append(row(name, f"{WAYS}-way {shots}-shot", found, {"episodes": len(tasks)}, interval=True))
+    return Found(rows)
+
+
+class Protocol(NamedTuple):
+    """How it is run, and what a reader must know of it."""
+
+    run: Callable[[FeatureSet, Plan], Found]
+    text: str
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    "linear": Protocol(
+        _full("softmax", "linear"),
+        "Linear: multinomial logistic regression on standardised features (full-batch L-BFGS to a gradient of 3e-4 in "
+        "whitened coordinates); its penalty is chosen on a held-out quarter of the probe split, never on the test "
+        "images.",
+    ),
+    "knn": Protocol(
+        _knn,
+        "kNN: cosine similarity, votes weighted by exp(similarity / 0.1); 200 neighbours, or 2 % of a bank below "
+        "10,000 images (at least 5).",
+    ),
+    "few": Protocol(
+        _few,
+        "Few labels a class: the linear probe and kNN on draws from three quarters of the probe split, the same for "
+        "every encoder; mean ± standard deviation over the draws.",
+    ),
+    "few-shot": Protocol(
+        _few_shot,
+        f"Few-shot: tasks of {WAYS} classes, their labelled images from the probe split, {QUERIES} queries a class "
+        "from the test split, each judged by itself; features less the probe split's mean, at unit norm; nearest class "
+        "mean, and logistic regression of C = 1; mean ± 95 % interval over the tasks.",
+    ),
+    "sgd": Protocol(
+        _trained("sgd", sgd_probe, {"epochs": SGD_EPOCHS}),
+        f"Linear, SGD: {SGD_EPOCHS} epochs on standardised features without augmentation, momentum 0.9, no decay, the "
+        "rate a tenth from 60 % and 80 % on and chosen on a held-out quarter of the probe split.",
+    ),
+    "svm": Protocol(
+        _full("svm", "svm"),
+        "Linear SVM: one class against the rest, squared hinge, on standardised features; penalty chosen as the linear "
+        "probe's.",
+    ),
+    "mlp": Protocol(
+        _trained("mlp", mlp_probe, {"epochs": MLP_EPOCHS, "units": MLP_UNITS}),
+        f"MLP: {MLP_UNITS} hidden units, dropout 0.1, BatchNorm, ReLU, on standardised features without augmentation; "
+        f"Adam, {MLP_EPOCHS} epochs.",
+    ),
+}
+DEFAULT = ("linear", "knn", "few")
+
+
+def check_names(names: list[str]) -> list[str]:
+    """The protocols asked for, in the table's order; "all" is every one.
+
+    Raises:
+        ValueError: none, or one that is none.
+    """
+    for name in names:
+        if name not in (*PROTOCOLS, ALL):
+            raise ValueError(f"protocols: must be of {', '.join(PROTOCOLS)}, or {ALL}; got {name!r}")
+    if not names:
+        raise ValueError(f"protocols: none given; need at least one of {', '.join(PROTOCOLS)}")
+    return [name for name in PROTOCOLS if name in names or ALL in names]

@@ -1,0 +1,183 @@
+"""`fused-nce export`: the encoder alone, which gives the run's features wherever it is loaded."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fused_nce import cli
+from fused_nce.models.frozen import FrozenEncoder
+from fused_nce.train import checkpoint, command, export, methods
+
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+RESNET = ["--model.backbone=resnet18", "--model.image_size=32"]
+
+
+def make_run(folder, method="simclr", *argv):
+    """A run as the trainer leaves it, without the training; its norms' statistics are not those of a new model."""
+    presets = list(methods.get(method).presets)  # the smallest that there is
+    preset = "digits" if "digits" in presets else presets[-1]
+    settings, run, _ = command.parse(method, ["--preset", preset, "--out", str(folder), *argv])
+    torch.manual_seed(0)
+    model = settings.build(images=7)
+    shape = (8, *settings.sample().shape[1:])
+    model.train().encode(torch.randn(shape) + 1)
+    state = {"step": 2, "images": 7, "time_s": 90.0, "environment": {"processes": 1, "device": "CPU", "commit": "abc"}}
+    checkpoint.save(run, 2, {"model": model.state_dict()}, state, keep=2)
+    return run
+
+
+def features(run, images=None):
+    model, settings = checkpoint.load_model(run)
+    if images is None:
+        images = torch.randn((3, *settings.sample().shape[1:]), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return model.encode(images), images
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    run = make_run(folder / "run", "simclr", *RESNET)
+    export.export(str(run), str(folder / "out"), onnx=False)
+    return run, folder / "out"
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_the_exported_encoder_gives_the_runs_features(tmp_path, method):
+    run = make_run(tmp_path / "run", method)
+    export.export(str(run), str(tmp_path / "out"), onnx=False)
+    wanted, images = features(run)
+    encoder = export.load_encoder(tmp_path / "out")
+    found = encoder(images)
+    kept = [name for name in wanted if name not in encoder.model.head_taps]
+    assert kept
+    assert list(found) == kept
+    for name in kept:
+        torch.testing.assert_close(found[name], wanted[name])  # a GRU of frozen weights may sum in another order
+    whole = checkpoint.load_model(run)[0].state_dict()
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    prefixes = tuple(f"{name}." for name in encoder.model.encoders)
+    assert sum(v.numel() for v in exported.values()) == sum(
+        v.numel() for k, v in whole.items() if k.startswith(prefixes)
+    )
+
+
+def test_torchvision_loads_the_weights_by_its_own_names(resnet):
+    from torchvision.models import get_model
+
+    run, out = resnet
+    model = get_model("resnet18")
+    keys = model.load_state_dict(load_file(out / "model.safetensors"), strict=False)
+    assert keys.unexpected_keys == []
+    assert set(keys.missing_keys) == {"fc.weight", "fc.bias"}
+    model.fc = torch.nn.Identity()
+    with torch.inference_mode():
+        assert torch.equal(model.eval()(IMAGES), features(run, IMAGES)[0]["h"])
+
+
+def test_timm_loads_the_folder(tmp_path):
+    timm = pytest.importorskip("timm")
+    run = make_run(tmp_path / "run", "simclr", "--model.backbone=timm/resnet18", "--model.image_size=32")
+    export.export(str(run), str(tmp_path / "out"), onnx=False)
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    with torch.inference_mode():
+        assert torch.equal(model(IMAGES), features(run, IMAGES)[0]["h"])
+
+
+def test_the_head_of_a_frozen_encoder_is_gone(resnet):
+    model, _ = checkpoint.load_model(resnet[0])
+    encoder = FrozenEncoder(model)
+    assert not any(key.startswith(("head", "loss")) for key in encoder.model.state_dict())
+    assert not any(p.requires_grad for p in encoder.parameters())
+    assert not encoder.training
+
+
+@pytest.mark.parametrize(("method", "argv"), [("amdim", []), ("simclr", RESNET)])
+def test_onnx_gives_the_same_features_for_any_batch(tmp_path, method, argv):
+    for package in (*export.ONNX_NEEDS, "onnxruntime"):
+        pytest.importorskip(package)
+    run = make_run(tmp_path / "run", method, *argv)
+    facts = export.export(str(run), str(tmp_path / "out"), onnx=True)
+    assert "differs from torch by at most" in facts["onnx"]
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [value.name for value in session.get_outputs()] == list(facts["taps"])
+    wanted, images = features(run)
+    for name, found in zip(facts["taps"], session.run(None, {"x": images.numpy()}), strict=True):
+        scale = float(wanted[name].abs().max())
+        assert float((torch.from_numpy(found) - wanted[name]).abs().max()) <= export.ONNX_TOLERANCE * scale
+
+
+def test_onnx_without_its_packages_is_one_line(resnet, tmp_path, monkeypatch, capsys):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in export.ONNX_NEEDS else real(name))
+    assert cli.main(["export", str(resnet[0]), "--out", str(tmp_path / "a"), "--onnx", "true"]) == 2
+    assert capsys.readouterr().err == "fused-nce: onnx: needs onnx and onnxscript: pip install 'fused-nce[onnx]'\n"
+    assert cli.main(["export", str(resnet[0]), "--out", str(tmp_path / "a")]) == 0
+    assert "onnx: not written: needs onnx and onnxscript: pip install" in capsys.readouterr().out
+    assert not (tmp_path / "a" / "model.onnx").exists()
+    assert "not written: needs onnx and onnxscript" in (tmp_path / "a" / "README.md").read_text()
+
+
+def test_the_card_says_where_the_weights_come_from(resnet):
+    _, out = resnet
+    card = (out / "README.md").read_text()
+    for fact in (
+        "| data | digits, 7 images |",
+        "| updates | 2 of 128 images |",
+        "| commit | abc |",
+        "| device | CPU |",
+    ):
+        assert fact in card
+    assert 'get_model("resnet18")' in card
+    assert "None yet: `fused-nce eval RUN`" in card
+    assert "backbone: resnet18" in card
+
+
+def test_the_card_has_the_evaluation(tmp_path):
+    run = make_run(tmp_path / "run", "simclr", *RESNET)
+    row = {"encoder": "trained", "tap": "h", "probe": "linear", "labels": "all", "accuracy_pct": 71.26, "sd_pct": None}
+    found = {"taps": ["h"], "data_name": "digits", "training": {"steps": 9}, "protocol": ["Fair."], "probes": [row]}
+    (run / "eval.json").write_text(json.dumps(found))
+    export.export(str(run), str(tmp_path / "out"), onnx=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| trained | h | linear | all | 71.3 |" in card
+    assert "value: 71.26" in card.split("---")[1]
+    assert "Of the run after 9 updates; these weights are of 2." in card
+
+
+def test_no_path_of_the_machine_is_published(tmp_path):
+    (tmp_path / "secret" / "birds").mkdir(parents=True)
+    run = make_run(tmp_path / "run", "simclr", *RESNET, f"--data={tmp_path / 'secret' / 'birds'}")
+    export.export(str(run), str(tmp_path / "out"), onnx=False)
+    written = [path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix in (".md", ".json")]
+    assert len(written) == 2
+    assert not any("secret" in words for words in written)
+    assert all("birds" in words for words in written)
+
+
+def test_weights_that_read_back_otherwise_are_refused_and_leave_nothing(resnet, tmp_path, monkeypatch):
+    real = FrozenEncoder.encoder_state
+    monkeypatch.setattr(FrozenEncoder, "encoder_state", lambda self: {k: v + 1 for k, v in real(self).items()})
+    with pytest.raises(RuntimeError, match=r"model\.safetensors: h of the weights read back differs"):
+        export.export(str(resnet[0]), str(tmp_path / "out"), onnx=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_exported_is_one_line(resnet, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    assert cli.main(["export", str(resnet[0]), "--out", str(tmp_path / "full")]) == 2
+    assert cli.main(["export", str(tmp_path / "nowhere"), "--out", str(tmp_path / "new")]) == 2
+    assert cli.main(["export", str(resnet[0])]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "full holds something already; need a new or an empty folder" in lines[0]
+    assert "no checkpoint" in lines[1]
+    assert "out" in lines[2]
+    assert len(lines) == 3
+    with pytest.raises(ValueError, match=r"holds no config\.json; it must be one that `fused-nce export` wrote"):
+        export.load_encoder(tmp_path)
