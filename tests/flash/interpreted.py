@@ -205,6 +205,24 @@ def test_transform_of_bad_scores():
 
 
 @triton.jit
+def _softplus_probe(x, value, slope, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    t = tl.load(x + i)
+    tl.store(value + i, atoms.softplus(t))
+    tl.store(slope + i, atoms.sigmoid(t))
+
+
+def test_softplus():
+    """Relative, where it is small too: the argument of an exponential is rounded once, which costs |t| U of e^t."""
+    x = X.clamp(-80, 80)
+    value, slope = torch.empty_like(x), torch.empty_like(x)
+    _softplus_probe[(len(x) // 1024,)](x, value, slope, BLOCK=1024)
+    budget = (8 + 2 * x.double().abs()) * U
+    for found, exact in ((value, definition.softplus(x.double())), (slope, torch.sigmoid(x.double()))):
+        assert bool(((found - exact).abs() <= budget * exact).all())
+
+
+@triton.jit
 def _sum_probe(x, out, kahan, count, BLOCK: tl.constexpr):
     plain = tl.zeros((BLOCK,), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
