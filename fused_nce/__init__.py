@@ -8,11 +8,13 @@ from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.gathered import gathered_scores
 from fused_nce.core.workspace import workspace_bytes
 from fused_nce.doctor import backends, doctor
+from fused_nce.grad_cache import GradientCache
 from fused_nce.losses import *  # noqa: F403  (its `__all__` is the one list of losses)
 from fused_nce.patch import patch
 from fused_nce.verify import verify
 
 __all__ = [
+    "GradientCache",
     "__version__",
     "backends",
     "doctor",

@@ -23,10 +23,7 @@ def made_by(truth):
     rows = []
     for p in (*problems.TABLE, *problems.CROSSOVER, *problems.LARGER):
         if p.loss == problems.SWEPT_LOSS:
-            ms = {
-                name: 1e-3 * one.time_us(problems.SWEPT_CALL.gemms(name), p.n, p.m, p.d)
-                for (name, _), one in truth.items()
-            }
+            ms = {name: 1e-3 * one.time_us(p.call.gemms(name), p.n, p.m, p.d) for (name, _), one in truth.items()}
             rows.append(made_up(p.label, ms["cuda"], 1.0, 1.0, 0.01, backends={"triton": ms["triton"]}))
     record = record_of(*rows)
     return record | {"cost_times": verdict.cost_times(record)}

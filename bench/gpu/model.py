@@ -13,8 +13,7 @@ from fused_nce.core import cost
 
 CUBLAS_RATE = 0.92  # of the sustained GEMM rate, at these shapes
 ROW_PS = 1.5  # a score through the L2: written by the GEMM, read twice by the row kernel, its weight written
-COSTS = cost.table()
-CUDA_US, TRITON_US = (COSTS[name, 2].launch_us for name in ("cuda", "triton"))  # of launches a call
+CUDA_US, TRITON_US = (cost.table()[name, 2].launch_us for name in ("cuda", "triton"))  # of launches a call
 
 
 def bound_ms(problem: Problem) -> float:
@@ -31,15 +30,9 @@ def cuda_ms(problem: Problem) -> float:
 
 
 def triton_ms(problem: Problem) -> float:
-    """What the choice of a backend goes by: its GEMMs, and a call's launches."""
-    call = cost.Call(
-        k="grad_k" in problem.gemms,
-        shared=problem.loss == "nt_xent",
-        columns="scores_again" in problem.gemms,
-        penalised=problem.loss == "amdim_nce",
-    )
-    time_us = COSTS["triton", 2].time_us(call.gemms("triton"), problem.n, problem.m, problem.d)
-    return problem.steps * time_us * 1e-3
+    """What the choice of a backend goes by."""
+    gemms = problem.call.gemms("triton")
+    return problem.steps * cost.table()["triton", 2].time_us(gemms, problem.n, problem.m, problem.d) * 1e-3
 
 
 def table() -> str:

@@ -10,7 +10,15 @@ from fused_nce.core.cost import Call
 TINY = "tiny "
 SWEEP = "sweep over widths"
 SIZES = "another size, for the cost model"
-SWEPT_LOSS, SWEPT_CALL = "amdim_nce", Call(penalised=PENALTY > 0)
+SWEPT_LOSS = "amdim_nce"
+CALLS = {  # what a loss asks of a backend, as the benchmark calls it
+    "amdim_nce": Call(penalised=PENALTY > 0),
+    "moco_nce": Call(k=False),
+    "nt_xent": Call(k=False, shared=True),
+    "clip_loss": Call(columns=True),
+    "info_nce": Call(),
+    "cpc_nce": Call(),
+}
 GRADIENTS = ("scores", "grad_q", "grad_k")  # the GEMMs that no loss with both gradients can do without
 
 
@@ -45,6 +53,11 @@ class Problem:
     def flop(self) -> int:
         """Of the least GEMMs, 2·N·M·D each."""
         return len(self.gemms) * self.steps * 2 * self.n * self.m * self.d
+
+    @property
+    def call(self) -> Call:
+        """What it asks of a backend."""
+        return CALLS[self.loss]
 
     @property
     def scores(self) -> int:

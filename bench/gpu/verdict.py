@@ -107,7 +107,7 @@ def cost_times(record: Record) -> list[dict[str, Any]]:
         {
             "backend": name,
             "element_bytes": 2,
-            "gemms": problems.SWEPT_CALL.gemms(name),
+            "gemms": problems.CALLS[row["loss"]].gemms(name),
             "n": row["n"],
             "m": row["m"],
             "d": row["d"],

@@ -57,13 +57,12 @@ def why_not(backend: str, spec: Spec, q: Tensor, k: Tensor | None) -> str | None
     return module.why_not(spec, q, q if k is None else k)
 
 
-def automatic(spec: Spec, q: Tensor, k: Tensor | None, call: Call = ANY_CALL) -> tuple[str, ...]:
+def automatic(q: Tensor, k: Tensor | None, call: Call = ANY_CALL) -> tuple[str, ...]:
     """What the automatic choice tries for these tensors, the fastest first."""
     if q.device.type != "cuda":
         return AUTOMATIC
-    call = call._replace(shared=k is None, columns=bool(spec.columns))
     n, m, d = q.shape[0], (q if k is None else k).shape[0], q.shape[1]
-    return (*cost.fastest_first(call, n, m, d, q.dtype), "chunked")
+    return (*cost.fastest_first(call._replace(shared=k is None), n, m, d, q.dtype), "chunked")
 
 
 def choose(spec: Spec, q: Tensor, k: Tensor | None, requested: str, call: Call = ANY_CALL) -> tuple[str, Backend]:
@@ -80,8 +79,8 @@ def choose(spec: Spec, q: Tensor, k: Tensor | None, requested: str, call: Call =
         ValueError: for an unknown name, or when a requested backend cannot run this.
         RuntimeError: under `FUSED_NCE_STRICT=1`, when the automatic choice would be a fallback.
     """
-    names, what = automatic(spec, q, k, call), f"{spec.code} on {q.device}"
-    return choose_by(lambda name: why_not(name, spec, q, k), names, requested, what)
+    names = automatic(q, k, call._replace(columns=bool(spec.columns)))
+    return choose_by(lambda name: why_not(name, spec, q, k), names, requested, f"{spec.code} on {q.device}")
 
 
 def choose_by(

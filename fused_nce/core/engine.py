@@ -97,7 +97,7 @@ def tile_stats(
     scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids)
     everyone = peers(group)
     if everyone is not None and everyone.ring:
-        backend = ring.code(everyone, backend or "")
+        backend = ring.code(everyone, backend or "", spec)
     elif everyone is not None:
         if spec.columns:
             raise ValueError(f"group: got columns {spec.columns}, whose rows lie on other processes, need ring=True")
@@ -256,7 +256,7 @@ def _sweeps(
     if tail.reduction == "sum":
         tail = replace(tail, weight=tail.weight * everyone.size)
     if everyone.ring:
-        return _sweep(x, spec, tail, parts, reports, ring.code(everyone, backend or ""))
+        return _sweep(x, spec, tail, parts, reports, ring.code(everyone, backend or "", spec))
     both = bool(spec.columns)
     tail = replace(tail, weight=tail.weight / 2) if both else tail
     scores = remote.spread(x, spec, everyone)

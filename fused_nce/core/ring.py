@@ -29,8 +29,14 @@ from fused_nce.core.tails import Coefficients, Tail
 MARK = "ring"
 
 
-def code(peers: Peers, backend: str) -> str:
-    """The ring on a backend ("" to choose) as the ops' backend string."""
+def code(peers: Peers, backend: str, spec: Spec) -> str:
+    """The ring on a backend ("" to choose) as the ops' backend string.
+
+    Raises:
+        ValueError: for statistics that no visit has a part of.
+    """
+    if spec.whole_rows:
+        raise ValueError(f"group: got ring=True with stats {spec.stats}, which need whole rows, need ring=False")
     wire = "" if peers.wire_dtype is None else checks.DTYPES.index(peers.wire_dtype)
     return f"{MARK}|{peers.name}|{peers.rank}|{peers.size}|{peers.timeout_s}|{wire}|{backend}"
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fused_nce.losses import AMDIMLoss, MultiscaleMixtureLoss
-from fused_nce.models.base import Embedded, Losses, Model, split_views
+from fused_nce.models.base import Embedded, Losses, Model, split_views, views_of
 from fused_nce.models.encoders.amdim import AMDIMEncoder
 from fused_nce.models.encoders.blocks import Init
 from fused_nce.models.mixture import Components
@@ -91,7 +91,22 @@ class AMDIM(Model):
             ValueError: if there are not two views of one shape, or only one image (no negatives).
         """
         view1, view2 = split_views(batch)
-        taps = self.encode(view1), self.encode(view2)
+        return self._embedded((self.encode(view1), self.encode(view2)))
+
+    def begin(
+        self,
+        batch: Tensor | Sequence[Tensor],  # (B, 2, 3, H, H), or two tensors (B, 3, H, H)
+    ) -> tuple[dict[str, Tensor], ...]:  # f1, f5 and f7 of each view
+        """The maps before their BatchNorms: without `use_bn`, those of an image alone."""
+        views = [self.encoder.before_norms(view) for view in views_of(batch)]
+        return tuple({name: tap for name, tap in taps.items() if name[0] == "f"} for taps in views)
+
+    def finish(self, begun: tuple[dict[str, Tensor], ...], extras: Sequence[Tensor] = ()) -> Embedded:
+        """The three BatchNorms, each over all images of a view."""
+        first, second = map(self.encoder.normalise, begun)
+        return self._embedded((first, second))
+
+    def _embedded(self, taps: tuple[dict[str, Tensor], dict[str, Tensor]]) -> Embedded:
         if self.components is None:
             return Embedded(taps, taps)
         return Embedded(taps, tuple({**maps, "m1": self.components(maps["f1"])} for maps in taps))

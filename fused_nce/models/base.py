@@ -93,6 +93,21 @@ class Model(nn.Module):
         """Everything up to the loss."""
         raise NotImplementedError
 
+    def begin(self, batch: Any) -> Any:
+        """The part of `embed` that can be made a few images at a time: tensors of one row an image, or nestings.
+
+        Raises:
+            NotImplementedError: there is none.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: has no begin(), need a model whose negatives are its batch")
+
+    def finish(self, begun: Any, extras: Sequence[Tensor] = ()) -> Embedded:
+        """The rest of `embed`, from what `begin` returned for the whole batch, and what follows the views in it.
+
+        Taps may be missing.
+        """
+        raise NotImplementedError
+
     def forward(self, batch: Any) -> Losses:
         """The losses of a batch."""
         losses: Losses = self.loss(*self.embed(batch).inputs)
@@ -112,6 +127,14 @@ class Model(nn.Module):
 
 def split_views(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The two views of a batch, checked: same shape, at least two images."""
+    view1, view2 = views_of(batch)
+    if len(view1) < 2:
+        raise ValueError(f"batch: must hold at least 2 images, got {len(view1)}: one image has no negatives")
+    return view1, view2
+
+
+def views_of(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The two views of a batch or a part of one, checked: same shape."""
     if isinstance(batch, Tensor):
         if batch.dim() != 5 or batch.shape[1] != 2:
             raise ValueError(f"batch: a tensor must be (B, 2, 3, H, W), got {tuple(batch.shape)}")
@@ -122,6 +145,4 @@ def split_views(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         raise ValueError(f"batch: must hold 2 views, got {len(batch)}")
     if view1.shape != view2.shape:
         raise ValueError(f"batch: the views must have one shape, got {tuple(view1.shape)} and {tuple(view2.shape)}")
-    if len(view1) < 2:
-        raise ValueError(f"batch: must hold at least 2 images, got {len(view1)}: one image has no negatives")
     return view1, view2

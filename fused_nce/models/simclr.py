@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.losses import NTXentLoss
-from fused_nce.models.base import Embedded, split_views
+from fused_nce.models.base import Embedded, split_views, views_of
 from fused_nce.models.encoders.backbones import Init, Stem
 from fused_nce.models.projected import Projected, halves
 
@@ -64,5 +64,16 @@ class SimCLR(Projected):
         Raises:
             ValueError: if there are not two views of one shape, or only one image.
         """
-        taps = halves(self.encode(torch.cat(split_views(batch))))
-        return Embedded(taps, (taps[0]["z"], taps[1]["z"]))
+        split_views(batch)
+        return self.finish(self.begin(batch))
+
+    def begin(
+        self,
+        batch: Tensor | Sequence[Tensor],  # (B, 2, 3, H, W), or two tensors (B, 3, H, W)
+    ) -> tuple[dict[str, Tensor], ...]:  # the taps of each view
+        """All but the loss; the encoder's BatchNorms see what they are given, both views of it."""
+        return halves(self.encode(torch.cat(views_of(batch))))
+
+    def finish(self, begun: tuple[dict[str, Tensor], ...], extras: Sequence[Tensor] = ()) -> Embedded:
+        """The taps, and the loss's arguments among them."""
+        return Embedded(begun, (begun[0]["z"], begun[1]["z"]))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.losses import SupConLoss
-from fused_nce.models.base import Embedded, split_views
+from fused_nce.models.base import Embedded, split_views, views_of
 from fused_nce.models.encoders.backbones import Init, Stem
 from fused_nce.models.projected import Projected, halves
 
@@ -64,5 +64,16 @@ class SupCon(Projected):
         """
         if len(batch) != 3:
             raise ValueError(f"batch: must hold 2 views and labels, got {len(batch)} parts")
-        taps = self.encode(torch.cat(split_views(batch[:2])))
-        return Embedded(halves(taps), (taps["z"], batch[2].repeat(2)))
+        split_views(batch[:2])
+        return self.finish(self.begin(batch), batch[2:])
+
+    def begin(
+        self,
+        batch: Sequence[Tensor],  # two views (B, 3, H, W), labels (B,) int64
+    ) -> tuple[dict[str, Tensor], ...]:  # the taps of each view
+        """All but the loss; the encoder's BatchNorms see what they are given, both views of it."""
+        return halves(self.encode(torch.cat(views_of(batch[:2]))))
+
+    def finish(self, begun: tuple[dict[str, Tensor], ...], extras: Sequence[Tensor] = ()) -> Embedded:
+        """The taps, and the loss's arguments: one view's rows after the other's."""
+        return Embedded(begun, (torch.cat([taps["z"] for taps in begun]), extras[0].repeat(2)))

@@ -16,6 +16,9 @@ SHORT = {
     "--epochs": "--optim.epochs",
     "--lr": "--optim.lr",
     "--batch-size": "--optim.batch_size",
+    "--negatives": "--scale.negatives",
+    "--checkpoint-activations": "--scale.checkpoint_activations",
+    "--sync-norm": "--scale.sync_norm",
     "--max-steps": "--run.max_steps",
     "--max-minutes": "--run.max_minutes",
 }
@@ -34,11 +37,13 @@ def main(argv: Sequence[str]) -> int:
         print(f"usage: fused-nce train {{{','.join(methods.METHODS)}}} [options]; add --help for the options")
         return 0
     settings, run_dir, resume = parse(argv[0] if argv else None, argv[1:])
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    first = _first_process()
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
 
     from fused_nce.train.loop import Diverged, Trainer, describe
 
-    print(describe(settings), flush=True)
+    if first:
+        print(describe(settings), flush=True)
     try:
         trainer = Trainer(settings, run_dir, resume=resume)
     except BaseException:  # Ctrl-C while the images are read, too
@@ -53,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"fused-nce: {error}", file=sys.stderr)
         return 1
     trainer.close()
-    print(f"{reason} at step {trainer.step} after {trainer.time_s:.0f} s{lost(trainer)}; run saved in {run_dir}")
+    if first:
+        print(f"{reason} at step {trainer.step} after {trainer.time_s:.0f} s{lost(trainer)}; run saved in {run_dir}")
     return 0
 
 
@@ -94,9 +100,12 @@ def parse(name: str | None, argv: Sequence[str]) -> tuple[TrainConfig, Path, boo
     values = parser.parse_args(argv)
     settings = config.instantiate(method, parser, values)
     run_dir = Path(values.out or f"runs/{method.method}-{settings.preset}")
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun, after a process was lost
+    if again and any((run_dir / "checkpoints").glob("step_*")):
+        return _resumed(method, parser, [word for word in argv if word != "--overwrite"], run_dir, [])
     if not _first_process():
         return settings, run_dir, False
-    if (run_dir / config.CONFIG_NAME).exists():
+    if (run_dir / config.CONFIG_NAME).exists() and not again:
         if not values.overwrite:
             raise ValueError(
                 f"out: {run_dir} holds a run already; use --resume {run_dir}, --overwrite, or another --out"

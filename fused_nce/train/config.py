@@ -77,7 +77,7 @@ class OptimConfig:
     Args:
         name: "adam", "sgd" (Nesterov off) or "lars" (arXiv 1708.03888).
         epochs: length of the run, and of the cosine.
-        batch_size: images of one process and one forward pass; the negatives come from these.
+        batch_size: images of one process and one forward pass.
         accumulate: forward passes in one update.
         lr: peak learning rate.
         betas: of Adam.
@@ -107,6 +107,26 @@ class OptimConfig:
     schedule: Literal["step", "cosine", "constant"] = "step"
     milestones: tuple[int, ...] = (250, 280)
     gamma: float = 0.2
+
+
+@dataclass
+class ScaleConfig:
+    """Where negatives come from, and what memory they cost.
+
+    Args:
+        negatives: images that are compared in one loss, of all processes together; encoders see `optim.batch_size` of
+            them at a time (gradient cache). Null: as many as the processes' forward passes have.
+        everywhere: negatives from all processes, where a method finds them in its batch; false: from its own alone.
+        ring: other processes' embeddings go round instead of being gathered: less memory, more messages.
+        checkpoint_activations: keep the inputs of an encoder's blocks alone, and make the rest again in the backward.
+        sync_norm: BatchNorm statistics over all processes (GPUs only).
+    """
+
+    negatives: int | None = None
+    everywhere: bool = True
+    ring: bool = False
+    checkpoint_activations: bool = False
+    sync_norm: bool = False
 
 
 @dataclass
@@ -145,6 +165,7 @@ class TrainConfig:
         seed: of the weights, the order and the augmentation.
         precision: "bf16", "fp32", or "auto": bf16 where the hardware has it.
         channels_last: memory format; on if left out and the precision is bf16.
+        scale: negatives beyond one forward pass.
         probes: train the online linear and MLP classifiers where there are labels.
     """
 
@@ -154,6 +175,7 @@ class TrainConfig:
     rules: ClassVar[Mapping[str, limits.Rule]]  # of its own settings; `limits.RULES` has the shared ones
     taps: ClassVar[tuple[str, ...]]  # that the evaluation probes; the online classifiers take the first
     view_count: ClassVar[int] = 2  # of an image in a batch
+    in_parts: ClassVar[bool] = False  # its negatives are its batch, and its model encodes that a few images at a time
     extras: ClassVar[tuple[Literal["labels", "indices"], ...]] = ()  # what a batch holds beside the views, in order
     stats: ClassVar[tuple[str, ...]] = ()  # of its loss, to be logged beside the shared ones
 
@@ -167,6 +189,7 @@ class TrainConfig:
     loss: Any = None
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def build(self, *, images: int = 1) -> Model:
@@ -186,6 +209,20 @@ class TrainConfig:
         a, side = self.augment, self.model.image_size
         if a.geometry == "translate" and a.translate_px >= side:
             raise ValueError(f"augment.translate_px: must be below the image's {side} px, got {a.translate_px}")
+
+    def local_batch(self, world: int) -> int:
+        """Images of one process in one loss.
+
+        Raises:
+            ValueError: `scale.negatives` that are no whole number of forward passes of every process.
+        """
+        size, wanted = self.optim.batch_size, self.scale.negatives
+        if wanted is None:
+            return size
+        if wanted % (size * world):
+            each = f"optim.batch_size x processes = {size} x {world}"
+            raise ValueError(f"scale.negatives: must be a multiple of {each}, got {wanted}")
+        return wanted // world
 
     def open_loader(self, rank: int, world: int) -> Any:
         """Where the batches of a process come from: see `loader.Loader`."""
@@ -234,6 +271,11 @@ def check(config: TrainConfig) -> None:
     """
     limits.check(config, rules={**limits.RULES, **config.rules})
     config.check_together()
+    if config.scale.negatives is not None and not config.in_parts:
+        raise ValueError(
+            f"scale.negatives: must be null for {config.title}, whose batch cannot be encoded in parts, "
+            f"got {config.scale.negatives}"
+        )
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -89,6 +89,7 @@ RULES: Mapping[str, Rule] = {
     "optim.warmup_updates": AT_LEAST_0,
     "optim.milestones": MILESTONES,
     "optim.gamma": POSITIVE_SHARE,
+    "scale.negatives": optional(number("at least 2", lambda v: v >= 2)),
     "run.max_steps": optional(AT_LEAST_1),
     "run.max_minutes": optional(ABOVE_0),
     "run.log_every": AT_LEAST_1,

@@ -61,7 +61,7 @@ class Loader:
         self.classes = self.held.classes if self.held else self.source.classes if self.source else []
         self.count = len(self.held.labels) if self.held else len(self.source) if self.source else 0
         self.damage = Damage(self.count)
-        self.order = Order(self.count, config.optim.batch_size, config.seed, rank, world)
+        self.order = Order(self.count, config.local_batch(world), config.seed, rank, world)
 
     @property
     def labels(self) -> Tensor:  # (count,)

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 
-from fused_nce.train import checkpoint, features, host, journal, machine, optim, progress, rng
+from fused_nce import GradientCache
+from fused_nce.train import checkpoint, features, host, journal, machine, optim, progress, rng, scale
 from fused_nce.train.config import TrainConfig, check
 from fused_nce.train.online_probes import OnlineProbes
 from fused_nce.train.signals import Interrupt
@@ -68,15 +69,19 @@ class Trainer:
             width = features.width(self.model, config.sample(), config.taps[0])
             self.probes = OnlineProbes(width, len(self.loader.classes))
         self.timer, autocast = LossTimer(), torch.bfloat16 if self.bf16 else None
-        module = TrainStep(self.model, self.probes, self.timer, autocast, config).to(self.device)
-        self.meter = Meter(module.means)
+        step = TrainStep(self.model, self.probes, self.timer, autocast, config)
+        module = scale.prepare(step, config, world).to(self.device)
+        self.meter = Meter(step.means)
         self.channels_last = self.bf16 if config.channels_last is None else config.channels_last
         if self.channels_last:
             module.to(memory_format=torch.channels_last)
-        self.step_module, self.optimizers = module, config.optimizers(module)
-        self.memories = set(memory_names(module, self.model))
+        self.step_module, self.optimizers = step, config.optimizers(step)
+        self.memories = set(memory_names(step, self.model))
         # Each process writes the same into its own: nothing to broadcast.
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(self.memories))
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            module, memory_names(module, self.model)
+        )
+        self.cache = module if isinstance(module, GradientCache) else None
         self.module: nn.Module = self.accelerator.prepare_model(module)
         torch.manual_seed(config.seed + 1 + rank)  # from here on augmentation, a process of its own each
 
@@ -169,8 +174,7 @@ class Trainer:
             views = tuple(self._place(view) for view in self.views(images))
             batch = views + tuple(known[name] for name in self.config.extras)
             with nullcontext() if last else self.accelerator.no_sync(self.module):
-                total, numbers = self.module(batch, known["labels"])
-                self.accelerator.backward(total)  # divided by the number of passes
+                numbers = self._differentiate(batch, known["labels"], last)
             self.timer.after_backward()
             passes.append(numbers)
         norm, probes_norm = gradient_norm(self.model), gradient_norm(self.probes)
@@ -193,6 +197,17 @@ class Trainer:
             p.grad = None
         self.step += 1
         return time.perf_counter() - started
+
+    def _differentiate(self, batch: tuple[Tensor, ...], labels: Tensor, last: bool) -> Tensor:
+        """Add a pass's share to the gradient. Returns the numbers to log."""
+        if self.cache is None:
+            total, numbers = self.module(batch, labels)
+            self.accelerator.backward(total)  # divided by the number of passes
+            return numbers
+        passes = self.config.optim.accumulate
+        return self.cache.backward(
+            (batch, labels), through=self.module if last else None, scale=lambda total: total / passes
+        ).numbers
 
     def _place(self, view: Tensor) -> Tensor:
         layout = torch.channels_last if self.channels_last and view.dim() == 4 else torch.contiguous_format
@@ -234,7 +249,7 @@ class Trainer:
     def _log(self, book: journal.Journal | None, bar: Any, window: tuple[float, int], update_s: float) -> None:
         """A line of the log: averages since the last one, and the state of the run."""
         c, (since, since_step) = self.config.optim, window
-        images = (self.step - since_step) * c.batch_size * c.accumulate * self.accelerator.num_processes
+        images = (self.step - since_step) * self.loader.order.batch_size * c.accumulate * self.accelerator.num_processes
         line: dict[str, Any] = {
             "step": self.step,
             "epoch": round(self.step / self.per_epoch, 4),
@@ -325,5 +340,6 @@ def _postfix(line: dict[str, Any]) -> dict[str, str]:
 def describe(config: TrainConfig) -> str:
     """One line: what will be trained."""
     model = ", ".join(f"{f.name} {getattr(config.model, f.name)}" for f in dataclasses.fields(config.model))
-    length = f"batch {config.optim.batch_size}, {config.optim.epochs} epochs"
+    negatives = "" if config.scale.negatives is None else f", {config.scale.negatives} negatives"
+    length = f"batch {config.optim.batch_size}{negatives}, {config.optim.epochs} epochs"
     return f"{config.title} on {config.data} ({config.preset}): {model}, {length}"

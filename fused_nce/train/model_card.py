@@ -101,7 +101,8 @@ def _numbers(values: list[float]) -> str:
 def _training(run: Path, settings: TrainConfig, state: dict[str, Any]) -> str:
     optim = settings.optim
     environment = state.get("environment", {})
-    images = optim.batch_size * optim.accumulate * int(environment.get("processes", 1))
+    processes = int(environment.get("processes", 1))
+    images = settings.local_batch(processes) * processes * optim.accumulate
     rows = {
         "data": f"{Path(settings.data).name}, {int(state.get('images', 0)):,} images",
         "preset": settings.preset,

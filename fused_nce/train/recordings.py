@@ -137,7 +137,7 @@ class WindowLoader:
         self.count, self.damaged = len(self.waves), held.damaged
         self.classes = classes(held.tags[a.label]) if a.label is not None else []
         self.labels = held.labels(a.label, self.classes) if a.label is not None else torch.full((self.count,), -1)
-        self.order = Order(self.count, config.optim.batch_size, config.seed, rank, world)
+        self.order = Order(self.count, config.local_batch(world), config.seed, rank, world)
 
     @property
     def labelled(self) -> bool:

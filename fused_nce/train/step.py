@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fused_nce.models.base import Losses, Model
+from fused_nce.models.base import Embedded, Losses, Model
 from fused_nce.train.config import TrainConfig
 from fused_nce.train.features import as_vectors
 from fused_nce.train.online_probes import OnlineProbes
@@ -68,6 +68,13 @@ def _clock() -> float:
     return time.perf_counter()
 
 
+class Passed(NamedTuple):
+    """What a forward pass gives."""
+
+    loss: Tensor  # 0-d: to minimise
+    numbers: Tensor  # (len(means) + len(COUNTS),) detached float32
+
+
 class TrainStep(nn.Module):
     """A batch and its labels to the scalar to minimise and the numbers to log.
 
@@ -90,18 +97,37 @@ class TrainStep(nn.Module):
         super().__init__()
         self.model, self.probes, self.timer, self.autocast = model, probes, timer, autocast
         self.tap, self.means = config.taps[0], MEANS + config.stats
+        self.view_count = config.view_count
 
     def forward(
         self,
         batch: tuple[Tensor, ...],  # (B, ...) each: the views, and whatever else the model takes
         labels: Tensor,  # (B,)
-    ) -> tuple[Tensor, Tensor]:  # 0-d; (len(means) + len(COUNTS),) detached float32
-        with torch.autocast(labels.device.type, self.autocast, enabled=self.autocast is not None):
-            return self._forward(batch, labels)
+    ) -> Passed:
+        with self._precision(labels):
+            return self._finished(self.model.embed(batch), labels)
 
-    def _forward(self, batch: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, Tensor]:
+    def begin(
+        self,
+        inputs: tuple[tuple[Tensor, ...], Tensor],  # a part of the batch, and its labels
+    ) -> tuple[Any, tuple[Tensor, ...], Tensor]:
+        """What `whole` needs of a part."""
+        batch, labels = inputs
+        with self._precision(labels):
+            return self.model.begin(batch), batch[self.view_count :], labels
+
+    def whole(self, begun: tuple[Any, tuple[Tensor, ...], Tensor]) -> Passed:
+        """`forward` of the whole batch, from what `begin` returned for its parts."""
+        found, extras, labels = begun
+        with self._precision(labels):
+            return self._finished(self.model.finish(found, extras), labels)
+
+    def _precision(self, x: Tensor) -> torch.autocast:
+        return torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None)
+
+    def _finished(self, embedded: Embedded, labels: Tensor) -> Passed:
         model: Any = self.model
-        taps, inputs = model.embed(batch)
+        taps, inputs = embedded
         counts = torch.zeros(len(COUNTS), device=labels.device)
         extra = None
         if self.probes is not None:  # before the loss, so that the loss's nodes are the newest: see LossTimer
@@ -113,7 +139,7 @@ class TrainStep(nn.Module):
         known = {"loss": out.loss, "nce": out.nce, "penalty": out.penalty} | out.stats
         means = torch.stack([_number(known.get(name), out.loss) for name in self.means])
         total = out.loss if extra is None else out.loss + extra
-        return total, torch.cat((means, counts))
+        return Passed(total, torch.cat((means, counts)))
 
 
 def _number(value: Any, like: Tensor) -> Tensor:

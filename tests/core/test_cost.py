@@ -120,10 +120,10 @@ def test_a_table_is_read_as_it_was_written(tmp_path, monkeypatch):
 
 def test_only_a_gpu_asks_the_model():
     x: Any = torch.empty(4, 8)
-    assert dispatch.automatic(SPEC, x, x) == dispatch.AUTOMATIC
+    assert dispatch.automatic(x, x) == dispatch.AUTOMATIC
     x = SimpleNamespace(device=SimpleNamespace(type="cuda"), shape=(128, 2560), dtype=torch.bfloat16)
-    assert dispatch.automatic(SPEC, x, x)[0] == "cuda"
-    assert dispatch.automatic(SPEC, x, x)[-1] == "chunked"
+    assert dispatch.automatic(x, x)[0] == "cuda"
+    assert dispatch.automatic(x, x)[-1] == "chunked"
 
 
 def test_the_choice_knows_what_is_wanted(monkeypatch):
@@ -136,8 +136,9 @@ def test_the_choice_knows_what_is_wanted(monkeypatch):
 
     monkeypatch.setattr(cost, "fastest_first", answer)
     x: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"), shape=(8, 4), dtype=torch.bfloat16)
-    dispatch.automatic(SPEC, x, None, ONE)
-    dispatch.automatic(Spec(Block(1), columns=("neg_lse",)), x, x, Call("stats"))
+    monkeypatch.setattr(dispatch, "why_not", lambda *_: None)
+    dispatch.choose(SPEC, x, None, "", ONE)
+    dispatch.choose(Spec(Block(1), columns=("neg_lse",)), x, x, "", Call("stats"))
     assert asked == [Call(k=False, shared=True), Call("stats", columns=True)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import fused_nce
+from fused_nce.core import ring
+from fused_nce.core.processes import Peers
+from fused_nce.core.spec import WHOLE_ROW, Labels, Spec
 from fused_nce.distributed import Group, Processes
 
 from .launch import run
@@ -89,3 +94,17 @@ def test_gradients_are_those_of_one_process_on_the_whole_batch(found, size, way)
     worst = {name: errors for (name, how), errors in found(size).items() if how == way}
     assert set(worst) == set(LAWS)
     assert {name: errors for name, errors in worst.items() if max(errors.values()) > 1e-12} == {}
+
+
+def test_every_loss_that_takes_a_group_is_held_to_the_law():
+    functions = {name: f for name in fused_nce.losses.__all__ if inspect.isfunction(f := getattr(fused_nce, name))}
+    takers = {name for name, f in functions.items() if "group" in inspect.signature(f).parameters}
+    assert takers <= {name.partition("/")[0] for name in LAWS}
+    assert len(takers) >= 9
+
+
+@pytest.mark.parametrize("stat", WHOLE_ROW)
+def test_statistics_of_whole_rows_do_not_go_round(stat):
+    spec = Spec(Labels(), stats=(stat,), drop_self=True)
+    with pytest.raises(ValueError, match=r"group: got ring=True with stats \('\w+',\), which need whole rows"):
+        ring.code(Peers("0", 0, 2, True, None, 1.0), "", spec)

@@ -1,10 +1,11 @@
-"""`python -m tests.mutants [python|family|cpp|trainer|adapters|all] [PART]`: plant each fault in a copy, and test that.
+"""`python -m tests.mutants [all|python|family|cpp|flash|trainer|adapters] [PART]`: plant each fault, and test that.
 
 `JOBS` at a time, 2 by default. A fault that no test notices survives: the table says so and the exit status is 1.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from fused_nce import _extension
 from .adapters import ADAPTERS
 from .family import FAMILY
 from .faults import CPP, PYTHON, Fault
+from .flash import FLASH
 from .gpu import GPU
 from .trainer import TRAINER
 
@@ -70,6 +72,7 @@ def plant(fault: Fault | None, folder: Path, *, kernels: bool) -> None:
 def command(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """Python in the copy, which comes before any installed package."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "FUSED_NCE_BUILD": "cpu"}
+    environment["PYTEST_ADDOPTS"] = "-x"  # of the tests that run others in a process of their own too
     return subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
     )
@@ -102,7 +105,7 @@ def main(group: str = "all", part: str = "") -> int:
     """Run a group of faults.
 
     Args:
-        group: "python", "family", "cpp", "trainer", "adapters" or "all".
+        group: "python", "family", "cpp", "flash", "trainer", "adapters" or "all".
         part: only faults with this in their reason.
     """
     cpp = (*CPP, *GPU) if _extension.status()[0] is not None else ()
@@ -112,6 +115,7 @@ def main(group: str = "all", part: str = "") -> int:
         "python": PYTHON,
         "family": FAMILY,
         "cpp": cpp,
+        "flash": FLASH if importlib.util.find_spec("triton") is not None else (),
         "trainer": TRAINER,
         "adapters": ADAPTERS,
     }

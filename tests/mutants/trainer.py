@@ -210,15 +210,15 @@ TRAINER = (
     fault(
         "labels beside the wrong views",
         f"{MODELS}/supcon.py",
-        "batch[2].repeat(2)",
-        "batch[2].repeat_interleave(2)",
+        "extras[0].repeat(2)",
+        "extras[0].repeat_interleave(2)",
         "tests/models/test_projected.py",
     ),
     fault(
         "SimCLR's views normalised apart",
         f"{MODELS}/simclr.py",
-        "taps = halves(self.encode(torch.cat(split_views(batch))))",
-        "taps = tuple(map(self.encode, split_views(batch)))",
+        "return halves(self.encode(torch.cat(views_of(batch))))",
+        "return tuple(map(self.encode, views_of(batch)))",
         "tests/models/test_projected.py",
     ),
     fault(

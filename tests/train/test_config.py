@@ -199,6 +199,7 @@ BAD = [
     ("optim.milestones", [280, 250], "rising epochs from 1 on"),
     ("optim.milestones", [0], "rising epochs from 1 on"),
     ("optim.gamma", 0, "in (0, 1]"),
+    ("scale.negatives", 1, "null or at least 2"),
     ("run.max_steps", 0, "null or at least 1"),
     ("run.max_minutes", NAN, "null or above 0"),
     ("run.log_every", 0, "at least 1"),

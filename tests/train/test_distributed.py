@@ -80,3 +80,12 @@ def test_two_processes_share_queue_bank_and_keys(tmp_path, method):
     if method == "npid":
         norms = ours["model/bank.vectors"].norm(dim=1)
         assert int(torch.isclose(norms, torch.ones(()), atol=1e-5).sum()) == 32
+
+
+@pytest.mark.nightly
+def test_two_processes_cache_more_negatives_and_one_speaks(tmp_path):
+    options = [*TINY, "--negatives=32", "--checkpoint-activations=true", "--scale.ring=true", "--max-steps=4"]
+    status, printed = distributed(*options, f"--out={tmp_path / 'a'}")
+    assert status == 0, printed
+    assert printed.count("finished at step 4") == printed.count("AMDIM on digits") == 1
+    assert log(tmp_path / "a")[-1]["step"] == 4

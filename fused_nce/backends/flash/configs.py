@@ -1,15 +1,22 @@
-"""Tiles: one shipped table, by architecture, dtype and width. Nothing is tuned at run time.
+"""Tiles: one shipped table, by architecture, dtype and width. Nothing is tuned while a program runs.
 
-`python -m bench.static` compiles every entry for its architecture and holds it to no spill and no stack.
+`python -m bench.static` compiles every entry for its architecture and holds it to no spill and no stack. Who wants
+other tiles has `python -m fused_nce.backends.flash.tune` measure them, and names its file in FUSED_NCE_TILES: the same
+file, the same bits.
 """
 
 from __future__ import annotations
 
+import json
+import os
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from fused_nce.backends.flash.form import ABSENT, Parts
+from fused_nce.backends.flash.plan import SLICE, STEP
 
 
 class Tile(NamedTuple):
@@ -105,10 +112,15 @@ def power_of_two(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def column_of(d: int) -> int:
+    """The column of the table for width D."""
+    return sum(d > width for width in WIDTHS)
+
+
 def tile(architecture: int, dtype: torch.dtype, d: int) -> Tile:
-    """The tile for width D."""
-    column = sum(d > width for width in WIDTHS)
-    found = TABLE[architecture, dtype][column]
+    """The tile for width D: of the file that FUSED_NCE_TILES names, else the shipped one."""
+    column = column_of(d)
+    found = own_tiles().get((architecture, dtype, column)) or TABLE[architecture, dtype][column]
     width = power_of_two(d)
     return found._replace(chunk=min(found.chunk, width), slice=min(found.slice, width))
 
@@ -120,7 +132,7 @@ def fold_tile(tile: Tile, parts: Parts) -> Tile:
 
 def weights_tile(tile: Tile, both: bool) -> Tile:
     """The tile of a pass for a gradient: half the scores where each is weighed in both roles and registers are few."""
-    crowded = tile.slice == 512 or tile.x < 64  # the widest sums; float32, whose tiles no tensor core holds
+    crowded = tile.slice == SLICE or tile.x < 64  # the widest sums; float32, whose tiles no tensor core holds
     return tile._replace(y=max(16, tile.y // 2)) if both and crowded else tile
 
 
@@ -149,3 +161,48 @@ def architecture_of(device: torch.device) -> int | None:
     found = 10 * major + minor
     # 8.6, 8.9 and 12.0 have 99 KiB of shared memory and tiles of their own to find; 10.3 is 10.0 with another clock.
     return {80: 80, 87: 80, 90: 90, 100: 100, 103: 100}.get(found)
+
+
+# ---- tiles of one's own -----------------------------------------------------------------------------------------
+
+Tiles = dict[tuple[int, torch.dtype, int], Tile]  # by architecture, dtype and column of the table
+
+
+def own_tiles() -> Tiles:
+    """What FUSED_NCE_TILES names; empty without it."""
+    path = os.environ.get("FUSED_NCE_TILES", "")
+    return read(path) if path else {}
+
+
+@cache
+def read(path: str) -> Tiles:
+    """The tiles of a file that `write` wrote.
+
+    Raises:
+        ValueError: for an entry that is no tile of the table's.
+    """
+    found: Tiles = {}
+    for row in json.loads(Path(path).read_text(encoding="utf-8"))["tiles"]:
+        key, one = (row["architecture"], getattr(torch, row["dtype"]), row["column"]), Tile(*row["tile"])
+        if key[:2] not in TABLE or key[2] not in range(len(WIDTHS) + 1):
+            raise ValueError(f"FUSED_NCE_TILES: got {row}, need an architecture, a dtype and a column of the table")
+        if not fits(one):
+            raise ValueError(f"FUSED_NCE_TILES: got {one}, need powers of two from 16 on, and y up to {STEP}")
+        found[key] = one
+    return found
+
+
+def write(tiles: Tiles, path: str) -> None:
+    """A file for FUSED_NCE_TILES."""
+    rows = [
+        {"architecture": architecture, "dtype": str(dtype).removeprefix("torch."), "column": column, "tile": list(one)}
+        for (architecture, dtype, column), one in tiles.items()
+    ]
+    Path(path).write_text(json.dumps({"tiles": rows}, indent=1) + "\n", encoding="utf-8")
+    read.cache_clear()
+
+
+def fits(one: Tile) -> bool:
+    """What the kernels and `plan.py` take for granted."""
+    sizes = (one.x, one.y, one.chunk, one.slice)
+    return all(size >= 16 and size & (size - 1) == 0 for size in sizes) and STEP % one.y == 0 and one.slice <= SLICE

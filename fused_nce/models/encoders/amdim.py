@@ -64,9 +64,22 @@ class AMDIMEncoder(nn.Module):
         self,
         x: Tensor,  # (B, 3, H, H) images, H = image_size
     ) -> dict[str, Tensor]:  # f1 (B, D, 1, 1), f5 (B, D, 5, 5), f7 (B, D, 7, 7), h5 (B, C, 5, 5), h7 (B, C, 7, 7)
+        return self.normalise(self.before_norms(x))
+
+    def before_norms(
+        self,
+        x: Tensor,  # (B, 3, H, H) images
+    ) -> dict[str, Tensor]:  # of the same names and shapes
+        """All but the three outputs' BatchNorms: without `use_bn`, what an image has without the rest of the batch."""
         h7 = self.to7(x)
         h5 = self.to5(h7)
-        return {"f1": self.to1(h5), "f5": self.head5(h5), "f7": self.head7(h7), "h5": h5, "h7": h7}
+        f5, f7 = self.head5.before_norm(h5), self.head7.before_norm(h7)
+        return {"f1": self.to1[:-1](h5), "f5": f5, "f7": f7, "h5": h5, "h7": h7}
+
+    def normalise(self, taps: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs of what `before_norms` returned; other taps pass."""
+        norms = {"f1": self.to1[-1], "f5": self.head5.out_norm, "f7": self.head7.out_norm}
+        return {name: norms[name](tap) if name in norms else tap for name, tap in taps.items()}
 
 
 def _check(image_size: int, ndf: int, n_rkhs: int, n_depth: int, init: str, width: int) -> None:

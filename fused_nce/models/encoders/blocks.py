@@ -133,5 +133,12 @@ class RKHSHead(nn.Module):
         self,
         x: Tensor,  # (B, c_in, H, W)
     ) -> Tensor:  # (B, c_out, H, W)
-        branch = self.conv2(F.relu(self.norm(self.conv1(x))))
-        return self.out_norm(branch + self.shortcut(x))
+        out: Tensor = self.out_norm(self.before_norm(x))
+        return out
+
+    def before_norm(
+        self,
+        x: Tensor,  # (B, c_in, H, W)
+    ) -> Tensor:  # (B, c_out, H, W)
+        """All but the output's BatchNorm: what a row has without the rest of the batch."""
+        return self.conv2(F.relu(self.norm(self.conv1(x)))) + self.shortcut(x)

@@ -129,6 +129,7 @@ class AMDIMConfig(TrainConfig):
 
     method: ClassVar[str] = "amdim"
     title: ClassVar[str] = "AMDIM"
+    in_parts: ClassVar[bool] = True
     presets: ClassVar = PRESETS
     taps: ClassVar = ("f1", "f7")
     stats: ClassVar = ("entropy",)  # of a mixture's posterior: log m, all components alike; 0, one explains all

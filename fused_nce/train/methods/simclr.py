@@ -108,6 +108,7 @@ class SimCLRConfig(projected.ProjectedConfig):
 
     method: ClassVar[str] = "simclr"
     title: ClassVar[str] = "SimCLR"
+    in_parts: ClassVar[bool] = True
     presets: ClassVar = PRESETS
     rules: ClassVar = projected.RULES
 

@@ -69,6 +69,7 @@ class SupConConfig(projected.ProjectedConfig):
 
     method: ClassVar[str] = "supcon"
     title: ClassVar[str] = "SupCon"
+    in_parts: ClassVar[bool] = True
     presets: ClassVar = PRESETS
     rules: ClassVar = projected.RULES
     extras: ClassVar = ("labels",)

@@ -1,0 +1,65 @@
+"""A forward pass made a second time, to be differentiated: same random draws, and no trace in running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+
+class Draws(NamedTuple):
+    """The state of the generators that a module on a device draws from."""
+
+    cpu: torch.Tensor
+    device: torch.Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> Draws:
+        """As they stand."""
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+    def restore(self, device: torch.device) -> None:
+        """Go on from there."""
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            torch.cuda.set_rng_state(self.device, device)
+
+
+@contextmanager
+def untracked(module: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises as it would, and its running statistics stay: they have seen this batch already.
+
+    Copies move in their place: the operation, and what it saves for the backward, are those of the first pass.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    kept = [dict(norm._buffers) for norm in norms]
+    for norm, own in zip(norms, kept, strict=True):
+        norm._buffers |= {name: None if x is None else x.clone() for name, x in own.items()}
+    try:
+        yield
+    finally:
+        for norm, own in zip(norms, kept, strict=True):
+            norm._buffers |= own
+
+
+def checkpointed(module: nn.Module) -> None:
+    """Keep of each pass through a module its inputs alone, and make the rest once more in the backward.
+
+    In place; its parameters and their names stay. Numbers are those of the plain module.
+    """
+    plain = module.forward
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), untracked(module)
+
+    def forward(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return plain(*args)
+        return checkpoint(plain, *args, use_reentrant=False, context_fn=contexts)
+
+    module.forward = forward

@@ -1,0 +1,52 @@
+"""More negatives than one forward pass of one process has, and encoders that keep less for the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from fused_nce import GradientCache
+from fused_nce.core.processes import Processes
+from fused_nce.core.replay import checkpointed
+from fused_nce.losses import AMDIMLoss, CPCLoss, DIMLoss, NTXentLoss, SupConLoss
+from fused_nce.train.config import TrainConfig
+from fused_nce.train.step import TrainStep
+
+
+def prepare(module: TrainStep, config: TrainConfig, world: int) -> TrainStep | GradientCache:
+    """A step whose model takes negatives from everywhere, is synchronised or checkpointed; cached where asked for.
+
+    Raises:
+        ValueError: for a setting that this model or machine has no use for.
+    """
+    scale, model = config.scale, module.model
+    if scale.everywhere and world > 1:
+        for loss in model.modules():
+            if isinstance(loss, AMDIMLoss | NTXentLoss | SupConLoss | DIMLoss) or (
+                isinstance(loss, CPCLoss) and loss.negatives == "batch"
+            ):
+                loss.group = Processes(ring=scale.ring)
+    if scale.sync_norm and world > 1:
+        if not torch.cuda.is_available():
+            raise ValueError("scale.sync_norm: must be false without a GPU, got true")
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if scale.checkpoint_activations:
+        found = [block for name in model.encoders for block in blocks(model.get_submodule(name))]
+        if not found:
+            raise ValueError(f"scale.checkpoint_activations: must be false for {config.title}'s encoder, got true")
+        for block in found:
+            checkpointed(block)
+    if scale.negatives is None:
+        return module
+    return GradientCache(module.begin, module.whole, part=config.optim.batch_size)
+
+
+def blocks(encoder: nn.Module) -> Iterator[nn.Module]:
+    """The outermost composed modules in an encoder's sequences, and among its own parts: residual blocks, mostly."""
+    for child in encoder.children():
+        if isinstance(child, nn.Sequential):
+            yield from blocks(child)
+        elif next(child.children(), None) is not None:
+            yield child
