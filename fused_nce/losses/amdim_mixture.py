@@ -22,6 +22,7 @@ from fused_nce.core.spec import Block, Identity, Spec, TanhClip
 from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.amdim import AMDIMLoss, check_features, check_settings, locations
 from fused_nce.losses.common import dense_nce, fixed_mean
+from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
@@ -103,7 +104,7 @@ def mixture(each: Tensor, tau: float) -> Tensor:
     return fixed_mean((-tau * each).logsumexp(dim=1)) / -tau
 
 
-class AMDIMMixtureLoss(nn.Module):
+class AMDIMMixtureLoss(LossModule):
     """`amdim_mixture_nce` with its settings kept: `tau`, `scale`, `clip`, `penalty`, `group`, `backend`."""
 
     def __init__(
@@ -116,15 +117,9 @@ class AMDIMMixtureLoss(nn.Module):
         group: Group = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(tau=tau, scale=scale, clip=clip, penalty=penalty, group=group, backend=backend)
         checks.check_number("tau", tau, above=0)
         check_settings(scale, clip, penalty, torch.device("cpu"))
-        self.tau, self.scale, self.clip, self.penalty = tau, scale, clip, penalty
-        self.group, self.backend = group, backend
-
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        return f"tau={self.tau}, scale={self.scale}, clip={self.clip}, penalty={self.penalty}"
 
     def forward(
         self,
@@ -132,16 +127,7 @@ class AMDIMMixtureLoss(nn.Module):
         consequents: Tensor,  # (n_k, n_c, D)
     ) -> NCEOutput:
         """`amdim_mixture_nce` of the batch."""
-        return amdim_mixture_nce(
-            antecedents,
-            consequents,
-            tau=self.tau,
-            scale=self.scale,
-            clip=self.clip,
-            penalty=self.penalty,
-            group=self.group,
-            backend=self.backend,
-        )
+        return amdim_mixture_nce(antecedents, consequents, **self.kept())
 
 
 class MultiscaleMixtureLoss(nn.Module):

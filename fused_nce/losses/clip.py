@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
@@ -13,6 +13,7 @@ from fused_nce.core.processes import Group
 from fused_nce.core.spec import Block, Spec
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import check_rows, dense_nce
+from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
@@ -50,16 +51,15 @@ def clip_loss(
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 
-class CLIPLoss(nn.Module):
+class CLIPLoss(LossModule):
     """`clip_loss`; the scale is the model's, as in CLIP, and comes with each call."""
 
     def __init__(self, *, group: Group = None, backend: str | None = None) -> None:
-        super().__init__()
-        self.group, self.backend = group, backend
+        super().__init__(group=group, backend=backend)
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: float | Tensor) -> NCEOutput:
         """`clip_loss` of the batch."""
-        return clip_loss(image, text, logit_scale, group=self.group, backend=self.backend)
+        return clip_loss(image, text, logit_scale, **self.kept())
 
 
 def oracle(image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:

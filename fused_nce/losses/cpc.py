@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_nce.core import checks
 from fused_nce.core.atoms import softplus
@@ -21,6 +21,7 @@ from fused_nce.core.processes import Group
 from fused_nce.core.spec import Block, Labels, Spec
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import dense_nce, exposed, fixed_mean, output, widened
+from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, ids, places, register
 
@@ -144,7 +145,7 @@ def _classified(own: Tensor, lse: Tensor, highest: Tensor, share: float) -> NCEO
     return output(loss, {"top1": fixed_mean(top1), "pos_mean": fixed_mean(own)})
 
 
-class CPCLoss(nn.Module):
+class CPCLoss(LossModule):
     """`cpc_nce` with its settings kept: `weights`, `negatives`, `group`, `backend`."""
 
     def __init__(
@@ -155,13 +156,8 @@ class CPCLoss(nn.Module):
         group: Group = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(weights=weights, negatives=negatives, group=group, backend=backend)
         checks.check_choice("negatives", negatives, NEGATIVES)
-        self.weights, self.negatives, self.group, self.backend = weights, negatives, group, backend
-
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        return f"weights={self.weights}, negatives={self.negatives!r}"
 
     def forward(
         self,
@@ -171,15 +167,10 @@ class CPCLoss(nn.Module):
         negatives: Tensor | None = None,  # (N, m)
     ) -> NCEOutput:
         """`cpc_nce` of the batch, with the negatives sampled where they are given."""
-        return cpc_nce(
-            predictions,
-            targets,
-            weights=self.weights,
-            negatives=self.negatives if negatives is None else negatives,
-            groups=groups,
-            group=self.group,
-            backend=self.backend,
-        )
+        settings = self.kept()
+        if negatives is not None:
+            settings["negatives"] = negatives
+        return cpc_nce(predictions, targets, groups=groups, **settings)
 
 
 def oracle(

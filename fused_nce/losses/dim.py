@@ -15,7 +15,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_nce.core import checks
 from fused_nce.core.atoms import softplus
@@ -25,6 +25,7 @@ from fused_nce.core.processes import Group, peers
 from fused_nce.core.spec import Block, Identity, Spec
 from fused_nce.core.tails import Nce, fixed_sum
 from fused_nce.losses.common import dense_nce, fixed_lse, fixed_mean, log_count, output
+from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
@@ -123,25 +124,18 @@ def _divergence(local: Tensor, global_: Tensor, estimator: str, group: Group, ba
     return output(loss, {"pos_mean": fixed_mean(found["pos"]), **bound})
 
 
-class DIMLoss(nn.Module):
+class DIMLoss(LossModule):
     """`dim_mi` with its settings kept: `estimator`, `anchor`, `group`, `backend`."""
 
     def __init__(
         self, estimator: str = "jsd", *, anchor: str = "global", group: Group = None, backend: str | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(estimator=estimator, anchor=anchor, group=group, backend=backend)
         _check_settings(estimator, anchor)
-        self.estimator, self.anchor, self.group, self.backend = estimator, anchor, group, backend
-
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        return f"estimator={self.estimator!r}, anchor={self.anchor!r}"
 
     def forward(self, local: Tensor, global_: Tensor) -> NCEOutput:
         """`dim_mi` of the batch."""
-        return dim_mi(
-            local, global_, estimator=self.estimator, anchor=self.anchor, group=self.group, backend=self.backend
-        )
+        return dim_mi(local, global_, **self.kept())
 
 
 def oracle(local: Tensor, global_: Tensor, *, estimator: str = "jsd", anchor: str = "global") -> Tensor:

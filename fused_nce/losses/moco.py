@@ -16,6 +16,7 @@ from fused_nce.core.engine import tile_loss
 from fused_nce.core.spec import Separate, Spec
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import check_rows, dense_nce, inverse, normalized, widened
+from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
@@ -67,23 +68,16 @@ def moco_nce(
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 
-class MoCoLoss(nn.Module):
+class MoCoLoss(LossModule):
     """`moco_nce` with its settings kept: `temperature`, `normalize`, `backend`."""
 
     def __init__(self, temperature: float = 0.07, *, normalize: bool = True, backend: str | None = None) -> None:
-        super().__init__()
+        super().__init__(temperature=temperature, normalize=normalize, backend=backend)
         inverse("temperature", temperature, torch.device("cpu"))
-        self.temperature, self.normalize, self.backend = temperature, normalize, backend
-
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        return f"temperature={self.temperature}, normalize={self.normalize}"
 
     def forward(self, queries: Tensor, keys: Tensor, queue: Tensor) -> NCEOutput:
         """`moco_nce` of the batch."""
-        return moco_nce(
-            queries, keys, queue, temperature=self.temperature, normalize=self.normalize, backend=self.backend
-        )
+        return moco_nce(queries, keys, queue, **self.kept())
 
 
 def oracle(

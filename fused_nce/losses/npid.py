@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
 from fused_nce.core.spec import Index, Spec
 from fused_nce.core.tails import Nce, fixed_sum
 from fused_nce.losses.common import dense_nce, inverse, widened
+from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, places, register
 from fused_nce.losses.registry import features as random_features
@@ -83,24 +84,17 @@ def proximal_to(found: NCEOutput, features: Tensor, bank: Tensor, indices: Tenso
     return NCEOutput(found.loss + pull, found.nce, found.penalty + pull, found.stats)
 
 
-class NPIDSoftmaxLoss(nn.Module):
+class NPIDSoftmaxLoss(LossModule):
     """`npid_softmax` with its settings kept: `temperature`, `proximal`, `backend`."""
 
     def __init__(self, temperature: float = 0.07, *, proximal: float = 0.0, backend: str | None = None) -> None:
-        super().__init__()
+        super().__init__(temperature=temperature, proximal=proximal, backend=backend)
         inverse("temperature", temperature, torch.device("cpu"))
         checks.check_number("proximal", proximal, at_least=0)
-        self.temperature, self.proximal, self.backend = temperature, proximal, backend
-
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        return f"temperature={self.temperature}, proximal={self.proximal}"
 
     def forward(self, features: Tensor, bank: Tensor, indices: Tensor) -> NCEOutput:
         """`npid_softmax` of the batch."""
-        return npid_softmax(
-            features, bank, indices, temperature=self.temperature, proximal=self.proximal, backend=self.backend
-        )
+        return npid_softmax(features, bank, indices, **self.kept())
 
 
 def oracle(features: Tensor, bank: Tensor, indices: Tensor, *, temperature: float | Tensor = 0.07) -> Tensor:

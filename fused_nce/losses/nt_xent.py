@@ -17,6 +17,7 @@ from fused_nce.core.processes import Group
 from fused_nce.core.spec import Block, Spec
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import check_rows, dense_nce, inverse, normalized
+from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
@@ -60,7 +61,7 @@ def nt_xent(
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 
-class NTXentLoss(nn.Module):
+class NTXentLoss(LossModule):
     """`nt_xent` with its settings kept: `temperature`, `normalize`, `group`, `backend`."""
 
     def __init__(
@@ -71,25 +72,12 @@ class NTXentLoss(nn.Module):
         group: Group = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(temperature=temperature, normalize=normalize, group=group, backend=backend)
         inverse("temperature", temperature, torch.device("cpu"))
-        self.temperature, self.normalize = temperature, normalize
-        self.group, self.backend = group, backend
-
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        return f"temperature={self.temperature}, normalize={self.normalize}"
 
     def forward(self, view0: Tensor, view1: Tensor) -> NCEOutput:
         """`nt_xent` of the batch."""
-        return nt_xent(
-            view0,
-            view1,
-            temperature=self.temperature,
-            normalize=self.normalize,
-            group=self.group,
-            backend=self.backend,
-        )
+        return nt_xent(view0, view1, **self.kept())
 
 
 def oracle(view0: Tensor, view1: Tensor, *, temperature: float | Tensor = 0.5, normalize: bool = True) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
@@ -13,6 +13,7 @@ from fused_nce.core.margins import Pairs
 from fused_nce.core.spec import Dist, Labels, Spec
 from fused_nce.losses import registry
 from fused_nce.losses.common import dense_distances, output
+from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, register
 
@@ -64,21 +65,16 @@ def pair_contrastive(
     return output(parts.loss / others, stats)
 
 
-class PairContrastiveLoss(nn.Module):
+class PairContrastiveLoss(LossModule):
     """`pair_contrastive` with its settings kept: `margin`, `backend`."""
 
     def __init__(self, margin: float = 1.0, *, backend: str | None = None) -> None:
-        super().__init__()
+        super().__init__(margin=margin, backend=backend)
         checks.check_number("margin", margin, above=0)
-        self.margin, self.backend = margin, backend
-
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        return f"margin={self.margin}"
 
     def forward(self, features: Tensor, labels: Tensor) -> NCEOutput:
         """`pair_contrastive` of the batch."""
-        return pair_contrastive(features, labels, margin=self.margin, backend=self.backend)
+        return pair_contrastive(features, labels, **self.kept())
 
 
 def oracle(features: Tensor, labels: Tensor, *, margin: float = 1.0) -> Tensor:

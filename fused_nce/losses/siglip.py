@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
@@ -13,6 +13,7 @@ from fused_nce.core.processes import Group
 from fused_nce.core.spec import Bias, Block, Spec
 from fused_nce.core.tails import Sigmoid
 from fused_nce.losses.common import check_rows
+from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
@@ -53,18 +54,17 @@ def siglip_loss(
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 
-class SigLIPLoss(nn.Module):
+class SigLIPLoss(LossModule):
     """`siglip_loss`; scale and bias are the model's and come with each call."""
 
     def __init__(self, *, group: Group = None, backend: str | None = None) -> None:
-        super().__init__()
-        self.group, self.backend = group, backend
+        super().__init__(group=group, backend=backend)
 
     def forward(
         self, image: Tensor, text: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor
     ) -> NCEOutput:
         """`siglip_loss` of the batch."""
-        return siglip_loss(image, text, logit_scale, logit_bias, group=self.group, backend=self.backend)
+        return siglip_loss(image, text, logit_scale, logit_bias, **self.kept())
 
 
 def oracle(image: Tensor, text: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor) -> Tensor:

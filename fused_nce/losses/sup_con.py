@@ -20,6 +20,7 @@ from fused_nce.core.spec import Labels, Spec
 from fused_nce.core.tails import LogIn, LogOut
 from fused_nce.losses import registry
 from fused_nce.losses.common import inverse, masked_lse, normalized
+from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, register
 
@@ -67,7 +68,7 @@ def sup_con(
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 
-class SupConLoss(nn.Module):
+class SupConLoss(LossModule):
     """`sup_con` with its settings kept: `temperature`, `variant`, `normalize`, `group`, `backend`."""
 
     def __init__(
@@ -79,27 +80,13 @@ class SupConLoss(nn.Module):
         group: Group = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(temperature=temperature, variant=variant, normalize=normalize, group=group, backend=backend)
         inverse("temperature", temperature, torch.device("cpu"))
         checks.check_choice("variant", variant, tuple(TAILS))
-        self.temperature, self.variant, self.normalize = temperature, variant, normalize
-        self.group, self.backend = group, backend
-
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        return f"temperature={self.temperature}, variant={self.variant!r}, normalize={self.normalize}"
 
     def forward(self, features: Tensor, labels: Tensor) -> NCEOutput:
         """`sup_con` of the batch."""
-        return sup_con(
-            features,
-            labels,
-            temperature=self.temperature,
-            variant=self.variant,
-            normalize=self.normalize,
-            group=self.group,
-            backend=self.backend,
-        )
+        return sup_con(features, labels, **self.kept())
 
 
 def oracle(

@@ -19,6 +19,7 @@ from fused_nce.core.spec import Dist, Identity, Labels, Spec, SqDist
 from fused_nce.core.tails import Tail, fixed_sum
 from fused_nce.losses import registry
 from fused_nce.losses.common import dense_distances, normalized, output, widened
+from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, register
 
@@ -93,7 +94,7 @@ def _check_settings(margin: float, mining: str, form: str, squared: bool) -> Non
         raise ValueError("squared: got False with form='similarity', need the default")
 
 
-class TripletMarginLoss(nn.Module):
+class TripletMarginLoss(LossModule):
     """`triplet_margin` with its settings kept: `margin`, `mining`, `form`, `normalize`, `squared`, `backend`."""
 
     def __init__(
@@ -106,30 +107,12 @@ class TripletMarginLoss(nn.Module):
         squared: bool = True,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(margin=margin, mining=mining, form=form, normalize=normalize, squared=squared, backend=backend)
         _check_settings(margin, mining, form, squared)
-        self.margin, self.mining, self.form = margin, mining, form
-        self.normalize, self.squared, self.backend = normalize, squared, backend
-
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        return (
-            f"margin={self.margin}, mining={self.mining!r}, form={self.form!r}, normalize={self.normalize}, "
-            f"squared={self.squared}"
-        )
 
     def forward(self, features: Tensor, labels: Tensor) -> NCEOutput:
         """`triplet_margin` of the batch."""
-        return triplet_margin(
-            features,
-            labels,
-            margin=self.margin,
-            mining=self.mining,
-            form=self.form,
-            normalize=self.normalize,
-            squared=self.squared,
-            backend=self.backend,
-        )
+        return triplet_margin(features, labels, **self.kept())
 
 
 def oracle(

@@ -191,3 +191,12 @@ def test_registry_covers_the_public_functions():
     for entry in LOSSES.values():
         assert public[entry.name] is entry.function
         assert sys.modules[entry.oracle.__module__] is sys.modules[entry.function.__module__]
+
+
+def test_a_modules_settings_are_shown_and_may_be_changed():
+    module = fused_nce.losses.NTXentLoss(0.5, backend="chunked")
+    assert repr(module) == "NTXentLoss(temperature=0.5, normalize=True)"
+    module.temperature = 0.1
+    views = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    expected = fused_nce.nt_xent(*views, temperature=0.1, backend="chunked")
+    assert torch.equal(module(*views).loss, expected.loss)

@@ -1,0 +1,25 @@
+"""What the losses' modules share: settings that stay from call to call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class LossModule(nn.Module):
+    """A loss's function with its keyword settings kept, each an attribute that may be changed between calls."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self._kept = tuple(settings)
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    def kept(self) -> dict[str, Any]:
+        """As the function takes them by keyword."""
+        return {name: getattr(self, name) for name in self._kept}
+
+    def extra_repr(self) -> str:
+        """The settings, as `print(module)` shows them; where it runs is none of the loss."""
+        return ", ".join(f"{name}={x!r}" for name, x in self.kept().items() if name not in ("group", "backend"))
