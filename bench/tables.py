@@ -165,6 +165,7 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "losses": lambda record: losses.table("docs/losses.md"),
     "losses-page": lambda record: f"{losses.table('')}\n\n{losses.reference()}",
     "gpu-model": lambda record: gpu_model.table(),
+    "gpu-memory": lambda record: gpu_model.memory_table(),
     "gpu": lambda record: gpu_tables.block(newest_gpu_record()),
 }
 
