@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from fused_nce.core.spec import Bias, Block, Dist, Index, Labels, SqDist, TanhClip, Transform
+from fused_nce.core.spec import Bias, Block, Dist, Identity, Index, Labels, SqDist, TanhClip, Transform
 from fused_nce.core.statistics import STATISTIC, Scores, Sets, poison, softplus
 
 if TYPE_CHECKING:
@@ -89,6 +89,14 @@ def sets(problem: Problem, rows: range, columns: range) -> Sets:
 # |t| < c, so e^t needs no shift while e^±c and its sum over 2^60 columns are normal float32 numbers: no max pass, and
 # partial sums just add. Shifting by c, as by any constant, would round t − c: 16 u a term at c = 20 and t near 0.
 SHIFTLESS_CLIP = 43.0
+
+
+def shiftless(problem: Problem) -> bool:
+    """Scores lie so near 0 that e^t needs no shift: by a clip, or by the norms of rows and a scale that is a number."""
+    clip, scale = problem.spec.clip, problem.scale
+    if clip is None and problem.spec.unit and isinstance(problem.spec.transform, Identity):
+        clip = None if isinstance(scale, Tensor) else abs(scale)
+    return clip is not None and clip <= SHIFTLESS_CLIP
 
 
 def to_half_distances(r: Tensor, q: Tensor, k: Tensor) -> Tensor:

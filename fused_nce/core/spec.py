@@ -136,6 +136,7 @@ class Spec:
         stats: statistics of each row.
         columns: statistics of each column, from the same sweep; for losses that classify both ways.
         drop_self: row i is also column `i + offset` (in `Block`, offset counts images) and is left out of every set.
+        unit: q and k have rows of norm 1, as their caller made them: a scale that is a number bounds every score.
     """
 
     layout: Layout
@@ -143,6 +144,7 @@ class Spec:
     stats: tuple[str, ...] = STATISTICS
     columns: tuple[str, ...] = ()
     drop_self: bool = False
+    unit: bool = False
 
     @property
     def code(self) -> str:
@@ -152,6 +154,8 @@ class Spec:
             words.append(f"columns({','.join(self.columns)})")
         if self.drop_self:
             words.append("drop_self()")
+        if self.unit:
+            words.append("unit()")
         return " ".join(words)
 
     @property
@@ -217,7 +221,7 @@ def parse(code: str) -> Spec:
         layout not in LAYOUTS
         or transform not in TRANSFORMS
         or not VOCABULARY.issuperset((*stats, *columns))
-        or not {"columns", "drop_self"}.issuperset(extra)
+        or not {"columns", "drop_self", "unit"}.issuperset(extra)
     ):
         raise ValueError(
             f"spec: got {code!r}, need one of {', '.join(LAYOUTS)}, one of {', '.join(TRANSFORMS)}, "
@@ -229,6 +233,7 @@ def parse(code: str) -> Spec:
         stats,
         columns,
         "drop_self" in extra,
+        "unit" in extra,
     )
 
 

@@ -76,6 +76,7 @@ def info_nce(
         # The C++ kernels compute all three at once; `square` costs the others a pass, and nobody reads it.
         tail.stats,
         ("neg_lse",) if symmetric else (),
+        unit=normalize,
     )
     if normalize:
         queries, keys = normalized(queries), normalized(keys)

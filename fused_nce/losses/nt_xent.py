@@ -6,6 +6,7 @@ positive. The views are one tensor in both roles: its gradient is (W + Wᵀ)·z.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fused_nce.losses.registry import Entry, Size, dense_scores, features, regis
 
 # Twins side by side are the two columns of one image: no tensor of targets, and the self is left out by arithmetic.
 SPEC = Spec(Block(2, 2), stats=Nce().stats, drop_self=True)
+UNIT = replace(SPEC, unit=True)
 
 
 def nt_xent(
@@ -53,7 +55,8 @@ def nt_xent(
     check_rows("view0", view0, "view1", view1, same_n=True)
     z = torch.stack((view0, view1), dim=1).flatten(0, 1)
     scale = inverse("temperature", temperature, z.device)
-    parts = tile_loss(normalized(z) if normalize else z, None, SPEC, Nce(), scale=scale, group=group, backend=backend)
+    z, spec = (normalized(z), UNIT) if normalize else (z, SPEC)
+    parts = tile_loss(z, None, spec, Nce(), scale=scale, group=group, backend=backend)
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 

@@ -7,6 +7,7 @@ larger, and worse in the paper. Of temperature/0.07, by which the authors' code 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, register
 
 SPEC = Spec(Labels(), stats=LogOut.READS, drop_self=True)
+UNIT = replace(SPEC, unit=True)
 TAILS = {"out": LogOut(), "in": LogIn()}
 
 
@@ -60,8 +62,8 @@ def sup_con(
     checks.check_ids("labels", labels, features.shape[0], "N", features.device)
     checks.check_choice("variant", variant, tuple(TAILS))
     scale = inverse("temperature", temperature, features.device)
-    z = normalized(features) if normalize else features
-    parts = tile_loss(z, None, SPEC, TAILS[variant], scale=scale, row_ids=labels, group=group, backend=backend)
+    z, spec = (normalized(features), UNIT) if normalize else (features, SPEC)
+    parts = tile_loss(z, None, spec, TAILS[variant], scale=scale, row_ids=labels, group=group, backend=backend)
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from fused_nce import amdim_nce, tile_stats, workspace_bytes
-from fused_nce.core.spec import Block, Spec, TanhClip
+from fused_nce.core.spec import Block, Index, Spec, TanhClip
+from fused_nce.core.tails import Nce
 from tests.conftest import why_not
 
 LINUX = pytest.mark.skipif(
@@ -133,3 +134,63 @@ def resident_bytes():
     if status.exists():
         return int(status.read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+NPID_PROBE = """
+import ctypes, json, sys, torch
+from torch.nn.functional import normalize
+from fused_nce import last_path, npid_softmax
+
+def rss(field):
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(field))
+
+backend, n, rows = json.loads(sys.argv[1])
+torch.manual_seed(0)
+bank = torch.empty(n, 128)
+for part in bank.split(1 << 16):
+    part.copy_(normalize(torch.randn(part.shape), dim=1))
+indices = torch.randint(n, (rows,))
+f = normalize(bank[indices] + 0.1 * torch.randn(rows, 128), dim=1).requires_grad_()
+npid_softmax(f, bank[:1000], indices % 1000, backend=backend).loss.backward()
+f.grad = None
+ctypes.CDLL("libc.so.6").malloc_trim(0)
+before = rss("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+out = npid_softmax(f, bank, indices, backend=backend)
+out.loss.backward()
+peak = rss("VmHWM") - before
+lse = torch.stack([((f.double() @ part.double().T) / 0.07).logsumexp(1) for part in bank.split(1 << 16)], 1)
+lse = lse.logsumexp(1)
+own = (f.double() * bank[indices].double()).sum(1) / 0.07
+exact = (lse - own).mean()
+slope = -bank[indices].double()
+for part in bank.split(1 << 16):
+    slope += (f.double() @ part.double().T / 0.07 - lse[:, None]).exp() @ part.double()
+slope = slope / 0.07 / rows
+print(json.dumps([peak, (out.loss - exact).item(), exact.item(), ((f.grad - slope).norm() / slope.norm()).item()]))
+"""
+
+
+@LINUX
+@pytest.mark.nightly
+@pytest.mark.parametrize("backend", ["cpu", "chunked"])
+def test_npid_over_the_whole_of_imagenet(backend):
+    """The exact softmax over 1.28 M rows of width 128: value and gradient, and not a row of its logits is held."""
+    reason = why_not(backend)
+    if reason is not None:
+        pytest.skip(reason)
+    rows, images = 64, 1_280_000
+    done = subprocess.run(
+        [sys.executable, "-c", NPID_PROBE, json.dumps([backend, images, rows])],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    peak, error, exact, slope_error = json.loads(done.stdout)
+    spec = Spec(Index(), stats=Nce().stats)
+    assert peak <= 1.1 * workspace_bytes(spec, rows, images, 128, torch.float32, backend) + SLACK
+    assert peak < rows * images * 4 / 8  # of the logits
+    u = 2.0**-24
+    assert abs(error) <= 2 * u * (4 + 128**0.5) / 0.07 + 16 * u * (1 + abs(exact) + 14.3)
+    assert slope_error <= 1e-5

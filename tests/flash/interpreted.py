@@ -19,8 +19,10 @@ from fused_nce.backends.flash import atoms, configs, memory, plan
 from fused_nce.backends.flash.form import Form
 from fused_nce.core import atoms as definition
 from fused_nce.core import dispatch
+from fused_nce.core.engine import tile_loss as engine_loss
 from fused_nce.core.problem import Problem
-from fused_nce.core.spec import Block, Identity, Spec, TanhClip
+from fused_nce.core.spec import Bias, Block, Identity, Spec, TanhClip
+from fused_nce.core.tails import Nce
 from tests.backends.test_atoms import SIZES, U, compare
 from tests.cases import Case, can_run, draw, run
 from tests.core.problems import features, grads_of
@@ -118,6 +120,37 @@ def test_some_statistics(stats):
         found[backend] = [*out.values(), *grads_of(total, q, k)]
     for ours, exact in zip(found["triton"], found["reference"], strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_float16_weights_have_float32s_range():
+    """At an upstream of 10^6 a weight is beyond float16, the gradient of small inputs is not."""
+    q, k = ((0.01 * x.detach()).requires_grad_() for x in features(dtype=torch.float16))
+    found = [tile_stats(q, k, Spec(Block(3)), backend=name)["neg_lse"] for name in ("triton", "reference")]
+    ours, exact = (grads_of(1e6 * x.sum(), q, k) for x in found)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1.0)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 1 / 42])
+def test_rows_of_norm_one_need_no_shift(temperature):
+    found = []
+    for backend, unit in (("triton", True), ("reference", False)):
+        spec = Spec(Block(5), Identity(), ("neg_lse", "neg_max"), unit=unit)
+        q, k = (torch.nn.functional.normalize(x.detach(), dim=1).requires_grad_() for x in features(40, 5, 20))
+        loss = engine_loss(q, k, spec, Nce(), scale=1 / temperature, backend=backend).loss
+        found.append((loss, *grads_of(loss, q, k)))
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_what_bounds_a_score():
+    x, unit = torch.empty(0, 8), Spec(Block(1), unit=True)
+    assert Form.of(Problem(x, x, 1 / 0.07, unit, 0)).shiftless
+    assert Form.of(Problem(x, x, -20.0, unit, 0)).shiftless
+    assert not Form.of(Problem(x, x, 1 / 0.07, Spec(Block(1)), 0)).shiftless
+    assert not Form.of(Problem(x, x, 1 / 0.02, unit, 0)).shiftless
+    assert not Form.of(Problem(x, x, torch.tensor(1.0), unit, 0)).shiftless
+    assert not Form.of(Problem(x, x, 1.0, Spec(Block(1), Bias(), unit=True), 0)).shiftless
 
 
 def test_padding_stays_out_of_very_negative_rows():

@@ -65,4 +65,25 @@ FAMILY = (
         "fixed_mean(each.amin(dim=1))",
         ("tests/losses/test_estimators.py",),
     ),
+    Fault(
+        "cpu: the plan forgets that q is k",
+        "fused_nce/backends/cpu.py",
+        "limit, shared=k is q)",
+        "limit, shared=False)",
+        ("tests/backends/test_cpu_layouts.py",),
+    ),
+    Fault(
+        "cpc: a sampled own target is left out",
+        "fused_nce/losses/cpc.py",
+        "return _classified(own, others.logsumexp(dim=1),",
+        "return _classified(own, others.masked_fill(others == own[:, None], -1e4).logsumexp(dim=1),",
+        ("tests/losses/test_fuzz.py",),
+    ),
+    Fault(
+        "triplets: a hinge's other side",
+        "fused_nce/core/margins.py",
+        'return {"pos_hardest": -active, "neg_hardest": active}',
+        'return {"pos_hardest": -active, "neg_hardest": active.clamp(max=0.99)}',
+        ("tests/losses/test_fuzz.py",),
+    ),
 )

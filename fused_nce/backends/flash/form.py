@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fused_nce.core.atoms import SHIFTLESS_CLIP
+from fused_nce.core.atoms import shiftless
 from fused_nce.core.problem import Problem
 from fused_nce.core.spec import Block, Index, Labels, TanhClip
 
@@ -117,7 +117,7 @@ class Form:
     rows_per_image: int
     drop_self: bool
     transform: str
-    shiftless: bool  # e^t needs no shift: the clip bounds it
+    shiftless: bool  # e^t needs no shift: t is bounded
     tensor_scale: bool
     mixed: bool  # q and k differ in dtype: both meet in float32
     rows: Wanted
@@ -153,14 +153,13 @@ class Form:
         """Of one problem."""
         spec, layout = problem.spec, problem.spec.layout
         block = layout if isinstance(layout, Block) else Block(1)
-        clip = spec.clip
         return cls(
             ids={Block: "image", Index: "target", Labels: "label"}.get(type(layout), "none"),
             n_c=block.n_c,
             rows_per_image=block.rows_per_image,
             drop_self=spec.drop_self,
             transform="tanh_clip" if isinstance(spec.transform, TanhClip) else spec.transform.code.removesuffix("()"),
-            shiftless=clip is not None and clip <= SHIFTLESS_CLIP,
+            shiftless=shiftless(problem),
             tensor_scale=isinstance(problem.scale, Tensor),
             mixed=problem.q.dtype != problem.k.dtype,
             rows=Wanted.of(spec.stats),
