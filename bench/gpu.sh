@@ -20,17 +20,19 @@ usage() {
   --out FOLDER     where results and gpu.log go
   --device cpu     try the whole script without a GPU, on tiny shapes: its figures mean nothing
   --commit HASH    the commit that this is, where the checkout has no .git
+  --dry-run        run and write nothing: print what would run, how long at most, and what this machine lacks for it
   --keep           leave the temporary folder for a look
 TEXT
 }
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHON=${PYTHON:-python3} DEVICE=cuda OUT='' COMMIT='' QUICK='' PROFILE='' KEEP=''
+PYTHON=${PYTHON:-python3} DEVICE=cuda OUT='' COMMIT='' QUICK='' PROFILE='' KEEP='' DRY=''
 while (($#)); do
   case $1 in
     --quick) QUICK=1 ;;
     --profile) PROFILE=1 ;;
     --keep) KEEP=1 ;;
+    --dry-run) DRY=1 ;;
     --out | --device | --commit)
       (($# > 1)) || { echo "gpu.sh: $1 needs a value" >&2; exit 2; }
       case $1 in --out) OUT=$2 ;; --device) DEVICE=$2 ;; --commit) COMMIT=$2 ;; esac
@@ -42,12 +44,12 @@ while (($#)); do
 done
 case $DEVICE in cuda | cpu) ;; *) echo "gpu.sh: --device: got $DEVICE, need cuda or cpu" >&2; exit 2 ;; esac
 if [[ $DEVICE == cuda && -z $QUICK ]]; then OUT=${OUT:-$ROOT/bench/results}; else OUT=${OUT:-$ROOT/runs/bench}; fi
-mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
+if [[ ! $DRY ]]; then mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2; fi
 [[ $PYTHON == */* ]] && PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")
 TOTAL_S=$((QUICK ? 180 : 480))
 DEVICE_IS_CPU=0
 [[ $DEVICE == cuda ]] || DEVICE_IS_CPU=1 TOTAL_S=900  # a trial on a small machine, where one core compiles
-LOG=$OUT/gpu.log
+LOG=$([[ $DRY ]] && echo /dev/null || echo "$OUT/gpu.log")
 STAGE=$(mktemp -d)
 trap '[[ $KEEP ]] && echo "left: $STAGE" || rm -rf "$STAGE"' EXIT
 : >"$LOG"
@@ -61,6 +63,7 @@ note() {  # OUTCOME NAME SECONDS [REASON]
 }
 phase() {  # NAME LIMIT_S LINES COMMAND…: runs it within its own limit and what is left of the whole; shows its last lines
   local name=$1 limit=$2 lines=$3 begin=$SECONDS code=0 left=$((TOTAL_S - SECONDS)); shift 3
+  if [[ $DRY ]]; then printf '%-24s %4s s at most   %s\n' "$name" "$limit" "$*" | cut -c 1-160; return 0; fi
   printf '\n== %s\n' "$name" | tee -a "$LOG"
   ((limit <= left)) || limit=$left
   if ((limit < 10)); then echo "   no time left"; note 'left out' "$name" 0 "no time left of $TOTAL_S s"; return 1; fi
@@ -75,6 +78,7 @@ phase() {  # NAME LIMIT_S LINES COMMAND…: runs it within its own limit and wha
   return "$code"
 }
 skip() {  # NAME REASON
+  if [[ $DRY ]]; then printf '%-24s left out        %s\n' "$1" "$2"; return 0; fi
   printf '\n== %s\n   left out: %s\n' "$1" "$2" | tee -a "$LOG"
   note 'left out' "$1" 0 "$2"
 }
@@ -110,8 +114,8 @@ then
   exit 1
 fi
 PARTS=cpu
-if [[ $DEVICE == cuda ]]; then
-  PARTS=cpu,cuda
+[[ $DEVICE == cpu ]] || PARTS=cpu,cuda
+if [[ $DEVICE == cuda && ! $DRY ]]; then
   TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability(0))')
   export TORCH_CUDA_ARCH_LIST
 fi
@@ -121,13 +125,15 @@ fi
 
 # ---- build, in a copy -----------------------------------------------------------------------------------------------
 
-tar -C "$ROOT" --exclude='*.so' --exclude=_C.stamp.json --exclude=__pycache__ --exclude=bench/results \
-  -cf - fused_nce csrc tests bench setup.py | tar -C "$STAGE" -xf - || exit 2
-cd "$STAGE" || exit 2
+if [[ ! $DRY ]]; then
+  tar -C "$ROOT" --exclude='*.so' --exclude=_C.stamp.json --exclude=__pycache__ --exclude=bench/results \
+    -cf - fused_nce csrc tests bench setup.py | tar -C "$STAGE" -xf - || exit 2
+fi
+cd "$([[ $DRY ]] && echo "$ROOT" || echo "$STAGE")" || exit 2
 # Before pyproject.toml is there: an old setuptools, as some torch images have, cannot read it, and need not.
 phase build $((DEVICE_IS_CPU ? 600 : 200)) 3 env FUSED_NCE_BUILD=$PARTS "$PYTHON" setup.py build_ext --inplace ||
   echo "   going on without the C++ and CUDA kernels"
-cp "$ROOT/pyproject.toml" .
+[[ $DRY ]] || cp "$ROOT/pyproject.toml" .
 "$PYTHON" -c 'import fused_nce; print(fused_nce.doctor())' 2>&1 | tee -a "$LOG" | sed 's/^/   /'
 
 # ---- tests ----------------------------------------------------------------------------------------------------------
@@ -157,7 +163,7 @@ phase benchmark $((QUICK ? 80 : 220)) 80 "$PYTHON" -m bench.gpu "${ARGUMENTS[@]}
 # cuBLAS being none of ours; the Triton backend calls no other library.
 watch_with() {  # TOOL BACKEND [OPTION…]
   local tool=$1 backend=$2 name="$1, $2"; shift 2
-  env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$PYTHON" -c \
+  [[ $DRY ]] || env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$PYTHON" -c \
     "import torch; from fused_nce.core import dispatch as d, spec as s; x = torch.empty(1, 1, device='$DEVICE')
 raise SystemExit('$backend' not in d.BACKENDS or d.why_not('$backend', s.Spec(s.Block(1), s.TanhClip(20.0)), x, x) is not None)" ||
     { skip "$name" "the $backend backend cannot run here"; return; }
@@ -192,5 +198,11 @@ if [[ $PROFILE ]]; then
   fi
 fi
 
+if [[ $DRY ]]; then
+  printf '\nthe benchmark, in this order, and what a model expects of one H200:\n\n'
+  "$PYTHON" -m bench.gpu "${ARGUMENTS[@]}" --plan || exit 2
+  printf '\ndry run: nothing was run or written\n'
+  exit 0
+fi
 printf '%s\n' '' "phases, $SECONDS s in all; the whole log: $LOG" "${SUMMARY[@]}" | tee -a "$LOG"
 exit "$FAILED"

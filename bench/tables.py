@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench import losses, roofline
+from bench import losses, roofline, training
 from bench.gpu import model as gpu_model
 from bench.gpu import tables as gpu_tables
 from bench.host import ROOT
@@ -164,7 +164,12 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "when-it-matters": lambda record: roofline.table(),
     "losses": lambda record: losses.table("docs/losses.md"),
     "losses-page": lambda record: f"{losses.table('')}\n\n{losses.reference()}",
+    "cifar10-budget": lambda record: training.budget_table("cifar10"),
+    "cifar10-accuracy": lambda record: training.accuracy_table("cifar10"),
+    "fsdd-budget": lambda record: training.budget_table("fsdd"),
+    "fsdd-accuracy": lambda record: training.accuracy_table("fsdd"),
     "gpu-model": lambda record: gpu_model.table(),
+    "gpu-memory": lambda record: gpu_model.memory_table(),
     "gpu": lambda record: gpu_tables.block(newest_gpu_record()),
 }
 

@@ -332,6 +332,16 @@ def test_the_script_says_that_there_is_no_gpu(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.log"]
 
 
+def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
+    done = script("--dry-run", "--profile", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    for name in ("machine", "build", "tests", "benchmark", "mem(check|check and racecheck)", "profile"):
+        assert re.search(rf"^{name} +(\d+ s at most|left out) ", done.stdout, re.M), done.stdout
+    assert all(p.label in done.stdout for p in (*problems.TABLE, *problems.CROSSOVER, *problems.LARGER))
+    assert re.search(r"^torch sees .+ here\n\ndry run: nothing was run or written\n\Z", done.stdout, re.M)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.nightly
 def test_the_whole_script_on_a_cpu(tmp_path):
     done = script("--device", "cpu", "--quick", "--out", str(tmp_path))

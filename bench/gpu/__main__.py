@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bench import host
-from bench.gpu import formulas, problems, rivals, tables, verdict
+from bench.gpu import formulas, model, problems, rivals, tables, verdict
 from bench.gpu.collect import collect
 from bench.gpu.machine import Machine, machine
 from bench.gpu.problems import Problem
@@ -42,6 +42,10 @@ COUNTING = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print, write; how many problems our own choice did not run."""
     options = _parse(argv)
+    if options.plan:
+        here = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+        print(f"{model.table(_plan(options, on_gpu=True))}\n\ntorch sees {here} here")
+        return 0
     device = machine(options.device)
     if options.once:
         return _once(options, device)
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path: Path = options.out / f"{kind}-{record['card']['slug']}-{date}.json"
     options.out.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    for problem in _plan(options, device):
+    for problem in _plan(options, device.device.type == "cuda"):
         reason = _reason_to_leave_out(problem, time.monotonic() - begin, options.budget_s)
         if reason:
             record["left_out"][problem.label] = reason
@@ -118,12 +122,12 @@ def _reason_to_leave_out(problem: Problem, elapsed_s: float, budget_s: float) ->
     return NO_TIME if elapsed_s > budget_s else ""
 
 
-def _plan(options: argparse.Namespace, device: Machine) -> list[Problem]:
+def _plan(options: argparse.Namespace, on_gpu: bool) -> list[Problem]:
     """The table first, then the sweeps: what is judged must not run out of time."""
     table = problems.QUICK_TABLE if options.quick else problems.TABLE
     sweep = problems.QUICK_CROSSOVER if options.quick else (*problems.CROSSOVER, *problems.LARGER)
     chosen = [problem for problem in (*table, *sweep) if options.only in problem.label]
-    return chosen if device.device.type == "cuda" else [problem.tiny() for problem in chosen]
+    return chosen if on_gpu else [problem.tiny() for problem in chosen]
 
 
 def _line(row: dict[str, Any], clock: str) -> str:
@@ -138,7 +142,7 @@ def _line(row: dict[str, Any], clock: str) -> str:
 def _once(options: argparse.Namespace, device: Machine) -> int:
     """Two calls of every backend of ours on each problem, the second between profiler marks: what ncu looks at."""
     failures = 0
-    for problem in _plan(options, device):
+    for problem in _plan(options, device.device.type == "cuda"):
         if not formulas.available(problem.loss):
             continue
         inputs = formulas.FORMULAS[problem.loss].inputs(problem, device.draw(0, rivals.DTYPE))
@@ -179,6 +183,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--only", default="", metavar="TEXT", help="problems whose label has this text")
     parser.add_argument("--once", action="store_true", help="time nothing: one call of each backend, for a profiler")
+    parser.add_argument("--plan", action="store_true", help="run nothing: the problems of a run on a GPU, modelled")
     parser.add_argument("--commit", help="the commit that this is, where there is no repository to ask")
     parser.add_argument("--dirty", action="store_true", help="with --commit: the code differs from it")
     options = parser.parse_args(argv)

@@ -1,19 +1,35 @@
 """What each shape should take on one H200, written down before it was measured: a MODEL, against which a run is read.
 
-`python -m bench.gpu.model` prints the table. Rates and launches are those of `core/cost.py`, by which a backend is
-chosen; the GEMMs are counted for each loss, and every pass over scores has its row kernel.
+`python -m bench.gpu.model` prints the tables. Rates and launches are those of `core/cost.py`, by which a backend is
+chosen; the GEMMs are counted for each loss, and every pass over scores has its row kernel. Memory is no model but the
+plan that the kernels follow.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
 
 from bench.gpu.problems import TABLE, Problem
 from bench.roofline import GEMM_FLOP_PER_S
 from bench.text import markdown, number
 from fused_nce.core import cost
+from fused_nce.core.dispatch import backend_module
+from fused_nce.core.workspace import GPU_DEFAULT_MB
 
 CUBLAS_RATE = 0.92  # of the sustained GEMM rate, at these shapes
 ROW_PS = 1.5  # a score through the L2: written by the GEMM, read twice by the row kernel, its weight written
 CUDA_US, TRITON_US = (cost.table()[name, 2].launch_us for name in ("cuda", "triton"))  # of launches a call
+
+
+class Parts(NamedTuple):
+    """Where the time of `cuda` goes, in ms."""
+
+    gemms: float
+    rows: float
+    launches: float
 
 
 def bound_ms(problem: Problem) -> float:
@@ -21,12 +37,19 @@ def bound_ms(problem: Problem) -> float:
     return problem.flop / GEMM_FLOP_PER_S * 1e3
 
 
-def cuda_ms(problem: Problem) -> float:
+def cuda_parts(problem: Problem) -> Parts:
     """The GEMMs by cuBLAS, a row kernel for each time that the scores are computed, and a call's launches."""
     gemms = len(problem.gemms) + (problem.loss == "nt_xent")  # q and k in one: W·z and Wᵀ·z, one after the other
-    passes = 1 + ("scores_again" in problem.gemms)
-    score_ps = gemms * 2 * problem.d / (CUBLAS_RATE * GEMM_FLOP_PER_S) * 1e12 + passes * ROW_PS
-    return problem.steps * (CUDA_US * 1e-3 + problem.scores * score_ps * 1e-9)
+    cut = problem.workspace_mb is not None  # in columns too: statistics first, then the scores again
+    gemms, passes = gemms + cut, 1 + (cut or "scores_again" in problem.gemms)
+    gemm_ps = gemms * 2 * problem.d / (CUBLAS_RATE * GEMM_FLOP_PER_S) * 1e12
+    scores = problem.steps * problem.scores * 1e-9
+    return Parts(scores * gemm_ps, scores * passes * ROW_PS, problem.steps * CUDA_US * 1e-3)
+
+
+def cuda_ms(problem: Problem) -> float:
+    """All of them."""
+    return sum(cuda_parts(problem))
 
 
 def triton_ms(problem: Problem) -> float:
@@ -35,22 +58,46 @@ def triton_ms(problem: Problem) -> float:
     return problem.steps * cost.table()["triton", 2].time_us(gemms, problem.n, problem.m, problem.d) * 1e-3
 
 
-def table() -> str:
-    """The Markdown table, with its label."""
+def choice(problem: Problem) -> str:
+    """The backend that a call takes."""
+    return cost.fastest_first(problem.call, problem.n, problem.m, problem.d, torch.bfloat16)[0]
+
+
+def extra_mb(problem: Problem) -> float:
+    """What the chosen backend allocates, in 10^6 bytes: its plan within the workspace's limit.
+
+    Raises:
+        RuntimeError: for `cuda` where the kernels, which have its plan, are not built.
+    """
+    limit = (problem.workspace_mb or GPU_DEFAULT_MB) << 20
+    sizes = problem.n, problem.m, problem.d, torch.bfloat16.itemsize
+    return backend_module(choice(problem)).workspace_bytes(problem.spec, *sizes, limit) / 1e6
+
+
+def table(problems: Iterable[Problem] = TABLE) -> str:
+    """The Markdown table of times, with its label."""
     rows = []
-    for problem in TABLE:
-        if problem.workspace_mb is not None:
-            continue
+    for problem in problems:
         asked = "" if problem.target is None else number(problem.target.device_ms)
-        times = (bound_ms(problem), cuda_ms(problem), triton_ms(problem))
-        rows.append([problem.label, *(number(x) for x in times), asked])
-    header = ["shape (modelled)", "least GEMMs, ms", "`cuda`, ms", "`triton`, ms", "target, ms"]
-    return markdown(header, rows) + (
+        parts = (number(x) for x in cuda_parts(problem))
+        times = number(bound_ms(problem)), number(cuda_ms(problem)), *parts, number(triton_ms(problem))
+        rows.append([problem.label, *times, choice(problem), asked])
+    header = ["shape (modelled), times in ms", "least GEMMs", "`cuda`", "its GEMMs", "its rows", "its launches"]
+    return markdown([*header, "`triton`", "chosen", "target"], rows) + (
         f"\n\n**Modelled, not measured**: {GEMM_FLOP_PER_S / 1e12:.0f} TFLOP/s of bf16 GEMM, {CUBLAS_RATE:.0%} of it "
         f"by cuBLAS; {ROW_PS} ps a score and pass for the row kernels; {CUDA_US:.0f} and {TRITON_US:.0f} µs of "
         "launches a call, which a CUDA graph all but saves."
     )
 
 
+def memory_table() -> str:
+    """The Markdown table of memory beside the targets."""
+    rows = []
+    for problem in TABLE:
+        asked = "" if problem.target is None else f"≤ {number(problem.target.peak_mb)}"
+        rows.append([problem.label, choice(problem), number(extra_mb(problem)), asked])
+    return markdown(["shape, memory in MB", "backend", "workspace", "target, all extra memory"], rows)
+
+
 if __name__ == "__main__":
-    print(table())
+    print(f"{table()}\n\n{memory_table()}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from bench.cases import PENALTY
+from bench.cases import CLIP, PENALTY
 from fused_nce.core.cost import Call
+from fused_nce.core.spec import Block, Separate, Spec, TanhClip
+from fused_nce.core.tails import Nce
 
 TINY = "tiny "
 SWEEP = "sweep over widths"
@@ -58,6 +60,18 @@ class Problem:
     def call(self) -> Call:
         """What it asks of a backend."""
         return CALLS[self.loss]
+
+    @property
+    def spec(self) -> Spec:
+        """What it does to a score."""
+        plain = Spec(Block(1), stats=Nce().stats)
+        specs = {
+            "amdim_nce": Spec(Block(self.n_c), TanhClip(CLIP)),
+            "moco_nce": replace(plain, layout=Separate(1)),
+            "nt_xent": replace(plain, layout=Block(2, 2), drop_self=True),
+            "clip_loss": replace(plain, columns=("neg_lse",)),
+        }
+        return specs.get(self.loss, plain)
 
     @property
     def scores(self) -> int:

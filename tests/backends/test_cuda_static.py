@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sysconfig
+
 import pytest
+import torch
+from torch.utils import cpp_extension
 
 from bench import static_cuda
-from fused_nce import _nvcc
+from fused_nce import _extension, _nvcc
 
 NVCC = _nvcc.find()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
@@ -28,6 +33,21 @@ def test_spills_are_seen():
     assert (spilled.clean, clean.clean) == (False, True)
     with pytest.raises(ValueError, match="need a name, a stack frame"):
         static_cuda.parse(PTXAS.replace("stack frame", "frame"))
+
+
+@needs_nvcc
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch was built without CUDA")
+@pytest.mark.skipif(_extension.find_compiler() is None, reason="no C++ compiler on this machine")
+def test_the_machine_of_a_gpu_compiles():
+    """What calls cuBLAS: rows.cu is below, the rest of csrc/cuda plays a GPU in `test_cuda_on_host.py`."""
+    assert NVCC is not None
+    headers = [*cpp_extension.include_paths(), str(NVCC.home / "include"), sysconfig.get_path("include")]
+    command = [*str(_extension.find_compiler()).split(), "-fsyntax-only", "-std=c++20", "-DFUSED_NCE_CUDA"]
+    command += [f"-isystem{folder}" for folder in headers]
+    command += [f"-idirafter{folder}" for folder in _nvcc.wheel_includes(NVCC)]
+    source = static_cuda.SOURCES / "device.cpp"
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @needs_nvcc

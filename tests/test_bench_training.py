@@ -1,0 +1,61 @@
+"""Runs that the documents quote: what is kept of them, and the tables and the picture made of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import training
+from fused_nce.train import evaluate
+from fused_nce.train.methods.amdim import AMDIMConfig
+from tests.train.test_compare import make_run
+
+
+def evaluated(folder, accuracy, settings=None, *, baselines=True):
+    make_run(folder, accuracy, settings or AMDIMConfig(data="/home/someone/digits"))
+    rows = json.loads((folder / "eval.json").read_text())["probes"]
+    kept = [row for row in rows if baselines or row["encoder"] == "trained"]
+    evaluate._write_csv(folder / "eval.csv", kept)
+    return folder
+
+
+def test_what_is_kept_names_no_path(tmp_path):
+    training.keep(evaluated(tmp_path / "first", 61.25), 0, tmp_path / "kept")
+    files = sorted((tmp_path / "kept").iterdir())
+    assert [file.name for file in files] == [
+        f"first.{end}" for end in ("config.yaml", "eval.csv", "log.jsonl", "run.json")
+    ]
+    assert all("someone" not in file.read_text() for file in files)
+    assert "data: path/to/digits\n" in files[0].read_text()
+
+
+def test_untrained_encoders_are_those_of_the_same_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "RESULTS", tmp_path)
+    monkeypatch.setattr(training, "kept", lambda data, folder=tmp_path, kept=training.kept: kept(data, folder))
+    other = AMDIMConfig()
+    other.model.ndf = 77
+    for order, run_dir in enumerate((
+        evaluated(tmp_path / "runs/full", 61.25),
+        evaluated(tmp_path / "runs/again", 73.5, baselines=False),
+        evaluated(tmp_path / "runs/wider", 75.0, other, baselines=False),
+    )):  # fmt: skip
+        training.keep(run_dir, order, tmp_path)
+    lines = {line.split(" | ")[0].strip("| "): line for line in training.accuracy_table("digits").splitlines()[::-1]}
+    full, again, wider = (lines[name].split(" | ") for name in ("full", "again", "wider"))
+    assert full[2] == "**61.2**"
+    assert again[2] == "**73.5**"
+    assert full[3] == again[3] != "–"
+    assert wider[3] == "–"
+    assert lines["raw pixels"].split(" | ")[2] == "94.2"
+    best = max(
+        float(x["accuracy_pct"]) for x in training.Run("full", tmp_path).accuracies("f1", ("linear", "all"), "random")
+    )
+    assert full[3] == f"{best:.1f}"
+    training.draw("digits", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_a_run_without_an_evaluation_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^run: .* holds no eval.json; evaluate it first: fused-nce eval .*$"):
+        training.keep(tmp_path, 0, tmp_path / "kept")
