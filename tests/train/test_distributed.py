@@ -1,8 +1,11 @@
 """Two processes, and what they need to know of the model."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,19 +23,14 @@ def test_ddp_is_told_of_unused_parameters_exactly_where_there_are_some(tmp_path,
     assert run.accelerator.ddp_handler.find_unused_parameters == bool(unused)
 
 
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+CLI = ["-m", "fused_nce.cli"]
+
+
 def distributed(*argv, method="amdim"):
     """Two processes on this machine, over gloo."""
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "fused_nce.cli",
-    ]
     done = subprocess.run(
-        [*launch, "train", method, *map(str, argv)],
+        [*LAUNCH, *CLI, "train", method, *map(str, argv)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -89,3 +87,34 @@ def test_two_processes_cache_more_negatives_and_one_speaks(tmp_path):
     assert status == 0, printed
     assert printed.count("finished at step 4") == printed.count("AMDIM on digits") == 1
     assert log(tmp_path / "a")[-1]["step"] == 4
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc to find a process to kill")
+def test_torchrun_replaces_a_killed_process_and_the_run_goes_on_exactly(tmp_path):
+    out, steps = tmp_path / "a", 40
+    command = [*TINY, f"--max-steps={steps}", "--run.save_minutes=0.01"]
+    # Without it torchrun hands the new processes the store of the dead ones, addresses and all.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    launched = subprocess.Popen(
+        [*LAUNCH, "--max-restarts=1", *CLI, "train", "amdim", *command, f"--out={out}"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("checkpoints/step_*")):
+        assert time.monotonic() < deadline
+        assert launched.poll() is None, launched.communicate()[0]
+        time.sleep(0.1)
+    children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    printed = launched.communicate(timeout=240)[0]
+    assert launched.returncode == 0, printed
+    assert "resumed from" in printed
+    assert distributed(*command, f"--out={tmp_path / 'b'}")[0] == 0
+    ours, theirs = tensors(out, steps), tensors(tmp_path / "b", steps)
+    assert ours.keys() == theirs.keys()
+    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
+    assert untimed(log(out)) == untimed(log(tmp_path / "b"))
