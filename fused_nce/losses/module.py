@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 
 class LossModule(nn.Module):
     """A loss's function with its keyword settings kept, each an attribute that may be changed between calls."""
+
+    if TYPE_CHECKING:  # of any type, where `nn.Module` knows tensors and modules alone
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
