@@ -97,7 +97,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar10-tiny": {
         "model": {"ndf": 64, "n_rkhs": 256, "n_depth": 2},
         "loss": PAPER_PENALTY,
-        "optim": {"epochs": 3, "batch_size": 128, "lr": 1e-3, "warmup_updates": 100, "schedule": "cosine"},
+        "optim": {"epochs": 3, "batch_size": 128, "lr": 2e-3, "warmup_updates": 100, "schedule": "cosine"},
     },
     "cifar10-small": SMALL,
     "cifar10-large": LARGE,
