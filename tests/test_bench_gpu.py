@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -17,9 +14,7 @@ from bench.gpu import formulas, machine, problems, rivals, verdict
 from bench.gpu import tables as gpu_tables
 from bench.gpu.__main__ import main
 from bench.gpu.problems import Problem
-from bench.host import ROOT
 from bench.text import number
-from tests.gpu import probe
 from tests.test_bench import numbers
 
 UNIT = re.compile(r"_(ms|us|s|bytes|kib|mib|gib|mb|mhz|w|c|share)(_|$)|flop_per_s|tb_per_s|^flop$")
@@ -298,60 +293,3 @@ def test_nvidia_smi_is_read_by_uuid():
     assert (found["driver"], found["sm_clock_mhz"], found["power_w"]) == (580.1, 1755.0, "[N/A]")
     assert machine.parse_smi(text, "none")["sm_clock_mhz"] == 345.0
     assert machine.parse_smi("", "bb") == {}
-
-
-# ---- the script -------------------------------------------------------------------------------------------------
-
-
-def script(*arguments):
-    return subprocess.run(
-        ["bash", str(ROOT / "bench/gpu.sh"), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHON": sys.executable},
-    )
-
-
-def test_the_script_refuses_what_it_does_not_know():
-    for arguments, message in {
-        ("--fast",): "got --fast",
-        ("--out",): "--out needs",
-        ("--device", "tpu"): "tpu",
-    }.items():
-        done = script(*arguments)
-        assert done.returncode == 2
-        assert message in done.stderr
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_script_says_that_there_is_no_gpu(tmp_path):
-    done = script("--out", str(tmp_path))
-    assert done.returncode == 1
-    assert "torch sees no CUDA device" in done.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.log"]
-
-
-def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
-    done = script("--dry-run", "--profile", "--out", str(tmp_path / "out"))
-    assert done.returncode == 0, done.stderr
-    for name in ("machine", "build", "tests", "benchmark", "mem(check|check and racecheck)", "profile"):
-        assert re.search(rf"^{name} +(\d+ s at most|left out) ", done.stdout, re.M), done.stdout
-    assert all(p.label in done.stdout for p in (*problems.TABLE, *problems.CROSSOVER, *problems.LARGER))
-    assert re.search(r"^torch sees .+ here\n\ndry run: nothing was run or written\n\Z", done.stdout, re.M)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.nightly
-def test_the_whole_script_on_a_cpu(tmp_path):
-    done = script("--device", "cpu", "--quick", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stdout[-3000:]
-    for name in ("build", "tests", "benchmark", "problems for memcheck"):
-        assert re.search(rf"^passed +{name} ", done.stdout, re.M), done.stdout[-3000:]
-    assert list(tmp_path.glob("trial-*.json"))
-
-
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
-def test_the_probe_of_the_memory_checker_passes(backend, capsys):
-    assert probe.main(["--device", "cpu", "--backend", backend]) == 0
-    assert f"{backend} on cpu: {18 + len(probe.OPEN)} problems, 0 failed" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import shutil
 import time
 from contextlib import nullcontext
@@ -327,13 +328,15 @@ class Trainer:
 
 
 def _postfix(line: dict[str, Any]) -> dict[str, str]:
-    """What the progress bar shows."""
-    shown = {"nce-chance": f"{line['nce_minus_chance']:.3f}"} if line["nce_minus_chance"] is not None else {}
+    """What the progress bar shows: the NCE against guessing, or the loss where an estimator has no chance level."""
+    above = line["nce_minus_chance"]
+    known = above is not None and math.isfinite(above)
+    shown = {"nce-chance": f"{above:.3f}"} if known else {"loss": f"{line['loss']:.3f}"}
     if line["linear_acc"] is not None:
         shown |= {"linear": f"{line['linear_acc']:.1%}", "mlp": f"{line['mlp_acc']:.1%}"}
     shown["img/s"] = f"{line['images_per_s']:.0f}"
     if line["loss_share"] is not None:
-        shown["loss"] = f"{line['loss_share']:.1%} of step"
+        shown["loss time"] = f"{line['loss_share']:.1%} of step"
     return shown | {"peak": f"{line['peak_memory_mb']:.0f}MB"}
 
 

@@ -30,9 +30,9 @@ TRAINER = (
     fault(
         "both views in one batch: BatchNorm mixes them",
         f"{MODELS}/amdim.py",
-        "taps = self.encode(view1), self.encode(view2)",
+        "return self._embedded((self.encode(view1), self.encode(view2)))",
         "both = self.encode(__import__('torch').cat((view1, view2)))\n"
-        "        taps = tuple({k: v.chunk(2)[i] for k, v in both.items()} for i in (0, 1))",
+        "        return self._embedded(tuple({k: v.chunk(2)[i] for k, v in both.items()} for i in (0, 1)))",
         "tests/models/test_amdim.py",
     ),
     # ---- data and augmentation

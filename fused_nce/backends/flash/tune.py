@@ -18,7 +18,11 @@ import torch
 
 from fused_nce.backends.flash import configs
 from fused_nce.backends.flash.configs import Tile
+from fused_nce.core.engine import tile_loss
+from fused_nce.core.spec import Index, Spec, TanhClip
+from fused_nce.core.tails import Nce
 
+SPEC = Spec(Index(), TanhClip(20.0), Nce().stats)
 Clock = Callable[[Tile], float]  # a step's time; infinite for a tile that does not run
 
 
@@ -36,14 +40,12 @@ class Step:
         from triton.runtime.errors import OutOfResources, PTXASError
         from triton.testing import do_bench
 
-        from fused_nce import info_nce
-
         q, k = (torch.randn(n, self.width, device="cuda", dtype=self.dtype) for n in (self.rows, self.columns))
         q, k = (x.mul_(self.width**-0.25).requires_grad_() for x in (q, k))
         targets = torch.arange(self.rows, device="cuda") % self.columns
 
         def step() -> None:
-            loss = info_nce(q, k, targets, temperature=1.0, clip=20.0, backend="triton").loss
+            loss = tile_loss(q, k, SPEC, Nce(), row_ids=targets, backend="triton").loss
             torch.autograd.grad(loss, (q, k))
 
         def time_ms(tile: Tile) -> float:
