@@ -13,7 +13,7 @@ from tests.train.test_compare import make_run
 
 
 def evaluated(folder, accuracy, settings=None, *, baselines=True):
-    make_run(folder, accuracy, settings or AMDIMConfig(data="/home/someone/digits"))
+    make_run(folder, accuracy, settings or AMDIMConfig(data="/data/someone/digits"))
     rows = json.loads((folder / "eval.json").read_text())["probes"]
     kept = [row for row in rows if baselines or row["encoder"] == "trained"]
     evaluate._write_csv(folder / "eval.csv", kept)

@@ -59,7 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar10-tiny": {
         "model": TINY,
         "loss": {"temperature": 0.1},
-        "augment": {**CIFAR_VIEWS, "crop_area": (0.2, 1.0)},
+        "augment": {**CIFAR_VIEWS, "crop_area": [0.2, 1.0]},
         "optim": {**TINY_OPTIM, "epochs": 6, "name": "adam", "lr": 3e-4, "betas": [0.9, 0.999]},
     },
     "digits": {
