@@ -28,7 +28,7 @@ from bench.text import markdown
 matplotlib.use("Agg")
 
 RESULTS = ROOT / "docs/results"
-PAGES = {"cifar10": RESULTS / "cifar10.png", "fsdd": RESULTS / "fsdd.png"}
+PICTURE = "cifar10"  # the data set of which there are several runs
 PROBES = {("linear", "all"): "linear", ("knn", "all"): "kNN", ("linear", "10/class"): "linear, 10 a class"}
 TRAINED, UNTRAINED = "#0072B2", "#999999"
 Row = dict[str, str]
@@ -198,12 +198,14 @@ def _accuracies(ax: Axes, runs: Sequence[Run]) -> None:
         if base is not None:
             low = float(base["accuracy_pct"])
             ax.plot([low, best], [y, y], color="#CCCCCC", linewidth=2, zorder=1)
-            ax.plot(low, y, "o", color=UNTRAINED, markersize=6, label="untrained" if y == 0 else None)
-        ax.plot(best, y, "o", color=TRAINED, markersize=8, label="trained" if y == 0 else None)
+            ax.plot(low, y, "o", color=UNTRAINED, markersize=6)
+        ax.plot(best, y, "o", color=TRAINED, markersize=8)
         ax.annotate(f"{best:.1f}", (best, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8.5)
     ax.set_yticks(range(len(runs)), [run.name for run in reversed(runs)], fontsize=9)
     ax.set_title("Linear probe at the best tap, test accuracy in %", fontsize=10.5, loc="left")
-    ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2)
+    for name, colour in (("untrained", UNTRAINED), ("trained", TRAINED)):
+        ax.plot([], [], "o", color=colour, label=name)
+    ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.08), ncols=2)
     ax.margins(x=0.12, y=0.12)
     _plain(ax, "x")
 
@@ -215,6 +217,7 @@ def _losses(ax: Axes, runs: Sequence[Run]) -> None:
         points = [point for point in points if math.isfinite(point[1])]
         if points:
             ax.plot(*zip(*points, strict=True), linewidth=1.4, label=run.name)
+    ax.set_ylim(top=3)  # a first step may lie far above chance
     ax.axhline(0, color="#555555", linewidth=0.8, linestyle="--")
     ax.set_title("NCE minus its chance level, nats", fontsize=10.5, loc="left")
     ax.set_xlabel("share of the training", fontsize=9)
@@ -235,10 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="folders that `fused-nce eval` has evaluated")
     for order, run_dir in enumerate(parser.parse_args(argv).runs):
         print(f"kept {keep(run_dir, order).name}")
-    for data, path in PAGES.items():
-        if kept(data):
-            draw(data, path)
-            print(path.relative_to(ROOT))
+    if kept(PICTURE):
+        draw(PICTURE, RESULTS / f"{PICTURE}.png")
     return 0
 
 
