@@ -145,7 +145,7 @@ def budget_table(data: str) -> str:
     ]
     seen = "windows/s" if data == "fsdd" else "images/s"
     head = ["run", "encoder, M parameters", "epochs × views", "updates", "minutes", seen, "loss, % of step"]
-    return markdown([*head, "threads", "commit"], rows)
+    return markdown([*head, "threads", "evaluated at"], rows)
 
 
 def accuracy_table(data: str) -> str:
