@@ -44,6 +44,9 @@ void add(LogSum<double>& total, float& max, const LogSums& part, int64_t lane) {
   total = merge(total, LogSum<double>{part.shift[lane], exact(part.sum, part.error, lane)});
 }
 
+// An empty set's stays -inf, which a clip would bring to its bound.
+float largest(float max, const Scoring& scoring) { return max == -infinity() ? max : transformed(max, scoring); }
+
 void finish_positives(const std::vector<Accumulators>& parts, int64_t lane, const Scoring& scoring,
                       const ByStatistic& out, int64_t at) {
   LogSum<double> sum{0.0f, 0.0};
@@ -56,7 +59,7 @@ void finish_positives(const std::vector<Accumulators>& parts, int64_t lane, cons
   }
   const double bias = scoring.bias, lse = sum.shift + __builtin_log(sum.sum);
   write(out, kPosLse, at, static_cast<float>(lse + bias));
-  write(out, kPosMax, at, sum.sum != sum.sum ? static_cast<float>(sum.sum) : transformed(max, scoring));
+  write(out, kPosMax, at, sum.sum != sum.sum ? static_cast<float>(sum.sum) : largest(max, scoring));
   write(out, kPosSum, at, static_cast<float>(total + count * bias));
   write(out, kPosCount, at, static_cast<float>(count));
   write(out, kPosGap, at, count > 0.0 ? static_cast<float>(lse - total / count) : 0.0f);
@@ -78,7 +81,7 @@ Sum finish_statistics(const std::vector<Accumulators>& parts, int64_t lane, cons
   // A bias that is not finite shows in a sum without terms too.
   bad += 0.0f * scoring.bias;
   write(out, kNegLse, at, log_value(total) + scoring.bias + bad);
-  write(out, kNegMax, at, max == -infinity() ? max : transformed(max, scoring));
+  write(out, kNegMax, at, largest(max, scoring));
   // Beyond the range of float the Kahan sum is inf - inf.
   write(out, kSquare, at, square != square && bad == 0.0f ? infinity() : static_cast<float>(square));
   write(out, kNegSoftplus, at, static_cast<float>(softplus) + bad);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ def _enter(rank: int, size: int, folder: str, task: Callable[..., Any], args: tu
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     torch.save(task(rank, *args), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    # The interpreter's own end would race with gloo's threads, and abort now and then.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run(folder: Path, size: int, task: Callable[..., Any], *args: Any) -> list[Any]:
