@@ -105,6 +105,42 @@ def test_imports_go_one_way():
     assert not wrong, "\n".join(wrong)
 
 
+def arrows():
+    """Module → the modules of the package that it imports, wherever in the file: in functions and for types too."""
+    modules = {}
+    for path in PACKAGE:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found = {}
+    for name, path in modules.items():
+        targets = {next((m for m in (x, x.rpartition(".")[0]) if m in modules), name) for x, _ in imports_of(path)}
+        found[name] = targets - {name}
+    return found
+
+
+def test_no_import_goes_round_in_a_circle():
+    """Modules that import nothing but what is left are taken away until none is: the rest are in circles, or lead there."""
+    left = arrows()
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    while unused := [name for name in left if not any(name in targets for targets in left.values())]:
+        for name in unused:  # leads to a circle, and is in none
+            del left[name]
+    assert not left, "\n".join(f"{name} imports {sorted(targets & left.keys())}" for name, targets in left.items())
+
+
+def test_bench_and_the_trainer_do_not_import_each_other():
+    wrong = [
+        f"{name_of(path)} imports {module}"
+        for path in FILES
+        if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in ("bench", "fused_nce")
+        for module, _ in imports_of(path)
+        if module.startswith("fused_nce.train" if path.is_relative_to(ROOT / "bench") else "bench.")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_all_but_the_trainer_imports_torch_alone():
     wrong = []
     for path in PACKAGE:
