@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import platform
 import subprocess
 from importlib import metadata
@@ -12,27 +11,9 @@ from typing import Any
 
 import torch
 
+from fused_nce._measure import cores, processor
+
 LIBRARIES = ("torch", "torchvision", "accelerate", "scikit-learn", "numpy")
-
-
-def cpuinfo(key: str) -> str:
-    """The first value that Linux's /proc/cpuinfo has under a key; empty where there is none."""
-    path = Path("/proc/cpuinfo")
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        name, _, value = line.partition(":")
-        if name.strip() == key:
-            return value.strip()
-    return ""
-
-
-def processor() -> str:
-    """The CPU's marketing name where the system tells it, else its architecture."""
-    return cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache
