@@ -17,7 +17,7 @@ else:  # pytest brings it to 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST_FILE_LINES = 350  # "none much over 300"
+LONGEST_FILE_LINES = 500  # one subject a file
 CODE = (".py", ".cpp", ".h", ".inl", ".cu", ".cuh")
 
 
@@ -64,7 +64,7 @@ def imports_of(path):
 
 # --- who imports whom ---------------------------------------------------------------------------------------------
 
-SHARED = {"_extension", "_version"}
+SHARED = {"_extension", "_version", "measure"}
 MAY_IMPORT = {
     "core": {"core"},
     "backends": {"backends", "core"},

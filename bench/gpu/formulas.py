@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, normalize
 from bench.cases import CLIP, PENALTY
 from bench.gpu.problems import Problem
 from fused_nce import losses
-from fused_nce.train.loss_cost import naive_loss
+from fused_nce.measure import naive_loss
 
 Draw = Callable[..., Tensor]  # sizes → standard normal numbers
 LOGIT_SCALE = 1 / 0.07  # CLIP's initial factor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import CLIP, PENALTY, Case
-from fused_nce.train.loss_cost import naive_loss
+from fused_nce.measure import naive_loss
 
 Step = Callable[[], Tensor]  # one forward and backward: the loss; gradients in the leaves' .grad
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -7,7 +7,6 @@ memory is the loss's own and not the training's. The parent reads one JSON objec
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
@@ -21,38 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_nce.measure import CLIP, PENALTY, naive_loss, peak_bytes
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 Term = tuple[int, int]  # n_r, n_c
-CLIP, PENALTY = 20.0, 0.04
-
-
-def naive_loss(
-    antecedents: Tensor,  # (B, D), or (B, n_r, D): n_r rows an image
-    consequents: Tensor,  # (B, n_c, D)
-    clip: float = CLIP,
-    penalty: float = PENALTY,
-) -> Tensor:
-    """AMDIM's loss in the order its authors' code computes it, in today's torch: each step on the whole score tensor.
-
-    The one naive loss of the project: reports and benchmarks measure against it.
-    """
-    images, n_c, width = consequents.shape
-    rows = antecedents.reshape(-1, width)
-    own = torch.eye(images, dtype=torch.float32, device=rows.device)
-    if len(rows) > images:
-        own = own.repeat_interleave(len(rows) // images, dim=0)
-    own = own[:, :, None].expand(-1, -1, n_c)  # (rows, images, n_c)
-    other = 1.0 - own
-    raw = torch.mm(rows, consequents.flatten(0, 1).T).float().reshape(len(rows), images, n_c) / width**0.5
-    square = penalty * (raw**2).mean()
-    score = clip * torch.tanh(raw / clip)
-    pos = (own * score).sum(dim=1)  # (rows, n_c)
-    neg = (other * score - clip * own).flatten(1)  # (rows, images·n_c), the own image at the clip's floor
-    peak = neg.amax(dim=1, keepdim=True)
-    mass = (other.flatten(1) * torch.exp(neg - peak)).sum(dim=1, keepdim=True)
-    shifted = pos - peak
-    log_softmax = shifted - torch.log(torch.exp(shifted) + mass)
-    return square - log_softmax.mean()
 
 
 def fused_loss(antecedents: Tensor, consequents: Tensor) -> Tensor:
@@ -72,26 +43,6 @@ def step(loss: Loss, pairs: list[tuple[Tensor, Tensor]]) -> float:
         value.backward()
         total += float(value.detach())
     return total
-
-
-def _status_kib(key: str) -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(key + ":"))
-
-
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """How far the process's resident memory rises above its start while `run` runs.
-
-    Raises:
-        OSError: the system has no resettable high-water mark (`/proc/self/clear_refs`, Linux).
-    """
-    # Freed blocks that malloc keeps would serve the next run unseen.
-    ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as reset:
-        reset.write("5")
-    before = _status_kib("VmRSS")
-    run()
-    return 1024 * max(0, _status_kib("VmHWM") - before)
 
 
 def compare(batch: int, terms: list[Term], width: int, dtype: torch.dtype, repeats: int) -> dict[str, Any]:

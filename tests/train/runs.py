@@ -4,8 +4,9 @@ import json
 
 from safetensors.torch import load_file
 
-from fused_nce.train import command
+from fused_nce.train import command, limits, methods
 from fused_nce.train.loop import Trainer
+from fused_nce.train.settings import AugmentConfig
 
 TINY = [
     "--preset=digits",
@@ -39,3 +40,10 @@ def tensors(out, step):
 
 def untimed(lines):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def own_rules(name):
+    """The settings of a method's model and loss that have a rule, by dotted name, and of its windows, if it has any."""
+    settings = methods.get(name)()
+    sections = ("model.", "loss.") + (() if isinstance(settings.augment, AugmentConfig) else ("augment.",))
+    return {key for key in limits.rules(settings) if key.startswith(sections)}

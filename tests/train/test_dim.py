@@ -10,7 +10,7 @@ import torch
 from fused_nce import cli
 from fused_nce.train import command, config, methods
 from fused_nce.train.loop import Trainer
-from tests.train.runs import log, tensors
+from tests.train.runs import log, own_rules, tensors
 
 TINY = ["--preset=digits", "--model.width=0.1", "--batch-size=32", "--run.log_every=4", "--precision=fp32"]
 
@@ -37,7 +37,7 @@ BAD = [
 
 
 def test_every_rule_is_tried():
-    assert set(methods.get("dim").rules) <= {key for key, _, _ in BAD}
+    assert own_rules("dim") <= {key for key, _, _ in BAD}
 
 
 @pytest.mark.parametrize(("key", "value", "need"), BAD)
@@ -46,7 +46,7 @@ def test_a_bad_setting_is_named(key, value, need):
     part, _, field = key.partition(".")
     setattr(getattr(settings, part), field, value)
     with pytest.raises(ValueError, match=f"^{re.escape(key)}: must be .*{re.escape(need)}"):
-        config.check(settings)
+        settings.check()
 
 
 @pytest.mark.parametrize(

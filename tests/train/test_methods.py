@@ -11,7 +11,7 @@ import torch
 from fused_nce import cli
 from fused_nce.train import checkpoint, command, config, limits, methods
 from fused_nce.train.loop import Trainer
-from tests.train.runs import log, tensors, untimed
+from tests.train.runs import log, own_rules, tensors, untimed
 
 NAN = float("nan")
 OTHERS = [name for name in methods.METHODS if name != "amdim"]  # which has files of its own
@@ -48,13 +48,10 @@ def test_every_preset_parses_builds_and_survives_the_disk(tmp_path, name, preset
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_number_has_a_rule_and_every_rule_a_setting(name):
-    method = methods.get(name)
-    settings = method()
+    settings = methods.get(name)()
     flat = config.flatten(dataclasses.asdict(settings))
-    images = isinstance(settings.augment, config.AugmentConfig)
-    shared = {key for key in limits.RULES if images or not key.startswith("augment.")}
     chosen = {key for key, value in flat.items() if isinstance(value, bool | str) or key == "channels_last"}
-    assert set(flat) - chosen <= shared | set(method.rules) <= set(flat)
+    assert set(flat) - chosen <= set(limits.rules(settings)) <= set(flat)
 
 
 BAD = [
@@ -78,7 +75,7 @@ BAD = [
 
 def test_every_rule_is_tried():
     tried = {(name, key) for name, key, _, _ in BAD}
-    assert {(name, key) for name in PROJECTED for key in methods.get(name).rules} <= tried
+    assert {(name, key) for name in PROJECTED for key in own_rules(name)} <= tried
 
 
 @pytest.mark.parametrize(("name", "key", "value", "need"), BAD)
@@ -87,7 +84,7 @@ def test_a_bad_setting_is_named_with_what_it_must_be_and_what_it_is(name, key, v
     part, _, field = key.partition(".")
     setattr(getattr(settings, part), field, value)
     with pytest.raises(ValueError, match=f"^{re.escape(key)}: must ") as caught:
-        config.check(settings)
+        settings.check()
     assert need in str(caught.value)
     assert str(caught.value).endswith(f", got {limits.shown(value)}")
 
@@ -214,7 +211,7 @@ def test_a_method_learns_the_digits(tmp_path, name):
 
 
 def test_supcon_needs_a_label_for_every_image(tmp_path, monkeypatch):
-    from fused_nce.train import loader
+    from fused_nce.train.data import loader
 
     real = loader.load_split
 

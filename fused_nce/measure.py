@@ -1,0 +1,128 @@
+"""What measurements share: the machine and versions of a figure, the peak memory of a call, AMDIM's naive loss."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_nce._version import __version__
+
+CLIP, PENALTY = 20.0, 0.04  # of AMDIM's loss
+LIBRARIES = ("torch", "torchvision", "accelerate", "scikit-learn", "numpy")
+
+
+def cpuinfo(key: str) -> str:
+    """The first value that Linux's /proc/cpuinfo has under a key; empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def processor() -> str:
+    """The CPU's marketing name where the system tells it, else its architecture."""
+    return cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of the code that runs, ", changed" where it is not what was committed; "unknown" if installed."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # in site-packages; a repository further up would be someone else's
+        return "unknown"
+    try:
+        head, changed = (
+            subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "--", "fused_nce"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + (", changed" if changed else "")
+
+
+def environment() -> dict[str, Any]:
+    """Machine, thread count, instruction set, commit and versions, as one flat table."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    table: dict[str, Any] = {
+        "fused_nce": __version__,
+        "commit": commit(),
+        "device": device,
+        "processor": processor(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+    for name in LIBRARIES:
+        try:
+            table[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            table[name] = "not installed"
+    return table
+
+
+def _status_kib(key: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(key + ":"))
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """How far the process's resident memory rises above its start while `run` runs.
+
+    Raises:
+        OSError: the system has no resettable high-water mark (`/proc/self/clear_refs`, Linux).
+    """
+    # Freed blocks that malloc keeps would serve the next run unseen.
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")
+    before = _status_kib("VmRSS")
+    run()
+    return 1024 * max(0, _status_kib("VmHWM") - before)
+
+
+def naive_loss(
+    antecedents: Tensor,  # (B, D), or (B, n_r, D): n_r rows an image
+    consequents: Tensor,  # (B, n_c, D)
+    clip: float = CLIP,
+    penalty: float = PENALTY,
+) -> Tensor:
+    """AMDIM's loss in the order its authors' code computes it, in today's torch: each step on the whole score tensor.
+
+    The one naive loss of the project: reports and benchmarks measure against it.
+    """
+    images, n_c, width = consequents.shape
+    rows = antecedents.reshape(-1, width)
+    own = torch.eye(images, dtype=torch.float32, device=rows.device)
+    if len(rows) > images:
+        own = own.repeat_interleave(len(rows) // images, dim=0)
+    own = own[:, :, None].expand(-1, -1, n_c)  # (rows, images, n_c)
+    other = 1.0 - own
+    raw = torch.mm(rows, consequents.flatten(0, 1).T).float().reshape(len(rows), images, n_c) / width**0.5
+    square = penalty * (raw**2).mean()
+    score = clip * torch.tanh(raw / clip)
+    pos = (own * score).sum(dim=1)  # (rows, n_c)
+    neg = (other * score - clip * own).flatten(1)  # (rows, images·n_c), the own image at the clip's floor
+    peak = neg.amax(dim=1, keepdim=True)
+    mass = (other.flatten(1) * torch.exp(neg - peak)).sum(dim=1, keepdim=True)
+    shifted = pos - peak
+    log_softmax = shifted - torch.log(torch.exp(shifted) + mass)
+    return square - log_softmax.mean()
