@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fused_nce._measure import cores, cpuinfo, processor
+from fused_nce.measure import cores, cpuinfo, processor
 
 ROOT = Path(__file__).resolve().parent.parent
 ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")

@@ -18,7 +18,7 @@ import torch
 
 from bench import rivals
 from bench.cases import Case
-from fused_nce._measure import reset_peak, status_bytes
+from fused_nce.measure import reset_peak, status_bytes
 
 TINY = {"n_a": 4, "n_c": 3, "d": 16}
 MIB = 2**20

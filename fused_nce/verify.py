@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fused_nce._measure import peak_bytes
+from fused_nce.measure import peak_bytes
 
 Loss = Callable[..., Any]
 PROBES = 2  # how often the inputs are moved by a rounding; one alone can leave a single number where it was

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, normalize
 from bench.cases import CLIP, PENALTY
 from bench.gpu.problems import Problem
 from fused_nce import losses
-from fused_nce._measure import naive_amdim
+from fused_nce.measure import naive_loss
 
 Draw = Callable[..., Tensor]  # sizes → standard normal numbers
 LOGIT_SCALE = 1 / 0.07  # CLIP's initial factor
@@ -130,7 +130,7 @@ def _naive_cpc(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 FORMULAS = {
-    "amdim_nce": Formula(_amdim_inputs, _amdim, naive_amdim),
+    "amdim_nce": Formula(_amdim_inputs, _amdim, naive_loss),
     "info_nce": Formula(_pair_inputs, _info_nce, _naive_info_nce),
     "moco_nce": Formula(_moco_inputs, _moco, _naive_moco),
     "nt_xent": Formula(_view_inputs, _nt_xent, _naive_nt_xent),

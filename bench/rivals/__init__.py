@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import CLIP, PENALTY, Case
-from fused_nce._measure import naive_amdim
+from fused_nce.measure import naive_loss
 
 Step = Callable[[], Tensor]  # one forward and backward: the loss; gradients in the leaves' .grad
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -24,7 +24,7 @@ class Rival(NamedTuple):
 
 
 def _naive() -> Loss:
-    return lambda a, c: naive_amdim(a, c, clip=CLIP, penalty=PENALTY)
+    return lambda a, c: naive_loss(a, c, clip=CLIP, penalty=PENALTY)
 
 
 def _compiled() -> Loss:

@@ -1,5 +1,5 @@
-// One allocation, kept for the next call and handed out in aligned pieces; and large pages for buffers that are about to
-// be written.
+// One allocation, kept for the next call and handed out in aligned pieces; and large pages for buffers that are about
+// to be written.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -30,8 +30,8 @@ inline std::atomic<int64_t>& gemm_flop() {
 
 // out (m, n) [+]= left (m, depth) @ right (depth, n)
 template <class E>
-void gemm(int64_t m, int64_t n, int64_t depth, const E* left, int64_t left_stride, const E* right,
-          int64_t right_stride, bool add, float* out, int64_t out_stride) {
+void gemm(int64_t m, int64_t n, int64_t depth, const E* left, int64_t left_stride, const E* right, int64_t right_stride,
+          bool add, float* out, int64_t out_stride) {
   gemm_flop().fetch_add(2 * m * n * depth, std::memory_order_relaxed);
   at::native::cpublas::brgemm(m, n, depth, left_stride, right_stride, out_stride, add, left, right, out, kPaired<E>);
 }

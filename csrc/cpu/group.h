@@ -12,8 +12,13 @@ namespace fused_nce {
 
 // The arrays of `acc` that the statistics need; plan.h counts them.
 inline std::vector<float**> arrays_for(Accumulators& acc, unsigned stats) {
-  std::vector<float**> arrays = {&acc.negatives.max,   &acc.negatives.shift, &acc.negatives.sum, &acc.negatives.error,
-                                 &acc.square,          &acc.square_error,    &acc.bad};
+  std::vector<float**> arrays = {&acc.negatives.max,
+                                 &acc.negatives.shift,
+                                 &acc.negatives.sum,
+                                 &acc.negatives.error,
+                                 &acc.square,
+                                 &acc.square_error,
+                                 &acc.bad};
   if (stats & kOverPositives)
     arrays.insert(arrays.end(), {&acc.positives.max, &acc.positives.shift, &acc.positives.sum, &acc.positives.error,
                                  &acc.total, &acc.total_error, &acc.count});
@@ -49,16 +54,16 @@ template <class E>
 struct Group {
   Accumulators acc;
   float *d_scale_lanes, *d_bias_lanes;  // (lanes), of a tile
-  int32_t* line_ids;            // (tile_columns)
-  int32_t* column_rows;         // (tile_columns), the row that each column is; null: no column statistics
-  float* side;                  // (tile_columns, lanes): a tile turned around, or what further statistics put on t
-  float* scores;                // a tile of them, unless the strip stores its own
-  float* wide_keys;             // (tile_columns, D), of widened elements
-  E* left;                      // weights (rows, tile_columns), the left operand of dq
-  uint16_t* rounded;            // weights (tile_columns, lanes), the left operand of dk; null: over the scores
-  E* right;                     // keys in pairs, the right operand of dq
-  float* wide_dk;               // (tile_columns, kOutputWidth), where dk leaves in bfloat16; shares their place
-  float* dq;                    // (lanes, D), this group's share; null: the first group's, written in place
+  int32_t* line_ids;                    // (tile_columns)
+  int32_t* column_rows;                 // (tile_columns), the row that each column is; null: no column statistics
+  float* side;        // (tile_columns, lanes): a tile turned around, or what further statistics put on t
+  float* scores;      // a tile of them, unless the strip stores its own
+  float* wide_keys;   // (tile_columns, D), of widened elements
+  E* left;            // weights (rows, tile_columns), the left operand of dq
+  uint16_t* rounded;  // weights (tile_columns, lanes), the left operand of dk; null: over the scores
+  E* right;           // keys in pairs, the right operand of dq
+  float* wide_dk;     // (tile_columns, kOutputWidth), where dk leaves in bfloat16; shares their place
+  float* dq;          // (lanes, D), this group's share; null: the first group's, written in place
   double d_scale, d_bias;
 };
 

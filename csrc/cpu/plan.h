@@ -17,20 +17,20 @@
 namespace fused_nce {
 
 enum class Elements {
-  float32,        // float, used in place
-  bfloat16,       // bfloat16 with hardware support: bfloat16 GEMMs
-  widened,        // float16, and bfloat16 otherwise: widened to float tile by tile
+  float32,   // float, used in place
+  bfloat16,  // bfloat16 with hardware support: bfloat16 GEMMs
+  widened,   // float16, and bfloat16 otherwise: widened to float tile by tile
 };
 
 struct Work {
   int64_t rows, columns, width;  // N, M, D
   int64_t image;                 // n_c, columns that share an id; or P, where positives are no columns
   Elements elements;
-  bool both;                     // statistics and gradients in one call: scores may be stored
-  bool gradients;                // any gradient at all
+  bool both;       // statistics and gradients in one call: scores may be stored
+  bool gradients;  // any gradient at all
   bool need_q, need_k;
-  bool shared = false;           // q is k: dk is one half of dq, added up in its place
-  bool labels = false;           // ids are ranks among the rows' labels
+  bool shared = false;                            // q is k: dk is one half of dq, added up in its place
+  bool labels = false;                            // ids are ranks among the rows' labels
   unsigned row_stats = kFused, column_stats = 0;  // bits of statistics
 
   bool further() const { return column_stats || (row_stats & ~kFused); }
@@ -40,7 +40,7 @@ struct Plan {
   int64_t lanes = 0, strips = 0, tile_columns = 0, tiles = 0, groups = 0;
   bool stored = false;
   bool dk_rounded = false;  // one strip finishes dk, which can then leave in bfloat16
-  int64_t bytes = 0;  // everything allocated beyond inputs and outputs
+  int64_t bytes = 0;        // everything allocated beyond inputs and outputs
 };
 
 constexpr int64_t kLaneBlock = 16;
@@ -68,12 +68,12 @@ inline int64_t call_bytes(const Work& w) {
 inline int64_t strip_bytes(const Work& w, const Plan& p) {
   const int64_t element = w.elements == Elements::bfloat16 ? 2 : 4;
   const int64_t width = round_up(w.width, 2);
-  int64_t bytes = p.lanes * width * element;                                            // q transposed, for the scores
+  int64_t bytes = p.lanes * width * element;  // q transposed, for the scores
   const bool copied = w.elements == Elements::widened || (w.need_k && w.elements == Elements::bfloat16);
-  if (copied) bytes += p.lanes * width * element;                                       // q, for dk
-  if (p.stored) bytes += w.columns * p.lanes * 4;                                       // the scores
+  if (copied) bytes += p.lanes * width * element;  // q, for dk
+  if (p.stored) bytes += w.columns * p.lanes * 4;  // the scores
   if (w.both && w.further()) bytes += kTailArrays * p.lanes * 4;
-  return bytes + (6 + w.image) * p.lanes * 4;                                       // ids and coefficients
+  return bytes + (6 + w.image) * p.lanes * 4;  // ids and coefficients
 }
 
 // The operands of dq: weights (lanes, columns), and bfloat16 keys in pairs. dk comes before dq, and what it leaves in
@@ -91,21 +91,22 @@ inline bool has_side(const Work& w) { return w.further() && (w.gradients || w.co
 // Buffers of one group; the first group writes its share of dq where it belongs, unless dk is added up there.
 inline int64_t group_bytes(const Work& w, const Plan& p, bool first) {
   const int64_t columns = round_up(p.tile_columns, 2);
-  int64_t bytes = (accumulator_arrays(w.row_stats) + 2) * p.lanes * 4;             // statistics, dscale, dbias
-  bytes += columns * 4 * (w.column_stats ? 2 : 1);                                 // ids of the tile's columns
+  int64_t bytes = (accumulator_arrays(w.row_stats) + 2) * p.lanes * 4;  // statistics, dscale, dbias
+  bytes += columns * 4 * (w.column_stats ? 2 : 1);                      // ids of the tile's columns
   if (has_side(w)) bytes += columns * p.lanes * 4;
-  if (!p.stored) bytes += columns * p.lanes * 4;                                   // a tile of scores
-  if (w.elements == Elements::widened) bytes += columns * w.width * 4;             // a tile of keys as float
+  if (!p.stored) bytes += columns * p.lanes * 4;                        // a tile of scores
+  if (w.elements == Elements::widened) bytes += columns * w.width * 4;  // a tile of keys as float
   if (!w.gradients) return bytes;
-  if (w.elements == Elements::bfloat16) bytes += columns * p.lanes * 2;            // weights, rounded
+  if (w.elements == Elements::bfloat16) bytes += columns * p.lanes * 2;  // weights, rounded
   bytes += operand_bytes(w, p);
-  if (w.need_q && (!first || w.shared)) bytes += p.lanes * w.width * 4;                          // share of dq
+  if (w.need_q && (!first || w.shared)) bytes += p.lanes * w.width * 4;  // share of dq
   return bytes;
 }
 
 inline int64_t total_bytes(const Work& w, const Plan& p) {
   const int64_t alignment = 64 * (13 * p.groups + 8);
-  return call_bytes(w) + strip_bytes(w, p) + group_bytes(w, p, true) + (p.groups - 1) * group_bytes(w, p, false) + alignment;
+  return call_bytes(w) + strip_bytes(w, p) + group_bytes(w, p, true) + (p.groups - 1) * group_bytes(w, p, false) +
+         alignment;
 }
 
 // Cuts rows and columns evenly; false if even that does not fit.

@@ -1,8 +1,8 @@
 // The bodies of the row kernels. Included once by each rows_*.cpp, after its target pragma and its FUSED_NCE_ISA; so no
 // header with inline functions may come in here.
 //
-// What most losses are made of, neg_lse, neg_max and square, is folded and weighed in one pass. Every other statistic is
-// a small type of its own with a pass of its own (further.inl) over a tile that is still in the cache.
+// What most losses are made of, neg_lse, neg_max and square, is folded and weighed in one pass. Every other statistic
+// is a small type of its own with a pass of its own (further.inl) over a tile that is still in the cache.
 #include "../atoms.h"
 #include "../params.h"
 
@@ -233,8 +233,8 @@ void weigh_as(const Tile& tile, const Scoring& scoring, const Coefficients& row,
   weigh(tile, scoring, row, further, out, d_scale);
 }
 
-void weigh(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Further* further,
-           uint16_t* rounded, float* d_scale) {
+void weigh(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Further* further, uint16_t* rounded,
+           float* d_scale) {
   if (rounded && tile.itself) weigh_as<true, Rounded>(tile, scoring, row, further, rounded, d_scale);
   else if (rounded) weigh_as<false, Rounded>(tile, scoring, row, further, rounded, d_scale);
   else if (tile.itself) weigh_as<true, InPlace>(tile, scoring, row, further, tile.scores, d_scale);
@@ -246,8 +246,8 @@ void weigh(const Tile& tile, const Scoring& scoring, const Coefficients& row, co
 }  // namespace
 
 extern const RowKernels kernels;
-const RowKernels kernels = {FUSED_NCE_ISA_NAME, fold,       positives,  weigh_further, weigh, transpose,
-                            transpose_pairs,    narrow,     interleave, widen_bf16,    widen_fp16};
+const RowKernels kernels = {FUSED_NCE_ISA_NAME, fold,   positives,  weigh_further, weigh,     transpose,
+                            transpose_pairs,    narrow, interleave, widen_bf16,    widen_fp16};
 
 }  // namespace FUSED_NCE_ISA
 }  // namespace fused_nce

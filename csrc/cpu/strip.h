@@ -20,7 +20,7 @@ inline StatisticArrays arrays(const StatisticTensors& x, const Wanted& wanted) {
 // Rows first .. first + rows - 1, in lanes 0 .. rows - 1 of the strip's arrays.
 struct Strip {
   int64_t first, rows, lanes;
-  int64_t n_c, n_pos;     // columns of an image, and how many of them are a row's positives
+  int64_t n_c, n_pos;           // columns of an image, and how many of them are a row's positives
   const int32_t *ids, *itself;  // of a `Tile`
 };
 

@@ -20,9 +20,19 @@ namespace fused_nce {
 namespace {
 
 Work work_of(const SweepInputs& in, bool statistics, bool gradients) {
-  return {in.q.size(0), in.k.size(0), in.q.size(1), std::max(in.scoring.n_c, in.layout.n_pos),
-          elements_of(in.q.scalar_type(), in.q.size(1)), statistics && gradients, gradients, in.need_q, in.need_k,
-          in.shared, in.layout.column_ids.defined(), Wanted::mask(in.wanted.rows), Wanted::mask(in.wanted.columns)};
+  return {in.q.size(0),
+          in.k.size(0),
+          in.q.size(1),
+          std::max(in.scoring.n_c, in.layout.n_pos),
+          elements_of(in.q.scalar_type(), in.q.size(1)),
+          statistics && gradients,
+          gradients,
+          in.need_q,
+          in.need_k,
+          in.shared,
+          in.layout.column_ids.defined(),
+          Wanted::mask(in.wanted.rows),
+          Wanted::mask(in.wanted.columns)};
 }
 
 template <class E>
@@ -32,13 +42,12 @@ class Sweep {
  public:
   Sweep(const SweepInputs& in, const Task& task)
       : rows_(active_kernels()), scoring_(in.scoring), n_(in.q.size(0)), m_(in.k.size(0)), width_(in.q.size(1)),
-        elements_(elements_of(in.q.scalar_type(), width_)), half_(in.q.scalar_type() == at::kHalf),
-        q_(in.q.data_ptr()), k_(in.k.data_ptr()), q_stride_(in.q.stride(0)), k_stride_(in.k.stride(0)),
-        task_(task), need_q_(in.need_q), need_k_(in.need_k), need_scale_(in.need_scale), shared_(in.shared),
-        stats_(arrays(task.stats, in.wanted)), columns_(arrays_of(task.stats.columns, in.wanted.columns)),
-        n_pos_(in.layout.n_pos), own_columns_(n_pos_ > 0 && !in.layout.positives.defined()),
-        work_{work_of(in, task.statistics, task.gradients)}, plan_(checked_plan(in.workspace_bytes)),
-        arena_(plan_.bytes), ids_(in, arena_) {
+        elements_(elements_of(in.q.scalar_type(), width_)), half_(in.q.scalar_type() == at::kHalf), q_(in.q.data_ptr()),
+        k_(in.k.data_ptr()), q_stride_(in.q.stride(0)), k_stride_(in.k.stride(0)), task_(task), need_q_(in.need_q),
+        need_k_(in.need_k), need_scale_(in.need_scale), shared_(in.shared), stats_(arrays(task.stats, in.wanted)),
+        columns_(arrays_of(task.stats.columns, in.wanted.columns)), n_pos_(in.layout.n_pos),
+        own_columns_(n_pos_ > 0 && !in.layout.positives.defined()), work_{work_of(in, task.statistics, task.gradients)},
+        plan_(checked_plan(in.workspace_bytes)), arena_(plan_.bytes), ids_(in, arena_) {
     const int64_t lanes = plan_.lanes;
     packed_ = arena_.take<E>(lanes * width_);
     const bool copied = elements_ == Elements::widened || (need_k_ && kBf16);
@@ -68,8 +77,8 @@ class Sweep {
     double d_scale = 0.0, d_bias = 0.0;
     for (int64_t strip = 0; strip < plan_.strips; ++strip) {
       const int64_t first = strip * plan_.lanes;
-      strip_ = {first, std::min(plan_.lanes, n_ - first), plan_.lanes, scoring_.n_c, n_pos_, lane_ids_,
-                ids_.drop_itself() ? itself_ : nullptr};
+      strip_ = {first,     std::min(plan_.lanes, n_ - first),     plan_.lanes, scoring_.n_c, n_pos_,
+                lane_ids_, ids_.drop_itself() ? itself_ : nullptr};
       pack_queries();
       std::fill_n(lane_ids_, plan_.lanes, -1);
       std::fill_n(itself_, plan_.lanes, -1);
@@ -139,9 +148,7 @@ class Sweep {
     (half_ ? rows_.widen_fp16 : rows_.widen_bf16)(from, out, width_);
   }
 
-  const E* query_rows() const {
-    return q_rows_ ? q_rows_ : static_cast<const E*>(q_) + strip_.first * q_stride_;
-  }
+  const E* query_rows() const { return q_rows_ ? q_rows_ : static_cast<const E*>(q_) + strip_.first * q_stride_; }
 
   // The strip's queries transposed, in 32-bit words: one float, or the pair of bfloat16 that brgemm wants together.
   void pack_queries() {
@@ -171,16 +178,24 @@ class Sweep {
 
   Tile tile_of(const Group<E>& group, int64_t index) const {
     const int64_t first = index * plan_.tile_columns, columns = std::min(plan_.tile_columns, m_ - first);
-    return {stored_ ? stored_ + first * plan_.lanes : group.scores, columns, plan_.lanes, strip_.rows, first,
-            strip_.first, strip_.ids, strip_.itself, ids_.name_columns(first, columns, group.line_ids)};
+    return {stored_ ? stored_ + first * plan_.lanes : group.scores,
+            columns,
+            plan_.lanes,
+            strip_.rows,
+            first,
+            strip_.first,
+            strip_.ids,
+            strip_.itself,
+            ids_.name_columns(first, columns, group.line_ids)};
   }
 
   // The same scores with columns for lanes: its rows' statistics are the tile's columns'.
   Tile turned(const Group<E>& group, const Tile& tile) const {
     rows_.transpose(tile, group.side, tile.columns);
     if (strip_.itself) ids_.rows_of_columns(tile.first_column, tile.columns, group.column_rows);
-    return {group.side, strip_.rows, tile.columns, tile.columns, strip_.first, tile.first_column, tile.line_ids,
-            strip_.itself ? group.column_rows : nullptr, strip_.ids};
+    return {group.side,   strip_.rows,       tile.columns,  tile.columns,
+            strip_.first, tile.first_column, tile.line_ids, strip_.itself ? group.column_rows : nullptr,
+            strip_.ids};
   }
 
   struct Keys {
@@ -191,7 +206,8 @@ class Sweep {
   // The keys of a tile as the GEMMs read them: in place, or widened.
   Keys keys_of(const Group<E>& group, const Tile& tile) const {
     if (elements_ != Elements::widened) return {static_cast<const E*>(k_) + tile.first_column * k_stride_, k_stride_};
-    for (int64_t c = 0; c < tile.columns; ++c) widen(k_, k_stride_, tile.first_column + c, group.wide_keys + c * width_);
+    for (int64_t c = 0; c < tile.columns; ++c)
+      widen(k_, k_stride_, tile.first_column + c, group.wide_keys + c * width_);
     return {reinterpret_cast<const E*>(group.wide_keys), width_};
   }
 
@@ -272,7 +288,8 @@ class Sweep {
     float* dq = group.dq ? group.dq : task_.out.dq.template data_ptr<float>() + strip_.first * width_;
     if (!kBf16) {
       rows_.transpose(tile, reinterpret_cast<float*>(group.left), tile.columns);
-      gradient_gemm(group.left, tile.columns, keys.data, keys.stride, strip_.rows, tile.columns, width_, add, dq, width_);
+      gradient_gemm(group.left, tile.columns, keys.data, keys.stride, strip_.rows, tile.columns, width_, add, dq,
+                    width_);
       return;
     }
     const int64_t pairs = ceil_div(tile.columns, 2);
@@ -317,10 +334,10 @@ class Sweep {
   float* stored_;
   int32_t *lane_ids_, *itself_;  // (lanes)
   Coefficients coefficients_;
-  ByStatistic d_further_;        // (lanes)
+  ByStatistic d_further_;  // (lanes)
   StatisticArrays upstream_{};
   ByStatistic d_columns_;
-  Accumulators column_acc_{};    // (M)
+  Accumulators column_acc_{};  // (M)
   std::vector<Group<E>> groups_;
   std::vector<Accumulators> accumulators_;
   Strip strip_{};

@@ -1,7 +1,7 @@
 // Statistics of columns, for losses that classify both ways: a strip's rows are folded into what earlier strips found.
 //
-// A warp has 32 neighbouring columns, so that each row of scores is one load; the rows are shared out among the warps of
-// a CTA, whose shares merge in a fixed tree. Strips follow each other on the stream.
+// A warp has 32 neighbouring columns, so that each row of scores is one load; the rows are shared out among the warps
+// of a CTA, whose shares merge in a fixed tree. Strips follow each other on the stream.
 #pragma once
 
 #include "rows.h"
@@ -25,9 +25,7 @@ struct Column {
   int64_t index;           // of S
   float scale, clip, inverse_clip, bias;
 
-  FUSED_NCE_HD bool own(int row) const {
-    return row_ids ? row_ids[row] == id : row >= own_begin && row < own_end;
-  }
+  FUSED_NCE_HD bool own(int row) const { return row_ids ? row_ids[row] == id : row >= own_begin && row < own_end; }
 };
 
 FUSED_NCE_HD Column column_of(const Strip& strip, const Rules& rules, int64_t column) {

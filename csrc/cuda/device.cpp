@@ -33,10 +33,9 @@ class Device final : public Machine {
     if (g.out_element != Element::float32)
       TORCH_CUDABLAS_CHECK(cublasSetMathMode(handle, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
     TORCH_CUDABLAS_CHECK(cublasGemmEx_64(
-        handle, g.right_transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
-        g.left_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, g.n, g.m, g.depth, &g.alpha, g.right, type_of(g.element),
-        g.right_stride, g.left, type_of(g.element), g.left_stride, &beta, g.out, type_of(g.out_element), g.out_stride,
-        CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+        handle, g.right_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, g.left_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, g.n, g.m,
+        g.depth, &g.alpha, g.right, type_of(g.element), g.right_stride, g.left, type_of(g.element), g.left_stride,
+        &beta, g.out, type_of(g.out_element), g.out_stride, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
   }
 
   void fold(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const override {

@@ -77,7 +77,8 @@ FUSED_NCE_HD void write_further(const FurtherPart& all, int64_t i, const Further
   out.of(kPosGap, i) = all.count > 0.0f ? lse - all.total / all.count : 0.0f;
 }
 
-// The coefficients of a tail that reads them, as `Sigmoid` and `_Supervised` of core/tails.py have them; `nce` does not.
+// The coefficients of a tail that reads them, as `Sigmoid` and `_Supervised` of core/tails.py have them; `nce` does
+// not.
 FUSED_NCE_HD void tail_further(const RowArrays& rows, int64_t i, int64_t positives) {
   const FurtherArrays& further = rows.further;
   const float unit = rows.tail.unit, count = further.of(kPosCount, i);
@@ -116,8 +117,8 @@ FUSED_NCE_HD FurtherWeights further_weights(const RowArrays& rows, int64_t i) {
   if (!further.d) return {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
   const int64_t c = i - rows.first_coefficient;
   const float count = further.of(kPosCount, i);
-  return {further.d_of(kNegSoftplus, c), further.d_of(kPosLse, c), further.d_of(kPosSum, c), further.d_of(kPosGap, c),
-          further.of(kPosLse, i),        count > 0.0f ? 1.0f / count : 0.0f};
+  return {further.d_of(kNegSoftplus, c), further.d_of(kPosLse, c), further.d_of(kPosSum, c),
+          further.d_of(kPosGap, c),      further.of(kPosLse, i),   count > 0.0f ? 1.0f / count : 0.0f};
 }
 
 }  // namespace cuda

@@ -3,8 +3,8 @@
 //
 // A group has `first()`, true for one thread; `meet()`, a barrier; `gather(f, merge)`, which merges f(thread, threads)
 // of all threads for all of them to see, after all that they wrote before it; and `across`, for columns.h. Nothing
-// depends on timing: a thread takes fixed columns, gather merges in a fixed tree, and parts of a row that several groups
-// found, by index.
+// depends on timing: a thread takes fixed columns, gather merges in a fixed tree, and parts of a row that several
+// groups found, by index.
 #pragma once
 
 #include "columns.h"

@@ -157,7 +157,8 @@ class Host final : public Machine {
         for (int64_t i = 0; i < rows; ++i) {
           int64_t r = i;
           const RowTask& task = task_of(tasks, r);
-          loss_row<clip.value, shift.value, std::decay_t<decltype(*store)>>(group, task.strip, task.rules, task.rows, r);
+          loss_row<clip.value, shift.value, std::decay_t<decltype(*store)>>(group, task.strip, task.rules, task.rows,
+                                                                            r);
         }
       });
     });

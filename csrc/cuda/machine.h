@@ -7,8 +7,8 @@
 namespace fused_nce {
 namespace cuda {
 
-// out (m, n) = alpha * left (m, depth) @ right (depth, n) [+ out], row-major, accumulated in float and rounded once. A transposed
-// operand is stored (depth, m) or (n, depth).
+// out (m, n) = alpha * left (m, depth) @ right (depth, n) [+ out], row-major, accumulated in float and rounded once. A
+// transposed operand is stored (depth, m) or (n, depth).
 struct Gemm {
   int64_t m, n, depth;
   const void* left;

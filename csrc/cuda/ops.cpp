@@ -53,10 +53,10 @@ float peak_of(const SweepInputs& in, const TailRule& tail) {
 }
 
 // The arguments that the three operators begin with. k null: q, and one gradient for both roles.
-#define FUSED_NCE_SCORES                                                                                               \
-  const Tensor &q, const Maybe &k, double scale, const Maybe &scale_tensor, int64_t n_c, int64_t rows_per_image,       \
-      int64_t offset, double clip, const Maybe &row_ids, int64_t itself, const Maybe &positives, const Maybe &column_ids, \
-      const Maybe &bias
+#define FUSED_NCE_SCORES                                                                                         \
+  const Tensor &q, const Maybe &k, double scale, const Maybe &scale_tensor, int64_t n_c, int64_t rows_per_image, \
+      int64_t offset, double clip, const Maybe &row_ids, int64_t itself, const Maybe &positives,                 \
+      const Maybe &column_ids, const Maybe &bias
 #define FUSED_NCE_SCORES_GIVEN \
   q, k, scale, scale_tensor, n_c, rows_per_image, offset, clip, row_ids, itself, positives, column_ids, bias
 
@@ -83,8 +83,8 @@ Call call_of(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_
   return {std::move(in), {number_on("scale_tensor", scale_tensor, q), number_on("bias", bias, q)}};
 }
 
-// Statistics are the lines of one tensor, (3, N) or, with the further ones, (9, N), in the order of names.h: no copy, no
-// launch. Positives from elsewhere are handed on, and one that an index puts nowhere shows it.
+// Statistics are the lines of one tensor, (3, N) or, with the further ones, (9, N), in the order of names.h: no copy,
+// no launch. Positives from elsewhere are handed on, and one that an index puts nowhere shows it.
 std::pair<RowStatistics, Tensor> new_rows(const SweepInputs& in, bool further) {
   const int64_t n = in.q.size(0);
   const auto options = floats(in.q);
@@ -105,8 +105,7 @@ Statistics stats(FUSED_NCE_SCORES, bool further, bool both_ways, int64_t workspa
   const Call call = call_of(FUSED_NCE_SCORES_GIVEN, false, false, false, workspace_bytes);
   const auto [found, rows] = new_rows(call.in, further);
   const Tensor columns = at::empty({3, both_ways ? call.in.k.size(0) : 0}, floats(q));
-  sweep(*Lease(q), call.in, call.numbers,
-        {true, false, found, both_ways ? columns_in(columns) : ColumnStatistics()});
+  sweep(*Lease(q), call.in, call.numbers, {true, false, found, both_ways ? columns_in(columns) : ColumnStatistics()});
   return {found.pos, rows, columns};
 }
 
@@ -121,9 +120,14 @@ GradientTuple grads(FUSED_NCE_SCORES, const Tensor& pos, const Tensor& neg_lse, 
     return x ? coefficients(name, *x, shape) : Tensor();
   };
   Task task{false, true};
-  task.rows = {coefficients("pos", pos, {n, n_pos}), coefficients("neg_lse", neg_lse, {n}), {}, {},
+  task.rows = {coefficients("pos", pos, {n, n_pos}),
+               coefficients("neg_lse", neg_lse, {n}),
+               {},
+               {},
                numbers("further", further, {kFurther, n})};
-  task.columns = {numbers("column_neg_lse", column_neg_lse, {m}), {}, {},
+  task.columns = {numbers("column_neg_lse", column_neg_lse, {m}),
+                  {},
+                  {},
                   numbers("d_column_neg_lse", d_column_neg_lse, {m}),
                   numbers("d_column_square", d_column_square, {m})};
   task.upstream = {coefficients("d_pos", d_pos, {n, n_pos}), coefficients("d_neg_lse", d_neg_lse, {n}),
@@ -203,9 +207,11 @@ std::tuple<Tensor, Tensor, Tensor> losses(at::TensorList q, at::TensorList k, do
     const int64_t n = q[i].size(0);
     const auto row = [&](Statistic name) { return rows.select(0, name).narrow(0, first_row, n); };
     const TailRule rule{kNce, static_cast<float>(unit[i]), static_cast<float>(square_weight[i])};
-    job.task = {true, job.in.need_q || job.in.need_k || need_scale,
+    job.task = {true,
+                job.in.need_q || job.in.need_k || need_scale,
                 {pos.narrow(0, first_pos, n * n_c[i]).view({n, n_c[i]}), row(kNegLse), row(kNegMax), row(kSquare), {}},
-                {}, {{}, {}, {}, {}, rule}};
+                {},
+                {{}, {}, {}, {}, rule}};
     job.task.unit = unit_of(element_of(q[i].scalar_type()), peak_of(job.in, rule));
     job.task.out = {dq, dk, need_scale ? dscale.select(0, static_cast<int64_t>(i)) : dscale, {}};
     first_row += n;
@@ -255,20 +261,29 @@ SummaryTuple summary(at::TensorList pos, at::TensorList rows, at::IntArrayRef n_
     const int64_t n = pos[i].size(0), known = penalty[i] > 0.0 ? 3 : 2;
     TORCH_CHECK_VALUE(rows[i].dim() == 2 && rows[i].size(0) >= known && rows[i].size(1) == n && rows[i].stride(1) == 1,
                       "rows has shape ", rows[i].sizes(), ", needed: ", known, " statistics or more of ", n, " rows");
-    TORCH_CHECK_VALUE(reports[i] > 0 && n % reports[i] == 0, "reports is ", reports[i], ", needed: a divisor of the ", n,
-                      " rows");
+    TORCH_CHECK_VALUE(reports[i] > 0 && n % reports[i] == 0, "reports is ", reports[i], ", needed: a divisor of the ",
+                      n, " rows");
     TORCH_CHECK_VALUE(pos[i].is_contiguous() && pos[i].scalar_type() == at::kFloat, "pos is ", pos[i].scalar_type(),
                       ", needed: float32, contiguous");
     const float* statistics = rows[i].const_data_ptr<float>();
     const int64_t stride = rows[i].stride(0);
     const double pairs = static_cast<double>(n) * static_cast<double>(columns[i]);
     const int groups = summary_groups(pos[i].numel() / reports[i]);
-    all.of[i] = {pos[i].const_data_ptr<float>(), statistics, statistics + stride,
-                 known == 3 ? statistics + 2 * stride : nullptr, n, pos[i].size(1), static_cast<float>(weight[i]),
+    all.of[i] = {pos[i].const_data_ptr<float>(),
+                 statistics,
+                 statistics + stride,
+                 known == 3 ? statistics + 2 * stride : nullptr,
+                 n,
+                 pos[i].size(1),
+                 static_cast<float>(weight[i]),
                  static_cast<float>(penalty[i] / pairs),
                  static_cast<float>(std::log1p(static_cast<double>((images[i] - 1) * n_c[i]))),
-                 static_cast<float>(std::log(images[i])), static_cast<float>(std::log(n_c[i])),
-                 static_cast<int>(reports[i]), groups, line, elements ? each.data_ptr<float>() : nullptr};
+                 static_cast<float>(std::log(images[i])),
+                 static_cast<float>(std::log(n_c[i])),
+                 static_cast<int>(reports[i]),
+                 groups,
+                 line,
+                 elements ? each.data_ptr<float>() : nullptr};
     line += reports[i] * kReport;
     all.groups += groups * static_cast<int>(reports[i]);
   }
@@ -292,8 +307,8 @@ void implement(torch::Library& m) {
 
 }  // namespace
 
-#define FUSED_NCE_SCHEMA                                                                                           \
-  "Tensor q, Tensor? k, float scale, Tensor? scale_tensor, int n_c, int rows_per_image, int offset, float clip, "  \
+#define FUSED_NCE_SCHEMA                                                                                          \
+  "Tensor q, Tensor? k, float scale, Tensor? scale_tensor, int n_c, int rows_per_image, int offset, float clip, " \
   "Tensor? row_ids, int itself, Tensor? positives, Tensor? column_ids, Tensor? bias, "
 
 TORCH_LIBRARY_FRAGMENT(fused_nce, m) {

@@ -11,8 +11,8 @@
 //
 // Statistics of columns are kept for all of them, 24 bytes each.
 //
-// 16-bit gradients that several GEMMs add to are float until the last of them. That is beyond `bytes`, but where it is at
-// most half of the limit, it and the workspace share the limit; a sixteenth is left to what the tail computes.
+// 16-bit gradients that several GEMMs add to are float until the last of them. That is beyond `bytes`, but where it is
+// at most half of the limit, it and the workspace share the limit; a sixteenth is left to what the tail computes.
 //
 // float weights take the place of their scores; then strip and block share one buffer.
 #pragma once
@@ -30,9 +30,9 @@ struct Work {
   int64_t positives;             // a row: P
   int64_t element_bytes;         // of q and k: 4 or 2
   bool statistics, gradients;
-  int64_t sums;                  // a row: 1 where dscale is wanted, 2 with dbias
-  bool both_ways;                // statistics of columns too
-  bool further;                  // those of further.h, of rows
+  int64_t sums;    // a row: 1 where dscale is wanted, 2 with dbias
+  bool both_ways;  // statistics of columns too
+  bool further;    // those of further.h, of rows
 };
 
 struct Plan {
@@ -45,18 +45,18 @@ struct Plan {
   int64_t partial_bytes = 0;
   int64_t row_bytes = 0;
   int64_t column_bytes = 0;
-  int64_t bytes = 0;  // everything allocated beyond inputs and outputs
+  int64_t bytes = 0;      // everything allocated beyond inputs and outputs
   int64_t sum_bytes = 0;  // of float gradients that will leave in 16 bits
 };
 
-constexpr int64_t kL2Bytes = 24 << 20;      // of an H100's 50 MB: the operands need their share
-constexpr int64_t kRowTile = 128;           // rows of a GEMM tile
-constexpr int64_t kLeastBlock = 256;        // rows for which one panel is worth keeping
-constexpr int64_t kPanelBlock = 1024;       // rows of a block whose columns are cut
-constexpr int64_t kBusyRows = 128;          // CTAs that fill a GPU
+constexpr int64_t kL2Bytes = 24 << 20;       // of an H100's 50 MB: the operands need their share
+constexpr int64_t kRowTile = 128;            // rows of a GEMM tile
+constexpr int64_t kLeastBlock = 256;         // rows for which one panel is worth keeping
+constexpr int64_t kPanelBlock = 1024;        // rows of a block whose columns are cut
+constexpr int64_t kBusyRows = 128;           // CTAs that fill a GPU
 constexpr int64_t kBusyThreads = 192 << 10;  // and threads
-constexpr int64_t kAllocation = 512;        // what the caching allocator rounds to
-constexpr int64_t kMostColumns = 1 << 30;   // of a panel: columns within one are counted in 32 bits
+constexpr int64_t kAllocation = 512;         // what the caching allocator rounds to
+constexpr int64_t kMostColumns = 1 << 30;    // of a panel: columns within one are counted in 32 bits
 
 // Row stride of scores and weights: whole vectors.
 inline int64_t stride_of(int64_t columns) { return round_up(columns, kColumns); }

@@ -57,7 +57,7 @@ struct Place {
 
 template <bool kClip, bool kShift, bool kMore>
 __global__ void __launch_bounds__(kMostThreads)
-fold_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
+    fold_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   const Place at(rules);
@@ -66,7 +66,7 @@ fold_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t 
 
 template <bool kShift>
 __global__ void __launch_bounds__(32)
-finish_kernel(int64_t first_row, const Rules rules, const RowArrays rows, bool tail) {
+    finish_kernel(int64_t first_row, const Rules rules, const RowArrays rows, bool tail) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   finish_row<kShift>(cta, rules, rows, first_row + blockIdx.x, tail);
@@ -74,7 +74,7 @@ finish_kernel(int64_t first_row, const Rules rules, const RowArrays rows, bool t
 
 template <bool kClip>
 __global__ void __launch_bounds__(kMostThreads)
-fold_further_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
+    fold_further_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   const Place at(rules);
@@ -82,7 +82,7 @@ fold_further_kernel(const Strip strip, const Rules rules, const RowArrays rows, 
 }
 
 __global__ void __launch_bounds__(32)
-finish_further_kernel(int64_t first_row, const Rules rules, const RowArrays rows, bool tail) {
+    finish_further_kernel(int64_t first_row, const Rules rules, const RowArrays rows, bool tail) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   finish_further_row(cta, rules, rows, first_row + blockIdx.x, tail);
@@ -90,7 +90,7 @@ finish_further_kernel(int64_t first_row, const Rules rules, const RowArrays rows
 
 template <bool kClip, bool kShift, bool kMore, class E>
 __global__ void __launch_bounds__(kMostThreads)
-weigh_kernel(const Strip strip, const Rules rules, const RowArrays rows) {
+    weigh_kernel(const Strip strip, const Rules rules, const RowArrays rows) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   const Place at(rules);
@@ -106,8 +106,7 @@ struct RowTasks {
 // The rows of several strips, one after the other.
 // The 1: some versions of ptxas would rather spill than have one CTA of an SM less.
 template <bool kClip, bool kShift, class E, int kMost>
-__global__ void __launch_bounds__(kMostThreads, 1)
-loss_kernel(const __grid_constant__ RowTasks<kMost> tasks) {
+__global__ void __launch_bounds__(kMostThreads, 1) loss_kernel(const __grid_constant__ RowTasks<kMost> tasks) {
   static_assert(sizeof(tasks) <= 4096, "a launch takes 4 KB of arguments");
   __shared__ Slot shared[33];
   Cta cta(shared);
@@ -117,16 +116,16 @@ loss_kernel(const __grid_constant__ RowTasks<kMost> tasks) {
 }
 
 template <bool kClip, bool kShift>
-__global__ void __launch_bounds__(kColumnLanes * kColumnWarps)
-fold_columns_kernel(const Strip strip, const Rules rules, const ColumnArrays columns) {
+__global__ void __launch_bounds__(kColumnLanes* kColumnWarps)
+    fold_columns_kernel(const Strip strip, const Rules rules, const ColumnArrays columns) {
   __shared__ Slot shared[kColumnLanes * kColumnWarps];
   Cta cta(shared);
   fold_columns<kClip, kShift>(cta, strip, rules, columns, blockIdx.x);
 }
 
 template <bool kShift>
-__global__ void __launch_bounds__(kColumnLanes * kColumnWarps)
-finish_columns_kernel(int64_t count, const ColumnArrays columns) {
+__global__ void __launch_bounds__(kColumnLanes* kColumnWarps)
+    finish_columns_kernel(int64_t count, const ColumnArrays columns) {
   const int64_t j = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (j < count) finish_column<kShift>(columns, j);
 }
@@ -138,8 +137,7 @@ __device__ __half times(__half x, float by) { return __float2half_rn(__half2floa
 
 // Upstream 1 is what `loss.backward()` has: then no thread touches x, and the launch is all that it costs.
 template <class E>
-__global__ void __launch_bounds__(256)
-multiply_kernel(E* x, int64_t count, const float* factor) {
+__global__ void __launch_bounds__(256) multiply_kernel(E* x, int64_t count, const float* factor) {
   const float by = *factor;
   if (by == 1.0f) return;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -147,15 +145,13 @@ multiply_kernel(E* x, int64_t count, const float* factor) {
     x[i] = times(x[i], by);
 }
 
-__global__ void __launch_bounds__(kSummaryThreads)
-summary_kernel(const __grid_constant__ Summaries all) {
+__global__ void __launch_bounds__(kSummaryThreads) summary_kernel(const __grid_constant__ Summaries all) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   sum_up(cta, all, static_cast<int>(blockIdx.x));
 }
 
-__global__ void __launch_bounds__(kSummaryThreads)
-last_summary_kernel(const __grid_constant__ Summaries all) {
+__global__ void __launch_bounds__(kSummaryThreads) last_summary_kernel(const __grid_constant__ Summaries all) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   sum_up_groups(cta, all);
@@ -175,9 +171,7 @@ struct Pointee<E*> {
   using type = E;
 };
 
-unsigned grid_of(const Strip& strip, const Rules& rules) {
-  return static_cast<unsigned>(strip.rows * rules.parts);
-}
+unsigned grid_of(const Strip& strip, const Rules& rules) { return static_cast<unsigned>(strip.rows * rules.parts); }
 
 }  // namespace
 

@@ -36,8 +36,8 @@ struct Rules {
   int64_t positives;          // P, the width of `pos`: n_c, less the row itself
   int parts;                  // CTAs that share a row
   int threads;
-  float unit;                 // power of two that keeps float16 weights in range; 1 otherwise
-  bool scaled;                // weights leave times the scale, so that the GEMMs' results may be rounded at once
+  float unit;   // power of two that keeps float16 weights in range; 1 otherwise
+  bool scaled;  // weights leave times the scale, so that the GEMMs' results may be rounded at once
 };
 
 // What the threads of a row have found so far.
@@ -55,9 +55,9 @@ struct ColumnPart {
 
 // Statistics of all M columns, or the coefficients that the weights need.
 struct ColumnArrays {
-  float *neg_lse, *neg_max, *square;   // (M)
-  const float *d_neg_lse, *d_square;   // (M); d_square null: 0
-  ColumnPart* partials;                // (M)
+  float *neg_lse, *neg_max, *square;  // (M)
+  const float *d_neg_lse, *d_square;  // (M); d_square null: 0
+  ColumnPart* partials;               // (M)
 };
 
 // What the threads of a row have found of the further statistics: over the negatives, all columns, the positives.
@@ -69,10 +69,10 @@ struct FurtherPart {
 constexpr int kFirstFurther = kNegSoftplus, kFurther = kStatistics - kFirstFurther;
 
 struct FurtherArrays {
-  float* found;               // of all N rows
-  float* d;                   // of the rows from first_coefficient on; null: 0
+  float* found;  // of all N rows
+  float* d;      // of the rows from first_coefficient on; null: 0
   int64_t found_stride, d_stride;
-  FurtherPart* partials;      // (rows of a block, slots)
+  FurtherPart* partials;  // (rows of a block, slots)
 
   FUSED_NCE_HD float& of(Statistic name, int64_t i) const { return found[(name - kFirstFurther) * found_stride + i]; }
   FUSED_NCE_HD float& d_of(Statistic name, int64_t c) const { return d[(name - kFirstFurther) * d_stride + c]; }
@@ -80,19 +80,19 @@ struct FurtherArrays {
 
 // Statistics of all N rows, and the coefficients that the weights need.
 struct RowArrays {
-  float* pos;              // (N, P)
+  float* pos;                         // (N, P)
   float *neg_lse, *neg_max, *square;  // (N)
-  float* d_pos;            // (rows from first_coefficient on, P): given, or the tail's own
-  float* d_neg_lse;        // (rows from first_coefficient on)
-  const float* d_square;   // (N); null: square_weight
+  float* d_pos;                       // (rows from first_coefficient on, P): given, or the tail's own
+  float* d_neg_lse;                   // (rows from first_coefficient on)
+  const float* d_square;              // (N); null: square_weight
   int64_t first_coefficient;
-  TailRule tail;           // where the coefficients are its own
-  float* d_scale;          // (N, parts), or null
-  RowPart* partials;       // (rows of a block, slots), or null
+  TailRule tail;      // where the coefficients are its own
+  float* d_scale;     // (N, parts), or null
+  RowPart* partials;  // (rows of a block, slots), or null
   int64_t block_first, slots;
-  ColumnArrays columns;    // of losses that classify both ways
-  float* d_bias;           // (N, parts), or null
-  FurtherArrays further;   // of losses with any number of positives
+  ColumnArrays columns;   // of losses that classify both ways
+  float* d_bias;          // (N, parts), or null
+  FurtherArrays further;  // of losses with any number of positives
 };
 
 // A strip with all that its row kernels need.
@@ -137,9 +137,7 @@ struct Row {
   FUSED_NCE_HD int place(int column) const { return column - (column > after); }
 };
 
-FUSED_NCE_HD int clamp(int64_t x, int64_t most) {
-  return static_cast<int>(x < 0 ? 0 : (x > most ? most : x));
-}
+FUSED_NCE_HD int clamp(int64_t x, int64_t most) { return static_cast<int>(x < 0 ? 0 : (x > most ? most : x)); }
 
 FUSED_NCE_HD Row row_of(const Strip& strip, const Rules& rules, int64_t row, int part) {
   const Scoring& scoring = rules.scoring;

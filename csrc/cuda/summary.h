@@ -14,7 +14,7 @@ struct Totals {
 
 struct AddTotals {
   FUSED_NCE_HD Totals operator()(const Totals& a, const Totals& b) const {
-    return {a.nce + b.nce, a.bound + b.bound,     a.pos + b.pos,
+    return {a.nce + b.nce,   a.bound + b.bound,     a.pos + b.pos,
             a.top1 + b.top1, a.neg_lse + b.neg_lse, a.square + b.square};
   }
 };
@@ -26,10 +26,10 @@ struct Summary {
   float weight;                                   // of its elements
   float penalty_weight;                           // lambda / (N * M)
   float chance, log_images, log_positives;        // log(1 + (n_k - 1) n_c), log n_k, log n_c
-  int reports;      // rows r, r + reports, ... have a report of their own; a divisor of N
-  int groups;       // of each report
-  float* report;    // (reports, kReport) in the order of core/tails.py
-  float* elements;  // (N, P) of weight * nce, or null
+  int reports;                                    // rows r, r + reports, ... have a report of their own; a divisor of N
+  int groups;                                     // of each report
+  float* report;                                  // (reports, kReport) in the order of core/tails.py
+  float* elements;                                // (N, P) of weight * nce, or null
 
   FUSED_NCE_HD int64_t reported() const { return rows / reports * positives; }
 };
@@ -37,9 +37,9 @@ struct Summary {
 // Problems whose losses are added up.
 struct Summaries {
   Summary of[kMostTogether];
-  int count, groups;  // of all their reports
-  bool mean;          // of nce, else the sum
-  Totals* partials;   // (groups)
+  int count, groups;            // of all their reports
+  bool mean;                    // of nce, else the sum
+  Totals* partials;             // (groups)
   float *loss, *nce, *penalty;  // 0-d
 };
 

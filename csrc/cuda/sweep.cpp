@@ -17,13 +17,13 @@ float* floats_of(const at::Tensor& x) { return x.defined() ? x.data_ptr<float>()
 
 Plan plan_for(const SweepInputs& in, const OnDevice& numbers, const Task& task) {
   const int64_t n = in.q.size(0), m = in.k.size(0), d = in.q.size(1);
-  const Plan plan = make_plan({n, m, d, in.layout.n_pos, in.q.element_size(), task.statistics, task.gradients,
-                               in.need_scale ? (numbers.bias.defined() ? 2 : 1) : 0,
-                               task.statistics && task.columns.neg_lse.defined(),
-                               task.statistics && task.rows.further.defined()},
-                              in.workspace_bytes);
-  TORCH_CHECK_VALUE(plan.fits, "workspace_bytes is ", in.workspace_bytes, ", needed: at least ", plan.bytes, " for ",
-                    n, " rows, ", m, " columns of width ", d);
+  const Plan plan =
+      make_plan({n, m, d, in.layout.n_pos, in.q.element_size(), task.statistics, task.gradients,
+                 in.need_scale ? (numbers.bias.defined() ? 2 : 1) : 0,
+                 task.statistics && task.columns.neg_lse.defined(), task.statistics && task.rows.further.defined()},
+                in.workspace_bytes);
+  TORCH_CHECK_VALUE(plan.fits, "workspace_bytes is ", in.workspace_bytes, ", needed: at least ", plan.bytes, " for ", n,
+                    " rows, ", m, " columns of width ", d);
   return plan;
 }
 
@@ -128,9 +128,9 @@ class Sweep {
   }
 
   void name_columns(const ColumnStatistics& columns) {
-    rows_.columns = {floats_of(columns.neg_lse),   floats_of(columns.neg_max),
-                     floats_of(columns.square),    floats_of(columns.d_neg_lse),
-                     floats_of(columns.d_square),  reinterpret_cast<ColumnPart*>(column_parts_.data_ptr())};
+    rows_.columns = {floats_of(columns.neg_lse),  floats_of(columns.neg_max),
+                     floats_of(columns.square),   floats_of(columns.d_neg_lse),
+                     floats_of(columns.d_square), reinterpret_cast<ColumnPart*>(column_parts_.data_ptr())};
   }
 
   bool folds_columns() const { return statistics_ && rows_.columns.neg_lse; }
@@ -145,17 +145,15 @@ class Sweep {
   Strip strip_at(int64_t block_first, int64_t block_rows, int64_t first, int64_t column) const {
     const int64_t columns = std::min(plan_.panel, m_ - column), stride = stride_of(columns);
     void* weights = nullptr;
-    if (gradients_)
-      weights = static_cast<char*>(weights_.data_ptr()) + (first - block_first) * stride * element_bytes_;
+    if (gradients_) weights = static_cast<char*>(weights_.data_ptr()) + (first - block_first) * stride * element_bytes_;
     const bool in_place = gradients_ && element_ == Element::float32;
     float* scores = static_cast<float*>(in_place ? weights : scores_.data_ptr());
     return {scores, weights, stride, first, std::min(plan_.strip, block_first + block_rows - first), column, columns};
   }
 
   void score(const Strip& s) const {
-    machine_.gemm({s.rows, s.columns, d_, row(in_.q, s.first_row), in_.q.stride(0), false,
-                   row(in_.k, s.first_column), in_.k.stride(0), true, element_, 1.0f, false, s.scores, s.stride,
-                   Element::float32});
+    machine_.gemm({s.rows, s.columns, d_, row(in_.q, s.first_row), in_.q.stride(0), false, row(in_.k, s.first_column),
+                   in_.k.stride(0), true, element_, 1.0f, false, s.scores, s.stride, Element::float32});
   }
 
   void fold(const Strip& strip, int64_t first_slot) const {
@@ -199,15 +197,16 @@ class Sweep {
     if (gradients_) descend(first, count, column);
   }
 
-  // A block's weights to its rows of dq, which panels add to, and the panel's rows of dk, which blocks add to. Where q is
-  // k both go to one buffer, of zeros at first.
+  // A block's weights to its rows of dq, which panels add to, and the panel's rows of dk, which blocks add to. Where q
+  // is k both go to one buffer, of zeros at first.
   void descend(int64_t first, int64_t count, int64_t column) const {
     const int64_t columns = std::min(plan_.panel, m_ - column), stride = stride_of(columns);
     const float alpha = (rules_.scaled ? 1.0f : in_.scoring.scale) / rules_.unit;
     const bool shared = in_.shared;
     if (in_.need_q)
       machine_.gemm({count, d_, columns, weights_.data_ptr(), stride, false, row(in_.k, column), in_.k.stride(0), false,
-                     element_, alpha, shared || column > 0, row(out_.dq, first), d_, element_of(out_.dq.scalar_type())});
+                     element_, alpha, shared || column > 0, row(out_.dq, first), d_,
+                     element_of(out_.dq.scalar_type())});
     const at::Tensor& dk = shared ? out_.dq : out_.dk;
     if (shared ? in_.need_q : in_.need_k)
       machine_.gemm({columns, d_, count, weights_.data_ptr(), stride, true, row(in_.q, first), in_.q.stride(0), false,

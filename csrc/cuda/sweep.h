@@ -63,8 +63,8 @@ struct Job {
   Task task;
 };
 
-// Whether jobs that differ in shape alone may share a launch for their rows: each is one strip from scores to weights, and
-// the L2 holds them all.
+// Whether jobs that differ in shape alone may share a launch for their rows: each is one strip from scores to weights,
+// and the L2 holds them all.
 bool are_brief(const std::vector<Job>& jobs);
 
 // Those jobs. The gradients have room in the inputs' type where it is bfloat16.

@@ -9,18 +9,20 @@ import hashlib
 import json
 import logging
 import os
+import random
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fused_nce.models.base import Model
 from fused_nce.train import config as config_module
-from fused_nce.train.config import TrainConfig
+from fused_nce.train.method import Method
 
 log = logging.getLogger("fused_nce")
 
@@ -144,7 +146,7 @@ def load_into(module: nn.Module, tensors: Tensors, what: str) -> None:
     module.load_state_dict(tensors)
 
 
-def load_model(run_dir: str | Path) -> tuple[Model, TrainConfig]:
+def load_model(run_dir: str | Path) -> tuple[Model, Method]:
     """The newest model of a run, in eval mode, and the run's configuration.
 
     Raises:
@@ -214,3 +216,35 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None
         fits = torch.empty_like(like, dtype=value.dtype) if value.dim() else torch.empty_like(value)
         state.setdefault(int(number), {})[name] = fits.copy_(value)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def capture_rng() -> dict[str, Any]:
+    """The state of this process's generators (torch, Python, NumPy) as plain JSON, since pickle is never read."""
+    version, words, gauss = random.getstate()
+    name, keys, place, has_gauss, cached = numpy.random.get_state(legacy=True)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {
+        "torch": _hex(torch.get_rng_state()),
+        "cuda": [_hex(state) for state in cuda],
+        "python": [version, list(words), gauss],
+        "numpy": [str(name), [int(k) for k in keys], int(place), int(has_gauss), float(cached)],
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """The inverse of `capture_rng`."""
+    torch.set_rng_state(_bytes(state["torch"]))
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all([_bytes(text) for text in state["cuda"]])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, place, has_gauss, cached = state["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), place, has_gauss, cached))
+
+
+def _hex(state: torch.Tensor) -> str:
+    return bytes(state.tolist()).hex()
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_nce.train import checkpoint, config, methods
-from fused_nce.train.config import TrainConfig
+from fused_nce.train.method import Method
 
 SHORT = {
     "--epochs": "--optim.epochs",
@@ -75,7 +75,7 @@ def lost(trainer: Any) -> str:
     return "".join(f", {part}" for part in parts)
 
 
-def parse(name: str | None, argv: Sequence[str]) -> tuple[TrainConfig, Path, bool]:
+def parse(name: str | None, argv: Sequence[str]) -> tuple[Method, Path, bool]:
     """The settings, the run's folder (made, with `config.yaml` in it), and whether to resume.
 
     Args:
@@ -125,8 +125,8 @@ def _long(word: str) -> str:
 
 
 def _resumed(
-    method: type[TrainConfig], parser: Any, argv: Sequence[str], run_dir: Path, allowed: list[str]
-) -> tuple[TrainConfig, Path, bool]:
+    method: type[Method], parser: Any, argv: Sequence[str], run_dir: Path, allowed: list[str]
+) -> tuple[Method, Path, bool]:
     saved = config.load(run_dir)
     if saved.method != method.method:
         raise ValueError(f"resume: {run_dir} is a run of {saved.method}; got method {method.method}, need the same")
@@ -149,7 +149,7 @@ def _first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _parser(method: type[TrainConfig]) -> Any:
+def _parser(method: type[Method]) -> Any:
     from jsonargparse import ActionConfigFile
 
     from fused_nce.train import options

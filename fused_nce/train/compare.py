@@ -8,31 +8,13 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fused_nce.train import compare_page, config, evaluate, runlog
+from fused_nce.train import config, options
+from fused_nce.train.report import compared, runlog
 
 FIELDS = ("run", "method", "trained_on", "data", "tap", "encoder", "probe", "labels")
 VALUES = ("accuracy_pct", "sd_pct", "ci95_pct", "width", "value", "unit")
-
-
-@dataclass(frozen=True)
-class Run:
-    """An evaluated run.
-
-    Attributes:
-        name: of its folder; the path, where two folders have one name.
-        result: what its `eval.json` holds.
-        log: of its training.
-        settings: dotted keys.
-    """
-
-    name: str
-    result: dict[str, Any]
-    log: list[runlog.Line]
-    settings: dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,24 +23,22 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError: for a folder that is no evaluated run, or runs that were evaluated on different data.
     """
-    from fused_nce.train import options
-
     parser = options.parser(prog="fused-nce compare RUN RUN ...", description="One report of several evaluated runs.")
     parser.add_argument("runs", nargs="+", type=str, help="folders that `fused-nce eval` has evaluated")
     parser.add_argument("--out", type=str, default="compare", help="writes OUT.html and OUT.csv")
     parser.add_argument("--data", type=str | None, default=None, help="their evaluation on this other data set")
     values = parser.parse_args(argv)
-    runs = read(values.runs, data=values.data)
+    runs = read_runs(values.runs, data=values.data)
     out = Path(values.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     page, table = (out.with_name(f"{out.name}.{ending}") for ending in ("html", "csv"))
-    evaluate.write_text(page, compare_page.render(runs))
+    runlog.write_text(page, compared.render(runs))
     write_csv(table, runs)
     print(f"{len(runs)} runs: {page}, {table}")
     return 0
 
 
-def read(folders: Sequence[str], *, data: str | None = None) -> list[Run]:
+def read_runs(folders: Sequence[str], *, data: str | None = None) -> list[compared.Run]:
     """The runs, in the order given.
 
     Args:
@@ -76,13 +56,15 @@ def read(folders: Sequence[str], *, data: str | None = None) -> list[Run]:
     names = [path.name for path in real]
     runs = []
     for path, name in zip(paths, names, strict=True):
-        file = path / f"eval{evaluate.suffix(data)}.json"
+        file = path / f"eval{runlog.suffix(data)}.json"
         if not file.is_file():
             again = f"fused-nce eval {path}" + (f" --data {data}" if data else "")
             raise ValueError(f"runs: {path} holds no {file.name}; evaluate it first: {again}")
         result = json.loads(file.read_text(encoding="utf-8"))
         settings = config.flatten(config.to_dict(config.load(path)))
-        runs.append(Run(name if names.count(name) == 1 else str(path), result, runlog.read_log(path), settings))
+        runs.append(
+            compared.Run(name if names.count(name) == 1 else str(path), result, runlog.read_log(path), settings)
+        )
     for run in runs[1:]:
         first, other = runs[0].result["data_name"], run.result["data_name"]
         if other != first:
@@ -90,7 +72,7 @@ def read(folders: Sequence[str], *, data: str | None = None) -> list[Run]:
     return runs
 
 
-def write_csv(path: Path, runs: list[Run]) -> None:
+def write_csv(path: Path, runs: list[compared.Run]) -> None:
     """One accuracy a line, of every encoder at every tap."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*FIELDS, *VALUES], extrasaction="ignore")

@@ -10,37 +10,21 @@ import csv
 import dataclasses
 import json
 import os
-import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from fused_nce.train import (
-    augment,
-    checkpoint,
-    data,
-    features,
-    host,
-    loss_cost,
-    machine,
-    progress,
-    report,
-    runlog,
-    scoring,
-    summary,
-)
-from fused_nce.train.config import CONFIG_NAME, TrainConfig
-from fused_nce.train.data import ImageSet
-from fused_nce.train.figures import draw_figures
-from fused_nce.train.fine_tune import Subject
-from fused_nce.train.protocols import DEFAULT, check_names
-
-MAX_PROBE_IMAGES = 50_000  # more labelled images than CIFAR's 50,000 change a probe little and cost minutes
+from fused_nce import measure
+from fused_nce.train import checkpoint, host, loss_cost
+from fused_nce.train.config import CONFIG_NAME
+from fused_nce.train.evaluation import features
+from fused_nce.train.evaluation.protocols import DEFAULT, check_names
+from fused_nce.train.method import Method
+from fused_nce.train.report import evaluated, runlog, terminal
 
 
 def evaluate(
@@ -86,7 +70,7 @@ def evaluate(
         raise ValueError("taps: none given; need at least one, such as f1")
     names = check_names(list(protocols))
     model, config = checkpoint.load_model(folder)
-    trained_on, ending = Path(config.data).name, suffix(data)
+    trained_on, ending = Path(config.data).name, runlog.suffix(data)
     if data is not None:
         config = dataclasses.replace(config, data=data)
     taps = list(taps or config.taps)
@@ -95,11 +79,11 @@ def evaluate(
     settings: dict[str, Any] = {
         "protocols": names, "labels_per_class": list(labels_per_class), "draws": draws, "tasks": tasks, "seed": seed
     }  # fmt: skip
-    if (judge := config.judge()) is not None:
-        judged, figures = judge(model, config, taps=taps, baselines=baselines, **settings)
-    else:
-        judged, figures = _judge_images(folder, ending, model, config, taps=taps, baselines=baselines, **settings)
-        judged |= _loss_cost(config) if cost else {}
+    partial = folder / f"eval{ending}.partial.csv"
+    judged, figures = config.judge(
+        model, taps=taps, baselines=baselines, keep=lambda rows: _write_csv(partial, rows), **settings
+    )
+    judged |= _loss_cost(config) if cost else {}
     result: dict[str, Any] = {
         "run": folder.resolve().name,
         "method": config.method,
@@ -109,79 +93,21 @@ def evaluate(
         "date": time.strftime("%Y-%m-%d"),
         "online_tap": config.taps[0],
         **settings,
-        "training": summary.training(log),
+        "training": terminal.training(log),
         "measures": [],
         "loss_cost": None,
         "loss_cost_error": None,
-        "environment": host.environment(),
+        "environment": measure.environment(),
         **judged,
         "evaluation_s": round(time.perf_counter() - start, 1),
     }
-    write_text(folder / f"eval{ending}.json", json.dumps(result, indent=1) + "\n")
+    runlog.write_text(folder / f"eval{ending}.json", json.dumps(result, indent=1) + "\n")
     _write_csv(folder / f"eval{ending}.csv", result["probes"] + result["measures"])
-    (folder / f"eval{ending}.partial.csv").unlink(missing_ok=True)
-    write_text(folder / f"report{ending}.html", report.render(result, log, (folder / CONFIG_NAME).read_text(), figures))
+    partial.unlink(missing_ok=True)
+    runlog.write_text(
+        folder / f"report{ending}.html", evaluated.render(result, log, (folder / CONFIG_NAME).read_text(), figures)
+    )
     return result
-
-
-def _judge_images(
-    folder: Path,
-    ending: str,
-    model: nn.Module,
-    config: TrainConfig,
-    *,
-    taps: list[str],
-    protocols: list[str],
-    labels_per_class: list[int],
-    draws: int,
-    tasks: int,
-    baselines: bool,
-    seed: int,
-) -> tuple[dict[str, Any], report.Figures]:
-    """What `eval.json` holds of the accuracies, and the pictures."""
-    probe, test = (labelled(config, split, seed) for split in ("probe", "test"))
-    plan = scoring.plan(
-        probe.labels, test.labels, protocols=protocols, labels_per_class=labels_per_class, draws=draws, tasks=tasks,
-        seed=seed,
-    )  # fmt: skip
-
-    rows: list[dict[str, Any]] = []
-    measures: list[dict[str, Any]] = []
-    kept: dict[str, Any] = {}
-    # One at a time: all of CIFAR-10's feature sets together are 2 GB.
-    sets = _feature_sets(model, config, probe, test, taps, baselines, seed)
-    count = len(taps) * (1 + len(config.untrained())) + 1 if baselines else len(taps)
-    for encoder, tap, bank, queries, own in progress.bar(sets, desc="probes", total=count, unit="set", leave=False):
-        found = scoring.score(bank, queries, plan, protocols, own)
-        rows += [{"encoder": encoder, "tap": tap} | row for row in found.rows]
-        measures += [{"encoder": encoder, "tap": tap} | row for row in found.measures]
-        _write_csv(folder / f"eval{ending}.partial.csv", rows + measures)
-        if not kept:  # the trained encoder's first tap comes first
-            kept = {"bank": bank, "queries": queries, "shown": found.shown}
-    figures = draw_figures(
-        bank=kept["bank"], bank_images=probe.images, bank_labels=probe.labels,
-        queries=kept["queries"], query_images=test.images, query_labels=test.labels, seed=seed,
-    )  # fmt: skip
-    confusion = None
-    if kept["shown"] is not None:
-        name, predicted = kept["shown"]
-        matrix = scoring.confusion_matrix(predicted, plan.truth, len(test.classes))
-        confusion = {"tap": taps[0], "probe": name, "labels": "all", "matrix": matrix}
-    judged = {
-        "classes": test.classes,
-        "taps": taps,
-        "splits": {"probe": len(probe.labels), "test": len(test.labels)},
-        "probes": rows,
-        "measures": measures,
-        "confusion": confusion,
-        "protocol": summary.protocol(config.data, protocols, draws, tasks, baselines),
-    }
-    return judged, figures
-
-
-def suffix(data: str | None) -> str:
-    """What the names of the files of another data set end in."""
-    return "" if data is None else "-" + re.sub(r"[^\w.-]+", "_", Path(data).name)
 
 
 def run_and_print(run: str, **options: Any) -> int:
@@ -195,8 +121,8 @@ def run_and_print(run: str, **options: Any) -> int:
         The exit status: 0, or 1 if the loss could not be timed.
     """
     result = evaluate(run, **options)
-    print(summary.table(result))
-    name = f"report{suffix(options.get('data'))}.html"
+    print(terminal.table(result))
+    name = f"report{runlog.suffix(options.get('data'))}.html"
     print(f"\nReport: {Path(run) / name}")
     if result["loss_cost_error"] is not None:
         print(f"fused-nce: {result['loss_cost_error']}", file=sys.stderr)
@@ -204,55 +130,7 @@ def run_and_print(run: str, **options: Any) -> int:
     return 0
 
 
-def labelled(config: TrainConfig, split: str, seed: int) -> ImageSet:
-    """The labelled images of a split; of a large probe split, 50,000 drawn at random."""
-    limit = config.run.memory_limit_mb << 20
-    found = data.load_split(config.data, split, config.model.image_size, limit_bytes=limit)
-    known = found.labels >= 0
-    if not bool(known.any()) or len(found.classes) < 2:
-        raise ValueError(
-            f"data: the {split} split of {config.data} has no labels of 2 or more classes; need them to evaluate"
-        )
-    rows = known.nonzero().flatten()
-    if split == "probe" and len(rows) > MAX_PROBE_IMAGES:
-        generator = torch.Generator().manual_seed(seed)
-        rows = rows[torch.randperm(len(rows), generator=generator)[:MAX_PROBE_IMAGES]].sort().values
-    if len(rows) == len(found.labels):
-        return found
-    return dataclasses.replace(found, images=found.images[rows], labels=found.labels[rows])
-
-
-def _feature_sets(
-    model: nn.Module, config: TrainConfig, probe: ImageSet, test: ImageSet, taps: list[str], baselines: bool, seed: int
-) -> Iterator[tuple[str, str, Tensor, Tensor, Subject | None]]:
-    """(encoder, tap, features of the probe split, of the test split, the encoder itself), the trained one first."""
-    transform, dtype = augment.test_transform(config), _precision(config)
-    models = {report.TRAINED: model}
-    if baselines:
-        for name, other in config.untrained().items():
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                models[name] = other.build()
-            features.calibrate_batch_norm(models[name], probe.images, transform)
-    for name, encoder in models.items():
-        parts = [
-            features.extract(encoder, split.images, transform, taps, dtype=dtype, name=f"{name}: {what}")
-            for split, what in ((probe, "probe images"), (test, "test images"))
-        ]
-        for tap in taps:
-            own = Subject(encoder, tap, transform, probe.images, test.images)
-            yield name, tap, parts[0][tap], parts[1][tap], own
-    if baselines:
-        bank, queries = (features.raw_pixels(split.images) for split in (probe, test))
-        yield "raw pixels", report.PIXELS, bank, queries, None
-
-
-def _precision(config: TrainConfig) -> torch.dtype | None:
-    """The dtype to autocast to, as in training on this machine; None for the weights' own."""
-    return torch.bfloat16 if machine.use_bf16(config.precision, torch.device("cpu")) else None
-
-
-def _loss_cost(config: TrainConfig) -> dict[str, Any]:
+def _loss_cost(config: Method) -> dict[str, Any]:
     """The cost of AMDIM's loss on the run's own shapes and in its dtype, for a method that says what they are.
 
     A failure is reported in its place: the accuracies, minutes of work, do not depend on it.
@@ -261,18 +139,11 @@ def _loss_cost(config: TrainConfig) -> dict[str, Any]:
     if shape is None:
         return {}
     terms, width = shape
-    dtype = _precision(config) or torch.float32
+    dtype = host.autocast_dtype(config.precision) or torch.float32
     try:
         return {"loss_cost": loss_cost.measure(config.optim.batch_size, terms, width, dtype)}
     except (RuntimeError, OSError) as error:
         return {"loss_cost_error": str(error)}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Under a temporary name, then renamed: a reader never sees half a file."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -17,10 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fused_nce import measure
 from fused_nce.models.encoders.backbones import TIMM
 from fused_nce.models.frozen import FrozenEncoder, Tensors
-from fused_nce.train import checkpoint, config, data, host, model_card
-from fused_nce.train.config import TrainConfig
+from fused_nce.train import checkpoint, config
+from fused_nce.train.data import images as data
+from fused_nce.train.method import Method
+from fused_nce.train.report import model_card
 
 WEIGHTS, ONNX, CONFIG, CARD = "model.safetensors", "model.onnx", "config.json", "README.md"
 ONNX_NEEDS = ("onnx", "onnxscript")
@@ -102,7 +105,7 @@ def run_and_print(run: str, *, out: str, onnx: bool | None = None) -> int:
     return 0
 
 
-def frozen(run: str | Path) -> tuple[FrozenEncoder, TrainConfig]:
+def frozen(run: str | Path) -> tuple[FrozenEncoder, Method]:
     """The newest encoder of a run, and the run's configuration."""
     model, settings = checkpoint.load_model(run)
     return FrozenEncoder(model), settings
@@ -123,7 +126,7 @@ def load_encoder(folder: str | Path) -> FrozenEncoder:
     return encoder
 
 
-def describe(settings: TrainConfig, taps: Tensors) -> dict[str, Any]:
+def describe(settings: Method, taps: Tensors) -> dict[str, Any]:
     """What `config.json` holds."""
     name, shape = getattr(settings.model, "backbone", None), list(settings.sample().shape[1:])
     inputs: dict[str, Any] = {"shape": shape}
@@ -135,7 +138,7 @@ def describe(settings: TrainConfig, taps: Tensors) -> dict[str, Any]:
         "encoder": name or settings.method,
         "taps": {tap: list(value.shape[1:]) for tap, value in taps.items()},
         "input": inputs,
-        "fused_nce": host.environment()["fused_nce"],
+        "fused_nce": measure.environment()["fused_nce"],
         "run": config.to_dict(settings) | {"data": Path(settings.data).name},  # a path is nobody else's business
     }
     if name is not None and name.startswith(TIMM):  # timm.create_model("local-dir:FOLDER", pretrained=True)

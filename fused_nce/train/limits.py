@@ -1,10 +1,10 @@
-"""What each setting may be, as a table: one rule a setting, and the few that join two."""
+"""What a setting may be: a rule stands beside each field of a settings dataclass, and `check` applies them all."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import field, fields, is_dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -57,68 +57,42 @@ MILESTONES = Rule(
     lambda v: all(map(AT_LEAST_1.holds, v)) and all(a < b for a, b in pairwise(v)),
 )
 
-# Every number among the settings that the methods share; each method has a table for its own. A test compares the keys.
-RULES: Mapping[str, Rule] = {
-    "data": Rule("'digits', a folder or shards", bool),
-    "seed": number(f"in [0, {MAX_SEED}]", lambda v: 0 <= v <= MAX_SEED),
-    "augment.flip_p": SHARE,
-    "augment.geometry_p": SHARE,
-    "augment.translate_px": AT_LEAST_0,
-    "augment.degrees": number("in [0, 180]", lambda v: 0 <= v <= 180),
-    "augment.shift": SHARE,
-    "augment.zoom": span(ABOVE_0),
-    "augment.shear_degrees": number("in [0, 90)", lambda v: 0 <= v < 90),
-    "augment.crop_area": span(POSITIVE_SHARE),
-    "augment.crop_ratio": span(ABOVE_0),
-    "augment.jitter": JITTER,
-    "augment.jitter_p": SHARE,
-    "augment.gray_p": SHARE,
-    "augment.blur_p": SHARE,
-    "augment.blur_sigma": span(ABOVE_0),
-    "augment.mean": each(SHARE),
-    "augment.std": each(ABOVE_0),
-    "optim.epochs": AT_LEAST_1,
-    "optim.batch_size": number("at least 2 (the negatives are the other images)", lambda v: v >= 2),
-    "optim.accumulate": AT_LEAST_1,
-    "optim.lr": ABOVE_0,
-    "optim.betas": each(BELOW_1),
-    "optim.eps": ABOVE_0,
-    "optim.momentum": BELOW_1,
-    "optim.trust": ABOVE_0,
-    "optim.weight_decay": AT_LEAST_0,
-    "optim.warmup_updates": AT_LEAST_0,
-    "optim.milestones": MILESTONES,
-    "optim.gamma": POSITIVE_SHARE,
-    "scale.negatives": optional(number("at least 2", lambda v: v >= 2)),
-    "run.max_steps": optional(AT_LEAST_1),
-    "run.max_minutes": optional(ABOVE_0),
-    "run.log_every": AT_LEAST_1,
-    "run.save_minutes": AT_LEAST_0,
-    "run.keep": number("at least 2 (a damaged checkpoint needs one before it)", lambda v: v >= 2),
-    "run.workers": AT_LEAST_0,
-    "run.memory_limit_mb": AT_LEAST_1,
-}
+
+def setting(default: Any, rule: Rule) -> Any:
+    """A field of a settings dataclass, with the rule that its value must keep."""
+    return field(default=default, metadata={"rule": rule})
 
 
-def check(settings: Any, prefix: str = "", rules: Mapping[str, Rule] = RULES) -> None:
+def rules(settings: Any, prefix: str = "") -> dict[str, Rule]:
+    """The rules of a settings dataclass and of the dataclasses in it, by dotted name."""
+    found: dict[str, Rule] = {}
+    for each_field in fields(settings):
+        name, value = prefix + each_field.name, getattr(settings, each_field.name)
+        if is_dataclass(value):
+            found |= rules(value, f"{name}.")
+        elif "rule" in each_field.metadata:
+            found[name] = each_field.metadata["rule"]
+    return found
+
+
+def check(settings: Any, prefix: str = "") -> None:
     """Refuse the first setting that breaks its rule, or a choice that is none of those that its type names.
 
     Args:
         settings: a configuration dataclass, or a part of one.
         prefix: of the settings' names, such as "augment.".
-        rules: by full name.
 
     Raises:
         ValueError: naming the setting, what it must be and what it is.
     """
     hints = get_type_hints(type(settings))
-    for field in dataclasses.fields(settings):
-        name, value = prefix + field.name, getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
-            check(value, f"{name}.", rules)
+    for each_field in fields(settings):
+        name, value = prefix + each_field.name, getattr(settings, each_field.name)
+        if is_dataclass(value):
+            check(value, f"{name}.")
             continue
-        choices = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else None
-        rule = one_of(choices) if choices else rules.get(name)
+        choices = get_args(hints[each_field.name]) if get_origin(hints[each_field.name]) is Literal else None
+        rule = one_of(choices) if choices else each_field.metadata.get("rule")
         if rule is not None and not rule.holds(value):
             raise ValueError(f"{name}: must be {rule.need}, got {shown(value)}")
 

@@ -5,9 +5,11 @@ import json
 import logging
 import math
 import shutil
+import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -15,11 +17,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 
-from fused_nce import GradientCache
-from fused_nce.train import checkpoint, features, host, journal, machine, optim, progress, rng, scale
-from fused_nce.train.config import TrainConfig, check
+from fused_nce import GradientCache, measure
+from fused_nce.train import checkpoint, host, journal, optim, scale
+from fused_nce.train.evaluation import features
+from fused_nce.train.method import Method
 from fused_nce.train.online_probes import OnlineProbes
-from fused_nce.train.signals import Interrupt
 from fused_nce.train.step import LossTimer, Meter, TrainStep, gradient_norm, memory_names
 
 log = logging.getLogger("fused_nce")
@@ -44,8 +46,8 @@ class Trainer:
         ValueError: for settings or data that cannot be used, or a resume without a checkpoint.
     """
 
-    def __init__(self, config: TrainConfig, run_dir: Path, *, resume: bool = False) -> None:
-        check(config)
+    def __init__(self, config: Method, run_dir: Path, *, resume: bool = False) -> None:
+        config.check()
         self.config, self.run_dir = config, run_dir
         # Precision is the step's own (see TrainStep): accelerate's wrapper is a setting of the whole process.
         self.accelerator = Accelerator(
@@ -56,9 +58,9 @@ class Trainer:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.leaves_some_unused())],
         )
         self.device = self.accelerator.device
-        self.bf16 = machine.use_bf16(config.precision, self.device)
+        self.bf16 = host.use_bf16(config.precision, self.device)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.environment = host.environment() | {"processes": world}  # now: the code may change while it runs
+        self.environment = measure.environment() | {"processes": world}  # now: the code may change while it runs
         self.loader = config.open_loader(rank, world)
         self.views = config.make_views()
         self.per_epoch = max(1, self.loader.order.per_epoch // config.optim.accumulate)
@@ -86,7 +88,7 @@ class Trainer:
         self.module: nn.Module = self.accelerator.prepare_model(module)
         torch.manual_seed(config.seed + 1 + rank)  # from here on augmentation, a process of its own each
 
-        machine.keep_memory()
+        host.keep_memory()
         self.step, self.logged, self.time_s = 0, 0, 0.0
         self.skipped, self.skipped_in_a_row, self.probes_skipped = 0, 0, 0
         if resume:
@@ -108,7 +110,7 @@ class Trainer:
         """
         config, main = self.config, self.accelerator.is_main_process
         book = journal.Journal(self.run_dir, self.logged, tensorboard=config.run.tensorboard) if main else None
-        bar = progress.bar(
+        bar = host.progress_bar(
             total=self.end, initial=min(self.step, self.end), unit="step", desc="training", disable=not main
         )
         started, time_before = time.perf_counter(), self.time_s
@@ -240,7 +242,7 @@ class Trainer:
         dump = self.run_dir / "nan_dump"
         dump.mkdir(parents=True, exist_ok=True)
         facts = {"step": self.step + 1, "rank": rank, "images": used, "losses": [str(v) for v in losses]}
-        facts |= {"gradient_norm": str(norm), "rng": rng.capture()}
+        facts |= {"gradient_norm": str(norm), "rng": checkpoint.capture_rng()}
         (dump / f"step_{self.step + 1:08d}_rank_{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
         raise Diverged(
             f"training: the loss was not finite for {self.skipped_in_a_row} updates in a row (step {self.step + 1}, "
@@ -260,7 +262,7 @@ class Trainer:
             "images_per_s": round(images / (time.perf_counter() - since), 2),
             "loss_share": round(self.timer.seconds / update_s, 5) if self.timer.active else None,
             "loss_ms": round(1e3 * self.timer.seconds, 3) if self.timer.active else None,
-            "peak_memory_mb": round(machine.peak_memory_mb(self.device), 1),
+            "peak_memory_mb": round(host.peak_memory_mb(self.device), 1),
             "skipped": self.skipped,
             "probes_skipped": self.probes_skipped,
             "damaged": self.loader.damaged,
@@ -286,7 +288,7 @@ class Trainer:
         return True
 
     def _save(self) -> None:
-        states = gather_object([rng.capture()])
+        states = gather_object([checkpoint.capture_rng()])
         if not self.accelerator.is_main_process:
             return
         tensors = {name: checkpoint.pack_optimizer(optimizer) for name, optimizer in self.optimizers.items()}
@@ -318,12 +320,12 @@ class Trainer:
             checkpoint.load_into(self.probes, checkpoint.load_tensors(path, "probes"), f"{path}/probes.safetensors")
         for name, optimizer in self.optimizers.items():
             checkpoint.unpack_optimizer(optimizer, checkpoint.load_tensors(path, name))
-        machine.keep_memory()
+        host.keep_memory()
         self.step, self.logged, self.time_s = int(state["step"]), int(state["logged"]), float(state["time_s"])
         self.skipped, self.skipped_in_a_row = int(state["skipped"]), int(state["skipped_in_a_row"])
         self.probes_skipped = int(state.get("probes_skipped", 0))  # older checkpoints do not count them
         self.meter = Meter(self.meter.means, **state["meter"])
-        rng.restore(state["rng"][self.accelerator.process_index])
+        checkpoint.restore_rng(state["rng"][self.accelerator.process_index])
         log.info("resumed from %s", path)
 
 
@@ -340,9 +342,40 @@ def _postfix(line: dict[str, Any]) -> dict[str, str]:
     return shown | {"peak": f"{line['peak_memory_mb']:.0f}MB"}
 
 
-def describe(config: TrainConfig) -> str:
+def describe(config: Method) -> str:
     """One line: what will be trained."""
     model = ", ".join(f"{f.name} {getattr(config.model, f.name)}" for f in dataclasses.fields(config.model))
     negatives = "" if config.scale.negatives is None else f", {config.scale.negatives} negatives"
     length = f"batch {config.optim.batch_size}{negatives}, {config.optim.epochs} epochs"
     return f"{config.title} on {config.data} ({config.preset}): {model}, {length}"
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM: the first asks the loop to finish its step and save, the second ends the process at once.
+
+    A context manager; `requested` turns true at the first signal.
+
+    The usual handlers come back with it, so that a second signal is not caught. Outside the main thread, where Python
+    allows no handlers, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._on_signal)
+            except ValueError:
+                break
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)

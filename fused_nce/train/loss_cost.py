@@ -20,12 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_nce._measure import naive_amdim as naive_loss
-from fused_nce._measure import peak_bytes
+from fused_nce.measure import CLIP, PENALTY, naive_loss, peak_bytes
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Term = tuple[int, int]  # n_r, n_c
-CLIP, PENALTY = 20.0, 0.04
 
 
 def fused_loss(antecedents: Tensor, consequents: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_nce.train.config import OptimConfig
+from fused_nce.train.settings import OptimConfig
 
 
 def build(module: nn.Module, config: OptimConfig, *, without: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -11,11 +11,11 @@ from fused_nce import GradientCache
 from fused_nce.core.processes import Processes
 from fused_nce.core.replay import checkpointed
 from fused_nce.losses import AMDIMLoss, CPCLoss, DIMLoss, NTXentLoss, SupConLoss
-from fused_nce.train.config import TrainConfig
+from fused_nce.train.method import Method
 from fused_nce.train.step import TrainStep
 
 
-def prepare(module: TrainStep, config: TrainConfig, world: int) -> TrainStep | GradientCache:
+def prepare(module: TrainStep, config: Method, world: int) -> TrainStep | GradientCache:
     """A step whose model takes negatives from everywhere, is synchronised or checkpointed; cached where asked for.
 
     Raises:

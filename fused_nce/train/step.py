@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fused_nce.models.base import Embedded, Losses, Model
-from fused_nce.train.config import TrainConfig
-from fused_nce.train.features import as_vectors
+from fused_nce.train.evaluation.features import as_vectors
+from fused_nce.train.method import Method
 from fused_nce.train.online_probes import OnlineProbes
 
 # The order of the numbers that a step returns: means over images, then those that a method adds, then counts.
@@ -92,7 +92,7 @@ class TrainStep(nn.Module):
         probes: OnlineProbes | None,
         timer: LossTimer,
         autocast: torch.dtype | None,
-        config: TrainConfig,
+        config: Method,
     ) -> None:
         super().__init__()
         self.model, self.probes, self.timer, self.autocast = model, probes, timer, autocast

@@ -12,8 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fused_nce.train import augment, checkpoint, evaluate, features, scoring
-from fused_nce.train.fine_tune import Subject, Tuned, choose
+from fused_nce.train import checkpoint
+from fused_nce.train.data.augment import Normalise
+from fused_nce.train.data.images import load_labelled
+from fused_nce.train.evaluation import features, scoring
+from fused_nce.train.evaluation.fine_tune import Subject, Tuned, choose
 
 NAME = "fine-tuned.safetensors"
 
@@ -36,11 +39,14 @@ def write(run: str, *, labels_per_class: int = 10, tap: str | None = None, seed:
     model, config = checkpoint.load_model(run)
     tap = config.taps[0] if tap is None else tap
     features.check_taps(model, config.sample(), [tap])
-    probe, test = (evaluate.labelled(config, split, seed) for split in ("probe", "test"))
+    probe, test = (
+        load_labelled(config.data, split, config.model.image_size, seed=seed, limit_mb=config.run.memory_limit_mb)
+        for split in ("probe", "test")
+    )
     plan = scoring.plan(
         probe.labels, test.labels, protocols=("fine-tune",), labels_per_class=[labels_per_class], draws=2, seed=seed
     )
-    transform = augment.test_transform(config)
+    transform = Normalise(config.augment)
     bank = features.extract(model, probe.images, transform, [tap])[tap]
     subject = Subject(model, tap, transform, probe.images, test.images)
     net, rate = choose(subject, bank, plan.labels, plan.draws[labels_per_class][0], plan.held, seed=seed)
@@ -69,7 +75,7 @@ def load(run: str) -> Tuned:
     with safe_open(Path(run) / NAME, "pt") as file:
         tensors, facts = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     empty = torch.empty_like(tensors["mean"])
-    net = Tuned(model, facts["tap"], augment.test_transform(config), empty, empty.clone(), count)
+    net = Tuned(model, facts["tap"], Normalise(config.augment), empty, empty.clone(), count)
     checkpoint.load_into(net, tensors, NAME)
     return net.eval()
 

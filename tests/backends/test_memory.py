@@ -27,7 +27,7 @@ LINUX = pytest.mark.skipif(
 PROBE = """
 import json, sys, torch
 from fused_nce import amdim_nce
-from fused_nce._measure import peak_bytes
+from fused_nce.measure import peak_bytes
 
 backend, dtype, n, n_c, d = json.loads(sys.argv[1])
 dtype = getattr(torch, dtype)
@@ -136,7 +136,7 @@ NPID_PROBE = """
 import json, sys, torch
 from torch.nn.functional import normalize
 from fused_nce import npid_softmax
-from fused_nce._measure import peak_bytes
+from fused_nce.measure import peak_bytes
 
 backend, n, rows = json.loads(sys.argv[1])
 torch.manual_seed(0)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fused_nce import amdim_nce, workspace_bytes
-from fused_nce._measure import reset_peak, status_bytes
 from fused_nce.core.spec import Block, Spec, TanhClip
 from fused_nce.distributed import Processes
+from fused_nce.measure import reset_peak, status_bytes
 
 from .launch import run
 

@@ -4,8 +4,9 @@ import json
 
 from safetensors.torch import load_file
 
-from fused_nce.train import command, config, limits, methods
+from fused_nce.train import command, limits, methods
 from fused_nce.train.loop import Trainer
+from fused_nce.train.settings import AugmentConfig
 
 TINY = [
     "--preset=digits",
@@ -49,9 +50,16 @@ def ill_refused(method, bad):
         part, _, name = key.rpartition(".")
         setattr(getattr(settings, part) if part else settings, name, tuple(value) if isinstance(value, list) else value)
         try:
-            config.check(settings)
+            settings.check()
         except ValueError as error:
             said = str(error)
         if not (said.startswith(f"{key}: must ") and need in said and said.endswith(f", got {limits.shown(value)}")):
             wrong.append(f"{method} {key} = {value!r}: {said}")
     return wrong
+
+
+def own_rules(name):
+    """The settings of a method's model and loss that have a rule, by dotted name, and of its windows, if it has any."""
+    settings = methods.get(name)()
+    sections = ("model.", "loss.") + (() if isinstance(settings.augment, AugmentConfig) else ("augment.",))
+    return {key for key in limits.rules(settings) if key.startswith(sections)}

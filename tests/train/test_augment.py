@@ -7,9 +7,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-from fused_nce.train import augment, colour, geometry
-from fused_nce.train.config import AugmentConfig
-from fused_nce.train.methods.amdim import AMDIMConfig
+from fused_nce.train.data import augment, colour, geometry
+from fused_nce.train.settings import AugmentConfig
 
 PLAIN = AugmentConfig(
     flip_p=0, geometry="none", jitter_p=0, gray_p=0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
@@ -147,7 +146,7 @@ def test_no_change_is_the_test_transform(images):
     expected = TF.normalize(batch.float() / 255, list(config.mean), list(config.std))
     torch.testing.assert_close(one, expected)
     assert torch.equal(one, two)
-    torch.testing.assert_close(augment.test_transform(AMDIMConfig(augment=config))(batch), expected)
+    torch.testing.assert_close(augment.Normalise(config)(batch), expected)
 
 
 def test_the_transforms_leave_their_input_alone(images):
@@ -156,7 +155,7 @@ def test_the_transforms_leave_their_input_alone(images):
     for kind in ("translate", "affine", "crop", "none"):
         config = AugmentConfig(geometry=kind)
         augment.Views(config, 32)(batch)
-        augment.test_transform(AMDIMConfig(augment=config))(batch)
+        augment.Normalise(config)(batch)
     assert torch.equal(batch, before)
 
 
@@ -177,7 +176,7 @@ def test_the_seed_decides_everything(images):
 
 def test_refusals(images):
     with pytest.raises(TypeError, match=r"images: must be uint8, got torch\.float32"):
-        augment.test_transform(AMDIMConfig())(images)
+        augment.Normalise(AugmentConfig())(images)
 
 
 def test_blur_is_torchvisions_image_by_image(images):

@@ -54,7 +54,7 @@ def test_the_page_is_one_offline_file_with_every_run(runs, tmp_path, capsys):
 
 
 def test_the_best_trained_encoder_of_a_column_is_bold(runs):
-    page = compare.compare_page.render(compare.read(runs))
+    page = compare.compared.render(compare.read_runs(runs))
     assert "<b>73.5</b>" in page
     assert "<b>61.2</b>" not in page
     assert "<b>94.2</b>" not in page  # raw pixels
@@ -65,24 +65,24 @@ def test_the_better_untrained_encoder_stands_below_the_trained_one(tmp_path):
     result = json.loads((folder / "eval.json").read_text())
     result["probes"] += [row("random, AMDIM init", "f1", "linear", "all", 33.5)]
     (folder / "eval.json").write_text(json.dumps(result))
-    page = compare.compare_page.render(compare.read([str(folder), str(make_run(tmp_path / "two", 50.0))]))
+    page = compare.compared.render(compare.read_runs([str(folder), str(make_run(tmp_path / "two", 50.0))]))
     assert "<td><small>92.2</small></td>" in page  # the Kaiming one
     assert "33.5" not in page
 
 
 def test_only_settings_that_differ_are_shown(runs):
-    words = parse(compare.compare_page.render(compare.read(runs))).words
+    words = parse(compare.compared.render(compare.read_runs(runs))).words
     for setting in ("model.ndf", "seed", "loss.temperature"):
         assert setting in words
     assert "77" in words
     assert "augment.mean" in words  # SimCLR's are ImageNet's
     assert "probes" not in words
-    same = compare.compare_page.render(compare.read(runs[:1] * 1 + runs[1:2]))
+    same = compare.compared.render(compare.read_runs(runs[:1] * 1 + runs[1:2]))
     assert "loss.clip" not in parse(same).words
 
 
 def test_the_table_has_every_accuracy(runs, tmp_path):
-    compare.write_csv(tmp_path / "t.csv", compare.read(runs))
+    compare.write_csv(tmp_path / "t.csv", compare.read_runs(runs))
     with (tmp_path / "t.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert len(table) == 3 * len(make_result()["probes"])
@@ -98,12 +98,12 @@ def test_the_table_has_every_accuracy(runs, tmp_path):
 
 def test_runs_with_one_name_are_told_apart(tmp_path):
     folders = [str(make_run(tmp_path / place / "run", 50.0)) for place in ("a", "b")]
-    assert [run.name for run in compare.read(folders)] == folders
+    assert [run.name for run in compare.read_runs(folders)] == folders
 
 
 def test_evaluations_that_were_not_alike_are_marked(runs, tmp_path):
     other = make_run(tmp_path / "other", 40.0, draws=3, seed=1)
-    text = " ".join(parse(compare.compare_page.render(compare.read([*runs, str(other)]))).words)
+    text = " ".join(parse(compare.compared.render(compare.read_runs([*runs, str(other)]))).words)
     assert "Beware: the evaluations differ in draws, seed" in text
 
 
@@ -112,13 +112,13 @@ def test_another_data_set_is_read_by_its_name(tmp_path):
     for folder in folders:
         result = json.loads((folder / "eval.json").read_text()) | {"data_name": "stl10"}
         (folder / "eval-stl10.json").write_text(json.dumps(result))
-    runs = compare.read(list(map(str, folders)), data="/anywhere/stl10")
+    runs = compare.read_runs(list(map(str, folders)), data="/anywhere/stl10")
     assert {run.result["data_name"] for run in runs} == {"stl10"}
 
 
 def test_names_cannot_break_the_page(tmp_path):
     folders = [str(make_run(tmp_path / name, 50.0)) for name in ("<b>a&b", "$title")]
-    checker = parse(compare.compare_page.render(compare.read(folders)))
+    checker = parse(compare.compared.render(compare.read_runs(folders)))
     assert checker.problems == []
     assert "<b>a&b" in checker.words
 

@@ -8,13 +8,14 @@ import yaml
 
 from fused_nce import cli
 from fused_nce.losses.amdim import PRESETS as LOSS_PRESETS
-from fused_nce.train import augment, command, config, limits
-from fused_nce.train.config import AugmentConfig
+from fused_nce.train import command, config, limits
+from fused_nce.train.data import augment
 from fused_nce.train.methods.amdim import PRESETS, AMDIMConfig, ModelConfig
+from fused_nce.train.settings import AugmentConfig
 from tests.conftest import nightly_but
 from tests.train.runs import ill_refused
 
-RULES = set(limits.RULES) | set(AMDIMConfig.rules)
+RULES = set(limits.rules(AMDIMConfig()))
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 NAN, INF = float("nan"), float("inf")
 GEOMETRY = "augment.geometry: must be one of 'translate', 'affine', 'crop', 'none', got warp"
@@ -200,16 +201,16 @@ def test_a_bad_setting_is_named_with_what_it_must_be_and_what_it_is():
 
 def test_a_choice_outside_its_type_is_refused():
     with pytest.raises(ValueError, match=r"augment\.geometry: must be one of translate, affine, crop, none, got warp"):
-        config.check(AMDIMConfig(augment=AugmentConfig(geometry="warp")))  # type: ignore[arg-type]
+        AMDIMConfig(augment=AugmentConfig(geometry="warp")).check()  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"augment\.zoom: must be smallest <= largest, each above 0, got \[0.0, 1.0\]"):
         augment.Views(AugmentConfig(zoom=(0.0, 1.0)), 32)
 
 
 @pytest.mark.parametrize(("image_size", "width"), [(32, 512), (64, 1024), (128, 1024)])
 def test_embeddings_narrower_than_the_trunk_are_refused(image_size, width):
-    config.check(AMDIMConfig(model=ModelConfig(image_size=image_size, n_rkhs=width)))
+    AMDIMConfig(model=ModelConfig(image_size=image_size, n_rkhs=width)).check()
     with pytest.raises(ValueError, match=rf"model\.n_rkhs: must be at least {width} .* got {width - 1}"):
-        config.check(AMDIMConfig(model=ModelConfig(image_size=image_size, n_rkhs=width - 1)))
+        AMDIMConfig(model=ModelConfig(image_size=image_size, n_rkhs=width - 1)).check()
 
 
 def test_no_clip_is_legal(tmp_path):
@@ -258,7 +259,7 @@ def test_ctrl_c_outside_the_loop_is_one_line_and_leaves_no_run(tmp_path, capsys,
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fused_nce.train.loader.load_split", interrupted)
+    monkeypatch.setattr("fused_nce.train.data.loader.load_split", interrupted)
     assert cli.main(["train", "amdim", "--preset", "digits", "--out", str(tmp_path / "run")]) == 130
     assert capsys.readouterr().err == "fused-nce: interrupted\n"
     assert not (tmp_path / "run").exists()
@@ -296,7 +297,7 @@ def test_a_run_of_another_method_is_not_resumed(saved):
 
 def test_a_mixture_needs_a_pair_from_f1():
     settings = AMDIMConfig(model=ModelConfig(mixture=2))
-    config.check(settings)
+    settings.check()
     settings.loss.pairs = ("5>5",)
     with pytest.raises(ValueError, match=r"^model\.mixture: must be 1 without a pair from map 1 in .*, got 2$"):
-        config.check(settings)
+        settings.check()

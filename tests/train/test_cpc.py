@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from fused_nce import cli
-from fused_nce.train import command, evaluate_audio, log_mel, recordings
+from fused_nce.train import command
+from fused_nce.train.data import log_mel, recordings
+from fused_nce.train.evaluation import recordings as evaluate_audio
 from fused_nce.train.loop import Trainer
 from tests.conftest import nightly_but
 from tests.train import speech

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fused_nce.train import loader
-from fused_nce.train.config import AugmentConfig, OptimConfig, RunConfig
-from fused_nce.train.data import load_split, open_source
+from fused_nce.train.data import loader
+from fused_nce.train.data.images import load_split, open_source
 from fused_nce.train.methods.amdim import AMDIMConfig
+from fused_nce.train.settings import AugmentConfig, OptimConfig, RunConfig
 
 
 def picture(value, size=(32, 32), kind="PNG"):
@@ -165,7 +165,7 @@ def first_batches(tmp_path, geometry, workers, limit_mb, position=0, count=3):
         optim=OptimConfig(batch_size=4),
         run=RunConfig(workers=workers, memory_limit_mb=limit_mb),
     )
-    source = loader.Loader(config)
+    source = config.open_loader(0, 1)
     batches = source.batches(position)
     return source, [next(batches) for _ in range(count)]
 
@@ -207,7 +207,7 @@ def test_too_many_damaged_images_on_the_way_are_one_line(tmp_path, workers, monk
 
 def test_an_image_is_cropped_anew_at_every_position(tmp_path):
     write_folder(tmp_path, 4, size=(50, 40))
-    reader = loader.Reader(open_source(str(tmp_path), "train"), AMDIMConfig(augment=AugmentConfig(geometry="crop")))
+    reader = loader.Reader(open_source(str(tmp_path), "train"), AugmentConfig(geometry="crop"), 32, 2, 0)
     first, again, later = (reader[key][0] for key in ((0, 3), (0, 3), (7, 3)))
     assert torch.equal(first, again)
     assert not torch.equal(first, later)

@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from fused_nce import cli
 from fused_nce.models.distil import DistillationLoss, Distilled
-from fused_nce.train import checkpoint, command, fine_tune, teacher
+from fused_nce.train import checkpoint, command, teacher
+from fused_nce.train.evaluation import fine_tune
 from fused_nce.train.loop import Trainer
 from tests.train.runs import log, tensors, untimed
 

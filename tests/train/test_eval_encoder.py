@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fused_nce import cli
-from fused_nce.train import dependence, evaluate_audio, fine_tune, protocols, reconstruction
-from fused_nce.train.fine_tune import Subject
+from fused_nce.train.evaluation import dependence, fine_tune, protocols, reconstruction
+from fused_nce.train.evaluation import recordings as evaluate_audio
+from fused_nce.train.evaluation.fine_tune import Subject
 from tests.train.test_eval_protocols import make_plan
 from tests.train.test_eval_run import make_run
 
@@ -224,6 +225,7 @@ def test_recordings_have_no_images_to_reconstruct():
             tasks=2,
             baselines=False,
             seed=0,
+            keep=print,
         )
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fused_nce.models import AMDIM
-from fused_nce.train import features
+from fused_nce.train.evaluation import features
 
 
 class Tiny(nn.Module):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fused_nce.train.knn import knn_predict, nearest, neighbours_for
+from fused_nce.train.evaluation.knn import knn_predict, nearest, neighbours_for
 
 
 def loop_predict(bank, labels, queries, k, temperature):

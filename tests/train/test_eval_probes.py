@@ -5,8 +5,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from fused_nce.train import logistic, probes
-from fused_nce.train.probes import C_GRID, Fitted
+from fused_nce.train.evaluation import logistic, probes
+from fused_nce.train.evaluation.probes import C_GRID, Fitted
 
 
 def blobs(n, width, classes=3, spread=1.0, seed=0):

@@ -6,8 +6,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 
-from fused_nce.train import episodes, logistic, probes, protocols, scoring, trained_probes
-from fused_nce.train.protocols import FROZEN, PROTOCOLS, FeatureSet
+from fused_nce.train.evaluation import episodes, logistic, probes, protocols, scoring, trained_probes
+from fused_nce.train.evaluation.protocols import FROZEN, PROTOCOLS, FeatureSet
 from tests.train.test_eval_probes import blobs
 
 SINGLE = ("linear", "knn", "sgd", "svm", "mlp")  # one set of predictions each

@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 
 from fused_nce import cli
-from fused_nce.train import checkpoint, config, evaluate, loss_cost, scoring
-from fused_nce.train.config import AugmentConfig
-from fused_nce.train.data import ImageSet
+from fused_nce.train import checkpoint, config, evaluate, loss_cost
+from fused_nce.train.data import images as images_module
+from fused_nce.train.data.images import ImageSet
+from fused_nce.train.evaluation import scoring
 from fused_nce.train.methods.amdim import AMDIMConfig, ModelConfig
+from fused_nce.train.settings import AugmentConfig
 
 
 def make_run(folder, **model):
@@ -232,7 +234,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):
 def test_a_data_set_without_labels_is_refused(evaluated, monkeypatch):
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     unlabelled = ImageSet(images, torch.full((4,), -1), ["a", "b"])
-    monkeypatch.setattr(evaluate.data, "load_split", lambda *args, **kwargs: unlabelled)
+    monkeypatch.setattr(images_module, "load_split", lambda *args, **kwargs: unlabelled)
     with pytest.raises(ValueError, match="the probe split of digits has no labels of 2 or more classes"):
         evaluate.evaluate(str(evaluated[0]))
 
@@ -240,8 +242,8 @@ def test_a_data_set_without_labels_is_refused(evaluated, monkeypatch):
 def test_images_without_a_label_are_left_out(monkeypatch):
     images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 32, 32)
     some = ImageSet(images, torch.tensor([0, -1, 1, -1]), ["a", "b"])
-    monkeypatch.setattr(evaluate.data, "load_split", lambda *args, **kwargs: some)
-    found = evaluate.labelled(AMDIMConfig(), "probe", 0)
+    monkeypatch.setattr(images_module, "load_split", lambda *args, **kwargs: some)
+    found = images_module.load_labelled("some", "probe", 32, seed=0)
     assert found.labels.tolist() == [0, 1]
     assert found.images[:, 0, 0, 0].tolist() == [0, 2]
 

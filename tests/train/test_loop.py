@@ -11,7 +11,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-from fused_nce.train import checkpoint, loader, loop, rng
+from fused_nce.train import checkpoint, loop
+from fused_nce.train.data import loader
 from tests.conftest import nightly_but
 from tests.train.runs import KEYS, TINY, log, resumed, tensors, trainer, untimed
 
@@ -61,7 +62,7 @@ def test_each_part_of_the_state_matters(tmp_path, dropped, monkeypatch):
     trainer(tmp_path / "a", "--max-steps=7").run()
     trainer(tmp_path / "b", "--max-steps=3").run()
     if dropped == "rng":
-        monkeypatch.setattr(rng, "restore", lambda state: None)
+        monkeypatch.setattr(checkpoint, "restore_rng", lambda state: None)
     if dropped == "optimizer":
         monkeypatch.setattr(checkpoint, "unpack_optimizer", lambda optimizer, values: None)
     again = resumed(tmp_path / "b", "--max-steps=7")

@@ -12,7 +12,7 @@ from fused_nce import cli
 from fused_nce.train import checkpoint, command, config, limits, methods
 from fused_nce.train.loop import Trainer
 from tests.conftest import nightly_but
-from tests.train.runs import ill_refused, log, tensors, untimed
+from tests.train.runs import ill_refused, log, own_rules, tensors, untimed
 
 NAN = float("nan")
 OTHERS = [name for name in methods.METHODS if name != "amdim"]  # which has files of its own
@@ -59,13 +59,10 @@ def test_every_preset_parses_builds_and_survives_the_disk(tmp_path, name, preset
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_number_has_a_rule_and_every_rule_a_setting(name):
-    method = methods.get(name)
-    settings = method()
+    settings = methods.get(name)()
     flat = config.flatten(dataclasses.asdict(settings))
-    images = isinstance(settings.augment, config.AugmentConfig)
-    shared = {key for key in limits.RULES if images or not key.startswith("augment.")}
     chosen = {key for key, value in flat.items() if isinstance(value, bool | str) or key == "channels_last"}
-    assert set(flat) - chosen <= shared | set(method.rules) <= set(flat)
+    assert set(flat) - chosen <= set(limits.rules(settings)) <= set(flat)
 
 
 PROJECTION = [
@@ -141,7 +138,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_setting_is_named_with_what_it_must_be_and_what_it_is(name):
     """Every rule is tried."""
-    assert set(methods.get(name).rules) <= {key for key, _, _ in BAD[name]}
+    assert own_rules(name) <= {key for key, _, _ in BAD[name]}
     assert ill_refused(name, BAD[name]) == []
 
 
@@ -233,7 +230,7 @@ def test_a_method_learns_the_digits(tmp_path, name):
 
 
 def test_supcon_needs_a_label_for_every_image(tmp_path, monkeypatch):
-    from fused_nce.train import loader
+    from fused_nce.train.data import loader
 
     real = loader.load_split
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fused_nce.train import checkpoint, command, rng
+from fused_nce.train import checkpoint, command
 from fused_nce.train.loop import Diverged, Trainer
 from tests.train.runs import TINY, log, tensors, trainer
 
@@ -79,4 +79,4 @@ def test_the_fourth_in_a_row_stops_with_a_dump_and_without_a_checkpoint(tmp_path
     assert [p.name for p in checkpoint.steps(tmp_path / "a")] == ["step_00000000"]
     dump = json.loads((tmp_path / "a" / "nan_dump" / "step_00000006_rank_0.json").read_text())
     assert len(dump["images"]) == 8
-    rng.restore(dump["rng"])
+    checkpoint.restore_rng(dump["rng"])

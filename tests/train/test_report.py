@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from fused_nce.train import plots, report, runlog, summary
-from fused_nce.train.report import Figures
+from fused_nce.train.report import evaluated, plots, runlog, terminal
+from fused_nce.train.report.evaluated import Figures
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -95,7 +95,7 @@ def parse(page):
 
 
 def test_is_one_offline_file():
-    page = report.render(make_result(), make_log(), "seed: 0", FIGURES)
+    page = evaluated.render(make_result(), make_log(), "seed: 0", FIGURES)
     checker = parse(page)
     assert checker.problems == []
     assert checker.stack == []
@@ -105,7 +105,7 @@ def test_is_one_offline_file():
 
 
 def test_every_number_is_in_it():
-    text = " ".join(parse(report.render(make_result(), make_log(), "seed: 77", FIGURES)).words)
+    text = " ".join(parse(evaluated.render(make_result(), make_log(), "seed: 77", FIGURES)).words)
     for expected in (
         "91.2", "94.2", "82.2", "71.2 ± 1.1", "456 test images", "445", "12 draws", "420 steps", "25.0 %", "437",
         "4.0× ", "1.0 MiB", "naive 50.0 MiB", "10.0", "128 × 128 × 25, 128 × 128 × 49", "D = 256", "seed: 77",
@@ -117,55 +117,55 @@ def test_every_number_is_in_it():
 def test_a_slower_loss_is_called_slower():
     result = make_result()
     result["loss_cost"]["fused"]["time_ms"] = 80.0
-    assert "2.0× <small>slower" in report.render(result, make_log(), "", FIGURES)
+    assert "2.0× <small>slower" in evaluated.render(result, make_log(), "", FIGURES)
 
 
 def test_names_from_the_data_cannot_break_the_page():
     result = make_result(classes=("<script>alert(1)</script>", 'a"b', "c & d"))
     result["run"] = "<img src=x>"
-    checker = parse(report.render(result, make_log(), "<b>", FIGURES))
+    checker = parse(evaluated.render(result, make_log(), "<b>", FIGURES))
     assert checker.problems == []
     assert checker.fetched == [PIXEL, PIXEL]
     assert "<script>alert(1)</script>" in checker.words
 
 
 def test_parts_that_were_not_measured_are_left_out():
-    page = report.render(make_result(cost=False), make_log(), "", Figures())
+    page = evaluated.render(make_result(cost=False), make_log(), "", Figures())
     assert "Not measured in this evaluation." in page
     assert "× faster" not in page
     result = make_result()
     for name in ("fused", "naive"):
         result["loss_cost"][name]["peak_bytes"] = None
-    assert "not measurable here" in report.render(result, make_log(), "", FIGURES)
+    assert "not measurable here" in evaluated.render(result, make_log(), "", FIGURES)
 
 
 def test_what_did_not_go_into_the_weights_is_said():
     log = make_log()
     log[-1] |= {"skipped": 3, "damaged": 12}
-    result = make_result() | {"training": summary.training(log) | {"loss_share": 0.25}}
-    page = report.render(result, log, "", FIGURES)
+    result = make_result() | {"training": terminal.training(log) | {"loss_share": 0.25}}
+    page = evaluated.render(result, log, "", FIGURES)
     assert "of a step (median); 3 updates were skipped (not finite); 12 images could not be read." in page
-    assert "skipped" not in report.render(make_result(), log, "", FIGURES)
+    assert "skipped" not in evaluated.render(make_result(), log, "", FIGURES)
 
 
 def test_many_classes_become_a_list_of_mistakes():
     names = [f"class {i}" for i in range(120)]
-    text = " ".join(parse(report.render(make_result(classes=names), make_log(), "", FIGURES)).words)
+    text = " ".join(parse(evaluated.render(make_result(classes=names), make_log(), "", FIGURES)).words)
     assert "class 119 taken for class 0: 120" in text
     assert "class 2 taken for class 0: 3" not in text  # not among the twenty commonest
 
 
 def test_terminal_table():
-    text = summary.table(make_result())
+    text = terminal.table(make_result())
     assert re.search(r"f1  trained +91\.2 +81\.2 +71\.2 ± 1\.1\n", text)
     assert re.search(r"raw pixels +94\.2 +84\.2 +74\.2 ± 1\.1", text)
     assert re.search(r"fused +10\.0 ms +1\.0 MiB", text)
     assert max(map(len, text.splitlines())) <= 104
-    assert "fused" not in summary.table(make_result(cost=False))
+    assert "fused" not in terminal.table(make_result(cost=False))
 
 
 def test_training_summary():
-    found = summary.training(make_log())
+    found = terminal.training(make_log())
     assert found["steps"] == 50
     assert found["minutes"] == 2.5
     assert found["images_per_s"] == 425.5

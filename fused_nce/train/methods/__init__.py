@@ -1,8 +1,8 @@
-"""The methods, one file each: a `TrainConfig` with the settings, the presets and what the loop asks of a method."""
+"""The methods, one file each: a `Method` with the settings, the presets and what the loop asks of a method."""
 
 import importlib
 
-from fused_nce.train.config import TrainConfig
+from fused_nce.train.method import Method
 
 # name on the command line: module and class, imported when it is asked for.
 METHODS = {
@@ -18,7 +18,7 @@ METHODS = {
 }
 
 
-def get(name: object) -> type[TrainConfig]:
+def get(name: object) -> type[Method]:
     """The settings of a method.
 
     Raises:
@@ -27,5 +27,5 @@ def get(name: object) -> type[TrainConfig]:
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method: must be one of {', '.join(METHODS)}, got {'nothing' if name is None else name}")
     module, settings = METHODS[name]
-    found: type[TrainConfig] = getattr(importlib.import_module(f"{__name__}.{module}"), settings)
+    found: type[Method] = getattr(importlib.import_module(f"{__name__}.{module}"), settings)
     return found

@@ -4,15 +4,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from fused_nce.core.dispatch import BACKENDS
 from fused_nce.losses import AMDIMLoss, MultiscaleMixtureLoss
 from fused_nce.models import AMDIM
 from fused_nce.models.encoders.amdim import IMAGE_SIZES, trunk_width
-from fused_nce.train.config import TrainConfig
-from fused_nce.train.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Rule, one_of, optional
-from fused_nce.train.presets import DIGITS_VIEWS
-from fused_nce.train.presets import IMAGENET_CROPS as IMAGENET
-from fused_nce.train.presets import STL_CROPS as STL
+from fused_nce.train.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Rule, one_of, optional, setting
+from fused_nce.train.method import Method
+from fused_nce.train.methods.presets import DIGITS_VIEWS
+from fused_nce.train.methods.presets import IMAGENET_CROPS as IMAGENET
+from fused_nce.train.methods.presets import STL_CROPS as STL
+from fused_nce.train.settings import BACKEND
 
 MAPS = ("1", "5", "7")  # what an encoder offers to a loss
 PAIRS = Rule(
@@ -40,13 +40,13 @@ class ModelConfig:
         mixture: components in the place of f1 in the loss; 1 is f1 itself.
     """
 
-    image_size: int = 32
-    ndf: int = 128
-    n_rkhs: int = 1024
-    n_depth: int = 3
+    image_size: int = setting(32, one_of(IMAGE_SIZES))
+    ndf: int = setting(128, AT_LEAST_1)
+    n_rkhs: int = setting(1024, AT_LEAST_1)
+    n_depth: int = setting(3, AT_LEAST_1)
     use_bn: bool = False
     init: Literal["amdim", "kaiming"] = "amdim"
-    mixture: int = 1
+    mixture: int = setting(1, AT_LEAST_1)
 
 
 @dataclass
@@ -63,13 +63,13 @@ class LossConfig:
         backend: engine backend; chosen by the machine if left out.
     """
 
-    pairs: tuple[str, ...] = ("1>5", "1>7", "5>5")
+    pairs: tuple[str, ...] = setting(("1>5", "1>7", "5>5"), PAIRS)
     antecedents: Literal["sample", "all"] = "sample"
-    scale: float | None = None
-    clip: float | None = 20.0
-    penalty: float = 0.05
-    tau: float = 1.0
-    backend: str | None = None
+    scale: float | None = setting(None, optional(ABOVE_0))
+    clip: float | None = setting(20.0, optional(ABOVE_0))
+    penalty: float = setting(0.05, AT_LEAST_0)
+    tau: float = setting(1.0, ABOVE_0)
+    backend: str | None = setting(None, BACKEND)
 
 
 # `default` is amdim-public's train.py, loss and optimiser included, and all the others start from it. `cifar10-small`
@@ -124,8 +124,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class AMDIMConfig(TrainConfig):
-    __doc__ = TrainConfig.__doc__
+class AMDIMConfig(Method):
+    __doc__ = Method.__doc__
 
     method: ClassVar[str] = "amdim"
     title: ClassVar[str] = "AMDIM"
@@ -133,19 +133,6 @@ class AMDIMConfig(TrainConfig):
     presets: ClassVar = PRESETS
     taps: ClassVar = ("f1", "f7")
     stats: ClassVar = ("entropy",)  # of a mixture's posterior: log m, all components alike; 0, one explains all
-    rules: ClassVar = {
-        "model.image_size": one_of(IMAGE_SIZES),
-        "model.ndf": AT_LEAST_1,
-        "model.n_rkhs": AT_LEAST_1,
-        "model.n_depth": AT_LEAST_1,
-        "model.mixture": AT_LEAST_1,
-        "loss.pairs": PAIRS,
-        "loss.scale": optional(ABOVE_0),
-        "loss.clip": optional(ABOVE_0),
-        "loss.penalty": AT_LEAST_0,
-        "loss.tau": ABOVE_0,
-        "loss.backend": optional(one_of(BACKENDS)),
-    }
 
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -174,7 +161,7 @@ class AMDIMConfig(TrainConfig):
         """A map outside all pairs leaves its head unused."""
         return {side for pair in self.loss.pairs for side in pair.split(">")} != set(MAPS)
 
-    def untrained(self) -> dict[str, TrainConfig]:
+    def untrained(self) -> dict[str, Method]:
         kinds: dict[str, Literal["amdim", "kaiming"]] = {"AMDIM": "amdim", "Kaiming": "kaiming"}
         return {
             f"random, {name} init": dataclasses.replace(self, model=dataclasses.replace(self.model, init=init))

@@ -9,15 +9,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fused_nce.core.dispatch import BACKENDS
 from fused_nce.losses import CPCLoss
 from fused_nce.models import CPC
+from fused_nce.models.base import Model
 from fused_nce.models.cpc_sampled import SampledCPCLoss
 from fused_nce.models.encoders.cpc import AudioEncoder
-from fused_nce.train.config import OptimConfig, TrainConfig
-from fused_nce.train.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Rule, each, one_of, optional
-from fused_nce.train.methods import inits
-from fused_nce.train.recordings import WindowLoader
+from fused_nce.train.data.recordings import WindowConfig, WindowLoader
+from fused_nce.train.evaluation.figures import Figures
+from fused_nce.train.evaluation.recordings import evaluate as evaluate_recordings
+from fused_nce.train.limits import AT_LEAST_0, AT_LEAST_1, Rule, each, setting
+from fused_nce.train.method import Method
+from fused_nce.train.methods import presets
+from fused_nce.train.settings import BACKEND, OptimConfig
 
 LAYERS = Rule("at least one layer, each at least 1", lambda v: len(v) > 0 and all(map(AT_LEAST_1.holds, v)))
 
@@ -34,17 +37,14 @@ class CPCLossConfig:
     """
 
     negatives: Literal["batch", "sequence", "sampled"] = "batch"
-    sampled: int = 10
-    backend: str | None = None
+    sampled: int = setting(10, AT_LEAST_1)
+    backend: str | None = setting(None, BACKEND)
 
     def build(self) -> nn.Module:
         """The loss of a step."""
         if self.negatives == "sampled":
             return SampledCPCLoss(self.sampled)
         return CPCLoss(negatives=self.negatives, backend=self.backend)
-
-
-LOSS_RULES: dict[str, Rule] = {"loss.sampled": AT_LEAST_1, "loss.backend": optional(one_of(BACKENDS))}
 
 
 @dataclass
@@ -61,28 +61,13 @@ class CPCModelConfig:
         init: of the encoder: torch's, or Kaiming's for ReLU.
     """
 
-    channels: int = 512
-    kernels: tuple[int, ...] = (10, 8, 4, 4, 4)
-    strides: tuple[int, ...] = (5, 4, 2, 2, 2)
-    paddings: tuple[int, ...] = (2, 2, 2, 2, 1)
-    hidden: int = 256
-    steps: int = 12
+    channels: int = setting(512, AT_LEAST_1)
+    kernels: tuple[int, ...] = setting((10, 8, 4, 4, 4), LAYERS)
+    strides: tuple[int, ...] = setting((5, 4, 2, 2, 2), LAYERS)
+    paddings: tuple[int, ...] = setting((2, 2, 2, 2, 1), each(AT_LEAST_0))
+    hidden: int = setting(256, AT_LEAST_1)
+    steps: int = setting(12, AT_LEAST_1)
     init: Literal["torch", "kaiming"] = "torch"
-
-
-@dataclass
-class WindowConfig:
-    """What the model is given of a recording.
-
-    Args:
-        window: samples, from a random place; a shorter recording ends in zeros.
-        level: the share of full scale that becomes 1, or null for each recording's own root mean square.
-        label: that the online classifiers learn, of those in the shards; null for none.
-    """
-
-    window: int = 20480
-    level: float | None = 0.063
-    label: str | None = None
 
 
 # `default` is the paper's on LibriSpeech (16 kHz; 300,000 updates on 8 GPUs × 8 windows are 674 epochs of its 28,539
@@ -116,26 +101,14 @@ def optimizer(**changes: Any) -> OptimConfig:
 
 
 @dataclass
-class CPCConfig(TrainConfig):
-    __doc__ = TrainConfig.__doc__
+class CPCConfig(Method):
+    __doc__ = Method.__doc__
 
     method: ClassVar[str] = "cpc"
     title: ClassVar[str] = "CPC"
     presets: ClassVar = PRESETS
     taps: ClassVar = ("c_t", "z_t")
     view_count: ClassVar[int] = 1
-    rules: ClassVar = {
-        **LOSS_RULES,
-        "model.channels": AT_LEAST_1,
-        "model.kernels": LAYERS,
-        "model.strides": LAYERS,
-        "model.paddings": each(AT_LEAST_0),
-        "model.hidden": AT_LEAST_1,
-        "model.steps": AT_LEAST_1,
-        "augment.window": AT_LEAST_1,
-        "augment.level": optional(ABOVE_0),
-        "augment.label": optional(Rule("the name of a label", bool)),
-    }
 
     data: str = "speech"
     model: CPCModelConfig = field(default_factory=CPCModelConfig)
@@ -146,7 +119,7 @@ class CPCConfig(TrainConfig):
     def build(self, *, images: int = 1) -> CPC:
         settings = {name: value for name, value in vars(self.model).items() if name != "init"}
         model = CPC.audio(**settings, negatives=self.loss.negatives, loss=self.loss.build())
-        inits.draw_(model.encoder, self.model.init)
+        presets.draw_(model.encoder, self.model.init)
         return model
 
     def check_together(self) -> None:
@@ -159,7 +132,7 @@ class CPCConfig(TrainConfig):
             )
 
     def open_loader(self, rank: int, world: int) -> WindowLoader:
-        return WindowLoader(self, rank=rank, world=world)
+        return WindowLoader(self.data, self.augment, self.local_batch(world), seed=self.seed, rank=rank, world=world)
 
     def make_views(self) -> Callable[[Tensor], tuple[Tensor, ...]]:
         return lambda windows: (windows,)
@@ -167,10 +140,8 @@ class CPCConfig(TrainConfig):
     def sample(self) -> Tensor:
         return torch.zeros(1, self.augment.window)
 
-    def untrained(self) -> dict[str, TrainConfig]:
-        return inits.both(self)
+    def untrained(self) -> dict[str, Method]:
+        return presets.both_inits(self)
 
-    def judge(self) -> Callable[..., tuple[dict[str, Any], Any]]:
-        from fused_nce.train.evaluate_audio import evaluate
-
-        return evaluate
+    def judge(self, model: Model, **options: Any) -> tuple[dict[str, Any], Figures]:
+        return evaluate_recordings(model, self, **options)

@@ -6,12 +6,15 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from fused_nce.models import CPC
-from fused_nce.train.config import AugmentConfig, OptimConfig, TrainConfig
-from fused_nce.train.limits import AT_LEAST_0, AT_LEAST_1, Rule, optional
-from fused_nce.train.methods import inits
-from fused_nce.train.methods.cpc import LOSS_RULES, CPCLossConfig, optimizer
+from fused_nce.train.limits import AT_LEAST_0, AT_LEAST_1, Rule, optional, setting
+from fused_nce.train.method import Method
+from fused_nce.train.methods import presets
+from fused_nce.train.methods.cpc import CPCLossConfig, optimizer
+from fused_nce.train.methods.presets import CIFAR10_COLOURS, crops
 from fused_nce.train.methods.projected import TINY_OPTIM
-from fused_nce.train.presets import CIFAR10_COLOURS, crops
+from fused_nce.train.settings import AugmentConfig, OptimConfig
+
+THREE = Rule("three numbers, each at least 1", lambda v: len(v) == 3 and all(map(AT_LEAST_1.holds, v)))
 
 
 @dataclass
@@ -33,21 +36,20 @@ class CPCVisionModelConfig:
         init: of the encoder: torch's, or Kaiming's for ReLU.
     """
 
-    image_size: int = 256
-    patch_size: int = 64
-    width: int = 64
-    stages: tuple[int, ...] = (3, 4, 23)
+    image_size: int = setting(256, AT_LEAST_1)
+    patch_size: int = setting(64, AT_LEAST_1)
+    width: int = setting(64, AT_LEAST_1)
+    stages: tuple[int, ...] = setting((3, 4, 23), THREE)
     stem: Literal["small", "large"] = "large"
-    jitter: int = 4
+    jitter: int = setting(4, AT_LEAST_0)
     context: Literal["pixelcnn", "gru", "none"] = "pixelcnn"
-    hidden: int | None = None
-    layers: int = 4
-    steps: int = 5
-    skip: int = 1
+    hidden: int | None = setting(None, optional(AT_LEAST_1))
+    layers: int = setting(4, AT_LEAST_1)
+    steps: int = setting(5, AT_LEAST_1)
+    skip: int = setting(1, AT_LEAST_0)
     init: Literal["torch", "kaiming"] = "torch"
 
 
-THREE = Rule("three numbers, each at least 1", lambda v: len(v) == 3 and all(map(AT_LEAST_1.holds, v)))
 # ResNet-50 without BatchNorm on patches of 16 px, as Greedy InfoMax has it.
 SMALL: dict[str, Any] = {"image_size": 64, "patch_size": 16, "stages": [3, 4, 6], "stem": "small", "jitter": 0}
 PATCHES_OF_8: dict[str, Any] = SMALL | {"image_size": 32, "patch_size": 8}
@@ -94,26 +96,14 @@ def _augment() -> AugmentConfig:
 
 
 @dataclass
-class CPCVisionConfig(TrainConfig):
-    __doc__ = TrainConfig.__doc__
+class CPCVisionConfig(Method):
+    __doc__ = Method.__doc__
 
     method: ClassVar[str] = "cpc-vision"
     title: ClassVar[str] = "CPC"
     presets: ClassVar = PRESETS
     taps: ClassVar = ("c_t", "z_t")
     view_count: ClassVar[int] = 1
-    rules: ClassVar = {
-        **LOSS_RULES,
-        "model.image_size": AT_LEAST_1,
-        "model.patch_size": AT_LEAST_1,
-        "model.width": AT_LEAST_1,
-        "model.stages": THREE,
-        "model.jitter": AT_LEAST_0,
-        "model.hidden": optional(AT_LEAST_1),
-        "model.layers": AT_LEAST_1,
-        "model.steps": AT_LEAST_1,
-        "model.skip": AT_LEAST_0,
-    }
 
     model: CPCVisionModelConfig = field(default_factory=CPCVisionModelConfig)
     loss: CPCLossConfig = field(default_factory=CPCLossConfig)
@@ -123,7 +113,7 @@ class CPCVisionConfig(TrainConfig):
     def build(self, *, images: int = 1) -> CPC:
         settings = {name: value for name, value in vars(self.model).items() if name != "init"}
         model = CPC.vision(**settings, negatives=self.loss.negatives, loss=self.loss.build())
-        inits.draw_(model.encoder, self.model.init)
+        presets.draw_(model.encoder, self.model.init)
         return model
 
     def check_together(self) -> None:
@@ -132,5 +122,5 @@ class CPCVisionConfig(TrainConfig):
         with torch.device("meta"):
             self.build()
 
-    def untrained(self) -> dict[str, TrainConfig]:
-        return inits.both(self)
+    def untrained(self) -> dict[str, Method]:
+        return presets.both_inits(self)

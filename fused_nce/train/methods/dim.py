@@ -9,11 +9,12 @@ from torch import nn
 from fused_nce.models import DIM
 from fused_nce.models.encoders.dim import ARCHITECTURES
 from fused_nce.train import optim
-from fused_nce.train.config import AugmentConfig, OptimConfig, TrainConfig
-from fused_nce.train.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, one_of, optional
-from fused_nce.train.methods import inits
+from fused_nce.train.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, one_of, optional, setting
+from fused_nce.train.method import Method
+from fused_nce.train.methods import presets
+from fused_nce.train.methods.presets import unmoved
 from fused_nce.train.methods.projected import TINY_OPTIM
-from fused_nce.train.presets import unmoved
+from fused_nce.train.settings import AugmentConfig, OptimConfig
 
 
 @dataclass
@@ -27,9 +28,9 @@ class ModelConfig:
         init: of the encoder: torch's, or Kaiming's for ReLU.
     """
 
-    architecture: str = "dcgan32"
-    width: float = 1.0
-    code: int = 64
+    architecture: str = setting("dcgan32", one_of(tuple(ARCHITECTURES)))
+    width: float = setting(1.0, ABOVE_0)
+    code: int = setting(64, AT_LEAST_1)
     init: Literal["torch", "kaiming"] = "torch"
 
     @property
@@ -61,16 +62,16 @@ class LossConfig:
     estimator: Literal["jsd", "dv", "nce"] = "nce"
     anchor: Literal["global", "local", "both"] = "global"
     critic: Literal["dot", "concat"] = "dot"
-    mi_units: int = 2048
-    critic_negatives: int | None = 1
-    alpha: float = 0.0
-    beta: float = 1.0
-    gamma: float = 0.1
+    mi_units: int = setting(2048, AT_LEAST_1)
+    critic_negatives: int | None = setting(1, optional(AT_LEAST_1))
+    alpha: float = setting(0.0, AT_LEAST_0)
+    beta: float = setting(1.0, AT_LEAST_0)
+    gamma: float = setting(0.1, AT_LEAST_0)
     game: Literal["minimax", "non-saturating"] = "minimax"
-    gradient_penalty: float = 1.0
-    absolute: float = 0.0
-    relative: float = 0.0
-    occlusion: float = 0.0
+    gradient_penalty: float = setting(1.0, AT_LEAST_0)
+    absolute: float = setting(0.0, AT_LEAST_0)
+    relative: float = setting(0.0, AT_LEAST_0)
+    occlusion: float = setting(0.0, BELOW_1)
 
 
 SHORTER = {"epochs": 200}
@@ -119,8 +120,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class DIMConfig(TrainConfig):
-    __doc__ = TrainConfig.__doc__
+class DIMConfig(Method):
+    __doc__ = Method.__doc__
 
     method: ClassVar[str] = "dim"
     title: ClassVar[str] = "DIM"
@@ -130,20 +131,6 @@ class DIMConfig(TrainConfig):
     stats: ClassVar = (
         "local", "global", "prior", "discriminator", "discriminator_acc", "absolute_acc", "relative_acc", "js_bound"
     )  # fmt: skip
-    rules: ClassVar = {
-        "model.architecture": one_of(tuple(ARCHITECTURES)),
-        "model.width": ABOVE_0,
-        "model.code": AT_LEAST_1,
-        "loss.mi_units": AT_LEAST_1,
-        "loss.critic_negatives": optional(AT_LEAST_1),
-        "loss.alpha": AT_LEAST_0,
-        "loss.beta": AT_LEAST_0,
-        "loss.gamma": AT_LEAST_0,
-        "loss.gradient_penalty": AT_LEAST_0,
-        "loss.absolute": AT_LEAST_0,
-        "loss.relative": AT_LEAST_0,
-        "loss.occlusion": BELOW_1,
-    }
 
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -158,7 +145,7 @@ class DIMConfig(TrainConfig):
     def build(self, *, images: int = 1) -> DIM:
         settings = {name: value for name, value in vars(self.model).items() if name != "init"}
         model = DIM(**settings, **vars(self.loss))
-        inits.draw_(model.encoder, self.model.init)
+        presets.draw_(model.encoder, self.model.init)
         return model
 
     def check_together(self) -> None:
@@ -173,8 +160,8 @@ class DIMConfig(TrainConfig):
         found = {"optimizer": optim.build(module, self.optim, without=prior)}
         return found if prior is None else found | {"discriminator": optim.build(prior, self.optim)}
 
-    def untrained(self) -> dict[str, TrainConfig]:
-        return inits.both(self)
+    def untrained(self) -> dict[str, Method]:
+        return presets.both_inits(self)
 
     def leaves_some_unused(self) -> bool:
         """Several global vectors are taken before the fully connected layers, which the other parts alone train."""

@@ -7,12 +7,13 @@ from typing import Any, ClassVar, Literal
 from fused_nce.models.distil import DistillationLoss, Distilled
 from fused_nce.train import config as settings
 from fused_nce.train import teacher
-from fused_nce.train.config import AugmentConfig, OptimConfig
-from fused_nce.train.limits import ABOVE_0, Rule, number, optional
-from fused_nce.train.loader import Loader
+from fused_nce.train.data.loader import Loader
+from fused_nce.train.data.recordings import WindowLoader
+from fused_nce.train.limits import ABOVE_0, Rule, number, optional, setting
 from fused_nce.train.methods import projected
+from fused_nce.train.methods.presets import CIFAR_VIEWS, DIGITS_VIEWS, crops
 from fused_nce.train.methods.projected import CIFAR_R18, DIGITS_OPTIM, TINY_OPTIM
-from fused_nce.train.presets import CIFAR_VIEWS, DIGITS_VIEWS, crops
+from fused_nce.train.settings import BACKBONE, SIDE, AugmentConfig, OptimConfig
 
 
 @dataclass
@@ -28,10 +29,10 @@ class DistilModelConfig:
         init: "kaiming", or "zero": residual branches start at zero.
     """
 
-    teacher: str | None = None
-    classes: int = 1000
-    image_size: int = 224
-    backbone: str = "resnet50"
+    teacher: str | None = setting(None, optional(Rule("the folder of a run", bool)))
+    classes: int = setting(1000, number("at least 2", lambda v: v >= 2))
+    image_size: int = setting(224, SIDE)
+    backbone: str = setting("resnet50", BACKBONE)
     stem: Literal["imagenet", "cifar"] = "imagenet"
     init: Literal["kaiming", "zero"] = "kaiming"
 
@@ -44,7 +45,7 @@ class DistilLossConfig:
         temperature: of both softmaxes.
     """
 
-    temperature: float = 1.0
+    temperature: float = setting(1.0, ABOVE_0)
 
 
 # All ours: with crops and flips alone, as v2 has it, and the rates of the other presets.
@@ -88,13 +89,6 @@ class DistilConfig(projected.ProjectedConfig):
     presets: ClassVar = PRESETS
     stats: ClassVar = ("agreement",)
     view_count: ClassVar[int] = 1
-    rules: ClassVar = {
-        "model.teacher": optional(Rule("the folder of a run", bool)),
-        "model.classes": number("at least 2", lambda v: v >= 2),
-        "model.image_size": projected.RULES["model.image_size"],
-        "model.backbone": projected.RULES["model.backbone"],
-        "loss.temperature": ABOVE_0,
-    }
 
     model: DistilModelConfig = field(default_factory=DistilModelConfig)
     loss: DistilLossConfig = field(default_factory=DistilLossConfig)
@@ -107,7 +101,7 @@ class DistilConfig(projected.ProjectedConfig):
         make = functools.partial(teacher.load, run) if run else None
         return Distilled(teacher=make, **arguments, loss=DistillationLoss(self.loss.temperature))
 
-    def open_loader(self, rank: int, world: int) -> Loader:
+    def open_loader(self, rank: int, world: int) -> Loader | WindowLoader:
         """With a teacher that fits.
 
         Raises:
@@ -124,4 +118,4 @@ class DistilConfig(projected.ProjectedConfig):
         ):
             if own != other:
                 raise ValueError(f"{name}: must be the teacher's {other}, got {own}")
-        return Loader(self, rank=rank, world=world)
+        return super().open_loader(rank, world)

@@ -5,11 +5,11 @@ from typing import Any, ClassVar
 
 from fused_nce.losses import MoCoLoss
 from fused_nce.models import MoCo
-from fused_nce.train.config import AugmentConfig, OptimConfig
-from fused_nce.train.limits import AT_LEAST_1, SHARE
+from fused_nce.train.limits import ABOVE_0, AT_LEAST_1, SHARE, setting
 from fused_nce.train.methods import projected
+from fused_nce.train.methods.presets import CIFAR100_COLOURS, CIFAR_VIEWS, DIGITS_VIEWS, crops
 from fused_nce.train.methods.projected import CIFAR_R18, DIGITS_OPTIM, MINI, TINY, TINY_OPTIM
-from fused_nce.train.presets import CIFAR100_COLOURS, CIFAR_VIEWS, DIGITS_VIEWS, crops
+from fused_nce.train.settings import BACKEND, AugmentConfig, OptimConfig
 
 
 @dataclass
@@ -21,9 +21,9 @@ class MoCoModelConfig(projected.EncoderConfig):
         symmetric: the mean of both directions.
     """
 
-    queue_size: int = 65536
-    momentum: float = 0.999
-    splits: int = 8
+    queue_size: int = setting(65536, AT_LEAST_1)
+    momentum: float = setting(0.999, SHARE)
+    splits: int = setting(8, AT_LEAST_1)
     symmetric: bool = False
 
 
@@ -36,8 +36,8 @@ class MoCoLossConfig:
         backend: engine backend; chosen by the machine if left out.
     """
 
-    temperature: float = 0.07
-    backend: str | None = None
+    temperature: float = setting(0.07, ABOVE_0)
+    backend: str | None = setting(None, BACKEND)
 
 
 # `default` is moco's main_moco.py: v1 on ImageNet, 256 images on 8 GPUs. Here it is one process of 8 splits; on 8
@@ -90,12 +90,6 @@ class MoCoConfig(projected.ProjectedConfig):
     method: ClassVar[str] = "moco"
     title: ClassVar[str] = "MoCo"
     presets: ClassVar = PRESETS
-    rules: ClassVar = {
-        **projected.RULES,
-        "model.queue_size": AT_LEAST_1,
-        "model.momentum": SHARE,
-        "model.splits": AT_LEAST_1,
-    }
 
     model: MoCoModelConfig = field(default_factory=MoCoModelConfig)
     loss: MoCoLossConfig = field(default_factory=MoCoLossConfig)

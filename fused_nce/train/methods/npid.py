@@ -7,11 +7,11 @@ from torch import nn
 
 from fused_nce.losses import NPIDNCELoss, NPIDSoftmaxLoss
 from fused_nce.models import NPID
-from fused_nce.train.config import AugmentConfig, OptimConfig
-from fused_nce.train.limits import AT_LEAST_0, AT_LEAST_1, BELOW_1
+from fused_nce.train.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, setting
 from fused_nce.train.methods import projected
+from fused_nce.train.methods.presets import CIFAR10_COLOURS, CIFAR100_COLOURS, CIFAR_VIEWS, DIGITS_VIEWS, crops
 from fused_nce.train.methods.projected import CIFAR_R18, DIGITS_OPTIM, MINI, TINY, TINY_OPTIM
-from fused_nce.train.presets import CIFAR10_COLOURS, CIFAR100_COLOURS, CIFAR_VIEWS, DIGITS_VIEWS, crops
+from fused_nce.train.settings import BACKBONE, BACKEND, AugmentConfig, OptimConfig
 
 
 @dataclass
@@ -20,8 +20,8 @@ class NPIDModelConfig(projected.EncoderConfig):
         momentum: of the bank.
     """
 
-    backbone: str = "resnet18"
-    momentum: float = 0.5
+    backbone: str = setting("resnet18", BACKBONE)
+    momentum: float = setting(0.5, BELOW_1)
 
 
 @dataclass
@@ -37,10 +37,10 @@ class NPIDLossConfig:
     """
 
     loss: Literal["softmax", "nce"] = "softmax"
-    noise: int = 4096
-    temperature: float = 0.07
-    proximal: float = 0.0
-    backend: str | None = None
+    noise: int = setting(4096, AT_LEAST_1)
+    temperature: float = setting(0.07, ABOVE_0)
+    proximal: float = setting(0.0, AT_LEAST_0)
+    backend: str | None = setting(None, BACKEND)
 
 
 # `default` is lemniscate's main.py (ImageNet), `cifar10` its cifar.py with the exact softmax that its README
@@ -86,12 +86,6 @@ class NPIDConfig(projected.ProjectedConfig):
     method: ClassVar[str] = "npid"
     title: ClassVar[str] = "NPID"
     presets: ClassVar = PRESETS
-    rules: ClassVar = {
-        **projected.RULES,
-        "model.momentum": BELOW_1,
-        "loss.proximal": AT_LEAST_0,
-        "loss.noise": AT_LEAST_1,
-    }
     view_count: ClassVar[int] = 1
     extras: ClassVar = ("indices",)
 

@@ -1,14 +1,13 @@
 """What the settings of MoCo, SimCLR, SupCon and NPID share: an encoder by name, a head, a temperature."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from fused_nce.core.dispatch import BACKENDS
 from fused_nce.models.encoders.backbones import OWN
-from fused_nce.train.config import TrainConfig
-from fused_nce.train.limits import ABOVE_0, AT_LEAST_1, Rule, number, one_of, optional
+from fused_nce.train.limits import AT_LEAST_1, optional, setting
+from fused_nce.train.method import Method
+from fused_nce.train.settings import BACKBONE, SIDE
 
 # The presets' encoders: 32 px from a ResNet's own stem, and the two small ones that are ours.
 CIFAR_R18: dict[str, Any] = {"image_size": 32, "backbone": "resnet18", "stem": "cifar"}
@@ -42,29 +41,18 @@ class EncoderConfig:
         hidden: width of its layers but the last; the features' if left out.
     """
 
-    image_size: int = 224
-    backbone: str = "resnet50"
+    image_size: int = setting(224, SIDE)
+    backbone: str = setting("resnet50", BACKBONE)
     stem: Literal["imagenet", "cifar"] = "imagenet"
     init: Literal["kaiming", "zero"] = "kaiming"
-    dim: int = 128
-    layers: int = 1
-    hidden: int | None = None
-
-
-RULES: Mapping[str, Rule] = {
-    "model.image_size": number("at least 8", lambda v: v >= 8),
-    "model.backbone": Rule("the name of an encoder", bool),
-    "model.dim": AT_LEAST_1,
-    "model.layers": AT_LEAST_1,
-    "model.hidden": optional(AT_LEAST_1),
-    "loss.temperature": ABOVE_0,
-    "loss.backend": optional(one_of(BACKENDS)),
-}
+    dim: int = setting(128, AT_LEAST_1)
+    layers: int = setting(1, AT_LEAST_1)
+    hidden: int | None = setting(None, optional(AT_LEAST_1))
 
 
 @dataclass
-class ProjectedConfig(TrainConfig):
-    __doc__ = TrainConfig.__doc__
+class ProjectedConfig(Method):
+    __doc__ = Method.__doc__
 
     taps: ClassVar = ("h", "z")
 
@@ -72,7 +60,7 @@ class ProjectedConfig(TrainConfig):
         """Of the model's constructor."""
         return {name: value for name, value in vars(self.model).items() if name != "image_size"}
 
-    def untrained(self) -> dict[str, TrainConfig]:
+    def untrained(self) -> dict[str, Method]:
         """Both inits where there are residual branches to start at zero."""
         if self.model.backbone not in OWN and not self.model.backbone.startswith(("resn", "wide_resn", "timm/resn")):
             return {"random": self}

@@ -5,10 +5,11 @@ from typing import Any, ClassVar
 
 from fused_nce.losses import NTXentLoss
 from fused_nce.models import SimCLR
-from fused_nce.train.config import AugmentConfig, OptimConfig
+from fused_nce.train.limits import ABOVE_0, AT_LEAST_1, setting
 from fused_nce.train.methods import projected
+from fused_nce.train.methods.presets import CIFAR100_COLOURS, CIFAR_VIEWS, DIGITS_VIEWS, crops
 from fused_nce.train.methods.projected import CIFAR_R18, CIFAR_R50, DIGITS_OPTIM, MINI, TINY, TINY_OPTIM
-from fused_nce.train.presets import CIFAR100_COLOURS, CIFAR_VIEWS, DIGITS_VIEWS, crops
+from fused_nce.train.settings import BACKEND, AugmentConfig, OptimConfig
 
 
 @dataclass
@@ -17,7 +18,7 @@ class SimCLRModelConfig(projected.EncoderConfig):
         norm: BatchNorm in the head.
     """
 
-    layers: int = 2
+    layers: int = setting(2, AT_LEAST_1)
     norm: bool = True
 
 
@@ -30,8 +31,8 @@ class SimCLRLossConfig:
         backend: engine backend; chosen by the machine if left out.
     """
 
-    temperature: float = 0.1
-    backend: str | None = None
+    temperature: float = setting(0.1, ABOVE_0)
+    backend: str | None = setting(None, BACKEND)
 
 
 # `default` is the paper's ImageNet run of 100 epochs: 4,096 images, here 512 on each of 8 processes, LARS at 0.3·B/256.
@@ -110,7 +111,6 @@ class SimCLRConfig(projected.ProjectedConfig):
     title: ClassVar[str] = "SimCLR"
     in_parts: ClassVar[bool] = True
     presets: ClassVar = PRESETS
-    rules: ClassVar = projected.RULES
 
     model: SimCLRModelConfig = field(default_factory=SimCLRModelConfig)
     loss: SimCLRLossConfig = field(default_factory=SimCLRLossConfig)

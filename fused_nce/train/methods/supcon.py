@@ -5,11 +5,13 @@ from typing import Any, ClassVar, Literal
 
 from fused_nce.losses import SupConLoss
 from fused_nce.models import SupCon
-from fused_nce.train.config import AugmentConfig, OptimConfig
-from fused_nce.train.loader import Loader
+from fused_nce.train.data.loader import Loader
+from fused_nce.train.data.recordings import WindowLoader
+from fused_nce.train.limits import ABOVE_0, AT_LEAST_1, setting
 from fused_nce.train.methods import projected
+from fused_nce.train.methods.presets import CIFAR10_COLOURS, CIFAR100_COLOURS, CIFAR_VIEWS, DIGITS_VIEWS, crops
 from fused_nce.train.methods.projected import CIFAR_R50, DIGITS_OPTIM, MINI, TINY, TINY_OPTIM
-from fused_nce.train.presets import CIFAR10_COLOURS, CIFAR100_COLOURS, CIFAR_VIEWS, DIGITS_VIEWS, crops
+from fused_nce.train.settings import BACKEND, SIDE, AugmentConfig, OptimConfig
 
 
 @dataclass
@@ -18,9 +20,9 @@ class SupConModelConfig(projected.EncoderConfig):
         norm: BatchNorm in the head.
     """
 
-    image_size: int = 32
+    image_size: int = setting(32, SIDE)
     stem: Literal["imagenet", "cifar"] = "cifar"
-    layers: int = 2
+    layers: int = setting(2, AT_LEAST_1)
     norm: bool = False
 
 
@@ -34,9 +36,9 @@ class SupConLossConfig:
         backend: engine backend; chosen by the machine if left out.
     """
 
-    temperature: float = 0.1
+    temperature: float = setting(0.1, ABOVE_0)
     variant: Literal["out", "in"] = "out"
-    backend: str | None = None
+    backend: str | None = setting(None, BACKEND)
 
 
 # `default` is SupContrast's main_supcon.py with its README's options: ResNet-50 on CIFAR-10, rate 0.5, decay 1e-4. It
@@ -71,7 +73,6 @@ class SupConConfig(projected.ProjectedConfig):
     title: ClassVar[str] = "SupCon"
     in_parts: ClassVar[bool] = True
     presets: ClassVar = PRESETS
-    rules: ClassVar = projected.RULES
     extras: ClassVar = ("labels",)
 
     model: SupConModelConfig = field(default_factory=SupConModelConfig)
@@ -86,13 +87,13 @@ class SupConConfig(projected.ProjectedConfig):
     def build(self, *, images: int = 1) -> SupCon:
         return SupCon(**self.model_arguments(), loss=SupConLoss(**vars(self.loss)))
 
-    def open_loader(self, rank: int, world: int) -> Loader:
+    def open_loader(self, rank: int, world: int) -> Loader | WindowLoader:
         """With a label for every image.
 
         Raises:
             ValueError: if one has none: -1 would be taken for a class.
         """
-        loader = Loader(self, rank=rank, world=world)
+        loader = super().open_loader(rank, world)
         if unlabelled := int((loader.labels < 0).sum()):
             raise ValueError(f"data: {unlabelled} of {loader.count} images have no label; supcon needs one for each")
         return loader

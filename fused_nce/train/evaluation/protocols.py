@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fused_nce.train import dependence, episodes, reconstruction
-from fused_nce.train.episodes import CLASSIFIERS, QUERIES, WAYS, Episode
-from fused_nce.train.fine_tune import Subject, fine_tune
-from fused_nce.train.knn import TEMPERATURE, knn_predict, neighbours_for
-from fused_nce.train.logistic import Kind
-from fused_nce.train.probes import few_label_probe, linear_probe
-from fused_nce.train.trained_probes import MLP_EPOCHS, MLP_UNITS, SGD_EPOCHS, Trained, mlp_probe, sgd_probe
+from fused_nce.train.evaluation import dependence, episodes, reconstruction
+from fused_nce.train.evaluation.episodes import CLASSIFIERS, QUERIES, WAYS, Episode
+from fused_nce.train.evaluation.fine_tune import Subject, fine_tune
+from fused_nce.train.evaluation.knn import TEMPERATURE, knn_predict, neighbours_for
+from fused_nce.train.evaluation.logistic import Kind
+from fused_nce.train.evaluation.probes import few_label_probe, linear_probe
+from fused_nce.train.evaluation.trained_probes import MLP_EPOCHS, MLP_UNITS, SGD_EPOCHS, Trained, mlp_probe, sgd_probe
 
 Labels = NDArray[np.int64]
 Row = dict[str, Any]
@@ -260,3 +260,11 @@ def check_names(names: list[str]) -> list[str]:
     if not names:
         raise ValueError(f"protocols: none given; need at least one of {', '.join(PROTOCOLS)}")
     return [name for name in PROTOCOLS if name in names or (ALL in names and name in FROZEN)]
+
+
+def described(protocols: Sequence[str], draws: int, tasks: int, *, things: str = "images") -> list[str]:
+    """How each of them is run."""
+    lines = [PROTOCOLS[name].text.replace("images", things) for name in protocols]
+    lines += [f"Few labels: {draws} draws."] if "few" in protocols else []
+    lines += [f"Few-shot: {tasks} tasks."] if "few-shot" in protocols else []
+    return lines

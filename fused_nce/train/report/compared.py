@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fused_nce.train import page, plots, report, runlog
-from fused_nce.train.plots import Bar, Series
-
-if TYPE_CHECKING:
-    from fused_nce.train.compare import Run
+from fused_nce.train.report import evaluated, page, plots, runlog
+from fused_nce.train.report.plots import Bar, Series
 
 COLORS = 10  # that the style has, used in turn
 NAME_LENGTH = 20  # that the charts have room for
@@ -20,10 +18,27 @@ SKIPPED = ("run.", "method")  # settings that change no number, and one that the
 Column = tuple[str, str]
 
 
+@dataclass(frozen=True)
+class Run:
+    """An evaluated run.
+
+    Attributes:
+        name: of its folder; the path, where two folders have one name.
+        result: what its `eval.json` holds.
+        log: of its training.
+        settings: dotted keys.
+    """
+
+    name: str
+    result: dict[str, Any]
+    log: list[runlog.Line]
+    settings: dict[str, Any]
+
+
 def render(runs: list[Run]) -> str:
     """The page of runs that were evaluated on one data set."""
     results = [run.result for run in runs]
-    columns = _union(report.columns(result) for result in results)
+    columns = _union(evaluated.columns(result) for result in results)
     settings = _settings(runs)
     return page.fill(
         "compare_template.html",
@@ -67,7 +82,7 @@ def _color(index: int) -> str:
 
 
 def _pixels(runs: list[Run], column: Column) -> dict[str, Any] | None:
-    rows = (report.find(run.result, "raw pixels", report.PIXELS, *column) for run in runs)
+    rows = (evaluated.find(run.result, "raw pixels", evaluated.PIXELS, *column) for run in runs)
     return next((row for row in rows if row is not None), None)
 
 
@@ -76,14 +91,14 @@ def _bars(runs: list[Run], columns: list[Column]) -> str:
     for column in columns[:MAX_CHARTS]:
         bars = []
         for index, run in enumerate(runs):
-            row = report.find(run.result, report.TRAINED, run.result["taps"][0], *column)
+            row = evaluated.find(run.result, evaluated.TRAINED, run.result["taps"][0], *column)
             if row is not None:
-                bars.append(Bar(_short(run.name), row["accuracy_pct"], report.spread(row), _color(index)))
+                bars.append(Bar(_short(run.name), row["accuracy_pct"], evaluated.spread(row), _color(index)))
         pixels = _pixels(runs, column)
         if pixels is not None:
-            bars.append(Bar("raw pixels", pixels["accuracy_pct"], report.spread(pixels), "var(--quiet)"))
+            bars.append(Bar("raw pixels", pixels["accuracy_pct"], evaluated.spread(pixels), "var(--quiet)"))
         if bars:
-            cards.append(report.card(report.heading(*column), plots.dot_chart(bars, unit="%", high=100.0)))
+            cards.append(evaluated.card(evaluated.heading(*column), plots.dot_chart(bars, unit="%", high=100.0)))
     return "".join(cards)
 
 
@@ -91,31 +106,31 @@ def _probe_table(runs: list[Run], columns: list[Column]) -> str:
     best: dict[Column, float] = {}
     for column in columns:
         found = [row for run in runs for row in run.result["probes"] if (row["probe"], row["labels"]) == column]
-        best[column] = max((row["accuracy_pct"] for row in found if row["encoder"] == report.TRAINED), default=-1.0)
+        best[column] = max((row["accuracy_pct"] for row in found if row["encoder"] == evaluated.TRAINED), default=-1.0)
 
     def cell(row: dict[str, Any] | None, column: Column, trained: bool = False) -> str:
         top = trained and row is not None and row["accuracy_pct"] == best[column]
-        return f"<b>{report.shown(row)}</b>" if top else report.shown(row)
+        return f"<b>{evaluated.shown(row)}</b>" if top else evaluated.shown(row)
 
     rows: list[list[str]] = []
     for run in runs:
         rows.append([f"{escape(run.name)}<small> · {escape(run.result['method'])}</small>"])
         for tap in run.result["taps"]:
-            found = [report.find(run.result, report.TRAINED, tap, *column) for column in columns]
+            found = [evaluated.find(run.result, evaluated.TRAINED, tap, *column) for column in columns]
             cells = [cell(row, column, True) for row, column in zip(found, columns, strict=True)]
             rows.append([escape(tap), *cells])
             bare = [_untrained(run.result, tap, column) for column in columns]
             if any(bare):
-                rows.append(["<small>untrained</small>", *(f"<small>{report.shown(row)}</small>" for row in bare)])
+                rows.append(["<small>untrained</small>", *(f"<small>{evaluated.shown(row)}</small>" for row in bare)])
     pixels = [_pixels(runs, column) for column in columns]
     if any(pixels):
-        rows += [["raw pixels"], ["pixels", *(report.shown(row) for row in pixels)]]
-    return page.table(["accuracy, %", *(escape(report.heading(*column)) for column in columns)], rows)
+        rows += [["raw pixels"], ["pixels", *(evaluated.shown(row) for row in pixels)]]
+    return page.table(["accuracy, %", *(escape(evaluated.heading(*column)) for column in columns)], rows)
 
 
 def _untrained(result: dict[str, Any], tap: str, column: Column) -> dict[str, Any] | None:
-    names = [name for name in report.encoders(result, tap) if name != report.TRAINED]
-    rows = [row for name in names if (row := report.find(result, name, tap, *column)) is not None]
+    names = [name for name in evaluated.encoders(result, tap) if name != evaluated.TRAINED]
+    rows = [row for name in names if (row := evaluated.find(result, name, tap, *column)) is not None]
     return max(rows, key=lambda row: row["accuracy_pct"], default=None)
 
 
@@ -134,7 +149,7 @@ def _curves(runs: list[Run]) -> str:
         lines = [line for line in lines if line.x]
         if lines:
             chart = plots.line_chart(lines, x_label="minutes", y_label=unit, y_range=limits)
-            cards.append(report.card(title, chart))
+            cards.append(evaluated.card(title, chart))
     return "".join(cards)
 
 

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fused_nce.train import episodes
-from fused_nce.train.fine_tune import Subject
-from fused_nce.train.probes import HELD_OUT, draw, hold_out
-from fused_nce.train.protocols import PROTOCOLS, FeatureSet, Labels, Plan, Row
+from fused_nce.train.evaluation import episodes
+from fused_nce.train.evaluation.fine_tune import Subject
+from fused_nce.train.evaluation.probes import HELD_OUT, draw, hold_out
+from fused_nce.train.evaluation.protocols import PROTOCOLS, FeatureSet, Labels, Plan, Row
+
+TRAINED, PIXELS = "trained", "pixels"  # the encoder of the run, and the tap of no encoder
 
 
 def plan(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fused_nce.train.features import as_vectors
+from fused_nce.train.evaluation.features import as_vectors
 
 Labels = NDArray[np.int64]
 Transform = Callable[[Tensor], Tensor]

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from fused_nce.models.encoders.backbones import OWN, TIMM
-from fused_nce.train import report, runlog, summary
-from fused_nce.train.config import TrainConfig
+from fused_nce.train.method import Method
+from fused_nce.train.report import evaluated, runlog, terminal
 
 EVALUATION = "eval.json"
 
 
-def text(
-    run: Path, settings: TrainConfig, facts: dict[str, Any], state: dict[str, Any], parameters: int, onnx: str
-) -> str:
+def text(run: Path, settings: Method, facts: dict[str, Any], state: dict[str, Any], parameters: int, onnx: str) -> str:
     """The card, in Markdown below the YAML that model hubs read.
 
     Args:
@@ -49,14 +47,14 @@ def _yaml(values: Any, **style: Any) -> str:
     return dumped
 
 
-def _front(settings: TrainConfig, facts: dict[str, Any], found: dict[str, Any] | None) -> str:
+def _front(settings: Method, facts: dict[str, Any], found: dict[str, Any] | None) -> str:
     backbone = getattr(settings.model, "backbone", "")
     values: dict[str, Any] = {
         "library_name": "timm" if backbone.startswith(TIMM) else "fused_nce",
         "pipeline_tag": ("image-" if "mean" in facts["input"] else "") + "feature-extraction",
         "tags": ["self-supervised", "contrastive", settings.method],
     }
-    row = report.find(found, report.TRAINED, found["taps"][0], "linear", "all") if found is not None else None
+    row = evaluated.find(found, evaluated.TRAINED, found["taps"][0], "linear", "all") if found is not None else None
     if found is not None and row is not None:
         data = {"name": found["data_name"], "type": found["data_name"]}
         metric = {"type": "accuracy", "name": f"linear probe, {row['tap']}, %", "value": round(row["accuracy_pct"], 2)}
@@ -65,7 +63,7 @@ def _front(settings: TrainConfig, facts: dict[str, Any], found: dict[str, Any] |
     return _yaml(values)
 
 
-def _use(settings: TrainConfig, facts: dict[str, Any]) -> str:
+def _use(settings: Method, facts: dict[str, Any]) -> str:
     inputs = facts["input"]
     lines = ["Input `x`: float32, any batch size, each of shape " + " × ".join(map(str, inputs["shape"])) + "."]
     if "mean" in inputs:
@@ -78,7 +76,7 @@ def _use(settings: TrainConfig, facts: dict[str, Any]) -> str:
     return "\n".join([*lines, "", "```python", *_code(settings), "```", ""])
 
 
-def _code(settings: TrainConfig) -> list[str]:
+def _code(settings: Method) -> list[str]:
     name, stem = getattr(settings.model, "backbone", ""), getattr(settings.model, "stem", "imagenet")
     ours = ["from fused_nce.train.export import load_encoder", "", 'taps = load_encoder("FOLDER")(x)']
     if not name or name in OWN or stem != "imagenet":
@@ -98,7 +96,7 @@ def _numbers(values: list[float]) -> str:
     return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
 
 
-def _training(run: Path, settings: TrainConfig, state: dict[str, Any]) -> str:
+def _training(run: Path, settings: Method, state: dict[str, Any]) -> str:
     optim = settings.optim
     environment = state.get("environment", {})
     processes = int(environment.get("processes", 1))
@@ -111,7 +109,7 @@ def _training(run: Path, settings: TrainConfig, state: dict[str, Any]) -> str:
         "run": run.resolve().name,
     }
     try:
-        speed = summary.training(runlog.read_log(run))["images_per_s"]
+        speed = terminal.training(runlog.read_log(run))["images_per_s"]
         rows |= {"speed": f"{speed:,.0f} images/s, median"} if speed is not None else {}
     except ValueError:  # the log was deleted: the card does without
         pass
@@ -132,7 +130,7 @@ def _evaluation(found: dict[str, Any] | None, step: int) -> str:
         lines.append(f"Of the run after {found['training']['steps']:,} updates; these weights are of {step:,}.\n")
     lines += ["| encoder | tap | probe | labels | accuracy, % |", "|---|---|---|---|---|"]
     lines += [
-        f"| {row['encoder']} | {row['tap']} | {row['probe']} | {row['labels']} | {report.shown(row)} |"
+        f"| {row['encoder']} | {row['tap']} | {row['probe']} | {row['labels']} | {evaluated.shown(row)} |"
         for row in found["probes"]
     ]
     return "\n".join([*lines, "", *(f"- {line}" for line in found["protocol"]), ""])

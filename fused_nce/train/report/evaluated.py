@@ -6,28 +6,19 @@ nothing here computes an accuracy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from fused_nce.train import page, plots, runlog
-from fused_nce.train.plots import Bar, Series
+from fused_nce.train.evaluation.figures import Figures
+from fused_nce.train.evaluation.scoring import PIXELS, TRAINED
+from fused_nce.train.report import page, plots, runlog
+from fused_nce.train.report.plots import Bar, Series
 
-TRAINED, PIXELS = "trained", "pixels"
 NAMES = {
     "linear": "Linear", "knn": "kNN", "sgd": "Linear, SGD", "svm": "Linear SVM", "mlp": "MLP",
     "prototype": "Prototype", "logistic": "Logistic", "fine-tune": "Fine-tuned", "ms-ssim": "MS-SSIM", "mine": "MINE",
     "ndm": "NDM",
 }  # fmt: skip
-
-
-@dataclass
-class Figures:
-    """What the pictures need beyond the numbers in `eval.json`."""
-
-    points: list[tuple[float, float]] = field(default_factory=list)  # 2-D embedding of some test images
-    point_labels: list[int] = field(default_factory=list)
-    neighbours: list[list[tuple[str, bool]]] = field(default_factory=list)  # (data URI, right class?), query first
 
 
 def find(result: dict[str, Any], encoder: str, tap: str, probe: str, labels: str) -> dict[str, Any] | None:

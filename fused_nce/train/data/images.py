@@ -1,5 +1,6 @@
 """Images and labels for training and evaluation, from whichever source a name means."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fused_nce.train import progress
-from fused_nce.train.sources import Damage, FolderSource, ShardSource, Source, digits, fit
+from fused_nce.train.data.sources import Damage, FolderSource, ShardSource, Source, digits, fit
+from fused_nce.train.host import progress_bar
 
 # Short side that an image is resized to before the centre crop of the tests (amdim-public: 70 -> 64, 146 -> 128).
 TEST_RESIZE = {32: 32, 64: 70, 128: 146, 224: 256}
 DEFAULT_LIMIT_BYTES = 4096 << 20
+MAX_PROBE_IMAGES = 50_000  # more labelled images than CIFAR's 50,000 change a probe little and cost minutes
 
 
 @dataclass
@@ -62,6 +64,25 @@ def load_split(
     return decode(source, size, TEST_RESIZE.get(size, size) if canvas is None else size)
 
 
+def load_labelled(data: str, split: str, image_size: int, *, seed: int, limit_mb: int = 4096) -> ImageSet:
+    """The labelled images of a split; of a large probe split, 50,000 drawn at random.
+
+    Raises:
+        ValueError: see `load_split`; and for a split without labels of 2 or more classes.
+    """
+    found = load_split(data, split, image_size, limit_bytes=limit_mb << 20)
+    known = found.labels >= 0
+    if not bool(known.any()) or len(found.classes) < 2:
+        raise ValueError(f"data: the {split} split of {data} has no labels of 2 or more classes; need them to evaluate")
+    rows = known.nonzero().flatten()
+    if split == "probe" and len(rows) > MAX_PROBE_IMAGES:
+        generator = torch.Generator().manual_seed(seed)
+        rows = rows[torch.randperm(len(rows), generator=generator)[:MAX_PROBE_IMAGES]].sort().values
+    if len(rows) == len(found.labels):
+        return found
+    return dataclasses.replace(found, images=found.images[rows], labels=found.labels[rows])
+
+
 def open_source(data: str, split: str) -> Source:
     """A folder or shards, by what is there.
 
@@ -99,7 +120,7 @@ def _decode(source: Source, size: int, prepare: Callable[[Tensor], Tensor | None
     images = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
     labels = torch.tensor(source.labels, dtype=torch.int64)
     damage = Damage(len(source))
-    steps: Iterator[int] = progress.bar(range(len(source)), desc="decoding", unit="image", delay=2, leave=False)
+    steps: Iterator[int] = progress_bar(range(len(source)), desc="decoding", unit="image", delay=2, leave=False)
     for i in steps:
         image, index = damage.read(source, i)
         ready = prepare(image)

@@ -1,16 +1,24 @@
-"""What a figure is measured with: the machine's name, the memory of a step, and the loss that ours is compared with."""
+"""What measurements share: the machine and versions of a figure, the peak memory of a call, AMDIM's naive loss."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
+import subprocess
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fused_nce._version import __version__
+
+CLIP, PENALTY = 20.0, 0.04  # of AMDIM's loss
+LIBRARIES = ("torch", "torchvision", "accelerate", "scikit-learn", "numpy")
 
 
 def cpuinfo(key: str) -> str:
@@ -33,26 +41,59 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def status_bytes(key: str) -> int:
-    """A line of /proc/self/status, such as VmRSS.
+@functools.cache
+def commit() -> str:
+    """The commit of the code that runs, ", changed" where it is not what was committed; "unknown" if installed."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # in site-packages; a repository further up would be someone else's
+        return "unknown"
+    try:
+        head, changed = (
+            subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "--", "fused_nce"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + (", changed" if changed else "")
 
-    Raises:
-        OSError: the system has no such line.
-    """
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) << 10
-    raise OSError(f"/proc/self/status has no {key}")
+
+def environment() -> dict[str, Any]:
+    """Machine, thread count, instruction set, commit and versions, as one flat table."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    table: dict[str, Any] = {
+        "fused_nce": __version__,
+        "commit": commit(),
+        "device": device,
+        "processor": processor(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+    for name in LIBRARIES:
+        try:
+            table[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            table[name] = "not installed"
+    return table
+
+
+def status_bytes(key: str) -> int:
+    """A line of /proc/self/status, such as VmRSS."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith(key + ":"))
 
 
 def reset_peak() -> None:
     """Let the high-water mark (VmHWM) start from what the process holds now.
 
     Raises:
-        OSError, AttributeError: the system has no resettable mark (`/proc/self/clear_refs`), or another libc.
+        OSError, AttributeError: no resettable mark (`/proc/self/clear_refs`, Linux), or another libc than glibc.
     """
-    ctypes.CDLL(None).malloc_trim(0)  # freed pages that the allocator keeps would hide what the next step needs
-    Path("/proc/self/clear_refs").write_text("5")
+    ctypes.CDLL(None).malloc_trim(0)  # freed blocks that malloc keeps would serve the next run unseen
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
@@ -67,11 +108,11 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return max(0, status_bytes("VmHWM") - before)
 
 
-def naive_amdim(
+def naive_loss(
     antecedents: Tensor,  # (B, D), or (B, n_r, D): n_r rows an image
     consequents: Tensor,  # (B, n_c, D)
-    clip: float = 20.0,
-    penalty: float = 0.04,
+    clip: float = CLIP,
+    penalty: float = PENALTY,
 ) -> Tensor:
     """AMDIM's loss in the order its authors' code computes it, in today's torch: each step on the whole score tensor.
 

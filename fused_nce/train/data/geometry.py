@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from fused_nce.train.config import AugmentConfig
+from fused_nce.train.settings import AugmentConfig
 
 
 def flip(

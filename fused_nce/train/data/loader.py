@@ -8,10 +8,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fused_nce.train.augment import crops
-from fused_nce.train.config import AugmentConfig, TrainConfig
-from fused_nce.train.data import ImageSet, decode, decode_native, decoded_bytes, load_split, open_source
-from fused_nce.train.sources import Damage, Source, fit
+from fused_nce.train.data.augment import crops
+from fused_nce.train.data.images import (
+    DEFAULT_LIMIT_BYTES,
+    ImageSet,
+    decode,
+    decode_native,
+    decoded_bytes,
+    load_split,
+    open_source,
+)
+from fused_nce.train.data.sources import Damage, Source, fit
+from fused_nce.train.settings import AugmentConfig
 
 WORKER_TIMEOUT_S = 300  # a stuck reader is an error, not a wait for ever
 
@@ -53,15 +61,42 @@ class Order:
 
 
 class Loader:
-    """Batches from any position, of a set that is held decoded or read as it goes."""
+    """Batches from any position, of a set that is held decoded or read as it goes.
 
-    def __init__(self, config: TrainConfig, *, rank: int = 0, world: int = 1) -> None:
-        self.config = config
-        self.held, self.source = open_data(config)
+    Args:
+        data: "digits", a folder or shards: see `images.load_split`.
+        augment: says whether views are cut from the whole image.
+        image_size: side in px.
+        local_batch: images of this process in one batch.
+        seed: of the order and of the crops.
+        view_count: crops of an image, where they are cut while reading.
+        workers: processes that read images that are not held.
+        limit_bytes: a set that takes more as uint8 is not held.
+        rank: of this process.
+        world: processes.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        augment: AugmentConfig,
+        image_size: int,
+        local_batch: int,
+        *,
+        seed: int,
+        view_count: int = 2,
+        workers: int = 0,
+        limit_bytes: int = DEFAULT_LIMIT_BYTES,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.augment, self.image_size, self.view_count = augment, image_size, view_count
+        self.seed, self.workers = seed, workers
+        self.held, self.source = open_data(data, augment, image_size, limit_bytes)
         self.classes = self.held.classes if self.held else self.source.classes if self.source else []
         self.count = len(self.held.labels) if self.held else len(self.source) if self.source else 0
         self.damage = Damage(self.count)
-        self.order = Order(self.count, config.local_batch(world), config.seed, rank, world)
+        self.order = Order(self.count, local_batch, seed, rank, world)
 
     @property
     def labels(self) -> Tensor:  # (count,)
@@ -89,16 +124,15 @@ class Loader:
 
     def _streamed(self, position: int) -> Iterator[Batch]:
         assert self.source is not None
-        workers = self.config.run.workers
-        reader = Reader(self.source, self.config)
+        reader = Reader(self.source, self.augment, self.image_size, self.view_count, self.seed)
         loader: DataLoader[Any] = DataLoader(
             reader,
             batch_sampler=Keys(self.order, position),
-            num_workers=workers,
-            timeout=WORKER_TIMEOUT_S if workers else 0,
+            num_workers=self.workers,
+            timeout=WORKER_TIMEOUT_S if self.workers else 0,
             worker_init_fn=_ignore_interrupts,
             # Its own: the loader draws a seed when it starts, and a resumed run starts it once more.
-            generator=torch.Generator().manual_seed(self.config.seed),
+            generator=torch.Generator().manual_seed(self.seed),
         )
         try:
             for images, indices, asked in loader:
@@ -131,10 +165,8 @@ class Keys:
 class Reader(Dataset[tuple[Tensor, int, int]]):
     """Reads, decodes and, if the geometry is "crop", cuts the views from the whole image."""
 
-    def __init__(self, source: Source, config: TrainConfig) -> None:
-        self.source, self.size, self.seed = source, config.model.image_size, config.seed
-        self.augment: AugmentConfig = config.augment
-        self.views = config.view_count
+    def __init__(self, source: Source, augment: AugmentConfig, size: int, views: int, seed: int) -> None:
+        self.source, self.augment, self.size, self.views, self.seed = source, augment, size, views, seed
         self.damage = Damage(len(source))
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
@@ -147,18 +179,19 @@ class Reader(Dataset[tuple[Tensor, int, int]]):
             return crops(image, self.augment, self.size, self.views), index, asked
 
 
-def open_data(config: TrainConfig) -> tuple[ImageSet | None, Source | None]:
+def open_data(
+    data: str, augment: AugmentConfig, size: int, limit_bytes: int = DEFAULT_LIMIT_BYTES
+) -> tuple[ImageSet | None, Source | None]:
     """The training images: decoded, if they fit in memory, or else the source to read them from.
 
     The images of a batch are the same either way.
     """
-    size = config.model.image_size
-    if config.data == "digits":
+    if data == "digits":
         return load_split("digits", "train", size), None
-    source = open_source(config.data, "train")
-    if decoded_bytes(source, size) > config.run.memory_limit_mb << 20:
+    source = open_source(data, "train")
+    if decoded_bytes(source, size) > limit_bytes:
         return None, source
-    if config.augment.geometry != "crop":
+    if augment.geometry != "crop":
         return decode(source, size, size), None
     # A crop is cut from the whole image: unless all have the wanted size, they are read anew each time.
     held = decode_native(source, size)

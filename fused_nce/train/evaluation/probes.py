@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fused_nce.train.logistic import Axes, Kind, fit, principal_axes
+from fused_nce.train.evaluation.logistic import Axes, Kind, fit, principal_axes
 
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fused_nce.train import progress
+from fused_nce.train.host import progress_bar
 
 Encode = Callable[[Tensor], dict[str, Tensor]]
 Transform = Callable[[Tensor], Tensor]
@@ -94,7 +94,7 @@ def extract(
     check_taps(model, transform(images[:1].to(device)), taps)
     found: dict[str, list[Tensor]] = {tap: [] for tap in taps}
     cast = torch.autocast(device.type, dtype) if dtype is not None else nullcontext()
-    with torch.inference_mode(), cast, progress.bar(total=len(images), desc=name, unit="img", leave=False) as bar:
+    with torch.inference_mode(), cast, progress_bar(total=len(images), desc=name, unit="img", leave=False) as bar:
         for batch in images.split(batch_size):
             maps = encode(transform(batch.to(device)).contiguous(memory_format=torch.channels_last))
             for tap in taps:

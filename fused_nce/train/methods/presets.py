@@ -1,8 +1,12 @@
-"""What the methods' presets share: the data sets' own numbers. Each method's table is in its file in `methods/`."""
+"""What the methods' presets share: the data sets' own numbers, views, and the two ways to draw an encoder's weights."""
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
-from fused_nce.train.config import AugmentConfig
+from torch import nn
+
+from fused_nce.train.method import Method
+from fused_nce.train.settings import AugmentConfig
 
 STL_CROPS: dict[str, Any] = {"geometry": "crop", "mean": [0.43, 0.42, 0.39], "std": [0.27, 0.26, 0.27]}
 IMAGENET_COLOURS: dict[str, Any] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -53,3 +57,22 @@ def unmoved() -> AugmentConfig:
     return AugmentConfig(
         flip_p=0.0, geometry="none", jitter_p=0.0, gray_p=0.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
     )
+
+
+Init = Literal["torch", "kaiming"]
+
+
+def draw_(encoder: nn.Module, init: Init) -> None:
+    """As torch does it, or every convolution by Kaiming's rule for ReLU (He et al. 2015), its bias 0."""
+    for layer in encoder.modules() if init == "kaiming" else ():
+        if isinstance(layer, nn.Conv1d | nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def both_inits(config: Method) -> dict[str, Method]:
+    """A configuration with each `model.init`, by the names that an evaluation prints."""
+    model: Any = config.model
+    names = {"random, torch's init": "torch", "random, Kaiming init": "kaiming"}
+    return {name: dataclasses.replace(config, model=dataclasses.replace(model, init=i)) for name, i in names.items()}

@@ -1,9 +1,11 @@
-"""Reads a run's `log.jsonl`: one JSON object a line, as the trainer writes it."""
+"""The files of a run that reports are made from and written to: `log.jsonl`, an evaluation's names, whole files."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -51,3 +53,15 @@ def median(log: list[Line], key: str) -> float | None:
     """The median of a key over the run, or None where it was never logged."""
     values = column(log, "step", key)[1]
     return statistics.median(values) if values else None
+
+
+def suffix(data: str | None) -> str:
+    """What the names of the files of another data set end in."""
+    return "" if data is None else "-" + re.sub(r"[^\w.-]+", "_", Path(data).name)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Under a temporary name, then renamed: a reader never sees half a file."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fused_nce.train.knn import nearest
-from fused_nce.train.report import Figures
+from fused_nce.train.evaluation.knn import nearest
 
 THUMBNAIL_PX = 64
 PCA_WIDTH = 50  # t-SNE's authors reduce to about 50 first: it drops noise and makes 2,000 points a matter of seconds
+
+
+@dataclass
+class Figures:
+    """What the pictures need beyond the numbers in `eval.json`."""
+
+    points: list[tuple[float, float]] = field(default_factory=list)  # 2-D embedding of some test images
+    point_labels: list[int] = field(default_factory=list)
+    neighbours: list[list[tuple[str, bool]]] = field(default_factory=list)  # (data URI, right class?), query first
 
 
 def embed(

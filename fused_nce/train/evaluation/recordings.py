@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fused_nce.train import features, figures, log_mel, progress, recordings, report, scoring, summary
-from fused_nce.train.protocols import FROZEN, PROTOCOLS
-from fused_nce.train.recordings import Recordings
+from fused_nce.train.data import log_mel, recordings
+from fused_nce.train.data.recordings import Recordings
+from fused_nce.train.evaluation import features, figures, scoring
+from fused_nce.train.evaluation.protocols import FROZEN, PROTOCOLS, described
+from fused_nce.train.host import progress_bar
 
 LOG_MEL = "log-mel mean"
 
@@ -35,7 +37,8 @@ def evaluate(
     tasks: int,
     baselines: bool,
     seed: int,
-) -> tuple[dict[str, Any], report.Figures]:
+    keep: Callable[[list[dict[str, Any]]], None],
+) -> tuple[dict[str, Any], figures.Figures]:
     """Every protocol asked for, on the mean over time of each tap, for each label.
 
     Args:
@@ -48,6 +51,7 @@ def evaluate(
         tasks: of few-shot, at least 2.
         baselines: untrained encoders and log-mel spectra too.
         seed: of the draws, the untrained encoders and the embedding.
+        keep: called with all rows so far after each feature set.
 
     Returns:
         What `eval.json` holds of the accuracies, and the pictures. A tap has the label's name: "c_t, digit".
@@ -77,6 +81,7 @@ def evaluate(
                 rows += [{"encoder": encoder, "tap": f"{shown}, {target.name}"} | row for row in found.rows]
             if not first:
                 first = {"queries": queries, "predicted": found.shown}
+        keep(rows)
     main = targets[0]
     names = [f"{tap}, {target.name}" for tap in taps for target in targets]
     confusion = None
@@ -93,7 +98,7 @@ def evaluate(
         "confusion": confusion,
         "protocol": protocol(protocols, draws, tasks),
     }
-    return result, report.Figures(figures.embed(first["queries"], seed), main.test.tolist())
+    return result, figures.Figures(figures.embed(first["queries"], seed), main.test.tolist())
 
 
 def find_targets(probe: Recordings, test: Recordings, data: str) -> list[Target]:
@@ -122,7 +127,7 @@ def _feature_sets(
     seed: int,
 ) -> Iterator[tuple[str, str | None, Tensor, Tensor]]:
     """(encoder, tap, features of the probe split, features of the test split), the trained encoder first."""
-    models = {report.TRAINED: model}
+    models = {scoring.TRAINED: model}
     level = config.augment.level
     for name, other in config.untrained().items() if baselines else ():
         with torch.random.fork_rng(devices=[]):
@@ -159,7 +164,7 @@ def extract(
     shortest = next(n for n in range(1, 1 << 30) if model.encoder.frames(n) >= 1)
     found: dict[str, list[Tensor]] = {tap: [] for tap in taps}
     with torch.inference_mode():
-        for wave in progress.bar(waves, desc=name, unit="rec", leave=False, total=len(waves)):
+        for wave in progress_bar(waves, desc=name, unit="rec", leave=False, total=len(waves)):
             x = recordings.scaled(wave, level)
             known = model.encode(nn.functional.pad(x, (0, max(0, shortest - len(x))))[None])
             for tap in taps:
@@ -178,7 +183,7 @@ def protocol(protocols: Sequence[str], draws: int, tasks: int) -> list[str]:
         "sees; the speakers are the same in both where the data set's own split has it so.",
         "A recording is encoded whole and by itself, in eval mode; a tap is averaged over its frames. The paper probes "
         "every frame of c_t, Greedy InfoMax the average for speakers, as here.",
-        *summary.of_protocols(protocols, draws, tasks, things="recordings"),
+        *described(protocols, draws, tasks, things="recordings"),
         "Log-mel mean: 40 bands, windows of 25 ms every 10 ms, the logarithm averaged over the recording; at the level "
         "that the encoder is given.",
     ]

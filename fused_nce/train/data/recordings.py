@@ -7,19 +7,31 @@ import json
 import wave
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fused_nce.train.loader import Batch, Order
-from fused_nce.train.sources import Damage, Shards
-
-if TYPE_CHECKING:
-    from fused_nce.train.methods.cpc import CPCConfig
+from fused_nce.train.data.loader import Batch, Order
+from fused_nce.train.data.sources import Damage, Shards
+from fused_nce.train.limits import ABOVE_0, AT_LEAST_1, Rule, optional, setting
 
 FULL_SCALE = 32768  # of 16-bit samples
+
+
+@dataclass
+class WindowConfig:
+    """What the model is given of a recording.
+
+    Args:
+        window: samples, from a random place; a shorter recording ends in zeros.
+        level: the share of full scale that becomes 1, or null for each recording's own root mean square.
+        label: that the online classifiers learn, of those in the shards; null for none.
+    """
+
+    window: int = setting(20480, AT_LEAST_1)
+    level: float | None = setting(0.063, optional(ABOVE_0))
+    label: str | None = setting(None, optional(Rule("the name of a label", bool)))
 
 
 class WavSource(Shards):
@@ -123,21 +135,26 @@ class WindowLoader:
     Order and places depend on seed and position alone, so that a run resumes exactly.
 
     Args:
-        config: settings; `augment` says how long a window is.
+        data: shards.
+        windows: how long they are, and which label they have.
+        local_batch: windows of this process in one batch.
+        seed: of the order and the places.
         rank: of this process.
         world: processes.
     """
 
-    def __init__(self, config: CPCConfig, *, rank: int = 0, world: int = 1) -> None:
-        a, held = config.augment, load(config.data, "train")
+    def __init__(
+        self, data: str, windows: WindowConfig, local_batch: int, *, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        a, held = windows, load(data, "train")
         if a.label is not None and a.label not in held.tags:
             raise ValueError(f"augment.label: must be null or one of {', '.join(held.tags)}, got {a.label}")
         self.waves = [scaled(x, a.level) for x in held.waves]
-        self.window, self.seed, self.rank = a.window, config.seed, rank
+        self.window, self.seed, self.rank = a.window, seed, rank
         self.count, self.damaged = len(self.waves), held.damaged
         self.classes = classes(held.tags[a.label]) if a.label is not None else []
         self.labels = held.labels(a.label, self.classes) if a.label is not None else torch.full((self.count,), -1)
-        self.order = Order(self.count, config.local_batch(world), config.seed, rank, world)
+        self.order = Order(self.count, local_batch, seed, rank, world)
 
     @property
     def labelled(self) -> bool:

@@ -1,0 +1,1 @@
+"""Inputs: files to batches of views. Takes plain settings and numbers, and knows no method."""

@@ -1,0 +1,1 @@
+"""Judging frozen features: features in, dicts of numbers out. Nothing here writes a file."""

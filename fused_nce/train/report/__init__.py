@@ -1,0 +1,1 @@
+"""Results for people: dicts in, text and pages out. Nothing here computes an accuracy."""
