@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fused_nce.backends.flash import configs
-from fused_nce.backends.flash.form import Form, Parts
+from fused_nce.backends.triton import configs
+from fused_nce.backends.triton.form import Form, Parts
 from fused_nce.core.problem import Problem
 from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Spec, TanhClip
 from fused_nce.core.tails import LogOut, Nce, Sigmoid
@@ -150,7 +150,7 @@ def build(variant: str, architecture: int, dtype: torch.dtype, width: int) -> Bu
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fused_nce.backends.flash import kernels, memory
+    from fused_nce.backends.triton import kernels, memory
 
     chosen = VARIANTS[variant]
     tile = chosen.tile(architecture, dtype, width)

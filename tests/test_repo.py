@@ -153,7 +153,7 @@ def test_all_but_the_trainer_imports_torch_alone():
         if part != "train":  # has its extras
             inner = part in TORCH_ALONE  # not even within a function
             outside = {module.partition(".")[0] for module, top in imports_of(path) if top or inner}
-            allowed = {"torch", "fused_nce"} | ({"triton"} if path.parent.name == "flash" else set())
+            allowed = {"torch", "fused_nce"} | ({"triton"} if path.parent.name == "triton" else set())
             if more := outside - set(sys.stdlib_module_names) - allowed:
                 wrong.append(f"{name_of(path)} imports {sorted(more)}")
     assert not wrong, "\n".join(wrong)
@@ -191,7 +191,7 @@ def test_importing_brings_in_no_extra_and_no_cuda_context():
     roots = {name.partition(".")[0] for name in found["brought"]} - set(sys.stdlib_module_names)
     assert roots <= {"torch", "fused_nce"} | {name for name in roots if name.startswith("__editable__")}
     parts = {".".join(name.split(".")[:2]) for name in found["brought"]}
-    assert not {name for name in found["brought"] if name.startswith("fused_nce.backends.flash")}
+    assert not {name for name in found["brought"] if name.startswith("fused_nce.backends.triton")}
     assert not parts & {
         "torch._dynamo",
         "torch._inductor",

@@ -126,7 +126,7 @@ TABLE = (
     square("info_nce", "InfoNCE", 8192, 256, None),
 )
 
-# Where the flash kernels hand over to the GEMM loop: one shape, many widths.
+# Where the Triton kernels hand over to the GEMM loop: one shape, many widths.
 CROSSOVER_WIDTHS = (64, 128, 192, 256, 384, 512)
 CROSSOVER = tuple(replace(amdim(256, d), role=SWEEP) for d in CROSSOVER_WIDTHS)
 # A time at two sizes tells what a call costs from what a score does: sixteen times the scores.

@@ -19,7 +19,6 @@ from fused_nce.core.spec import STATISTICS, Spec
 # The automatic choice takes the first that can of `automatic`. `reference` must be asked for: it holds the scores.
 BACKENDS = ("cpu", "triton", "cuda", "chunked", "reference")
 AUTOMATIC = ("cpu", "chunked")  # beside a GPU, where `core/cost.py` puts those of its own first
-MODULES = {"triton": "flash"}  # where the module has another name than the backend
 ANY_CALL = Call()
 # What a backend without `ATOMS` of its own is asked for. `self`: k is q; `mixed`: k has another dtype.
 AMDIM_ATOMS = frozenset({"block", "identity", "tanh_clip", *STATISTICS})
@@ -44,7 +43,7 @@ def backend_module(name: str) -> Backend:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, need one of {BACKENDS}")
-    return cast(Backend, importlib.import_module(f"fused_nce.backends.{MODULES.get(name, name)}"))
+    return cast(Backend, importlib.import_module(f"fused_nce.backends.{name}"))
 
 
 def why_not(backend: str, spec: Spec, q: Tensor, k: Tensor | None) -> str | None:

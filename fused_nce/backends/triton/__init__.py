@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_nce.backends.flash import configs, plan
+from fused_nce.backends.triton import configs, plan
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import MARGINS, VOCABULARY, Spec
 from fused_nce.core.tails import Coefficients, Tail
@@ -71,4 +71,4 @@ def _installed() -> bool:
 
 
 def _launch() -> Any:
-    return importlib.import_module("fused_nce.backends.flash.launch")
+    return importlib.import_module("fused_nce.backends.triton.launch")

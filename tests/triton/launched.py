@@ -1,4 +1,4 @@
-"""`python -m tests.flash.launched ARCHITECTURE DTYPE LOSS…`: compile what those losses launch, as a first call would.
+"""`python -m tests.triton.launched ARCHITECTURE DTYPE LOSS…`: compile what those losses launch, as a first call would.
 
 The interpreter knows no types, and `bench.static` writes its own launches. Here a driver that poses as a card gives the
 real ones, with their real arguments, to Triton's just-in-time compiler; only the run itself is left out, so nothing
@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fused_nce.backends import flash
-from fused_nce.backends.flash import configs
+from fused_nce.backends import triton
+from fused_nce.backends.triton import configs
 from fused_nce.losses.registry import LOSSES
 
 
@@ -54,7 +54,7 @@ def pose(architecture: int) -> set[Any]:
     driver.set_active(Card(architecture))
     JITFunction.__getitem__ = launch
     configs.architecture_of = lambda device: architecture
-    flash.why_not = lambda spec, q, k: None
+    triton.why_not = lambda spec, q, k: None
     return compiled
 
 

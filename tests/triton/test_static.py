@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench import static
-from fused_nce.backends.flash import configs, plan
+from fused_nce.backends.triton import configs, plan
 from tests.marks import nightly_but
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -31,7 +31,7 @@ def test_the_kernels_of_a_step(architecture, capsys):
 
 def launched(*arguments: str) -> int:
     """How many kernels `launched.py` compiled."""
-    command = [sys.executable, "-m", "tests.flash.launched", *arguments]
+    command = [sys.executable, "-m", "tests.triton.launched", *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -69,7 +69,7 @@ def test_a_tile_too_large_is_told(monkeypatch):
 
 @TRITON
 def test_sizes_never_recompile():
-    from fused_nce.backends.flash import gather, kernels, memory
+    from fused_nce.backends.triton import gather, kernels, memory
 
     for kernel in (
         kernels.fold_kernel,

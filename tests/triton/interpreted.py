@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from fused_nce import tile_stats
-from fused_nce.backends.flash import atoms, configs, memory, plan
-from fused_nce.backends.flash.form import Form
+from fused_nce.backends.triton import atoms, configs, memory, plan
+from fused_nce.backends.triton.form import Form
 from fused_nce.core import atoms as definition
 from fused_nce.core import dispatch
 from fused_nce.core.engine import tile_loss as engine_loss
@@ -314,7 +314,7 @@ def test_rows_beyond_two_to_the_31_elements():
 
 
 def test_splits_of_the_most_rows_stay_in_32_bits():
-    from fused_nce.backends.flash import MOST_ROWS
+    from fused_nce.backends.triton import MOST_ROWS
 
     for n_x in (1, 64, 10**6):
         split = plan.split(n_x, MOST_ROWS, 1, 64, 1 << 28)

@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_nce.backends.flash import configs, gather, kernels, plan
-from fused_nce.backends.flash.form import Form, Parts, Terms, Wanted
+from fused_nce.backends.triton import configs, gather, kernels, plan
+from fused_nce.backends.triton.form import Form, Parts, Terms, Wanted
 from fused_nce.core import workspace
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import Bias, Block

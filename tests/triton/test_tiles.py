@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from fused_nce.backends.flash import configs, tune
-from fused_nce.backends.flash.configs import Tile
+from fused_nce.backends.triton import configs, tune
+from fused_nce.backends.triton.configs import Tile
 
 KEY = (90, torch.bfloat16, configs.column_of(128))
 SHIPPED = configs.TABLE[90, torch.bfloat16][KEY[2]]

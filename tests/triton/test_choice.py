@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from fused_nce import tile_stats, workspace_bytes
-from fused_nce.backends import flash
-from fused_nce.backends.flash import configs, plan
+from fused_nce.backends import triton
+from fused_nce.backends.triton import configs, plan
 from fused_nce.core import dispatch
 from fused_nce.core.spec import Block, Spec, TanhClip
 
@@ -40,7 +40,7 @@ def capability(monkeypatch):
 
 def test_a_cpu_tensor_is_refused_by_name():
     q = torch.ones(3, 4)
-    assert flash.why_not(SPEC, q, q) == "needs a GPU, not cpu"
+    assert triton.why_not(SPEC, q, q) == "needs a GPU, not cpu"
     with pytest.raises(ValueError, match=r"^backend: got 'triton', which cannot run this: needs a GPU, not cpu$"):
         tile_stats(q, q, Spec(Block(1)), backend="triton")
 
@@ -56,7 +56,7 @@ def test_cpu_tensors_never_choose_it(monkeypatch):
 
 @pytest.mark.parametrize("dtype", configs.DTYPES)
 def test_a_gpu_tensor_is_taken(capability, dtype):
-    assert flash.why_not(SPEC, *posed(dtype=dtype)) is None
+    assert triton.why_not(SPEC, *posed(dtype=dtype)) is None
 
 
 @pytest.mark.parametrize(
@@ -64,20 +64,20 @@ def test_a_gpu_tensor_is_taken(capability, dtype):
 )
 def test_the_card_must_be_in_the_table(capability, found, able):
     capability(*found)
-    reason = flash.why_not(SPEC, *posed())
+    reason = triton.why_not(SPEC, *posed())
     assert (reason is None) == able
     assert able or str(reason).startswith("has no tiles for cuda")
 
 
 def test_reasons(capability, monkeypatch):
-    assert "not float64" in str(flash.why_not(SPEC, *posed(dtype=torch.float64)))
-    assert "rows" in str(flash.why_not(SPEC, *posed(m=2**31 - 1, d=1)))
+    assert "not float64" in str(triton.why_not(SPEC, *posed(dtype=torch.float64)))
+    assert "rows" in str(triton.why_not(SPEC, *posed(m=2**31 - 1, d=1)))
     q, k = posed()[0], posed(dtype=torch.float64)[1]
-    assert "not float64" in str(flash.why_not(SPEC, q, k))
+    assert "not float64" in str(triton.why_not(SPEC, q, k))
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert "has no tiles" in str(flash.why_not(SPEC, *posed()))
-    monkeypatch.setattr(flash, "_installed", lambda: False)
-    assert flash.why_not(SPEC, *posed()) == "triton is not installed"
+    assert "has no tiles" in str(triton.why_not(SPEC, *posed()))
+    monkeypatch.setattr(triton, "_installed", lambda: False)
+    assert triton.why_not(SPEC, *posed()) == "triton is not installed"
 
 
 def test_asking_imports_no_triton():

@@ -1,4 +1,4 @@
-"""`python -m fused_nce.backends.flash.tune --width D --out FILE`: the fastest tile on the GPU at hand.
+"""`python -m fused_nce.backends.triton.tune --width D --out FILE`: the fastest tile on the GPU at hand.
 
 Times a loss with both gradients at each candidate, and adds the winner to FILE, which FUSED_NCE_TILES then names. It
 runs when it is asked to, never within a call: what a program computes does not depend on what else the card was doing.
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from fused_nce.backends.flash import configs
-from fused_nce.backends.flash.configs import Tile
+from fused_nce.backends.triton import configs
+from fused_nce.backends.triton.configs import Tile
 from fused_nce.core.engine import tile_loss
 from fused_nce.core.spec import Index, Spec, TanhClip
 from fused_nce.core.tails import Nce
@@ -78,7 +78,7 @@ def fastest(tiles: Sequence[Tile], time_ms: Clock, least_gain: float = 0.03) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Time, print, write; 0."""
-    parser = argparse.ArgumentParser(prog="python -m fused_nce.backends.flash.tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fused_nce.backends.triton.tune", description=__doc__)
     parser.add_argument("--width", type=int, required=True, help="D")
     parser.add_argument("--dtype", choices=[str(x).removeprefix("torch.") for x in configs.DTYPES], default="bfloat16")
     parser.add_argument("--rows", type=int, default=8192)

@@ -29,7 +29,7 @@ def interpret(*arguments: str, selected: str = "", marked: str = "not nightly") 
 
 
 def test_its_own_tests():
-    assert "passed" in interpret("tests/flash/interpreted.py")
+    assert "passed" in interpret("tests/triton/interpreted.py")
 
 
 @pytest.mark.parametrize(
@@ -59,4 +59,4 @@ def test_every_loss():
 
 @pytest.mark.nightly
 def test_many_cases():
-    assert "passed" in interpret("tests/flash/interpreted.py", marked="nightly")
+    assert "passed" in interpret("tests/triton/interpreted.py", marked="nightly")

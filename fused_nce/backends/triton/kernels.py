@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_nce.backends.flash.atoms import (
+from fused_nce.backends.triton.atoms import (
     add_exactly,
     add_exponentials,
     load_terms,
@@ -27,7 +27,7 @@ from fused_nce.backends.flash.atoms import (
     transform,
     weights_of,
 )
-from fused_nce.backends.flash.memory import SIZES, load_scale, load_term, load_tile, offsets, pitch_of, store_line
+from fused_nce.backends.triton.memory import SIZES, load_scale, load_term, load_tile, offsets, pitch_of, store_line
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Tiles: one shipped table, by architecture, dtype and width. Nothing is tuned while a program runs.
 
 `python -m bench.static` compiles every entry for its architecture and holds it to no spill and no stack. Who wants
-other tiles has `python -m fused_nce.backends.flash.tune` measure them, and names its file in FUSED_NCE_TILES: the same
+other tiles has `python -m fused_nce.backends.triton.tune` measure them, and names its file in FUSED_NCE_TILES: the same
 file, the same bits.
 """
 
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from fused_nce.backends.flash.form import ABSENT, Parts
-from fused_nce.backends.flash.plan import SLICE, STEP
+from fused_nce.backends.triton.form import ABSENT, Parts
+from fused_nce.backends.triton.plan import SLICE, STEP
 
 
 class Tile(NamedTuple):

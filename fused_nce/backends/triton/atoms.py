@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_nce.backends.flash.memory import load_term, pitch_of
+from fused_nce.backends.triton.memory import load_term, pitch_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

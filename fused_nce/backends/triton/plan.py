@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fused_nce.backends.flash.form import Parts, Terms, Wanted
+from fused_nce.backends.triton.form import Parts, Terms, Wanted
 from fused_nce.core.spec import Spec
 
 PROGRAMS = 264  # enough for two on each of an H100's 132 multiprocessors

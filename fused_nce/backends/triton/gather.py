@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_nce.backends.flash.atoms import (
+from fused_nce.backends.triton.atoms import (
     LOG2E,
     exp,
     log_sum,
@@ -19,7 +19,7 @@ from fused_nce.backends.flash.atoms import (
     slope_of,
     transform,
 )
-from fused_nce.backends.flash.memory import (
+from fused_nce.backends.triton.memory import (
     SIZES,
     load_line,
     load_scale,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_nce.backends.flash.plan import STEP
+from fused_nce.backends.triton.plan import STEP
 
 # Never specialised: another batch does not recompile. The form, D and the tile are compiled in: a division by a number
 # known then is a multiplication, and each tile makes one for every row and column.
