@@ -10,16 +10,15 @@ among the pages "before". A compiled rival is warmed up on its real shape, or th
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 
 from bench import rivals
 from bench.cases import Case
+from fused_nce.measure import reset_peak, status_bytes
 
 TINY = {"n_a": 4, "n_c": 3, "d": 16}
 MIB = 2**20
@@ -58,12 +57,11 @@ def _child(sender: Connection, rival: str, case: Case, threads: int) -> None:
         step()
         rivals.clear(a, c)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = _status_mib("RssAnon")
+    reset_peak()
+    before = status_bytes("RssAnon") / MIB
     step()
-    high = _status_mib("VmHWM")
-    code = _status_mib("RssFile") + _status_mib("RssShmem")
+    high = status_bytes("VmHWM") / MIB
+    code = (status_bytes("RssFile") + status_bytes("RssShmem")) / MIB
     sender.send(
         {
             "peak_memory_mib": round(high - code - before - case.inputs_bytes / MIB, 2),
@@ -77,10 +75,3 @@ def _child(sender: Connection, rival: str, case: Case, threads: int) -> None:
 
 def _step(rival: str, case: Case) -> None:
     rivals.prepare(rival, *case.inputs())()
-
-
-def _status_mib(key: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")

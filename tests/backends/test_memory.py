@@ -25,12 +25,9 @@ LINUX = pytest.mark.skipif(
 
 # The statistics and positives are outputs; 16-bit inputs have their gradients in float32 until the upstream has come.
 PROBE = """
-import ctypes, json, sys, torch
+import json, sys, torch
 from fused_nce import amdim_nce
-from fused_nce.core.spec import Block, Spec, TanhClip
-
-def rss(field):
-    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(field))
+from fused_nce.measure import peak_bytes
 
 backend, dtype, n, n_c, d = json.loads(sys.argv[1])
 dtype = getattr(torch, dtype)
@@ -38,12 +35,7 @@ torch.set_num_threads(1)
 def run(n):
     a = torch.randn(n, d, dtype=dtype).requires_grad_()
     c = torch.randn(n, n_c, d, dtype=dtype).requires_grad_()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = rss("VmRSS")
-    open("/proc/self/clear_refs", "w").write("5")
-    out = amdim_nce(a, c, backend=backend)
-    out.loss.backward()
-    return rss("VmHWM") - before
+    return peak_bytes(lambda: amdim_nce(a, c, backend=backend).loss.backward())
 run(8); run(8)
 print(json.dumps(run(n)))
 """
@@ -141,12 +133,10 @@ def resident_bytes():
 
 
 NPID_PROBE = """
-import ctypes, json, sys, torch
+import json, sys, torch
 from torch.nn.functional import normalize
-from fused_nce import last_path, npid_softmax
-
-def rss(field):
-    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(field))
+from fused_nce import npid_softmax
+from fused_nce.measure import peak_bytes
 
 backend, n, rows = json.loads(sys.argv[1])
 torch.manual_seed(0)
@@ -157,12 +147,12 @@ indices = torch.randint(n, (rows,))
 f = normalize(bank[indices] + 0.1 * torch.randn(rows, 128), dim=1).requires_grad_()
 npid_softmax(f, bank[:1000], indices % 1000, backend=backend).loss.backward()
 f.grad = None
-ctypes.CDLL("libc.so.6").malloc_trim(0)
-before = rss("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")
-out = npid_softmax(f, bank, indices, backend=backend)
-out.loss.backward()
-peak = rss("VmHWM") - before
+def step():
+    global out
+    out = npid_softmax(f, bank, indices, backend=backend)
+    out.loss.backward()
+
+peak = peak_bytes(step)
 lse = torch.stack([((f.double() @ part.double().T) / 0.07).logsumexp(1) for part in bank.split(1 << 16)], 1)
 lse = lse.logsumexp(1)
 own = (f.double() * bank[indices].double()).sum(1) / 0.07

@@ -28,14 +28,19 @@ def loss_of(name, backend, only, seed=0, dtype=torch.float32):
     return loss, still[only]
 
 
-LEAVES = [(name, key) for name in OPEN for key in posed(name)[2]]
+# By one input of each loss, and nightly by every one on its own.
+LEAVES = [
+    pytest.param(name, key, marks=[pytest.mark.nightly] if i else [])
+    for name in OPEN
+    for i, key in enumerate(posed(name)[2])
+]
 
 # ---- derivatives ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "only"), LEAVES)
 def test_double_backward_is_served_or_refused_by_name(name, only, backend):
-    """By every input on its own. `chunked` serves it; tests/core/test_twice.py holds it to differences."""
+    """`chunked` serves it; tests/core/test_twice.py holds it to differences."""
     able(name, backend)
     loss, x = loss_of(name, backend, only)
     x = x.requires_grad_()
@@ -59,13 +64,13 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize(("name", "only"), LEAVES)
-def test_transforms_are_refused_by_name(name, only, transform):
-    """By every input on its own, on the fastest backend: a derivative that is not there must not read as zero."""
+def test_transforms_are_refused_by_name(name, only):
+    """On the fastest backend: a derivative that is not there must not read as zero."""
     loss, x = loss_of(name, None, only)
-    with pytest.raises(RuntimeError, match=r"^fused_nce: (torch\.func\.grad|forward-mode)"):
-        TRANSFORMS[transform](loss, x)
+    for transform in TRANSFORMS.values():
+        with pytest.raises(RuntimeError, match=r"^fused_nce: (torch\.func\.grad|forward-mode)"):
+            transform(loss, x)
 
 
 @pytest.mark.filterwarnings("ignore:.*batching rule")
