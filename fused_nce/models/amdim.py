@@ -61,7 +61,15 @@ class AMDIM(Model):
         self.components = Components(n_rkhs, mixture) if mixture > 1 else None
         own: nn.Module = MultiscaleMixtureLoss() if mixture > 1 else AMDIMLoss()
         self.loss = own if loss is None else loss
-        self.image_size = image_size
+        self.image_size, self.n_rkhs, self.mixture = image_size, n_rkhs, mixture
+
+    def loss_shape(self) -> tuple[list[tuple[int, int]], int] | None:
+        """Every pair, in both directions."""
+        if not isinstance(self.loss, AMDIMLoss | MultiscaleMixtureLoss):
+            return None
+        sides = [[int(side) ** 2 for side in pair.split(">")] for pair in self.loss.pairs]
+        rows_of = {rows: rows if self.loss.antecedents == "all" else 1 for rows, _ in sides} | {1: self.mixture}
+        return [(rows_of[rows], columns) for rows, columns in sides for _ in range(2)], self.n_rkhs
 
     def encode(
         self,

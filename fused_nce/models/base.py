@@ -113,6 +113,10 @@ class Model(nn.Module):
         losses: Losses = self.loss(*self.embed(batch).inputs)
         return losses
 
+    def loss_shape(self) -> tuple[list[tuple[int, int]], int] | None:
+        """(rows, columns) of an image in each term of AMDIM's loss, and their width D; None for another loss."""
+        return None
+
     def trained_parameters(self) -> list[nn.Parameter]:
         """What an optimizer is given: all but those of a momentum encoder."""
         return [p for p in self.parameters() if p.requires_grad]

@@ -10,7 +10,6 @@ from torch import nn
 from fused_nce import GradientCache
 from fused_nce.core.processes import Processes
 from fused_nce.core.replay import checkpointed
-from fused_nce.losses import AMDIMLoss, CPCLoss, DIMLoss, NTXentLoss, SupConLoss
 from fused_nce.train.method import Method
 from fused_nce.train.step import TrainStep
 
@@ -24,9 +23,7 @@ def prepare(module: TrainStep, config: Method, world: int) -> TrainStep | Gradie
     scale, model = config.scale, module.model
     if scale.everywhere and world > 1:
         for loss in model.modules():
-            if isinstance(loss, AMDIMLoss | NTXentLoss | SupConLoss | DIMLoss) or (
-                isinstance(loss, CPCLoss) and loss.negatives == "batch"
-            ):
+            if getattr(loss, "gathers", False):
                 loss.group = Processes(ring=scale.ring)
     if scale.sync_norm and world > 1:
         if not torch.cuda.is_available():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.losses import MINELoss, mine_dv
+from fused_nce.train.evaluation.features import mean_and_sd
 
 SHUFFLES = 5  # of the test split, for the mean over pairs drawn apart
 MINE_UPDATES, MINE_BATCH, MINE_RATE, MINE_AVERAGE = 1500, 128, 5e-4, 0.01
@@ -122,6 +123,5 @@ def standardised(
     queries: Tensor,  # (m, D)
 ) -> tuple[Tensor, Tensor]:
     """Both by the bank's mean and deviation, neither of which either measure depends on."""
-    mean, sd = bank.mean(0), bank.std(0)
-    sd = torch.where(sd > 1e-6 * mean.abs(), sd, torch.inf)
+    mean, sd = mean_and_sd(bank)
     return (bank - mean) / sd, (queries - mean) / sd
