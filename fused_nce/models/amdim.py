@@ -93,7 +93,7 @@ class AMDIM(Model):
         self,
         batch: Tensor | Sequence[Tensor],  # (B, 2, 3, H, H), or two tensors (B, 3, H, H)
     ) -> Embedded:
-        """The maps of both views; with them, and the components of a mixture, the loss is called.
+        """The maps of both views, and with a mixture its components: the arguments of the loss.
 
         Raises:
             ValueError: if there are not two views of one shape, or only one image (no negatives).
@@ -105,7 +105,7 @@ class AMDIM(Model):
         self,
         batch: Tensor | Sequence[Tensor],  # (B, 2, 3, H, H), or two tensors (B, 3, H, H)
     ) -> tuple[dict[str, Tensor], ...]:  # f1, f5 and f7 of each view
-        """The maps before their BatchNorms: without `use_bn`, those of an image alone."""
+        """The maps before the output BatchNorms. Without `use_bn` they depend on one image only."""
         views = [self.encoder.before_norms(view) for view in views_of(batch)]
         return tuple({name: tap for name, tap in taps.items() if name[0] == "f"} for taps in views)
 

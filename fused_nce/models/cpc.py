@@ -264,7 +264,7 @@ class CPC(Model):
 
 
 def _taps(z: Tensor, c: Tensor) -> dict[str, Tensor]:
-    """A single column goes."""
+    """By name; a grid of one column loses that axis."""
     return {"z_t": z, "c_t": c} if z.shape[3] > 1 else {"z_t": z.squeeze(3), "c_t": c.squeeze(3)}
 
 
@@ -273,7 +273,7 @@ def _positions(grid: Tensor) -> Tensor:  # (B, D, R, W) -> (B·R·W, D)
 
 
 def _check(encoder: nn.Module, x: Tensor) -> None:
-    """Refuse what an encoder of ours cannot take; of an injected one nothing is known."""
+    """Refuse inputs that our encoders cannot take; an injected encoder checks its own."""
     if isinstance(encoder, PatchEncoder):
         need = (encoder.image_channels, encoder.image_size, encoder.image_size)
         if x.dim() != 4 or x.shape[1:] != need:

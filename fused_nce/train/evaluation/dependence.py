@@ -109,12 +109,12 @@ def ndm(
 def shuffled(
     codes: Tensor,  # (n, D)
 ) -> Tensor:
-    """Each column in an order of its own: the marginals stay, what joins them goes."""
+    """Permutes each column by itself: keeps the marginals, removes the dependence."""
     return codes.gather(0, torch.rand_like(codes).argsort(0))
 
 
 def _elsewhere(count: int) -> Tensor:
-    """A row for each that is not itself."""
+    """For each row, the number of another row."""
     return (torch.arange(count) + torch.randint(1, count, (count,))) % count
 
 
@@ -122,6 +122,6 @@ def standardised(
     bank: Tensor,  # (n, D)
     queries: Tensor,  # (m, D)
 ) -> tuple[Tensor, Tensor]:
-    """Both by the bank's mean and deviation, neither of which either measure depends on."""
+    """Standardises both by the bank's mean and deviation; both measures are invariant to this."""
     mean, sd = mean_and_sd(bank)
     return (bank - mean) / sd, (queries - mean) / sd

@@ -42,7 +42,7 @@ def width(
     sample: Tensor,  # (1, ...)
     tap: str,
 ) -> int:
-    """Numbers that a tap has for one input, of a model that trains: its statistics and random state stay."""
+    """Width of a tap for one input, measured without changing the model's statistics or the random state."""
     training = model.training
     check_taps(model.eval(), sample, [tap])
     with torch.inference_mode():

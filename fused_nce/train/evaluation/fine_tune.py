@@ -1,4 +1,4 @@
-"""Semi-supervised fine-tuning: the whole encoder goes on learning, from a few labels a class."""
+"""Semi-supervised fine-tuning: the whole encoder is trained further, on a few labels a class."""
 
 from __future__ import annotations
 

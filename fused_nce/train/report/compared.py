@@ -60,7 +60,7 @@ def _union(lists: Iterable[list[Any]]) -> list[Any]:
 
 
 def _note(results: list[dict[str, Any]]) -> str:
-    """What the accuracies are of; and a warning where the runs were not given the same images and draws."""
+    """Caption of the accuracies, and a warning if the runs were evaluated on other images or draws."""
     keys = ("splits", "labels_per_class", "draws", "tasks", "seed")
     lines = [
         f"Accuracy on the test images of {results[0]['data_name']}, each run at its own taps; charts at its first. The "

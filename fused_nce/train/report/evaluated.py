@@ -54,14 +54,14 @@ def shown(row: dict[str, Any] | None) -> str:
 
 
 def measured(row: dict[str, Any] | None) -> str:
-    """A number that is no accuracy: `0.371`, `4.2 nats`, or what became of it."""
+    """A number that is not an accuracy: `0.371`, `4.2 nats`, or "not finite"."""
     if row is None:
         return "–"
     return f"{row['value']:.3g} {row['unit']}".strip() if row["value"] is not None else "not finite"
 
 
 def measures(result: dict[str, Any]) -> Table:
-    """What is no accuracy; no rows without any."""
+    """Table of the numbers that are not accuracies; without rows if there are none."""
     found = result.get("measures", [])
     kinds = list(dict.fromkeys((row["probe"], row["labels"]) for row in found))
     known = {(row["encoder"], row["tap"], row["probe"], row["labels"]): row for row in found}
@@ -88,7 +88,7 @@ def mebibytes(count: int | None) -> str:
 
 
 def _tiles(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Number, unit and what they are of."""
+    """Number, unit and caption of each tile."""
     tap, cost, speed = result["taps"][0], result["loss_cost"], result["training"]["images_per_s"]
     tiles = []
     for probe, labels in columns(result)[:3]:
