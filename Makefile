@@ -62,6 +62,7 @@ lint: install
 	@$(PY) -m ruff format --check .
 	@$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
 	@$(PY) -m mypy
+	@$(PY) -m bench.lines
 
 format: install
 	@$(PY) -m ruff check --fix .

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,16 +24,6 @@ os.environ.setdefault(SEED, str(secrets.randbelow(2**31)))  # once; test process
 def pytest_report_header() -> str:
     """The seed, to run the same cases again."""
     return f"fuzz: fixed seed and {SEED}={os.environ[SEED]}"
-
-
-def nightly_but(kept: Collection[Any], cases: Iterable[Any]) -> list[Any]:
-    """Cases for `parametrize`: those kept in every run, the others nightly."""
-    return [
-        pytest.param(
-            *(case if isinstance(case, tuple) else (case,)), marks=[] if case in kept else [pytest.mark.nightly]
-        )
-        for case in cases
-    ]
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fused_nce.losses.registry import LOSSES
-from tests.losses.test_registry import able, grown, on, posed
+from tests.losses.test_registry import FIRST, able, grown, on, posed
+from tests.marks import nightly_but
 
 OPEN = [name for name, entry in LOSSES.items() if not entry.closed]
 # Banks may change before the backward; of triplets and pairs only the loss is differentiable.
@@ -29,11 +30,9 @@ def loss_of(name, backend, only, seed=0, dtype=torch.float32):
 
 
 # By one input of each loss, and nightly by every one on its own.
-LEAVES = [
-    pytest.param(name, key, marks=[pytest.mark.nightly] if i else [])
-    for name in OPEN
-    for i, key in enumerate(posed(name)[2])
-]
+LEAVES = nightly_but(
+    [(name, posed(name)[2][0]) for name in OPEN], [(name, key) for name in OPEN for key in posed(name)[2]]
+)
 
 # ---- derivatives ------------------------------------------------------------------------------------------------
 
@@ -87,7 +86,7 @@ def test_vmap_is_one_call_after_the_other(name, only, backend):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("name", ["info_nce", "clip_loss", "siglip_loss"])
+@pytest.mark.parametrize("name", nightly_but(["clip_loss"], ["info_nce", "clip_loss", "siglip_loss"]))
 def test_compiled_vmap_drops_no_gradient(name):
     torch._dynamo.reset()
     loss, x = loss_of(name, None, posed(name)[2][0])
@@ -167,7 +166,7 @@ def step(name, backend, copies):
     return run
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", nightly_but(FIRST, LOSSES))
 def test_a_step_frees_all_that_it_takes(name, backend):
     able(name, backend)
     run = step(name, backend, 2)

@@ -12,7 +12,7 @@ from fused_nce.train import command, config, limits
 from fused_nce.train.data import augment
 from fused_nce.train.methods.amdim import PRESETS, AMDIMConfig, ModelConfig
 from fused_nce.train.settings import AugmentConfig
-from tests.conftest import nightly_but
+from tests.marks import nightly_but
 from tests.train.runs import ill_refused
 
 RULES = set(limits.rules(AMDIMConfig()))

@@ -14,7 +14,7 @@ from fused_nce.train import command
 from fused_nce.train.data import log_mel, recordings
 from fused_nce.train.evaluation import recordings as evaluate_audio
 from fused_nce.train.loop import Trainer
-from tests.conftest import nightly_but
+from tests.marks import nightly_but
 from tests.train import speech
 from tests.train.runs import log, tensors, untimed
 

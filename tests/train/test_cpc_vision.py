@@ -5,7 +5,7 @@ from torch import nn
 
 from fused_nce.train import command, methods
 from fused_nce.train.loop import Trainer
-from tests.conftest import nightly_but
+from tests.marks import nightly_but
 from tests.train.runs import log
 
 TINY = ["--preset=digits", "--model.width=2", "--batch-size=16", "--run.log_every=4", "--precision=fp32"]

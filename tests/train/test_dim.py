@@ -9,7 +9,7 @@ import torch
 from fused_nce import cli
 from fused_nce.train import command
 from fused_nce.train.loop import Trainer
-from tests.conftest import nightly_but
+from tests.marks import nightly_but
 from tests.train.runs import log, tensors
 
 TINY = ["--preset=digits", "--model.width=0.1", "--batch-size=32", "--run.log_every=4", "--precision=fp32"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import nightly_but
+from tests.marks import nightly_but
 from tests.train.runs import TINY, log, resumed, tensors, trainer, untimed
 
 

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from fused_nce.train import checkpoint, loop
 from fused_nce.train.data import loader
-from tests.conftest import nightly_but
+from tests.marks import nightly_but
 from tests.train.runs import KEYS, TINY, log, resumed, tensors, trainer, untimed
 
 

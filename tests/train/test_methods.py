@@ -11,7 +11,7 @@ import torch
 from fused_nce import cli
 from fused_nce.train import checkpoint, command, config, limits, methods
 from fused_nce.train.loop import Trainer
-from tests.conftest import nightly_but
+from tests.marks import nightly_but
 from tests.train.runs import ill_refused, log, own_rules, tensors, untimed
 
 NAN = float("nan")

@@ -7,7 +7,7 @@ from fused_nce.distributed import Processes
 from fused_nce.train import command, scale
 from fused_nce.train.loop import Trainer
 from fused_nce.train.step import LossTimer, TrainStep
-from tests.conftest import nightly_but
+from tests.marks import nightly_but
 from tests.train.runs import TINY, log, resumed, tensors, trainer, untimed
 
 SMALL = [*TINY, "--loss.antecedents=all", "--precision=fp32", "--probes=false"]

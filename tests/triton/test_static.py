@@ -15,13 +15,14 @@ import torch
 
 from bench import static
 from fused_nce.backends.triton import configs, plan
+from tests.marks import nightly_but
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 @TRITON
-@pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", nightly_but([90], configs.ARCHITECTURES))
 def test_the_kernels_of_a_step(architecture, capsys):
     """bfloat16 at D = 128 and 512: the narrow heads this backend is for, and the largest sums that one tile holds."""
     assert static.main(["--architecture", str(architecture), "--width", "128"]) == 0, capsys.readouterr().err
