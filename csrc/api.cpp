@@ -165,10 +165,18 @@ pybind11::dict plan(int64_t rows, int64_t columns, int64_t width, at::ScalarType
 }
 
 pybind11::dict cuda_plan(int64_t rows, int64_t columns, int64_t width, int64_t positives, int64_t element_bytes,
-                         int64_t workspace_bytes, bool statistics, bool gradients, int64_t sums, bool both_ways,
-                         bool further) {
-  const cuda::Work work{rows,       columns,   width, positives, element_bytes,
-                        statistics, gradients, sums,  both_ways, further};
+                         int64_t workspace_bytes, bool statistics, bool gradients, int64_t sums, bool column_stats,
+                         bool optional) {
+  const cuda::Work work{.rows = rows,
+                        .columns = columns,
+                        .width = width,
+                        .positives = positives,
+                        .element_bytes = element_bytes,
+                        .statistics = statistics,
+                        .gradients = gradients,
+                        .sums = sums,
+                        .column_stats = column_stats,
+                        .optional = optional};
   const cuda::Plan p = cuda::make_plan(work, workspace_bytes);
   pybind11::dict out;
   out["fits"] = p.fits;
@@ -176,7 +184,7 @@ pybind11::dict cuda_plan(int64_t rows, int64_t columns, int64_t width, int64_t p
   out["block_rows"] = p.block;
   out["panel_columns"] = p.panel;
   out["panels"] = p.panels;
-  out["parts"] = p.parts;
+  out["ctas_per_row"] = p.ctas_per_row;
   out["threads"] = p.threads;
   out["score_bytes"] = p.score_bytes;
   out["total_bytes"] = p.bytes;
@@ -242,11 +250,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("need_q") = true, py::arg("need_k") = true, py::arg("need_scale") = false, py::arg("shared") = false,
         py::arg("labels") = false, py::arg("row_stats") = Names{kNegLse, kNegMax, kSquare},
         py::arg("column_stats") = Names{});
-  m.def("cuda_played_launches", &cuda::played_launches,
-        "what a GPU would have had to launch for all that this process' CPU has played of one");
+  m.def("cuda_emulated_launches", &cuda::emulated_launches,
+        "launches that a GPU would have made for what this process has emulated");
   m.def("cuda_plan", &cuda_plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("positives"),
         py::arg("element_bytes"), py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true,
-        py::arg("gradients") = true, py::arg("sums") = 1, py::arg("both_ways") = false, py::arg("further") = false);
+        py::arg("gradients") = true, py::arg("sums") = 1, py::arg("column_stats") = false, py::arg("optional") = false);
 }
 
 }  // namespace fused_nce

@@ -26,7 +26,7 @@ from fused_nce.core.tails import KERNEL_TAILS, Coefficients, Nce, Tail
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = KERNEL_STATISTICS[:3]  # of rows and of columns
-FURTHER = KERNEL_STATISTICS[3:]  # of rows, where one is wanted
+OPTIONAL_ROW_STATISTICS = KERNEL_STATISTICS[3:]  # of rows; a second kernel computes them if the spec asks for one
 ATOMS = VOCABULARY - MARGINS - {"mixed"}
 gathered_scores = gathered_grads = None
 
@@ -71,7 +71,7 @@ def _command() -> str:
 
 
 def _unable(module: ModuleType, spec: Spec, q: Tensor, k: Tensor) -> str | None:
-    """What neither its kernels nor the CPU that plays a GPU in the tests can do."""
+    """What neither its kernels nor the CPU emulation of the tests can do."""
     if q.dtype not in DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
     missing = [name for name in spec.columns if name not in NAMES]
@@ -94,7 +94,7 @@ def stats(problem: Problem) -> Statistics:
     """One score GEMM, strip by strip."""
     spec = problem.spec
     pos, rows, columns = torch.ops.fused_nce.cuda_stats(
-        *_arguments(problem), _further(spec), bool(spec.columns), _limit(problem)
+        *_arguments(problem), _wants_optional(spec), bool(spec.columns), _limit(problem)
     )
     return Statistics(pos, _wanted(spec.stats, rows), _wanted(spec.columns, columns) if spec.columns else None)
 
@@ -109,8 +109,10 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
     def column(of: Tensor | None, name: str) -> Tensor | None:
         return of[spec.columns.index(name)] if of is not None and name in spec.columns else None
 
-    def further(of: Tensor) -> Tensor | None:
-        return torch.stack([row(of, name, zeros) for name in FURTHER]) if _further(spec) else None
+    def optional(of: Tensor) -> Tensor | None:
+        return (
+            torch.stack([row(of, name, zeros) for name in OPTIONAL_ROW_STATISTICS]) if _wants_optional(spec) else None
+        )
 
     # Without neg_lse among the statistics no negative has a weight, as in a row that has no negatives.
     neg_lse, column_neg_lse = (
@@ -121,7 +123,7 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
         coefficients.d_pos,
         row(coefficients.d_rows, "neg_lse", zeros),
         row(coefficients.d_rows, "square", zeros),
-        further(coefficients.d_rows),
+        optional(coefficients.d_rows),
         column(coefficients.d_columns, "neg_lse"),
         column(coefficients.d_columns, "square"),
     ]
@@ -135,7 +137,7 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
         d = [None if x is None else x * factor for x in d]
     found = torch.ops.fused_nce.cuda_grads(
         *_arguments(problem),
-        *(statistics.pos, neg_lse, *d[:3], further(statistics.rows), d[3], column_neg_lse, *d[4:]),
+        *(statistics.pos, neg_lse, *d[:3], optional(statistics.rows), d[3], column_neg_lse, *d[4:]),
         *needs,
         _limit(problem),
     )
@@ -150,7 +152,7 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
         known = stats(problem)
         return known, grads(problem, known, tail.coefficients(spec, *known[:2], None, unit, 1.0, n_scores), needs)
     pos, rows, *found = torch.ops.fused_nce.cuda_loss(
-        *_arguments(problem), _further(spec), tail.NAME, unit, tail.penalty / n_scores, *needs, _limit(problem)
+        *_arguments(problem), _wants_optional(spec), tail.NAME, unit, tail.penalty / n_scores, *needs, _limit(problem)
     )
     return Statistics(pos, _wanted(spec.stats, rows)), _gradients(problem, found)
 
@@ -222,8 +224,8 @@ def _power_of_two(d: list[Tensor | None], squares: tuple[Tensor, Tensor | None])
 
     A score has a few weights, of its row and of its column: a few times what one of them is.
     """
-    d_pos, d_row, d_square, d_further, d_column, d_column_square = d
-    sizes = [x.abs().amax() for x in (d_pos, d_row, d_further, d_column) if x is not None and x.numel()]
+    d_pos, d_row, d_square, d_optional, d_column, d_column_square = d
+    sizes = [x.abs().amax() for x in (d_pos, d_row, d_optional, d_column) if x is not None and x.numel()]
     sizes += [
         (2 * x.abs() * y.sqrt()).amax()
         for x, y in zip((d_square, d_column_square), squares, strict=True)
@@ -248,8 +250,8 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     return problem.q, k, *factors, *block, spec.clip or 0.0, row_ids, itself, problem.positives, column_ids, bias
 
 
-def _further(spec: Spec) -> bool:
-    return not set(FURTHER).isdisjoint(spec.stats)
+def _wants_optional(spec: Spec) -> bool:
+    return not set(OPTIONAL_ROW_STATISTICS).isdisjoint(spec.stats)
 
 
 def _gradients(problem: Problem, found: Sequence[Tensor]) -> Gradients:
@@ -263,7 +265,7 @@ def _limit(problem: Problem) -> int:
 
 def _wanted(names: tuple[str, ...], found: Tensor) -> Tensor:
     """(S, N) in the spec's order; a view where that is the kernels' own."""
-    known = (*NAMES, *FURTHER)
+    known = (*NAMES, *OPTIONAL_ROW_STATISTICS)
     if names == known[: len(names)]:
         return found[: len(names)]
     return torch.stack([found[known.index(name)] for name in names])
@@ -285,8 +287,8 @@ def _total_bytes(module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype_b
                 statistics=statistics,
                 gradients=gradients,
                 sums=gradients * (2 if isinstance(spec.transform, Bias) else 1),
-                both_ways=statistics and bool(spec.columns),
-                further=statistics and _further(spec),
+                column_stats=statistics and bool(spec.columns),
+                optional=statistics and _wants_optional(spec),
             )["total_bytes"]
         )
         for statistics, gradients in tasks

@@ -79,7 +79,7 @@ class Tile(ABC):
 
 
 class AtomTile(Tile):
-    """Every atom, by `core/atoms.py`."""
+    """Every statistic, as `core/statistics.py` defines it."""
 
     BUFFERS = 12
 

@@ -155,6 +155,8 @@ class AMDIMLoss(nn.Module):
         ValueError: for an unknown pair, preset or map; `amdim_nce` lists the rest.
     """
 
+    gathers = True
+
     def __init__(
         self,
         pairs: Sequence[str] = ("1>5", "1>7", "5>5"),

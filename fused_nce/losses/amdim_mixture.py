@@ -166,6 +166,7 @@ class MultiscaleMixtureLoss(nn.Module):
             "scale": scale, "clip": clip, "penalty": penalty, "group": group, "backend": backend
         }  # fmt: skip
         AMDIMLoss(pairs, antecedents, **shared)  # its checks
+        self.pairs, self.antecedents = tuple(pairs), antecedents
         self.targets = [pair.partition(">")[2] for pair in dict.fromkeys(pairs) if pair.startswith("1>")]
         if not self.targets:
             raise ValueError(f"pairs: got {tuple(pairs)}, need one from map 1, which the mixture stands for")

@@ -128,6 +128,8 @@ def _divergence(local: Tensor, global_: Tensor, estimator: str, group: Group, ba
 class DIMLoss(LossModule):
     """`dim_mi` with its settings kept: `estimator`, `anchor`, `group`, `backend`."""
 
+    gathers = True
+
     def __init__(
         self, estimator: str = "jsd", *, anchor: str = "global", group: Group = None, backend: str | None = None
     ) -> None:

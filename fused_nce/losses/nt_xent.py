@@ -64,6 +64,8 @@ def nt_xent(
 class NTXentLoss(LossModule):
     """`nt_xent` with its settings kept: `temperature`, `normalize`, `group`, `backend`."""
 
+    gathers = True
+
     def __init__(
         self,
         temperature: float = 0.5,

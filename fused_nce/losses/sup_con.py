@@ -71,6 +71,8 @@ def sup_con(
 class SupConLoss(LossModule):
     """`sup_con` with its settings kept: `temperature`, `variant`, `normalize`, `group`, `backend`."""
 
+    gathers = True
+
     def __init__(
         self,
         temperature: float = 0.1,

@@ -141,7 +141,7 @@ class GlobalConcat(Concat):
 
 
 class PairLoss(nn.Module):
-    """`DIMLoss` of scores that a network has made: `estimator` and `anchor` as there, with K images as negatives."""
+    """`DIMLoss` on given scores instead of embeddings, with K images as negatives; `estimator`, `anchor` as there."""
 
     def __init__(self, estimator: str = "jsd", *, anchor: str = "global") -> None:
         super().__init__()

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from fused_nce import measure
+from fused_nce.models.base import Model
 from fused_nce.train import checkpoint, host, loss_cost
 from fused_nce.train.config import CONFIG_NAME
 from fused_nce.train.evaluation import features
@@ -83,7 +84,7 @@ def evaluate(
     judged, figures = config.judge(
         model, taps=taps, baselines=baselines, keep=lambda rows: _write_csv(partial, rows), **settings
     )
-    judged |= _loss_cost(config) if cost else {}
+    judged |= _loss_cost(model, config) if cost else {}
     result: dict[str, Any] = {
         "run": folder.resolve().name,
         "method": config.method,
@@ -130,12 +131,12 @@ def run_and_print(run: str, **options: Any) -> int:
     return 0
 
 
-def _loss_cost(config: Method) -> dict[str, Any]:
-    """The cost of AMDIM's loss on the run's own shapes and in its dtype, for a method that says what they are.
+def _loss_cost(model: Model, config: Method) -> dict[str, Any]:
+    """The cost of AMDIM's loss on the run's own shapes and in its dtype, for a model that says what they are.
 
     A failure is reported in its place: the accuracies, minutes of work, do not depend on it.
     """
-    shape = config.loss_shape()
+    shape = model.loss_shape()
     if shape is None:
         return {}
     terms, width = shape

@@ -1,4 +1,4 @@
-"""Problems that share their launches, on the CPU that plays a GPU: an AMDIM step is one call."""
+"""Problems that share their launches, on a CPU emulation of the GPU: an AMDIM step is one call."""
 
 from __future__ import annotations
 
@@ -211,10 +211,10 @@ def step_of(loss, views):
 
 def test_an_amdim_step_is_a_handful_of_launches():
     """Six losses, four problems, one call: twelve GEMMs, one kernel for all rows, two for the numbers."""
-    loss, views, before = AMDIMLoss(backend="cuda"), maps(), MODULE.cuda_played_launches()
+    loss, views, before = AMDIMLoss(backend="cuda"), maps(), MODULE.cuda_emulated_launches()
     with Launches() as torchs:
         step_of(loss, views)
-    assert MODULE.cuda_played_launches() - before == 12 + 1 + 2
+    assert MODULE.cuda_emulated_launches() - before == 12 + 1 + 2
     # The maps' copies to rows, the sampled locations, their gradients' way back, and the report's means.
     assert len(torchs.names) <= 27, torchs.names
 
@@ -243,6 +243,8 @@ def test_published_sizes_go_together_and_large_ones_alone():
         MODULE.cuda_plan(2 * 128, 128 * 25, 1024, 25, 2, 1 << 28),
         MODULE.cuda_plan(128, 128 * 49, 1024, 49, 2, 1 << 28),
     ]
-    assert all(p["panels"] == p["parts"] == 1 and p["strip_rows"] == n for p, n in zip(plans, (256, 128), strict=True))
+    assert all(
+        p["panels"] == p["ctas_per_row"] == 1 and p["strip_rows"] == n for p, n in zip(plans, (256, 128), strict=True)
+    )
     assert 2 * sum(p["score_bytes"] for p in plans) <= 24 << 20
     assert math.isclose(2 * sum(p["score_bytes"] for p in plans), 4 * scores[128], rel_tol=0.01)

@@ -1,7 +1,7 @@
-"""Flash-style kernels in Triton: a tile of scores lives and dies on the chip, and no compiler is needed.
+"""Flash-style kernels in Triton: a tile of scores is computed, used and dropped on the chip, without a C++ compiler.
 
-Without a penalty, one pass over the scores gives the row statistics and, not yet normalised, dq; dk takes a second. One
-tensor in both roles has its gradient from one pass of its own. A bank of another dtype is cast tile by tile.
+Without a penalty, one pass over the scores gives the row statistics and the unnormalised dq; dk takes a second
+pass. Where k is q, one more pass gives the gradient of both roles. A bank of another dtype is cast tile by tile.
 Inputs are used in place where the elements of a row are adjacent, as the `cpu` backend does; any other layout is copied
 first, beyond the workspace. Triton itself is imported when the first kernel is launched: `fused_nce` needs torch alone.
 """

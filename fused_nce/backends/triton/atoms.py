@@ -1,4 +1,4 @@
-"""The formulas of `core/atoms.py` as Triton functions: one parity test compares the twins.
+"""The formulas of `core/statistics.py` and of the transforms as Triton functions; a parity test compares both.
 
 float32 throughout. Exponentials go through `ex2`, the one that the hardware has; `tanh.approx` is never used: its error
 of 2^-11 is a thousand times the budget. FORM is a `form.Form`, WANTED one of its two `form.Wanted`.
@@ -27,7 +27,7 @@ def marks_of_rows(rows, ids, first, itself, n, m, FORM: tl.constexpr):
 def _row_ids(rows, ids, first, n, m, FORM: tl.constexpr):
     if FORM.ids == "image":
         return rows // FORM.rows_per_image + first
-    elif FORM.ids == "target":  # one that is no column is nobody's
+    elif FORM.ids == "target":  # a target outside the columns matches none
         target = tl.load(ids + rows, mask=rows < n, other=-1)
         return tl.where((target >= 0) & (target < m), target, -1).to(tl.int32)
     elif FORM.ids == "label":

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_nce.backends.triton.form import ABSENT, Parts
+from fused_nce.backends.triton.form import ABSENT, Partials
 from fused_nce.backends.triton.plan import SLICE, STEP
 
 
@@ -125,7 +125,7 @@ def tile(architecture: int, dtype: torch.dtype, d: int) -> Tile:
     return found._replace(chunk=min(found.chunk, width), slice=min(found.slice, width))
 
 
-def fold_tile(tile: Tile, parts: Parts) -> Tile:
+def fold_tile(tile: Tile, parts: Partials) -> Tile:
     """The tile of a pass for statistics: with sums over positives too, half the walked rows, or registers run out."""
     return tile if parts.pos_sum == ABSENT else tile._replace(y=max(16, tile.y // 2))
 

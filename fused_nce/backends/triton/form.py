@@ -1,4 +1,4 @@
-"""What is compiled in: a problem's atoms as its kernels ask for them. Static, hashable, and free of every size but D's.
+"""The compile-time description of a problem: which formulas its kernels contain. Static, hashable, free of sizes but D.
 
 Triton compiles one kernel per `Form`, and branches on its fields at compile time: a field that is not asked for costs
 nothing. Names are those of `core/spec.py`.
@@ -21,7 +21,7 @@ ABSENT = -1
 
 @dataclass(frozen=True)
 class Wanted:
-    """Where each statistic of a side lies among its finished ones, (S, n); `ABSENT` if it is not asked for."""
+    """Line of each statistic in the finished (S, n) statistics of rows or of columns; `ABSENT` if it is not wanted."""
 
     neg_lse: int = ABSENT
     neg_max: int = ABSENT
@@ -40,14 +40,14 @@ class Wanted:
 
 
 def _places(used: dict[str, bool]) -> dict[str, int]:
-    """A line for each that is used, in order, and how many there are."""
+    """A line number for each used name, in order, and `lines`, how many there are."""
     present = [name for name in used if used[name]]
     return {name: present.index(name) if used[name] else ABSENT for name in used} | {"lines": len(present)}
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Where each running value of a split lies among its (count, n), `ABSENT` if no statistic is made of it."""
+class Partials:
+    """Line of each running value in a split's (lines, n) buffer; `ABSENT` if no wanted statistic needs it."""
 
     neg_sum: int  # Σ e^(t − shift) over the negatives, shift being their maximum so far
     neg_top: int  # max t
@@ -60,8 +60,8 @@ class Parts:
     lines: int
 
     @classmethod
-    def of(cls, wanted: Wanted) -> Parts:
-        """Those that the statistics are made of. A sum of exponentials is merged by its maximum."""
+    def of(cls, wanted: Wanted) -> Partials:
+        """The values that the wanted statistics need. A sum of exponentials needs its maximum too, to be merged."""
         used = {
             "neg_sum": wanted.neg_lse,
             "neg_top": max(wanted.neg_lse, wanted.neg_max),
@@ -77,7 +77,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Terms:
-    """Where each number that a side's weights are made of lies among its (count, n), each line aligned and padded."""
+    """Line of each number that the weights of a side read, in an aligned and padded (lines, n) buffer."""
 
     neg_lse: int  # times log2(e), as `pos_lse`
     d_neg_lse: int
@@ -93,7 +93,7 @@ class Terms:
 
     @classmethod
     def of(cls, wanted: Wanted, target: bool) -> Terms:
-        """Those of the statistics that have a weight."""
+        """The terms of the statistics that have a gradient."""
         used = {
             "neg_lse": wanted.neg_lse,
             "d_neg_lse": wanted.neg_lse,
@@ -110,7 +110,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Form:
-    """A problem's atoms."""
+    """The formulas of one problem."""
 
     ids: str  # where they come from: "image" (arithmetic), "target" (of the rows), "label" (of both), "none"
     n_c: int  # columns an image
@@ -140,12 +140,12 @@ class Form:
 
     @property
     def partners(self) -> int:
-        """Columns of which a row's gathered positives are chosen; 0 where none are gathered."""
+        """Columns among which a row's gathered positives lie; 0 if none are gathered."""
         return {"image": self.n_c, "target": 1}.get(self.ids, 0)
 
     @property
     def n_pos(self) -> int:
-        """P of these."""
+        """P: gathered positives of a row, without the row itself."""
         return self.partners - (self.drop_self and self.ids == "image")
 
     @classmethod
@@ -167,5 +167,5 @@ class Form:
         )
 
     def without_square(self) -> Form:
-        """For a tail without a penalty, whose coefficients of it are 0: 0·inf would turn a finite loss into NaN."""
+        """For a tail without a penalty: the square's coefficient is 0, and 0·inf would make a finite loss NaN."""
         return dataclasses.replace(self, rows=dataclasses.replace(self.rows, square=ABSENT))

@@ -1,4 +1,4 @@
-"""The kernels beside the scores, bound by memory: they join the splits and gather the positives.
+"""The kernels that touch no score tile and are bound by memory: they merge the splits and gather the positives.
 
 Where a row has a fixed number of positives they are gathered, in float32: inside a tile they would cost every score an
 address, and their gradient −σ(neg_lse − pos) is known only when the row is finished.
@@ -32,16 +32,16 @@ from fused_nce.backends.triton.memory import (
 
 @triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
-    partial,  # (splits, PARTS.lines, n)
+    partial,  # (splits, PARTIALS.lines, n)
     out,  # (S, n): statistics where WANTED puts them
     n,
     splits,
     FORM: tl.constexpr,
     WANTED: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTIALS: tl.constexpr,
     X: tl.constexpr,
 ):
-    """The splits' statistics as one, in the order of the splits."""
+    """Merges the splits' partial statistics, in the order of the splits."""
     rows = tl.program_id(0) * X + tl.arange(0, X)
     inside = rows < n
     neg_sum = tl.zeros((X,), tl.float32)
@@ -49,17 +49,17 @@ def merge_kernel(
     pos_sum, pos_top, square, soft, total, count = neg_sum, neg_top, neg_sum, neg_sum, neg_sum, neg_sum
     line, length = partial + rows, n.to(tl.int64)
     for _ in range(splits):
-        part = load_line(line, length, inside, PARTS.neg_sum, 0.0)
-        peak = load_line(line, length, inside, PARTS.neg_top, float("-inf"))
+        part = load_line(line, length, inside, PARTIALS.neg_sum, 0.0)
+        peak = load_line(line, length, inside, PARTIALS.neg_top, float("-inf"))
         neg_sum, neg_top = merge_exponentials(neg_sum, neg_top, part, peak, FORM)
-        part = load_line(line, length, inside, PARTS.pos_sum, 0.0)
-        peak = load_line(line, length, inside, PARTS.pos_top, float("-inf"))
+        part = load_line(line, length, inside, PARTIALS.pos_sum, 0.0)
+        peak = load_line(line, length, inside, PARTIALS.pos_top, float("-inf"))
         pos_sum, pos_top = merge_exponentials(pos_sum, pos_top, part, peak, FORM)
-        square += load_line(line, length, inside, PARTS.square, 0.0)
-        soft += load_line(line, length, inside, PARTS.softplus, 0.0)
-        total += load_line(line, length, inside, PARTS.total, 0.0)
-        count += load_line(line, length, inside, PARTS.count, 0.0)
-        line += PARTS.lines * length
+        square += load_line(line, length, inside, PARTIALS.square, 0.0)
+        soft += load_line(line, length, inside, PARTIALS.softplus, 0.0)
+        total += load_line(line, length, inside, PARTIALS.total, 0.0)
+        count += load_line(line, length, inside, PARTIALS.count, 0.0)
+        line += PARTIALS.lines * length
     neg_shift, pos_shift = shift_of(neg_top), shift_of(pos_top)
     if FORM.shiftless:
         neg_shift, pos_shift = neg_shift * 0.0, pos_shift * 0.0
@@ -88,9 +88,9 @@ def terms_kernel(
     TERMS: tl.constexpr,
     X: tl.constexpr,
 ):
-    """What the weights are made of, once a row and not once a tile; the padding's is 0.
+    """The numbers that the weights read, computed once a row instead of once a tile; 0 for the padding.
 
-    A set without members has nothing to weigh, whatever its −inf.
+    An empty set, whose statistic is −inf, gets 0.
     """
     rows = tl.program_id(0) * X + tl.arange(0, X)
     inside, every = rows < n, rows >= 0
@@ -205,7 +205,7 @@ def finish_kernel(
     row_ids,  # (N,) int64, read by layouts that have them
     sums,  # (splits, n_x, D); may be `out` itself
     tallies,  # (splits, n_x), read where there is a bias and DOTS
-    partial,  # (splits, PARTS.lines, n_x), whose maxima the sums were shifted by, read where NORMALISE
+    partial,  # (splits, PARTIALS.lines, n_x), whose maxima the sums were shifted by, read where NORMALISE
     found,  # (S, N), read where NORMALISE
     d_rows,  # (S, N), likewise
     pos,  # (N, P)
@@ -221,7 +221,7 @@ def finish_kernel(
     stride_x,
     stride_y,
     FORM: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTIALS: tl.constexpr,
     NORMALISE: tl.constexpr,  # the sums are `fold_kernel`'s: a row's dL/d statistic is still to multiply them
     AS_ROW: tl.constexpr,  # as in `weights_kernel`
     AS_COLUMN: tl.constexpr,
@@ -252,13 +252,13 @@ def finish_kernel(
             if FORM.rows.neg_lse >= 0:
                 shift = tl.zeros((X,), tl.float32)
                 if not FORM.shiftless:
-                    shift = shift_of(load_line(lines, length, own, PARTS.neg_top, 0.0))
+                    shift = shift_of(load_line(lines, length, own, PARTIALS.neg_top, 0.0))
                 share = tl.where(lse == float("-inf"), 0.0, exp(shift - lse))
                 term = term * share[:, None] * factor[:, None]
             else:
                 share = tl.full((X,), 1.0, tl.float32)
                 term = term * factor[:, None]
-            lines += PARTS.lines * length
+            lines += PARTIALS.lines * length
         acc += term
         if DOTS and FORM.transform == "bias":
             counts = tl.load(counted, mask=own, other=0.0)

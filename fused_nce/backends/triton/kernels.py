@@ -1,4 +1,4 @@
-"""The two kernels around one tile of scores that never leaves the chip.
+"""The two kernels that compute score tiles, which never leave the chip.
 
 | kernel | reads | gives |
 |---|---|---|
@@ -96,7 +96,7 @@ def fold_kernel(
     bias,  # 0-d, read by its transform
     row_ids,  # (N,) int64, read by layouts that have them
     column_ids,  # (M,) int64, likewise
-    partial,  # (splits, PARTS.lines, n_x) out
+    partial,  # (splits, PARTIALS.lines, n_x) out
     sums,  # (splits, n_x, D) out: Σ w·y, where GRADIENT
     tallies,  # (splits, n_x) out: Σ w, where GRADIENT and there is a bias
     n_x,
@@ -107,7 +107,7 @@ def fold_kernel(
     stride_x,
     stride_y,
     FORM: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTIALS: tl.constexpr,
     BY_COLUMN: tl.constexpr,
     GRADIENT: tl.constexpr,  # w = e^(t − shift) or σ(t), times the slope: dL/d statistic is one factor of the row
     D: tl.constexpr,
@@ -144,26 +144,26 @@ def fold_kernel(
         r, walked = score_tile(kept, x, y, xs, ys, n_x, n_y, stride_x, stride_y, part, FORM, D, CHUNK, SLICE, PRECISION)
         s = factor * r
         t, slope = transform(s, clip, inverse_clip, bias, FORM)
-        if PARTS.neg_sum >= 0:
+        if PARTIALS.neg_sum >= 0:
             w, neg_sum, neg_lost, neg_top, fade = add_exponentials(t, neg, neg_sum, neg_lost, neg_top, s, FORM)
             if GRADIENT and not FORM.shiftless:
                 acc, tally = acc * fade[:, None], tally * fade
-        elif PARTS.neg_top >= 0:
+        elif PARTIALS.neg_top >= 0:
             neg_top = tl.maximum(neg_top, tl.max(tl.where(neg, t, float("-inf")), 1))
-        if PARTS.softplus >= 0:
+        if PARTIALS.softplus >= 0:
             part_sum = tl.sum(tl.where(neg, softplus(t), 0.0) + 0.0 * s, 1)  # softplus(−inf) would hide a bad score
             soft, soft_lost = add_exactly(soft, soft_lost, part_sum)
             if GRADIENT:
                 w = tl.where(neg, sigmoid(t), 0.0)
-        if PARTS.pos_sum >= 0:
+        if PARTIALS.pos_sum >= 0:
             _, pos_sum, pos_lost, pos_top, _ = add_exponentials(t, pos, pos_sum, pos_lost, pos_top, 0.0, FORM)
-        elif PARTS.pos_top >= 0:
+        elif PARTIALS.pos_top >= 0:
             pos_top = tl.maximum(pos_top, tl.max(tl.where(pos, t, float("-inf")), 1))
-        if PARTS.total >= 0:
+        if PARTIALS.total >= 0:
             total, total_lost = add_exactly(total, total_lost, tl.sum(tl.where(pos, t, 0.0), 1))
-        if PARTS.count >= 0:
+        if PARTIALS.count >= 0:
             count += tl.sum(tl.where(pos, 1.0, 0.0), 1)
-        if PARTS.square >= 0:
+        if PARTIALS.square >= 0:
             squared = s * s
             if FORM.drop_self:
                 squared = tl.where(every, squared, 0.0)
@@ -174,15 +174,15 @@ def fold_kernel(
             acc = add_product(acc, w * slope, walked, PRECISION)
     inside = (xs < n_x) & (part == 0)
     length = n_x.to(tl.int64)
-    lines = partial + split * (PARTS.lines * length) + xs
-    store_line(lines, neg_sum, length, inside, PARTS.neg_sum)
-    store_line(lines, neg_top, length, inside, PARTS.neg_top)
-    store_line(lines, pos_sum, length, inside, PARTS.pos_sum)
-    store_line(lines, pos_top, length, inside, PARTS.pos_top)
-    store_line(lines, square, length, inside, PARTS.square)
-    store_line(lines, soft, length, inside, PARTS.softplus)
-    store_line(lines, total, length, inside, PARTS.total)
-    store_line(lines, count, length, inside, PARTS.count)
+    lines = partial + split * (PARTIALS.lines * length) + xs
+    store_line(lines, neg_sum, length, inside, PARTIALS.neg_sum)
+    store_line(lines, neg_top, length, inside, PARTIALS.neg_top)
+    store_line(lines, pos_sum, length, inside, PARTIALS.pos_sum)
+    store_line(lines, pos_top, length, inside, PARTIALS.pos_top)
+    store_line(lines, square, length, inside, PARTIALS.square)
+    store_line(lines, soft, length, inside, PARTIALS.softplus)
+    store_line(lines, total, length, inside, PARTIALS.total)
+    store_line(lines, count, length, inside, PARTIALS.count)
     if GRADIENT:
         store_sums(sums, acc, split, part, xs, n_x, D, SLICE)
         if FORM.transform == "bias":

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from fused_nce.backends.triton import configs, gather, kernels, plan
-from fused_nce.backends.triton.form import Form, Parts, Terms, Wanted
+from fused_nce.backends.triton.form import Form, Partials, Terms, Wanted
 from fused_nce.core import workspace
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import Bias, Block
@@ -98,20 +98,20 @@ class Sweep:
         """(S, n_x) statistics of x and, in the same pass, `row_sums`, which become dq."""
         n_x, n_y = side.x.shape[0], side.y.shape[0]
         wanted = self.form.columns if side.as_column else self.form.rows
-        parts, names = Parts.of(wanted), self.spec.columns if side.as_column else self.spec.stats
+        parts, names = Partials.of(wanted), self.spec.columns if side.as_column else self.spec.stats
         slices = triton.cdiv(self.d, self.tile.slice) if gradient else 1
         split = plan.split(n_x, n_y, slices, parts.lines + self.d * gradient, self.limit)
-        partial, out = self.new(split.parts, parts.lines, n_x), self.new(len(names), n_x)
-        sums = self.new(split.parts, n_x, self.d) if gradient else self.empty
-        tallies = self.new(split.parts, n_x) if gradient and self.biased else self.empty
-        kernels.fold_kernel[(triton.cdiv(n_x, self.tile.x), split.parts, slices)](
+        partial, out = self.new(split.splits, parts.lines, n_x), self.new(len(names), n_x)
+        sums = self.new(split.splits, n_x, self.d) if gradient else self.empty
+        tallies = self.new(split.splits, n_x) if gradient and self.biased else self.empty
+        kernels.fold_kernel[(triton.cdiv(n_x, self.tile.x), split.splits, slices)](
             side.x, side.y, *self.scores, self.row_ids, self.column_ids, partial, sums, tallies, n_x, n_y,
             self.first, self.itself, split.walk, side.x.stride(0), side.y.stride(0),
-            FORM=self.form, PARTS=parts, BY_COLUMN=side.as_column, GRADIENT=gradient,
+            FORM=self.form, PARTIALS=parts, BY_COLUMN=side.as_column, GRADIENT=gradient,
             **self.compiled(configs.fold_tile(self.tile, parts)),
         )  # fmt: skip
         gather.merge_kernel[(triton.cdiv(n_x, 128),)](
-            partial, out, n_x, split.parts, FORM=self.form, WANTED=wanted, PARTS=parts, X=128
+            partial, out, n_x, split.splits, FORM=self.form, WANTED=wanted, PARTIALS=parts, X=128
         )
         self.row_sums = Sums(sums, tallies, partial) if gradient else None
         return out
@@ -142,9 +142,9 @@ class Sweep:
         n_x, n_y = side.x.shape[0], side.y.shape[0]
         slices = triton.cdiv(self.d, self.tile.slice)
         split = plan.split(n_x, n_y, slices, self.d, self.limit)
-        sums = self.new(split.parts, n_x, self.d)
-        tallies = self.new(split.parts, n_x) if self.biased else self.empty
-        kernels.weights_kernel[(triton.cdiv(n_x, self.tile.x), split.parts, slices)](
+        sums = self.new(split.splits, n_x, self.d)
+        tallies = self.new(split.splits, n_x) if self.biased else self.empty
+        kernels.weights_kernel[(triton.cdiv(n_x, self.tile.x), split.splits, slices)](
             side.x, side.y, *self.scores, self.row_ids, self.column_ids, *terms, sums,
             tallies, n_x, n_y, self.first, self.itself, split.walk, side.x.stride(0), side.y.stride(0),
             FORM=form, AS_ROW=side.as_row, AS_COLUMN=side.as_column,
@@ -166,7 +166,7 @@ class Sweep:
             side.x, side.y, self.scores[0], self.scores[2], self.row_ids, sums.parts, sums.tallies,
             self.empty if sums.partial is None else sums.partial, found.rows, d.d_rows, found.pos, d.d_pos,
             out, dots, on_bias, n_x, n_y, self.first, self.itself, splits, side.x.stride(0), side.y.stride(0),
-            FORM=form, PARTS=Parts.of(form.rows), NORMALISE=sums.partial is not None, AS_ROW=side.as_row,
+            FORM=form, PARTIALS=Partials.of(form.rows), NORMALISE=sums.partial is not None, AS_ROW=side.as_row,
             AS_COLUMN=side.as_column, DOTS=scale, D=self.d,
             X=shape.x, PARTNERS=shape.partners, WIDTH=shape.width,
         )  # fmt: skip
@@ -201,7 +201,7 @@ class Sweep:
         return Gradients(dq if needs.q else self.empty, dk, dscale, dbias if needs.scale else None)
 
     def known_before(self, tail: Tail) -> bool:
-        """One factor of each row is all that its weights miss before its statistics are finished."""
+        """Whether the weights lack only one factor a row, known at its end: then the first pass can sum w·y."""
         rows = self.form.rows
         one = (rows.neg_lse >= 0) != (rows.neg_softplus >= 0)
         return one and not tail.penalty and max(rows.pos_lse, rows.pos_sum) < 0
@@ -224,10 +224,10 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
 def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
     """Statistics and gradients.
 
-    Where one factor a row is all that its weights miss, the pass that gives the statistics gives dq too: 2u, and 2u for
-    dk. A penalty's share of dq stands in another proportion to the negatives', unknown until the row is finished: a
-    second accumulator, with a GEMM of its own, would cost what computing the scores again does, so that is done: 1u +
-    2u, and 2u for dk. One tensor in both roles has its whole gradient from one pass: 1u + 2u.
+    If a row's weights lack only one factor (`known_before`), the statistics pass also sums dq: 2u, then 2u for dk.
+    With a penalty dq has two terms whose ratio is known only when the row is finished. A second accumulator would need
+    a GEMM of its own, which costs as much as computing the scores again, so dq takes a second pass: 1u + 2u, then 2u
+    for dk. Where k is q, one pass after the statistics gives the whole gradient: 1u + 2u.
     """
     sweep, spec = Sweep(problem), problem.spec
     single = sweep.known_before(tail) and not problem.shared and (needs.q or (needs.scale and not needs.k))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fused_nce.backends.triton.form import Parts, Terms, Wanted
+from fused_nce.backends.triton.form import Partials, Terms, Wanted
 from fused_nce.core.spec import Spec
 
 PROGRAMS = 264  # enough for two on each of an H100's 132 multiprocessors
@@ -14,9 +14,9 @@ SLICE = 512  # of D that a program's sums hold at most; wider rows have a progra
 
 
 class Split(NamedTuple):
-    """`parts` programs walk `walk` rows each."""
+    """`splits` programs walk `walk` rows each."""
 
-    parts: int
+    splits: int
     walk: int
 
 
@@ -43,11 +43,11 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, limit_bytes: int) -> int
     inputs whose rows are not adjacent elements are copied, beyond this.
     """
     by_row, by_column = (Wanted.of(names) for names in (spec.stats, spec.columns))
-    row_lines, column_lines = Parts.of(by_row).lines, Parts.of(by_column).lines
+    row_lines, column_lines = Partials.of(by_row).lines, Partials.of(by_column).lines
     slices = -(-d // SLICE)
 
     def held(n_x: int, n_y: int, slices: int, numbers: int) -> int:
-        parts = split(n_x, n_y, slices, max(1, numbers), limit_bytes).parts
+        parts = split(n_x, n_y, slices, max(1, numbers), limit_bytes).splits
         return 4 * n_x * numbers * parts if parts > 1 or numbers < d else 0
 
     def padded(count: int, lines: int) -> int:

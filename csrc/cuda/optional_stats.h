@@ -1,6 +1,6 @@
-// Statistics of a row beyond its negatives' largest score, log-sum and squares: what losses with any number of
-// positives read, and the softplus of every negative. A pass of its own over scores that the L2 still has, so that the
-// kernels of everybody else keep their registers.
+// The optional statistics of a row, which losses with any number of positives and the sigmoid loss read. They are
+// folded in a pass of their own over scores that the L2 still has, so that the kernels of all other losses keep their
+// registers.
 #pragma once
 
 #include "rows.h"
@@ -8,11 +8,11 @@
 namespace fused_nce {
 namespace cuda {
 
-FUSED_NCE_HD FurtherPart no_further() { return {0.0f, 0.0f, 0.0f, -infinity(), 0.0f, 0.0f}; }
+FUSED_NCE_HD OptionalPart no_optional() { return {0.0f, 0.0f, 0.0f, -infinity(), 0.0f, 0.0f}; }
 
-struct MergeFurther {
-  FUSED_NCE_HD FurtherPart operator()(const FurtherPart& a, const FurtherPart& b) const {
-    FurtherPart out;
+struct MergeOptional {
+  FUSED_NCE_HD OptionalPart operator()(const OptionalPart& a, const OptionalPart& b) const {
+    OptionalPart out;
     out.softplus = a.softplus + b.softplus;
     out.bad = a.bad + b.bad;
     out.count = a.count + b.count;
@@ -25,8 +25,8 @@ struct MergeFurther {
 
 // One thread's columns. Eight terms share a Kahan step.
 template <bool kClip>
-FUSED_NCE_HD FurtherPart further_thread(const Row& row, int thread, int threads) {
-  FurtherPart part = no_further();
+FUSED_NCE_HD OptionalPart optional_thread(const Row& row, int thread, int threads) {
+  OptionalPart part = no_optional();
   float softplus_error = 0.0f, sum_error = 0.0f, total_error = 0.0f;
   for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
     const Eight eight = load(row.scores + c, row.scale);
@@ -35,7 +35,7 @@ FUSED_NCE_HD FurtherPart further_thread(const Row& row, int thread, int threads)
     FUSED_NCE_UNROLL
     for (int u = 0; u < kColumns; ++u) {
       const int column = c + u;
-      const bool inside = column < row.end && column != row.itself;
+      const bool inside = column < row.end && column != row.self_column;
       const float s = inside ? eight.s[u] : 0.0f;
       t[u] = transform<kClip>(s, row.clip, row.inverse_clip).value + row.bias;
       positive[u] = inside && row.own<true>(column);
@@ -66,8 +66,8 @@ FUSED_NCE_HD FurtherPart further_thread(const Row& row, int thread, int threads)
   return part;
 }
 
-// The further statistics of a row whose parts are all in.
-FUSED_NCE_HD void write_further(const FurtherPart& all, int64_t i, const FurtherArrays& out) {
+// Writes a row's optional statistics once all its parts are merged.
+FUSED_NCE_HD void write_optional(const OptionalPart& all, int64_t i, const OptionalArrays& out) {
   const float lse = log_value(LogSum<double>{shift_of(all.max), all.sum});
   out.of(kNegSoftplus, i) = all.softplus + all.bad;
   out.of(kPosLse, i) = lse;
@@ -79,29 +79,29 @@ FUSED_NCE_HD void write_further(const FurtherPart& all, int64_t i, const Further
 
 // The coefficients of a tail that reads them, as `Sigmoid` and `_Supervised` of core/tails.py have them; `nce` does
 // not.
-FUSED_NCE_HD void tail_further(const RowArrays& rows, int64_t i, int64_t positives) {
-  const FurtherArrays& further = rows.further;
-  const float unit = rows.tail.unit, count = further.of(kPosCount, i);
-  const int64_t c = i - rows.first_coefficient;
-  for (int name = kFirstFurther; name < kStatistics; ++name) further.d_of(static_cast<Statistic>(name), c) = 0.0f;
-  if (rows.tail.name == kSigmoid) {
+FUSED_NCE_HD void tail_optional(const RowArrays& rows, int64_t i, int64_t positives) {
+  const OptionalArrays& optional = rows.optional;
+  const float unit = rows.upstream.tail.unit, count = optional.of(kPosCount, i);
+  const int64_t c = i - rows.upstream.first_row;
+  for (int name = kFirstOptional; name < kStatistics; ++name) optional.d_of(static_cast<Statistic>(name), c) = 0.0f;
+  if (rows.upstream.tail.name == kSigmoid) {
     for (int64_t p = 0; p < positives; ++p)
-      rows.d_pos[c * positives + p] = unit * -sigmoid(-rows.pos[i * positives + p]);
-    rows.d_neg_lse[c] = 0.0f;
+      rows.upstream.d_pos[c * positives + p] = unit * -sigmoid(-rows.stats.pos[i * positives + p]);
+    rows.upstream.d_neg_lse[c] = 0.0f;
     // The weight of an infinite score is 1, which would look sound.
-    further.d_of(kNegSoftplus, c) = unit + nan_of(further.of(kNegSoftplus, i));
+    optional.d_of(kNegSoftplus, c) = unit + nan_of(optional.of(kNegSoftplus, i));
     return;
   }
-  const float share = unit * supervised_share(rows.neg_lse[i], further.of(kPosLse, i), count);
-  for (int64_t p = 0; p < positives; ++p) rows.d_pos[c * positives + p] = 0.0f;
-  rows.d_neg_lse[c] = share;
-  further.d_of(kPosLse, c) = -share;
+  const float share = unit * supervised_share(rows.stats.neg_lse[i], optional.of(kPosLse, i), count);
+  for (int64_t p = 0; p < positives; ++p) rows.upstream.d_pos[c * positives + p] = 0.0f;
+  rows.upstream.d_neg_lse[c] = share;
+  optional.d_of(kPosLse, c) = -share;
   // A lone positive has no gap; and 1 - 1 of a score that is computed again would not quite be 0.
-  further.d_of(kPosGap, c) = rows.tail.name == kLogOut && count > 1.0f ? unit : 0.0f;
+  optional.d_of(kPosGap, c) = rows.upstream.tail.name == kLogOut && count > 1.0f ? unit : 0.0f;
 }
 
-// What the further statistics of a row put on t of its negatives and of its positives.
-struct FurtherWeights {
+// dL/dt that the optional statistics of a row add, of a negative and of a positive.
+struct OptionalWeights {
   float softplus, lse, sum, gap, pos_lse, inverse_count;
 
   FUSED_NCE_HD float negative(float t) const { return softplus == 0.0f ? 0.0f : softplus * sigmoid(t); }
@@ -112,13 +112,13 @@ struct FurtherWeights {
   }
 };
 
-FUSED_NCE_HD FurtherWeights further_weights(const RowArrays& rows, int64_t i) {
-  const FurtherArrays& further = rows.further;
-  if (!further.d) return {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-  const int64_t c = i - rows.first_coefficient;
-  const float count = further.of(kPosCount, i);
-  return {further.d_of(kNegSoftplus, c), further.d_of(kPosLse, c), further.d_of(kPosSum, c),
-          further.d_of(kPosGap, c),      further.of(kPosLse, i),   count > 0.0f ? 1.0f / count : 0.0f};
+FUSED_NCE_HD OptionalWeights optional_weights(const RowArrays& rows, int64_t i) {
+  const OptionalArrays& optional = rows.optional;
+  if (!optional.d) return {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+  const int64_t c = i - rows.upstream.first_row;
+  const float count = optional.of(kPosCount, i);
+  return {optional.d_of(kNegSoftplus, c), optional.d_of(kPosLse, c), optional.d_of(kPosSum, c),
+          optional.d_of(kPosGap, c),      optional.of(kPosLse, i),   count > 0.0f ? 1.0f / count : 0.0f};
 }
 
 }  // namespace cuda
