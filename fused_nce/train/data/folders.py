@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from fused_nce.train.data.account import Account
@@ -11,6 +13,7 @@ from fused_nce.train.data.labels import of_folder
 from fused_nce.train.data.members import KINDS, Name, Samples, hidden, unread
 
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
+SPLIT_LIKE = re.compile(r"(train|test)(ing)?$|val(id(ation)?)?$", re.IGNORECASE)
 
 
 class FolderSamples(Samples):
@@ -29,11 +32,14 @@ class FolderSamples(Samples):
         if found is None and (split == "test" or any(any(folder.glob("*")) for folder in others)):
             raise ValueError(f"data: {root} has no {split} split; it must hold {root / SPLIT_FOLDERS[split][0]}")
         self.folder, self.paths = found or root, list[Path]()
+        entries = [entry for entry in sorted(root.iterdir()) if not hidden(entry.name)]
         if found is not None:
-            splits = {name for names in SPLIT_FOLDERS.values() for name in names}
-            for entry in sorted(root.iterdir()):
-                if entry.is_dir() and entry.name not in splits and not hidden(entry.name):
-                    self.account.leave_out("folders beside the splits", str(entry))
+            for entry in entries:
+                if entry.name not in chain(*SPLIT_FOLDERS.values()):
+                    self.account.leave_out("entries beside the splits", str(entry))
+        folders = [entry.name for entry in entries if entry.is_dir()]
+        if found is None and folders and all(SPLIT_LIKE.match(name) for name in folders):
+            raise ValueError(f"data: {root} holds {', '.join(folders)}; splits must be called train, and test or val")
         for path in walk(self.folder, self.account):
             name = Name.of(path.name)
             if name.kind != kind:
@@ -87,9 +93,11 @@ def walk(folder: Path, account: Account, above: frozenset[tuple[int, int]] = fro
         path = folder / entry.name
         if hidden(entry.name):
             account.leave_out("hidden folders" if entry.is_dir() else "hidden files", str(path))
+        elif not path.exists():
+            account.leave_out("links to nothing", str(path))
         elif entry.is_dir():
             yield from walk(path, account, above | {(here.st_dev, here.st_ino)})
         elif entry.is_file():
             yield path
         else:
-            account.leave_out("links to nothing" if entry.is_symlink() else "devices", str(path))
+            account.leave_out("devices", str(path))

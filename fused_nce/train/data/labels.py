@@ -132,10 +132,11 @@ class Classes:
         number = {text: self.number(samples, text) for text in dict.fromkeys(samples.texts) if text}
         unseen = {text for text, found in number.items() if found not in self.seen}
         rows = [i for i, text in enumerate(samples.texts) if text in unseen]
-        if unseen and not leave_out_unseen:
-            refuse_unseen(samples.kind, "class", sorted(unseen), len(rows), samples.name(rows[0]))
         if unseen:
-            samples.account.leave_out(f"{samples.kind} of classes that training lacks", min(unseen), len(rows))
+            shown = sorted(text if (n := number[text]) is None else self.names[n] for text in unseen)
+            if not leave_out_unseen:
+                refuse_unseen(samples.kind, "class", shown, len(rows), samples.name(rows[0]))
+            samples.account.leave_out(f"{samples.kind} of classes that training lacks", shown[0], len(rows))
             samples.keep([i for i, text in enumerate(samples.texts) if text not in unseen])
         known = {text: found for text, found in number.items() if found is not None}
         return [known.get(text, -1) for text in samples.texts]

@@ -195,7 +195,9 @@ class ShardSamples(Samples):
             key = Name.of(sample.stem + ".").key
             for source in bare.get(sample.stem, []):
                 for suffix, place in source.beside.items():
-                    self._compare(f"{shard}:{sample.stem}.{suffix}", sample.beside.setdefault(suffix, place), place)
+                    if suffix in sample.beside:
+                        self._compare(f"{shard}:{sample.stem}.{suffix}", sample.beside[suffix], place)
+                    sample.beside.setdefault(suffix, place)
                 used.add(sample.stem)
             if key != sample.stem and key in bare and not sample.beside:  # 0.left.png, 0.right.png and 0.cls
                 sample.beside = dict(bare[key][0].beside)
@@ -208,8 +210,7 @@ class ShardSamples(Samples):
     def _compare(self, where: str, first: Place, second: Place) -> None:
         if first != second:
             raise ValueError(f"data: {printable(where)} comes twice, with {first!r:.40} and with {second!r:.40}")
-        if first is not second:
-            self.account.leave_out("members that come twice", where)
+        self.account.leave_out("members that come twice", where)
 
     def _entry(
         self, shard: Path, sample: _Sample, places: dict[str, Place]

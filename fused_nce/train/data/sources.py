@@ -2,6 +2,7 @@
 
 import io
 import logging
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -12,9 +13,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from fused_nce.train.data.account import Account, printable, some
-from fused_nce.train.data.folders import FolderSamples, walk
-from fused_nce.train.data.labels import Classes
-from fused_nce.train.data.members import IMAGE, Name, Samples, hidden
+from fused_nce.train.data.folders import SPLIT_FOLDERS, FolderSamples, walk
+from fused_nce.train.data.labels import CLASSES_FILE, Classes
+from fused_nce.train.data.members import IMAGE, Name, Samples, hidden, unread
 from fused_nce.train.data.shards import ShardSamples, find_shards, shards_in
 
 log = logging.getLogger("fused_nce")
@@ -52,7 +53,17 @@ def open_samples(data: str, split: str, kind: str, *, hold: bool = True) -> Samp
             f"data: {data} holds shards ({shards[0].name}) and {kind} in folders ({both}); "
             "name the shards by a glob, or move either away"
         )
-    return ShardSamples(find_shards(data, wanted), kind, hold=hold)
+    samples = ShardSamples(find_shards(data, wanted), kind, hold=hold)
+    for entry in sorted(path.iterdir()) if shards else []:
+        if (
+            entry in shards
+            and entry not in samples.shards
+            and not entry.name.startswith(tuple(chain(*SPLIT_FOLDERS.values())))
+        ):
+            samples.account.leave_out("shards of no split", str(entry))
+        elif entry not in shards and entry.is_file() and entry.name != CLASSES_FILE:
+            samples.account.leave_out(unread(Name.of(entry.name), "files"), str(entry))
+    return samples
 
 
 class Readable(Protocol):
