@@ -293,7 +293,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
         with torch_threads(threads):
             for problem in tqdm(chosen, desc=f"{threads} threads", unit="problem", disable=None, dynamic_ncols=True):
                 rows.append(measured(problem, options.rivals, threads, options.rounds, options.budget_s))
-    record = {"schema": SCHEMA, "date_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "code": host.commit()}
+    record: dict[str, Any] = {
+        "schema": SCHEMA,
+        "date_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "code": host.commit(),
+    }
     record |= {"host": {"slug": host.slug(), **host.facts()}, "versions": host.versions(), "problems": rows}
     out = options.out or host.ROOT / ("runs/bench" if options.quick or options.losses else "bench/results")
     out.mkdir(parents=True, exist_ok=True)
