@@ -271,6 +271,7 @@ class Sweep {
     const int64_t depth = kBf16 ? round_up(strip_.rows, 2) : strip_.rows, stride = q_rows_ ? width_ : q_stride_;
     if (!plan_.dk_rounded) {
       float* dk = task_.out.dk.template data_ptr<float>() + tile.first_column * width_;
+      // fault: kernels-dk-not
       gradient_gemm(left, tile.lanes, query_rows(), stride, tile.columns, depth, width_, shared_ || strip_.first > 0,
                     dk, width_);
       return;

@@ -89,7 +89,7 @@ def _part(
 
 
 def _scale(scale: float | Tensor | None, features: Tensor) -> float | Tensor:
-    return 1 / math.sqrt(features.shape[-1]) if scale is None else scale
+    return 1 / math.sqrt(features.shape[-1]) if scale is None else scale  # fault: default-scale-1
 
 
 def check_features(antecedents: Tensor, consequents: Tensor, offset: int) -> None:
@@ -120,7 +120,7 @@ PRESETS: dict[str, Settings] = {
     # Bachman et al. 2019, eq. 4-5: a plain dot product.
     "paper": {"scale": 1.0, "clip": 20.0, "penalty": 0.04},
     # github.com/Philip-Bachman/amdim-public, costs.py and train.py.
-    "amdim-public": {"scale": None, "clip": 20.0, "penalty": 0.05},
+    "amdim-public": {"scale": None, "clip": 20.0, "penalty": 0.05},  # fault: preset-another-lambda
 }
 
 
@@ -251,7 +251,7 @@ class AMDIMLoss(nn.Module):
         They are one problem, in which each image has a row of each source. The mean over all rows is the mean of their
         means, and so it counts as often as there are sources.
         """
-        count, weight = len(rows), 0.5 * len(rows)
+        count, weight = len(rows), 0.5 * len(rows)  # fault: directions-summed-not
         penalty, clip = cast(float, self.settings["penalty"]), cast("float | None", self.settings["clip"])
         together = rows[0] if count == 1 else torch.stack(tuple(rows), dim=1)
         return _part(together, keys.columns, keys.offset, clip, Nce(weight * penalty, "mean", weight), count)
@@ -264,6 +264,7 @@ class AMDIMLoss(nn.Module):
         if self.antecedents == "all":
             return rows
         batch = torch.arange(rows.shape[0], device=rows.device)
+        # fault: one-location-drawn
         return rows[batch, torch.randint(rows.shape[1], (rows.shape[0],), device=rows.device)]
 
 

@@ -101,7 +101,7 @@ def amdim_mixture_nce(
 
 def mixture(each: Tensor, tau: float) -> Tensor:
     """−mean (1/τ)·log Σ_j e^(−τ·each_aji), 0-d, of losses (n_a, m, n_c)."""
-    return fixed_mean((-tau * each).logsumexp(dim=1)) / -tau
+    return fixed_mean((-tau * each).logsumexp(dim=1)) / -tau  # fault: mixture-best-component
 
 
 class AMDIMMixtureLoss(LossModule):

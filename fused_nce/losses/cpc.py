@@ -131,7 +131,7 @@ def _step(
         s = exposed(gathered_scores(prediction, target, columns, backend=backend))
         own, others = s[:, 0], s[:, 1:]
         chance = math.log(columns.shape[1])
-        return _classified(own, others.logsumexp(dim=1), others.amax(dim=1), share, chance)
+        return _classified(own, others.logsumexp(dim=1), others.amax(dim=1), share, chance)  # fault: cpc-sampled-own
     if groups is None:
         parts = tile_loss(prediction, target, BATCH, Nce(weight=share), group=group, backend=backend)
         return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)

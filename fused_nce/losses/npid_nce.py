@@ -83,7 +83,7 @@ def _nce(
 ) -> NCEOutput:
     """The loss of the scores."""
     m = s.shape[1] - 1
-    delta = exposed(s) - log_z - log_count(m / bank.shape[0], s)
+    delta = exposed(s) - log_z - log_count(m / bank.shape[0], s)  # fault: npid-noise-if
     return proximal_to(binary(delta[:, 0], delta[:, 1:]), features, bank, indices, proximal)
 
 
@@ -148,7 +148,7 @@ class NPIDNCELoss(nn.Module):
     def _known(self, s: Tensor, n: int) -> Tensor:
         """log Z; of a batch that is not finite none is kept."""
         own = (fixed_lse(s) + log_count(n / s.numel(), s)).to(self.log_z.dtype)
-        log_z = torch.where(self.log_z.isnan(), own, self.log_z)
+        log_z = torch.where(self.log_z.isnan(), own, self.log_z)  # fault: npid-every-batch
         if self.training:
             self.log_z.copy_(torch.where(log_z.isfinite(), log_z, self.log_z))
         return log_z.to(s.dtype)

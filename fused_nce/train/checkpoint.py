@@ -154,7 +154,7 @@ def load_model(run_dir: str | Path) -> tuple[Model, Method]:
     """
     config = config_module.load(run_dir)
     path = newest(run_dir)
-    model = config.build(images=int(load_state(path).get("images", 1)))
+    model = config.build(images=int(load_state(path).get("images", 1)))  # fault: bank-one-image
     load_into(model, load_tensors(path, "model"), f"{path}/model.safetensors")
     return model.eval(), config
 
@@ -213,6 +213,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None
         like = params[int(number)]
         if value.dim() and value.shape != like.shape:
             raise CheckpointError(f"optimizer.safetensors: {key} is {tuple(value.shape)}, not {tuple(like.shape)}")
+        # fault: moments-another-memory
         fits = torch.empty_like(like, dtype=value.dtype) if value.dim() else torch.empty_like(value)
         state.setdefault(int(number), {})[name] = fits.copy_(value)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

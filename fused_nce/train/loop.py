@@ -116,7 +116,7 @@ class Trainer:
         )
         started, time_before = time.perf_counter(), self.time_s
         saved_at, failed_saves, window = started, 0, (started, self.step)
-        batches = self.loader.batches(self.step * config.optim.accumulate)
+        batches = self.loader.batches(self.step * config.optim.accumulate)  # fault: resumed-run-starts
         try:
             with Interrupt() as interrupt:
                 reason = "finished"
@@ -140,7 +140,7 @@ class Trainer:
                         failed_saves = 0 if self._try_save() else failed_saves + 1
                         if failed_saves >= MAX_FAILED_SAVES:
                             raise OSError(f"checkpoint: {failed_saves} in a row could not be written to {self.run_dir}")
-                if self.skipped == self.step > 0 and reason != "interrupted":
+                if self.skipped == self.step > 0 and reason != "interrupted":  # fault: success-without-single
                     raise Diverged(
                         f"training: all {self.step} updates were skipped, none had a finite loss and gradient"
                     )
@@ -185,8 +185,8 @@ class Trainer:
         finite = torch.stack([n[0] for n in passes]).isfinite().all() & norm.isfinite()
         # Read at once, not at the next log: an update must not happen if any process saw a number that is not finite.
         bad, bad_probes = self._agree(not bool(finite), not bool(probes_norm.isfinite()))
-        if bad:
-            self._restore(buffers)
+        if bad:  # fault: broken-probe-holds
+            self._restore(buffers)  # fault: skipped-update-leaves
             self._skip(used, [n[0].item() for n in passes], norm.item())
         else:
             if bad_probes:
@@ -196,7 +196,7 @@ class Trainer:
             self.skipped_in_a_row = 0
             for numbers in passes:
                 self.meter.add(numbers)
-        self.model.after_step(skipped=bad)
+        self.model.after_step(skipped=bad)  # fault: loop-does-not
         for p in self.step_module.parameters():
             p.grad = None
         self.step += 1

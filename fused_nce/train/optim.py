@@ -28,7 +28,7 @@ def build(module: nn.Module, config: OptimConfig, *, without: nn.Module | None =
         return LARS(groups, **shared, momentum=config.momentum, trust=config.trust)
     if config.name == "sgd":
         return torch.optim.SGD(groups, **shared, momentum=config.momentum, fused=True)
-    return torch.optim.Adam(groups, **shared, betas=config.betas, eps=config.eps, fused=True)
+    return torch.optim.Adam(groups, **shared, betas=config.betas, eps=config.eps, fused=True)  # fault: adamw-adam
 
 
 class LARS(torch.optim.Optimizer):
@@ -58,7 +58,7 @@ class LARS(torch.optim.Optimizer):
             for p in (p for p in group["params"] if p.grad is not None):
                 update = p.grad.add(p, alpha=group["weight_decay"])
                 if group["trust"] is not None:
-                    own, other = p.norm(), update.norm()
+                    own, other = p.norm(), update.norm()  # fault: lars-ratio-without
                     ratio = group["trust"] * own / other
                     update = update * torch.where((own > 0) & (other > 0), ratio, 1.0)
                 if "momentum_buffer" not in self.state[p]:
@@ -73,6 +73,7 @@ def learning_rate(config: OptimConfig, update: int, updates_per_epoch: int) -> f
 
     A function of the update alone, so that a resumed run needs no scheduler state.
     """
+    # fault: warm-up-starts-rate
     warm = min(1.0, (update + 1) / config.warmup_updates) if config.warmup_updates else 1.0
     return config.lr * warm * _decay(config, update, updates_per_epoch)
 

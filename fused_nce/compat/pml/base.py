@@ -230,6 +230,7 @@ class PairLoss(Upstreams):
 
     def reduced(self, losses: Tensor) -> Tensor:
         """The mean of all, or, under AvgNonZero, of those above 0; of none, 0. A NaN is none of those at 0."""
+        # fault: pml-nan-loss
         kept = ~(losses <= 0) if self.reduction == "AvgNonZeroReducer" else torch.ones_like(losses, dtype=torch.bool)
         return fixed_sum(torch.where(kept, losses, 0.0)) / kept.sum().clamp(min=1)
 
@@ -285,4 +286,4 @@ def block_pairs(rows: Rows, block: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
     r, c = block
     k = rows.q if rows.k is None else rows.k
     itself = torch.full_like(r, -1) if rows.itself is None else r + rows.itself
-    return widened(rows.q[r]), widened(k[c]), c[:, None, :] != itself[:, :, None]
+    return widened(rows.q[r]), widened(k[c]), c[:, None, :] != itself[:, :, None]  # fault: pml-row-own

@@ -47,7 +47,7 @@ def zero_branches_(model: nn.Module, name: str) -> None:
     if not blocks:
         raise ValueError(f"init: 'zero' needs residual blocks with bn2, which {name} has not")
     for block in blocks:
-        nn.init.zeros_((block.bn3 if hasattr(block, "bn3") else block.bn2).weight)
+        nn.init.zeros_((block.bn3 if hasattr(block, "bn3") else block.bn2).weight)  # fault: zero-branches-second
 
 
 def _torchvision(name: str) -> tuple[nn.Module, int]:
