@@ -54,7 +54,7 @@ def read() -> list[Fault]:
     group, tests = "", ""
     for line in (Path(__file__).parent / "faults.txt").read_text(encoding="utf-8").split("\n\n", 1)[1].splitlines():
         if line.startswith("["):
-            group, _, tests = line.strip("[]").partition(": ")
+            group, _, tests = line[1:-1].partition(": ")
         elif line:
             name, change, reason = line.split(" ~ ")
             old, new = (change + " ").split(" → ")
