@@ -10,29 +10,29 @@
 #include <atomic>
 
 #include "gemm.h"
-#include "group.h"
 #include "ids.h"
 #include "isa.h"
 #include "strip.h"
+#include "workspace.h"
 
 namespace fused_nce {
 
 namespace {
 
 Work work_of(const SweepInputs& in, bool statistics, bool gradients) {
-  return {in.q.size(0),
-          in.k.size(0),
-          in.q.size(1),
-          std::max(in.scoring.n_c, in.layout.n_pos),
-          elements_of(in.q.scalar_type(), in.q.size(1)),
-          statistics && gradients,
-          gradients,
-          in.need_q,
-          in.need_k,
-          in.shared,
-          in.layout.column_ids.defined(),
-          Wanted::mask(in.wanted.rows),
-          Wanted::mask(in.wanted.columns)};
+  return {.rows = in.q.size(0),
+          .columns = in.k.size(0),
+          .width = in.q.size(1),
+          .image = std::max(in.scoring.n_c, in.layout.n_pos),
+          .elements = elements_of(in.q.scalar_type(), in.q.size(1)),
+          .both = statistics && gradients,
+          .gradients = gradients,
+          .need_q = in.need_q,
+          .need_k = in.need_k,
+          .shared = in.shared,
+          .labels = in.layout.column_ids.defined(),
+          .row_stats = Wanted::mask(in.wanted.rows),
+          .column_stats = Wanted::mask(in.wanted.columns)};
 }
 
 template <class E>
@@ -47,49 +47,47 @@ class Sweep {
         need_k_(in.need_k), need_scale_(in.need_scale), shared_(in.shared), stats_(arrays(task.stats, in.wanted)),
         columns_(arrays_of(task.stats.columns, in.wanted.columns)), n_pos_(in.layout.n_pos),
         own_columns_(n_pos_ > 0 && !in.layout.positives.defined()), work_{work_of(in, task.statistics, task.gradients)},
-        plan_(checked_plan(in.workspace_bytes)), arena_(plan_.bytes), ids_(in, arena_) {
-    const int64_t lanes = plan_.lanes;
-    packed_ = arena_.take<E>(lanes * width_);
-    const bool copied = elements_ == Elements::widened || (need_k_ && kBf16);
-    q_rows_ = copied ? arena_.take<E>(lanes * width_) : nullptr;
-    stored_ = plan_.stored ? arena_.take<float>(m_ * lanes) : nullptr;
-    lane_ids_ = arena_.take<int32_t>(lanes);
-    itself_ = arena_.take<int32_t>(lanes);
-    coefficients_ = {arena_.take<float>(lanes), arena_.take<float>(lanes), arena_.take<float>(lanes),
-                     arena_.take<float>(lanes), arena_.take<float>(work_.image * lanes)};
-    if (task.statistics && work_.column_stats) column_acc_ = new_accumulators(work_.column_stats, m_, arena_);
-    if (work_.both && work_.further())
-      for (const Statistic name : further_of(task.tail.name)) d_further_[name] = arena_.take<float>(lanes);
-    if (!task.statistics) {
+        plan_(checked_plan(in.workspace_bytes)), arena_(plan_.bytes), space_(work_, plan_, arena_),
+        ids_(in, space_.labels, space_.ranks) {
+    if (task.statistics) {
+      if (work_.both)
+        for (const Statistic name : further_of(task.tail.name)) d_further_[name] = space_.d_further[name];
+    } else {
       upstream_ = arrays(task.upstream, in.wanted);
       d_columns_ = arrays_of(task.upstream.columns, in.wanted.columns);
     }
-    for (int64_t g = 0; g < plan_.groups; ++g) {
-      groups_.push_back(make_group(g == 0));
-      accumulators_.push_back(groups_.back().acc);
+    groups_.resize(plan_.groups);
+    for (Group<E>& group : groups_) {
+      group.take(work_, plan_, &group == groups_.data(), arena_);
+      accumulators_.push_back(group.acc);
     }
   }
 
   void run() {
     if (need_q_) use_large_pages(task_.out.dq);
     if (need_k_) use_large_pages(task_.out.dk);
-    if (column_acc_.bad) clear(column_acc_, work_.column_stats, m_);
+    if (finds_columns()) clear(space_.columns, work_.column_stats, m_);
     double d_scale = 0.0, d_bias = 0.0;
     for (int64_t strip = 0; strip < plan_.strips; ++strip) {
       const int64_t first = strip * plan_.lanes;
-      strip_ = {first,     std::min(plan_.lanes, n_ - first),     plan_.lanes, scoring_.n_c, n_pos_,
-                lane_ids_, ids_.drop_itself() ? itself_ : nullptr};
+      strip_ = {.first = first,
+                .rows = std::min(plan_.lanes, n_ - first),
+                .lanes = plan_.lanes,
+                .n_c = scoring_.n_c,
+                .n_pos = n_pos_,
+                .ids = space_.lane_ids,
+                .itself = ids_.drop_itself() ? space_.itself : nullptr};
       pack_queries();
-      std::fill_n(lane_ids_, plan_.lanes, -1);
-      std::fill_n(itself_, plan_.lanes, -1);
-      ids_.name_rows(first, strip_.rows, lane_ids_, itself_);
+      std::fill_n(space_.lane_ids, plan_.lanes, -1);
+      std::fill_n(space_.itself, plan_.lanes, -1);
+      ids_.name_rows(first, strip_.rows, space_.lane_ids, space_.itself);
       if (task_.statistics) {
         for_each_group([this](Group<E>& group, int64_t begin, int64_t end) { fold(group, begin, end); });
-        finish_strip(strip_, scoring_, accumulators_, stats_, coefficients_);
+        finish_strip(strip_, scoring_, accumulators_, stats_, space_.coefficients);
       }
       if (!task_.gradients) continue;
-      if (task_.statistics) coefficients_of_loss(strip_, stats_, task_.tail, coefficients_, d_further_);
-      else coefficients_of_caller(strip_, scoring_, stats_, upstream_, coefficients_);
+      if (task_.statistics) coefficients_of_loss(strip_, stats_, task_.tail, space_.coefficients, d_further_);
+      else coefficients_of_caller(strip_, scoring_, stats_, upstream_, space_.coefficients);
       for_each_group([this](Group<E>& group, int64_t begin, int64_t end) { weigh(group, begin, end); });
       for (const Group<E>& group : groups_) {
         d_scale += group.d_scale;
@@ -97,7 +95,7 @@ class Sweep {
       }
       if (need_q_) merge_dq();
     }
-    if (column_acc_.bad) finish_columns();
+    if (finds_columns()) finish_columns();
     if (need_scale_) *task_.out.dscale.template data_ptr<float>() = static_cast<float>(d_scale);
     if (need_scale_) *task_.out.dbias.template data_ptr<float>() = static_cast<float>(d_bias);
   }
@@ -108,27 +106,6 @@ class Sweep {
     TORCH_CHECK_VALUE(plan.lanes > 0, "workspace_bytes is ", workspace_bytes, ", needed: at least ", plan.bytes,
                       " for ", n_, " rows, ", m_, " columns of width ", width_);
     return plan;
-  }
-
-  Group<E> make_group(bool first) {
-    const int64_t lanes = plan_.lanes, columns = round_up(plan_.tile_columns, 2);
-    Group<E> g{};
-    g.acc = new_accumulators(work_.row_stats, lanes, arena_);
-    g.d_scale_lanes = arena_.take<float>(lanes);
-    g.d_bias_lanes = arena_.take<float>(lanes);
-    g.line_ids = arena_.take<int32_t>(columns);
-    if (work_.column_stats) g.column_rows = arena_.take<int32_t>(columns);
-    if (has_side(work_)) g.side = arena_.take<float>(columns * lanes);
-    if (!plan_.stored) g.scores = arena_.take<float>(columns * lanes);
-    if (elements_ == Elements::widened) g.wide_keys = arena_.take<float>(columns * width_);
-    if (!task_.gradients) return g;
-    if (kBf16) g.rounded = arena_.take<uint16_t>(columns * lanes);
-    char* operands = arena_.take<char>(operand_bytes(work_, plan_));
-    g.left = reinterpret_cast<E*>(operands);
-    g.right = g.left + columns * lanes;
-    g.wide_dk = reinterpret_cast<float*>(operands);
-    if (need_q_ && (!first || shared_)) g.dq = arena_.take<float>(lanes * width_);
-    return g;
   }
 
   template <class F>
@@ -148,19 +125,21 @@ class Sweep {
     (half_ ? rows_.widen_fp16 : rows_.widen_bf16)(from, out, width_);
   }
 
-  const E* query_rows() const { return q_rows_ ? q_rows_ : static_cast<const E*>(q_) + strip_.first * q_stride_; }
+  const E* query_rows() const {
+    return space_.query_rows ? space_.query_rows : static_cast<const E*>(q_) + strip_.first * q_stride_;
+  }
 
   // The strip's queries transposed, in 32-bit words: one float, or the pair of bfloat16 that brgemm wants together.
   void pack_queries() {
     const int64_t lanes = plan_.lanes, words = width_ * static_cast<int64_t>(sizeof(E)) / 4;
     if (elements_ == Elements::widened) {
-      float* wide = reinterpret_cast<float*>(q_rows_);
+      float* wide = reinterpret_cast<float*>(space_.query_rows);
       for (int64_t l = 0; l < strip_.rows; ++l) widen(q_, q_stride_, strip_.first + l, wide + l * width_);
     }
     const bool wide = elements_ == Elements::widened;
-    const E* from = wide ? q_rows_ : static_cast<const E*>(q_) + strip_.first * q_stride_;
+    const E* from = wide ? space_.query_rows : static_cast<const E*>(q_) + strip_.first * q_stride_;
     const int64_t stride = (wide ? width_ : q_stride_) * static_cast<int64_t>(sizeof(E));
-    uint32_t* to = reinterpret_cast<uint32_t*>(packed_);
+    uint32_t* to = reinterpret_cast<uint32_t*>(space_.packed);
     at::parallel_for(0, ceil_div(words, 16), 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block)
         for (int64_t l = 0; l < lanes; ++l)
@@ -171,31 +150,39 @@ class Sweep {
           }
     });
     if (kBf16 && need_k_) {
-      uint32_t* pairs = reinterpret_cast<uint32_t*>(q_rows_);
+      uint32_t* pairs = reinterpret_cast<uint32_t*>(space_.query_rows);
       interleave(reinterpret_cast<const uint16_t*>(from), q_stride_, strip_.rows, width_, pairs);
     }
   }
 
+  bool finds_columns() const { return space_.columns.bad; }
+
   Tile tile_of(const Group<E>& group, int64_t index) const {
     const int64_t first = index * plan_.tile_columns, columns = std::min(plan_.tile_columns, m_ - first);
-    return {stored_ ? stored_ + first * plan_.lanes : group.scores,
-            columns,
-            plan_.lanes,
-            strip_.rows,
-            first,
-            strip_.first,
-            strip_.ids,
-            strip_.itself,
-            ids_.name_columns(first, columns, group.line_ids)};
+    return {.scores = space_.scores ? space_.scores + first * plan_.lanes : group.scores,
+            .columns = columns,
+            .lanes = plan_.lanes,
+            .rows = strip_.rows,
+            .first_column = first,
+            .first_row = strip_.first,
+            .ids = strip_.ids,
+            .itself = strip_.itself,
+            .line_ids = ids_.name_columns(first, columns, group.line_ids)};
   }
 
   // The same scores with columns for lanes: its rows' statistics are the tile's columns'.
   Tile turned(const Group<E>& group, const Tile& tile) const {
     rows_.transpose(tile, group.side, tile.columns);
     if (strip_.itself) ids_.rows_of_columns(tile.first_column, tile.columns, group.column_rows);
-    return {group.side,   strip_.rows,       tile.columns,  tile.columns,
-            strip_.first, tile.first_column, tile.line_ids, strip_.itself ? group.column_rows : nullptr,
-            strip_.ids};
+    return {.scores = group.side,
+            .columns = strip_.rows,
+            .lanes = tile.columns,
+            .rows = tile.columns,
+            .first_column = strip_.first,
+            .first_row = tile.first_column,
+            .ids = tile.line_ids,
+            .itself = strip_.itself ? group.column_rows : nullptr,
+            .line_ids = strip_.ids};
   }
 
   struct Keys {
@@ -212,7 +199,7 @@ class Sweep {
   }
 
   void score(const Tile& tile, const Keys& keys) const {
-    score_gemm(keys.data, keys.stride, packed_, tile.columns, tile.lanes, width_, tile.scores);
+    score_gemm(keys.data, keys.stride, space_.packed, tile.columns, tile.lanes, width_, tile.scores);
   }
 
   void fold(Group<E>& group, int64_t begin, int64_t end) {
@@ -222,13 +209,13 @@ class Sweep {
       score(tile, keys_of(group, tile));
       rows_.fold(tile, scoring_, group.acc);
       if (own_columns_) rows_.positives(tile, scoring_, n_pos_, stats_.pos);
-      if (column_acc_.bad)
-        rows_.fold(turned(group, tile), scoring_, from(column_acc_, work_.column_stats, tile.first_column));
+      if (finds_columns())
+        rows_.fold(turned(group, tile), scoring_, from(space_.columns, work_.column_stats, tile.first_column));
     }
   }
 
   void finish_columns() const {
-    const std::vector<Accumulators> all = {column_acc_};
+    const std::vector<Accumulators> all = {space_.columns};
     at::parallel_for(0, m_, 256, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) finish_statistics(all, j, scoring_, columns_, j);
     });
@@ -248,15 +235,16 @@ class Sweep {
     group.d_scale = group.d_bias = 0.0;
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tile_of(group, t);
-      const Keys keys = stored_ && !need_q_ ? Keys{nullptr, 0} : keys_of(group, tile);
-      if (!stored_) score(tile, keys);
+      const Keys keys = space_.scores && !need_q_ ? Keys{nullptr, 0} : keys_of(group, tile);
+      if (!space_.scores) score(tile, keys);
       std::fill_n(group.d_scale_lanes, plan_.lanes, 0.0f);
       if (work_.further()) {
         const Further further = weigh_further(group, tile);
-        rows_.weigh(tile, scoring_, coefficients_, &further, group.rounded, group.d_scale_lanes);
+        rows_.weigh(tile, scoring_, space_.coefficients, &further, group.rounded, group.d_scale_lanes);
         for (int64_t l = 0; l < strip_.rows; ++l) group.d_bias += group.d_bias_lanes[l];
       } else {
-        rows_.weigh(tile, scoring_, coefficients_, nullptr, group.rounded, need_scale_ ? group.d_scale_lanes : nullptr);
+        rows_.weigh(tile, scoring_, space_.coefficients, nullptr, group.rounded,
+                    need_scale_ ? group.d_scale_lanes : nullptr);
       }
       for (int64_t l = 0; l < strip_.rows; ++l) group.d_scale += group.d_scale_lanes[l];
       if (need_k_) write_dk(group, tile);
@@ -268,7 +256,8 @@ class Sweep {
   // which begins at 0 and to which the groups' shares come later.
   void write_dk(const Group<E>& group, const Tile& tile) {
     const E* left = kBf16 ? reinterpret_cast<const E*>(group.rounded) : reinterpret_cast<const E*>(tile.scores);
-    const int64_t depth = kBf16 ? round_up(strip_.rows, 2) : strip_.rows, stride = q_rows_ ? width_ : q_stride_;
+    const int64_t depth = kBf16 ? round_up(strip_.rows, 2) : strip_.rows,
+                  stride = space_.query_rows ? width_ : q_stride_;
     if (!plan_.dk_rounded) {
       float* dk = task_.out.dk.template data_ptr<float>() + tile.first_column * width_;
       gradient_gemm(left, tile.lanes, query_rows(), stride, tile.columns, depth, width_, shared_ || strip_.first > 0,
@@ -329,15 +318,11 @@ class Sweep {
   const Work work_;
   const Plan plan_;
   Arena arena_;
+  const Workspace<E> space_;
   const Ids ids_;
-  E *packed_, *q_rows_;
-  float* stored_;
-  int32_t *lane_ids_, *itself_;  // (lanes)
-  Coefficients coefficients_;
-  ByStatistic d_further_;  // (lanes)
+  ByStatistic d_further_;  // (lanes), of those that the tail reads
   StatisticArrays upstream_{};
   ByStatistic d_columns_;
-  Accumulators column_acc_{};  // (M)
   std::vector<Group<E>> groups_;
   std::vector<Accumulators> accumulators_;
   Strip strip_{};
