@@ -4,6 +4,7 @@
 //   strip   `lanes` rows of q, packed once as the right operand of the GEMMs
 //   stored  the strip's scores (M, lanes) are kept between statistics and weights: 3 GEMMs. Where fewer than 64 rows of
 //           scores would fit they are computed again, tile by tile: 4 GEMMs, and no memory that grows with M
+//           Where all statistics come before any weight: of as many strips as fit, the last ones
 //   tile    `tile_columns` columns of the strip, transposed: 128 * 128 floats are 64 KiB of the 1-2 MiB of L2
 //   group   a contiguous run of tiles: one task. Statistics and shares of dq are merged in the order of the groups
 #pragma once
@@ -36,18 +37,35 @@ struct Work {
   bool shared = false;                            // q is k: dk is one half of dq, added up in its place
   bool labels = false;                            // ids are ranks among the rows' labels
   unsigned row_stats = kFused, column_stats = 0;  // bits of statistics
+  bool symmetric = false;  // and the scores are: one above the diagonal counts for its row and for its column
 
+  // Every weight needs the statistics of a row and of a column, so all of them come before any weight.
+  bool two_sided() const { return both && (symmetric || column_stats); }
   bool further() const { return column_stats || (row_stats & ~kFused); }
 };
 
 struct Plan {
   int64_t lanes = 0, strips = 0, tile_columns = 0, tiles = 0, groups = 0;
   bool stored = false;
-  bool dk_rounded = false;  // one strip finishes dk, which can then leave in bfloat16
-  int64_t bytes = 0;        // everything allocated beyond inputs and outputs
+  bool symmetric = false;                    // as asked for, where that fits
+  int64_t kept_strips = 0, kept_scores = 0;  // of two-sided weights: the last strips, whose scores are kept
+  bool dk_rounded = false;                   // one strip finishes dk, which can then leave in bfloat16
+  int64_t bytes = 0;                         // everything allocated beyond inputs and outputs
 };
 
 constexpr int64_t kOutputWidth = 128;  // of a gradient GEMM's call: a block of the right operand stays in L1 and L2
+
+// The columns of a strip: all, or, above the diagonal, those from its own first row on.
+inline int64_t first_column(const Work& w, const Plan& p, int64_t strip) { return w.symmetric ? strip * p.lanes : 0; }
+
+// A symmetric strip's tiles: those of its own rows, the diagonal, and after them the rest.
+inline int64_t diagonal_tiles(const Plan& p, int64_t rows) { return ceil_div(rows, p.tile_columns); }
+
+inline int64_t tiles_of(const Work& w, const Plan& p, int64_t strip) {
+  if (!w.symmetric) return p.tiles;
+  const int64_t left = w.rows - strip * p.lanes, rows = left < p.lanes ? left : p.lanes;
+  return diagonal_tiles(p, rows) + ceil_div(left - rows, p.tile_columns);
+}
 
 // `lanes` is 0 if nothing fits; `bytes` is then what the smallest plan needs.
 Plan make_plan(const Work& w, int64_t workspace_bytes);

@@ -49,6 +49,21 @@ inline ByStatistic from(ByStatistic arrays, int64_t first) {
   return arrays;
 }
 
+inline Side new_side(int64_t count, bool positives, Arena& arena) {
+  Side side{
+      .shift = arena.take<float>(count), .inverse = arena.take<float>(count), .negative = arena.take<float>(count)};
+  if (positives)
+    for (float** array : {&side.pos_shift, &side.positive, &side.constant}) *array = arena.take<float>(count);
+  return side;
+}
+
+// What begins with row, or column, `first`.
+inline Side from(Side side, int64_t first) {
+  for (float** array : {&side.shift, &side.inverse, &side.negative, &side.pos_shift, &side.positive, &side.constant})
+    if (*array) *array += first;
+  return side;
+}
+
 // What one task owns.
 template <class E>
 struct Group {
@@ -71,8 +86,8 @@ struct Group {
     d_scale_lanes = arena.take<float>(p.lanes);
     d_bias_lanes = arena.take<float>(p.lanes);
     line_ids = arena.take<int32_t>(columns);
-    if (w.column_stats) column_rows = arena.take<int32_t>(columns);
-    if (w.further() && (w.gradients || w.column_stats)) side = arena.take<float>(tile);
+    if (w.column_stats || w.symmetric) column_rows = arena.take<int32_t>(columns);
+    if (w.two_sided() || (w.further() && (w.gradients || w.column_stats))) side = arena.take<float>(tile);
     if (!p.stored) scores = arena.take<float>(tile);
     if (w.elements == Elements::widened) wide_keys = arena.take<float>(columns * w.width);
     if (!w.gradients) return;
@@ -90,13 +105,14 @@ struct Group {
 // What the groups share: of the whole call, and of one strip after the other.
 template <class E>
 struct Workspace {
-  int64_t* labels = nullptr;   // (N) and
-  int32_t* ranks = nullptr;    // (M), of a layout by labels
-  Accumulators columns{};      // (M), running
-  E* packed;                   // (D, lanes), the strip's queries as the right operand of the scores
-  E* query_rows = nullptr;     // (lanes, D), and as that of dk; null: used where they are
-  float* scores = nullptr;     // (M, lanes), the strip's
-  int32_t *lane_ids, *itself;  // (lanes)
+  int64_t* labels = nullptr;  // (N) and
+  int32_t* ranks = nullptr;   // (M), of a layout by labels
+  Accumulators columns{};     // (M), running
+  E* packed;                  // (D, lanes), the strip's queries as the right operand of the scores
+  E* query_rows = nullptr;    // (lanes, D), and as that of dk; null: used where they are
+  float* scores = nullptr;    // (M, lanes), the strip's; of two-sided weights, those of the strips that keep theirs
+  Side row_side{}, column_side{};  // (N), (M), of two-sided weights; symmetric ones have but one
+  int32_t *lane_ids, *itself;      // (lanes)
   Coefficients coefficients;
   ByStatistic d_further;  // (lanes), of the statistics that a tail may read beyond the coefficients
 
@@ -106,10 +122,15 @@ struct Workspace {
       labels = arena.take<int64_t>(w.rows);
       ranks = arena.take<int32_t>(w.columns);
     }
-    if (w.column_stats && !w.gradients) columns = new_accumulators(w.column_stats, w.columns, arena);
+    if (w.symmetric) columns = new_accumulators(w.row_stats, w.columns, arena);
+    else if (w.column_stats && (!w.gradients || w.both)) columns = new_accumulators(w.column_stats, w.columns, arena);
     packed = arena.take<E>(lanes * w.width);
     if (w.elements == Elements::widened || (w.need_k && kPaired<E>)) query_rows = arena.take<E>(lanes * w.width);
-    if (p.stored) scores = arena.take<float>(w.columns * lanes);
+    if (p.stored || p.kept_scores) scores = arena.take<float>(p.stored ? w.columns * lanes : p.kept_scores);
+    if (w.two_sided()) {
+      row_side = new_side(p.strips * lanes, w.row_stats & kOverPositives, arena);
+      column_side = w.symmetric ? row_side : new_side(w.columns, false, arena);
+    }
     lane_ids = arena.take<int32_t>(lanes);
     itself = arena.take<int32_t>(lanes);
     coefficients = {.shift = arena.take<float>(lanes),

@@ -192,7 +192,8 @@ def _loss(*args: Any) -> tuple[Tensor, ...]:
     none = problem.q.new_empty(0, dtype=wide_of(x.q))
     out = Gradients(none, none, none)
     with torch.autocast(x.q.device.type, enabled=False), torch.profiler.record_function(f"fused_nce::loss[{name}]"):
-        if spec.columns:
+        twice_over = bool(spec.columns) and not getattr(module, "BOTH_WAYS", False)
+        if twice_over:
             found = module.stats(problem)
         else:
             found, out = module.loss(problem, rule, wanted)
@@ -203,11 +204,11 @@ def _loss(*args: Any) -> tuple[Tensor, ...]:
         m = problem.n_columns
         *values, report = brief or (*rule.values(*at, m), rule.reports(*at, m, reports))
         d_pos = found.pos
-        if spec.columns or needs[4]:
+        if twice_over or needs[4]:
             n_scores = problem.n * problem.n_columns
             d = rule.coefficients(*at, rule.unit(problem.n * rule.per_row(spec)), 1.0, n_scores)
             d_pos = d.d_pos
-            if spec.columns and any(wanted):
+            if twice_over and any(wanted):
                 out = module.grads(problem, found, _to_columns(problem, d), wanted)
         gradients = _finish(problem, x, out, d_pos, needs)
     columns = _empty_columns(problem) if found.columns is None else found.columns

@@ -91,7 +91,7 @@ class GatheredBackend(Protocol):
 class Backend(Protocol):
     """A module of `fused_nce.backends`.
 
-    It may also have `ATOMS`, the names of `spec.VOCABULARY` that it runs; without, it is asked for AMDIM's alone.
+    It may also have `BOTH_WAYS`, for which see `loss`, and `ATOMS`, the names of `spec.VOCABULARY` that it runs; without, it is asked for AMDIM's alone.
     """
 
     def why_not(self, spec: Spec, q: Tensor, k: Tensor) -> str | None:
@@ -109,5 +109,6 @@ class Backend(Protocol):
     def loss(self, problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
         """Statistics, and the gradients of the tail's loss, in one sweep: no score is computed twice.
 
-        Not asked of a spec with column statistics, whose weights need all rows: the op calls `stats`, then `grads`.
+        Asked of a spec with column statistics, whose weights need all rows, where the module's `BOTH_WAYS` is true;
+        elsewhere the op calls `stats`, then `grads`.
         """
