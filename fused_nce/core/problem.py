@@ -91,7 +91,8 @@ class GatheredBackend(Protocol):
 class Backend(Protocol):
     """A module of `fused_nce.backends`.
 
-    It may also have `BOTH_WAYS`, for which see `loss`, and `ATOMS`, the names of `spec.VOCABULARY` that it runs; without, it is asked for AMDIM's alone.
+    It may also have `BOTH_WAYS`, for which see `loss`, and `ATOMS`, the names of `spec.VOCABULARY` that it runs;
+    without, it is asked for AMDIM's alone.
     """
 
     def why_not(self, spec: Spec, q: Tensor, k: Tensor) -> str | None:
