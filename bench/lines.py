@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 36_000, ("tests",): 21_200}
+BUDGET = {("fused_nce", "csrc", "bench"): 36_600, ("tests",): 22_100}
 
 
 def lines(folder: str) -> int:

@@ -131,6 +131,7 @@ class NTXentLoss(_Views):
             z, group = torch.stack((z0, z1), dim=1).flatten(0, 1), everyone() if self.gather_distributed else None
             return tile_loss(z, None, TWINS, Nce(), scale=inverse(self.temperature, z), group=group).loss
         loss = self._against_bank(z0, z1, self.memory_bank)
+        # fault: lightly-bank-moves
         if z0.requires_grad:  # the loss has its gradients: the bank may change under it
             # fault: processes-lightly-bank
             self.memory_bank.update(gathered(z1) if self.gather_distributed else z1.detach())
@@ -175,6 +176,8 @@ class DCLLoss(_Views):
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
     """
+
+    HOOKS = ("_loss",)
 
     def __init__(
         self,

@@ -135,7 +135,7 @@ class MoCoLogits:
             raise AttributeError(name)
         full = self._full_for(name)
         if name in KEPT or name.endswith("_"):
-            self._written = full
+            self._written = full  # fault: moco-written-forgotten
         return getattr(full, name)
 
     @classmethod

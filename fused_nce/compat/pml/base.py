@@ -173,7 +173,7 @@ class PairLoss(Upstreams):
             _packages(seen, self.DISTANCES) and (getattr(seen, "p", 2), getattr(seen, "power", 1)) == (2, 1)
         )
         if not plain:
-            return f"distance={type(seen).__name__}"
+            return f"distance={type(seen).__name__}"  # fault: pml-distance-set
         if self.reducer is not None:
             for x in self._reducers():
                 if not _packages(x, REDUCERS) or (getattr(x, "low", None) or 0, getattr(x, "high", None)) != (0, None):
@@ -218,6 +218,7 @@ class PairLoss(Upstreams):
             ids = row_ids("labels", labels, embeddings)
             return self.of(Rows(embeddings, ids, None, ids, 0))
         check_rows("embeddings", embeddings, "ref_emb", ref_emb, same_n=ref_labels is None)
+        # fault: pml-same-labels
         same = ref_labels is None or (ref_labels is labels and labels.device == embeddings.device)
         if same:
             ids = row_ids("labels", labels, embeddings)
