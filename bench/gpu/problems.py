@@ -68,8 +68,8 @@ class Problem:
         specs = {
             "amdim_nce": Spec(Block(self.n_c), TanhClip(CLIP)),
             "moco_nce": replace(plain, layout=Separate(1)),
-            "nt_xent": replace(plain, layout=Block(2, 2), drop_self=True, unit=True),
-            "info_nce": replace(plain, unit=True),
+            "nt_xent": replace(plain, layout=Block(2, 2), drop_self=True, unit_norm=True),
+            "info_nce": replace(plain, unit_norm=True),
             "clip_loss": replace(plain, columns=("neg_lse",)),
         }
         return specs.get(self.loss, plain)

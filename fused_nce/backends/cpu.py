@@ -15,15 +15,15 @@ from torch import Tensor
 
 from fused_nce import _extension
 from fused_nce.core import workspace
+from fused_nce.core.defaults import slopes, summary  # noqa: F401  (handed on)
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import MARGINS, VOCABULARY, Bias, Block, Index, Labels, Spec
-from fused_nce.core.tails import Coefficients, LogIn, LogOut, Nce, Sigmoid, Tail
+from fused_nce.core.statistics import KERNEL_STATISTICS as NAMES
+from fused_nce.core.tails import KERNEL_TAILS, Coefficients, Tail
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# In the order of `Statistic` in csrc/names.h.
-NAMES = ("neg_lse", "neg_max", "square", "neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap")
-TAILS = (Nce, LogOut, LogIn, Sigmoid)  # whose coefficients the kernels find themselves
 ATOMS = VOCABULARY - MARGINS - {"mixed"}
+losses = gathered_scores = gathered_grads = None
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
@@ -75,7 +75,7 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
     """One sweep: one score GEMM, and one a gradient. A tail that the kernels do not know costs the scores twice."""
     spec = problem.spec
     unit, n_scores = tail.unit(problem.n * tail.per_row(spec)), problem.n * problem.m
-    if type(tail) not in TAILS:
+    if type(tail) not in KERNEL_TAILS:
         found = stats(problem)
         d = tail.coefficients(spec, found.pos, found.rows, None, unit, 1.0, n_scores)
         return found, grads(problem, found, d, needs)

@@ -17,23 +17,18 @@ import torch
 from torch import Tensor
 
 from fused_nce import _extension
-from fused_nce.core import workspace
-from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
+from fused_nce.core import defaults, workspace
+from fused_nce.core.defaults import slopes  # noqa: F401  (handed on)
+from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
 from fused_nce.core.spec import MARGINS, VOCABULARY, Bias, Block, Index, Labels, Separate, Spec
-from fused_nce.core.tails import Coefficients, LogIn, LogOut, Nce, Sigmoid, Tail
+from fused_nce.core.statistics import KERNEL_STATISTICS
+from fused_nce.core.tails import KERNEL_TAILS, Coefficients, Nce, Tail
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = ("neg_lse", "neg_max", "square")  # in the order in which the kernels return them, of rows and of columns
-OPTIONAL_ROW_STATISTICS = (
-    "neg_softplus",
-    "pos_lse",
-    "pos_max",
-    "pos_sum",
-    "pos_count",
-    "pos_gap",
-)  # of rows; a second kernel computes them if the spec asks for one
-TAILS = (Nce, LogOut, LogIn, Sigmoid)  # whose coefficients the kernels find themselves
+NAMES = KERNEL_STATISTICS[:3]  # of rows and of columns
+OPTIONAL_ROW_STATISTICS = KERNEL_STATISTICS[3:]  # a second kernel computes them if the spec asks for one
 ATOMS = VOCABULARY - MARGINS - {"mixed"}
+gathered_scores = gathered_grads = None
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
@@ -153,7 +148,7 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
     """One sweep: one score GEMM, and one a gradient. A tail that the kernels do not know costs the scores twice."""
     spec = problem.spec
     unit, n_scores = tail.unit(problem.n * tail.per_row(spec)), problem.n * problem.m
-    if type(tail) not in TAILS:
+    if type(tail) not in KERNEL_TAILS:
         known = stats(problem)
         return known, grads(problem, known, tail.coefficients(spec, *known[:2], None, unit, 1.0, n_scores), needs)
     pos, rows, *found = torch.ops.fused_nce.cuda_loss(
@@ -163,21 +158,18 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
 
 
 def summary(
-    problems: Sequence[Problem], tail_of: Sequence[Tail], found: Sequence[Statistics], reports: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """The sum of the tails' (loss, nce, penalty), and their reports, in one or two launches: torch takes forty.
-
-    None for tails that it does not know.
-    """
+    problems: Sequence[Problem], tail_of: Sequence[Tail], found: Sequence[Statistics], report_groups: Sequence[int]
+) -> Summary:
+    """In one or two launches, where torch takes forty; by torch for tails that the kernel does not know."""
     tail = tail_of[0]
     for problem, each in zip(problems, tail_of, strict=True):
         spec = problem.spec
         if type(each) is not Nce or spec.columns or NAMES[: len(spec.stats)] != spec.stats:
-            return None
+            return defaults.summary(problems, tail_of, found, report_groups)
     n_c = [p.spec.layout.n_c if isinstance(p.spec.layout, Block) else 1 for p in problems]
     # A separate positive stands beside the M columns.
     images = [p.m // c + isinstance(p.spec.layout, Separate) for p, c in zip(problems, n_c, strict=True)]
-    summed: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.fused_nce.cuda_summary(
+    summed = torch.ops.fused_nce.cuda_summary(
         [x.pos for x in found],
         [x.rows for x in found],
         n_c,
@@ -187,9 +179,9 @@ def summary(
         [each.penalty for each in tail_of],
         tail.reduction != "sum",
         tail.reduction == "none",
-        reports,
+        report_groups,
     )
-    return summed
+    return Summary(*summed)
 
 
 def losses(

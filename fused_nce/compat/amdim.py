@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
-from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_stats
 from fused_nce.core.spec import Block, Identity, Spec, TanhClip
+from fused_nce.core.statistics import softplus
 
 PENALTY = 5e-2
 SIDE = 5  # of the map that sources are drawn from

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
-from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_stats
 from fused_nce.core.spec import Block, Identity, Spec
+from fused_nce.core.statistics import softplus
 from fused_nce.losses.common import fixed_lse, fixed_mean, log_count, widened
 from fused_nce.losses.dim import dim_mi
 

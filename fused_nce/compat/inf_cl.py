@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fused_nce.compat.processes import check_ddp_compat, everyone, gradient_times, world_size
 from fused_nce.core import checks
-from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.spec import Block, Index, Spec
+from fused_nce.core.statistics import softplus
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import check_rows
 

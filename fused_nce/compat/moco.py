@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fused_nce.compat.processes import gathered, rank, world_size
 from fused_nce.core import checks
-from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.statistics import softplus
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import inverse, widened
 from fused_nce.losses.moco import SPEC

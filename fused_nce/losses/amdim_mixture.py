@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
-from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_stats
-from fused_nce.core.processes import Group, peers
+from fused_nce.core.group import Group, peers
 from fused_nce.core.spec import Block, Identity, Spec, TanhClip
+from fused_nce.core.statistics import softplus
 from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.amdim import AMDIMLoss, check_features, check_settings, locations
 from fused_nce.losses.common import dense_nce, fixed_mean

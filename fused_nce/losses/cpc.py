@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
-from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.gathered import gathered_scores
-from fused_nce.core.processes import Group
+from fused_nce.core.group import Group
 from fused_nce.core.spec import Block, Labels, Spec
+from fused_nce.core.statistics import softplus
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import dense_nce, exposed, fixed_mean, output, widened
 from fused_nce.losses.module import LossModule

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_nce.core.atoms import softplus
+from fused_nce.core.statistics import softplus
 from fused_nce.losses import DIMLoss, NCEOutput
 from fused_nce.losses.common import widened
 from fused_nce.models.encoders.blocks import HEAD_SHORTCUT_NOISE, Pointwise

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fused_nce.core import checks
-from fused_nce.core.atoms import softplus
+from fused_nce.core.statistics import softplus
 from fused_nce.losses.common import widened
 
 GAMES = ("minimax", "non-saturating")

@@ -51,11 +51,12 @@ def problems(dtype=torch.float32, clip=20.0, seed=0):
 def one_by_one(parts, backend, **options):
     """(loss, nce, penalty, report) as the sum of the problems' own."""
     found = [
-        tile_loss(p.q, p.k, p.spec, p.tail, offset=p.offset, reports=p.reports, backend=backend, **options)
+        tile_loss(p.q, p.k, p.spec, p.tail, offset=p.offset, report_groups=p.report_groups, backend=backend, **options)
         for p in parts
     ]
     lines = [
-        torch.stack([x.reshape(p.reports) for x in out.report.values()], 1) for p, out in zip(parts, found, strict=True)
+        torch.stack([x.reshape(p.report_groups) for x in out.report.values()], 1)
+        for p, out in zip(parts, found, strict=True)
     ]
     loss, nce, penalty = (torch.stack([out[i] for out in found]).sum() for i in range(3))  # type: ignore[misc]
     return loss, nce, penalty, torch.cat(lines)
@@ -142,7 +143,8 @@ def test_the_op_within_torch():
     scores = [engine._prepare(p.q, p.k, p.spec, 0.3, p.offset, None, None, None, None) for p in parts]
     arguments = (
         *([x.q for x in scores], [x.k for x in scores], None, 0.3, [x.spec for x in scores]),
-        *([p.tail.code for p in parts], [p.offset for p in parts], [p.reports for p in parts], [True] * 6 + [False]),
+        *([p.tail.code for p in parts], [p.offset for p in parts], [p.report_groups for p in parts]),
+        [True] * 6 + [False],
     )
     torch.library.opcheck(torch.ops.fused_nce.losses, (*arguments, "cuda"))
 

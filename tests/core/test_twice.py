@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from fused_nce import moco_nce, tile_loss, tile_stats
-from fused_nce.core.margins import AllTriplets, Hardest, Pairs
 from fused_nce.core.spec import Bias, Block, Dist, Index, Labels, Separate, Spec, SqDist, TanhClip
-from fused_nce.core.tails import LogIn, LogOut, Nce, Sigmoid
+from fused_nce.core.tails import AllTriplets, Hardest, LogIn, LogOut, Nce, Pairs, Sigmoid
 from fused_nce.losses.registry import LOSSES
 from tests.losses.test_registry import posed
 from tests.marks import nightly_but

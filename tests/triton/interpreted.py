@@ -23,6 +23,7 @@ from fused_nce.core import dispatch
 from fused_nce.core.engine import tile_loss as engine_loss
 from fused_nce.core.problem import Problem
 from fused_nce.core.spec import Bias, Block, Identity, Spec, TanhClip
+from fused_nce.core.statistics import softplus
 from fused_nce.core.tails import Nce
 from tests.backends.test_atoms import SIZES, U, compare
 from tests.cases import Case, can_run, draw, run
@@ -137,7 +138,7 @@ def test_float16_weights_have_float32s_range():
 def test_rows_of_norm_one_need_no_shift(temperature):
     found = []
     for backend, unit in (("triton", True), ("reference", False)):
-        spec = Spec(Block(5), Identity(), ("neg_lse", "neg_max"), unit=unit)
+        spec = Spec(Block(5), Identity(), ("neg_lse", "neg_max"), unit_norm=unit)
         q, k = (torch.nn.functional.normalize(x.detach(), dim=1).requires_grad_() for x in features(40, 5, 20))
         loss = engine_loss(q, k, spec, Nce(), scale=1 / temperature, backend=backend).loss
         found.append((loss, *grads_of(loss, q, k)))
@@ -146,13 +147,13 @@ def test_rows_of_norm_one_need_no_shift(temperature):
 
 
 def test_what_bounds_a_score():
-    x, unit = torch.empty(0, 8), Spec(Block(1), unit=True)
+    x, unit = torch.empty(0, 8), Spec(Block(1), unit_norm=True)
     assert Form.of(Problem(x, x, 1 / 0.07, unit, 0)).shiftless
     assert Form.of(Problem(x, x, -20.0, unit, 0)).shiftless
     assert not Form.of(Problem(x, x, 1 / 0.07, Spec(Block(1)), 0)).shiftless
     assert not Form.of(Problem(x, x, 1 / 0.02, unit, 0)).shiftless
     assert not Form.of(Problem(x, x, torch.tensor(1.0), unit, 0)).shiftless
-    assert not Form.of(Problem(x, x, 1.0, Spec(Block(1), Bias(), unit=True), 0)).shiftless
+    assert not Form.of(Problem(x, x, 1.0, Spec(Block(1), Bias(), unit_norm=True), 0)).shiftless
 
 
 def test_padding_stays_out_of_very_negative_rows():
@@ -253,7 +254,7 @@ def test_softplus():
     value, slope = torch.empty_like(x), torch.empty_like(x)
     _softplus_probe[(len(x) // 1024,)](x, value, slope, BLOCK=1024)
     budget = (8 + 2 * x.double().abs()) * U
-    for found, exact in ((value, definition.softplus(x.double())), (slope, torch.sigmoid(x.double()))):
+    for found, exact in ((value, softplus(x.double())), (slope, torch.sigmoid(x.double()))):
         assert bool(((found - exact).abs() <= budget * exact).all())
 
 

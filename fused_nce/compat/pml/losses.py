@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fused_nce.compat.pml.base import PairLoss, Rows, block_scores, class_blocks
-from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_stats
 from fused_nce.core.spec import Identity, Labels, Spec
+from fused_nce.core.statistics import softplus
 from fused_nce.core.tails import LogOut
 from fused_nce.losses.common import inverse
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
-from fused_nce.core.collectives import gather
+from fused_nce.core.distributed.collectives import gather
+from fused_nce.core.distributed.processes import dtype_number
+from fused_nce.core.group import Peers
 from fused_nce.core.ops import Scores
-from fused_nce.core.processes import Peers, dtype_number
 from fused_nce.core.spec import Block, Index, Layout, Spec
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import ReduceScatterOptions
 
-from fused_nce.core.processes import Peers, agree, finish, named_group
+from fused_nce.core.distributed.processes import agree, finish
+from fused_nce.core.group import Peers, named_group
 
 _lib = torch.library.Library("fused_nce", "FRAGMENT")
 # The exchange of sizes as a node that data flows through: a compiler neither drops it nor moves it.
