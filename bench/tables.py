@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench import cases, losses, roofline, training
+from bench import cases, family_tables, losses, roofline, training
 from bench.gpu import model as gpu_model
 from bench.gpu import tables as gpu_tables
 from bench.host import ROOT
@@ -165,6 +165,12 @@ def newest_gpu_record() -> Record | None:
     return max(records, key=lambda record: record["date_utc"], default=None)
 
 
+def family(text: Callable[[Record], str]) -> str:
+    """A text of the newest run of the family."""
+    found = family_tables.records()
+    return text(found[0]) if found else "No run is committed yet: `python -m bench.family` makes one."
+
+
 BLOCKS: dict[str, Callable[[Record], str]] = {
     "cpu-table": main_table,
     "cpu-targets": targets_table,
@@ -172,6 +178,9 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "cpu-spread": spread_table,
     "cpu-memory-fit": memory_fit,
     "cpu-host": host_line,
+    "family-table": lambda record: family(family_tables.table),
+    "family-from": lambda record: family(family_tables.faster_from),
+    "slower": lambda record: family_tables.slower(family_tables.records()),
     "when-it-matters": lambda record: roofline.table(),
     "losses": lambda record: losses.table("docs/losses.md"),
     "losses-page": lambda record: f"{losses.table('')}\n\n{losses.reference()}",

@@ -120,12 +120,13 @@ def naive_loss(
     """
     images, n_c, width = consequents.shape
     rows = antecedents.reshape(-1, width)
-    own = torch.eye(images, dtype=torch.float32, device=rows.device)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    own = torch.eye(images, dtype=dtype, device=rows.device)
     if len(rows) > images:
         own = own.repeat_interleave(len(rows) // images, dim=0)
     own = own[:, :, None].expand(-1, -1, n_c)  # (rows, images, n_c)
     other = 1.0 - own
-    raw = torch.mm(rows, consequents.flatten(0, 1).T).float().reshape(len(rows), images, n_c) / width**0.5
+    raw = torch.mm(rows, consequents.flatten(0, 1).T).to(dtype).reshape(len(rows), images, n_c) / width**0.5
     square = penalty * (raw**2).mean()
     score = clip * torch.tanh(raw / clip)
     pos = (own * score).sum(dim=1)  # (rows, n_c)

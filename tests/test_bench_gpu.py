@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 import torch
 
-from bench import measure, tables, timers
-from bench.gpu import formulas, machine, problems, rivals, verdict
+from bench import formulas, measure, tables, timers
+from bench.gpu import machine, problems, rivals, verdict
 from bench.gpu import tables as gpu_tables
 from bench.gpu.__main__ import main
 from bench.gpu.problems import Problem

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import tables
-from bench.gpu import fit, formulas, machine, model, problems, rivals, verdict
+from bench import formulas, tables
+from bench.gpu import fit, machine, model, problems, rivals, verdict
 from bench.gpu import tables as gpu_tables
 from fused_nce import _extension
 from fused_nce.core import dispatch

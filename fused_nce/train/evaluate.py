@@ -40,6 +40,7 @@ def evaluate(
     baselines: bool = True,
     cost: bool = True,
     seed: int = 0,
+    leave_out_unseen: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a finished (or still growing) run on frozen features, by the protocols asked for.
 
@@ -57,6 +58,8 @@ def evaluate(
         baselines: measure raw pixels and two untrained encoders too.
         cost: measure time and memory of the loss beside the naive one.
         seed: of the draws, the untrained encoders and the embedding.
+        leave_out_unseen: leave out what is of classes that the training split lacks, instead of refusing the test
+            split.
 
     Returns:
         What RUN/eval.json holds.
@@ -82,8 +85,9 @@ def evaluate(
     }  # fmt: skip
     partial = folder / f"eval{ending}.partial.csv"
     judged, figures = config.judge(
-        model, taps=taps, baselines=baselines, keep=lambda rows: _write_csv(partial, rows), **settings
-    )
+        model, taps=taps, baselines=baselines, leave_out_unseen=leave_out_unseen,
+        keep=lambda rows: _write_csv(partial, rows), **settings,
+    )  # fmt: skip
     judged |= _loss_cost(model, config) if cost else {}
     result: dict[str, Any] = {
         "run": folder.resolve().name,
@@ -122,6 +126,7 @@ def run_and_print(run: str, **options: Any) -> int:
         The exit status: 0, or 1 if the loss could not be timed.
     """
     result = evaluate(run, **options)
+    print("\n".join(result["read"]), end="\n\n")
     print(terminal.table(result))
     name = f"report{runlog.suffix(options.get('data'))}.html"
     print(f"\nReport: {Path(run) / name}")

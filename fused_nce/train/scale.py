@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ def prepare(module: TrainStep, config: Method, world: int) -> TrainStep | Gradie
     """
     scale, model = config.scale, module.model
     if scale.everywhere and world > 1:
+        loss: Any
         for loss in model.modules():
             if getattr(loss, "gathers", False):
                 loss.group = Processes(ring=scale.ring)

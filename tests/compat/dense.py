@@ -140,7 +140,7 @@ def fenchel(local, global_, measure):
         "GAN": (lambda x: -softplus(-x), softplus),
         "JSD": (lambda x: two - softplus(-x), lambda x: softplus(x) - two),
         "X2": (lambda x: x**2, lambda x: -0.5 * (x.abs() + 1) ** 2),
-        "KL": (lambda x: x + 1, torch.exp),
+        "KL": (lambda x: x, lambda x: torch.exp(x - 1)),
         "RKL": (lambda x: -torch.exp(-x), lambda x: x - 1),
         "H2": (lambda x: 1 - torch.exp(-x), lambda x: torch.exp(x) - 1),
         "W1": (lambda x: x, lambda x: x),

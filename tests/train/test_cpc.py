@@ -64,9 +64,12 @@ GOOD = speech.wav([1, 2, 3])
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([("a.json", b"{}")], "no .wav in"),
+        ([("a.json", b"{}")], "no recording in"),
         ([("a.wav", GOOD), ("a.json", b"[1]")], "a .json member must hold an object"),
-        ([("a.wav", GOOD), ("b.wav", speech.wav([1], rate=16000))], "must be mono, 16 bit and 8000 Hz, got 1 channels"),
+        (
+            [("a.wav", GOOD), ("b.wav", speech.wav([1], rate=16000))],
+            "must have the 16000 Hz of most recordings, got 1 channels, 16 bit and 8000 Hz",
+        ),
         ([("a.wav", GOOD), ("b.wav", speech.wav([1, 2], channels=2))], "got 2 channels, 16 bit"),
         ([("a.wav", GOOD), ("b.wav", GOOD[:-2])], "holds 2 of 3 samples"),
         ([("a.wav", GOOD), ("b.wav", b"RIFFxxxx")], "damaged, above 1 %"),
@@ -185,10 +188,17 @@ def test_features_are_the_mean_over_the_frames_of_the_whole_recording(data, tmp_
 
 def test_a_test_label_that_no_training_recording_has_is_refused():
     known = recordings.Recordings([], {"digit": ["0", "1"]}, 8000)
-    with pytest.raises(ValueError, match="data: no training recording has digit '2', which a test recording has"):
-        evaluate_audio.find_targets(known, recordings.Recordings([], {"digit": ["2"]}, 8000), "shards")
+    new = recordings.Recordings([torch.zeros(1)] * 3, {"digit": ["1", "2", "2"]}, 8000, names=["a", "b", "c"])
+    wanted = (
+        "data: no training recording has digit '2', which 2 test recordings have, the first b; .*--leave_out_unseen"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        evaluate_audio.find_targets(known, new, "shards")
+    (target,), said = evaluate_audio.find_targets(known, new, "shards", leave_out_unseen=True)
+    assert (target.test.tolist(), target.rows.tolist()) == ([1], [0])
+    assert said == ["'digit': 2 test recordings of classes that training lacks left out"]
     with pytest.raises(ValueError, match="data: shards has no label of 2 or more classes on every recording"):
-        evaluate_audio.find_targets(known, recordings.Recordings([], {"digit": [""]}, 8000), "shards")
+        evaluate_audio.find_targets(known, recordings.Recordings([torch.zeros(1)], {"digit": [""]}, 8000), "shards")
 
 
 def test_train_and_evaluate_from_the_command_line(data, tmp_path, capsys):

@@ -90,7 +90,7 @@ TALL = Case("triton", "float32", 2, images=60, rows_per_image=5, n_k=60, n_c=1, 
 @pytest.mark.parametrize("shape", [WIDE, TALL], ids=["wide", "tall"])
 def test_split_walks(shape, penalty, clip):
     n, m = shape.images * shape.rows_per_image, shape.n_k * shape.n_c
-    assert max(plan.split(x, y, 1, shape.d, 1 << 28).count for x, y in ((n, m), (m, n))) > 1
+    assert max(plan.split(x, y, 1, shape.d, 1 << 28).splits for x, y in ((n, m), (m, n))) > 1
     assert max(run(dataclasses.replace(shape, penalty=penalty, clip=clip)).values()) <= 1
 
 
@@ -319,5 +319,5 @@ def test_splits_of_the_most_rows_stay_in_32_bits():
 
     for n_x in (1, 64, 10**6):
         split = plan.split(n_x, MOST_ROWS, 1, 64, 1 << 28)
-        assert (split.count - 1) * split.walk < MOST_ROWS <= split.count * split.walk
-        assert (split.count - 1) * split.walk + 2 * plan.STEP < 2**31
+        assert (split.splits - 1) * split.walk < MOST_ROWS <= split.splits * split.walk
+        assert (split.splits - 1) * split.walk + 2 * plan.STEP < 2**31

@@ -113,15 +113,15 @@ def test_splits(n, m, d, limit):
     slices = -(-d // plan.SLICE)
     for n_x, n_y in itertools.permutations((n, m)):
         split = plan.split(n_x, n_y, slices, d, limit)
-        assert (split.count - 1) * split.walk < n_y <= split.count * split.walk
+        assert (split.splits - 1) * split.walk < n_y <= split.splits * split.walk
         assert split.walk % plan.STEP == 0
-        assert split.count == 1 or 4 * split.count * n_x * d <= limit
-        assert split.count == 1 or split.count * slices * -(-n_x // plan.BLOCK) <= plan.PROGRAMS
+        assert split.splits == 1 or 4 * split.splits * n_x * d <= limit
+        assert split.splits == 1 or split.splits * slices * -(-n_x // plan.BLOCK) <= plan.PROGRAMS
 
 
 def test_a_queue_fills_the_card():
     """256 queries against 65536 keys: 4 blocks of rows alone would leave 128 of 132 multiprocessors idle."""
-    assert 4 * plan.split(256, 65536, 1, 128, 256 << 20).count > 200
+    assert 4 * plan.split(256, 65536, 1, 128, 256 << 20).splits > 200
 
 
 @pytest.mark.parametrize(("n", "m", "d"), SHAPES)

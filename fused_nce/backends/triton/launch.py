@@ -101,17 +101,17 @@ class Sweep:
         parts, names = Partials.of(wanted), self.spec.columns if side.as_column else self.spec.stats
         slices = triton.cdiv(self.d, self.tile.slice) if gradient else 1
         split = plan.split(n_x, n_y, slices, parts.lines + self.d * gradient, self.limit)
-        partial, out = self.new(split.count, parts.lines, n_x), self.new(len(names), n_x)
-        sums = self.new(split.count, n_x, self.d) if gradient else self.empty
-        tallies = self.new(split.count, n_x) if gradient and self.biased else self.empty
-        kernels.fold_kernel[(triton.cdiv(n_x, self.tile.x), split.count, slices)](
+        partial, out = self.new(split.splits, parts.lines, n_x), self.new(len(names), n_x)
+        sums = self.new(split.splits, n_x, self.d) if gradient else self.empty
+        tallies = self.new(split.splits, n_x) if gradient and self.biased else self.empty
+        kernels.fold_kernel[(triton.cdiv(n_x, self.tile.x), split.splits, slices)](
             side.x, side.y, *self.scores, self.row_ids, self.column_ids, partial, sums, tallies, n_x, n_y,
             self.first, self.itself, split.walk, side.x.stride(0), side.y.stride(0),
             FORM=self.form, PARTIALS=parts, BY_COLUMN=side.as_column, GRADIENT=gradient,
             **self.compiled(configs.fold_tile(self.tile, parts)),
         )  # fmt: skip
         gather.merge_kernel[(triton.cdiv(n_x, 128),)](
-            partial, out, n_x, split.count, FORM=self.form, WANTED=wanted, PARTIALS=parts, X=128
+            partial, out, n_x, split.splits, FORM=self.form, WANTED=wanted, PARTIALS=parts, X=128
         )
         self.row_sums = Sums(sums, tallies, partial) if gradient else None
         return out
@@ -142,9 +142,9 @@ class Sweep:
         n_x, n_y = side.x.shape[0], side.y.shape[0]
         slices = triton.cdiv(self.d, self.tile.slice)
         split = plan.split(n_x, n_y, slices, self.d, self.limit)
-        sums = self.new(split.count, n_x, self.d)
-        tallies = self.new(split.count, n_x) if self.biased else self.empty
-        kernels.weights_kernel[(triton.cdiv(n_x, self.tile.x), split.count, slices)](
+        sums = self.new(split.splits, n_x, self.d)
+        tallies = self.new(split.splits, n_x) if self.biased else self.empty
+        kernels.weights_kernel[(triton.cdiv(n_x, self.tile.x), split.splits, slices)](
             side.x, side.y, *self.scores, self.row_ids, self.column_ids, *terms, sums,
             tallies, n_x, n_y, self.first, self.itself, split.walk, side.x.stride(0), side.y.stride(0),
             FORM=form, AS_ROW=side.as_row, AS_COLUMN=side.as_column,

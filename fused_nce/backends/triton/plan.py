@@ -14,9 +14,9 @@ SLICE = 512  # of D that a program's sums hold at most; wider rows have a progra
 
 
 class Split(NamedTuple):
-    """`count` programs walk `walk` rows each."""
+    """`splits` programs walk `walk` rows each."""
 
-    count: int
+    splits: int
     walk: int
 
 
@@ -47,7 +47,7 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, limit_bytes: int) -> int
     slices = -(-d // SLICE)
 
     def held(n_x: int, n_y: int, slices: int, numbers: int) -> int:
-        parts = split(n_x, n_y, slices, max(1, numbers), limit_bytes).count
+        parts = split(n_x, n_y, slices, max(1, numbers), limit_bytes).splits
         return 4 * n_x * numbers * parts if parts > 1 or numbers < d else 0
 
     def padded(count: int, lines: int) -> int:

@@ -29,6 +29,7 @@ def evaluate(
     baselines: bool,
     seed: int,
     keep: Callable[[list[dict[str, Any]]], None],
+    leave_out_unseen: bool = False,
 ) -> tuple[dict[str, Any], Figures]:
     """Every protocol asked for, on each tap of a frozen encoder.
 
@@ -43,17 +44,18 @@ def evaluate(
         baselines: untrained encoders and raw pixels too.
         seed: of the draws, the untrained encoders and the embedding.
         keep: called with all rows so far after each feature set.
+        leave_out_unseen: leave out test images of classes that no training image has, instead of refusing them.
 
     Returns:
         What `eval.json` holds of the accuracies, and the pictures.
     """
-    probe, test = (
-        load_labelled(config.data, split, config.model.image_size, seed=seed, limit_mb=config.run.memory_limit_mb)
-        for split in ("probe", "test")
-    )
+    probe, test = load_labelled(
+        config.data, config.model.image_size, seed=seed, limit_mb=config.run.memory_limit_mb,
+        upright=config.augment.upright, leave_out_unseen=leave_out_unseen,
+    )  # fmt: skip
     plan = scoring.plan(
-        probe.labels, test.labels, protocols=protocols, labels_per_class=labels_per_class, draws=draws, tasks=tasks,
-        seed=seed,
+        probe.labels, test.labels, classes=probe.classes, protocols=protocols, labels_per_class=labels_per_class,
+        draws=draws, tasks=tasks, seed=seed,
     )  # fmt: skip
 
     rows: list[dict[str, Any]] = []
@@ -76,12 +78,13 @@ def evaluate(
     confusion = None
     if kept["shown"] is not None:
         name, predicted = kept["shown"]
-        matrix = scoring.confusion_matrix(predicted, plan.truth, len(test.classes))
+        matrix = scoring.confusion_matrix(predicted, plan.truth, len(probe.classes))
         confusion = {"tap": taps[0], "probe": name, "labels": "all", "matrix": matrix}
     judged = {
-        "classes": test.classes,
+        "classes": probe.classes,
         "taps": taps,
         "splits": {"probe": len(probe.labels), "test": len(test.labels)},
+        "read": [probe.account, test.account],
         "probes": rows,
         "measures": measures,
         "confusion": confusion,

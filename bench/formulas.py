@@ -6,19 +6,33 @@ A loss that the package does not have yet is left out of a run, and comes in by 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
 from bench.cases import CLIP, PENALTY
-from bench.gpu.problems import Problem
 from fused_nce import losses
 from fused_nce.measure import naive_loss
 
 Draw = Callable[..., Tensor]  # sizes → standard normal numbers
 LOGIT_SCALE = 1 / 0.07  # CLIP's initial factor
+
+
+class Problem(Protocol):
+    """The sizes of one call: N rows and M columns of width D."""
+
+    @property
+    def n(self) -> int: ...
+    @property
+    def m(self) -> int: ...
+    @property
+    def d(self) -> int: ...
+    @property
+    def n_c(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
 
 
 class Formula(NamedTuple):
@@ -43,7 +57,11 @@ def _call(loss: str, *inputs: Tensor, **options: object) -> Tensor:
 
 def _diagonal(scores: Tensor) -> Tensor:
     """Cross-entropy with the i-th column as the i-th row's positive, in float32 as autocast does it."""
-    return cross_entropy(scores.float(), torch.arange(len(scores), device=scores.device))
+    return cross_entropy(_at_least_float32(scores), torch.arange(len(scores), device=scores.device))
+
+
+def _at_least_float32(scores: Tensor) -> Tensor:
+    return scores if scores.dtype == torch.float64 else scores.float()
 
 
 # ---- AMDIM ------------------------------------------------------------------------------------------------------
@@ -83,7 +101,7 @@ def _moco(q: Tensor, k: Tensor, queue: Tensor, backend: str | None) -> Tensor:
 def _naive_moco(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
     q, k = normalize(q, dim=1), normalize(k, dim=1)
     logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue.T], dim=1) / 0.07
-    return cross_entropy(logits.float(), torch.zeros(len(q), dtype=torch.long, device=q.device))
+    return cross_entropy(_at_least_float32(logits), torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
 def _view_inputs(p: Problem, draw: Draw) -> tuple[Tensor, ...]:
@@ -97,7 +115,7 @@ def _nt_xent(view0: Tensor, view1: Tensor, backend: str | None) -> Tensor:
 def _naive_nt_xent(view0: Tensor, view1: Tensor) -> Tensor:
     z = normalize(torch.cat([view0, view1]), dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    scores = (z @ z.T / 0.5).float().masked_fill(itself, -torch.inf)
+    scores = _at_least_float32(z @ z.T / 0.5).masked_fill(itself, -torch.inf)
     return cross_entropy(scores, torch.arange(len(z), device=z.device).roll(len(view0)))
 
 
@@ -129,11 +147,47 @@ def _naive_cpc(predictions: Tensor, targets: Tensor) -> Tensor:
     return torch.stack(steps).mean()
 
 
+def _siglip_inputs(p: Problem, draw: Draw) -> tuple[Tensor, ...]:
+    image, text, scale = _clip_inputs(p, draw)
+    return image, text, scale, torch.tensor(-10.0, device=image.device).requires_grad_()
+
+
+def _siglip(image: Tensor, text: Tensor, logit_scale: Tensor, bias: Tensor, backend: str | None) -> Tensor:
+    return _call("siglip_loss", image, text, logit_scale, bias, backend=backend)
+
+
+def _naive_siglip(image: Tensor, text: Tensor, logit_scale: Tensor, bias: Tensor) -> Tensor:
+    scores = logit_scale * (image @ text.T) + bias
+    sign = 2 * torch.eye(len(image), dtype=scores.dtype, device=scores.device) - 1
+    return -logsigmoid(sign * scores).sum() / len(image)
+
+
+def _sup_con_inputs(p: Problem, draw: Draw) -> tuple[Tensor, ...]:
+    classes = max(2, min(10, p.n // 2))
+    return draw(p.n, p.d).requires_grad_(), torch.arange(p.n) % classes
+
+
+def _sup_con(features: Tensor, labels: Tensor, backend: str | None) -> Tensor:
+    return _call("sup_con", features, labels, backend=backend)
+
+
+def _naive_sup_con(features: Tensor, labels: Tensor) -> Tensor:
+    z = normalize(features, dim=1)
+    scores = _at_least_float32(z @ z.T / 0.1)
+    others = 1 - torch.eye(len(z), dtype=scores.dtype, device=z.device)
+    same = (labels[:, None] == labels).to(scores.dtype) * others
+    scores = scores - scores.amax(dim=1, keepdim=True).detach()
+    log_p = scores - (scores.exp() * others).sum(dim=1, keepdim=True).log()
+    return -((same * log_p).sum(dim=1) / same.sum(dim=1)).mean()
+
+
 FORMULAS = {
     "amdim_nce": Formula(_amdim_inputs, _amdim, naive_loss),
     "info_nce": Formula(_pair_inputs, _info_nce, _naive_info_nce),
     "moco_nce": Formula(_moco_inputs, _moco, _naive_moco),
     "nt_xent": Formula(_view_inputs, _nt_xent, _naive_nt_xent),
     "clip_loss": Formula(_clip_inputs, _clip, _naive_clip),
+    "siglip_loss": Formula(_siglip_inputs, _siglip, _naive_siglip),
+    "sup_con": Formula(_sup_con_inputs, _sup_con, _naive_sup_con),
     "cpc_nce": Formula(_cpc_inputs, _cpc, _naive_cpc),
 }
