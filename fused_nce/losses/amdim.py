@@ -50,9 +50,7 @@ def amdim_nce(
         clip: range c of the soft clip c·tanh(s/c), in units of the score; None for none.
         penalty: λ of λ·mean(s²) over all scores, before the clip.
         reduction: of `nce`: "mean" or "sum" over all positives, or "none" for (n_a·n_r, n_c). The penalty stays a mean.
-        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
-            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
-            whole batch, and so is, under DDP, every gradient.
+        group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -147,6 +145,12 @@ class AMDIMLoss(nn.Module):
 
     Shape:
         each view: mapping of "f1", "f5", "f7" to (B, D, H, W), or (B, D) for a 1×1 map; any sizes that the pairs name.
+
+    Example:
+        ```
+        views = [{f"f{s}": torch.randn(8, 16, s, s) for s in (1, 5, 7)} for _ in range(2)]
+        AMDIMLoss()(*views).loss
+        ```
 
     Returns:
         NCEOutput; `stats` has the mean over pairs of each number, and "1>5/top1" etc. for each pair.
