@@ -215,7 +215,7 @@ def test_every_module_explains_itself():
     modules = {x for name, x in vars(losses).items() if name.endswith("Loss")}
     assert {entry.module for entry in LOSSES.values()} <= modules
     for module in modules:
-        text = inspect.getdoc(module)
+        text = inspect.getdoc(module) or ""
         for method, head, end in ((module.__init__, "Args:", "Shape:"), (module.forward, "Shape:", "Example:")):
             listed = text[text.find(head) : text.index(end)] if head in text else ""
             for name, parameter in list(inspect.signature(method).parameters.items())[1:]:
