@@ -20,7 +20,7 @@ using OptionalTensor = std::optional<Tensor>;
 using Names = std::vector<int64_t>;
 using StatisticTuple = std::tuple<Tensor, Tensor, Tensor>;
 using GradientTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // A row whose positive is nowhere shows it. Positives from elsewhere are handed on: no column fills them in.
 StatisticTensors new_statistics(const SweepInputs& in) {
@@ -107,14 +107,16 @@ GradientTuple cpu_grads(FUSED_NCE_SCORES, const Tensor& pos, const Tensor& found
 LossTuple cpu_loss(FUSED_NCE_SCORES, const std::string& tail, double unit, double square_weight, bool need_q,
                    bool need_k, bool need_scale, int64_t workspace_bytes) {
   const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes);
-  TORCH_CHECK_VALUE(in.wanted.columns.empty(), "columns are ", in.wanted.columns,
-                    ", needed: none, as all rows must be known before a weight");
+  const unsigned columns_found = Wanted::mask(in.wanted.columns);
+  TORCH_CHECK_VALUE(columns_found == 0 || (tail == "nce" && columns_found & bit_of(kNegLse) && in.layout.n_pos > 0),
+                    "columns are ", in.wanted.columns,
+                    ", needed: none, or neg_lse beside the tail nce, which halves it both ways");
   const StatisticTensors found = new_statistics(in);
   const Gradients out = new_gradients_of(in, true);
   sweep(in,
         {true, in.need_q || in.need_k || in.need_scale, found, {}, tail_of(tail, unit, square_weight, in.wanted), out});
   const auto [dq, dk, dscale, dbias] = gradients(in, out);
-  return {found.pos, found.rows, dq, dk, dscale, dbias};
+  return {found.pos, found.rows, dq, dk, dscale, dbias, found.columns};
 }
 
 // One atom over a float tensor, for the parity test with its twin in torch: (value, derivative), or (value,).
@@ -151,7 +153,13 @@ pybind11::dict plan(int64_t rows, int64_t columns, int64_t width, at::ScalarType
   const bool gradients = need_q || need_k || need_scale;
   const Work work{rows,   columns, width,  image,  elements_of(dtype, width), statistics && gradients,   gradients,
                   need_q, need_k,  shared, labels, Wanted::mask(row_stats),   Wanted::mask(column_stats)};
-  const Plan p = make_plan(work, workspace_bytes);
+  Plan p = make_plan(work, workspace_bytes);
+  if (shared && work.both) {  // the values of ids decide whether scores are symmetric
+    Work mirrored = work;
+    mirrored.symmetric = true;
+    const Plan other = make_plan(mirrored, workspace_bytes);
+    if (p.lanes > 0) p.bytes = std::max(p.bytes, other.bytes);
+  }
   pybind11::dict out;
   out["fits"] = p.lanes > 0;
   out["strip_rows"] = p.lanes;
@@ -160,6 +168,7 @@ pybind11::dict plan(int64_t rows, int64_t columns, int64_t width, at::ScalarType
   out["tiles"] = p.tiles;
   out["groups"] = p.groups;
   out["scores_stored"] = p.stored;
+  out["strips_kept"] = p.kept_strips;
   out["total_bytes"] = p.bytes;
   return out;
 }
@@ -231,7 +240,7 @@ TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
         "(Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
   m.def("cpu_loss(" FUSED_NCE_SCHEMA
         "str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
-        "(Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
+        "(Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias, Tensor columns)");
 }
 
 TORCH_LIBRARY_IMPL(fused_nce, CPU, m) {

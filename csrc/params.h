@@ -15,7 +15,8 @@ struct Scoring {
   int64_t n_c;             // columns per image: column j belongs to image j / n_c
   int64_t rows_per_image;  // row i belongs to image i / rows_per_image + offset
   int64_t offset;
-  float bias = 0.0f;  // t = s + bias, where there is no clip
+  float bias = 0.0f;      // t = s + bias, where there is no clip
+  bool no_shift = false;  // on a CPU: exp(t) is in range for every score of the call
 };
 
 // The loss that a sweep descends: unit * elements of the tail + square_weight * square.
@@ -91,19 +92,41 @@ struct Further {
   float* d_bias;          // (lanes), to which dL/dt is added
 };
 
+// What a row, or a column, puts on the scores of its negatives and positives, where a weight has a share of both: one
+// number each, up to the loss' `unit`.
+struct Side {
+  float *shift, *inverse;  // exp(t - shift) * inverse is the softmax over the negatives
+  float* negative;         // exp(t - shift) * negative
+  // Null where positives have places of their own in `d_pos`:
+  float *pos_shift, *positive, *constant;  // exp(t - pos_shift) * positive + constant
+};
+
+struct TwoSided {
+  Side rows, columns;  // (lanes), (lines)
+  const float* d_pos;  // (n_c, lanes), of both sides
+  float unit, square;  // the weight is unit * the sides' sum, and square * s
+};
+
 // The row kernels of one instruction set.
 struct RowKernels {
   const char* name;
   // Adds a tile to the statistics.
   void (*fold)(const Tile&, const Scoring&, const Accumulators&);
-  // Stores the transformed scores of the tile's positives in `pos` (N, n_pos): n_c a row, less itself.
-  void (*positives)(const Tile&, const Scoring&, int64_t n_pos, float* pos);
+  // Adds a tile of bounded scores to the statistics of its rows and, unless null, of its columns.
+  void (*fold_both)(const Tile&, const Scoring&, bool square, const Accumulators& rows, const Accumulators* columns);
+  // Stores the transformed scores of the tile's positives in `pos` (N, n_pos): n_c a row, less itself. The score of a
+  // line and a lane is at line * line_stride + lane * lane_stride.
+  void (*positives)(const Tile&, const Scoring&, int64_t line_stride, int64_t lane_stride, int64_t n_pos, float* pos);
   // Writes to `on_t` (columns, lanes) what statistics of rows and columns beyond the coefficients put on t.
   void (*weigh_further)(const Tile&, const Scoring&, const Upstreams& rows, const Upstreams& columns, float* on_t);
   // Writes scale * w as bfloat16 to `rounded` (columns, lanes), or, where that is null, as float over the scores; and
   // adds w * <q, k> to `d_scale` (lanes; null: not wanted, but needed with `further`). `further` null: nothing.
   void (*weigh)(const Tile&, const Scoring&, const Coefficients&, const Further* further, uint16_t* rounded,
                 float* d_scale);
+  // The same of a weight with two sides, `d_scale` always wanted.
+  void (*weigh_both)(const Tile&, const Scoring&, const TwoSided&, uint16_t* rounded, float* d_scale);
+  // The largest squared norm of `count` rows; NaN where a number is not finite.
+  float (*largest_square)(const float* rows, int64_t stride, int64_t count, int64_t width);
   // (columns, lanes) -> (rows, out_stride).
   void (*transpose)(const Tile&, float* out, int64_t out_stride);
   // The same of bfloat16 weights, in pairs of columns: (rows, out_stride) words, an odd last column paired with zeros.

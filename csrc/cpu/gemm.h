@@ -18,10 +18,6 @@ namespace fused_nce {
 // Reduction depth of one score call. Longer ones are no faster and sum more terms in one chain.
 constexpr int64_t kScoreDepth = 512;
 
-// A right operand (K, N): row-major for float; for bfloat16, rows in pairs: element (k, n) at ((k/2)*N + n)*2 + k%2.
-template <class E>
-constexpr bool kPaired = sizeof(E) == 2;
-
 // FLOP of all GEMMs so far, for the tests that count them: 2·m·n·depth a call.
 inline std::atomic<int64_t>& gemm_flop() {
   static std::atomic<int64_t> flop{0};

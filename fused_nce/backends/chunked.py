@@ -21,6 +21,7 @@ from fused_nce.core.problem import GatheredGradients, Gradients, Needs, Problem,
 from fused_nce.core.spec import VOCABULARY, Bias, Block, Spec
 from fused_nce.core.tails import Coefficients, Tail
 
+BOTH_WAYS = False
 ATOMS = VOCABULARY
 losses = None
 MIN_STRIP_ROWS = 32  # thinner GEMMs ran below half of the machine's rate

@@ -27,6 +27,7 @@ from fused_nce.core.tails import KERNEL_TAILS, Coefficients, Nce, Tail
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = KERNEL_STATISTICS[:3]  # of rows and of columns
 OPTIONAL_ROW_STATISTICS = KERNEL_STATISTICS[3:]  # of rows; a second kernel computes them if the spec asks for one
+BOTH_WAYS = False
 ATOMS = VOCABULARY - MARGINS - {"mixed"}
 gathered_scores = gathered_grads = None
 

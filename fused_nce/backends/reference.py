@@ -16,6 +16,7 @@ from fused_nce.core.spec import VOCABULARY, Bias, Separate, Spec
 from fused_nce.core.statistics import Scores
 from fused_nce.core.tails import Coefficients, Tail
 
+BOTH_WAYS = False
 ATOMS = VOCABULARY
 losses = None
 gathered_scores = partial(gathered.scores, limit_bytes=None)

@@ -175,6 +175,8 @@ class DCLLoss(_Views):
         TypeError, ValueError: naming the argument, the value seen and the value needed.
     """
 
+    HOOKS = ("_loss",)
+
     def __init__(
         self,
         temperature: float = 0.1,

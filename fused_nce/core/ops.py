@@ -184,16 +184,17 @@ def _loss(*args: Any) -> tuple[Tensor, ...]:
     none = problem.q.new_empty(0, dtype=wide_of(x.q))
     out = Gradients(none, none, none)
     with torch.autocast(x.q.device.type, enabled=False), torch.profiler.record_function(f"fused_nce::loss[{name}]"):
-        if spec.columns:
+        twice_over = bool(spec.columns) and not module.BOTH_WAYS
+        if twice_over:
             found = module.stats(problem)
         else:
             found, out = module.loss(problem, rule, wanted)
         values = module.summary([problem], [rule], [found], [report_groups])
         d_pos = found.pos
-        if (spec.columns and any(wanted)) or needs[3] or needs[4]:
+        if (twice_over and any(wanted)) or needs[3] or needs[4]:
             d = module.slopes(problem, rule, found, rule.unit(problem.n * rule.per_row(spec)), 1.0)
             d_pos = d.d_pos
-            if spec.columns:
+            if twice_over and any(wanted):
                 out = module.grads(problem, found, d, wanted)
         gradients = _finish(problem, x, out, d_pos, needs)
     columns = _empty_columns(problem) if found.columns is None else found.columns

@@ -90,6 +90,7 @@ class Backend(Protocol):
     """A module of `fused_nce.backends`, with every member: what it has nothing for is None, or `core/defaults.py`'s."""
 
     ATOMS: frozenset[str]  # the names of `spec.VOCABULARY` that it runs
+    BOTH_WAYS: bool  # whether `loss` takes a spec with column statistics
 
     def why_not(self, spec: Spec, q: Tensor, k: Tensor) -> str | None:
         """Why this backend cannot run the spec on these tensors, or None if it can. Its `ATOMS` are checked before."""
@@ -106,7 +107,8 @@ class Backend(Protocol):
     def loss(self, problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
         """Statistics, and the gradients of the tail's loss, in one sweep: no score is computed twice.
 
-        Not asked of a spec with column statistics, whose weights need all rows: the op calls `stats`, then `grads`.
+        Asked of a spec with column statistics, whose weights need all rows, where the module's `BOTH_WAYS` is true;
+        elsewhere the op calls `stats`, then `grads`.
         """
 
     def slopes(

@@ -23,6 +23,9 @@ KINDS = {
 BESIDE = {IMAGE: {LABEL}, RECORDING: {LABEL, FIELDS}}
 
 
+HIDDEN = re.compile(r"(^|/)(__MACOSX(/|$)|\.(?!\.?(/|$)))")  # not `.` and `..`
+
+
 class Name(NamedTuple):
     """Of a file or a member, taken apart: `a/22.05.PNG` is stem `a/22.05`, key `a/22` and suffix `png`."""
 
@@ -45,7 +48,7 @@ class Name(NamedTuple):
 
 def hidden(name: str) -> bool:
     """Whether a path leads through what a tool left there: `.ipynb_checkpoints`, `__MACOSX`, `._1.png`."""
-    return any(part == "__MACOSX" or re.match(r"\.(?!\.?$)", part) for part in name.split("/"))
+    return HIDDEN.search(name) is not None
 
 
 def unread(name: Name, things: str) -> str:

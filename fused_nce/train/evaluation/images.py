@@ -13,7 +13,7 @@ from fused_nce.train.data.images import ImageSet, load_labelled
 from fused_nce.train.evaluation import features, scoring
 from fused_nce.train.evaluation.figures import Figures, draw_figures
 from fused_nce.train.evaluation.fine_tune import Subject
-from fused_nce.train.evaluation.protocols import described
+from fused_nce.train.evaluation.protocols import LEFT_OUT, described
 from fused_nce.train.host import autocast_dtype, progress_bar
 
 
@@ -88,7 +88,7 @@ def evaluate(
         "probes": rows,
         "measures": measures,
         "confusion": confusion,
-        "protocol": _protocol(config.data, protocols, draws, tasks, baselines),
+        "protocol": _protocol(config.data, protocols, draws, tasks, baselines, leave_out_unseen),
     }
     return judged, figures
 
@@ -118,7 +118,9 @@ def _feature_sets(
         yield "raw pixels", scoring.PIXELS, bank, queries, None
 
 
-def _protocol(data: str, protocols: list[str], draws: int, tasks: int, baselines: bool) -> list[str]:
+def _protocol(
+    data: str, protocols: list[str], draws: int, tasks: int, baselines: bool, leave_out_unseen: bool
+) -> list[str]:
     """What a reader must know to judge the accuracies, one sentence a line."""
     split = (
         "The images of pre-training, of the probes and of the test are disjoint."
@@ -132,6 +134,8 @@ def _protocol(data: str, protocols: list[str], draws: int, tasks: int, baselines
         "A map is averaged over a 2 × 2 grid; a vector, such as f1, stays.",
         *described(protocols, draws, tasks),
     ]
+    if leave_out_unseen:
+        lines.append(LEFT_OUT.format("images"))
     if baselines:
         lines.append(
             "Untrained encoders have the run's architecture; their BatchNorm gets the statistics of the probe split, "

@@ -246,6 +246,7 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 FROZEN = tuple(name for name, protocol in PROTOCOLS.items() if not protocol.of_encoder)
 DEFAULT = ("linear", "knn", "few")
+LEFT_OUT = "Test {} of classes that no training example has are left out."
 
 
 def check_names(names: list[str]) -> list[str]:

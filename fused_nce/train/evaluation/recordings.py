@@ -12,7 +12,7 @@ from fused_nce.train.data import log_mel, recordings
 from fused_nce.train.data.labels import refuse_unseen
 from fused_nce.train.data.recordings import Recordings
 from fused_nce.train.evaluation import features, figures, scoring
-from fused_nce.train.evaluation.protocols import FROZEN, PROTOCOLS, described
+from fused_nce.train.evaluation.protocols import FROZEN, LEFT_OUT, PROTOCOLS, described
 from fused_nce.train.host import progress_bar
 
 LOG_MEL = "log-mel mean"
@@ -103,7 +103,7 @@ def evaluate(
         "read": [probe.account, test.account, *said],
         "probes": sorted(rows, key=lambda row: names.index(row["tap"])),
         "confusion": confusion,
-        "protocol": protocol(protocols, draws, tasks),
+        "protocol": protocol(protocols, draws, tasks) + leave_out_unseen * [LEFT_OUT.format("recordings")],
     }
     return result, figures.Figures(figures.embed(first["queries"], seed), main.test.tolist())
 
