@@ -208,7 +208,7 @@ class AMDIMLoss(nn.Module):
                 for each in rows.values():
                     check_features(each, against.columns, against.offset)
                 for together in _together(rows):
-                    parts.append(self._half([rows[source] for source in together], against))
+                    parts.append(self._direction_problem([rows[source] for source in together], against))
                     order += [f"{source}>{target}" for source in together]
         scale = _scale(self.settings["scale"], parts[0].q)
         loss, nce, penalty, report = tile_losses(parts, scale=scale, group=group, backend=self.backend)
@@ -249,11 +249,11 @@ class AMDIMLoss(nn.Module):
             at: Keys(x, everyone.rank * b, None) for at, x in zip(maps, gather(columns, everyone, seen), strict=True)
         }
 
-    def _half(self, rows: Sequence[Tensor], keys: Keys) -> Part:
-        """Half of the losses of some sources against one target, added up.
+    def _direction_problem(self, rows: Sequence[Tensor], keys: Keys) -> Part:
+        """One problem for all single-row sources that share a target, each with weight ½: both directions are averaged.
 
-        They are one problem, in which each image has a row of each source. The mean over all rows is the mean of their
-        means, and so it counts as often as there are sources.
+        An image has a row of each source, and the mean over all rows is the mean of the sources' means; hence the
+        weight grows with their number.
         """
         count, weight = len(rows), 0.5 * len(rows)
         penalty, clip = cast(float, self.settings["penalty"]), cast("float | None", self.settings["clip"])
@@ -272,8 +272,8 @@ class AMDIMLoss(nn.Module):
 
 
 def _together(rows: Mapping[str, Tensor]) -> list[list[str]]:
-    """Which sources share a problem: those of one row an image, for which the target is then read, and its gradient
-    written, once. One of many rows is a problem of its own: a mean over all rows would not weigh the two alike.
+    """Which sources share a problem. Those with one row an image do, so that the target is read, and its gradient
+    written, once. A source with many rows has its own, since a mean over all rows would give it a larger weight.
     """
     single = [source for source, x in rows.items() if x.dim() == 2]
     return [*([single] if single else []), *([source] for source in rows if source not in single)]
