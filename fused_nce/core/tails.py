@@ -41,7 +41,7 @@ def fixed_sum(x: Tensor) -> Tensor:
 
 
 def bad(x: Tensor) -> Tensor:
-    """NaN where x is, else 0: what a row that counts for nothing contributes."""
+    """NaN where x is NaN, else 0: a row without positives adds 0 to the loss, unless it is bad."""
     return torch.where(x.isnan(), x, torch.zeros_like(x))
 
 

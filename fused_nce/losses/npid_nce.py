@@ -88,7 +88,7 @@ def _nce(
 
 
 class NPIDNCELoss(nn.Module):
-    """`npid_nce` with its settings kept, noise of its own and, where none is given, a Z of its first batch.
+    """NPID's sampled loss (`npid_nce`): draws its noise and, if z is None, estimates Z from its first batch.
 
     Args:
         temperature: of the scores, > 0.
@@ -96,6 +96,18 @@ class NPIDNCELoss(nn.Module):
         z: Z > 0; None for n·mean e^s over all scores of the first batch in training, frozen after.
         proximal: λ >= 0.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
+
+    Shape:
+        features: (N, D).
+        bank: (n, D).
+        indices: (N,) int64, the image of each row.
+        noise: (N, m) int64, rows of the bank; drawn here if left out.
+
+    Example:
+        ```
+        features, bank = (torch.nn.functional.normalize(torch.randn(n, 16), dim=1) for n in (8, 100))
+        NPIDNCELoss(m=20)(features, bank, torch.arange(8)).loss
+        ```
 
     Attributes:
         log_z: 0-d, where no Z is given; saved in the state. NaN until it is known: a batch is then judged by its own.
