@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from fused_nce.models.base import Model
 from fused_nce.train import config as config_module
+from fused_nce.train.files import read_json
 from fused_nce.train.method import Method
 
 log = logging.getLogger("fused_nce")
 
 FOLDER, MANIFEST, STATE, LATEST = "checkpoints", "MANIFEST.json", "state.json", "LATEST"
 STEP_NAME = re.compile(r"step_(\d{8,})")
-MAX_JSON_BYTES = 64 << 20
 
 Tensors = dict[str, Tensor]
 
@@ -105,7 +105,7 @@ def newest(run_dir: str | Path) -> Path:
 def damage(path: Path) -> str | None:
     """Why a checkpoint cannot be used, or None: its files against its manifest."""
     try:
-        files = _read_json(path / MANIFEST)["files"]
+        files = read_json(path / MANIFEST)["files"]
         if not {"model.safetensors", STATE} <= files.keys():
             return f"{MANIFEST} does not list the model and its state"
         for name, expected in files.items():
@@ -122,7 +122,7 @@ def damage(path: Path) -> str | None:
 
 def load_state(path: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint."""
-    return _read_json(path / STATE)
+    return read_json(path / STATE)
 
 
 def load_tensors(path: Path, name: str) -> Tensors:
@@ -173,15 +173,6 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         while block := handle.read(1 << 20):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path.name} is above {MAX_JSON_BYTES >> 20} MB")
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path.name} is no JSON object")
-    return values
 
 
 def _sync(path: Path) -> None:

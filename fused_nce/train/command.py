@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_nce.train import checkpoint, config, methods
+from fused_nce.train.files import printable
 from fused_nce.train.method import Method
 
 SHORT = {
@@ -38,12 +39,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     settings, run_dir, resume = parse(argv[0] if argv else None, argv[1:])
     first = _first_process()
-    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
+    logging.getLogger("fused_nce").setLevel(logging.INFO if first else logging.WARNING)
 
     from fused_nce.train.loop import Diverged, Trainer, describe
 
     if first:
-        print(describe(settings), flush=True)
+        print(printable(describe(settings)), flush=True)
     try:
         trainer = Trainer(settings, run_dir, resume=resume)
     except BaseException:  # Ctrl-C while the images are read, too
@@ -59,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
         return 1
     trainer.close()
     if first:
-        print(f"{reason} at step {trainer.step} after {trainer.time_s:.0f} s{lost(trainer)}; run saved in {run_dir}")
+        done = f"{reason} at step {trainer.step} after {trainer.time_s:.0f} s{lost(trainer)}"
+        print(printable(f"{done}; run saved in {run_dir}"))
     return 0
 
 
@@ -112,7 +114,7 @@ def parse(name: str | None, argv: Sequence[str]) -> tuple[Method, Path, bool]:
             )
         aside = run_dir.with_name(f"{run_dir.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
         run_dir.rename(aside)
-        print(f"moved the run that {run_dir} held to {aside}")
+        print(printable(f"moved the run that {run_dir} held to {aside}"))
     run_dir.mkdir(parents=True, exist_ok=True)
     config.save(settings, run_dir)
     return settings, run_dir, False
@@ -150,8 +152,6 @@ def _first_process() -> bool:
 
 
 def _parser(method: type[Method]) -> Any:
-    from jsonargparse import ActionConfigFile
-
     from fused_nce.train import options
 
     parser = options.parser(
@@ -160,7 +160,8 @@ def _parser(method: type[Method]) -> Any:
         f"command line. Presets: {', '.join(method.presets)}. Short forms: "
         + ", ".join(f"{short} for {full}" for short, full in SHORT.items()),
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings")
+    parser.fixed = {"method": method.method}  # so that a run's own config.yaml may be given
+    parser.add_argument("--config", type=str | None, default=None, help="YAML file of settings; may be given again")
     parser.add_argument("--out", type=str | None, default=None, help="folder (default: runs/METHOD-PRESET)")
     parser.add_argument("--resume", type=str | None, default=None, help="folder of a run to continue")
     parser.add_argument("--overwrite", action="store_true", help="move the run that --out holds aside")

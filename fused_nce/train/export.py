@@ -22,6 +22,7 @@ from fused_nce.models.encoders.backbones import TIMM
 from fused_nce.models.frozen import FrozenEncoder, Tensors
 from fused_nce.train import checkpoint, config
 from fused_nce.train.data import images as data
+from fused_nce.train.files import printable, read_json, reading
 from fused_nce.train.method import Method
 from fused_nce.train.report import model_card
 
@@ -99,7 +100,7 @@ def run_and_print(run: str, *, out: str, onnx: bool | None = None) -> int:
     """
     facts = export(run, out, onnx=onnx)
     for path in sorted(Path(out).iterdir()):
-        print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB")
+        print(f"{printable(path)}  {path.stat().st_size / 2**20:.1f} MiB")
     print(f"taps: {', '.join(f'{name} {tuple(shape)}' for name, shape in facts['taps'].items())}")
     print(f"onnx: {facts['onnx']}")
     return 0
@@ -120,9 +121,11 @@ def load_encoder(folder: str | Path) -> FrozenEncoder:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise ValueError(f"folder: {folder} holds no {CONFIG}; it must be one that `fused-nce export` wrote")
-    settings = config.from_dict(json.loads(path.read_text(encoding="utf-8"))["run"])
+    with reading(path):
+        settings = config.from_dict(read_json(path)["run"])
     encoder = FrozenEncoder(settings.build())
-    encoder.load_encoder_state(load_file(Path(folder) / WEIGHTS))
+    with reading(Path(folder) / WEIGHTS):
+        encoder.load_encoder_state(load_file(Path(folder) / WEIGHTS))
     return encoder
 
 

@@ -17,6 +17,7 @@ from fused_nce.train.data.augment import Normalise
 from fused_nce.train.data.images import load_labelled
 from fused_nce.train.evaluation import features, scoring
 from fused_nce.train.evaluation.fine_tune import Subject, Tuned, choose
+from fused_nce.train.files import reading
 
 NAME = "fine-tuned.safetensors"
 
@@ -65,14 +66,14 @@ def classes(run: str) -> int:
     path = Path(run) / NAME
     if not path.is_file():
         raise ValueError(f"model.teacher: {run} holds no {NAME}; make it by: fused-nce fine-tune {run}")
-    with safe_open(path, "pt") as file:
+    with reading(path), safe_open(path, "pt") as file:
         return int(file.get_slice("head.bias").get_shape()[0])
 
 
 def load(run: str) -> Tuned:
     """The classifier that `write` left."""
     count, (model, config) = classes(run), checkpoint.load_model(run)
-    with safe_open(Path(run) / NAME, "pt") as file:
+    with reading(Path(run) / NAME), safe_open(Path(run) / NAME, "pt") as file:
         tensors, facts = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     empty = torch.empty_like(tensors["mean"])
     net = Tuned(model, facts["tap"], Normalise(config.augment), empty, empty.clone(), count)
