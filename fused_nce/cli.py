@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -97,6 +98,13 @@ def _log_to_terminal() -> None:
         def format(self, record: logging.LogRecord) -> str:
             return printable(super().format(record))
 
+    def ended(args: threading.ExceptHookArgs) -> None:
+        if isinstance(args.exc_value, OSError):  # of TensorBoard's, on a full disk
+            logging.getLogger("fused_nce").warning("a thread ended: %s", args.exc_value)
+        else:
+            threading.__excepthook__(args)
+
+    threading.excepthook = ended
     logger = logging.getLogger()
     if not logger.handlers:
         handler = logging.StreamHandler()

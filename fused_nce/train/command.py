@@ -2,14 +2,14 @@
 
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from fused_nce.train import checkpoint, config, methods
+from fused_nce.train import checkpoint, config, journal, lock, methods
 from fused_nce.train.files import printable
 from fused_nce.train.method import Method
 
@@ -37,7 +37,8 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(f"usage: fused-nce train {{{','.join(methods.METHODS)}}} [options]; add --help for the options")
         return 0
-    settings, run_dir, resume = parse(argv[0] if argv else None, argv[1:])
+    start = _parse(argv[0] if argv else None, argv[1:])
+    settings, run_dir, resume = start[:3]
     first = _first_process()
     logging.getLogger("fused_nce").setLevel(logging.INFO if first else logging.WARNING)
 
@@ -45,24 +46,36 @@ def main(argv: Sequence[str]) -> int:
 
     if first:
         print(printable(describe(settings)), flush=True)
+    trainer = None
     try:
-        trainer = Trainer(settings, run_dir, resume=resume)
-    except BaseException:  # Ctrl-C while the images are read, too
-        if not resume:  # nothing was trained: the corrected command must not find a run there
-            (run_dir / config.CONFIG_NAME).unlink(missing_ok=True)
-            with suppress(OSError):
-                run_dir.rmdir()
-        raise
-    try:
+        trainer = Trainer(settings, run_dir, resume=resume, other_data="data" in start.allowed)
+        if resume and first:
+            config.save(settings, run_dir)
         reason = trainer.run()
+        trainer.close()
     except Diverged as error:
         print(f"fused-nce: {error}", file=sys.stderr)
         return 1
-    trainer.close()
+    except BaseException:  # Ctrl-C while the images are read, too
+        if first and not resume and (trainer is None or trainer.step == 0):
+            _clear(run_dir, start.made)
+        raise
+    finally:
+        lock.release(run_dir, refused=trainer is None)
     if first:
         done = f"{reason} at step {trainer.step} after {trainer.time_s:.0f} s{lost(trainer)}"
         print(printable(f"{done}; run saved in {run_dir}"))
     return 0
+
+
+def _clear(run_dir: Path, made: bool) -> None:
+    """Nothing was trained: the corrected command must not find a run there."""
+    if checkpoint.steps(run_dir):
+        return
+    if made:
+        shutil.rmtree(run_dir, ignore_errors=True)
+    else:
+        (run_dir / config.CONFIG_NAME).unlink(missing_ok=True)
 
 
 def lost(trainer: Any) -> str:
@@ -74,7 +87,19 @@ def lost(trainer: Any) -> str:
         parts.append(f"the online probes skipped {trainer.probes_skipped}")
     if trainer.loader.damaged:
         parts.append(f"{trainer.loader.damaged} images could not be read")
+    if trainer.made_anew is not None:
+        parts.append(f"its folder was deleted and made anew at step {trainer.made_anew}, without the log before")
     return "".join(f", {part}" for part in parts)
+
+
+class Start(NamedTuple):
+    """What a command asks for."""
+
+    settings: Method
+    run_dir: Path
+    resume: bool
+    allowed: list[str]  # settings that a resume may change
+    made: bool  # the folder is new
 
 
 def parse(name: str | None, argv: Sequence[str]) -> tuple[Method, Path, bool]:
@@ -85,9 +110,13 @@ def parse(name: str | None, argv: Sequence[str]) -> tuple[Method, Path, bool]:
         argv: what follows it.
 
     Raises:
-        ValueError: for an unknown method or preset, a bad setting, a folder that holds a run already, or a resume
-            that would change the run.
+        ValueError: for an unknown method or preset, a bad setting, a folder that holds a run already or that another
+            process trains in, or a resume that would change the run.
     """
+    return _parse(name, argv)[:3]
+
+
+def _parse(name: str | None, argv: Sequence[str]) -> Start:
     method = methods.get(name)
     parser = _parser(method)
     argv = [_long(word) for word in argv]
@@ -106,8 +135,12 @@ def parse(name: str | None, argv: Sequence[str]) -> tuple[Method, Path, bool]:
     if again and any((run_dir / "checkpoints").glob("step_*")):
         return _resumed(method, parser, [word for word in argv if word != "--overwrite"], run_dir, [])
     if not _first_process():
-        return settings, run_dir, False
-    if (run_dir / config.CONFIG_NAME).exists() and not again:
+        return Start(settings, run_dir, False, [], False)
+    made = not run_dir.exists()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    held = lock.take(run_dir)
+    if (run_dir / config.CONFIG_NAME).exists() and not again and not (held.left_behind and not _began(run_dir)):
+        lock.release(run_dir, refused=True)
         if not values.overwrite:
             raise ValueError(
                 f"out: {run_dir} holds a run already; use --resume {run_dir}, --overwrite, or another --out"
@@ -115,9 +148,17 @@ def parse(name: str | None, argv: Sequence[str]) -> tuple[Method, Path, bool]:
         aside = run_dir.with_name(f"{run_dir.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
         run_dir.rename(aside)
         print(printable(f"moved the run that {run_dir} held to {aside}"))
-    run_dir.mkdir(parents=True, exist_ok=True)
+        made = True
+        run_dir.mkdir(parents=True)
+        lock.take(run_dir)
     config.save(settings, run_dir)
-    return settings, run_dir, False
+    return Start(settings, run_dir, False, [], made)
+
+
+def _began(run_dir: Path) -> bool:
+    """Whether the trainer that was killed in a folder had come to a first line of its log, or to a checkpoint."""
+    log = run_dir / journal.LOG_NAME
+    return bool(checkpoint.steps(run_dir)) or (log.is_file() and log.stat().st_size > 0)
 
 
 def _long(word: str) -> str:
@@ -126,9 +167,7 @@ def _long(word: str) -> str:
     return SHORT.get(name, name) + equals + value
 
 
-def _resumed(
-    method: type[Method], parser: Any, argv: Sequence[str], run_dir: Path, allowed: list[str]
-) -> tuple[Method, Path, bool]:
+def _resumed(method: type[Method], parser: Any, argv: Sequence[str], run_dir: Path, allowed: list[str]) -> Start:
     saved = config.load(run_dir)
     if saved.method != method.method:
         raise ValueError(f"resume: {run_dir} is a run of {saved.method}; got method {method.method}, need the same")
@@ -142,8 +181,8 @@ def _resumed(
             f"--allow-changed {' '.join(line.split(':')[0] for line in changed)}"
         )
     if _first_process():
-        config.save(settings, run_dir)
-    return settings, run_dir, True
+        lock.take(run_dir)
+    return Start(settings, run_dir, True, allowed, False)
 
 
 def _first_process() -> bool:
