@@ -69,8 +69,7 @@ def export(run: str, out: str, *, onnx: bool | None = None) -> dict[str, Any]:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        weights = {key: value.contiguous() for key, value in encoder.encoder_state().items()}
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(checkpoint.plain(encoder.encoder_state()), temporary / WEIGHTS, metadata={"format": "pt"})
         _write_json(temporary / CONFIG, facts)
         _check_weights(temporary, batch, taps)
         note = f"not written: needs {' and '.join(missing)}: pip install 'fused-nce[onnx]'" if missing else "not asked"
@@ -146,8 +145,18 @@ def describe(settings: Method, taps: Tensors) -> dict[str, Any]:
     }
     if name is not None and name.startswith(TIMM):  # timm.create_model("local-dir:FOLDER", pretrained=True)
         known = {"input_size": shape, "mean": inputs["mean"], "std": inputs["std"], "num_classes": 0}
+        known |= timm_layers(name.removeprefix(TIMM))
         facts |= {"architecture": name.removeprefix(TIMM), "num_classes": 0, "pretrained_cfg": known}
     return facts
+
+
+def timm_layers(name: str) -> dict[str, Any]:
+    """The names that timm has for the layers which another number of classes or of channels replaces."""
+    import timm
+
+    found = timm.get_pretrained_cfg(name)
+    values = found.to_dict() if found is not None else timm.create_model(name, pretrained=False).pretrained_cfg
+    return {key: values[key] for key in ("classifier", "first_conv") if values.get(key) is not None}
 
 
 class _Tuple(nn.Module):

@@ -53,7 +53,7 @@ def write(run: str, *, labels_per_class: int = 10, tap: str | None = None, seed:
     net, rate = choose(subject, bank, plan.labels, plan.draws[labels_per_class][0], plan.held, seed=seed)
     accuracy = 100 * float((net.predict(test.images).numpy() == plan.truth).mean())
     facts = {"tap": tap, "labels_per_class": str(labels_per_class), "accuracy_pct": f"{accuracy:.2f}"}
-    save_file({key: x.contiguous() for key, x in net.state_dict().items()}, Path(run) / NAME, facts)
+    save_file(checkpoint.plain(net.state_dict()), Path(run) / NAME, facts)
     return {"rate": rate, "accuracy_pct": accuracy}
 
 
