@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
-from fused_nce.core.processes import Group
+from fused_nce.core.group import Group
 from fused_nce.core.spec import Block, Identity, Index, Spec, TanhClip
 from fused_nce.core.tails import REDUCTIONS, Nce
 from fused_nce.losses.common import check_rows, dense_nce, inverse, normalized
@@ -76,7 +76,7 @@ def info_nce(
         # The C++ kernels compute all three at once; `square` costs the others a pass, and nobody reads it.
         tail.stats,
         ("neg_lse",) if symmetric else (),
-        unit=normalize,
+        unit_norm=normalize,
     )
     if normalize:
         queries, keys = normalized(queries), normalized(keys)

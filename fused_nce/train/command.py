@@ -86,7 +86,7 @@ def lost(trainer: Any) -> str:
     if trainer.probes_skipped:
         parts.append(f"the online probes skipped {trainer.probes_skipped}")
     if trainer.loader.damaged:
-        parts.append(f"{trainer.loader.damaged} images could not be read")
+        parts.append(f"{trainer.loader.damaged} {trainer.loader.kind} could not be read")
     if trainer.made_anew is not None:
         parts.append(f"its folder was deleted and made anew at step {trainer.made_anew}, without the log before")
     return "".join(f", {part}" for part in parts)

@@ -68,6 +68,7 @@ class Trainer:
         self._same_settings()
         self.environment = measure.environment() | {"processes": world}  # now: the code may change while it runs
         self.loader = config.open_loader(rank, world)
+        log.info("%s", self.loader.account)
         self.views = config.make_views()
         self.data = trained_on.facts(self.loader)
         self.end = optim.updates(config.optim, self.loader.order.per_epoch)

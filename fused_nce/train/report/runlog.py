@@ -58,5 +58,5 @@ def median(log: list[Line], key: str) -> float | None:
 
 
 def suffix(data: str | None) -> str:
-    """What the names of the files of another data set end in."""
+    """Ending of the names of an evaluation's files on another data set."""
     return "" if data is None else "-" + re.sub(r"[^\w.-]+", "_", Path(data).name)
