@@ -153,8 +153,9 @@ class Loader:
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal: the readers must live until the loop has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A signal may reach every process of the terminal or job: the readers must live until the loop has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Keys:
