@@ -33,7 +33,7 @@ class CPCLossConfig:
         negatives: "batch", every other target of the step; "sequence", those of the prediction's own sequence or image;
             "sampled", a few of the batch for each prediction.
         sampled: how many.
-        backend: engine backend; chosen by the machine if left out.
+        backend: engine backend, of all but "sampled"; chosen by the machine if left out.
     """
 
     negatives: Literal["batch", "sequence", "sampled"] = "batch"
@@ -43,7 +43,7 @@ class CPCLossConfig:
     def build(self) -> nn.Module:
         """The loss of a step."""
         if self.negatives == "sampled":
-            return SampledCPCLoss(self.sampled, backend=self.backend)
+            return SampledCPCLoss(self.sampled)
         return CPCLoss(negatives=self.negatives, backend=self.backend)
 
 
