@@ -281,7 +281,7 @@ PYTHON = (
 )
 
 ROWS, STRIP, SWEEP, FORMULAS = "csrc/cpu/rows.inl", "csrc/cpu/strip.cpp", "csrc/cpu/sweep.cpp", "csrc/atoms.h"
-IDS = "csrc/cpu/ids.h"
+IDS, BOTH, TWO_SIDED = "csrc/cpu/ids.h", "csrc/cpu/both.inl", ("tests/backends/test_cpu_two_sided.py",)
 
 CPP = (
     Fault(
@@ -310,5 +310,71 @@ CPP = (
     ),
     Fault(
         "kernels: groups summed without their shifts", FORMULAS, "+ b.sum * exp_value(b.shift - out.shift)", "+ b.sum"
+    ),
+    Fault(
+        "symmetric: columns seen before are no part of a row",
+        SWEEP,
+        "if (work_.symmetric) parts.push_back",
+        "if (false) parts.push_back",
+        TWO_SIDED,
+    ),
+    Fault("symmetric: the diagonal's scale counts twice", SWEEP, "? 0.5 : 1.0", "? 1.0 : 1.0", TWO_SIDED),
+    Fault(
+        "symmetric: the diagonal counts for its columns",
+        SWEEP,
+        "rows_alone ? nullptr : &columns",
+        "&columns",
+        TWO_SIDED,
+    ),
+    Fault(
+        "symmetric: no positives left of the strip",
+        SWEEP,
+        "if (work_.symmetric && !rows_alone)",
+        "if (false)",
+        TWO_SIDED,
+    ),
+    Fault("symmetric: the penalty of one side", SWEEP, "work_.symmetric ? 4.0f : 2.0f", "2.0f", TWO_SIDED),
+    Fault(
+        "symmetric: labels of rows stand for those of columns",
+        SWEEP,
+        "layout.row_ids.equal(layout.column_ids)",
+        "true",
+        TWO_SIDED,
+    ),
+    Fault(
+        "symmetric: an idle group's old share",
+        SWEEP,
+        "g < groups_in_use_; ++g)\n        for (int64_t x",
+        "g < plan_.groups; ++g)\n        for (int64_t x",
+        TWO_SIDED,
+    ),
+    Fault(
+        "kept scores of strips overlap",
+        SWEEP,
+        "(m_ - first_column(work_, plan_, before))",
+        "(m_ - first_column(work_, plan_, strip))",
+        TWO_SIDED,
+    ),
+    Fault("bounded by the queries alone", SWEEP, "std::sqrt(of_q) * std::sqrt(of_k)", "std::sqrt(of_q)", TWO_SIDED),
+    Fault(
+        "both ways: the row's share twice",
+        BOTH,
+        "exp_bounded(t.value) * (there + back)",
+        "exp_bounded(t.value) * (there + there)",
+        TWO_SIDED,
+    ),
+    Fault(
+        "both ways: an odd last column dropped",
+        BOTH,
+        "if (c < tile.columns) fold_lines",
+        "if (false) fold_lines",
+        TWO_SIDED,
+    ),
+    Fault(
+        "both ways: a positive seen from its row alone",
+        STRIP,
+        "nce_slope_positive(column_lse[column_of(strip, l, p)], pos)",
+        "nce_slope_positive(row_lse, pos)",
+        TWO_SIDED,
     ),
 )
