@@ -1,7 +1,8 @@
 // For each strip of rows: the transposed score tiles and the statistics of their rows; the rows' coefficients; the
 // weights, over the scores, and from each tile of them its rows of dk and a share of dq. Tiles belong to groups by
 // shape alone and groups are merged in order, so the bits do not depend on the number of threads. A column belongs to
-// one tile, so its statistics run on from strip to strip; weights need them finished, in a sweep of their own.
+// one tile, so its statistics run on from strip to strip. Weights that need them come after all strips, in a second
+// pass: those of both ways, and those of symmetric scores, whose tiles left of the diagonal are never computed.
 #include "sweep.h"
 
 #include <ATen/Parallel.h>
