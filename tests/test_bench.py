@@ -13,7 +13,21 @@ from bench.__main__ import main
 from bench.cases import Case
 
 UNIT = re.compile(r"_(ms|s|bytes|kib|mib|gib|share)(_|$)|gflop_per_s|^flop$")
-UNITLESS = {"schema", "n_a", "n_c", "d", "rounds", "cores", "threads", "dirty", "virtual", "judged", "mm", "onednn"}
+UNITLESS = {
+    "schema",
+    "n_a",
+    "n_c",
+    "d",
+    "rounds",
+    "cores",
+    "threads",
+    "dirty",
+    "virtual",
+    "judged",
+    "mm",
+    "onednn",
+    "openblas",
+}
 SHAPES = [(8, 4, 16), (16, 4, 16), (24, 4, 16), (32, 4, 16)]
 
 
@@ -112,8 +126,9 @@ def test_bound_multiplies_what_it_says():
     calls = rivals.bound.gemms(a, c)
     torch.testing.assert_close(calls["scores", "mm"](), a.detach() @ c.detach().flatten(0, 1).T)
     for gemm in rivals.bound.GEMMS:
-        if (gemm, "onednn") in calls:
-            torch.testing.assert_close(calls[gemm, "onednn"](), calls[gemm, "mm"]())
+        for library in rivals.bound.LIBRARIES:
+            if (gemm, library) in calls:
+                torch.testing.assert_close(calls[gemm, library](), calls[gemm, "mm"]())
 
 
 def test_rounds_interleave_every_call_and_reset_before_each():

@@ -8,7 +8,7 @@ struct Share {
 // Folds kLines columns at once, whose Kahan steps and accumulators of rows are shared, as in `fold_columns`. The scores
 // are finite and their exponentials need no shift. Sums of a column over the lanes of a tile are the compiler's, lane
 // by lane of a register; what they are added to is a Kahan sum, as everywhere.
-template <bool kColumns, bool kPositives, bool kSquare, int kLines>
+template <bool kColumns, bool kItself, bool kPositives, bool kSquare, int kLines>
 inline void fold_lines(const Tile& tile, int64_t first, float scale, const Accumulators& row,
                        const Accumulators* column) {
   const int rows = static_cast<int>(tile.rows);
@@ -29,7 +29,6 @@ inline void fold_lines(const Tile& tile, int64_t first, float scale, const Accum
   const int* __restrict itself = tile.itself;
   const int i0 = tile.line_ids[first], i1 = tile.line_ids[first + kLines - 1];
   const int index = static_cast<int>(tile.first_column + first);
-  const bool drops = !kColumns && itself;  // columns that are summed too are no rows of this strip
   const Share none = {0.0f, -infinity(), 0.0f, -infinity(), 0.0f, 0.0f, 0.0f};
   Share x = none, y = none;
   float x_sum = 0.0f, y_sum = 0.0f, x_max = -infinity(), y_max = -infinity(), x_square = 0.0f, y_square = 0.0f;
@@ -40,7 +39,7 @@ inline void fold_lines(const Tile& tile, int64_t first, float scale, const Accum
   for (int l = 0; l < rows; ++l) {
     const auto share = [&](float score, int id, int its_index) __attribute__((always_inline)) {
       const float s = score * scale, e = exp_bounded(s);
-      const bool own = ids[l] == id, out = drops && itself[l] == its_index;
+      const bool own = ids[l] == id, out = kItself && itself[l] == its_index;
       Share found;
       found.negative = own || out ? 0.0f : e;
       found.negative_top = own || out ? -infinity() : s;
@@ -99,28 +98,31 @@ inline void fold_lines(const Tile& tile, int64_t first, float scale, const Accum
   }
 }
 
-template <bool kColumns, bool kPositives, bool kSquare>
+template <bool kColumns, bool kItself, bool kPositives, bool kSquare>
 void fold_both_tile(const Tile& tile, const Scoring& scoring, const Accumulators& rows, const Accumulators* columns) {
   int64_t c = 0;
   for (; c + 2 <= tile.columns; c += 2)
-    fold_lines<kColumns, kPositives, kSquare, 2>(tile, c, scoring.scale, rows, columns);
-  if (c < tile.columns) fold_lines<kColumns, kPositives, kSquare, 1>(tile, c, scoring.scale, rows, columns);
+    fold_lines<kColumns, kItself, kPositives, kSquare, 2>(tile, c, scoring.scale, rows, columns);
+  // fault: both-odd-column
+  if (c < tile.columns) fold_lines<kColumns, kItself, kPositives, kSquare, 1>(tile, c, scoring.scale, rows, columns);
 }
 
-template <bool kColumns>
+template <bool kColumns, bool kItself>
 void fold_both_as(const Tile& tile, const Scoring& scoring, bool square, const Accumulators& rows,
                   const Accumulators* columns) {
-  const auto fold = rows.count && square ? &fold_both_tile<kColumns, true, true>
-                    : rows.count         ? &fold_both_tile<kColumns, true, false>
-                    : square             ? &fold_both_tile<kColumns, false, true>
-                                         : &fold_both_tile<kColumns, false, false>;
+  const auto fold = rows.count && square ? &fold_both_tile<kColumns, kItself, true, true>
+                    : rows.count         ? &fold_both_tile<kColumns, kItself, true, false>
+                    : square             ? &fold_both_tile<kColumns, kItself, false, true>
+                                         : &fold_both_tile<kColumns, kItself, false, false>;
   fold(tile, scoring, rows, columns);
 }
 
 void fold_both(const Tile& tile, const Scoring& scoring, bool square, const Accumulators& rows,
                const Accumulators* columns) {
-  if (columns) fold_both_as<true>(tile, scoring, square, rows, columns);
-  else fold_both_as<false>(tile, scoring, square, rows, nullptr);
+  // Columns that are summed are no rows of the tile.
+  if (columns) fold_both_as<true, false>(tile, scoring, square, rows, columns);
+  else if (tile.itself) fold_both_as<false, true>(tile, scoring, square, rows, nullptr);
+  else fold_both_as<false, false>(tile, scoring, square, rows, nullptr);
 }
 
 template <bool kClip, bool kShift, bool kItself, bool kPositives, class Out>
@@ -160,6 +162,7 @@ void weigh_both_tile(const Tile& tile, const Scoring& scoring, const TwoSided& o
         const float away = kPositives && own ? c_pos_shift : c_shift;
         weight = exp_value(t.value - here) * there + exp_value(t.value - away) * back;
       } else {
+        // fault: both-row-twice
         weight = exp_bounded(t.value) * (there + back);
       }
       if (kPositives) weight += own ? constant[l] + c_constant : 0.0f;

@@ -19,7 +19,7 @@ void fold_positives(const Tile& tile, const Scoring& scoring, const Accumulators
     const int id = tile.line_ids[c], index = static_cast<int>(tile.first_column + c);
 #pragma omp simd
     for (int l = 0; l < lanes; ++l) {
-      const bool inside = ids[l] == id && !(kItself && itself[l] == index);
+      const bool inside = (ids[l] == id) & !(kItself && itself[l] == index);
       const float t = transform<kClip>(scores[l] * f.scale, f.clip, f.inverse_clip).value;
       const float e = exp_value(t - shift[l]);
       add_exactly(sum[l], sum_error[l], inside ? e : 0.0f);
@@ -43,7 +43,7 @@ void fold_softplus(const Tile& tile, const Scoring& scoring, const Accumulators&
     const int id = tile.line_ids[c], index = static_cast<int>(tile.first_column + c);
 #pragma omp simd
     for (int l = 0; l < lanes; ++l) {
-      const bool inside = ids[l] != id && !(kItself && itself[l] == index);
+      const bool inside = (ids[l] != id) & !(kItself && itself[l] == index);
       const float t = transform<kClip>(scores[l] * f.scale, f.clip, f.inverse_clip).value + bias;
       const float x = softplus(t);
       add_exactly(sum[l], error[l], inside ? x : 0.0f);

@@ -90,11 +90,12 @@ inline void fold_columns(const Tile& tile, int64_t first, const Transform& f, co
       s[u] = scores[u * lanes + l] * f.scale;
       const bool out = kItself && itself[l] == index + u;
       if (kItself) s[u] = out ? 0.0f : s[u];
-      const bool negative = ids[l] != its_id && !out;
+      const bool negative = (ids[l] != its_id) & !out;  // && would be a branch, and the loop no longer a vector's
       const float t = transform<kClip>(s[u], f.clip, f.inverse_clip).value;
       const float x = exp_shifted<kShift>(t, shift, l);
       e[u] = negative ? x : 0.0f;
-      if (!kShift) top = negative && s[u] > top ? s[u] : top;
+      const float candidate = negative ? s[u] : -infinity();
+      if (!kShift) top = candidate > top ? candidate : top;
     };
     term(0, i0);
     if constexpr (kColumns == 4) {

@@ -185,6 +185,7 @@ void positives_of_both(const Strip& strip, const StatisticArrays& stats, const f
       const float pos = stats.pos[(strip.first + l) * strip.n_pos + p];
       const float row_lse = stats.rows[kNegLse][strip.first + l];
       d_pos_of(strip, out, l, p) =
+          // fault: both-positive-row-alone
           ways * (nce_slope_positive(row_lse, pos) + nce_slope_positive(column_lse[column_of(strip, l, p)], pos));
     }
 }

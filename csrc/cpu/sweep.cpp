@@ -1,7 +1,8 @@
 // For each strip of rows: the transposed score tiles and the statistics of their rows; the rows' coefficients; the
 // weights, over the scores, and from each tile of them its rows of dk and a share of dq. Tiles belong to groups by
 // shape alone and groups are merged in order, so the bits do not depend on the number of threads. A column belongs to
-// one tile, so its statistics run on from strip to strip; weights need them finished, in a sweep of their own.
+// one tile, so its statistics run on from strip to strip. Weights that need them come after all strips, in a second
+// pass: those of both ways, and those of symmetric scores, whose tiles left of the diagonal are never computed.
 #include "sweep.h"
 
 #include <ATen/Parallel.h>
@@ -25,6 +26,7 @@ namespace {
 bool is_symmetric(const SweepInputs& in) {
   const Layout& layout = in.layout;
   if (!in.shared || !in.need_q || layout.positives.defined() || layout.itself > 0) return false;
+  // fault: symmetric-labels-stand
   if (layout.column_ids.defined()) return layout.row_ids.equal(layout.column_ids);
   return !layout.row_ids.defined() && in.scoring.offset == 0 && in.scoring.rows_per_image == in.scoring.n_c;
 }
@@ -119,6 +121,7 @@ class Sweep {
       pack_queries();
       for_each_group([this](Group<E>& group, int64_t begin, int64_t end) { fold_both(group, begin, end); });
       std::vector<Accumulators> parts(accumulators_.begin(), accumulators_.begin() + groups_in_use_);
+      // fault: symmetric-columns-no-part
       if (work_.symmetric) parts.push_back(from(space_.columns, work_.row_stats, strip_.first));
       Coefficients sums = space_.coefficients;
       const Side side = from(space_.row_side, strip_.first);
@@ -140,7 +143,8 @@ class Sweep {
     }
     for (int64_t strip = 0; strip < plan_.strips; ++strip) {
       begin_strip(strip);
-      if (!strip_scores_ || space_.query_rows) pack_queries();
+      if (strip_scores_) copy_queries();
+      else pack_queries();
       if (task_.tail.name == kNce) positives_of_both(strip_, stats_, column_lse, ways, space_.coefficients);
       for_each_group([this](Group<E>& group, int64_t begin, int64_t end) { weigh_both(group, begin, end); });
       end_weights();
@@ -167,6 +171,7 @@ class Sweep {
     if (strip < first_kept) return;
     strip_scores_ = space_.scores;
     for (int64_t before = first_kept; before < strip; ++before)
+      // fault: kept-strips-overlap
       strip_scores_ += plan_.lanes * (m_ - first_column(work_, plan_, before));
   }
 
@@ -192,6 +197,7 @@ class Sweep {
   bool is_bounded() const {
     if (scoring_.clip > 0.0f || std::min(n_, m_) < kLeastToBound) return false;
     const float of_q = largest_square(q_, q_stride_, n_), of_k = shared_ ? of_q : largest_square(k_, k_stride_, m_);
+    // fault: bounded-queries-alone
     return std::abs(scoring_.scale) * std::sqrt(of_q) * std::sqrt(of_k) <= kBound;
   }
 
@@ -247,34 +253,51 @@ class Sweep {
     (half_ ? rows_.widen_fp16 : rows_.widen_bf16)(from, out, width_);
   }
 
-  const E* query_rows() const {
-    return space_.query_rows ? space_.query_rows : static_cast<const E*>(q_) + strip_.first * q_stride_;
+  struct Operand {
+    const E* data;
+    int64_t stride;
+  };
+
+  Operand queries_in_place() const { return {static_cast<const E*>(q_) + strip_.first * q_stride_, q_stride_}; }
+
+  // The strip's queries as the right operand of dk.
+  Operand query_rows() const {
+    return space_.query_rows ? Operand{space_.query_rows, padded(width_)} : queries_in_place();
+  }
+
+  // Rows from `first` on, widened or further apart.
+  void copy_rows(const void* base, int64_t stride, int64_t first, int64_t rows, float* to) const {
+    for (int64_t r = 0; r < rows; ++r, to += padded(width_)) {
+      if (elements_ == Elements::widened) widen(base, stride, first + r, to);
+      else std::copy_n(static_cast<const float*>(base) + (first + r) * stride, width_, to);
+    }
+  }
+
+  void copy_queries() {
+    if (!space_.query_rows) return;
+    if (kBf16)
+      interleave(reinterpret_cast<const uint16_t*>(queries_in_place().data), q_stride_, strip_.rows,
+                 reinterpret_cast<uint32_t*>(space_.query_rows));
+    else copy_rows(q_, q_stride_, strip_.first, strip_.rows, reinterpret_cast<float*>(space_.query_rows));
   }
 
   // The strip's queries transposed, in 32-bit words: one float, or the pair of bfloat16 that brgemm wants together.
   void pack_queries() {
+    copy_queries();
     const int64_t lanes = plan_.lanes, words = width_ * static_cast<int64_t>(sizeof(E)) / 4;
-    if (elements_ == Elements::widened) {
-      float* wide = reinterpret_cast<float*>(space_.query_rows);
-      for (int64_t l = 0; l < strip_.rows; ++l) widen(q_, q_stride_, strip_.first + l, wide + l * width_);
-    }
-    const bool wide = elements_ == Elements::widened;
-    const E* from = wide ? space_.query_rows : static_cast<const E*>(q_) + strip_.first * q_stride_;
-    const int64_t stride = (wide ? width_ : q_stride_) * static_cast<int64_t>(sizeof(E));
+    const Operand from = elements_ == Elements::widened ? query_rows() : queries_in_place();
+    const char* rows = reinterpret_cast<const char*>(from.data);
+    const int64_t stride = from.stride * static_cast<int64_t>(sizeof(E));
     uint32_t* to = reinterpret_cast<uint32_t*>(space_.packed);
     at::parallel_for(0, ceil_div(words, 16), 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block)
         for (int64_t l = 0; l < lanes; ++l)
           for (int64_t w = block * 16; w < std::min(words, block * 16 + 16); ++w) {
             uint32_t word = 0;
-            if (l < strip_.rows) __builtin_memcpy(&word, reinterpret_cast<const char*>(from) + l * stride + w * 4, 4);
+            if (l < strip_.rows) __builtin_memcpy(&word, rows + l * stride + w * 4, 4);
             to[w * lanes + l] = word;
           }
     });
-    if (kBf16 && need_k_) {
-      uint32_t* pairs = reinterpret_cast<uint32_t*>(space_.query_rows);
-      interleave(reinterpret_cast<const uint16_t*>(from), q_stride_, strip_.rows, width_, pairs);
-    }
   }
 
   bool finds_columns() const { return space_.columns.bad; }
@@ -323,20 +346,21 @@ class Sweep {
     return moved;
   }
 
-  struct Keys {
-    const E* data;
-    int64_t stride;
-  };
-
-  // The keys of a tile as the GEMMs read them: in place, or widened.
-  Keys keys_of(const Group<E>& group, const Tile& tile) const {
+  // The keys of a tile as the scores' left operand: in place, or widened.
+  Operand keys_of(const Group<E>& group, const Tile& tile) const {
     if (elements_ != Elements::widened) return {static_cast<const E*>(k_) + tile.first_column * k_stride_, k_stride_};
-    for (int64_t c = 0; c < tile.columns; ++c)
-      widen(k_, k_stride_, tile.first_column + c, group.wide_keys + c * width_);
-    return {reinterpret_cast<const E*>(group.wide_keys), width_};
+    copy_rows(k_, k_stride_, tile.first_column, tile.columns, group.key_rows);
+    return {reinterpret_cast<const E*>(group.key_rows), padded(width_)};
   }
 
-  void score(const Tile& tile, const Keys& keys) const {
+  // And as dq's right one.
+  Operand key_rows_of(const Group<E>& group, const Tile& tile, const Operand& keys) const {
+    if (elements_ != Elements::float32 || !group.key_rows) return keys;
+    copy_rows(k_, k_stride_, tile.first_column, tile.columns, group.key_rows);
+    return {reinterpret_cast<const E*>(group.key_rows), padded(width_)};
+  }
+
+  void score(const Tile& tile, const Operand& keys) const {
     score_gemm(keys.data, keys.stride, space_.packed, tile.columns, tile.lanes, width_, tile.scores);
   }
 
@@ -361,6 +385,7 @@ class Sweep {
       const bool rows_alone = is_diagonal(tile);
       const Accumulators columns = from(space_.columns, column_stats(), tile.first_column);
       if (fast) {
+        // fault: symmetric-diagonal-columns
         rows_.fold_both(tile, scoring_, work_.row_stats & bit_of(kSquare), group.acc, rows_alone ? nullptr : &columns);
       } else {
         rows_.fold(tile, scoring_, group.acc);
@@ -368,6 +393,7 @@ class Sweep {
       }
       if (!own_columns_) continue;
       rows_.positives(tile, scoring_, tile.lanes, 1, n_pos_, stats_.pos);
+      // fault: symmetric-no-positives-left
       if (work_.symmetric && !rows_alone)
         rows_.positives(turned(group, tile), scoring_, 1, tile.lanes, n_pos_, stats_.pos);
     }
@@ -384,16 +410,18 @@ class Sweep {
     group.d_scale = group.d_bias = 0.0;
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tile_of(group, t);
-      const Keys keys = strip_scores_ && !need_q_ ? Keys{nullptr, 0} : keys_of(group, tile);
+      const Operand keys = strip_scores_ && !need_q_ ? Operand{nullptr, 0} : keys_of(group, tile);
       if (!strip_scores_) score(tile, keys);
       const TwoSided both{.rows = from(space_.row_side, strip_.first),
                           .columns = from(space_.column_side, tile.first_column),
                           .d_pos = space_.coefficients.d_pos,
                           .unit = task_.tail.unit,
+                          // fault: symmetric-penalty-one-side
                           .square = (work_.symmetric ? 4.0f : 2.0f) * task_.tail.square_weight};
       std::fill_n(group.d_scale_lanes, plan_.lanes, 0.0f);
       rows_.weigh_both(tile, scoring_, both, group.rounded, group.d_scale_lanes);
       // On the diagonal a pair of rows is met twice.
+      // fault: symmetric-diagonal-scale
       const double part = is_diagonal(tile) ? 0.5 : 1.0;
       for (int64_t l = 0; l < strip_.rows; ++l) group.d_scale += part * group.d_scale_lanes[l];
       if (need_k_ && !is_diagonal(tile)) write_dk(group, tile);
@@ -428,7 +456,7 @@ class Sweep {
     group.d_scale = group.d_bias = 0.0;
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tile_of(group, t);
-      const Keys keys = strip_scores_ && !need_q_ ? Keys{nullptr, 0} : keys_of(group, tile);
+      const Operand keys = strip_scores_ && !need_q_ ? Operand{nullptr, 0} : keys_of(group, tile);
       if (!strip_scores_) score(tile, keys);
       std::fill_n(group.d_scale_lanes, plan_.lanes, 0.0f);
       if (work_.further()) {
@@ -449,48 +477,50 @@ class Sweep {
   // which begins at 0 and to which the groups' shares come later.
   void write_dk(const Group<E>& group, const Tile& tile) {
     const E* left = kBf16 ? reinterpret_cast<const E*>(group.rounded) : reinterpret_cast<const E*>(tile.scores);
-    const int64_t depth = kBf16 ? round_up(strip_.rows, 2) : strip_.rows,
-                  stride = space_.query_rows ? width_ : q_stride_;
+    const int64_t depth = kBf16 ? round_up(strip_.rows, 2) : strip_.rows;
+    const Operand right = query_rows();
     if (!plan_.dk_rounded) {
       float* dk = task_.out.dk.template data_ptr<float>() + tile.first_column * width_;
       // fault: kernels-dk-not
-      gradient_gemm(left, tile.lanes, query_rows(), stride, tile.columns, depth, width_, shared_ || strip_.first > 0,
-                    dk, width_);
+      gradient_gemm(left, tile.lanes, right.data, right.stride, tile.columns, depth, width_,
+                    shared_ || strip_.first > 0, dk, width_);
       return;
     }
     auto* dk = static_cast<uint16_t*>(task_.out.dk.data_ptr()) + tile.first_column * width_;
     for (int64_t d = 0; d < width_; d += kOutputWidth) {
       const int64_t width = std::min(kOutputWidth, width_ - d);
-      gradient_gemm(left, tile.lanes, query_rows() + 2 * d, stride, tile.columns, depth, width, false, group.wide_dk,
-                    width);
+      gradient_gemm(left, tile.lanes, right.data + 2 * d, right.stride, tile.columns, depth, width, false,
+                    group.wide_dk, width);
       for (int64_t c = 0; c < tile.columns; ++c) rows_.narrow(group.wide_dk + c * width, dk + c * width_ + d, width);
     }
   }
 
-  void add_dq(const Group<E>& group, const Tile& tile, const Keys& keys, bool add) {
+  void add_dq(const Group<E>& group, const Tile& tile, const Operand& keys, bool add) {
     float* dq = group.dq ? group.dq : task_.out.dq.template data_ptr<float>() + strip_.first * width_;
     if (!kBf16) {
       rows_.transpose(tile, reinterpret_cast<float*>(group.left), tile.columns);
-      gradient_gemm(group.left, tile.columns, keys.data, keys.stride, strip_.rows, tile.columns, width_, add, dq,
+      const Operand right = key_rows_of(group, tile, keys);
+      gradient_gemm(group.left, tile.columns, right.data, right.stride, strip_.rows, tile.columns, width_, add, dq,
                     width_);
       return;
     }
     const int64_t pairs = ceil_div(tile.columns, 2);
     rows_.transpose_pairs(tile, group.rounded, reinterpret_cast<uint32_t*>(group.left), pairs);
-    interleave(reinterpret_cast<const uint16_t*>(keys.data), keys.stride, tile.columns, width_,
+    interleave(reinterpret_cast<const uint16_t*>(keys.data), keys.stride, tile.columns,
                reinterpret_cast<uint32_t*>(group.right));
-    gradient_gemm(group.left, 2 * pairs, group.right, width_, strip_.rows, 2 * pairs, width_, add, dq, width_);
+    gradient_gemm(group.left, 2 * pairs, group.right, padded(width_), strip_.rows, 2 * pairs, width_, add, dq, width_);
   }
 
-  // Rows 2i and 2i + 1 of a (rows, width) matrix as row i of 32-bit words; an odd last row is paired with zeros.
-  void interleave(const uint16_t* from, int64_t stride, int64_t rows, int64_t width, uint32_t* to) const {
-    for (int64_t r = 0; r < rows; r += 2, to += width)
-      rows_.interleave(from + r * stride, r + 1 < rows ? from + (r + 1) * stride : nullptr, to, width);
+  // Rows 2i and 2i + 1 of a (rows, D) matrix as row i of 32-bit words; an odd last row is paired with zeros.
+  void interleave(const uint16_t* from, int64_t stride, int64_t rows, uint32_t* to) const {
+    for (int64_t r = 0; r < rows; r += 2, to += padded(width_))
+      rows_.interleave(from + r * stride, r + 1 < rows ? from + (r + 1) * stride : nullptr, to, width_);
   }
 
   void merge_dq() {
     float* dq = task_.out.dq.template data_ptr<float>() + strip_.first * width_;
     at::parallel_for(0, strip_.rows, 8, [&](int64_t begin, int64_t end) {
+      // fault: symmetric-idle-group
       for (int64_t g = shared_ ? 0 : 1; g < groups_in_use_; ++g)
         for (int64_t x = begin * width_; x < end * width_; ++x) dq[x] += groups_[g].dq[x];
     });

@@ -73,7 +73,7 @@ struct Group {
   int32_t* column_rows = nullptr;       // (tile_columns), the row that each column is; null: no column statistics
   float* side = nullptr;        // (tile_columns, lanes): a tile turned around, or what further statistics put on t
   float* scores = nullptr;      // a tile of them, unless the strip stores its own
-  float* wide_keys = nullptr;   // (tile_columns, D), of widened elements
+  float* key_rows = nullptr;    // (tile_columns, padded D), copies of keys; null: used where they are
   uint16_t* rounded = nullptr;  // weights (tile_columns, lanes), the left operand of dk; null: over the scores
   E *left, *right;              // weights (lanes, tile_columns) and, of bfloat16, keys in pairs: the operands of dq
   float* wide_dk;               // (tile_columns, kOutputWidth), where dk leaves in bfloat16; in their place
@@ -89,11 +89,12 @@ struct Group {
     if (w.column_stats || w.symmetric) column_rows = arena.take<int32_t>(columns);
     if (w.two_sided() || (w.further() && (w.gradients || w.column_stats))) side = arena.take<float>(tile);
     if (!p.stored) scores = arena.take<float>(tile);
-    if (w.elements == Elements::widened) wide_keys = arena.take<float>(columns * w.width);
+    if (w.elements == Elements::widened || (w.copies_rows() && w.gradients && w.need_q))
+      key_rows = arena.take<float>(columns * padded(w.width));
     if (!w.gradients) return;
     if (kPaired<E>) rounded = arena.take<uint16_t>(tile);
     // dk comes before dq: what it leaves in float until it is rounded takes the place of dq's operands.
-    const int64_t dq_bytes = w.need_q ? sizeof(E) * (tile + (kPaired<E> ? columns * w.width : 0)) : 0;
+    const int64_t dq_bytes = w.need_q ? sizeof(E) * (tile + (kPaired<E> ? columns * padded(w.width) : 0)) : 0;
     const int64_t dk_bytes = p.dk_rounded ? sizeof(float) * columns * std::min(kOutputWidth, w.width) : 0;
     left = arena.take<E>(std::max(dq_bytes, dk_bytes) / static_cast<int64_t>(sizeof(E)));
     right = left + tile;
@@ -109,7 +110,7 @@ struct Workspace {
   int32_t* ranks = nullptr;   // (M), of a layout by labels
   Accumulators columns{};     // (M), running
   E* packed;                  // (D, lanes), the strip's queries as the right operand of the scores
-  E* query_rows = nullptr;    // (lanes, D), and as that of dk; null: used where they are
+  E* query_rows = nullptr;    // (lanes, padded D), and as that of dk; null: used where they are
   float* scores = nullptr;    // (M, lanes), the strip's; of two-sided weights, those of the strips that keep theirs
   Side row_side{}, column_side{};  // (N), (M), of two-sided weights; symmetric ones have but one
   int32_t *lane_ids, *itself;      // (lanes)
@@ -125,7 +126,8 @@ struct Workspace {
     if (w.symmetric) columns = new_accumulators(w.row_stats, w.columns, arena);
     else if (w.column_stats && (!w.gradients || w.both)) columns = new_accumulators(w.column_stats, w.columns, arena);
     packed = arena.take<E>(lanes * w.width);
-    if (w.elements == Elements::widened || (w.need_k && kPaired<E>)) query_rows = arena.take<E>(lanes * w.width);
+    if (w.elements == Elements::widened || (w.need_k && (kPaired<E> || w.copies_rows())))
+      query_rows = arena.take<E>(lanes * padded(w.width));
     if (p.stored || p.kept_scores) scores = arena.take<float>(p.stored ? w.columns * lanes : p.kept_scores);
     if (w.two_sided()) {
       row_side = new_side(p.strips * lanes, w.row_stats & kOverPositives, arena);

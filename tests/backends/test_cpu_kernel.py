@@ -133,6 +133,22 @@ def test_grads_repeat_what_loss_found(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("workspace", [16 * MIB, 2 * MIB])
+def test_rows_a_multiple_of_4_kib_apart_are_copied(dtype, workspace):
+    """Against the same features between zeros, whose rows are used where they are."""
+    args = arguments(75, 3, 1024, dtype, extra_images=1)
+    wider = [torch.nn.functional.pad(x, (0, 6)) for x in args[:2]]
+    *wanted, dq, dk, dscale = loss((*wider, *args[2:]), workspace=workspace)
+    for needs in ((True, True, True), (True, False, False), (False, True, False)):
+        found = loss(args, needs, workspace)
+        gradients = [x[..., :1024] if need else x[:0] for x, need in zip((dq, dk), needs, strict=False)]
+        pairs = [(x, y) for x, y in zip(found[2:4], gradients, strict=True) if y.numel()]
+        assert_same([*found[:2], *(x for x, _ in pairs)], [*wanted, *(y for _, y in pairs)], 2 * TOLERANCE[dtype])
+        if needs[2]:
+            assert_same([found[4]], [dscale], 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("needs", [(a, b, c) for a in (False, True) for b in (False, True) for c in (False, True)])
 def test_an_unwanted_gradient_is_empty(dtype, needs):
     args = arguments(21, 3, 18, dtype)
