@@ -9,7 +9,7 @@ from torch import Tensor
 from fused_nce.compat.base import Adapter, scalar
 from fused_nce.compat.processes import check_ddp_compat, check_world, gathered, gradient_times, mean_of_all
 from fused_nce.core import checks
-from fused_nce.core.group import Processes
+from fused_nce.core.group import Group, Processes
 from fused_nce.losses.clip import clip_loss
 from fused_nce.losses.info_nce import info_nce
 from fused_nce.losses.siglip import siglip_loss
@@ -24,6 +24,13 @@ def _result(loss: Tensor, output_dict: bool) -> Result:
 def _logits(q: Tensor, k: Tensor, scale: float | Tensor, bias: float | Tensor | None) -> Tensor:
     scores = scale * q @ k.T
     return scores if bias is None else scores + bias
+
+
+def _siglip(
+    image: Tensor, text: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor | None, group: Group
+) -> Tensor:
+    bias = 0.0 if logit_bias is None else scalar(logit_bias, image)
+    return siglip_loss(image, text, scalar(logit_scale, image), bias, group=group).loss
 
 
 class ClipLoss(Adapter):
@@ -175,13 +182,27 @@ class SigLipLoss(Adapter):
         output_dict: bool = False,
     ) -> Result:
         """The loss in nats, a sum over pairs divided by N, 0-d, or {"contrastive_loss": it}."""
-        scale = scalar(logit_scale, image_features)
-        bias = 0.0 if logit_bias is None else scalar(logit_bias, image_features)
         if self.world_size > 1:
             check_world(self.world_size, self.rank)
         group = None if self.world_size == 1 else Processes(ring=self.dist_impl in ("bidir", "shift"))
-        loss = siglip_loss(image_features, text_features, scale, bias, group=group).loss
-        return _result(loss, output_dict)
+        return _result(_siglip(image_features, text_features, logit_scale, logit_bias, group), output_dict)
+
+    def _loss(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        negative_only: bool = False,
+    ) -> Tensor:
+        """The loss of this process's pairs; with `negative_only` of the same pairs as if none belonged together."""
+        loss = _siglip(image_features, text_features, logit_scale, logit_bias, None)
+        if negative_only:  # softplus(s) − softplus(−s) is s
+            s = logit_scale * (image_features * text_features).sum(dim=1) + (0.0 if logit_bias is None else logit_bias)
+            loss = loss + s.mean()
+        return loss
+
+    _chunked_loss = _loss
 
     def get_ground_truth(
         self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False

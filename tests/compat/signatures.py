@@ -56,12 +56,12 @@ UPSTREAM = {
     "lightly.DCLWLoss": Upstream("lightly.loss", "temperature=0.1, sigma=0.5, gather_distributed=False", "out0, out1"),
     "moco.MoCo": Upstream("moco.builder", "base_encoder, dim=128, K=65536, m=0.999, T=0.07, mlp=False", "im_q, im_k"),
     "open_clip.ClipLoss": Upstream(
-        "open_clip",
+        "open_clip.loss",
         "local_loss=False, gather_with_grad=False, cache_labels=False, rank=0, world_size=1, use_horovod=False",
         f"{CLIP}=None, output_dict=False",
     ),
     "open_clip.SigLipLoss": Upstream(
-        "open_clip", "cache_labels=False, rank=0, world_size=1, dist_impl=None", f"{CLIP}, output_dict=False"
+        "open_clip.loss", "cache_labels=False, rank=0, world_size=1, dist_impl=None", f"{CLIP}, output_dict=False"
     ),
     "pml.NTXentLoss": Upstream(PML, "temperature=0.07, **kwargs", PAIRS),
     "pml.SupConLoss": Upstream(PML, "temperature=0.1, **kwargs", PAIRS),

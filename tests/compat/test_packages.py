@@ -334,7 +334,7 @@ def test_pml_is_a_kind_of_upstreams(theirs_pml):
         for change in (
             lambda c: c.set_reducer(reducers.MeanReducer()),
             lambda c: setattr(c, "distance", distances.LpDistance(normalize_embeddings=False)),
-            lambda c: setattr(c, "reducer", reducers.DoNothingReducer()) or c.set_reducer(reducers.SumReducer()),
+            lambda c: c.set_reducer(reducers.SumReducer()),
             lambda c: setattr(c, "distance", Learned()),
         ):
             for loss in (ours, theirs):
@@ -384,7 +384,8 @@ def test_pml_hears_a_subclass(theirs_pml):
         agree(functools.partial(one, labels=labels), functools.partial(two, labels=labels), [x])
         memories = [m.CrossBatchMemory(loss, 5, 20) for m, loss in ((losses, one), (pml, two))]
         for _ in range(3):
-            agree(*(functools.partial(memory, labels=labels) for memory in memories), [x])
+            steps = [functools.partial(memory, labels=labels) for memory in memories]
+            agree(steps[0], steps[1], [x])
     loss = pml.ContrastiveLoss()
     loss.pos_calc = lambda distance, margin: 2 * distance
     assert loss.reason == "pos_calc of its own"

@@ -35,7 +35,7 @@ def pair_losses():
 
 # ---- hooks ------------------------------------------------------------------------------------------------------
 
-HOOKED = {
+HOOKED: dict[Any, tuple[Any, ...]] = {
     lightly.DCLLoss: (),
     lightly.DCLWLoss: (),
     open_clip.ClipLoss: (),
@@ -144,7 +144,8 @@ def test_settings_count_as_they_are_at_the_call():
         changed = copy.deepcopy(triplets)
         setattr(changed, setting, value)
         assert str(changed.reason) == f"{setting}={value}"
-    assert pml.ContrastiveLoss(torch.tensor(0.1)).reason == "a tensor pos_margin"
+    margin: Any = torch.tensor(0.1)
+    assert pml.ContrastiveLoss(margin).reason == "a tensor pos_margin"
 
 
 def several(**kinds):
@@ -238,11 +239,12 @@ def test_an_empty_batch_costs_nothing():
 
 
 def test_a_mask_of_booleans():
-    task, rows = bolts.AmdimNCELoss(torch.tensor(10.0)), torch.randn(4, 12)
+    clip: Any = torch.tensor(10.0)
+    task, rows = bolts.AmdimNCELoss(clip), torch.randn(4, 12)
     masks = torch.eye(3), torch.eye(3).bool()
     assert torch.equal(*(torch.stack(task(rows.T[:3], rows, mask)) for mask in masks))
     with pytest.raises(TypeError, match=r"^tclip: got a tensor with a gradient, need a number"):
-        bolts.AmdimNCELoss(torch.tensor(10.0, requires_grad=True))
+        bolts.AmdimNCELoss(clip.requires_grad_())
 
 
 def test_mocov3s_keys_learn_where_there_is_no_group(monkeypatch):
@@ -277,11 +279,12 @@ def test_what_was_not_moved_to_the_rows_device():
     with FakeTensorMode(allow_non_fake_inputs=True):
         a, b = (torch.randn(9, 4, device="cuda", requires_grad=True) for _ in range(2))
         scale, bias = torch.tensor(9.0), torch.tensor([-9.0])
+        temperature: Any = torch.tensor(0.1)
         found = [
             open_clip.ClipLoss()(a, b, scale, bias),
             open_clip.SigLipLoss()(a, b, scale, bias),
             lightly.NTXentLoss(memory_bank_size=(16, 4))(a, b),
-            supcontrast.SupConLoss(torch.tensor(0.1))(torch.stack((a, b), dim=1)),
+            supcontrast.SupConLoss(temperature)(torch.stack((a, b), dim=1)),
         ]
         assert {x.device.type for x in found} == {"cuda"}
         memory = pml.CrossBatchMemory(pml.SupConLoss(), 4, 16)
@@ -315,7 +318,7 @@ def saved(module):
 
 def test_states_have_upstreams_keys_and_lose_nothing():
     """What upstream does not save goes along in the metadata; a state without it, or of older keys, loads too."""
-    net = nn.ModuleDict(
+    net: Any = nn.ModuleDict(
         {"loss": lightly.NTXentLoss(memory_bank_size=(16, 4)), "memory": pml.CrossBatchMemory(pml.NTXentLoss(), 4, 16)}
     )
     bank, memory = net["loss"].memory_bank, net["memory"]
@@ -323,11 +326,11 @@ def test_states_have_upstreams_keys_and_lose_nothing():
         net["loss"](X.clone().requires_grad_(), X)
         memory(X, LABELS)
     assert set(net.state_dict()) == {"memory.embedding_memory", "memory.label_memory"}
-    twin = copy.deepcopy(net)
+    twin: Any = copy.deepcopy(net)
     for x in (twin["loss"].memory_bank.bank, twin["loss"].memory_bank.bank_ptr):
         x.zero_()
     twin["memory"].reset_queue()
-    bare = copy.deepcopy(twin)
+    bare: Any = copy.deepcopy(twin)
     twin.load_state_dict(saved(net))
     assert torch.equal(twin["loss"].memory_bank.bank, bank.bank)
     assert twin["loss"].memory_bank.bank_ptr.tolist() == bank.bank_ptr.tolist() == [11]
@@ -379,8 +382,8 @@ def test_operators_and_functions_are_the_tensors():
 def test_what_is_written_into_the_logits_stays(write):
     out, labels = model()(*views())
     full = out.full()
-    for name, z in (("ours", out), ("full", full)):
-        exec(write, {"out": z}, {}), name
+    for z in (out, full):
+        exec(write, {"out": z}, {})
     torch.testing.assert_close(CROSS_ENTROPY(out, labels), CROSS_ENTROPY(full, labels))
     assert torch.equal(out.topk(3)[1], full.topk(3)[1])
     assert torch.equal(out.detach().full(), full)
@@ -397,7 +400,8 @@ def test_a_gradient_by_the_logits_themselves():
 def _parallel(rank):
     """MoCo in DistributedDataParallel, as upstream's trainer has it, and the gradients of one parameter."""
     found = []
-    for words in ({"find_unused_parameters": True}, {"static_graph": True}, {}):
+    every: tuple[dict[str, Any], ...] = ({"find_unused_parameters": True}, {"static_graph": True}, {})
+    for words in every:
         net = DistributedDataParallel(model(), **words)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

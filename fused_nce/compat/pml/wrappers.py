@@ -40,6 +40,9 @@ class CrossBatchMemory(Upstreams, upstreams("CrossBatchMemory")):  # type: ignor
     embedding_memory: Tensor
     label_memory: Tensor
     loss: nn.Module
+    embedding_size: int
+    memory_size: int
+    queue_idx: int
 
     def __init__(
         self, loss: nn.Module, embedding_size: int, memory_size: int = 1024, miner: Any = None, **options: Any
