@@ -126,6 +126,7 @@ FUSED_NCE_HD LogSum<Real> merge(LogSum<Real> a, LogSum<Real> b) {
   if (a.sum == 0) return b;
   LogSum<Real> out;
   out.shift = a.shift > b.shift ? a.shift : b.shift;
+  // fault: kernels-groups-summed
   out.sum = a.sum * exp_value(a.shift - out.shift) + b.sum * exp_value(b.shift - out.shift);
   return out;
 }
@@ -140,7 +141,8 @@ FUSED_NCE_HD void add_exactly(float& sum, float& error, float x) {
   sum = next;
 }
 
-// log(1 + y) for 0 <= y <= 1, within 1.2 ulp: y + y^2 * P(y), P the minimax fit of degree 10. libm's has no vector form.
+// log(1 + y) for 0 <= y <= 1, within 1.2 ulp: y + y^2 * P(y), P the minimax fit of degree 10. libm's has no vector
+// form.
 FUSED_NCE_HD float log1p_unit(float y) {
   float p = -1.305469311773777e-3f;
   p = p * y + 9.223826229572296e-3f;
@@ -168,16 +170,17 @@ FUSED_NCE_HD float sigmoid(float x) {
 }
 
 // d/dpos of softplus(neg_lse - pos). Written as 1 - p it would cancel where the positive wins.
+// fault: kernels-p-1
 FUSED_NCE_HD float nce_slope_positive(float neg_lse, float pos) { return -sigmoid(neg_lse - pos); }
 
 // Weight of a negative: d_lse * exp(t - lse) * dt/ds. exp(t - shift) * inverse is the softmax, at most 1, before the
 // upstream gradient meets it: their product in another order could leave the range of float.
 FUSED_NCE_HD float negative_weight(float exp_shifted, float inverse, float d_lse, float slope) {
-  return exp_shifted * inverse * d_lse * slope;
+  return exp_shifted * inverse * d_lse * slope;  // fault: kernels-clip-slope
 }
 
-// d statistic / dt at a member of the statistic's set, one type each; `found(name)` is the finished statistic of the row
-// or the column that the member is weighed for. Maxima and counts have none, and the square's belongs to s.
+// d statistic / dt at a member of the statistic's set, one type each; `found(name)` is the finished statistic of the
+// row or the column that the member is weighed for. Maxima and counts have none, and the square's belongs to s.
 struct NegLse {
   static constexpr Statistic kName = kNegLse;
   static constexpr bool kPositives = false;

@@ -39,15 +39,25 @@ def patch(
         ValueError: for a module without a known loss, verify_steps < 0, or, at a step, a difference: upstream's loss
             then stays.
         NotImplementedError, TypeError: for a loss with settings that its twin refuses.
+
+    A loss with settings that only upstream's code honours stays, with a line that says why.
     """
     if verify_steps < 0:
         raise ValueError(f"verify_steps: got {verify_steps}, need >= 0")
     from fused_nce.compat import known  # not before it is asked for: a plain import of the package needs no adapter
 
     made: dict[nn.Module, nn.Module] = {}
+    stays: list[str] = []
     for path, parent, name, theirs in _losses(module, known.is_known):
         if theirs not in made:
-            ours = made[theirs] = known.adapter(theirs)
+            ours = known.adapter(theirs)
+            reason = getattr(ours, "reason", None)
+            if reason is not None:
+                stays.append(f"{path or 'the module'}: {_named(theirs)} stays, {reason} is not fused")
+                if show:
+                    print(f"fused_nce.patch: {stays[-1]}")
+                continue
+            made[theirs] = ours
             if show:
                 rest = f", after {verify_steps} steps on both" if verify_steps else ""
                 print(f"fused_nce.patch: {path or 'the module'}: {_named(theirs)} -> {_named(ours)}{rest}")
@@ -55,6 +65,8 @@ def patch(
                 setattr(ours, "forward", _Trial(theirs, ours, path, verify_steps, within, show))  # noqa: B010
         if parent is not None:
             setattr(parent, name, made[theirs])
+    if stays and not made:
+        raise ValueError(f"module: got nothing to replace, need a loss that is fused ({'; '.join(stays)})")
     if not made:
         names = ", ".join(sorted({f"{x.module or '…'}.{x.name}" for x in known.KNOWN}))
         raise ValueError(f"module: got {_named(module)} without a known loss, need one of {names}")
@@ -104,10 +116,10 @@ class _Trial:
         devices = sorted({x.device.index for x in inputs if isinstance(x, Tensor) and x.is_cuda})
         state = torch.random.get_rng_state()
         with torch.random.fork_rng(devices):
-            both = of_leaves(self.theirs, where), of_leaves(ours, where)
+            both = of_leaves(self.theirs, where), of_leaves(ours, where)  # fault: patch-upstream-own
             differences, _ = compare(*both, inputs, wanted, state)
         try:
-            check_within(differences, self.within)
+            check_within(differences, self.within)  # fault: patch-difference-looked
         except ValueError as error:
             raise ValueError(f"{self.path or 'the module'}: {error}") from None
         self.left -= 1

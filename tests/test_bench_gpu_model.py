@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import tables
-from bench.gpu import fit, formulas, machine, model, plots, problems, rivals, verdict
+from bench import formulas, tables
+from bench.gpu import fit, machine, model, problems, rivals, verdict
 from bench.gpu import tables as gpu_tables
 from fused_nce import _extension
-from fused_nce.core import dispatch, ring
+from fused_nce.core import dispatch
 from tests.test_bench_gpu import made_up, record_of
 
 
@@ -39,13 +39,13 @@ def test_the_plan_of_every_shape_keeps_its_memory_target():
 def test_a_problem_names_the_spec_and_the_gradients_of_its_loss(p, monkeypatch):
     """As the engine sees them when the benchmark calls the loss."""
     seen = []
-    choose = ring.choose
+    choose = dispatch.choose
 
     def listen(spec, q, k, requested, call=dispatch.ANY_CALL):
         seen.append((spec, call._replace(shared=k is None, columns=bool(spec.columns))))
         return choose(spec, q, k, requested, call)
 
-    monkeypatch.setattr(ring, "choose", listen)
+    monkeypatch.setattr(dispatch, "choose", listen)
     tiny = p.tiny()
     formula = formulas.FORMULAS[p.loss]
     rivals.step(lambda *x: formula.ours(*x, None), formula.inputs(tiny, machine.Machine().draw(0, torch.float32)))
@@ -56,7 +56,7 @@ def test_a_problem_names_the_spec_and_the_gradients_of_its_loss(p, monkeypatch):
     assert call.gemms("triton") == p.call.gemms("triton")
 
 
-def test_a_full_record_reaches_the_documents_the_pictures_and_the_table_of_the_choice(tmp_path):
+def test_a_full_record_reaches_the_documents_and_the_table_of_the_choice():
     """Every problem of a run on a GPU, each taking what the model expects."""
     rows = []
     for p in (*problems.TABLE, *problems.CROSSOVER, *problems.LARGER):
@@ -73,7 +73,5 @@ def test_a_full_record_reaches_the_documents_the_pictures_and_the_table_of_the_c
     asked = sum(4 + (p.target.graph_ms is not None) for p in problems.TABLE if p.target)
     assert f" of {asked + 1} targets met." in text  # and the slowdown of the bounded one
     assert gpu_tables.report(record).startswith(gpu_tables.card_line(record))
-    pictures = plots.draw(record, tmp_path / "gpu-card.json")
-    assert [path.name for path in pictures] == [f"gpu-card-{name}.png" for name in ("time", "memory", "crossover")]
     refitted = fit.refit(record | {"cost_times": verdict.cost_times(record)})
     assert refitted["cuda", 2].launch_us == pytest.approx(model.CUDA_US, rel=0.05)

@@ -10,11 +10,15 @@ from torch import Tensor
 
 from fused_nce.backends import gathered
 from fused_nce.core import atoms
+from fused_nce.core.defaults import slopes, summary  # noqa: F401  (handed on)
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import VOCABULARY, Bias, Separate, Spec
+from fused_nce.core.statistics import Scores
 from fused_nce.core.tails import Coefficients, Tail
 
+BOTH_WAYS = False
 ATOMS = VOCABULARY
+losses = None
 gathered_scores = partial(gathered.scores, limit_bytes=None)
 gathered_grads = partial(gathered.grads, limit_bytes=None)
 
@@ -53,7 +57,7 @@ class _Problem(NamedTuple):
     """A problem and all its scores."""
 
     r: Tensor  # (N, M) raw scores at scale 1
-    x: atoms.Scores
+    x: Scores
 
 
 def _scores(problem: Problem) -> _Problem:
@@ -64,10 +68,10 @@ def _scores(problem: Problem) -> _Problem:
         atoms.to_half_distances(r, q, k)
     s = problem.scale * r
     of = atoms.sets(problem, range(problem.n), range(problem.m))
-    return _Problem(r, atoms.Scores(s, atoms.transform_value(spec.transform, s, problem.bias), of))
+    return _Problem(r, Scores(s, atoms.transform_value(spec.transform, s, problem.bias), of))
 
 
-def _fold(problem: Problem, x: atoms.Scores) -> Statistics:
+def _fold(problem: Problem, x: Scores) -> Statistics:
     spec = problem.spec
     pos = x.t.new_empty(problem.n, 0)
     if isinstance(spec.layout, Separate):
@@ -93,15 +97,15 @@ def _descend(
         on_t, on_s = on_t + across[0], on_s + across[1]
     if spec.n_pos and not isinstance(spec.layout, Separate):
         on_t.scatter_add_(1, atoms.positive_columns(problem, range(problem.n)), coefficients.d_pos)
-    w = on_t * atoms.transform_slope(spec.transform, x.t) + on_s
+    w = on_t * atoms.transform_slope(spec.transform, x.t) + on_s  # fault: reference-clip-slope
     q, k = problem.q.to(w.dtype), problem.k.to(w.dtype)
     none = w.new_empty(0)
-    both = w + w.T if problem.shared else w
+    both = w + w.T if problem.shared else w  # fault: reference-one-tensor
     dq = both @ k if needs.q else none
     dk = w.T @ q if needs.k and not problem.shared else none
     if spec.distance:
         if dq.numel():
-            atoms.less_itself(dq, both, q, dim=1)
+            atoms.less_itself(dq, both, q, dim=1)  # fault: reference-distance-gradient
         if dk.numel():
             atoms.less_itself(dk, w, k, dim=0)
     return Gradients(

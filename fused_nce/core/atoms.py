@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from fused_nce.core.spec import Bias, Block, Dist, Identity, Index, Labels, SqDist, TanhClip, Transform
-from fused_nce.core.statistics import STATISTIC, Scores, Sets, poison, softplus
+from fused_nce.core.statistics import STATISTIC, Scores, Sets
 
 if TYPE_CHECKING:
     from fused_nce.core.problem import Problem
-
-__all__ = ["STATISTIC", "Scores", "Sets", "poison", "softplus"]  # of `core/statistics.py`
 
 # ---- layouts ----------------------------------------------------------------------------------------------------
 
@@ -26,7 +24,7 @@ __all__ = ["STATISTIC", "Scores", "Sets", "poison", "softplus"]  # of `core/stat
 def image_of_rows(layout: Block, rows: range, offset: int, device: torch.device) -> Tensor:
     """The image that each row of `rows` belongs to, (len(rows),) int64."""
     index = torch.arange(rows.start, rows.stop, device=device)
-    return index // layout.rows_per_image + offset
+    return index // layout.rows_per_image + offset  # fault: offset-ignored, rows_per_image-off-one
 
 
 def row_ids(problem: Problem, rows: range) -> Tensor | None:
@@ -80,7 +78,7 @@ def sets(problem: Problem, rows: range, columns: range) -> Sets:
     if problem.spec.drop_self:
         index = torch.arange(columns.start, columns.stop, device=own.device)
         kept = self_columns(problem, rows)[:, None] != index[None, :]
-    return Sets(own & kept, ~own & kept, kept)
+    return Sets(own & kept, ~own & kept, kept)  # fault: row-itself-among
 
 
 # ---- transforms -------------------------------------------------------------------------------------------------
@@ -94,7 +92,7 @@ SHIFTLESS_CLIP = 43.0
 def shiftless(problem: Problem) -> bool:
     """Scores lie so near 0 that e^t needs no shift: by a clip, or by the norms of rows and a scale that is a number."""
     clip, scale = problem.spec.clip, problem.scale
-    if clip is None and problem.spec.unit and isinstance(problem.spec.transform, Identity):
+    if clip is None and problem.spec.unit_norm and isinstance(problem.spec.transform, Identity):
         clip = None if isinstance(scale, Tensor) else abs(scale)
     return clip is not None and clip <= SHIFTLESS_CLIP
 
@@ -139,7 +137,7 @@ def transform_slope(transform: Transform, t: Tensor) -> Tensor:
     if isinstance(transform, SqDist):
         return torch.full_like(t, 2.0)
     if isinstance(transform, Dist):
-        return torch.where(t == 0, t, -1 / t)
+        return torch.where(t == 0, t, -1 / t)  # fault: infinite-slope-distance
     return 1 - (t / transform.c) ** 2 if isinstance(transform, TanhClip) else torch.ones_like(t)
 
 
@@ -190,7 +188,7 @@ class Merger:
             if waiting is None:
                 self.levels[level] = part
                 return
-            part, self.levels[level] = merge_two(self.names, waiting, part), None
+            part, self.levels[level] = merge_two(self.names, waiting, part), None  # fault: strips-column-statistics
         self.levels.append(part)
 
     def result(self) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_nce.core.atoms import STATISTIC
 from fused_nce.core.spec import Bias, Block, Index, Labels, Separate, Spec, TanhClip
+from fused_nce.core.statistics import STATISTIC
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CASTABLE = (torch.float32, torch.bfloat16, torch.float16)  # what `matmul` casts under autocast; float64 it leaves alone
@@ -112,7 +112,7 @@ def check_int(name: str, value: object) -> None:
     """A Python int, or the symbol that stands for one while a graph is traced.
 
     Raises:
-        TypeError: anything else; a bool and a float are no row numbers.
+        TypeError: anything else; bool and float are not row numbers.
     """
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: got {type(value).__name__}, need an int")

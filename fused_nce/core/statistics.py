@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_nce.core import triplets
-
 
 class Sets(NamedTuple):
     """Which columns of a tile are in each row's sets, (N, m) bool."""
@@ -26,7 +24,7 @@ class Sets(NamedTuple):
 
 def softplus(z: Tensor) -> Tensor:
     """log(1 + e^z). Not `F.softplus`, which turns linear at 20 and is off by 2e-9 there."""
-    return -torch.nn.functional.logsigmoid(-z)
+    return -torch.nn.functional.logsigmoid(-z)  # fault: softplus-linear-20
 
 
 def poison(s: Tensor, dim: int = 1) -> Tensor:
@@ -35,7 +33,7 @@ def poison(s: Tensor, dim: int = 1) -> Tensor:
     tanh(±inf) = ±1, and a max drops a NaN: without this, a NaN or Inf in the features could leave a finite loss. Added
     to `neg_lse`, it reaches the row's loss and, through the weights, every gradient that the bad score belongs to.
     """
-    return s.sum(dim=dim) * 0
+    return s.sum(dim=dim) * 0  # fault: reference-nan-hidden
 
 
 Found = Mapping[str, Tensor]  # statistics by name; finished ones broadcast against the scores
@@ -51,7 +49,7 @@ class Scores:
 
     @cached_property
     def triplets(self) -> dict[str, Tensor]:
-        """`triplets.counts` by mining, once they are wanted: a row is sorted once for all that is read from it."""
+        """`triplet_counts` by mining, once they are wanted: a row is sorted once for all that is read from it."""
         return {}
 
 
@@ -84,6 +82,7 @@ class Statistic:
     def value(self, x: Scores, dim: int) -> Tensor:
         """Of a tile's rows (dim 1), (N,), or columns (dim 0), (m,)."""
         scores = x.s if self.of == "s" else x.t
+        # fault: reference-siblings-denominator
         value = self.fold(scores.masked_fill(~getattr(x.of, self.over), self.empty), dim)
         return value + poison(x.s, dim) if self.poisoned else value
 
@@ -91,6 +90,7 @@ class Statistic:
         """d statistic / d score, (N, m), 0 outside the set; None where it is not differentiable."""
         if self.weight is None:
             return None
+        # fault: reference-siblings-weighed
         return self.weight(x.s if self.of == "s" else x.t, found).masked_fill(~getattr(x.of, self.over), 0.0)
 
 
@@ -129,6 +129,7 @@ def _extreme(over: str, end: str) -> dict[str, Statistic]:
     def merge_ties(one: Found, two: Found) -> Tensor:
         first, second = sign * one[name], sign * two[name]
         both = one[ties] + two[ties]
+        # fault: ties-part-not
         return torch.where(first > second, one[ties], torch.where(second > first, two[ties], both))
 
     empty = -sign * float("inf")
@@ -149,7 +150,7 @@ def _extreme(over: str, end: str) -> dict[str, Statistic]:
             empty=0.0,
             fold=_zero,
             merge=_merge(hardest, torch.add),
-            weight=lambda t, found: (t == found[name]).to(t.dtype) / found[ties],
+            weight=lambda t, found: (t == found[name]).to(t.dtype) / found[ties],  # fault: equally-hard-ones
             derive=lambda found: found[name] + found[hardest],
             reads=(name, ties),
             poisoned=True,
@@ -196,6 +197,49 @@ def _active(t: Tensor) -> Tensor:
     return (t > -1).to(t.dtype)
 
 
+def triplet_counts(mining: str, t: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+    """c = dL/dt, (N, M), whole numbers: triplets of a row's scores without a list of them.
+
+    A row's loss Σ max(0, 1 − t_p + t_n), over positives p and negatives n, is linear in the scores between its kinks:
+    it is Σ_j c_j·t_j plus the number of active triplets, where c_j is how many of them j is the negative of, less how
+    many it is the positive of. Each c_j is a place in a sorted row: O(M log M), where the triplets are O(M²).
+
+    Args:
+        mining: "all" triplets; or "semihard", of each positive the one with the nearest of the negatives beyond it.
+        t: (N, M) scores, in margins.
+        pos: (N, M) bool, each row's positives.
+        neg: (N, M) bool, its negatives.
+    """
+    return {"all": _all_triplets, "semihard": _semihard_triplets}[mining](t, pos, neg)
+
+
+def _all_triplets(t: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+    """A triplet is active where t_n > t_p − 1: one comparison of two numbers, the same from either side."""
+    # fault: triplets-margin-wrong
+    reach, others = (t - 1).masked_fill(~pos, float("inf")), t.masked_fill(~neg, float("-inf"))
+    below = torch.searchsorted(reach.sort(dim=1).values, others)  # positives that a negative is active with
+    above = t.shape[1] - torch.searchsorted(others.sort(dim=1).values, reach, right=True)
+    return (below - above).to(t.dtype)
+
+
+def _semihard_triplets(t: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+    """Of the negatives with t_n < t_p the largest, active where t_n > t_p − 1.
+
+    A negative's positives are those between it and the next negative, and within its reach: ranges of the sorted row.
+    """
+    own, others = t.masked_fill(~pos, float("inf")), t.masked_fill(~neg, float("-inf"))
+    others, order = others.sort(dim=1, stable=True)
+    place = torch.searchsorted(others, own) - 1  # fault: semi-hard-nearest-negative
+    nearest = others.gather(1, place.clamp(min=0))
+    chosen = pos & (place >= 0) & (nearest > t - 1)
+    own = own.sort(dim=1).values
+    last = torch.searchsorted(own - 1, others)
+    first = torch.searchsorted(own, others, right=True)
+    until = torch.cat((first[:, 1:], pos.sum(dim=1, keepdim=True)), dim=1)
+    hits = (torch.minimum(until, last) - first).clamp(min=0)
+    return torch.zeros_like(t).scatter_(1, order, hits.to(t.dtype)) - chosen.to(t.dtype)
+
+
 @dataclass(frozen=True)
 class _Triplets(Statistic):
     """Σ over the row's mined triplets of max(0, 1 − t_p + t_n), or, without a weight, how many are not 0."""
@@ -205,7 +249,7 @@ class _Triplets(Statistic):
     def counts(self, x: Scores) -> Tensor:
         """dL/dt, (N, M)."""
         if self.mining not in x.triplets:
-            x.triplets[self.mining] = triplets.counts(self.mining, x.t, x.of.pos, x.of.neg)
+            x.triplets[self.mining] = triplet_counts(self.mining, x.t, x.of.pos, x.of.neg)
         return x.triplets[self.mining]
 
     def value(self, x: Scores, dim: int) -> Tensor:
@@ -225,6 +269,13 @@ def _triplets(mining: str) -> dict[str, Statistic]:
     return {f"triplets_{mining}": loss, f"active_{mining}": active}
 
 
+KERNEL_STATISTICS = (
+    # fault: cpu-statistics-another
+    *("neg_lse", "neg_max", "square"),  # which the kernels compute at once
+    *("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap"),  # and each of these where it is wanted
+)
+"""What the kernels of `csrc` know, in the order of their numbers there: a test compares it with `names.h`."""
+
 STATISTIC = {
     "neg_lse": _lse("neg"),
     "pos_lse": _lse("pos"),
@@ -232,9 +283,10 @@ STATISTIC = {
     **_extreme("neg", "max"),
     **_extreme("pos", "min"),
     "pos_max": Statistic("pos", "t", float("-inf"), torch.amax, _merge("pos_max", torch.maximum), None),
-    **_sum("square", "s", torch.square, lambda s: 2 * s),
+    **_sum("square", "s", torch.square, lambda s: 2 * s),  # fault: penalty-after-clip
     **_sum("neg_softplus", "t", softplus, torch.sigmoid, empty=float("-inf"), poisoned=True),
     **_sum("neg_hinge", "t", _hinge, _active, empty=float("-inf"), poisoned=True),
+    # fault: hinge-squared-slope
     **_sum("neg_hinge_square", "t", lambda t: _hinge(t).square(), lambda t: 2 * _hinge(t), empty=-1.0, poisoned=True),
     **_sum("neg_active", "t", _active, None, empty=float("-inf")),
     **_sum("pos_sum", "t", lambda t: t, torch.ones_like),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
-from fused_nce.core.atoms import poison
+from fused_nce.core.statistics import poison
 from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.output import NCEOutput
 
@@ -51,7 +51,7 @@ def log_count(n: float, like: Tensor) -> Tensor:
 
 
 def exposed(s: Tensor) -> Tensor:
-    """(N, m) scores, a row NaN throughout where one is not finite: what saturates would hide an infinite one."""
+    """(N, m) scores; a row with a NaN or Inf becomes NaN throughout, or logsigmoid(±Inf) would give a finite loss."""
     return s * (1 + poison(s))[:, None]
 
 

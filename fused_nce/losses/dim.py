@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
-from fused_nce.core.atoms import softplus
-from fused_nce.core.collectives import gather
 from fused_nce.core.engine import tile_loss, tile_stats
-from fused_nce.core.processes import Group, peers
+from fused_nce.core.group import Group, peers
 from fused_nce.core.spec import Block, Identity, Spec
+from fused_nce.core.statistics import softplus
 from fused_nce.core.tails import Nce, fixed_sum
 from fused_nce.losses.common import dense_nce, fixed_lse, fixed_mean, log_count, output
 from fused_nce.losses.module import LossModule
@@ -52,9 +51,7 @@ def dim_mi(
         global_: (B, D), or (B, G, D) for several global vectors an image; same dtype and device.
         estimator: "jsd", "dv" or "nce".
         anchor: of "nce", "global", "local" or "both"; the others have none.
-        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
-            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
-            whole batch, and so is, under DDP, every gradient.
+        group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -117,6 +114,8 @@ def _divergence(local: Tensor, global_: Tensor, estimator: str, group: Group, ba
     else:
         total = fixed_lse(found[name])
         if everyone is not None:
+            from fused_nce.core.distributed.collectives import gather
+
             # One log for all: the processes' sums meet, and each owes the others a part of its gradient.
             total = fixed_lse(gather([total[None]], everyone, None)[0])
         loss = total - log_count(world * n_product, total) - fixed_mean(found["pos"])
@@ -125,7 +124,24 @@ def _divergence(local: Tensor, global_: Tensor, estimator: str, group: Group, ba
 
 
 class DIMLoss(LossModule):
-    """`dim_mi` with its settings kept: `estimator`, `anchor`, `group`, `backend`."""
+    """Deep InfoMax's bound on the information of local and global vectors (`dim_mi`), its settings kept.
+
+    Args:
+        estimator: "jsd", "dv" or "nce".
+        anchor: of "nce": "global", "local" or "both".
+        group, backend: as in `dim_mi`.
+
+    Shape:
+        local: (B, L, D).
+        global_: (B, D) or (B, G, D).
+
+    Example:
+        ```
+        DIMLoss("nce")(torch.randn(8, 49, 16), torch.randn(8, 16)).loss
+        ```
+    """
+
+    gathers = True
 
     def __init__(
         self, estimator: str = "jsd", *, anchor: str = "global", group: Group = None, backend: str | None = None

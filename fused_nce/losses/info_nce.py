@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
-from fused_nce.core.processes import Group
+from fused_nce.core.group import Group
 from fused_nce.core.spec import Block, Identity, Index, Spec, TanhClip
 from fused_nce.core.tails import REDUCTIONS, Nce
 from fused_nce.losses.common import check_rows, dense_nce, inverse, normalized
@@ -47,9 +47,7 @@ def info_nce(
         clip: range c of a soft clip c·tanh(s/c) of the scores; None for none.
         penalty: λ of λ·mean(s²) over all scores, before the clip.
         reduction: of `nce`: "mean", "sum", or "none" for (N,). The penalty stays a mean.
-        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
-            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
-            whole batch, and so is, under DDP, every gradient.
+        group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -76,7 +74,7 @@ def info_nce(
         # The C++ kernels compute all three at once; `square` costs the others a pass, and nobody reads it.
         tail.stats,
         ("neg_lse",) if symmetric else (),
-        unit=normalize,
+        unit_norm=normalize,
     )
     if normalize:
         queries, keys = normalized(queries), normalized(keys)
@@ -100,12 +98,22 @@ def _check_permutation(targets: Tensor, m: int) -> None:
 
 
 class InfoNCELoss(nn.Module):
-    """`info_nce` with its settings kept; the temperature may be learned, as the log of its inverse.
+    """InfoNCE of queries among keys (`info_nce`), its settings kept; the temperature may be learned.
 
     Args:
         temperature: a number > 0; the start where it is learned.
         learnable: make it a parameter, `log_scale` = log(1 / temperature), 0-d.
         options: `normalize`, `symmetric`, `clip`, `penalty`, `reduction`, `group` and `backend` of `info_nce`.
+
+    Shape:
+        queries: (N, D).
+        keys: (M, D).
+        targets: (N,) int64, the key of each query; i for query i if left out.
+
+    Example:
+        ```
+        InfoNCELoss(learnable=True)(torch.randn(8, 16), torch.randn(8, 16)).loss
+        ```
     """
 
     def __init__(self, temperature: float = 0.1, *, learnable: bool = False, **options: Any) -> None:

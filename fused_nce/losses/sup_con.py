@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
-from fused_nce.core.processes import Group
+from fused_nce.core.group import Group
 from fused_nce.core.spec import Labels, Spec
 from fused_nce.core.tails import LogIn, LogOut
 from fused_nce.losses import registry
@@ -25,7 +25,7 @@ from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, register
 
 SPEC = Spec(Labels(), stats=LogOut.READS, drop_self=True)
-UNIT = replace(SPEC, unit=True)
+UNIT = replace(SPEC, unit_norm=True)
 TAILS = {"out": LogOut(), "in": LogIn()}
 
 
@@ -47,9 +47,7 @@ def sup_con(
         temperature: of the softmax, > 0; a 0-d tensor is learnable.
         variant: "out" (equation 2) or "in" (equation 3).
         normalize: scale every row to unit norm first; False for rows that are.
-        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
-            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
-            whole batch, and so is, under DDP, every gradient.
+        group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -69,7 +67,25 @@ def sup_con(
 
 
 class SupConLoss(LossModule):
-    """`sup_con` with its settings kept: `temperature`, `variant`, `normalize`, `group`, `backend`."""
+    """Supervised contrastive learning (`sup_con`), its settings kept.
+
+    Args:
+        temperature: of the softmax, > 0.
+        variant: "out" (the mean over positives outside the log) or "in".
+        normalize: scale every row to unit norm first.
+        group, backend: as in `sup_con`.
+
+    Shape:
+        features: (N, D), all views of all images.
+        labels: (N,) int64.
+
+    Example:
+        ```
+        SupConLoss()(torch.randn(8, 16), torch.arange(8) % 3).loss
+        ```
+    """
+
+    gathers = True
 
     def __init__(
         self,

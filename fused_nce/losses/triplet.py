@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
-from fused_nce.core.margins import AllTriplets, Hardest, SemihardTriplets
 from fused_nce.core.spec import Dist, Identity, Labels, Spec, SqDist
-from fused_nce.core.tails import Tail, fixed_sum
+from fused_nce.core.tails import AllTriplets, Hardest, SemihardTriplets, Tail, fixed_sum
 from fused_nce.losses import registry
 from fused_nce.losses.common import dense_distances, normalized, output, widened
 from fused_nce.losses.module import LossModule
@@ -95,7 +94,25 @@ def _check_settings(margin: float, mining: str, form: str, squared: bool) -> Non
 
 
 class TripletMarginLoss(LossModule):
-    """`triplet_margin` with its settings kept: `margin`, `mining`, `form`, `normalize`, `squared`, `backend`."""
+    """The triplet loss with mining in the batch (`triplet_margin`), its settings kept.
+
+    Args:
+        margin: by which a negative must be farther than a positive.
+        mining: "hard", "semihard" or "all".
+        form: "distance" or "similarity".
+        normalize: scale every row to unit norm first.
+        squared: squared Euclidean distances.
+        backend: as in `triplet_margin`.
+
+    Shape:
+        features: (N, D).
+        labels: (N,) int64.
+
+    Example:
+        ```
+        TripletMarginLoss()(torch.randn(8, 16), torch.arange(8) % 3).loss
+        ```
+    """
 
     def __init__(
         self,

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 
 from fused_nce import measure
+from fused_nce.models.base import Model
 from fused_nce.train import checkpoint, host, loss_cost
 from fused_nce.train.config import CONFIG_NAME
 from fused_nce.train.evaluation import features
 from fused_nce.train.evaluation.protocols import DEFAULT, check_names
+from fused_nce.train.files import printable, write_text
 from fused_nce.train.method import Method
 from fused_nce.train.report import evaluated, runlog, terminal
 
@@ -87,7 +89,7 @@ def evaluate(
         model, taps=taps, baselines=baselines, leave_out_unseen=leave_out_unseen,
         keep=lambda rows: _write_csv(partial, rows), **settings,
     )  # fmt: skip
-    judged |= _loss_cost(config) if cost else {}
+    judged |= _loss_cost(model, config) if cost else {}
     result: dict[str, Any] = {
         "run": folder.resolve().name,
         "method": config.method,
@@ -105,10 +107,10 @@ def evaluate(
         **judged,
         "evaluation_s": round(time.perf_counter() - start, 1),
     }
-    runlog.write_text(folder / f"eval{ending}.json", json.dumps(result, indent=1) + "\n")
+    write_text(folder / f"eval{ending}.json", json.dumps(result, indent=1) + "\n")
     _write_csv(folder / f"eval{ending}.csv", result["probes"] + result["measures"])
     partial.unlink(missing_ok=True)
-    runlog.write_text(
+    write_text(
         folder / f"report{ending}.html", evaluated.render(result, log, (folder / CONFIG_NAME).read_text(), figures)
     )
     return result
@@ -126,21 +128,21 @@ def run_and_print(run: str, **options: Any) -> int:
     """
     result = evaluate(run, **options)
     print("\n".join(result["read"]), end="\n\n")
-    print(terminal.table(result))
+    print("\n".join(map(printable, terminal.table(result).splitlines())))
     name = f"report{runlog.suffix(options.get('data'))}.html"
-    print(f"\nReport: {Path(run) / name}")
+    print(f"\nReport: {printable(Path(run) / name)}")
     if result["loss_cost_error"] is not None:
         print(f"fused-nce: {result['loss_cost_error']}", file=sys.stderr)
         return 1
     return 0
 
 
-def _loss_cost(config: Method) -> dict[str, Any]:
-    """The cost of AMDIM's loss on the run's own shapes and in its dtype, for a method that says what they are.
+def _loss_cost(model: Model, config: Method) -> dict[str, Any]:
+    """The cost of AMDIM's loss on the run's own shapes and in its dtype, for a model that says what they are.
 
     A failure is reported in its place: the accuracies, minutes of work, do not depend on it.
     """
-    shape = config.loss_shape()
+    shape = model.loss_shape()
     if shape is None:
         return {}
     terms, width = shape

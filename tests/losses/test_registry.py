@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 import pickle
+import re
 import sys
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 
 import fused_nce
+from fused_nce import losses
 from fused_nce.losses.registry import LOSSES
 from tests.budget import eta, precision
 from tests.cases import DTYPES
 from tests.losses.sensitivity import exact
+from tests.marks import nightly_but
 
 
 def cast(entry, inputs, dtype):
@@ -48,6 +51,7 @@ def posed(name, seed=0, dtype=torch.float64):
     )
 
 
+FIRST = [name for name, entry in LOSSES.items() if name == entry.name]  # of each loss
 BATCH_AT = {"cpc_nce": 1}  # the dimension of the batch, where it is not the first
 
 
@@ -131,7 +135,7 @@ def test_across_strips_and_panels(name, monkeypatch):
         torch.testing.assert_close(found[0].stats[key], value, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", nightly_but(FIRST, LOSSES))
 def test_gradcheck(name):
     entry, inputs, leaves = posed(name)
 
@@ -150,7 +154,11 @@ def test_same_bits_twice(name, backend):
     assert all(torch.equal(first[1][key], again[1][key]) for key in leaves)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+# One of each way through the engine: blocks, labels, gathered columns, sorted triplets; the others nightly.
+TRACED = ("amdim_nce", "sup_con", "npid_nce", "triplet_margin/all")
+
+
+@pytest.mark.parametrize("name", nightly_but(TRACED, LOSSES))
 def test_compiles_without_a_break(name):
     torch._dynamo.reset()
     entry, inputs, leaves = posed(name, 2, torch.float32)
@@ -200,3 +208,20 @@ def test_a_modules_settings_are_shown_and_may_be_changed():
     views = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
     expected = fused_nce.nt_xent(*views, temperature=0.1, backend="chunked")
     assert torch.equal(module(*views).loss, expected.loss)
+
+
+def test_every_module_explains_itself():
+    """Args of each setting, Shape of each input and an Example that runs and gives a finite loss."""
+    modules = {x for name, x in vars(losses).items() if name.endswith("Loss")}
+    assert {entry.module for entry in LOSSES.values()} <= modules
+    for module in modules:
+        text = inspect.getdoc(module) or ""
+        for method, head, end in ((module.__init__, "Args:", "Shape:"), (module.forward, "Shape:", "Example:")):
+            listed = text[text.find(head) : text.index(end)] if head in text else ""
+            for name, parameter in list(inspect.signature(method).parameters.items())[1:]:
+                if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                    assert re.search(rf"\b({name}|each view)\b", listed), f"{module.__name__}: {head} lacks {name}"
+        *lines, last = text.split("```")[1].strip().splitlines()
+        scope = {"torch": torch, **vars(losses)}
+        exec("\n".join(lines), scope)
+        assert eval(last, scope).isfinite(), module.__name__

@@ -277,6 +277,7 @@ def test_loss_cost_sees_the_naive_score_tensor():
     assert found["naive"]["peak_bytes"] > 1.5 * found["fused"]["peak_bytes"]
 
 
+@pytest.mark.nightly
 def test_a_failed_measurement_is_reported():
     with pytest.raises(RuntimeError, match=r"measuring the loss failed \(exit \d+\): "):
         loss_cost.measure(0, [(1, 4)], 16, torch.float32)
@@ -286,8 +287,13 @@ def test_every_pair_of_the_loss_is_a_term(monkeypatch):
     seen: dict = {}
     monkeypatch.setattr(loss_cost, "measure", lambda *args: seen.update(args=args) or {})
     settings = AMDIMConfig(precision="fp32")
-    assert evaluate._loss_cost(settings) == {"loss_cost": {}}
-    assert seen["args"] == (200, [(1, 25), (1, 25), (1, 49), (1, 49), (1, 25), (1, 25)], 1024, torch.float32)
+    settings.model = dataclasses.replace(settings.model, ndf=32, n_rkhs=256, n_depth=1)
+    assert evaluate._loss_cost(settings.build(), settings) == {"loss_cost": {}}
+    assert seen["args"] == (200, [(1, 25), (1, 25), (1, 49), (1, 49), (1, 25), (1, 25)], 256, torch.float32)
+    settings.model = dataclasses.replace(settings.model, mixture=3)
+    evaluate._loss_cost(settings.build(), settings)
+    assert seen["args"][1] == [(3, 25), (3, 25), (3, 49), (3, 49), (1, 25), (1, 25)]
+    settings.model = dataclasses.replace(settings.model, mixture=1)
     settings.loss = dataclasses.replace(settings.loss, pairs=("5>7",), antecedents="all")
-    evaluate._loss_cost(settings)
+    evaluate._loss_cost(settings.build(), settings)
     assert seen["args"][1] == [(25, 49), (25, 49)]

@@ -1,4 +1,4 @@
-"""BatchNorm over parts of a batch: what several processes have each by itself, on one."""
+"""BatchNorm over parts of a batch: on one process, what each of several processes would compute."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             F.batch_norm(piece, m, v, self.weight, self.bias, True, step, self.eps)
             for piece, m, v in zip(pieces, means, variances, strict=True)
         ]
-        mean.copy_(torch.stack(means).mean(0))
+        mean.copy_(torch.stack(means).mean(0))  # fault: split-batchnorm-keeps
         var.copy_(torch.stack(variances).mean(0))
         return torch.cat(parts)
 

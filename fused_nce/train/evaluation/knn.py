@@ -37,7 +37,7 @@ def nearest(
         )
     if not 1 <= k <= len(bank):
         raise ValueError(f"k: {k}; need 1 to {len(bank)}, the number of labelled images")
-    bank = functional.normalize(bank.float(), dim=1)
+    bank = functional.normalize(bank.float(), dim=1)  # fault: knn-dot-product
     # In chunks of queries, so that 10,000 × 50,000 similarities (2 GB) are never held at once.
     parts = [(functional.normalize(part.float(), dim=1) @ bank.T).topk(k, dim=1) for part in queries.split(chunk)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])

@@ -174,7 +174,7 @@ def _feature_sets(
 def extract(
     model: Any, waves: Sequence[Tensor], level: float | None, taps: Sequence[str], *, name: str = "features"
 ) -> dict[str, Tensor]:  # {tap: (n, D)}
-    """Each tap's mean over the frames of a recording, which is encoded whole and by itself: no padding, no neighbours.
+    """Each tap's mean over the frames of a recording. Recordings are encoded one at a time, whole, without padding.
 
     Args:
         model: has `encode(x) -> {tap: tensor}` and `encoder.frames(samples)`.

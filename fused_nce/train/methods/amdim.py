@@ -67,7 +67,7 @@ class LossConfig:
     antecedents: Literal["sample", "all"] = "sample"
     scale: float | None = setting(None, optional(ABOVE_0))
     clip: float | None = setting(20.0, optional(ABOVE_0))
-    penalty: float = setting(0.05, AT_LEAST_0)
+    penalty: float = setting(0.05, AT_LEAST_0)  # fault: upstream-presets-paper
     tau: float = setting(1.0, ABOVE_0)
     backend: str | None = setting(None, BACKEND)
 
@@ -125,8 +125,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class AMDIMConfig(Method):
-    __doc__ = Method.__doc__
-
     method: ClassVar[str] = "amdim"
     title: ClassVar[str] = "AMDIM"
     in_parts: ClassVar[bool] = True
@@ -167,11 +165,3 @@ class AMDIMConfig(Method):
             f"random, {name} init": dataclasses.replace(self, model=dataclasses.replace(self.model, init=init))
             for name, init in kinds.items()
         }
-
-    def loss_shape(self) -> tuple[list[tuple[int, int]], int]:
-        """Every pair, in both directions."""
-        every = self.loss.antecedents == "all"
-        sides = [[int(side) ** 2 for side in pair.split(">")] for pair in self.loss.pairs]
-        rows_of = {rows: rows if every else 1 for rows, _ in sides} | {1: self.model.mixture}
-        terms = [(rows_of[rows], columns) for rows, columns in sides for _ in range(2)]
-        return terms, self.model.n_rkhs
