@@ -202,8 +202,8 @@ class ShardSamples(Samples):
             if key != sample.stem and key in bare and not sample.beside:  # 0.left.png, 0.right.png and 0.cls
                 sample.beside = dict(bare[key][0].beside)
                 used.add(key)
-        for stem in bare.keys() - used:
-            for sample in bare[stem]:
+        for stem, samples in bare.items():
+            for sample in samples if stem not in used else []:
                 suffix = next(iter(sample.beside))
                 self.account.leave_out(f"labels without {self.kind}", f"{shard}:{stem}.{suffix}", len(sample.beside))
 
