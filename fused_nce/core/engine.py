@@ -273,7 +273,7 @@ def _sweeps(
         return _sweep(x, spec, tail, parts, report_groups, ring.code(everyone, backend or "", spec))
     both = bool(spec.columns)
     tail = replace(tail, weight=tail.weight / 2) if both else tail
-    scores = remote.spread(x, spec, everyone)
+    scores = remote.spread(x, spec, everyone, tail.code)
     there = _sweep(scores[0], spec, tail, parts, report_groups, backend)
     if not both:
         return there

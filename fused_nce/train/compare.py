@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fused_nce.train import config, options
-from fused_nce.train.files import printable, read_json, write_text
+from fused_nce.train.files import printable, write_text
 from fused_nce.train.report import compared, runlog
 
 FIELDS = ("run", "method", "trained_on", "data", "tap", "encoder", "probe", "labels")
@@ -60,9 +60,7 @@ def read_runs(folders: Sequence[str], *, data: str | None = None) -> list[compar
         if not file.is_file():
             again = f"fused-nce eval {path}" + (f" --data {data}" if data else "")
             raise ValueError(f"runs: {path} holds no {file.name}; evaluate it first: {again}")
-        result = read_json(file)
-        if missing := [key for key in ("data_name", "method", "probes", "taps") if key not in result]:
-            raise ValueError(f"{file}: has no {missing[0]}; evaluate the run again: fused-nce eval {path}")
+        result = runlog.read_evaluation(file, ("data_name", "method", "probes", "taps"))
         settings = config.flatten(config.to_dict(config.load(path)))
         runs.append(
             compared.Run(name if names.count(name) == 1 else str(path), result, runlog.read_log(path), settings)

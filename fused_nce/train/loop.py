@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,6 +30,7 @@ from fused_nce.train.step import LossTimer, Meter, TrainStep, gradient_norm, mem
 log = logging.getLogger("fused_nce")
 
 MAX_SKIPPED_IN_A_ROW = 3
+BROKEN = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|Timed out", re.I)  # collectives, in torch's words
 MAX_FAILED_SAVES = 3
 
 
@@ -178,9 +180,14 @@ class Trainer:
             yield
         except Diverged:
             raise
-        except Exception:
+        except Exception as error:
             if self._steady and self.accelerator.num_processes == 1 and self.step > 0 and self._try_save():
                 log.warning("an error ends the run at step %d, which is saved: --resume goes on from there", self.step)
+            if self.accelerator.num_processes > 1 and BROKEN.search(str(error)):
+                raise RuntimeError(
+                    f"processes: another one died or came too late ({one_line(str(error))[:200]}); --resume goes on "
+                    "from the last checkpoint"
+                ) from error
             raise
 
     def close(self) -> None:

@@ -40,6 +40,16 @@ def said(what: Any) -> str:
     return ""
 
 
+DIFFERING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "reduction": ({"reduction": "mean"}, {"reduction": "sum"}),
+    "penalty": ({"penalty": 0.1}, {"penalty": 0.2}),
+    "scale": ({"scale": 0.5}, {"scale": 0.25}),
+    "clip": ({"clip": 4.0}, {"clip": 5.0}),
+    "ring": ({}, {}),
+    "wire": ({}, {}),
+}
+
+
 def talk(rank: int) -> dict[Any, Any]:
     """Everything that leaves both processes alive."""
     found: dict[Any, Any] = {}
@@ -48,6 +58,12 @@ def talk(rank: int) -> dict[Any, Any]:
         q, k = features(rank)
         uneven = q[: N - 2 * rank], k[: N - 2 * rank]
         found["uneven", way] = said(lambda x=uneven, g=group: amdim_nce(*x, group=g))
+        for name, options in DIFFERING.items():
+            q, k = features(rank)
+            wire = torch.bfloat16 if name == "wire" and rank else None
+            mine = Processes(ring=(way == "ring") != (name == "ring" and bool(rank)), wire_dtype=wire)
+            more = {"group": mine, **options[rank]}
+            found["differing", name, way] = said(lambda q=q, k=k, more=more: amdim_nce(q, k, **more))
         frozen = k.detach() if rank else k
         found["frozen", way] = said(lambda q=q, k=frozen, g=group: amdim_nce(q, k, group=g))
         for dtype in (torch.float32, torch.bfloat16):
@@ -106,6 +122,17 @@ def test_uneven_batches_raise_the_same_error_on_every_process(found, way):
     messages = {result["uneven", way] for result in found}
     (message,) = messages
     assert message.startswith("ValueError: group: got N = 6, M = 18 on process 0; N = 4, M = 12 on process 1; need")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", DIFFERING)
+def test_processes_with_other_settings_tell_each_other(found, name, way):
+    (message,) = {result["differing", name, way] for result in found}
+    assert message.startswith("ValueError: group: got ")
+    word = {"penalty": "reduction", "clip": "tanh_clip"}.get(name, name)
+    assert word in message
+    assert "on process 0" in message
+    assert "on process 1; need the same on all 2 processes" in message
 
 
 @pytest.mark.parametrize("way", WAYS)

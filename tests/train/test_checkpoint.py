@@ -46,12 +46,13 @@ def test_round_trip_and_what_is_kept(run):
     assert not list((run / "checkpoints").glob(".tmp*"))
 
 
-def test_every_flipped_bit_is_seen_and_the_one_before_is_used(run, caplog):
+@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.nightly)])
+def test_every_flipped_bit_is_seen_and_the_one_before_is_used(run, caplog, count):
     newest = checkpoint.steps(run)[-1]
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(count)
     for name in ("model.safetensors", "state.json"):
         whole = (newest / name).read_bytes()
-        for place in torch.randint(len(whole), (40,), generator=draw).tolist():
+        for place in torch.randint(len(whole), (count,), generator=draw).tolist():
             damaged = bytearray(whole)
             damaged[place] ^= 1 << (place % 8)
             (newest / name).write_bytes(damaged)
@@ -72,6 +73,17 @@ def test_truncated_empty_or_missing_files_are_seen(run, name):
         assert step_of(run) == 2
     path.unlink()
     assert step_of(run) == 2
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "MANIFEST.json"])
+def test_every_one_of_200_truncations_is_seen(run, name):
+    newest = checkpoint.steps(run)[-1]
+    whole = (newest / name).read_bytes()
+    for length in torch.randint(len(whole), (200,), generator=torch.Generator().manual_seed(1)).tolist():
+        (newest / name).write_bytes(whole[:length])
+        assert checkpoint.damage(newest)
+        assert checkpoint.newest(run) == checkpoint.steps(run)[-2]
 
 
 def test_a_manifest_cannot_name_files_outside(run):
@@ -145,7 +157,7 @@ def test_killed_while_saving_the_last_good_one_loads(tmp_path):
     last = 0
     for kill in range(2):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        for _ in range(3 + kill):
+        for _ in range(3 + kill % 8):
             assert writer.stdout is not None
             last = int(writer.stdout.readline())
         time.sleep(0.007 * kill)

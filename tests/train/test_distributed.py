@@ -119,3 +119,26 @@ def test_torchrun_replaces_a_killed_process_and_the_run_goes_on_exactly(tmp_path
     assert ours.keys() == theirs.keys()
     assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
     assert untimed(log(out)) == untimed(log(tmp_path / "b"))
+
+
+OTHER_SETTINGS = """
+import os, sys
+from fused_nce import cli
+rank = os.environ["RANK"]
+sys.exit(cli.main(["train", "amdim", *sys.argv[1:], f"--optim.lr=0.00{int(rank) + 1}"]))
+"""
+
+
+@pytest.mark.nightly
+def test_processes_that_were_started_with_other_settings_say_so(tmp_path):
+    (tmp_path / "other.py").write_text(OTHER_SETTINGS)
+    done = subprocess.run(
+        [*LAUNCH, str(tmp_path / "other.py"), *TINY, "--max-steps=2", f"--out={tmp_path / 'a'}"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert "processes: differ in their settings, optim.lr: 0.00" in done.stderr
+    assert not (tmp_path / "a").exists()

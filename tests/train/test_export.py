@@ -86,6 +86,10 @@ def test_timm_loads_the_folder(tmp_path):
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     with torch.inference_mode():
         assert torch.equal(model(IMAGES), features(run, IMAGES)[0]["h"])
+        for changed, shape in (({"num_classes": 7}, (3, 7)), ({"in_chans": 1, "num_classes": 0}, (3, 512))):
+            other = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, **changed).eval()
+            assert other(IMAGES[:, : changed.get("in_chans", 3)]).shape == shape
+            assert torch.equal(other.layer4[1].conv2.weight, model.layer4[1].conv2.weight)
 
 
 def test_the_head_of_a_frozen_encoder_is_gone(resnet):

@@ -7,14 +7,14 @@ processes' losses then has the gradient of one process on the whole batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import ReduceScatterOptions
 
-from fused_nce.core.distributed.processes import agree, finish
+from fused_nce.core.distributed.processes import Seen, agree, finish
 from fused_nce.core.group import Peers, named_group
 
 _lib = torch.library.Library("fused_nce", "FRAGMENT")
@@ -26,7 +26,9 @@ _lib.define(
 
 
 def _agreed(x: Tensor, sizes: list[int], names: list[str], group: str, timeout_s: float) -> Tensor:
-    agree(group, timeout_s, dict(zip(names, sizes, strict=True)))
+    seen: dict[str, int | str] = dict(zip(names, sizes, strict=False))
+    texts = dict(pair.split(" = ", 1) for pair in names[len(sizes) :])  # they stand after the numbers
+    agree(group, timeout_s, seen | texts)
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -38,13 +40,13 @@ torch.library.impl("fused_nce::agreed", "CompositeExplicitAutograd", _agreed, li
 torch.library.register_fake("fused_nce::agreed", _agreed_fake, lib=_lib)
 
 
-def gather(xs: Sequence[Tensor], peers: Peers, seen: Mapping[str, int] | None) -> list[Tensor]:
+def gather(xs: Sequence[Tensor], peers: Peers, seen: Seen | None) -> list[Tensor]:
     """Each (n, ...) tensor as the (size·n, ...) of all processes, by rank; floating ones are differentiable.
 
     Args:
         xs: contiguous or not, of the same shapes and dtypes on every process.
         peers: the processes.
-        seen: numbers to agree on before, at most `processes.WORDS`, that tell of every shape in `xs`; None where
+        seen: what to agree on before, numbers before texts, that tell of every shape in `xs`; None where
             the processes have agreed already.
 
     Raises:
@@ -67,13 +69,15 @@ class _Gather(torch.autograd.Function):
         size: int,
         timeout_s: float,
         wire: torch.dtype | None,
-        seen: Mapping[str, int] | None,
+        seen: Seen | None,
     ) -> Tensor:
         ctx.how = (name, size, timeout_s, wire)
         sent = _on_wire(x, wire)
         if torch.compiler.is_compiling():
             if seen is not None:
-                sent = torch.ops.fused_nce.agreed(sent, list(seen.values()), list(seen), name, timeout_s)
+                numbers = {key: value for key, value in seen.items() if not isinstance(value, str)}
+                texts = [f"{key} = {value}" for key, value in seen.items() if isinstance(value, str)]
+                sent = torch.ops.fused_nce.agreed(sent, list(numbers.values()), [*numbers, *texts], name, timeout_s)
             return _functional("all_gather_into_tensor", sent, size, name).to(x.dtype)
         if seen is not None:
             agree(name, timeout_s, seen)

@@ -1,11 +1,14 @@
 """The agreement of several processes on what they are about to do together.
 
 A collective that two processes enter with different sizes aborts one of them from C++ or hangs both. So before the
-first one they exchange eight integers, on the host, within a time limit: all go on, or all raise the same error.
+first one they exchange one integer, on the host, within a time limit: a digest of sizes and settings. All go on, or
+all tell each other what they have, and raise the same error.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,9 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_nce.core import checks
-from fused_nce.core.group import named_group
+from fused_nce.core.group import Peers, named_group
 
-WORDS = 8  # integers of the exchange, whatever the loss: processes that run different losses still agree on its length
+TEXT_BYTES = 2048  # of what a process has, told where the digests differ
+
+Seen = Mapping[str, int | str]
+"""Sizes and settings of a call, by name; the digest and the error speak of nothing else."""
 
 
 class ProcessLostError(RuntimeError):
@@ -77,34 +83,52 @@ def _host_group(name: str) -> dist.ProcessGroup:
     return _host_groups[name]
 
 
-def agree(name: str, timeout_s: float, seen: Mapping[str, int]) -> None:
-    """All processes see the same numbers, such as {"N": 64, "D": 128}, or all raise the same error.
+def agree(name: str, timeout_s: float, seen: Seen) -> None:
+    """All processes see the same, such as {"N": 64, "scale": "10.0"}, or all raise the same error.
 
     Raises:
         ValueError: naming what differs and where, on every process alike.
         ProcessLostError: where one does not answer.
     """
-    group = _host_group(name)
-    values = list(seen.values())
-    mine = torch.tensor(values + [0] * (WORDS - len(values)), dtype=torch.int64)
-    everyone = mine.new_empty(dist.get_world_size(group) * WORDS)
-    finish("the exchange of sizes", timeout_s, lambda: group._allgather_base(everyone, mine))
-    rows = everyone.view(-1, WORDS)[:, : len(values)].tolist()
-    if all(row == rows[0] for row in rows):
+    group, text = _host_group(name), json.dumps(dict(seen)).encode()
+    mine = torch.tensor([int.from_bytes(hashlib.sha256(text).digest()[:8], "little", signed=True)])
+    digests = mine.new_empty(dist.get_world_size(group))
+    finish("the exchange of sizes", timeout_s, lambda: group._allgather_base(digests, mine))
+    if bool((digests == mine).all()):
         return
-    differ = [i for i in range(len(values)) if len({row[i] for row in rows}) > 1]
-    names = list(seen)
+    padded = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
+    padded[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+    texts = padded.new_empty(len(digests) * TEXT_BYTES)
+    finish("the exchange of settings", timeout_s, lambda: group._allgather_base(texts, padded))
+    everyone = [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in texts.view(-1, TEXT_BYTES)]
+    names = list(dict.fromkeys(key for one in everyone for key in one))
+    differ = [key for key in names if len({one.get(key) for one in everyone}) > 1]
     first: dict[tuple[str, ...], int] = {}  # what was seen, and the first process that saw it
-    for rank, row in enumerate(rows):
-        first.setdefault(tuple(_shown(names[i], row[i]) for i in differ), rank)
+    for rank, one in enumerate(everyone):
+        first.setdefault(tuple(_shown(key, one.get(key)) for key in differ if key in one), rank)
     found = "; ".join(f"{', '.join(words)} on process {rank}" for words, rank in list(first.items())[:4])
     raise ValueError(
-        f"group: got {found}; need the same on all {len(rows)} processes (drop_last=True drops an uneven last batch)"
+        f"group: got {found}; need the same on all {len(everyone)} processes (drop_last=True drops an uneven last "
+        "batch)"
     )
 
 
-def _shown(name: str, value: int) -> str:
-    return f"{name} = {checks.DTYPES[value] if name.endswith('dtype') else value}"
+def settings(peers: Peers, scale: object, spec: str, tail: str | None = None) -> dict[str, str]:
+    """What the processes of a call must have in common beside their sizes, as text.
+
+    Args:
+        peers: how the keys come.
+        scale: a number, such as 1 / temperature, or a tensor, whose value is not read.
+        spec: its code: layout, clip, whether rows are normalised to a bound.
+        tail: its code: the loss, penalty and reduction.
+    """
+    found = {"ring": str(peers.ring), "wire": str(peers.wire_dtype)}
+    found["scale (1 / temperature)"] = "a tensor" if isinstance(scale, Tensor) else repr(scale)
+    return found | {"scores": spec} | ({"loss, penalty, reduction, weight": tail} if tail is not None else {})
+
+
+def _shown(name: str, value: int | str) -> str:
+    return f"{name} = {checks.DTYPES[value] if name.endswith('dtype') and isinstance(value, int) else value}"
 
 
 def dtype_number(x: Tensor) -> int:

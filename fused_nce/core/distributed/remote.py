@@ -14,21 +14,22 @@ from torch import Tensor
 
 from fused_nce.core import checks
 from fused_nce.core.distributed.collectives import gather
-from fused_nce.core.distributed.processes import dtype_number
+from fused_nce.core.distributed.processes import dtype_number, settings
 from fused_nce.core.group import Peers
 from fused_nce.core.ops import Scores
 from fused_nce.core.spec import Block, Index, Layout, Spec
 
 
-def agreement(x: Scores) -> dict[str, int]:
-    """What the processes must have in common."""
+def agreement(x: Scores, peers: Peers, tail: str | None) -> dict[str, int | str]:
+    """What the processes must have in common, numbers first."""
     n, d = x.q.shape
     # Where one process differentiates its keys and another does not, the backward would wait for ever.
     grad = torch.is_grad_enabled() and x.keys.requires_grad
-    return {"N": n, "M": x.keys.shape[0], "D": d, "dtype": dtype_number(x.keys), "keys' requires_grad": int(grad)}
+    sizes = {"N": n, "M": x.keys.shape[0], "D": d, "dtype": dtype_number(x.keys), "keys' requires_grad": int(grad)}
+    return sizes | settings(peers, x.scale if x.scale_tensor is None else x.scale_tensor, x.spec, tail)
 
 
-def spread(x: Scores, spec: Spec, peers: Peers) -> list[Scores]:
+def spread(x: Scores, spec: Spec, peers: Peers, tail: str | None = None) -> list[Scores]:
     """The rows against the keys of all processes; with column statistics, also the keys against the rows of all.
 
     A loss that classifies both ways is two such sweeps: the statistics of a column whose rows lie elsewhere are those
@@ -41,7 +42,7 @@ def spread(x: Scores, spec: Spec, peers: Peers) -> list[Scores]:
     both = bool(spec.columns)
     labels = [x.column_ids] if x.column_ids is not None else []
     rows = [x.q] if both else []
-    k, *rest = gather([x.keys, *rows, *labels], peers, agreement(x))
+    k, *rest = gather([x.keys, *rows, *labels], peers, agreement(x, peers, tail))
     there = x._replace(k=k, column_ids=rest[-1] if labels else None)
     if not both:
         return [_shifted(there, spec, peers)]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_nce.core import atoms, checks, defaults
-from fused_nce.core.distributed.processes import agree, dtype_number, finish, lost
+from fused_nce.core.distributed.processes import agree, dtype_number, finish, lost, settings
 from fused_nce.core.group import Peers
 from fused_nce.core.problem import Backend, Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import Labels, Separate, Spec
@@ -71,11 +71,11 @@ class Ring:
         self.other_name, self.other = choose(block.spec, block.q, block.k, backend)
         self.name, self.own = choose(problem.spec, problem.q, None if problem.shared else problem.k, backend)
 
-    def stats(self, problem: Problem, **more: int) -> Statistics:
+    def stats(self, problem: Problem, **more: int | str) -> Statistics:
         """Of all columns; those of the own columns over all rows. `more` is agreed on with the sizes."""
         n, d = problem.q.shape
         sizes = {"N": n, "M": problem.m, "D": d, "dtype": dtype_number(problem.k), **more}
-        agree(self.peers.name, self.peers.timeout_s, sizes)
+        agree(self.peers.name, self.peers.timeout_s, sizes | settings(self.peers, problem.scale, problem.spec.code))
         problem = self._rounded(problem)
         rows, spec, own = atoms.Merger(problem.spec.stats), problem.spec, []
 
@@ -132,7 +132,8 @@ class Ring:
 
     def loss(self, problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
         """Both rounds; only the first where no gradient is wanted."""
-        found = self.stats(problem, **{"gradients wanted": int("".join(str(int(need)) for need in needs))})
+        wanted = int("".join(str(int(need)) for need in needs))
+        found = self.stats(problem, **{"gradients wanted": wanted, "loss, penalty, reduction, weight": tail.code})
         none = problem.q.new_empty(0, dtype=found.rows.dtype)
         if not any(needs):
             return found, Gradients(none, none, none)

@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from fused_nce.train.files import reading
+from fused_nce.train.files import read_json, reading
 
 Line = dict[str, Any]
 
@@ -39,6 +39,18 @@ def read_log(run_dir: Path) -> list[Line]:
     if not steps:
         raise ValueError(f"run: {path} holds no step; need a run that trained")
     return [steps[step] for step in sorted(steps)]
+
+
+def read_evaluation(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:
+    """What `fused-nce eval` wrote.
+
+    Raises:
+        ValueError: naming the file, if it is damaged or lacks what is needed.
+    """
+    result = read_json(path)
+    if missing := [key for key in needed if key not in result]:
+        raise ValueError(f"{path}: has no {missing[0]}; evaluate the run again: fused-nce eval {path.parent}")
+    return result
 
 
 def column(log: list[Line], x: str, y: str) -> tuple[list[float], list[float]]:
