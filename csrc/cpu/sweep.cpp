@@ -481,8 +481,8 @@ class Sweep {
     const Operand right = query_rows();
     if (!plan_.dk_rounded) {
       float* dk = task_.out.dk.template data_ptr<float>() + tile.first_column * width_;
-      // fault: kernels-dk-not
       gradient_gemm(left, tile.lanes, right.data, right.stride, tile.columns, depth, width_,
+                    // fault: kernels-dk-not
                     shared_ || strip_.first > 0, dk, width_);
       return;
     }

@@ -375,6 +375,7 @@ def test_a_reader_that_dies_ends_the_run_with_all_of_it_saved(tmp_path, capsys, 
             import multiprocessing
 
             for child in multiprocessing.active_children():
+                assert child.pid is not None
                 os.kill(child.pid, number)
         return real(self, batches)
 
