@@ -22,7 +22,7 @@ from fused_nce.core.spec import VOCABULARY, Bias, Block, Spec
 from fused_nce.core.tails import Coefficients, Tail
 
 ATOMS = VOCABULARY
-losses = None
+losses = whole_loss = None
 MIN_STRIP_ROWS = 32  # thinner GEMMs ran below half of the machine's rate
 
 

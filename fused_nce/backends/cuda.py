@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = KERNEL_STATISTICS[:3]  # of rows and of columns
 FURTHER = KERNEL_STATISTICS[3:]  # of rows, where one is wanted
 ATOMS = VOCABULARY - MARGINS - {"mixed"}
-gathered_scores = gathered_grads = None
+whole_loss = gathered_scores = gathered_grads = None
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:

@@ -17,7 +17,7 @@ from fused_nce.core.statistics import Scores
 from fused_nce.core.tails import Coefficients, Tail
 
 ATOMS = VOCABULARY
-losses = None
+losses = whole_loss = None
 gathered_scores = partial(gathered.scores, limit_bytes=None)
 gathered_grads = partial(gathered.grads, limit_bytes=None)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fused_nce.compat.processes import check_ddp_compat, check_world, gathered, gradient_times, mean_of_all
 from fused_nce.core import checks
-from fused_nce.distributed import Processes
+from fused_nce.core.group import Processes
 from fused_nce.losses.clip import clip_loss
 from fused_nce.losses.info_nce import info_nce
 from fused_nce.losses.siglip import siglip_loss
