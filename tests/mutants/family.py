@@ -68,8 +68,8 @@ FAMILY = (
     Fault(
         "cpu: the plan forgets that q is k",
         "fused_nce/backends/cpu.py",
-        "limit, shared=k is q)",
-        "limit, shared=False)",
+        'workspace.limit_bytes("cpu"), k is q)',
+        'workspace.limit_bytes("cpu"), False)',
         ("tests/backends/test_cpu_layouts.py",),
     ),
     Fault(
