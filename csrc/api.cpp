@@ -11,6 +11,8 @@
 #include "cpu/sweep.h"
 #include "cuda/machines.h"
 #include "cuda/plan.h"
+#include "loss.h"
+#include "results.h"
 
 namespace fused_nce {
 namespace {
@@ -22,39 +24,12 @@ using StatisticTuple = std::tuple<Tensor, Tensor, Tensor>;
 using GradientTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// A row whose positive is nowhere shows it. Positives from elsewhere are handed on: no column fills them in.
-StatisticTensors new_statistics(const SweepInputs& in) {
-  const int64_t n = in.q.size(0), s = static_cast<int64_t>(in.wanted.rows.size());
-  const auto options = floats(in.q);
-  return {
-      in.layout.positives.defined() ? in.layout.positives.clone()
-                                    : at::full({n, in.layout.n_pos}, std::numeric_limits<float>::quiet_NaN(), options),
-      at::empty({s, n}, options), at::empty({static_cast<int64_t>(in.wanted.columns.size()), in.k.size(0)}, options)};
-}
-
-// Where k is q, dk is added up in dq, and comes back empty.
-Gradients new_gradients_of(const SweepInputs& in, bool statistics) {
-  Gradients out = new_gradients(in, dk_type(in, statistics));
-  if (in.shared && in.need_q) out.dk = out.dq.zero_();
-  out.dbias = at::empty_like(out.dscale);
-  return out;
-}
-
 StatisticTensors checked(const char* pos_name, const Tensor& pos, const char* rows_name, const Tensor& rows,
                          const char* columns_name, const Tensor& columns, const SweepInputs& in) {
   const int64_t n = in.q.size(0), m = in.k.size(0);
   return {coefficients(pos_name, pos, {n, in.layout.n_pos}),
           coefficients(rows_name, rows, {static_cast<int64_t>(in.wanted.rows.size()), n}),
           coefficients(columns_name, columns, {static_cast<int64_t>(in.wanted.columns.size()), m})};
-}
-
-TailRule tail_of(const std::string& name, double unit, double square_weight, const Wanted& wanted) {
-  constexpr unsigned supervised = bit_of(kNegLse) | bit_of(kPosLse) | bit_of(kPosCount) | bit_of(kPosGap);
-  constexpr unsigned reads[kTails] = {bit_of(kNegLse), supervised, supervised, bit_of(kNegSoftplus)};
-  const Tail tail = tail_named(name);
-  TORCH_CHECK_VALUE((reads[tail] & ~Wanted::mask(wanted.rows)) == 0, "stats are ", wanted.rows,
-                    ", needed: all that the tail ", name, " reads");
-  return {tail, static_cast<float>(unit), static_cast<float>(square_weight)};
 }
 
 // The arguments that the three operators begin with, and end with.
@@ -113,8 +88,12 @@ LossTuple cpu_loss(FUSED_NCE_SCORES, const std::string& tail, double unit, doubl
                     ", needed: none, or neg_lse beside the tail nce, which halves it both ways");
   const StatisticTensors found = new_statistics(in);
   const Gradients out = new_gradients_of(in, true);
-  sweep(in,
-        {true, in.need_q || in.need_k || in.need_scale, found, {}, tail_of(tail, unit, square_weight, in.wanted), out});
+  sweep(in, {true,
+             in.need_q || in.need_k || in.need_scale,
+             found,
+             {},
+             tail_rule(tail_named(tail), unit, square_weight, in.wanted),
+             out});
   const auto [dq, dk, dscale, dbias] = gradients(in, out);
   return {found.pos, found.rows, dq, dk, dscale, dbias, found.columns};
 }
@@ -259,6 +238,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("need_q") = true, py::arg("need_k") = true, py::arg("need_scale") = false, py::arg("shared") = false,
         py::arg("labels") = false, py::arg("row_stats") = Names{kNegLse, kNegMax, kSquare},
         py::arg("column_stats") = Names{});
+  m.def(
+      "names",
+      [] {
+        return std::make_pair(std::vector<std::string>(kStatisticNames, kStatisticNames + kStatistics),
+                              std::vector<std::string>(kTailNames, kTailNames + kTails));
+      },
+      "the statistics and the tails that the kernels know, in the order of their numbers");
+  bind_loss(m);
   m.def("cuda_emulated_launches", &cuda::emulated_launches,
         "launches that a GPU would have made for what this process has emulated");
   m.def("cuda_plan", &cuda_plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("positives"),

@@ -1,4 +1,5 @@
-// The names that cross from Python: statistics of `core/statistics.py` and tails of `core/tails.py`.
+// The names that cross from Python, in the order of `KERNEL_STATISTICS` in core/statistics.py and of `KERNEL_TAILS` in
+// core/tails.py; a test compares.
 #pragma once
 
 namespace fused_nce {
@@ -17,6 +18,9 @@ enum Statistic : int {
   kStatistics,
 };
 
+constexpr const char* kStatisticNames[kStatistics] = {"neg_lse", "neg_max", "square",    "neg_softplus", "pos_lse",
+                                                      "pos_max", "pos_sum", "pos_count", "pos_gap"};
+
 constexpr unsigned bit_of(Statistic name) { return 1u << name; }
 
 // What is found over the set of the positives, of which there may be any number.
@@ -27,5 +31,7 @@ constexpr unsigned kOverPositives =
 constexpr unsigned kFused = bit_of(kNegLse) | bit_of(kNegMax) | bit_of(kSquare);
 
 enum Tail : int { kNce, kLogOut, kLogIn, kSigmoid, kTails };
+
+constexpr const char* kTailNames[kTails] = {"nce", "log_out", "log_in", "sigmoid"};
 
 }  // namespace fused_nce

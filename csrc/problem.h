@@ -117,9 +117,8 @@ inline void check_names(const char* what, const std::vector<int64_t>& names) {
 }
 
 inline Tail tail_named(const std::string& name) {
-  constexpr const char* names[kTails] = {"nce", "log_out", "log_in", "sigmoid"};
   for (int tail = 0; tail < kTails; ++tail)
-    if (name == names[tail]) return static_cast<Tail>(tail);
+    if (name == kTailNames[tail]) return static_cast<Tail>(tail);
   TORCH_CHECK_VALUE(false, "tail is '", name, "', needed: nce, log_out, log_in or sigmoid");
 }
 

@@ -2,22 +2,14 @@
 // operations, whose launches alone would take longer than the GEMMs of a small batch. The same text on GPU and CPU.
 #pragma once
 
+#include "../summary.h"
 #include "rows.h"
 
 namespace fused_nce {
 namespace cuda {
 
-// Sums over all positives, and over all rows.
-struct Totals {
-  float nce, bound, pos, top1, neg_lse, square;
-};
-
-struct AddTotals {
-  FUSED_NCE_HD Totals operator()(const Totals& a, const Totals& b) const {
-    return {a.nce + b.nce,   a.bound + b.bound,     a.pos + b.pos,
-            a.top1 + b.top1, a.neg_lse + b.neg_lse, a.square + b.square};
-  }
-};
+using Totals = NceTotals<float>;
+using AddTotals = AddNceTotals<float>;
 
 // One problem's statistics, and what its numbers count for.
 struct Summary {
@@ -43,7 +35,7 @@ struct Summaries {
   float *loss, *nce, *penalty;  // 0-d
 };
 
-constexpr int kReport = 5;
+constexpr int kReport = kNceReport;
 // Elements that one thread sums one after the other; all else is a tree.
 constexpr int kSummaryThreads = 256;
 constexpr int kSummaryElements = 16;
@@ -59,23 +51,17 @@ FUSED_NCE_HD Totals totals_thread(const Summary& s, int report, int64_t thread, 
   for (int64_t e = thread; e < s.reported(); e += threads) {
     // fault: gpu-one-report
     const int64_t turn = e / s.positives, i = turn * s.report_groups + report, p = e - turn * s.positives;
-    const float pos = s.pos[i * s.positives + p], gap = s.neg_lse[i] - pos, nce = softplus(gap);
-    const bool first = p == 0;
-    if (s.elements) s.elements[i * s.positives + p] = s.weight * nce;
-    sum = AddTotals()(sum, {nce, softplus(gap - s.log_positives), pos, pos > s.neg_max[i] ? 1.0f : 0.0f,
-                            first ? s.neg_lse[i] : 0.0f, first && s.square ? s.square[i] : 0.0f});
+    const Totals one = nce_terms<float>(s.pos[i * s.positives + p], s.neg_lse[i], s.neg_max[i],
+                                        s.square ? s.square + i : nullptr, p == 0, s.log_positives);
+    if (s.elements) s.elements[i * s.positives + p] = s.weight * one.nce;
+    sum = AddTotals()(sum, one);
   }
   return sum;
 }
 
 FUSED_NCE_HD void write_report(const Summary& s, int report, const Totals& all) {
-  const float count = static_cast<float>(s.reported());
-  float* out = s.report + report * kReport;
-  out[0] = all.top1 / count;
-  out[1] = all.pos / count;
-  out[2] = all.neg_lse / static_cast<float>(s.rows / s.report_groups);
-  out[3] = all.nce / count - s.chance;
-  out[4] = s.log_images - all.bound / count;
+  write_nce_report(all, static_cast<float>(s.reported()), static_cast<float>(s.rows / s.report_groups), s.chance,
+                   s.log_images, s.report + report * kReport);
 }
 
 // What a problem, all of whose elements are in, adds to the loss. A weight of 0 leaves the penalty out rather than

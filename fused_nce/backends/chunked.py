@@ -23,7 +23,7 @@ from fused_nce.core.tails import Coefficients, Tail
 
 BOTH_WAYS = False
 ATOMS = VOCABULARY
-losses = None
+losses = whole_loss = None
 MIN_STRIP_ROWS = 32  # thinner GEMMs ran below half of the machine's rate
 
 

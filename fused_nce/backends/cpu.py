@@ -6,7 +6,8 @@ workspace. Gradients leave in float32, or dk in bfloat16 where the inputs are an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -14,12 +15,11 @@ import torch
 from torch import Tensor
 
 from fused_nce import _extension
-from fused_nce.core import workspace
-from fused_nce.core.defaults import slopes, summary  # noqa: F401  (handed on)
-from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
-from fused_nce.core.spec import MARGINS, VOCABULARY, Bias, Block, Index, Labels, Spec
-from fused_nce.core.statistics import KERNEL_STATISTICS as NAMES
-from fused_nce.core.tails import KERNEL_TAILS, Coefficients, Tail
+from fused_nce.core import defaults, workspace
+from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
+from fused_nce.core.spec import MARGINS, VOCABULARY, Bias, Block, Index, Labels, Separate, Spec
+from fused_nce.core.statistics import KERNEL_STATISTICS
+from fused_nce.core.tails import KERNEL_TAILS, Coefficients, Tail, fixed_sum
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BOTH_WAYS = True  # `loss` finds the statistics of columns too
@@ -36,9 +36,15 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
         return f"its kernels run on the CPU, not on {q.device}"
     if q.dtype not in DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
-    limit = workspace.limit_bytes("cpu")
     # fault: cpu-plan-forgets
-    for plan in _plans(module, spec, q.shape[0], k.shape[0], q.shape[1], q.dtype, limit, shared=k is q):
+    return _no_room(module, spec, q.shape[0], k.shape[0], q.shape[1], q.dtype, workspace.limit_bytes("cpu"), k is q)
+
+
+@lru_cache(maxsize=256)
+def _no_room(
+    module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype: torch.dtype, limit: int, shared: bool
+) -> str | None:
+    for plan in _plans(module, spec, n, m, d, dtype, limit, shared=shared):
         if not plan["fits"]:
             return f"the workspace of {limit} bytes is below the {plan['total_bytes']} of its smallest plan"
     return None
@@ -70,7 +76,8 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
         x if x is not None else none
         for x in (*statistics[:2], statistics.columns, *coefficients[:2], coefficients.d_columns)
     )
-    return _gradients(problem, torch.ops.fused_nce.cpu_grads(*_arguments(problem), *given, *needs, _limit()))
+    found = torch.ops.fused_nce.cpu_grads(*_arguments(problem), *given, *needs, _limit())
+    return _gradients(problem, found, lambda: coefficients)
 
 
 def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
@@ -88,7 +95,90 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
     pos, rows, *gradients, columns = torch.ops.fused_nce.cpu_loss(
         *_arguments(problem), tail.NAME, unit, tail.penalty / n_scores, *needs, _limit()
     )
-    return Statistics(pos, rows, columns if spec.columns else None), _gradients(problem, gradients)
+    known = Statistics(pos, rows, columns if spec.columns else None)
+    return known, _gradients(problem, gradients, lambda: slopes(problem, tail, known, unit, 1.0))
+
+
+def slopes(
+    problem: Problem, tail: Tail, found: Statistics, d_element: Tensor | float, d_penalty: Tensor | float
+) -> Coefficients:
+    """As `defaults.slopes`, in one pass over the rows."""
+    form, d = _form(problem.spec, tail), torch.as_tensor(d_element)
+    if form is None or problem.blocks > 1:
+        return defaults.slopes(problem, tail, found, d_element, d_penalty)
+    d_pos, d_rows, d_columns = _module().slopes(form, *_finished(problem, found), d, float(d_penalty))
+    return Coefficients(d_pos, d_rows, d_columns if problem.spec.columns else None)
+
+
+def summary(
+    problems: Sequence[Problem], tail_of: Sequence[Tail], found: Sequence[Statistics], report_groups: Sequence[int]
+) -> Summary:
+    """As `defaults.summary`, in one pass over the rows."""
+    form = _form(problems[0].spec, tail_of[0])
+    if form is None or len(problems) > 1 or problems[0].blocks > 1:
+        return defaults.summary(problems, tail_of, found, report_groups)
+    return Summary(*_module().summary(form, *_finished(problems[0], found[0]), report_groups[0]))
+
+
+def whole_loss(
+    spec: Spec,
+    tail: Tail,
+    leaves: tuple[Tensor | None, ...],
+    scale: float,
+    offset: int,
+    normalize: bool,
+    parts: bool,
+    report_groups: int,
+) -> tuple[Any, ...] | None:
+    """`csrc/loss.cpp`, which has a node of its own in the graph."""
+    module = _extension.status()[0]
+    form = None if module is None else _form(spec, tail)
+    if module is None or form is None:
+        return None
+    found: tuple[Any, ...] | None = module.loss(form, *leaves, scale, offset, normalize, parts, report_groups)
+    return found
+
+
+@lru_cache(maxsize=256)
+def _form(spec: Spec, tail: Tail) -> Any:
+    """Both as the kernels know them; None for what they do not know."""
+    if type(tail) not in KERNEL_TAILS or not spec.atoms <= ATOMS or _sums_no_bias(spec):
+        return None
+    block = spec.layout if isinstance(spec.layout, Block) else Block()
+    return _module().Form(
+        layout=spec.layout.NAME,
+        n_c=block.n_c,
+        rows_per_image=block.rows_per_image,
+        positives=spec.n_pos,
+        drop_self=spec.drop_self,
+        biased=isinstance(spec.transform, Bias),
+        clip=spec.clip or 0.0,
+        rows=_numbers(spec.stats),
+        columns=_numbers(spec.columns),
+        tail=tail.NAME,
+        penalty=tail.penalty,
+        weight=tail.weight,
+        reduction=tail.reduction,
+        report=tail.REPORT,
+    )
+
+
+def _module() -> ModuleType:
+    """The extension, of a call that has found it."""
+    module, reason = _extension.status()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+def _numbers(names: Sequence[str]) -> list[int]:
+    return [KERNEL_STATISTICS.index(name) for name in names]
+
+
+def _finished(problem: Problem, found: Statistics) -> tuple[Any, ...]:
+    row_ids = problem.row_ids if isinstance(problem.spec.layout, Index) else None
+    columns = found.rows.new_empty(0, problem.m) if found.columns is None else found.columns
+    return problem.m, problem.offset, row_ids, found.pos, found.rows, columns
 
 
 def _arguments(problem: Problem) -> tuple[Any, ...]:
@@ -98,14 +188,27 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     row_ids = problem.row_ids if isinstance(layout, (Index, Labels)) else None
     column_ids = problem.column_ids if isinstance(layout, Labels) else None
     itself = problem.offset * block[0] if spec.drop_self else -1
-    names = ([NAMES.index(name) for name in of] for of in (spec.stats, spec.columns))
+    names = (_numbers(of) for of in (spec.stats, spec.columns))
     bias = float(problem.bias) if isinstance(spec.transform, Bias) else 0.0
     return *scores, row_ids, itself, problem.positives, column_ids, bias, *names
 
 
-def _gradients(problem: Problem, found: Sequence[Tensor]) -> Gradients:
+def _gradients(problem: Problem, found: Sequence[Tensor], given: Callable[[], Coefficients]) -> Gradients:
     dq, dk, dscale, dbias = found
-    return Gradients(dq, dk, dscale, dbias if isinstance(problem.spec.transform, Bias) else None)
+    if not isinstance(problem.spec.transform, Bias):
+        return Gradients(dq, dk, dscale)
+    if _sums_no_bias(problem.spec) and dbias.numel():
+        # The weights of a row's negatives sum to d_neg_lse, and one of a positive is its d_pos.
+        d, spec = given(), problem.spec
+        dbias = dbias + (fixed_sum(d.d_rows[spec.stats.index("neg_lse")]) if "neg_lse" in spec.stats else 0.0)
+        dbias = dbias + (0.0 if isinstance(spec.layout, Separate) else fixed_sum(d.d_pos))
+    return Gradients(dq, dk, dscale, dbias)
+
+
+def _sums_no_bias(spec: Spec) -> bool:
+    """The kernels add up dL/dt for a bias on the way of the further statistics alone; without any it comes out as 0."""
+    fused = KERNEL_STATISTICS[:3]
+    return isinstance(spec.transform, Bias) and not spec.columns and set(spec.stats) <= set(fused)
 
 
 def _limit() -> int:
@@ -120,8 +223,8 @@ def _plans(
         "image": spec.layout.n_c if isinstance(spec.layout, Block) else max(1, spec.n_pos),
         "shared": shared,
         "labels": isinstance(spec.layout, Labels),
-        "row_stats": [NAMES.index(name) for name in spec.stats],
-        "column_stats": [NAMES.index(name) for name in spec.columns],
+        "row_stats": _numbers(spec.stats),
+        "column_stats": _numbers(spec.columns),
     }
     return [
         module.plan(n, m, d, dtype, limit_bytes, statistics=statistics, need_q=gradients, need_k=gradients, **options)

@@ -29,7 +29,7 @@ NAMES = KERNEL_STATISTICS[:3]  # of rows and of columns
 OPTIONAL_ROW_STATISTICS = KERNEL_STATISTICS[3:]  # of rows; a second kernel computes them if the spec asks for one
 BOTH_WAYS = False
 ATOMS = VOCABULARY - MARGINS - {"mixed"}
-gathered_scores = gathered_grads = None
+whole_loss = gathered_scores = gathered_grads = None
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:

@@ -18,7 +18,7 @@ from fused_nce.core.tails import Coefficients, Tail
 
 BOTH_WAYS = False
 ATOMS = VOCABULARY
-losses = None
+losses = whole_loss = None
 gathered_scores = partial(gathered.scores, limit_bytes=None)
 gathered_grads = partial(gathered.grads, limit_bytes=None)
 

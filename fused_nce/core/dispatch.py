@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from fused_nce.core import cost
 from fused_nce.core.cost import Call
 from fused_nce.core.problem import Backend, Problem
 from fused_nce.core.spec import Spec
+from fused_nce.core.tails import Tail
 
 # The automatic choice takes the first that can of `automatic`. `reference` must be asked for: it holds the scores.
 BACKENDS = ("cpu", "triton", "cuda", "chunked", "reference")
@@ -34,6 +36,7 @@ class Path(NamedTuple):
     reason: str
 
 
+@functools.cache
 def backend_module(name: str) -> Backend:
     """The module of a backend, imported when first used.
 
@@ -70,6 +73,27 @@ def backend_of(problem: Problem, requested: str, call: Call = ANY_CALL) -> tuple
 
         return ring.backend(problem, requested, choose)
     return choose(problem.spec, problem.q, None if problem.shared else problem.k, requested, call)
+
+
+def whole_loss(
+    spec: Spec,
+    tail: Tail,
+    leaves: tuple[Tensor | None, ...],
+    scale: float,
+    offset: int,
+    normalize: bool,
+    parts: bool,
+    report_groups: int,
+    requested: str,
+) -> tuple[Any, ...] | None:
+    """A loss as one function of a backend that has it (`problem.WholeLoss`); None: the ops serve the call."""
+    requested = requested or os.environ.get("FUSED_NCE_BACKEND", "")
+    name = requested or AUTOMATIC[0]
+    whole = backend_module(name).whole_loss if name in BACKENDS else None
+    found = None if whole is None else whole(spec, tail, leaves, scale, offset, normalize, parts, report_groups)
+    if found is not None:
+        _local.path = Path(name, "requested" if requested else "")
+    return found
 
 
 def blocks_of(requested: str) -> int:

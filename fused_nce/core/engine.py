@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_nce.core import batch, checks
+from fused_nce.core import batch, checks, dispatch
 from fused_nce.core import flop as _flop  # noqa: F401  (the ops' formulas)
 from fused_nce.core.group import Group, Peers, peers
 from fused_nce.core.ops import Scores  # and defines torch.ops.fused_nce
@@ -27,6 +27,17 @@ class LossParts(NamedTuple):
     report: dict[str, Tensor]  # the tail's `REPORT`, 0-d each, or (report_groups,)
     pos: Tensor  # (N, P) transformed scores of the positives
     rows: dict[str, Tensor]  # (N,) each, the spec's statistics
+
+
+class Swept(NamedTuple):
+    """`LossParts`, its statistics in one tensor."""
+
+    loss: Tensor
+    nce: Tensor
+    penalty: Tensor
+    report: dict[str, Tensor]
+    pos: Tensor
+    rows: Tensor  # (S, N)
 
 
 class Part(NamedTuple):
@@ -161,14 +172,92 @@ def tile_loss(
         ValueError, TypeError: naming the argument, the value seen and the value needed.
     """
     _check_tail(spec, tail)
-    scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids)
+    q, k = as_matmul(q), k if k is None else as_matmul(k)
+    if k is None and isinstance(spec.layout, Labels) and column_ids is None:
+        column_ids = row_ids
+    given = {"bias": bias, "positives": positives, "row_ids": row_ids, "column_ids": column_ids}
+    checks.check_scores(q, k, spec, scale, offset, **given)  # type: ignore[arg-type]
     checks.check_int("report_groups", report_groups)
     if report_groups < 1 or q.shape[0] % report_groups:
         raise ValueError(f"report_groups: got {report_groups} for N = {q.shape[0]} rows, need a divisor of them")
+    out = loss_of(
+        *(q, k, spec, tail),
+        scale=scale,
+        offset=offset,
+        bias=bias,
+        positives=positives,
+        row_ids=row_ids,
+        column_ids=column_ids,
+        parts=parts,
+        report_groups=report_groups,
+        group=group,
+        backend=backend,
+    )
+    return LossParts(
+        out.loss, out.nce, out.penalty, out.report, out.pos, dict(zip(spec.stats, out.rows.unbind(0), strict=True))
+    )
+
+
+def loss_of(
+    q: Tensor,  # (N, D)
+    k: Tensor | None,  # (M, D)
+    spec: Spec,
+    tail: Tail,
+    *,
+    scale: float | Tensor = 1.0,
+    offset: int = 0,
+    bias: float | Tensor | None = None,
+    positives: Tensor | None = None,
+    own_keys: Tensor | None = None,  # (N, D), no gradient
+    row_ids: Tensor | None = None,
+    column_ids: Tensor | None = None,
+    normalize: bool = False,
+    parts: bool = True,
+    report_groups: int = 1,
+    group: Group = None,
+    backend: str | None = None,
+) -> Swept:
+    """`tile_loss` for a loss that has checked its arguments, by the names that its caller knows.
+
+    A plain call (eager, no group, no transform) is one function of the backend; every other is an op of `core/ops.py`.
+
+    Beside the arguments of `tile_loss` there are `own_keys`, (N, D), of `Separate`: a key a row, whose score is its
+    positive; and `normalize`: rows of q and k (of `own_keys` instead of k where they are given) get norm 1 first.
+    """
+    if k is None and column_ids is None and isinstance(spec.layout, Labels):
+        column_ids = row_ids
+    factor, tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
+    if isinstance(bias, (int, float)):
+        bias = q.new_full((), float(bias), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    if group is None and not torch.compiler.is_compiling():
+        leaves = (q, k, tensor, bias, positives, own_keys, row_ids, column_ids)
+        found = dispatch.whole_loss(spec, tail, leaves, factor, offset, normalize, parts, report_groups, backend or "")
+        if found is not None:
+            return Swept(*found)
+    if normalize:
+        q = normalized(q)
+        k, own_keys = (k, normalized(own_keys)) if own_keys is not None else (k if k is None else normalized(k), None)
+    if own_keys is not None:
+        with torch.autocast(q.device.type, enabled=False):  # a score never goes through 16 bits
+            positives = scale * (widened(q) * widened(own_keys)).sum(dim=1, keepdim=True)
+    q, k = as_matmul(q), k if k is None else as_matmul(k)
+    for name, x in {"q": q, "k": k, "scale": scale, "bias": bias, "positives": positives}.items():
+        checks.check_no_transform(name, x)
+    scores = Scores(q, k, tensor, bias, positives, row_ids, column_ids, factor, spec.code, offset)
     everyone = peers(group)
     if everyone is None:
         return _sweep(scores, spec, tail, parts, report_groups, backend)
     return _sweeps(scores, spec, tail, parts, report_groups, everyone, backend)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in the dtype that everything is accumulated in: float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def normalized(x: Tensor) -> Tensor:
+    """Rows of unit norm, in x's dtype; the norm in float32 at least. A zero row stays zero."""
+    return torch.nn.functional.normalize(widened(x), dim=-1).to(x.dtype)
 
 
 def tile_losses(
@@ -232,19 +321,13 @@ def _shared(scores: Sequence[Scores], parts: Sequence[Part], backend: str | None
     return LossSum(*found[:4])
 
 
-def _sweep(x: Scores, spec: Spec, tail: Tail, parts: bool, report_groups: int, backend: str | None) -> LossParts:
+def _sweep(x: Scores, spec: Spec, tail: Tail, parts: bool, report_groups: int, backend: str | None) -> Swept:
     """One call of the op."""
     loss, nce, penalty, report, pos, rows, *_ = torch.ops.fused_nce.loss(
         *x, tail.code, _needs(x.differentiable), parts, report_groups, backend or ""
     )
-    return LossParts(
-        loss,
-        nce,
-        penalty,
-        dict(zip(tail.REPORT, (report[0] if report_groups == 1 else report.T).unbind(0), strict=True)),
-        pos,
-        dict(zip(spec.stats, rows.unbind(0), strict=True)),
-    )
+    lines = (report[0] if report_groups == 1 else report.T).unbind(0)
+    return Swept(loss, nce, penalty, dict(zip(tail.REPORT, lines, strict=True)), pos, rows)
 
 
 def _needs(leaves: Sequence[Tensor | None]) -> list[bool]:
@@ -263,7 +346,7 @@ def _wants_gradient(x: Tensor) -> bool:
 
 def _sweeps(
     x: Scores, spec: Spec, tail: Tail, parts: bool, report_groups: int, everyone: Peers, backend: str | None
-) -> LossParts:
+) -> Swept:
     """This process's part of the loss of all: its rows; with column statistics, half of it from its keys as rows."""
     from fused_nce.core.distributed import remote, ring
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fused_nce.core import atoms, checks, dispatch, tails, twice
+from fused_nce.core import atoms, checks, defaults, dispatch, tails, twice
 from fused_nce.core import spec as specs
 from fused_nce.core import upstream as upstreams
 from fused_nce.core.cost import Call
@@ -330,8 +330,8 @@ def coefficients_of(
     # fault: upstream-row-0, upstream-mean-not
     d_element = on_loss * rule.unit(n_elements) + (zero if d_nce is None else d_nce * mean)
     d_sum = on_loss + (zero if d_penalty is None else d_penalty)  # fault: lambda-not-scaled
-    module = dispatch.backend_of(problem, backend)[1]
-    return module.slopes(problem, rule, Statistics(pos, rows, columns if spec.columns else None), d_element, d_sum)
+    known = Statistics(pos, rows, columns if spec.columns else None)
+    return defaults.slopes(problem, rule, known, d_element, d_sum)  # in torch: a compiler traces this
 
 
 torch.library.register_autograd("fused_nce::stats", _stats_backward, setup_context=_setup, lib=LIBRARY)

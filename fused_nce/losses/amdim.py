@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
-from fused_nce.core.engine import Part, as_matmul, tile_loss, tile_losses
+from fused_nce.core.engine import Part, as_matmul, loss_of, tile_losses
 from fused_nce.core.group import Group, peers
-from fused_nce.core.spec import Block, Identity, Spec, TanhClip
+from fused_nce.core.spec import Block, Identity, Spec, TanhClip, cached
 from fused_nce.core.tails import REDUCTIONS, REPORT, Nce
 from fused_nce.losses.common import dense_nce
 from fused_nce.losses.output import NCEOutput
@@ -64,8 +64,8 @@ def amdim_nce(
     check_features(antecedents, consequents, offset)
     check_settings(scale, clip, penalty, antecedents.device)
     checks.check_choice("reduction", reduction, REDUCTIONS)
-    part = _part(antecedents, consequents, offset, clip, Nce(penalty, reduction))
-    out = tile_loss(*part[:4], scale=_scale(scale, antecedents), offset=offset, group=group, backend=backend)
+    part = _part(antecedents, consequents, offset, clip, _tail(float(penalty), reduction))
+    out = loss_of(*part[:4], scale=_scale(scale, antecedents), offset=offset, group=group, backend=backend)
     return NCEOutput(out.loss, out.nce, out.penalty, out.report)
 
 
@@ -79,11 +79,17 @@ def _part(
 ) -> Part:
     """The problem of checked arguments. A factor of the tail costs no pass over gradients."""
     n_c, d = consequents.shape[1:]
-    spec = Spec(
-        Block(n_c, 1 if antecedents.dim() == 2 else antecedents.shape[1]),
-        Identity() if clip is None else TanhClip(float(clip)),
-    )
+    rows_an_image = 1 if antecedents.dim() == 2 else antecedents.shape[1]
+    spec = _spec(n_c, rows_an_image, None if clip is None else float(clip))
     return Part(antecedents.reshape(-1, d), consequents.reshape(-1, d), spec, tail, offset, report_groups)
+
+
+@cached
+def _spec(n_c: int, rows_per_image: int, clip: float | None) -> Spec:
+    return Spec(Block(n_c, rows_per_image), Identity() if clip is None else TanhClip(clip))
+
+
+_tail = cached(Nce)
 
 
 def _scale(scale: float | Tensor | None, features: Tensor) -> float | Tensor:

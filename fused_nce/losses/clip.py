@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
-from fused_nce.core.engine import tile_loss
+from fused_nce.core.engine import loss_of
 from fused_nce.core.group import Group
 from fused_nce.core.spec import Block, Spec
 from fused_nce.core.tails import Nce
@@ -18,6 +18,7 @@ from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
 SPEC = Spec(Block(1), stats=Nce().stats, columns=("neg_lse",))
+TAIL = Nce()
 
 
 def clip_loss(
@@ -45,7 +46,7 @@ def clip_loss(
     """
     check_rows("image", image, "text", text, same_n=True)
     checks.check_scale("logit_scale", logit_scale, image.device)
-    parts = tile_loss(image, text, SPEC, Nce(), scale=logit_scale, group=group, backend=backend)
+    parts = loss_of(image, text, SPEC, TAIL, scale=logit_scale, group=group, backend=backend)
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 

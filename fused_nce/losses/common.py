@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
+from fused_nce.core.engine import normalized, widened  # noqa: F401  (what losses do themselves)
 from fused_nce.core.statistics import poison
 from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.output import NCEOutput
@@ -22,16 +23,6 @@ def inverse(name: str, temperature: float | Tensor, device: torch.device) -> flo
         return temperature.reciprocal()
     checks.check_number(name, temperature, above=0)
     return 1 / temperature
-
-
-def widened(x: Tensor) -> Tensor:
-    """x in the dtype that everything is accumulated in: float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def normalized(x: Tensor) -> Tensor:
-    """Rows of unit norm, in x's dtype; the norm in float32 at least. A zero row stays zero."""
-    return torch.nn.functional.normalize(widened(x), dim=-1).to(x.dtype)
 
 
 def fixed_mean(x: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
-from fused_nce.core.engine import tile_loss
+from fused_nce.core.engine import loss_of
 from fused_nce.core.group import Group
-from fused_nce.core.spec import Block, Identity, Index, Spec, TanhClip
+from fused_nce.core.spec import Block, Identity, Index, Spec, TanhClip, cached
 from fused_nce.core.tails import REDUCTIONS, Nce
-from fused_nce.losses.common import check_rows, dense_nce, inverse, normalized
+from fused_nce.losses.common import check_rows, dense_nce, inverse
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, places, register
 
@@ -68,20 +68,26 @@ def info_nce(
         if symmetric:
             _check_permutation(targets, m)
     tail = Nce(float(penalty), reduction)
-    spec = Spec(
-        Block(1) if targets is None else Index(),
-        Identity() if clip is None else TanhClip(float(clip)),
-        # The C++ kernels compute all three at once; `square` costs the others a pass, and nobody reads it.
-        tail.stats,
-        ("neg_lse",) if symmetric else (),
-        unit_norm=normalize,
-    )
-    if normalize:
-        queries, keys = normalized(queries), normalized(keys)
+    spec = _spec(targets is not None, None if clip is None else float(clip), tail.stats, symmetric, normalize)
     scale = inverse("temperature", temperature, queries.device)
-    parts = tile_loss(queries, keys, spec, tail, scale=scale, row_ids=targets, group=group, backend=backend)
+    parts = loss_of(
+        *(queries, keys, spec, tail),
+        scale=scale,
+        row_ids=targets,
+        normalize=normalize,
+        group=group,
+        backend=backend,
+    )
     nce = parts.nce.squeeze(1) if reduction == "none" else parts.nce
     return NCEOutput(parts.loss, nce, parts.penalty, parts.report)
+
+
+@cached
+def _spec(targets: bool, clip: float | None, stats: tuple[str, ...], symmetric: bool, normalize: bool) -> Spec:
+    """The C++ kernels compute neg_lse, neg_max and square at once; `square` costs the others a pass."""
+    transform = Identity() if clip is None else TanhClip(clip)
+    layout, columns = Index() if targets else Block(1), ("neg_lse",) if symmetric else ()
+    return Spec(layout, transform, stats, columns, unit_norm=normalize)
 
 
 def _check_permutation(targets: Tensor, m: int) -> None:

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
-from fused_nce.core.engine import tile_loss
+from fused_nce.core.engine import loss_of
 from fused_nce.core.spec import Separate, Spec
 from fused_nce.core.tails import Nce
-from fused_nce.losses.common import check_rows, dense_nce, inverse, normalized, widened
+from fused_nce.losses.common import check_rows, dense_nce, inverse
 from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
-SPEC = Spec(Separate(1), stats=Nce().stats)
+SPEC, TAIL = Spec(Separate(1), stats=Nce().stats), Nce()
 
 
 def moco_nce(
@@ -56,14 +56,14 @@ def moco_nce(
         raise ValueError(f"queue: got device {queue.device}, need queries's {queries.device}")
     if queue.shape[1] != queries.shape[1]:
         raise ValueError(f"queue: got width D = {queue.shape[1]}, need queries's {queries.shape[1]}")
-    keys = keys.detach()
-    if normalize:
-        queries, keys = normalized(queries), normalized(keys)
     scale = inverse("temperature", temperature, queries.device)
-    with torch.autocast(queries.device.type, enabled=False):  # a score never goes through 16 bits
-        positives = scale * (widened(queries) * widened(keys)).sum(dim=1, keepdim=True)
-    parts = tile_loss(
-        queries, queue.detach(), SPEC, Nce(), scale=scale, positives=positives, parts=False, backend=backend
+    parts = loss_of(
+        *(queries, queue.detach(), SPEC, TAIL),
+        scale=scale,
+        own_keys=keys.detach(),
+        normalize=normalize,
+        parts=False,
+        backend=backend,
     )
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 

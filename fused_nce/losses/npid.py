@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
-from fused_nce.core.engine import tile_loss
+from fused_nce.core.engine import loss_of
 from fused_nce.core.spec import Index, Spec
 from fused_nce.core.tails import Nce, fixed_sum
 from fused_nce.losses.common import dense_nce, inverse, widened
@@ -22,6 +22,7 @@ from fused_nce.losses.registry import Entry, Size, dense_scores, places, registe
 from fused_nce.losses.registry import features as random_features
 
 SPEC = Spec(Index(), stats=Nce().stats)
+TAIL = Nce()
 
 
 def npid_softmax(
@@ -54,7 +55,7 @@ def npid_softmax(
     """
     check_bank(features, bank, indices)
     scale = inverse("temperature", temperature, features.device)
-    parts = tile_loss(features, bank.detach(), SPEC, Nce(), scale=scale, row_ids=indices, parts=False, backend=backend)
+    parts = loss_of(features, bank.detach(), SPEC, TAIL, scale=scale, row_ids=indices, parts=False, backend=backend)
     found = NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
     return proximal_to(found, features, bank, indices, proximal)
 

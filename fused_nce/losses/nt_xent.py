@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_nce.core.engine import tile_loss
+from fused_nce.core.engine import loss_of
 from fused_nce.core.group import Group
 from fused_nce.core.spec import Block, Spec
 from fused_nce.core.tails import Nce
-from fused_nce.losses.common import check_rows, dense_nce, inverse, normalized
+from fused_nce.losses.common import check_rows, dense_nce, inverse
 from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
 # Twins side by side are the two columns of one image: no tensor of targets, and the self is left out by arithmetic.
 SPEC = Spec(Block(2, 2), stats=Nce().stats, drop_self=True)
-UNIT = replace(SPEC, unit_norm=True)
+UNIT, TAIL = replace(SPEC, unit_norm=True), Nce()
 
 
 def nt_xent(
@@ -54,8 +54,8 @@ def nt_xent(
     check_rows("view0", view0, "view1", view1, same_n=True)
     z = torch.stack((view0, view1), dim=1).flatten(0, 1)
     scale = inverse("temperature", temperature, z.device)
-    z, spec = (normalized(z), UNIT) if normalize else (z, SPEC)
-    parts = tile_loss(z, None, spec, Nce(), scale=scale, group=group, backend=backend)
+    spec = UNIT if normalize else SPEC
+    parts = loss_of(z, None, spec, TAIL, scale=scale, normalize=normalize, group=group, backend=backend)
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
-from fused_nce.core.engine import tile_loss
+from fused_nce.core.engine import loss_of
 from fused_nce.core.group import Group
 from fused_nce.core.spec import Labels, Spec
 from fused_nce.core.tails import LogIn, LogOut
 from fused_nce.losses import registry
-from fused_nce.losses.common import inverse, masked_lse, normalized
+from fused_nce.losses.common import inverse, masked_lse
 from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, register
@@ -61,8 +61,14 @@ def sup_con(
     checks.check_ids("labels", labels, features.shape[0], "N", features.device)
     checks.check_choice("variant", variant, tuple(TAILS))
     scale = inverse("temperature", temperature, features.device)
-    z, spec = (normalized(features), UNIT) if normalize else (features, SPEC)
-    parts = tile_loss(z, None, spec, TAILS[variant], scale=scale, row_ids=labels, group=group, backend=backend)
+    parts = loss_of(
+        *(features, None, UNIT if normalize else SPEC, TAILS[variant]),
+        scale=scale,
+        row_ids=labels,
+        normalize=normalize,
+        group=group,
+        backend=backend,
+    )
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 

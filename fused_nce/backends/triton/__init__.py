@@ -25,7 +25,7 @@ from fused_nce.core.tails import Coefficients, Tail
 
 BOTH_WAYS = False
 ATOMS = VOCABULARY - MARGINS  # each has its twin in `atoms.py`
-losses = gathered_scores = gathered_grads = None
+losses = whole_loss = gathered_scores = gathered_grads = None
 MOST_ROWS = 2**31 - 2**16  # a row's number is a 32-bit integer, a tile or a split beyond the last row too
 
 

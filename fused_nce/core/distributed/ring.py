@@ -61,7 +61,7 @@ class Ring:
     """A `Backend` (`core/problem.py`): the rows of this process against the keys of all."""
 
     summary, slopes = staticmethod(defaults.summary), staticmethod(defaults.slopes)
-    losses = gathered_scores = gathered_grads = None
+    losses = whole_loss = gathered_scores = gathered_grads = None
 
     def __init__(self, peers: Peers, problem: Problem, backend: str, choose: Choose) -> None:
         """`backend` as a caller asked for it; it must run both the own block and another's."""

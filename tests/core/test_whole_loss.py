@@ -1,0 +1,286 @@
+"""The loss as one function of the `cpu` backend (csrc/loss.cpp) against the operators in Python: the same numbers."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fused_nce import _extension, amdim_nce, info_nce, last_path, moco_nce, nt_xent, sup_con
+from fused_nce.backends import cpu
+from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.spec import Bias, Block, Separate, Spec, TanhClip
+from fused_nce.core.statistics import KERNEL_STATISTICS
+from fused_nce.core.tails import KERNEL_TAILS, Nce
+from fused_nce.losses.registry import LOSSES, Size
+
+if _extension.status()[0] is None:
+    pytest.skip(_extension.status()[1], allow_module_level=True)
+
+SIZES = (Size(n=2, m=3, d=4, p=2), Size(n=33, m=70, d=24, p=9))
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Whether the calls since the last look were served by the one function; `.off()` leaves all to the operators."""
+    calls, whole = [], cpu.whole_loss
+
+    def listen(*arguments):
+        found = whole(*arguments)
+        calls.append(found is not None)
+        return found
+
+    class Served:
+        def __call__(self):
+            found, calls[:] = list(calls), []
+            return found
+
+        def off(self):
+            monkeypatch.setattr(cpu, "whole_loss", None)
+
+        def on(self):
+            monkeypatch.setattr(cpu, "whole_loss", listen)
+
+    served = Served()
+    served.on()
+    return served
+
+
+def outcome(entry, seed, size, dtype, factors):
+    """All that a loss gives, and the gradients of a sum of its parts."""
+    made = entry.example(seed, size)
+    leaves = {}
+    for name, x in made.items():
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            made[name] = x.to(dtype if x.dim() else torch.float32)
+            if name not in entry.frozen:
+                leaves[name] = made[name].requires_grad_()
+    out = entry.function(**made)
+    parts = (out.loss, out.nce.sum(), out.penalty)
+    total = sum(f * x for f, x in zip(factors, parts, strict=True) if f and x.requires_grad)
+    grads = torch.autograd.grad(total, tuple(leaves.values()), allow_unused=True)
+    named = {"loss": out.loss, "nce": out.nce, "penalty": out.penalty, **out.stats}
+    return {name: x.detach() for name, x in named.items()}, dict(zip(leaves, grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [name for name, entry in LOSSES.items() if not entry.closed])
+def test_the_same_bits_as_the_operators(name, dtype, served):
+    """Of every loss, on random problems, at an upstream gradient of 1 and of another; the same refusals too."""
+    entry, used = LOSSES[name], []
+    for seed in range(3):
+        for size in SIZES:
+            for factors in ((1.0, 0.0, 0.0), (-0.37, 0.0, 0.0)):
+                served.on()
+                values, grads = outcome(entry, seed, size, dtype, factors)
+                used += served()
+                served.off()
+                exact, wanted = outcome(entry, seed, size, dtype, factors)
+                assert values.keys() == exact.keys()
+                for key, x in exact.items():
+                    assert torch.equal(values[key], x), (key, values[key], x)
+                for key, x in wanted.items():
+                    assert (x is None) == (grads[key] is None)
+                    if x is not None and key in entry.two_paths:
+                        near = 4 * torch.finfo(dtype).eps
+                        torch.testing.assert_close(grads[key], x, rtol=near, atol=near)
+                    elif x is not None:
+                        torch.testing.assert_close(grads[key], x, rtol=1e-6, atol=0 if x.dim() else 1e-6)
+    expected = {"amdim_nce", "info_nce", "clip_loss", "nt_xent", "moco_nce", "siglip_loss", "sup_con", "npid_softmax"}
+    assert (entry.name not in expected) or (used and all(used))
+
+
+def test_normalised_rows_are_those_of_the_operators(served):
+    """A fused norm is not torch's to the last bit; a row of zeros stays, and has a gradient."""
+    draw = torch.Generator().manual_seed(0)
+    a, b, q = (torch.randn(n, 40, generator=draw) for n in (17, 17, 50))
+    a[3] = 0.0
+    ids, found = torch.arange(17) % 5, []
+    for on in (True, False):
+        served.on() if on else served.off()
+        for call in (
+            lambda x, y: info_nce(x, y, normalize=True, temperature=0.3),
+            lambda x, y: info_nce(x, y, normalize=True, symmetric=True, penalty=0.1, clip=4.0),
+            lambda x, y: nt_xent(x, y),
+            lambda x, y: moco_nce(x, y, q),
+            lambda x, y: sup_con(x, ids),
+        ):
+            x, y = a.clone().requires_grad_(), b.clone().requires_grad_()
+            loss = call(x, y).loss
+            found.append((loss.detach(), *torch.autograd.grad(loss * 3.0, (x, y), allow_unused=True)))
+    half = len(found) // 2
+    for one, two in zip(found[:half], found[half:], strict=True):
+        torch.testing.assert_close(one, two, rtol=3e-5, atol=1e-6)
+
+
+def problem(**options):
+    draw = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(n, 12, generator=draw).requires_grad_() for n in (6, 18))
+    return (q, k), tile_loss(q, k, Spec(Block(3), TanhClip(4.0)), Nce(0.3, **options), scale=0.5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_each_part_has_its_own_gradient(reduction, served):
+    """`nce` and `penalty`, alone and together with the loss: the scores are computed again."""
+    for part in ("nce", "penalty", "both"):
+        found = []
+        for on in (True, False):
+            served.on() if on else served.off()
+            leaves, out = problem(reduction=reduction)
+            weights = torch.linspace(-1, 2, out.nce.numel()).view(out.nce.shape)
+            terms = {"nce": (weights * out.nce).sum(), "penalty": 2.0 * out.penalty}
+            total = terms[part] if part in terms else terms["nce"] + terms["penalty"] - 0.5 * out.loss
+            found.append(torch.autograd.grad(total, leaves, allow_unused=True))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
+
+
+def test_the_graph_may_be_kept_and_is_refused_what_it_cannot_do(served):
+    leaves, out = problem()
+    one = torch.autograd.grad(out.loss, leaves, retain_graph=True)
+    two = torch.autograd.grad(out.loss, leaves, torch.tensor(2.0), retain_graph=True)
+    batched = torch.autograd.grad(out.loss, leaves, torch.tensor([1.0, 3.0]), is_grads_batched=True, retain_graph=True)
+    for x, y, z in zip(one, two, batched, strict=True):
+        assert torch.equal(2 * x, y)
+        assert torch.equal(torch.stack((x, 3 * x)), z)
+    with pytest.raises(RuntimeError, match=r"double backward \(create_graph=True\) is not supported"):
+        torch.autograd.grad(out.loss, leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="batched upstream gradients"):
+        torch.autograd.grad(out.nce, leaves, torch.ones(2), is_grads_batched=True, retain_graph=True)
+    torch.autograd.grad(out.loss, leaves)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out.loss, leaves)
+    assert served() == [True]
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.randn(4, 8), torch.randn(4, 8))
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            info_nce(dual, torch.randn(4, 8))
+    assert served() == [False]
+
+
+def test_an_input_that_has_changed_is_noticed(served):
+    leaves, out = problem()
+    with torch.no_grad():
+        leaves[1].add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out.penalty, leaves)
+    queries, queue = torch.randn(4, 8, requires_grad=True), torch.randn(9, 8)
+    out = moco_nce(queries, torch.randn(4, 8), queue)
+    queue.zero_()  # a bank may change: the gradients have left with the forward
+    out.loss.backward()
+    assert queries.grad.abs().sum() > 0
+    assert served() == [True, True]
+
+
+def test_what_is_not_plain_is_left_to_the_operators(served):
+    """With the same result, or the operators' own message."""
+    a, k = torch.randn(4, 8), torch.randn(4, 8)
+    value = info_nce(a, k).loss
+    assert served() == [True]
+    assert last_path() == ("cpu", "")
+    assert torch.equal(info_nce(a, k, backend="cpu").loss, value)
+    assert last_path() == ("cpu", "requested")
+    served()
+
+    class Mine(torch.Tensor):
+        pass
+
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        info_nce(a, k)
+    assert counter.get_total_flops() == 2 * 4 * 4 * 8
+    torch.testing.assert_close(info_nce(a.as_subclass(Mine), k).loss.as_subclass(torch.Tensor), value)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        info_nce(a, k)
+    torch.testing.assert_close(torch.vmap(lambda x: info_nce(x, k).loss)(a[None]), value[None])
+    assert not any(served())
+    for bad, error in ((torch.randn(4, 9), "width D"), (torch.randn(0, 8), "N >= 1"), (k.double(), "torch.float64")):
+        with pytest.raises((ValueError, TypeError), match=error):
+            info_nce(a, bad)
+    with pytest.raises(ValueError, match=r"^targets: got 4"):
+        info_nce(a, k, torch.tensor([0, 1, 2, 4]))
+    with pytest.warns(UserWarning, match="one image has no negatives"):
+        info_nce(a[:1], k[:1])
+    assert not any(served())
+
+
+def test_numbers_that_are_not_finite_show(served):
+    for bad in (float("nan"), float("inf")):
+        a, k = torch.randn(5, 8), torch.randn(5, 8)
+        a[2, 3] = bad
+        for call in (
+            info_nce,
+            lambda x, y: amdim_nce(x, y[:, None]),
+            nt_xent,
+            lambda x, y: info_nce(x, y, symmetric=True),
+        ):
+            x, y = a.clone().requires_grad_(), k.clone().requires_grad_()
+            out = call(x, y)
+            out.loss.backward()
+            assert out.loss.isnan()
+            assert x.grad[2].isnan().all()
+    assert all(served())
+
+
+def test_the_same_bits_for_any_number_of_threads(served):
+    draw = torch.Generator().manual_seed(5)
+    a, k = (torch.randn(700, 48, generator=draw) for _ in range(2))
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            x, y = a.clone().requires_grad_(), k.clone().requires_grad_()
+            out = info_nce(x, y, symmetric=True, normalize=True, penalty=0.1)
+            out.loss.backward()
+            found.append((out.loss.detach(), x.grad, y.grad, *out.stats.values()))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+    assert all(served())
+
+
+def test_a_checkpoint_and_hooks_see_it(served):
+    a, k = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
+    (plain,) = torch.autograd.grad(info_nce(a, k).loss, a)
+    (again,) = torch.autograd.grad(checkpoint(lambda x: info_nce(x, k).loss, a, use_reentrant=False), a)
+    assert torch.equal(plain, again)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x):
+        out = info_nce(a, k)
+    out.loss.backward()
+    assert packed
+    assert torch.equal(a.grad, plain)
+
+
+def test_a_bias_has_its_gradient_without_further_statistics():
+    """Beside separate positives, whose scores it moves too, and of each statistic by itself."""
+    draw = torch.Generator().manual_seed(2)
+    q, k, pos = (torch.randn(*shape, generator=draw) for shape in ((5, 6), (9, 6), (5, 2)))
+    for backend in ("cpu", "reference"):
+        bias = torch.tensor(0.3, requires_grad=True)
+        loss = tile_loss(q, k, Spec(Separate(2), Bias()), Nce(), bias=bias, positives=pos, backend=backend).loss
+        assert abs(torch.autograd.grad(loss, bias)[0]) < 1e-6
+        out = tile_stats(q, k[:5], Spec(Block(1), Bias()), bias=bias, backend=backend)
+        assert torch.autograd.grad(out["pos"].sum() + 2 * out["neg_lse"].sum(), bias)[0] == pytest.approx(
+            15.0, rel=1e-6
+        )
+
+
+def test_the_kernels_know_the_names_in_the_same_order():
+    statistics, tails = _extension.status()[0].names()
+    assert tuple(statistics) == KERNEL_STATISTICS
+    assert tails == [tail.NAME for tail in KERNEL_TAILS]
+
+
+def test_a_call_passes_at_most_eighty_functions():
+    """Forward and backward, counted as a profiler sees them."""
+    a, c = torch.randn(2, 8, requires_grad=True), torch.randn(2, 3, 8, requires_grad=True)
+    calls = []
+    for _ in range(2):  # the first fills the caches
+        calls.clear()
+        sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+        try:
+            amdim_nce(a, c).loss.backward()
+        finally:
+            sys.setprofile(None)
+    assert 5 < len(calls) <= 80, calls
