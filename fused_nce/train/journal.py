@@ -43,10 +43,9 @@ class Journal:
             if self.lost == 1:
                 log.warning("%s: a line could not be written (%s); training goes on", self.path, error)
         try:
-            writer = self._writer
-            for key, value in clean.items() if writer is not None else ():
-                if isinstance(value, int | float) and key != "step":
-                    writer.add_scalar(key, value, clean["step"])
+            for key, value in clean.items():
+                if self._writer is not None and isinstance(value, int | float) and key != "step":
+                    self._writer.add_scalar(key, value, clean["step"])
         except Exception as error:  # of the writer's own thread
             log.warning("TensorBoard: no more events are written (%s); training goes on", error)
             self._writer = None

@@ -153,14 +153,15 @@ for step in itertools.count(1):
 """
 
 
-def test_killed_while_saving_the_last_good_one_loads(tmp_path):
+@pytest.mark.parametrize("kills", [2, pytest.param(200, marks=pytest.mark.nightly)])
+def test_killed_while_saving_the_last_good_one_loads(tmp_path, kills):
     last = 0
-    for kill in range(2):
+    for kill in range(kills):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         for _ in range(3 + kill % 8):
             assert writer.stdout is not None
             last = int(writer.stdout.readline())
-        time.sleep(0.007 * kill)
+        time.sleep(0.007 * (kill % 8))
         writer.kill()
         writer.communicate()
         found = checkpoint.newest(tmp_path)

@@ -133,8 +133,8 @@ class Ring:
     def loss(self, problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
         """Both rounds; only the first where no gradient is wanted."""
         wanted = int("".join(str(int(need)) for need in needs))
-        agreed: dict[str, int | str] = {"gradients wanted": wanted, "loss, penalty, reduction, weight": tail.code}
-        found = self.stats(problem, **agreed)
+        more: dict[str, int | str] = {"gradients wanted": wanted, "loss, penalty, reduction, weight": tail.code}
+        found = self.stats(problem, **more)
         none = problem.q.new_empty(0, dtype=found.rows.dtype)
         if not any(needs):
             return found, Gradients(none, none, none)

@@ -33,7 +33,7 @@ def read_log(run_dir: Path) -> list[Line]:
             line = json.loads(row)
             if "step" in line:
                 steps[int(line["step"])] = line
-        except (json.JSONDecodeError, TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # JSON has infinite numbers
             if number < len(rows):
                 raise ValueError(f"{path}: line {number} is no JSON object: {row[:60]!r}") from None
     if not steps:
