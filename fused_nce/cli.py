@@ -81,6 +81,8 @@ def refusal(error: Exception) -> bool:
     """
     if isinstance(error, OSError | ImportError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # of torch on a CPU
+        return True
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next

@@ -16,39 +16,12 @@
 #include "ids.h"
 #include "isa.h"
 #include "strip.h"
+#include "work.h"
 #include "workspace.h"
 
 namespace fused_nce {
 
 namespace {
-
-// Whether the score of row i and column j is that of row j and column i, and a positive of both or of neither.
-bool is_symmetric(const SweepInputs& in) {
-  const Layout& layout = in.layout;
-  if (!in.shared || !in.need_q || layout.positives.defined() || layout.itself > 0) return false;
-  // fault: symmetric-labels-stand
-  if (layout.column_ids.defined()) return layout.row_ids.equal(layout.column_ids);
-  return !layout.row_ids.defined() && in.scoring.offset == 0 && in.scoring.rows_per_image == in.scoring.n_c;
-}
-
-// A tail whose weights `Side` can hold.
-bool has_sides(Tail tail) { return tail == kNce || tail == kLogOut || tail == kLogIn; }
-
-Work work_of(const SweepInputs& in, bool statistics, bool gradients) {
-  return {.rows = in.q.size(0),
-          .columns = in.k.size(0),
-          .width = in.q.size(1),
-          .image = std::max(in.scoring.n_c, in.layout.n_pos),
-          .elements = elements_of(in.q.scalar_type(), in.q.size(1)),
-          .both = statistics && gradients,
-          .gradients = gradients,
-          .need_q = in.need_q,
-          .need_k = in.need_k,
-          .shared = in.shared,
-          .labels = in.layout.column_ids.defined(),
-          .row_stats = Wanted::mask(in.wanted.rows),
-          .column_stats = Wanted::mask(in.wanted.columns)};
-}
 
 template <class E>
 class Sweep {
@@ -183,49 +156,15 @@ class Sweep {
     if (need_q_) merge_dq();
   }
 
-  static Work work_for(const SweepInputs& in, const Task& task) {
-    Work work = work_of(in, task.statistics, task.gradients);
-    const unsigned known = kFused | kOverPositives;
-    work.symmetric =
-        work.both && !work.column_stats && !(work.row_stats & ~known) && has_sides(task.tail.name) && is_symmetric(in);
-    return work;
-  }
-
   unsigned column_stats() const { return work_.symmetric ? work_.row_stats : work_.column_stats; }
 
   // Whether |t| stays so small, by the norms of the rows, that no exponential needs a shift, and all scores are finite.
   bool is_bounded() const {
     if (scoring_.clip > 0.0f || std::min(n_, m_) < kLeastToBound) return false;
-    const float of_q = largest_square(q_, q_stride_, n_), of_k = shared_ ? of_q : largest_square(k_, k_stride_, m_);
+    const float of_q = largest_square(rows_, elements_, half_, q_, q_stride_, n_, width_);
+    const float of_k = shared_ ? of_q : largest_square(rows_, elements_, half_, k_, k_stride_, m_, width_);
     // fault: bounded-queries-alone
     return std::abs(scoring_.scale) * std::sqrt(of_q) * std::sqrt(of_k) <= kBound;
-  }
-
-  float largest_square(const void* base, int64_t stride, int64_t count) const {
-    constexpr int64_t block = 64;
-    std::vector<float> found(ceil_div(count, block));
-    at::parallel_for(0, ceil_div(count, block), 4, [&](int64_t begin, int64_t end) {
-      std::vector<float> wide(elements_ == Elements::float32 ? 0 : width_);
-      for (int64_t b = begin; b < end; ++b) {
-        const int64_t first = b * block, rows = std::min(block, count - first);
-        if (elements_ == Elements::float32) {
-          found[b] = rows_.largest_square(static_cast<const float*>(base) + first * stride, stride, rows, width_);
-          continue;
-        }
-        for (int64_t i = 0; i < rows; ++i) {
-          widen(base, stride, first + i, wide.data());
-          const float square = rows_.largest_square(wide.data(), width_, 1, width_);
-          found[b] = square <= found[b] ? found[b] : square;
-          if (std::isnan(square)) break;
-        }
-      }
-    });
-    float largest = 0.0f;
-    for (const float square : found) {
-      if (std::isnan(square)) return square;
-      largest = std::max(largest, square);
-    }
-    return largest;
   }
 
   Plan checked_plan(int64_t workspace_bytes) {
@@ -248,11 +187,6 @@ class Sweep {
     });
   }
 
-  void widen(const void* base, int64_t stride, int64_t row, float* out) const {
-    const uint16_t* from = static_cast<const uint16_t*>(base) + row * stride;
-    (half_ ? rows_.widen_fp16 : rows_.widen_bf16)(from, out, width_);
-  }
-
   struct Operand {
     const E* data;
     int64_t stride;
@@ -268,7 +202,7 @@ class Sweep {
   // Rows from `first` on, widened or further apart.
   void copy_rows(const void* base, int64_t stride, int64_t first, int64_t rows, float* to) const {
     for (int64_t r = 0; r < rows; ++r, to += padded(width_)) {
-      if (elements_ == Elements::widened) widen(base, stride, first + r, to);
+      if (elements_ == Elements::widened) widen_row(rows_, half_, base, stride, first + r, width_, to);
       else std::copy_n(static_cast<const float*>(base) + (first + r) * stride, width_, to);
     }
   }
@@ -562,18 +496,6 @@ class Sweep {
 void sweep(const SweepInputs& in, const Task& task) {
   if (elements_of(in.q.scalar_type(), in.q.size(1)) == Elements::bfloat16) Sweep<at::BFloat16>(in, task).run();
   else Sweep<float>(in, task).run();
-}
-
-int64_t flop_of_gemms() { return gemm_flop().load(); }
-
-at::ScalarType dk_type(const SweepInputs& in, bool statistics) {
-  return make_plan(work_of(in, statistics, true), in.workspace_bytes).dk_rounded ? at::kBFloat16 : at::kFloat;
-}
-
-// An odd width has no pairs for the bfloat16 GEMM.
-Elements elements_of(at::ScalarType type, int64_t width) {
-  if (type == at::kFloat) return Elements::float32;
-  return type == at::kBFloat16 && width % 2 == 0 && has_bf16_gemm() ? Elements::bfloat16 : Elements::widened;
 }
 
 }  // namespace fused_nce

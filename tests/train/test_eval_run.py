@@ -144,7 +144,7 @@ def test_another_data_set_by_every_protocol(tmp_path, capsys):
 @pytest.mark.parametrize("words", [["--taps", "f1,f7"], ["--taps=f1,f7"], ["--taps=[f1, f7]"], ["--taps", "[f1,f7]"]])
 def test_a_list_is_written_plainly_or_in_brackets(evaluated, monkeypatch, capsys, words):
     def stop(*args, **options):
-        raise ValueError(f"asked for {options['labels_per_class']}")
+        raise OSError(f"asked for {options['labels_per_class']}")
 
     seen = []
     monkeypatch.setattr(evaluate.features, "check_taps", lambda model, sample, taps: seen.extend(taps))
@@ -192,7 +192,7 @@ def test_accuracies_are_on_the_disk_as_they_come(tmp_path, monkeypatch, capsys):
 
     def fail_later(*args):
         if done:
-            raise RuntimeError("out of memory")
+            raise MemoryError("out of memory")
         done.append(1)
         return real(*args)
 
