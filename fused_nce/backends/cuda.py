@@ -19,14 +19,14 @@ from torch import Tensor
 from fused_nce import _extension
 from fused_nce.core import workspace
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
-from fused_nce.core.spec import MARGINS, VOCABULARY, Bias, Block, Index, Labels, Separate, Spec
+from fused_nce.core.spec import TORCH_ALONE, VOCABULARY, Bias, Block, Index, Labels, Separate, Spec
 from fused_nce.core.tails import Coefficients, LogIn, LogOut, Nce, Sigmoid, Tail
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("neg_lse", "neg_max", "square")  # in the order in which the kernels return them, of rows and of columns
 FURTHER = ("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap")  # of rows, where one is wanted
 TAILS = (Nce, LogOut, LogIn, Sigmoid)  # whose coefficients the kernels find themselves
-ATOMS = VOCABULARY - MARGINS - {"mixed"}
+ATOMS = VOCABULARY - TORCH_ALONE - {"mixed"}
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:

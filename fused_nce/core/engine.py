@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ def tile_stats(
     positives: Tensor | None = None,
     row_ids: Tensor | None = None,
     column_ids: Tensor | None = None,
+    ceilings: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
     group: Group = None,
     backend: str | None = None,
 ) -> dict[str, Tensor]:
@@ -84,6 +86,9 @@ def tile_stats(
         positives: (N, P) raw scores, of `Separate`.
         row_ids: (N,) int64, the targets of `Index` or the rows' `Labels`.
         column_ids: (M,) int64, the columns' `Labels`; None with k=None is `row_ids`.
+        ceilings: (F, N), a line for each of `spec.filters`, in the accumulation dtype: a column whose dot product (for
+            `guide`, whose guides' dot product) is above the row's leaves the negatives.
+        guide: (N, G) and (M, G), of the filter `guide`, in the accumulation dtype.
         group: the processes whose keys are columns too; row ids and offset are among this process's own.
         backend: a name of `fused_nce.backends()`, or None to choose.
 
@@ -94,7 +99,7 @@ def tile_stats(
     Raises:
         ValueError, TypeError: naming the argument, the value seen and the value needed.
     """
-    scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids)
+    scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids, ceilings, guide)
     everyone = peers(group)
     if everyone is not None and everyone.ring:
         backend = ring.code(everyone, backend or "", spec)
@@ -123,6 +128,8 @@ def tile_loss(
     positives: Tensor | None = None,
     row_ids: Tensor | None = None,
     column_ids: Tensor | None = None,
+    ceilings: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
     parts: bool = True,
     reports: int = 1,
     group: Group = None,
@@ -148,6 +155,8 @@ def tile_loss(
         positives: (N, P) raw scores, of `Separate`.
         row_ids: (N,) int64, as in `tile_stats`.
         column_ids: (M,) int64, as in `tile_stats`.
+        ceilings: (F, N), as in `tile_stats`.
+        guide: (N, G) and (M, G), as in `tile_stats`.
         parts: False where `loss` alone is differentiated: q and k are not kept, a bank may change before the backward.
         reports: several losses in one: the report of rows r, r + reports, … comes apart for each r < reports.
         group: as in `tile_stats`.
@@ -157,7 +166,7 @@ def tile_loss(
         ValueError, TypeError: naming the argument, the value seen and the value needed.
     """
     _check_tail(spec, tail)
-    scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids)
+    scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids, ceilings, guide)
     checks.check_int("reports", reports)
     if reports < 1 or q.shape[0] % reports:
         raise ValueError(f"reports: got {reports} for N = {q.shape[0]} rows, need a divisor of them")
@@ -301,15 +310,24 @@ def _prepare(
     positives: Tensor | None,
     row_ids: Tensor | None,
     column_ids: Tensor | None,
+    ceilings: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
 ) -> Scores:
     """Checked inputs in the ops' order, cast as `matmul` would under autocast (differentiably)."""
     q, k = as_matmul(q), k if k is None else as_matmul(k)
     if k is None and isinstance(spec.layout, Labels) and column_ids is None:
         column_ids = row_ids
-    checks.check_scores(
-        q, k, spec, scale, offset, bias=bias, positives=positives, row_ids=row_ids, column_ids=column_ids
-    )
+    given: dict[str, Any] = {
+        "positives": positives,
+        "row_ids": row_ids,
+        "column_ids": column_ids,
+        "ceilings": ceilings,
+        "guide": guide,
+    }
+    checks.check_scores(q, k, spec, scale, offset, bias=bias, **given)
     factor, tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
     if isinstance(bias, (int, float)):
         bias = q.new_full((), float(bias), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    return Scores(q, k, tensor, bias, positives, row_ids, column_ids, factor, spec.code, offset)
+    guide_q, guide_k = guide or (None, None)
+    ids = (row_ids, column_ids)
+    return Scores(q, k, tensor, bias, positives, *ids, ceilings, guide_q, guide_k, factor, spec.code, offset)

@@ -26,9 +26,15 @@ MARGINS = frozenset(
         *WHOLE_ROW,
     }
 )
-"""What only the losses of distances and margins name: torch's atoms alone so far, without twins in a kernel."""
+"""What only the losses of distances and margins name."""
 
-VOCABULARY = MARGINS | frozenset(
+FILTERS = ("ceiling", "guide")
+"""What may take a column out of a row's negatives: its dot product, or that of two guides, above the row's ceiling."""
+
+TORCH_ALONE = MARGINS | frozenset({*FILTERS, "neg_sum", "neg_count"})
+"""Atoms of torch alone so far, without twins in a kernel."""
+
+VOCABULARY = TORCH_ALONE | frozenset(
     {
         *("block", "index", "labels", "separate"),  # layouts
         *("identity", "tanh_clip", "bias"),  # transforms
@@ -137,6 +143,7 @@ class Spec:
         columns: statistics of each column, from the same sweep; for losses that classify both ways.
         drop_self: row i is also column `i + offset` (in `Block`, offset counts images) and is left out of every set.
         unit: q and k have rows of norm 1, as their caller made them: a scale that is a number bounds every score.
+        filters: of `FILTERS`: columns that they find leave the set `neg` alone; each has a line of `ceilings`, (N,).
     """
 
     layout: Layout
@@ -145,6 +152,7 @@ class Spec:
     columns: tuple[str, ...] = ()
     drop_self: bool = False
     unit: bool = False
+    filters: tuple[str, ...] = ()
 
     @property
     def code(self) -> str:
@@ -156,6 +164,8 @@ class Spec:
             words.append("drop_self()")
         if self.unit:
             words.append("unit()")
+        if self.filters:
+            words.append(f"filters({','.join(self.filters)})")
         return " ".join(words)
 
     @property
@@ -192,7 +202,7 @@ class Spec:
         """The names in `VOCABULARY` that a backend must know to run this."""
         names = {_call(word)[0] for word in (self.layout.code, self.transform.code)}
         flags = {name for name, used in (("columns", self.columns), ("drop_self", self.drop_self)) if used}
-        return frozenset({*names, *self.stats, *self.columns, *flags})
+        return frozenset({*names, *self.stats, *self.columns, *flags, *self.filters})
 
 
 LAYOUTS: dict[str, type[Layout]] = {"block": Block, "index": Index, "labels": Labels, "separate": Separate}
@@ -217,11 +227,13 @@ def parse(code: str) -> Spec:
     transform, transform_values = _call(transform_code)
     extra = dict(_call(word) for word in rest)
     stats, columns = tuple(stats_code.split(",")), tuple(extra.get("columns", ()))
+    filters = tuple(extra.get("filters", ()))
     if (
         layout not in LAYOUTS
         or transform not in TRANSFORMS
         or not VOCABULARY.issuperset((*stats, *columns))
-        or not {"columns", "drop_self", "unit"}.issuperset(extra)
+        or not set(FILTERS).issuperset(filters)
+        or not {"columns", "drop_self", "unit", "filters"}.issuperset(extra)
     ):
         raise ValueError(
             f"spec: got {code!r}, need one of {', '.join(LAYOUTS)}, one of {', '.join(TRANSFORMS)}, "
@@ -234,6 +246,7 @@ def parse(code: str) -> Spec:
         columns,
         "drop_self" in extra,
         "unit" in extra,
+        filters,
     )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fused_nce.core import checks
 from fused_nce.core.atoms import poison
+from fused_nce.core.engine import as_matmul
 from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.output import NCEOutput
 
@@ -32,6 +33,12 @@ def widened(x: Tensor) -> Tensor:
 def normalized(x: Tensor) -> Tensor:
     """Rows of unit norm, in x's dtype; the norm in float32 at least. A zero row stays zero."""
     return torch.nn.functional.normalize(widened(x), dim=-1).to(x.dtype)
+
+
+def row_dots(q: Tensor, k: Tensor) -> Tensor:
+    """⟨q_i, k_i⟩, (N,), or, of (N, H, D), ⟨q_i, k_ih⟩, (N, H): as `matmul` would cast them, in float32 at least."""
+    q, k = widened(as_matmul(q)), widened(as_matmul(k))
+    return ((q if k.dim() == 2 else q[:, None]) * k).sum(dim=-1)
 
 
 def fixed_mean(x: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from fused_nce.backends.flash import configs, plan
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
-from fused_nce.core.spec import MARGINS, VOCABULARY, Spec
+from fused_nce.core.spec import TORCH_ALONE, VOCABULARY, Spec
 from fused_nce.core.tails import Coefficients, Tail
 
-ATOMS = VOCABULARY - MARGINS  # each has its twin in `atoms.py`
+ATOMS = VOCABULARY - TORCH_ALONE  # each has its twin in `atoms.py`
 MOST_ROWS = 2**31 - 2**16  # a row's number is a 32-bit integer, a tile or a split beyond the last row too
 
 
