@@ -41,11 +41,10 @@ def spread(x: Scores, spec: Spec, peers: Peers) -> list[Scores]:
     if both and spec.filters:
         raise ValueError(f"group: got columns {spec.columns} with the filters {spec.filters}, need one of the two")
     rows = [x.q] if both else []
-    beside: dict[str, Any] = {
-        name: y for name in ("column_ids", "guide_k") if (y := getattr(x, name)) is not None
-    }  # the keys
+    beside = {name: y for name in ("column_ids", "guide_k") if (y := getattr(x, name)) is not None}  # the keys
     k, *rest = gather([x.keys, *rows, *beside.values()], peers, agreement(x))
-    there = x._replace(k=k, **dict(zip(beside, rest[len(rows) :], strict=True)))
+    found: dict[str, Any] = dict(zip(beside, rest[len(rows) :], strict=True))
+    there = x._replace(k=k, **found)
     if not both:
         return [_shifted(there, spec, peers)]
     one_way = replace(spec, columns=())

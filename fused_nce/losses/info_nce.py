@@ -417,7 +417,7 @@ register(_entry(), "learned temperature")
 register(_entry(["targets"], temperature=0.4, clip=5.0, penalty=0.03), "targets, clip, penalty")
 register(_entry(symmetric=True), "symmetric")
 register(_entry(["targets"], symmetric=True, temperature=0.3, penalty=0.1), "symmetric, targets, penalty")
-register(_entry(["hard_negatives", "row_weights"], clip=6.0), "own hard negatives, row weights")
+register(_entry(["hard_negatives", "row_weights"]), "own hard negatives, row weights")
 register(
     _entry(["hard_negatives", "targets", "ids"], share_hard_negatives=True, hardness=0.8, directions=("q2k", "k2k")),
     "shared hard negatives, ids, hardness",
@@ -436,7 +436,9 @@ register(
     "margin, guide, joint directions",
 )
 register(
-    _entry(["ids", "guide"], guide_margin=0.3, guide_margin_kind="relative", label_smoothing=0.2, max_scale=1.2),
+    _entry(
+        ["ids", "guide"], guide_margin=0.3, guide_margin_kind="relative", label_smoothing=0.2, max_scale=1.2, clip=6.0
+    ),
     "guide, smoothing",
 )
 register(_entry(["targets", "column_bias"], label_smoothing=0.1, temperature=0.6), "column bias, smoothing")
