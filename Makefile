@@ -9,7 +9,8 @@ RUN ?= runs/demo-$(NOW)
 UPSTREAM := build/upstream
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-KERNELS := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu)
+KERNELS := setup.py pyproject.toml $(SOURCES)
 
 .PHONY: demo test test-compat nightly mutants bench gpu lint format install clean
 .DEFAULT_GOAL := install
@@ -59,11 +60,14 @@ gpu: install  ## build, test and measure on the GPU at hand; OPTIONS="--quick" a
 lint: install
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
 	@$(PY) -m mypy
+	@$(PY) -m bench.lines
 
 format: install
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
+	@$(VENV)/bin/clang-format -i $(SOURCES)
 
 clean:  ## what was built or cached; .venv and runs/ stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks $(VENV)/.installed

@@ -63,7 +63,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
             row = describe(case, judged=case in table) | measure.case_times(case, names, rounds, budget_s)
             bar.update()
             for name in names:
-                row["rivals"][name] |= memory.peak(name, case, options.threads)
+                row["rivals"][name] |= memory.peak(rivals.Subject(name, case), options.threads)
                 bar.update()
             rows.append(row)
     return {

@@ -10,77 +10,79 @@ among the pages "before". A compiled rival is warmed up on its real shape, or th
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
+from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from bench import rivals
-from bench.cases import Case
+from fused_nce.measure import reset_peak, status_bytes
 
-TINY = {"n_a": 4, "n_c": 3, "d": 16}
 MIB = 2**20
 
 
-def peak(rival: str, case: Case, threads: int) -> dict[str, float]:
-    """One rival's peak on one case, measured in a process of its own.
+class Subject(Protocol):
+    """What is measured: a step on its real inputs, and what must have run before. Picklable."""
+
+    @property
+    def name(self) -> str:
+        """For the error's text."""
+
+    @property
+    def gradients_bytes(self) -> int:
+        """That a step leaves behind."""
+
+    def prepare(self) -> Callable[[], object]:
+        """A step on its real inputs, made here; whatever must be compiled has been."""
+
+    def warm_up(self) -> None:
+        """Run something tiny of the same kind."""
+
+
+def peak(subject: Subject, threads: int) -> dict[str, float]:
+    """The peak of one step, measured in a process of its own.
 
     Returns:
         `peak_memory_mib` and the parts it was computed from, all in MiB.
 
     Raises:
-        RuntimeError: if the process died, which for the naive loss mostly means that the memory was not there.
+        RuntimeError: if the process died, which for an eager loss mostly means that the memory was not there.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "fused_nce"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, rival, case, threads))
+    process = context.Process(target=_child, args=(sender, subject, threads))
     process.start()
     sender.close()
     try:
         found: dict[str, float] = receiver.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(f"memory of {rival} on {case.name}: the process ended with {process.exitcode}") from None
+        raise RuntimeError(f"memory of {subject.name}: the process ended with {process.exitcode}") from None
     process.join()
     return found
 
 
-def _child(sender: Connection, rival: str, case: Case, threads: int) -> None:
+def _child(sender: Connection, subject: Subject, threads: int) -> None:
     torch.set_num_threads(threads)
-    _step(rival, Case(**TINY, dtype=case.dtype))
-    a, c = case.inputs()
-    step = rivals.prepare(rival, a, c)
-    if rivals.RIVALS[rival].recompiles:
-        step()
-        rivals.clear(a, c)
+    subject.warm_up()
+    step = subject.prepare()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = _status_mib("RssAnon")
-    step()
-    high = _status_mib("VmHWM")
-    code = _status_mib("RssFile") + _status_mib("RssShmem")
+    reset_peak()
+    before = status_bytes("RssAnon") / MIB
+    kept = step()  # the gradients, so that they are still there
+    high = status_bytes("VmHWM") / MIB
+    code = (status_bytes("RssFile") + status_bytes("RssShmem")) / MIB
+    gradients = subject.gradients_bytes / MIB
+    del kept
     sender.send(
         {
-            "peak_memory_mib": round(high - code - before - case.inputs_bytes / MIB, 2),
+            "peak_memory_mib": round(high - code - before - gradients, 2),
             "high_water_mib": round(high, 2),
             "file_backed_mib": round(code, 2),
             "anonymous_before_mib": round(before, 2),
-            "gradients_mib": round(case.inputs_bytes / MIB, 2),
+            "gradients_mib": round(gradients, 2),
         }
     )
-
-
-def _step(rival: str, case: Case) -> None:
-    rivals.prepare(rival, *case.inputs())()
-
-
-def _status_mib(key: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fused_nce.backends.flash import configs
-from fused_nce.backends.flash.form import Form, Parts
+from fused_nce.backends.triton import configs
+from fused_nce.backends.triton.form import Form, Partials
 from fused_nce.core.problem import Problem
 from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Spec, TanhClip
 from fused_nce.core.tails import LogOut, Nce, Sigmoid
@@ -59,12 +59,12 @@ class Variant:
         """What a launch takes."""
         found = configs.tile(architecture, dtype, width)
         if self.kernel == "fold_kernel":
-            return configs.fold_tile(found, Parts.of(self.form.rows))
+            return configs.fold_tile(found, Partials.of(self.form.rows))
         return configs.weights_tile(found, all(self.flags.values()))
 
     def constants(self, width: int, tile: configs.Tile) -> dict[str, Any]:
         """The constants of a launch at width D."""
-        names = {"FORM": self.form, "PARTS": Parts.of(self.form.rows)}
+        names = {"FORM": self.form, "PARTIALS": Partials.of(self.form.rows)}
         sizes = {"D": width, "X": tile.x, "Y": tile.y, "CHUNK": tile.chunk, "SLICE": tile.slice}
         return {"PRECISION": "ieee", **names, **sizes, **self.flags}
 
@@ -150,7 +150,7 @@ def build(variant: str, architecture: int, dtype: torch.dtype, width: int) -> Bu
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fused_nce.backends.flash import kernels, memory
+    from fused_nce.backends.triton import kernels, memory
 
     chosen = VARIANTS[variant]
     tile = chosen.tile(architecture, dtype, width)

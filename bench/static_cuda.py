@@ -63,8 +63,8 @@ def label(mangled: str) -> str:
     if name is None:
         return mangled
     flags = re.findall(r"Lb([01])E", name[2] or "")
-    lone = "clip" if name[1] == "fold_further" else "shift"
-    names = (lone,) if len(flags) == 1 else ("clip", "shift", "more")
+    lone = "clip" if name[1] == "fold_optional" else "shift"
+    names = (lone,) if len(flags) == 1 else ("clip", "shift", "bias or labels" if name[1] == "fold" else "extras")
     words = [name[1], *(word for word, flag in zip(names, flags, strict=False) if flag == "1")]
     several = ["together"] if name[4] not in (None, "1") else []
     return " ".join([*words, *([TYPES[name[3]]] if name[3] else []), *several])

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench import losses, roofline, training
+from bench import cases, family_tables, losses, roofline, training
 from bench.gpu import model as gpu_model
 from bench.gpu import tables as gpu_tables
 from bench.host import ROOT
@@ -82,30 +82,41 @@ def targets_table(record: Record) -> str:
     missed = [(row, cell) for row, line in found for cell in line if not cell.passed]
     total = sum(len(line) for _, line in found)
     text = markdown(["images × locations, width", *names, "naive / bound"], rows)
-    reasons = "\n".join(
+    reasons = _left_out(record) + "\n".join(
         f"- {shape(row)}, {cell.name} {cell.value:.2f} ({cell.target}): {cell.why}." for row, cell in missed
     )
     return f"{text}\n\n{total - len(missed)} of {total} targets met.\n{reasons}".rstrip()
 
 
+def _left_out(record: Record) -> str:
+    """What this CPU cannot show."""
+    lines = []
+    if "avx512_bf16" not in record["host"]["isa_flags"]:
+        lines.append("- fp32 / bf16: not judged, for this CPU has no bf16 instructions.\n")
+    for dtype in (cases.FLOAT32, cases.BFLOAT16):
+        gemms = [gemm for row in judged(record, dtype) for gemm in row["bound"]["gemms"].values()]
+        for library, label in LIBRARY_LABELS.items():
+            if any(library not in gemm["gflop_per_s"] for gemm in gemms):
+                lines.append(f"- {dtype}: {label} has no such product on this CPU, and is not in the bound.\n")
+    return "".join(lines)
+
+
 def bound_table(record: Record) -> str:
-    """The three GEMMs of the bound at both libraries, the winner in bold."""
-    rows = []
+    """The three GEMMs of the bound at each library, the winner in bold."""
+    rows: list[list[str]] = []
+    timed = [found["gflop_per_s"] for row in record["cases"] for found in row["bound"]["gemms"].values()]
+    libraries = list(dict.fromkeys(name for rates in timed for name in rates))
     for row in judged(record):
         line = [shape(row)]
         for found in row["bound"]["gemms"].values():
-            rates = [
-                f"**{rate:.0f}**" if name == found["winner"] else f"{rate:.0f}"
-                for name, rate in found["gflop_per_s"].items()
-            ]
-            line.append(" / ".join(rates))
+            rates = found["gflop_per_s"]
+            cells = {name: f"{rates[name]:.0f}" if name in rates else "not here" for name in libraries}
+            line.append(" / ".join(f"**{x}**" if name == found["winner"] else x for name, x in cells.items()))
         rows.append([*line, f"{time_ms(row, 'bound'):.1f}", f"{row['bound']['time_ms_iqr']:.1f}"])
-    libraries = " / ".join(
-        LIBRARY_LABELS[name] for name in judged(record)[0]["bound"]["gemms"]["scores"]["gflop_per_s"]
-    )
+    labels = " / ".join(LIBRARY_LABELS[name] for name in libraries)
     gemms = ["S = q·kᵀ", "dq = W·k", "dk = Wᵀ·q"]
     text = markdown(["images × locations, width", *gemms, "bound, ms", "spread, ms"], rows)
-    return f"{text}\n\nGFLOP/s of {libraries}; the faster one counts."
+    return f"{text}\n\nGFLOP/s of {labels}; the faster one counts."
 
 
 def spread_table(record: Record) -> str:
@@ -154,6 +165,12 @@ def newest_gpu_record() -> Record | None:
     return max(records, key=lambda record: record["date_utc"], default=None)
 
 
+def family(text: Callable[[Record], str]) -> str:
+    """A text of the newest run of the family."""
+    found = family_tables.records()
+    return text(found[0]) if found else "No run is committed yet: `python -m bench.family` makes one."
+
+
 BLOCKS: dict[str, Callable[[Record], str]] = {
     "cpu-table": main_table,
     "cpu-targets": targets_table,
@@ -161,6 +178,9 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "cpu-spread": spread_table,
     "cpu-memory-fit": memory_fit,
     "cpu-host": host_line,
+    "family-table": lambda record: family(family_tables.table),
+    "family-from": lambda record: family(family_tables.faster_from),
+    "slower": lambda record: family_tables.slower(family_tables.records()),
     "when-it-matters": lambda record: roofline.table(),
     "losses": lambda record: losses.table("docs/losses.md"),
     "losses-page": lambda record: f"{losses.table('')}\n\n{losses.reference()}",

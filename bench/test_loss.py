@@ -44,7 +44,7 @@ def test_loss_and_gradients(benchmark, case, rival):
 def test_gemm_of_the_bound(benchmark, case, gemm, library):
     calls = bound.gemms(*case.inputs())
     if (gemm, library) not in calls:
-        pytest.skip("this torch has no oneDNN")
+        pytest.skip(f"{library} has no {case.dtype} product here")
     benchmark.group = f"{case.name} {case.dtype} {gemm}"
     benchmark.extra_info["flop"] = case.flop // 3
     benchmark.pedantic(calls[gemm, library], rounds=ROUNDS, warmup_rounds=WARMUPS, iterations=1)

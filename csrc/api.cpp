@@ -20,16 +20,16 @@ using OptionalTensor = std::optional<Tensor>;
 using Names = std::vector<int64_t>;
 using StatisticTuple = std::tuple<Tensor, Tensor, Tensor>;
 using GradientTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // A row whose positive is nowhere shows it. Positives from elsewhere are handed on: no column fills them in.
 StatisticTensors new_statistics(const SweepInputs& in) {
   const int64_t n = in.q.size(0), s = static_cast<int64_t>(in.wanted.rows.size());
   const auto options = floats(in.q);
-  return {in.layout.positives.defined()
-              ? in.layout.positives.clone()
-              : at::full({n, in.layout.n_pos}, std::numeric_limits<float>::quiet_NaN(), options),
-          at::empty({s, n}, options), at::empty({static_cast<int64_t>(in.wanted.columns.size()), in.k.size(0)}, options)};
+  return {
+      in.layout.positives.defined() ? in.layout.positives.clone()
+                                    : at::full({n, in.layout.n_pos}, std::numeric_limits<float>::quiet_NaN(), options),
+      at::empty({s, n}, options), at::empty({static_cast<int64_t>(in.wanted.columns.size()), in.k.size(0)}, options)};
 }
 
 // Where k is q, dk is added up in dq, and comes back empty.
@@ -58,9 +58,9 @@ TailRule tail_of(const std::string& name, double unit, double square_weight, con
 }
 
 // The arguments that the three operators begin with, and end with.
-#define FUSED_NCE_SCORES                                                                                             \
-  const Tensor &q, const Tensor &k, double scale, int64_t n_c, int64_t rows_per_image, int64_t offset, double clip,  \
-      const OptionalTensor &row_ids, int64_t itself, const OptionalTensor &positives,                                \
+#define FUSED_NCE_SCORES                                                                                            \
+  const Tensor &q, const Tensor &k, double scale, int64_t n_c, int64_t rows_per_image, int64_t offset, double clip, \
+      const OptionalTensor &row_ids, int64_t itself, const OptionalTensor &positives,                               \
       const OptionalTensor &column_ids, double bias, Names stats, Names columns
 
 SweepInputs score_inputs(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes) {
@@ -74,7 +74,7 @@ SweepInputs score_inputs(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_s
   return in;
 }
 
-#define FUSED_NCE_SCORES_GIVEN                                                                                 \
+#define FUSED_NCE_SCORES_GIVEN                                                                                    \
   q, k, scale, n_c, rows_per_image, offset, clip, row_ids, itself, positives, column_ids, bias, std::move(stats), \
       std::move(columns)
 
@@ -95,21 +95,28 @@ GradientTuple cpu_grads(FUSED_NCE_SCORES, const Tensor& pos, const Tensor& found
   const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes);
   const Gradients out = new_gradients_of(in, false);
   if (in.need_q || in.need_k || in.need_scale)
-    sweep(in, {false, true, checked("pos", pos, "rows", found_rows, "columns", found_columns, in),
-               checked("d_pos", d_pos, "d_rows", d_rows, "d_columns", d_columns, in), {}, out});
+    sweep(in, {false,
+               true,
+               checked("pos", pos, "rows", found_rows, "columns", found_columns, in),
+               checked("d_pos", d_pos, "d_rows", d_rows, "d_columns", d_columns, in),
+               {},
+               out});
   return gradients(in, out);
 }
 
 LossTuple cpu_loss(FUSED_NCE_SCORES, const std::string& tail, double unit, double square_weight, bool need_q,
                    bool need_k, bool need_scale, int64_t workspace_bytes) {
   const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes);
-  TORCH_CHECK_VALUE(in.wanted.columns.empty(), "columns are ", in.wanted.columns,
-                    ", needed: none, as all rows must be known before a weight");
+  const unsigned columns_found = Wanted::mask(in.wanted.columns);
+  TORCH_CHECK_VALUE(columns_found == 0 || (tail == "nce" && columns_found & bit_of(kNegLse) && in.layout.n_pos > 0),
+                    "columns are ", in.wanted.columns,
+                    ", needed: none, or neg_lse beside the tail nce, which halves it both ways");
   const StatisticTensors found = new_statistics(in);
   const Gradients out = new_gradients_of(in, true);
-  sweep(in, {true, in.need_q || in.need_k || in.need_scale, found, {}, tail_of(tail, unit, square_weight, in.wanted), out});
+  sweep(in,
+        {true, in.need_q || in.need_k || in.need_scale, found, {}, tail_of(tail, unit, square_weight, in.wanted), out});
   const auto [dq, dk, dscale, dbias] = gradients(in, out);
-  return {found.pos, found.rows, dq, dk, dscale, dbias};
+  return {found.pos, found.rows, dq, dk, dscale, dbias, found.columns};
 }
 
 // One atom over a float tensor, for the parity test with its twin in torch: (value, derivative), or (value,).
@@ -144,9 +151,15 @@ pybind11::dict plan(int64_t rows, int64_t columns, int64_t width, at::ScalarType
                     int64_t image, bool statistics, bool need_q, bool need_k, bool need_scale, bool shared, bool labels,
                     const Names& row_stats, const Names& column_stats) {
   const bool gradients = need_q || need_k || need_scale;
-  const Work work{rows, columns, width, image, elements_of(dtype, width), statistics && gradients, gradients,
-                  need_q, need_k, shared, labels, Wanted::mask(row_stats), Wanted::mask(column_stats)};
-  const Plan p = make_plan(work, workspace_bytes);
+  const Work work{rows,   columns, width,  image,  elements_of(dtype, width), statistics && gradients,   gradients,
+                  need_q, need_k,  shared, labels, Wanted::mask(row_stats),   Wanted::mask(column_stats)};
+  Plan p = make_plan(work, workspace_bytes);
+  if (shared && work.both) {  // the values of ids decide whether scores are symmetric
+    Work mirrored = work;
+    mirrored.symmetric = true;
+    const Plan other = make_plan(mirrored, workspace_bytes);
+    if (p.lanes > 0) p.bytes = std::max(p.bytes, other.bytes);
+  }
   pybind11::dict out;
   out["fits"] = p.lanes > 0;
   out["strip_rows"] = p.lanes;
@@ -155,15 +168,24 @@ pybind11::dict plan(int64_t rows, int64_t columns, int64_t width, at::ScalarType
   out["tiles"] = p.tiles;
   out["groups"] = p.groups;
   out["scores_stored"] = p.stored;
+  out["strips_kept"] = p.kept_strips;
   out["total_bytes"] = p.bytes;
   return out;
 }
 
 pybind11::dict cuda_plan(int64_t rows, int64_t columns, int64_t width, int64_t positives, int64_t element_bytes,
-                         int64_t workspace_bytes, bool statistics, bool gradients, int64_t sums, bool both_ways,
-                         bool further) {
-  const cuda::Work work{rows,      columns, width,     positives, element_bytes, statistics,
-                        gradients, sums,    both_ways, further};
+                         int64_t workspace_bytes, bool statistics, bool gradients, int64_t sums, bool column_stats,
+                         bool optional) {
+  const cuda::Work work{.rows = rows,
+                        .columns = columns,
+                        .width = width,
+                        .positives = positives,
+                        .element_bytes = element_bytes,
+                        .statistics = statistics,
+                        .gradients = gradients,
+                        .sums = sums,
+                        .column_stats = column_stats,
+                        .optional = optional};
   const cuda::Plan p = cuda::make_plan(work, workspace_bytes);
   pybind11::dict out;
   out["fits"] = p.fits;
@@ -171,7 +193,7 @@ pybind11::dict cuda_plan(int64_t rows, int64_t columns, int64_t width, int64_t p
   out["block_rows"] = p.block;
   out["panel_columns"] = p.panel;
   out["panels"] = p.panels;
-  out["parts"] = p.parts;
+  out["ctas_per_row"] = p.ctas_per_row;
   out["threads"] = p.threads;
   out["score_bytes"] = p.score_bytes;
   out["total_bytes"] = p.bytes;
@@ -206,21 +228,19 @@ pybind11::dict build_info() {
 
 }  // namespace
 
-#define FUSED_NCE_SCHEMA \
-  "Tensor q, Tensor k, float scale, int n_c, int rows_per_image, int offset, float clip, Tensor? row_ids, int itself, " \
-  "Tensor? positives, Tensor? column_ids, float bias, int[] stats, int[] columns, "
+#define FUSED_NCE_SCHEMA                                                                                    \
+  "Tensor q, Tensor k, float scale, int n_c, int rows_per_image, int offset, float clip, Tensor? row_ids, " \
+  "int itself, Tensor? positives, Tensor? column_ids, float bias, int[] stats, int[] columns, "
 
 TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
   m.def("cpu_stats(" FUSED_NCE_SCHEMA "int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor columns)");
-  m.def(
-      "cpu_grads(" FUSED_NCE_SCHEMA
-      "Tensor pos, Tensor found_rows, Tensor found_columns, Tensor d_pos, Tensor d_rows, Tensor d_columns, "
-      "bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
-      "(Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
-  m.def(
-      "cpu_loss(" FUSED_NCE_SCHEMA
-      "str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
-      "(Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
+  m.def("cpu_grads(" FUSED_NCE_SCHEMA
+        "Tensor pos, Tensor found_rows, Tensor found_columns, Tensor d_pos, Tensor d_rows, Tensor d_columns, "
+        "bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
+        "(Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
+  m.def("cpu_loss(" FUSED_NCE_SCHEMA
+        "str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
+        "(Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias, Tensor columns)");
 }
 
 TORCH_LIBRARY_IMPL(fused_nce, CPU, m) {
@@ -239,11 +259,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("need_q") = true, py::arg("need_k") = true, py::arg("need_scale") = false, py::arg("shared") = false,
         py::arg("labels") = false, py::arg("row_stats") = Names{kNegLse, kNegMax, kSquare},
         py::arg("column_stats") = Names{});
-  m.def("cuda_played_launches", &cuda::played_launches,
-        "what a GPU would have had to launch for all that this process' CPU has played of one");
+  m.def("cuda_emulated_launches", &cuda::emulated_launches,
+        "launches that a GPU would have made for what this process has emulated");
   m.def("cuda_plan", &cuda_plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("positives"),
         py::arg("element_bytes"), py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true,
-        py::arg("gradients") = true, py::arg("sums") = 1, py::arg("both_ways") = false, py::arg("further") = false);
+        py::arg("gradients") = true, py::arg("sums") = 1, py::arg("column_stats") = false, py::arg("optional") = false);
 }
 
 }  // namespace fused_nce

@@ -140,7 +140,8 @@ FUSED_NCE_HD void add_exactly(float& sum, float& error, float x) {
   sum = next;
 }
 
-// log(1 + y) for 0 <= y <= 1, within 1.2 ulp: y + y^2 * P(y), P the minimax fit of degree 10. libm's has no vector form.
+// log(1 + y) for 0 <= y <= 1, within 1.2 ulp: y + y^2 * P(y), P the minimax fit of degree 10. libm's has no vector
+// form.
 FUSED_NCE_HD float log1p_unit(float y) {
   float p = -1.305469311773777e-3f;
   p = p * y + 9.223826229572296e-3f;
@@ -176,8 +177,8 @@ FUSED_NCE_HD float negative_weight(float exp_shifted, float inverse, float d_lse
   return exp_shifted * inverse * d_lse * slope;
 }
 
-// d statistic / dt at a member of the statistic's set, one type each; `found(name)` is the finished statistic of the row
-// or the column that the member is weighed for. Maxima and counts have none, and the square's belongs to s.
+// d statistic / dt at a member of the statistic's set, one type each; `found(name)` is the finished statistic of the
+// row or the column that the member is weighed for. Maxima and counts have none, and the square's belongs to s.
 struct NegLse {
   static constexpr Statistic kName = kNegLse;
   static constexpr bool kPositives = false;

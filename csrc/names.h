@@ -1,4 +1,4 @@
-// The names that cross from Python: statistics of `core/atoms.py` and tails of `core/tails.py`.
+// The names that cross from Python: statistics of `core/statistics.py` and tails of `core/tails.py`.
 #pragma once
 
 namespace fused_nce {

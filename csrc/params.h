@@ -15,7 +15,8 @@ struct Scoring {
   int64_t n_c;             // columns per image: column j belongs to image j / n_c
   int64_t rows_per_image;  // row i belongs to image i / rows_per_image + offset
   int64_t offset;
-  float bias = 0.0f;       // t = s + bias, where there is no clip
+  float bias = 0.0f;      // t = s + bias, where there is no clip
+  bool no_shift = false;  // on a CPU: exp(t) is in range for every score of the call
 };
 
 // The loss that a sweep descends: unit * elements of the tail + square_weight * square.
@@ -32,18 +33,18 @@ struct ByStatistic {
   float* operator[](int name) const { return of[name]; }
 };
 
-// A tile of the transposed scores: line `c` of the array holds column `first_column + c` of S, its lanes are the rows of
-// the strip. Statistics of rows then need no horizontal reduction; those of columns come from the same kernels over the
-// tile turned around, lines and lanes having changed their roles.
+// A tile of the transposed scores: line `c` of the array holds column `first_column + c` of S, its lanes are the rows
+// of the strip. Statistics of rows then need no horizontal reduction; those of columns come from the same kernels over
+// the tile turned around, lines and lanes having changed their roles.
 struct Tile {
-  float* scores;         // (columns, lanes), <q, k> before the scale
+  float* scores;  // (columns, lanes), <q, k> before the scale
   int64_t columns;
-  int64_t lanes;         // lanes from `rows` on are padding, their products are 0
-  int64_t rows;          // rows of the strip
-  int64_t first_column;  // of S
-  int64_t first_row;     // of S
-  const int32_t* ids;     // (lanes): a line with the same id is a positive; -1: none is
-  const int32_t* itself;  // (lanes): the column that the row itself is, left out of every set; null: no row is
+  int64_t lanes;            // lanes from `rows` on are padding, their products are 0
+  int64_t rows;             // rows of the strip
+  int64_t first_column;     // of S
+  int64_t first_row;        // of S
+  const int32_t* ids;       // (lanes): a line with the same id is a positive; -1: none is
+  const int32_t* itself;    // (lanes): the column that the row itself is, left out of every set; null: no row is
   const int32_t* line_ids;  // (columns)
 };
 
@@ -58,23 +59,23 @@ struct LogSums {
 // Running statistics of a strip, `lanes` floats each. t is without the bias, which moves all scores of a sum alike.
 struct Accumulators {
   LogSums negatives;
-  float* square;        // sum of s^2 over all columns, and its Kahan error
+  float* square;  // sum of s^2 over all columns, and its Kahan error
   float* square_error;
-  float* bad;           // sum of 0 * s: 0, or NaN as soon as one score is NaN or infinite
+  float* bad;  // sum of 0 * s: 0, or NaN as soon as one score is NaN or infinite
   // Null where not wanted:
   LogSums positives;
-  float* total;         // sum of t over the positives, and its Kahan error
+  float* total;  // sum of t over the positives, and its Kahan error
   float* total_error;
-  float* count;         // of the positives
-  float* softplus;      // sum of softplus(t + bias) over the negatives, and its Kahan error
+  float* count;     // of the positives
+  float* softplus;  // sum of softplus(t + bias) over the negatives, and its Kahan error
   float* softplus_error;
 };
 
 // Coefficients of a strip, `lanes` floats each; padding lanes hold zeros.
 struct Coefficients {
   float* shift;
-  float* inverse;     // exp(t - shift) * inverse = exp(t - neg_lse)
-  float* d_neg_lse;   // dL/d neg_lse
+  float* inverse;       // exp(t - shift) * inverse = exp(t - neg_lse)
+  float* d_neg_lse;     // dL/d neg_lse
   float* two_d_square;  // 2 * dL/d square
   float* d_pos;         // dL/d pos by place in the image, (n_c, lanes)
 };
@@ -86,9 +87,24 @@ struct Upstreams {
 
 // What further statistics add to the weights of a tile.
 struct Further {
-  const float* on_t;         // (columns, lanes), dL/ds through t
-  const float* d_square;     // (columns), dL/d square of the columns; null: none
-  float* d_bias;             // (lanes), to which dL/dt is added
+  const float* on_t;      // (columns, lanes), dL/ds through t
+  const float* d_square;  // (columns), dL/d square of the columns; null: none
+  float* d_bias;          // (lanes), to which dL/dt is added
+};
+
+// What a row, or a column, puts on the scores of its negatives and positives, where a weight has a share of both: one
+// number each, up to the loss' `unit`.
+struct Side {
+  float *shift, *inverse;  // exp(t - shift) * inverse is the softmax over the negatives
+  float* negative;         // exp(t - shift) * negative
+  // Null where positives have places of their own in `d_pos`:
+  float *pos_shift, *positive, *constant;  // exp(t - pos_shift) * positive + constant
+};
+
+struct TwoSided {
+  Side rows, columns;  // (lanes), (lines)
+  const float* d_pos;  // (n_c, lanes), of both sides
+  float unit, square;  // the weight is unit * the sides' sum, and square * s
 };
 
 // The row kernels of one instruction set.
@@ -96,14 +112,21 @@ struct RowKernels {
   const char* name;
   // Adds a tile to the statistics.
   void (*fold)(const Tile&, const Scoring&, const Accumulators&);
-  // Stores the transformed scores of the tile's positives in `pos` (N, n_pos): n_c a row, less itself.
-  void (*positives)(const Tile&, const Scoring&, int64_t n_pos, float* pos);
+  // Adds a tile of bounded scores to the statistics of its rows and, unless null, of its columns.
+  void (*fold_both)(const Tile&, const Scoring&, bool square, const Accumulators& rows, const Accumulators* columns);
+  // Stores the transformed scores of the tile's positives in `pos` (N, n_pos): n_c a row, less itself. The score of a
+  // line and a lane is at line * line_stride + lane * lane_stride.
+  void (*positives)(const Tile&, const Scoring&, int64_t line_stride, int64_t lane_stride, int64_t n_pos, float* pos);
   // Writes to `on_t` (columns, lanes) what statistics of rows and columns beyond the coefficients put on t.
   void (*weigh_further)(const Tile&, const Scoring&, const Upstreams& rows, const Upstreams& columns, float* on_t);
   // Writes scale * w as bfloat16 to `rounded` (columns, lanes), or, where that is null, as float over the scores; and
   // adds w * <q, k> to `d_scale` (lanes; null: not wanted, but needed with `further`). `further` null: nothing.
   void (*weigh)(const Tile&, const Scoring&, const Coefficients&, const Further* further, uint16_t* rounded,
                 float* d_scale);
+  // The same of a weight with two sides, `d_scale` always wanted.
+  void (*weigh_both)(const Tile&, const Scoring&, const TwoSided&, uint16_t* rounded, float* d_scale);
+  // The largest squared norm of `count` rows; NaN where a number is not finite.
+  float (*largest_square)(const float* rows, int64_t stride, int64_t count, int64_t width);
   // (columns, lanes) -> (rows, out_stride).
   void (*transpose)(const Tile&, float* out, int64_t out_stride);
   // The same of bfloat16 weights, in pairs of columns: (rows, out_stride) words, an odd last column paired with zeros.

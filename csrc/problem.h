@@ -93,14 +93,15 @@ inline SweepInputs inputs(const at::Tensor& q, const at::Tensor& k, double scale
                     " columns");
   TORCH_CHECK_VALUE(rows_per_image > 0, "rows_per_image is ", rows_per_image, ", needed: at least 1");
   const int64_t images = k.size(0) / n_c, last = (q.size(0) - 1) / rows_per_image + offset;
-  TORCH_CHECK_VALUE(!layout.by_arithmetic() || (offset >= 0 && last < images), "offset is ", offset, ", so the rows are of images ", offset, " to ",
-                    last, ", needed: within the ", images, " images of k");
+  TORCH_CHECK_VALUE(!layout.by_arithmetic() || (offset >= 0 && last < images), "offset is ", offset,
+                    ", so the rows are of images ", offset, " to ", last, ", needed: within the ", images,
+                    " images of k");
   TORCH_CHECK_VALUE(clip == 0.0 || (static_cast<float>(clip) > 0.0f && std::isfinite(static_cast<float>(clip))),
                     "clip is ", clip, ", needed: 0 (none) or a positive number in the range of float");
   TORCH_CHECK_VALUE(workspace_bytes > 0, "workspace_bytes is ", workspace_bytes, ", needed: a positive number");
   const Scoring scoring{static_cast<float>(scale), static_cast<float>(clip), n_c, rows_per_image, offset};
-  return {with_rows(q), with_rows(k), scoring, std::move(layout), need_q, need_k, need_scale, workspace_bytes,
-          q.is_same(k)};
+  return {with_rows(q), with_rows(k), scoring,         std::move(layout), need_q,
+          need_k,       need_scale,   workspace_bytes, q.is_same(k)};
 }
 
 inline void check_names(const char* what, const std::vector<int64_t>& names) {

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fused_nce.core.collectives import gather
-from fused_nce.core.processes import Group, Processes, ProcessLostError, dtype_number, peers
+from fused_nce.core.distributed.collectives import gather
+from fused_nce.core.distributed.processes import ProcessLostError, dtype_number
+from fused_nce.core.group import Group, Processes, peers
 
 __all__ = ["Group", "ProcessLostError", "Processes", "all_gather", "world_size"]
 

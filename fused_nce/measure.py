@@ -79,24 +79,33 @@ def environment() -> dict[str, Any]:
     return table
 
 
-def _status_kib(key: str) -> int:
+def status_bytes(key: str) -> int:
+    """A line of /proc/self/status, such as VmRSS."""
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(key + ":"))
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith(key + ":"))
+
+
+def reset_peak() -> None:
+    """Let the high-water mark (VmHWM) start from what the process holds now.
+
+    Raises:
+        OSError, AttributeError: no resettable mark (`/proc/self/clear_refs`, Linux), or another libc than glibc.
+    """
+    ctypes.CDLL(None).malloc_trim(0)  # freed blocks that malloc keeps would serve the next run unseen
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
     """How far the process's resident memory rises above its start while `run` runs.
 
     Raises:
-        OSError: the system has no resettable high-water mark (`/proc/self/clear_refs`, Linux).
+        OSError, AttributeError: as `reset_peak`.
     """
-    # Freed blocks that malloc keeps would serve the next run unseen.
-    ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as reset:
-        reset.write("5")
-    before = _status_kib("VmRSS")
+    reset_peak()
+    before = status_bytes("VmRSS")
     run()
-    return 1024 * max(0, _status_kib("VmHWM") - before)
+    return max(0, status_bytes("VmHWM") - before)
 
 
 def naive_loss(
@@ -111,12 +120,13 @@ def naive_loss(
     """
     images, n_c, width = consequents.shape
     rows = antecedents.reshape(-1, width)
-    own = torch.eye(images, dtype=torch.float32, device=rows.device)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    own = torch.eye(images, dtype=dtype, device=rows.device)
     if len(rows) > images:
         own = own.repeat_interleave(len(rows) // images, dim=0)
     own = own[:, :, None].expand(-1, -1, n_c)  # (rows, images, n_c)
     other = 1.0 - own
-    raw = torch.mm(rows, consequents.flatten(0, 1).T).float().reshape(len(rows), images, n_c) / width**0.5
+    raw = torch.mm(rows, consequents.flatten(0, 1).T).to(dtype).reshape(len(rows), images, n_c) / width**0.5
     square = penalty * (raw**2).mean()
     score = clip * torch.tanh(raw / clip)
     pos = (own * score).sum(dim=1)  # (rows, n_c)

@@ -43,6 +43,8 @@ def patch(
         ValueError: for a module without a known loss, verify_steps < 0, or, at a step, a difference: upstream's loss
             then stays.
         NotImplementedError, TypeError: for a loss with settings that its twin refuses.
+
+    A loss with settings that only upstream's code honours stays, with a line that says why.
     """
     if verify_steps < 0:
         raise ValueError(f"verify_steps: got {verify_steps}, need >= 0")
@@ -51,9 +53,17 @@ def patch(
     if not isinstance(module, nn.Module):
         return _patch_trainer(module, verify_steps=verify_steps, within=within, show=show)
     made: dict[nn.Module, nn.Module] = {}
+    stays: list[str] = []
     for path, parent, name, theirs in _losses(module, known.is_known):
         if theirs not in made:
-            ours = made[theirs] = known.adapter(theirs)
+            ours = known.adapter(theirs)
+            reason = getattr(ours, "reason", None)
+            if reason is not None:
+                stays.append(f"{path or 'the module'}: {_named(theirs)} stays, {reason} is not fused")
+                if show:
+                    print(f"fused_nce.patch: {stays[-1]}")
+                continue
+            made[theirs] = ours
             if show:
                 rest = f", after {verify_steps} steps on both" if verify_steps else ""
                 print(f"fused_nce.patch: {path or 'the module'}: {_named(theirs)} -> {_named(ours)}{rest}")
@@ -61,6 +71,8 @@ def patch(
                 _Trial(known.trial(theirs, ours), theirs, ours, path, verify_steps, within, show)
         if parent is not None:
             setattr(parent, name, made[theirs])
+    if stays and not made:
+        raise ValueError(f"module: got nothing to replace, need a loss that is fused ({'; '.join(stays)})")
     if not made:
         names = ", ".join(sorted({f"{x.module or '…'}.{x.name}" for x in known.KNOWN}))
         raise ValueError(f"module: got {_named(module)} without a known loss, need one of {names}")

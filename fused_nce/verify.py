@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from fused_nce.measure import peak_bytes
 
 Loss = Callable[..., Any]
 PROBES = 2  # how often the inputs are moved by a rounding; one alone can leave a single number where it was
@@ -283,18 +283,6 @@ def _peak_mib(loss: Loss, inputs: Sequence[Any], wanted: Sequence[int], state: T
         step()
         return float(torch.cuda.max_memory_allocated(device) - before) / 2**20
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed pages that the allocator keeps would hide what the step needs
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        before_kib = _status_kib("VmRSS")
-        step()
-        return max(0.0, (_status_kib("VmHWM") - before_kib) / 1024)
+        return peak_bytes(step) / 2**20
     except (OSError, AttributeError, TypeError):
         return None
-
-
-def _status_kib(key: str) -> int:
-    """A line of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {key}")

@@ -16,14 +16,9 @@ from fused_nce.core.spec import Block, Spec, TanhClip
 
 SEED = "FUSED_NCE_TEST_SEED"
 KEPT = (SEED, "FUSED_NCE_BUILD")  # the second says how the package was installed, and steers nothing
-QUIET = {name: None for name in os.environ if name.startswith("FUSED_NCE_") and name not in KEPT}
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Choose the fresh seed once; test processes inherit it. A user's own settings must not steer the suite."""
-    os.environ.setdefault(SEED, str(secrets.randbelow(2**31)))
-    for name in QUIET:
-        del os.environ[name]
+for setting in [name for name in os.environ if name.startswith("FUSED_NCE_") and name not in KEPT]:
+    del os.environ[setting]  # a user's own must not steer the suite
+os.environ.setdefault(SEED, str(secrets.randbelow(2**31)))  # once; test processes inherit it
 
 
 def pytest_report_header() -> str:
@@ -43,14 +38,21 @@ def why_not(backend: str, dtype: torch.dtype = torch.float32) -> str | None:
     return dispatch.why_not(backend, Spec(Block(1), TanhClip(20.0)), x, x)
 
 
-@pytest.fixture(params=dispatch.BACKENDS)
+ABSENT = {name: reason for name in dispatch.BACKENDS if (reason := why_not(name)) is not None}
+
+
+@pytest.fixture(params=[name for name in dispatch.BACKENDS if name not in ABSENT])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend in turn; one that cannot run here says why."""
-    name = str(request.param)
-    reason = why_not(name)
-    if reason is not None:
-        pytest.skip(f"{name}: {reason}")
-    return name
+    """Each backend that can run here; the summary at the end says why the others cannot."""
+    return str(request.param)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU its tests are left out, as the summary says, rather than skipped one by one."""
+    if not torch.cuda.is_available():
+        left = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +79,11 @@ COLUMNS = ("loss", "nce", "penalty", "pos", "neg_lse", "neg_max", "square", "dq"
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The largest η of the run per dtype and backend: how much of the error budget is used."""
+    """What could not run here, and the largest η per dtype and backend: how much of the error budget is used."""
+    for name, reason in ABSENT.items():
+        terminalreporter.write_line(f"not run here: {name}: {reason}")
+    if not torch.cuda.is_available():
+        terminalreporter.write_line("not run here: tests marked gpu: torch sees no CUDA device")
     worst: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for reports in terminalreporter.stats.values():
         for report in reports:

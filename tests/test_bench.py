@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from bench import cases, host, losses, measure, memory, rivals, roofline, tables, verdict
+from bench import cases, family, family_tables, host, losses, measure, memory, rivals, roofline, tables, verdict
 from bench.__main__ import main
 from bench.cases import Case
 
@@ -135,7 +135,7 @@ def test_summary_is_median_and_quartiles():
 
 def test_peak_memory_counts_what_a_loss_holds(monkeypatch):
     case = Case(128, 16, 64)
-    mib = memory.peak("naive", case, threads=1)
+    mib = memory.peak(rivals.Subject("naive", case), threads=1)
     scores = 4 * case.scores / memory.MIB
     # Autograd keeps the mask, its complement and the steps' results: more than eight score tensors, fewer than forty.
     assert 8 * scores < mib["peak_memory_mib"] < 40 * scores
@@ -212,3 +212,46 @@ def test_the_documents_list_every_registered_loss(path):
 def test_the_documents_show_the_published_numbers():
     """After a change of a number, a signature or a docstring: `python -m bench.tables`."""
     assert tables.main(["--check"]) == 0
+
+
+@pytest.fixture(scope="module")
+def family_row():
+    problem = family.Problem("clip_loss", "CLIP 24², D 16", 24, 24, 16)
+    return family.measured(problem, ["eager", "chunked", "ours", "linear_cross_entropy"], 1, rounds=2, budget_s=0.0)
+
+
+def test_the_family_is_measured_with_its_errors(family_row):
+    assert list(family_row["rivals"]) == ["eager", "chunked", "ours"]  # the other computes one direction alone
+    for found in family_row["rivals"].values():
+        assert found["value_error"] < 1e-6
+        assert 0 < found["gradient_error"] < 1e-5
+        assert found["time_ms_min"] > 0
+
+
+@pytest.mark.parametrize("loss", sorted({p.loss for p in family.PROBLEMS}))
+def test_every_problem_of_the_family_has_the_eager_value(loss):
+    problem = next(p for p in family.PROBLEMS if p.loss == loss)
+    tiny = family.Problem(loss, "tiny", 8, 8 * problem.n_c, 16, problem.n_c, problem.steps)
+    exact = family.step(family.FORMULAS[loss].naive, tiny.inputs(torch.float64))
+    for rival in ("eager", "chunked", "ours"):
+        found = family.errors(family.step(family.make(rival, tiny), tiny.inputs()), exact)
+        assert found["value_error"] < 1e-5
+        assert found["gradient_error"] < 1e-5
+
+
+def test_a_rival_that_wins_is_listed_with_its_reason(family_row):
+    times = {"eager": 1.0, "ours": 2.0}
+    rivals_ = {name: family_row["rivals"][name] | {"time_ms_median": ms} for name, ms in times.items()}
+    row = family_row | {"rivals": rivals_, "bound_ms": 0.5}
+    record = {
+        "date_utc": "2026-01-01", "code": {"commit": "0123456789", "dirty": False}, "versions": {"torch": "2"},
+        "host": {"cpu_model": "A", "cores": 2, "torch_cpu_capability": "AVX2", "isa_flags": ["avx512f"]},
+        "problems": [row, row | {"n": 4096, "m": 4096}],
+    }  # fmt: skip
+    text = family_tables.slower([record])
+    assert "| CLIP 24², D 16 | A, AVX2 (AVX-512 turned off), 1 threads | eager torch | 1.00 | 2.00 | 2.00× |" in text
+    assert "the call, not the scores: 1.50 ms of 2.00" in text
+    assert "ours takes 4.00× the least GEMMs, the rival 2.00×" in text
+    assert "`clip_loss` none of the sizes measured" in family_tables.faster_from(record)
+    rivals_["ours"]["time_ms_median"] = 0.9
+    assert family_tables.slower([record]) == "None of the measured problems."

@@ -9,12 +9,13 @@ from functools import partial
 import pytest
 import torch
 
-from bench import measure, tables, timers
-from bench.gpu import formulas, machine, problems, rivals, verdict
+from bench import formulas, measure, tables, timers
+from bench.gpu import machine, problems, rivals, verdict
 from bench.gpu import tables as gpu_tables
 from bench.gpu.__main__ import main
 from bench.gpu.problems import Problem
 from bench.text import number
+from tests.marks import nightly_but
 from tests.test_bench import numbers
 
 UNIT = re.compile(r"_(ms|us|s|bytes|kib|mib|gib|mb|mhz|w|c|share)(_|$)|flop_per_s|tb_per_s|^flop$")
@@ -23,18 +24,21 @@ UNITLESS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def trial(tmp_path_factory):
-    """A run of everything on a CPU: (record, folder)."""
+@pytest.fixture(scope="module", params=nightly_but(["quick"], ["quick", "whole"]))
+def trial(tmp_path_factory, request):
+    """A run on a CPU: (record, folder)."""
     folder = tmp_path_factory.mktemp("bench")
-    assert main(["--device", "cpu", "--rounds", "2", "--out", str(folder)]) == 0
+    quick = ["--quick"] if request.param == "quick" else []
+    assert main(["--device", "cpu", "--rounds", "2", "--out", str(folder), *quick]) == 0
     (path,) = folder.glob("trial-*.json")
     return json.loads(path.read_text(encoding="utf-8")), folder
 
 
 def test_every_problem_is_measured_or_named(trial):
     record, _ = trial
-    wanted = {p.tiny().label for p in (*problems.TABLE, *problems.CROSSOVER, *problems.LARGER)}
+    whole = (*problems.TABLE, *problems.CROSSOVER, *problems.LARGER)
+    quick = (*problems.QUICK_TABLE, *problems.QUICK_CROSSOVER)
+    wanted = {p.tiny().label for p in (quick if record["settings"]["quick"] else whole)}
     assert {row["label"] for row in record["cases"]} | set(record["left_out"]) == wanted
     assert all(not formulas.available(p.loss) for p in problems.TABLE if p.tiny().label in record["left_out"])
     for row in record["cases"]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import tables
-from bench.gpu import fit, formulas, machine, model, plots, problems, rivals, verdict
+from bench import formulas, tables
+from bench.gpu import fit, machine, model, plots, problems, rivals, verdict
 from bench.gpu import tables as gpu_tables
 from fused_nce import _extension
-from fused_nce.core import dispatch, ring
+from fused_nce.core import dispatch
 from tests.test_bench_gpu import made_up, record_of
 
 
@@ -39,13 +39,13 @@ def test_the_plan_of_every_shape_keeps_its_memory_target():
 def test_a_problem_names_the_spec_and_the_gradients_of_its_loss(p, monkeypatch):
     """As the engine sees them when the benchmark calls the loss."""
     seen = []
-    choose = ring.choose
+    choose = dispatch.choose
 
     def listen(spec, q, k, requested, call=dispatch.ANY_CALL):
         seen.append((spec, call._replace(shared=k is None, columns=bool(spec.columns))))
         return choose(spec, q, k, requested, call)
 
-    monkeypatch.setattr(ring, "choose", listen)
+    monkeypatch.setattr(dispatch, "choose", listen)
     tiny = p.tiny()
     formula = formulas.FORMULAS[p.loss]
     rivals.step(lambda *x: formula.ours(*x, None), formula.inputs(tiny, machine.Machine().draw(0, torch.float32)))

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ else:  # pytest brings it to 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST_FILE_LINES = 500  # one subject a file
+LONGEST_FILE_LINES = 500  # with one subject each
 CODE = (".py", ".cpp", ".h", ".inl", ".cu", ".cuh")
 
 
@@ -88,30 +89,74 @@ def public_names():
     return names
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
-def test_imports_go_one_way(path):
-    part = path.relative_to(ROOT / "fused_nce").parts[0]
-    if part.endswith(".py"):  # __init__, cli and doctor stand above all parts, the shared files below
-        allowed = set() if path.stem in SHARED else {*MAY_IMPORT, "doctor", "grad_cache"} | public_names()
-    else:
-        assert part in MAY_IMPORT, f"no rule for fused_nce/{part}: add one to MAY_IMPORT"
-        allowed = MAY_IMPORT[part] | (public_names() if part == "train" else set())
-    for module, _ in imports_of(path):
-        root, _, rest = module.partition(".")
-        if root == "fused_nce":
-            assert rest.partition(".")[0] in allowed | SHARED, f"{name_of(path)} imports {module}"
+def test_imports_go_one_way():
+    wrong = []
+    for path in PACKAGE:
+        part = path.relative_to(ROOT / "fused_nce").parts[0]
+        if part.endswith(".py"):  # __init__, cli and doctor stand above all parts, the shared files below
+            allowed = set() if path.stem in SHARED else {*MAY_IMPORT, "doctor", "grad_cache"} | public_names()
+        else:
+            assert part in MAY_IMPORT, f"no rule for fused_nce/{part}: add one to MAY_IMPORT"
+            allowed = MAY_IMPORT[part] | (public_names() if part == "train" else set())
+        for module, _ in imports_of(path):
+            root, _, rest = module.partition(".")
+            if root == "fused_nce" and rest.partition(".")[0] not in allowed | SHARED:
+                wrong.append(f"{name_of(path)} imports {module}")
+    assert not wrong, "\n".join(wrong)
 
 
-def is_trainer(path):
-    return path.is_relative_to(ROOT / "fused_nce" / "train")  # has its extras
+def arrows():
+    """Module → the modules of the package that it imports, wherever in the file: in functions and for types too."""
+    modules = {}
+    for path in PACKAGE:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found = {}
+    for name, path in modules.items():
+        targets = {next((m for m in (x, x.rpartition(".")[0]) if m in modules), name) for x, _ in imports_of(path)}
+        found[name] = targets - {name}
+    return found
 
 
-@pytest.mark.parametrize("path", [path for path in PACKAGE if not is_trainer(path)], ids=name_of)
-def test_all_but_the_trainer_imports_torch_alone(path):
-    inner = path.relative_to(ROOT / "fused_nce").parts[0] in TORCH_ALONE  # not even within a function
-    outside = {module.partition(".")[0] for module, top in imports_of(path) if top or inner}
-    allowed = {"torch", "fused_nce"} | ({"triton"} if path.parent.name == "flash" else set())
-    assert outside - set(sys.stdlib_module_names) <= allowed
+def test_no_import_goes_round_in_a_circle():
+    """Modules that import none of those left are taken away, until there are no more: the rest are in circles."""
+    left = arrows()
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    while unused := [name for name in left if not any(name in targets for targets in left.values())]:
+        for name in unused:  # leads to a circle, and is in none
+            del left[name]
+    assert not left, "\n".join(f"{name} imports {sorted(targets & left.keys())}" for name, targets in left.items())
+
+
+# They drive the trainer: its readers are timed, its runs are collected.
+OF_THE_TRAINER = ("bench/data.py", "bench/training.py")
+
+
+def test_bench_and_the_trainer_do_not_import_each_other():
+    wrong = [
+        f"{name_of(path)} imports {module}"
+        for path in FILES
+        if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in ("bench", "fused_nce")
+        if name_of(path) not in OF_THE_TRAINER
+        for module, _ in imports_of(path)
+        if module.startswith("fused_nce.train" if path.is_relative_to(ROOT / "bench") else "bench.")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_all_but_the_trainer_imports_torch_alone():
+    wrong = []
+    for path in PACKAGE:
+        part = path.relative_to(ROOT / "fused_nce").parts[0]
+        if part != "train":  # has its extras
+            inner = part in TORCH_ALONE  # not even within a function
+            outside = {module.partition(".")[0] for module, top in imports_of(path) if top or inner}
+            allowed = {"torch", "fused_nce"} | ({"triton"} if path.parent.name == "triton" else set())
+            if more := outside - set(sys.stdlib_module_names) - allowed:
+                wrong.append(f"{name_of(path)} imports {sorted(more)}")
+    assert not wrong, "\n".join(wrong)
 
 
 PROBE = """
@@ -135,8 +180,8 @@ def probe_import(before=""):
 
 
 def test_importing_costs_half_a_second_at_most_beyond_torch():
-    # Processor time, the best of three: the machine may be busy with other tests.
-    assert min(probe_import()["seconds"] for _ in range(3)) < 0.5
+    # Processor time, up to three tries: the machine may be busy with other tests.
+    assert any(probe_import()["seconds"] < 0.5 for _ in range(3))
 
 
 def test_importing_brings_in_no_extra_and_no_cuda_context():
@@ -146,7 +191,7 @@ def test_importing_brings_in_no_extra_and_no_cuda_context():
     roots = {name.partition(".")[0] for name in found["brought"]} - set(sys.stdlib_module_names)
     assert roots <= {"torch", "fused_nce"} | {name for name in roots if name.startswith("__editable__")}
     parts = {".".join(name.split(".")[:2]) for name in found["brought"]}
-    assert not {name for name in found["brought"] if name.startswith("fused_nce.backends.flash")}
+    assert not {name for name in found["brought"] if name.startswith("fused_nce.backends.triton")}
     assert not parts & {
         "torch._dynamo",
         "torch._inductor",
@@ -160,9 +205,9 @@ def test_importing_brings_in_no_extra_and_no_cuda_context():
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.suffix in CODE], ids=name_of)
-def test_no_file_is_long(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE_LINES
+def test_no_file_is_long():
+    lines = {name_of(path): len(path.read_text("utf-8").splitlines()) for path in FILES if path.suffix in CODE}
+    assert {name: n for name, n in lines.items() if n > LONGEST_FILE_LINES} == {}
 
 
 def test_the_project_speaks_of_itself_alone():
@@ -188,15 +233,14 @@ def locked():
     return dict(pin.split("==") for pin in pins)
 
 
-@pytest.mark.parametrize("tool", ["ruff", "mypy"])
-def test_the_linters_have_one_version_everywhere(tool):
+def test_the_linters_have_one_version_everywhere():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    (declared,) = [line for line in project["optional-dependencies"]["dev"] if line.startswith(tool)]
-    assert declared == f"{tool}=={locked()[tool]}"
-    hooks = set(re.findall(rf'"({tool}[^"]*)"', (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")))
-    assert hooks == {declared}
-    ran = subprocess.run([sys.executable, "-m", tool, "--version"], capture_output=True, text=True, check=True).stdout
-    assert ran.split()[1] == locked()[tool]
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    for tool in ("ruff", "mypy", "clang-format"):
+        (declared,) = [line for line in project["optional-dependencies"]["dev"] if line.startswith(tool)]
+        assert declared == f"{tool}=={locked()[tool]}"
+        assert set(re.findall(rf'"({tool}[^"]*)"', hooks)) == {declared}
+        assert metadata.version(tool) == locked()[tool]
 
 
 def test_the_lock_covers_what_the_project_asks_for():
@@ -210,30 +254,21 @@ def test_the_lock_covers_what_the_project_asks_for():
 # --- documents ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
-def test_links_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
-        if "://" not in target and not target.startswith("mailto:"):
-            assert (path.parent / target).exists(), f"{name_of(path)} links to {target}"
+NAMED = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|cpp|h|inl|cu|md|json|toml|yaml|lock))`")
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
-def test_named_files_exist(path):
-    places = [path.parent, ROOT, ROOT / "fused_nce"]
-    for name in re.findall(
-        r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|cpp|h|inl|cu|md|json|toml|yaml|lock))`", path.read_text("utf-8")
-    ):
-        if name.partition("/")[0] not in ("runs", "RUN"):  # what a run will write
-            assert any((place / name).exists() for place in places), f"{name_of(path)} names {name}"
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
-def test_named_make_targets_exist(path):
+def test_links_and_named_files_and_make_targets_exist():
+    wrong = []
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-    for words in re.findall(
-        r"^\s*make ([a-z][a-z ]*?)\s*(?:#|$)|`make ([a-z ]+)`", path.read_text(encoding="utf-8"), re.M
-    ):
-        assert set(" ".join(words).split()) <= targets, f"{name_of(path)} names make {' '.join(words)}"
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        links = [(x, [path.parent]) for x in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if not re.match(r"\w+:", x)]
+        places = [path.parent, ROOT, ROOT / "fused_nce"]
+        named = [(x, places) for x in NAMED.findall(text) if x.partition("/")[0] not in ("runs", "RUN")]  # of a run
+        wrong += [f"{name_of(path)}: {x}" for x, near in (*links, *named) if not any((p / x).exists() for p in near)]
+        for words in re.findall(r"^\s*make ([a-z][a-z ]*?)\s*(?:#|$)|`make ([a-z ]+)`", text, re.M):
+            wrong += [f"{name_of(path)}: make {x}" for x in set(" ".join(words).split()) - targets]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_the_makefile_runs_what_exists():

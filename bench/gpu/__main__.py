@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from bench import host
-from bench.gpu import formulas, model, problems, rivals, tables, verdict
+from bench import formulas, host
+from bench.gpu import model, problems, rivals, tables, verdict
 from bench.gpu.collect import collect
 from bench.gpu.machine import Machine, machine
 from bench.gpu.problems import Problem

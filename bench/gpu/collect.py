@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 from bench import measure
+from bench.formulas import FORMULAS
 from bench.gpu import rivals
-from bench.gpu.formulas import FORMULAS
 from bench.gpu.machine import Machine
 from bench.gpu.problems import Problem
 from bench.gpu.rivals import DTYPE, Inputs, Loss, Rotation

@@ -68,8 +68,8 @@ class Problem:
         specs = {
             "amdim_nce": Spec(Block(self.n_c), TanhClip(CLIP)),
             "moco_nce": replace(plain, layout=Separate(1)),
-            "nt_xent": replace(plain, layout=Block(2, 2), drop_self=True, unit=True),
-            "info_nce": replace(plain, unit=True),
+            "nt_xent": replace(plain, layout=Block(2, 2), drop_self=True, unit_norm=True),
+            "info_nce": replace(plain, unit_norm=True),
             "clip_loss": replace(plain, columns=("neg_lse",)),
         }
         return specs.get(self.loss, plain)
@@ -126,7 +126,7 @@ TABLE = (
     square("info_nce", "InfoNCE", 8192, 256, None),
 )
 
-# Where the flash kernels hand over to the GEMM loop: one shape, many widths.
+# Where the Triton kernels hand over to the GEMM loop: one shape, many widths.
 CROSSOVER_WIDTHS = (64, 128, 192, 256, 384, 512)
 CROSSOVER = tuple(replace(amdim(256, d), role=SWEEP) for d in CROSSOVER_WIDTHS)
 # A time at two sizes tells what a call costs from what a score does: sixteen times the scores.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.formulas import FORMULAS
+from bench.formulas import FORMULAS
 from bench.gpu.machine import Machine
 from bench.gpu.problems import Problem
 from bench.rivals import require_close

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -100,3 +101,30 @@ def require_close(where: str, found: dict[str, Tensor], expected: dict[str, Tens
         difference = ((tensor.float() - wanted).norm() / wanted.norm()).item()
         if not difference <= tolerance:
             raise ValueError(f"{where}: {quantity} differs by {difference:.1e}, need <= {tolerance:.0e}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A rival on a case, for `bench.memory`."""
+
+    rival: str
+    case: Case
+
+    @property
+    def name(self) -> str:
+        return f"{self.rival} on {self.case.name}"
+
+    @property
+    def gradients_bytes(self) -> int:
+        return self.case.inputs_bytes
+
+    def warm_up(self) -> None:
+        prepare(self.rival, *Case(n_a=4, n_c=3, d=16, dtype=self.case.dtype).inputs())()
+
+    def prepare(self) -> Step:
+        a, c = self.case.inputs()
+        step = prepare(self.rival, a, c)
+        if RIVALS[self.rival].recompiles:
+            step()
+            clear(a, c)
+        return step

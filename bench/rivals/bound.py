@@ -12,7 +12,7 @@ GEMMS = ("scores", "grad_antecedents", "grad_consequents")
 
 
 def gemms(a: Tensor, c: Tensor) -> dict[tuple[str, str], Callable[[], Tensor]]:
-    """(GEMM, library) → a call, for S = q·kᵀ, dq = W·k and dk = Wᵀ·q.
+    """(GEMM, library) → a call, for S = q·kᵀ, dq = W·k and dk = Wᵀ·q; libraries that cannot run here are left out.
 
     Scores go to a buffer that is there already (oneDNN's entry point offers none): a loss need not keep them. The two
     gradients are fresh memory, as every rival's are.
@@ -33,4 +33,13 @@ def gemms(a: Tensor, c: Tensor) -> dict[tuple[str, str], Callable[[], Tensor]]:
         calls["scores", "onednn"] = onednn(q, k)
         calls["grad_antecedents", "onednn"] = onednn(w, k.T)
         calls["grad_consequents", "onednn"] = onednn(w.T, q.T)
-    return calls
+    return {key: call for key, call in calls.items() if key[1] == "mm" or runs(call)}
+
+
+def runs(call: Callable[[], Tensor]) -> bool:
+    """Whether this CPU has the product: oneDNN multiplies no bfloat16 where there are no instructions for it."""
+    try:
+        call()
+    except RuntimeError:
+        return False
+    return True

@@ -1,5 +1,5 @@
-// One allocation, kept for the next call and handed out in aligned pieces; and large pages for buffers that are about to
-// be written.
+// One allocation, kept for the next call and handed out in aligned pieces; and large pages for buffers that are about
+// to be written.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -59,29 +59,38 @@ class KeptWorkspace {
   at::Tensor buffer_;
 };
 
+// Hands out aligned pieces of one buffer; made without bytes it has none, gives null and counts what they would take.
+// So what a plan counts and what a sweep takes is one function.
 class Arena {
  public:
-  explicit Arena(int64_t bytes) : buffer_(KeptWorkspace::borrow(bytes + kAlignment)) {
+  Arena() = default;
+  explicit Arena(int64_t bytes) : buffer_(KeptWorkspace::borrow(bytes)) {
     const auto start = reinterpret_cast<uintptr_t>(buffer_.data_ptr());
-    next_ = reinterpret_cast<char*>((start + kAlignment - 1) / kAlignment * kAlignment);
-    end_ = static_cast<char*>(buffer_.data_ptr()) + bytes + kAlignment;
+    start_ = reinterpret_cast<char*>((start + kAlignment - 1) / kAlignment * kAlignment);
+    size_ = bytes - static_cast<int64_t>(reinterpret_cast<uintptr_t>(start_) - start);
   }
-  ~Arena() { KeptWorkspace::give_back(std::move(buffer_)); }
+  ~Arena() {
+    if (start_) KeptWorkspace::give_back(std::move(buffer_));
+  }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
   template <class T>
   T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(next_);
-    next_ += (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    TORCH_INTERNAL_ASSERT(next_ <= end_, "plan.h counts less workspace than sweep.cpp takes");
-    return piece;
+    char* piece = start_ ? start_ + used_ : nullptr;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+    TORCH_INTERNAL_ASSERT(!start_ || used_ <= size_, "the plan counts less workspace than the sweep takes");
+    return reinterpret_cast<T*>(piece);
   }
 
+  int64_t bytes() const { return used_; }
+
+  static constexpr int64_t kAlignment = 64;  // and as many bytes more, at most, are lost before the first piece
+
  private:
-  static constexpr int64_t kAlignment = 64;
   at::Tensor buffer_;
-  char *next_, *end_;
+  char* start_ = nullptr;
+  int64_t size_ = 0, used_ = 0;
 };
 
 }  // namespace fused_nce

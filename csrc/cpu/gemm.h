@@ -18,10 +18,6 @@ namespace fused_nce {
 // Reduction depth of one score call. Longer ones are no faster and sum more terms in one chain.
 constexpr int64_t kScoreDepth = 512;
 
-// A right operand (K, N): row-major for float; for bfloat16, rows in pairs: element (k, n) at ((k/2)*N + n)*2 + k%2.
-template <class E>
-constexpr bool kPaired = sizeof(E) == 2;
-
 // FLOP of all GEMMs so far, for the tests that count them: 2·m·n·depth a call.
 inline std::atomic<int64_t>& gemm_flop() {
   static std::atomic<int64_t> flop{0};
@@ -30,8 +26,8 @@ inline std::atomic<int64_t>& gemm_flop() {
 
 // out (m, n) [+]= left (m, depth) @ right (depth, n)
 template <class E>
-void gemm(int64_t m, int64_t n, int64_t depth, const E* left, int64_t left_stride, const E* right,
-          int64_t right_stride, bool add, float* out, int64_t out_stride) {
+void gemm(int64_t m, int64_t n, int64_t depth, const E* left, int64_t left_stride, const E* right, int64_t right_stride,
+          bool add, float* out, int64_t out_stride) {
   gemm_flop().fetch_add(2 * m * n * depth, std::memory_order_relaxed);
   at::native::cpublas::brgemm(m, n, depth, left_stride, right_stride, out_stride, add, left, right, out, kPaired<E>);
 }

@@ -5,17 +5,15 @@
 #include <algorithm>
 
 #include "../problem.h"
-#include "arena.h"
 
 namespace fused_nce {
 
 class Ids {
  public:
-  Ids(const SweepInputs& in, Arena& arena)
-      : scoring_(in.scoring), layout_(in.layout), n_(in.q.size(0)), m_(in.k.size(0)) {
-    if (!layout_.column_ids.defined()) return;
-    labels_ = arena.take<int64_t>(n_);
-    ranks_ = arena.take<int32_t>(m_);
+  // `labels` (N) and `ranks` (M) are room for those of a layout by labels, else null.
+  Ids(const SweepInputs& in, int64_t* labels, int32_t* ranks)
+      : scoring_(in.scoring), layout_(in.layout), n_(in.q.size(0)), m_(in.k.size(0)), labels_(labels), ranks_(ranks) {
+    if (!ranks_) return;
     std::copy_n(of_rows(), n_, labels_);
     std::sort(labels_, labels_ + n_);
     const int64_t* columns = layout_.column_ids.const_data_ptr<int64_t>();
@@ -70,8 +68,8 @@ class Ids {
   const Scoring scoring_;
   const Layout& layout_;
   const int64_t n_, m_;
-  int64_t* labels_ = nullptr;
-  int32_t* ranks_ = nullptr;
+  int64_t* const labels_;
+  int32_t* const ranks_;
 };
 
 }  // namespace fused_nce

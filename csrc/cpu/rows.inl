@@ -1,8 +1,8 @@
 // The bodies of the row kernels. Included once by each rows_*.cpp, after its target pragma and its FUSED_NCE_ISA; so no
 // header with inline functions may come in here.
 //
-// What most losses are made of, neg_lse, neg_max and square, is folded and weighed in one pass. Every other statistic is
-// a small type of its own with a pass of its own (further.inl) over a tile that is still in the cache.
+// What most losses are made of, neg_lse, neg_max and square, is folded and weighed in one pass. Every other statistic
+// is a small type of its own with a pass of its own (further.inl) over a tile that is still in the cache.
 #include "../atoms.h"
 #include "../params.h"
 
@@ -124,9 +124,12 @@ void fold_tile(const Tile& tile, const Scoring& scoring, const Accumulators& acc
 
 template <bool kItself>
 void fold_as(const Tile& tile, const Scoring& scoring, const Accumulators& acc) {
-  if (needs_no_shift(scoring.clip)) return fold_tile<true, false, kItself>(tile, scoring, acc);
-  if (scoring.clip > 0.0f) return fold_tile<true, true, kItself>(tile, scoring, acc);
-  fold_tile<false, true, kItself>(tile, scoring, acc);
+  const bool clip = scoring.clip > 0.0f;
+  const auto fold = clip && scoring.no_shift ? &fold_tile<true, false, kItself>
+                    : clip                   ? &fold_tile<true, true, kItself>
+                    : scoring.no_shift       ? &fold_tile<false, false, kItself>
+                                             : &fold_tile<false, true, kItself>;
+  fold(tile, scoring, acc);
 }
 
 #include "further.inl"
@@ -138,7 +141,8 @@ void fold(const Tile& tile, const Scoring& scoring, const Accumulators& acc) {
 }
 
 // Row by row, since a row knows its image: the columns of that image which lie in this tile.
-void positives(const Tile& tile, const Scoring& scoring, int64_t n_pos, float* pos) {
+void positives(const Tile& tile, const Scoring& scoring, int64_t line_stride, int64_t lane_stride, int64_t n_pos,
+               float* pos) {
   const Transform f(scoring);
   for (int64_t l = 0; l < tile.rows; ++l) {
     if (tile.ids[l] < 0) continue;
@@ -147,7 +151,7 @@ void positives(const Tile& tile, const Scoring& scoring, int64_t n_pos, float* p
     for (int64_t c = first < 0 ? 0 : first; c < (last < tile.columns ? last : tile.columns); ++c) {
       const int64_t place = c - first;
       if (place == own) continue;
-      const float s = tile.scores[c * tile.lanes + l] * f.scale;
+      const float s = tile.scores[c * line_stride + l * lane_stride] * f.scale;
       const float t = scoring.clip > 0.0f ? tanh_clip(s, f.clip, f.inverse_clip).value : s + scoring.bias;
       pos[(tile.first_row + l) * n_pos + place - (own >= 0 && place > own)] = t;
     }
@@ -227,27 +231,30 @@ template <bool kItself, class Out>
 void weigh_as(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Further* further,
               typename Out::Element* out, float* d_scale) {
   const bool clip = scoring.clip > 0.0f;
-  const auto weigh = needs_no_shift(scoring.clip) ? &weigh_either<true, false, kItself, Out>
-                     : clip                       ? &weigh_either<true, true, kItself, Out>
-                                                  : &weigh_either<false, true, kItself, Out>;
+  const auto weigh = clip && scoring.no_shift ? &weigh_either<true, false, kItself, Out>
+                     : clip                   ? &weigh_either<true, true, kItself, Out>
+                     : scoring.no_shift       ? &weigh_either<false, false, kItself, Out>
+                                              : &weigh_either<false, true, kItself, Out>;
   weigh(tile, scoring, row, further, out, d_scale);
 }
 
-void weigh(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Further* further,
-           uint16_t* rounded, float* d_scale) {
+void weigh(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Further* further, uint16_t* rounded,
+           float* d_scale) {
   if (rounded && tile.itself) weigh_as<true, Rounded>(tile, scoring, row, further, rounded, d_scale);
   else if (rounded) weigh_as<false, Rounded>(tile, scoring, row, further, rounded, d_scale);
   else if (tile.itself) weigh_as<true, InPlace>(tile, scoring, row, further, tile.scores, d_scale);
   else weigh_as<false, InPlace>(tile, scoring, row, further, tile.scores, d_scale);
 }
 
+#include "both.inl"
 #include "pack.inl"
 
 }  // namespace
 
 extern const RowKernels kernels;
-const RowKernels kernels = {FUSED_NCE_ISA_NAME, fold,       positives,  weigh_further, weigh, transpose,
-                            transpose_pairs,    narrow,     interleave, widen_bf16,    widen_fp16};
+const RowKernels kernels = {FUSED_NCE_ISA_NAME, fold,           fold_both, positives,       weigh_further, weigh,
+                            weigh_both,         largest_square, transpose, transpose_pairs, narrow,        interleave,
+                            widen_bf16,         widen_fp16};
 
 }  // namespace FUSED_NCE_ISA
 }  // namespace fused_nce

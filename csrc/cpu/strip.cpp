@@ -20,11 +20,18 @@ void clear_padding(const Strip& strip, const Coefficients& c) {
     std::fill(c.d_pos + place * strip.lanes + strip.rows, c.d_pos + (place + 1) * strip.lanes, 0.0f);
 }
 
-// Where the weights of lane l's positive p will be looked for.
-float& d_pos_of(const Strip& strip, const Coefficients& c, int64_t l, int64_t p) {
+// Where in its image lane l's positive p lies.
+int64_t place_of(const Strip& strip, int64_t l, int64_t p) {
   const long long own = own_place(strip.ids, strip.itself, strip.n_c, l);
-  return c.d_pos[(p + (own >= 0 && p >= own)) * strip.lanes + l];
+  return p + (own >= 0 && p >= own);
 }
+
+// Where its weights will be looked for.
+float& d_pos_of(const Strip& strip, const Coefficients& c, int64_t l, int64_t p) {
+  return c.d_pos[place_of(strip, l, p) * strip.lanes + l];
+}
+
+int64_t column_of(const Strip& strip, int64_t l, int64_t p) { return strip.ids[l] * strip.n_c + place_of(strip, l, p); }
 
 float transformed(float s, const Scoring& scoring) {
   return scoring.clip > 0.0f ? tanh_clip(s, scoring.clip, 1.0f / scoring.clip).value : s + scoring.bias;
@@ -94,7 +101,7 @@ void finish_strip(const Strip& strip, const Scoring& scoring, const std::vector<
   for (int64_t l = 0; l < strip.rows; ++l) {
     const Sum negatives = finish_statistics(groups, l, scoring, out.rows, strip.first + l);
     coefficients.shift[l] = negatives.shift;
-    coefficients.inverse[l] = negatives.sum == 0.0 ? 0.0f : static_cast<float>(1.0 / negatives.sum);
+    coefficients.inverse[l] = inverse_of(negatives);
   }
 }
 
@@ -134,12 +141,60 @@ void coefficients_of_loss(const Strip& strip, const StatisticArrays& stats, cons
   });
 }
 
+void side_of_rows(const Strip& strip, const Scoring& scoring, const StatisticArrays& stats, Tail tail, float ways,
+                  const Side& side) {
+  const auto row = [&](int64_t l) {
+    const int64_t i = strip.first + l;
+    const auto found = [&](Statistic name) { return stats.rows[name][i]; };
+    if (tail == kNce) {
+      double sum = 0.0;
+      for (int64_t p = 0; p < strip.n_pos; ++p)
+        sum -= nce_slope_positive(found(kNegLse), stats.pos[i * strip.n_pos + p]);
+      side.negative[l] = side.inverse[l] * static_cast<float>(ways * sum);
+      return;
+    }
+    const float count = found(kPosCount), lse = found(kPosLse) - scoring.bias;
+    const float share = supervised_share(found(kNegLse), found(kPosLse), count);
+    // A lone positive has no gap; and 1 - 1 of a score that is computed again would not quite be 0.
+    const float gap = tail == kLogOut && count > 1.0f ? 1.0f : 0.0f;
+    side.negative[l] = side.inverse[l] * share;
+    side.pos_shift[l] = scoring.no_shift || !(count > 0.0f) ? 0.0f : lse;
+    side.positive[l] = (gap - share) * (scoring.no_shift && count > 0.0f ? exp_value(-lse) : 1.0f);
+    side.constant[l] = count > 0.0f ? -gap / count : 0.0f;
+  };
+  at::parallel_for(0, strip.rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t l = begin; l < end; ++l) row(l);
+  });
+}
+
+void add_to_columns(const Strip& strip, const StatisticArrays& stats, const float* column_lse, float ways,
+                    float* negative) {
+  for (int64_t l = 0; l < strip.rows; ++l)
+    for (int64_t p = 0; p < strip.n_pos; ++p) {
+      const int64_t j = column_of(strip, l, p);
+      negative[j] -= ways * nce_slope_positive(column_lse[j], stats.pos[(strip.first + l) * strip.n_pos + p]);
+    }
+}
+
+void positives_of_both(const Strip& strip, const StatisticArrays& stats, const float* column_lse, float ways,
+                       const Coefficients& out) {
+  clear_padding(strip, out);
+  if (strip.n_pos == 0) std::fill_n(out.d_pos, strip.n_c * strip.lanes, 0.0f);
+  for (int64_t l = 0; l < strip.rows; ++l)
+    for (int64_t p = 0; p < strip.n_pos; ++p) {
+      const float pos = stats.pos[(strip.first + l) * strip.n_pos + p];
+      const float row_lse = stats.rows[kNegLse][strip.first + l];
+      d_pos_of(strip, out, l, p) =
+          ways * (nce_slope_positive(row_lse, pos) + nce_slope_positive(column_lse[column_of(strip, l, p)], pos));
+    }
+}
+
 void coefficients_of_caller(const Strip& strip, const Scoring& scoring, const StatisticArrays& stats,
                             const StatisticArrays& d, const Coefficients& out) {
   const int64_t n_pos = strip.n_pos;
   clear_padding(strip, out);
   if (n_pos == 0) std::fill_n(out.d_pos, strip.n_c * strip.lanes, 0.0f);
-  const bool no_shift = needs_no_shift(scoring.clip);
+  const bool no_shift = scoring.no_shift;
   const float *neg_lse = stats.rows[kNegLse], *d_neg_lse = d.rows[kNegLse], *d_square = d.rows[kSquare];
   for (int64_t l = 0; l < strip.rows; ++l) {
     const int64_t i = strip.first + l;

@@ -20,7 +20,7 @@ inline StatisticArrays arrays(const StatisticTensors& x, const Wanted& wanted) {
 // Rows first .. first + rows - 1, in lanes 0 .. rows - 1 of the strip's arrays.
 struct Strip {
   int64_t first, rows, lanes;
-  int64_t n_c, n_pos;     // columns of an image, and how many of them are a row's positives
+  int64_t n_c, n_pos;           // columns of an image, and how many of them are a row's positives
   const int32_t *ids, *itself;  // of a `Tile`
 };
 
@@ -29,6 +29,8 @@ struct Sum {
   float shift;
   double sum;  // of exp(t - shift), t without the bias
 };
+inline float inverse_of(const Sum& of) { return of.sum == 0.0 ? 0.0f : static_cast<float>(1.0 / of.sum); }
+
 Sum finish_statistics(const std::vector<Accumulators>& parts, int64_t lane, const Scoring& scoring,
                       const ByStatistic& out, int64_t at);
 
@@ -45,6 +47,19 @@ inline std::vector<Statistic> further_of(Tail tail) {
 // After finish_strip: the coefficients of the tail, and in `d` (lanes) those of the statistics beyond them.
 void coefficients_of_loss(const Strip& strip, const StatisticArrays& stats, const TailRule& tail,
                           const Coefficients& out, const ByStatistic& d);
+
+// The factors of two-sided weights. First those of the rows, from their statistics and `side.inverse`; `ways`, of each
+// row's element, is 1 or, where columns have elements of their own, a half.
+void side_of_rows(const Strip& strip, const Scoring& scoring, const StatisticArrays& stats, Tail tail, float ways,
+                  const Side& side);
+
+// Then, of the nce, what the strip's positives add to those of their columns, from 0 on and before `side.inverse`.
+void add_to_columns(const Strip& strip, const StatisticArrays& stats, const float* column_lse, float ways,
+                    float* negative);
+
+// And what both sides put on the strip's positives.
+void positives_of_both(const Strip& strip, const StatisticArrays& stats, const float* column_lse, float ways,
+                       const Coefficients& out);
 
 // All coefficients from given statistics and dL/d statistic.
 void coefficients_of_caller(const Strip& strip, const Scoring& scoring, const StatisticArrays& stats,

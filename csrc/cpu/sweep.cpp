@@ -8,118 +8,226 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 
+#include "../atoms.h"
 #include "gemm.h"
-#include "group.h"
 #include "ids.h"
 #include "isa.h"
 #include "strip.h"
+#include "workspace.h"
 
 namespace fused_nce {
 
 namespace {
 
+// Whether the score of row i and column j is that of row j and column i, and a positive of both or of neither.
+bool is_symmetric(const SweepInputs& in) {
+  const Layout& layout = in.layout;
+  if (!in.shared || !in.need_q || layout.positives.defined() || layout.itself > 0) return false;
+  if (layout.column_ids.defined()) return layout.row_ids.equal(layout.column_ids);
+  return !layout.row_ids.defined() && in.scoring.offset == 0 && in.scoring.rows_per_image == in.scoring.n_c;
+}
+
+// A tail whose weights `Side` can hold.
+bool has_sides(Tail tail) { return tail == kNce || tail == kLogOut || tail == kLogIn; }
+
 Work work_of(const SweepInputs& in, bool statistics, bool gradients) {
-  return {in.q.size(0), in.k.size(0), in.q.size(1), std::max(in.scoring.n_c, in.layout.n_pos),
-          elements_of(in.q.scalar_type(), in.q.size(1)), statistics && gradients, gradients, in.need_q, in.need_k,
-          in.shared, in.layout.column_ids.defined(), Wanted::mask(in.wanted.rows), Wanted::mask(in.wanted.columns)};
+  return {.rows = in.q.size(0),
+          .columns = in.k.size(0),
+          .width = in.q.size(1),
+          .image = std::max(in.scoring.n_c, in.layout.n_pos),
+          .elements = elements_of(in.q.scalar_type(), in.q.size(1)),
+          .both = statistics && gradients,
+          .gradients = gradients,
+          .need_q = in.need_q,
+          .need_k = in.need_k,
+          .shared = in.shared,
+          .labels = in.layout.column_ids.defined(),
+          .row_stats = Wanted::mask(in.wanted.rows),
+          .column_stats = Wanted::mask(in.wanted.columns)};
 }
 
 template <class E>
 class Sweep {
   static constexpr bool kBf16 = kPaired<E>;
+  static constexpr float kBound = 40.0f;        // below kMaxShiftFreeClip, by what a computed norm may be off
+  static constexpr int64_t kLeastToBound = 64;  // rows and columns, or the norms would take as long as the scores
 
  public:
   Sweep(const SweepInputs& in, const Task& task)
       : rows_(active_kernels()), scoring_(in.scoring), n_(in.q.size(0)), m_(in.k.size(0)), width_(in.q.size(1)),
-        elements_(elements_of(in.q.scalar_type(), width_)), half_(in.q.scalar_type() == at::kHalf),
-        q_(in.q.data_ptr()), k_(in.k.data_ptr()), q_stride_(in.q.stride(0)), k_stride_(in.k.stride(0)),
-        task_(task), need_q_(in.need_q), need_k_(in.need_k), need_scale_(in.need_scale), shared_(in.shared),
-        stats_(arrays(task.stats, in.wanted)), columns_(arrays_of(task.stats.columns, in.wanted.columns)),
-        n_pos_(in.layout.n_pos), own_columns_(n_pos_ > 0 && !in.layout.positives.defined()),
-        work_{work_of(in, task.statistics, task.gradients)}, plan_(checked_plan(in.workspace_bytes)),
-        arena_(plan_.bytes), ids_(in, arena_) {
-    const int64_t lanes = plan_.lanes;
-    packed_ = arena_.take<E>(lanes * width_);
-    const bool copied = elements_ == Elements::widened || (need_k_ && kBf16);
-    q_rows_ = copied ? arena_.take<E>(lanes * width_) : nullptr;
-    stored_ = plan_.stored ? arena_.take<float>(m_ * lanes) : nullptr;
-    lane_ids_ = arena_.take<int32_t>(lanes);
-    itself_ = arena_.take<int32_t>(lanes);
-    coefficients_ = {arena_.take<float>(lanes), arena_.take<float>(lanes), arena_.take<float>(lanes),
-                     arena_.take<float>(lanes), arena_.take<float>(work_.image * lanes)};
-    if (task.statistics && work_.column_stats) column_acc_ = new_accumulators(work_.column_stats, m_, arena_);
-    if (work_.both && work_.further())
-      for (const Statistic name : further_of(task.tail.name)) d_further_[name] = arena_.take<float>(lanes);
-    if (!task.statistics) {
+        elements_(elements_of(in.q.scalar_type(), width_)), half_(in.q.scalar_type() == at::kHalf), q_(in.q.data_ptr()),
+        k_(in.k.data_ptr()), q_stride_(in.q.stride(0)), k_stride_(in.k.stride(0)), task_(task), need_q_(in.need_q),
+        need_k_(in.need_k), need_scale_(in.need_scale), shared_(in.shared), stats_(arrays(task.stats, in.wanted)),
+        columns_(arrays_of(task.stats.columns, in.wanted.columns)), n_pos_(in.layout.n_pos),
+        own_columns_(n_pos_ > 0 && !in.layout.positives.defined()), work_(work_for(in, task)),
+        plan_(checked_plan(in.workspace_bytes)), arena_(plan_.bytes), space_(work_, plan_, arena_),
+        ids_(in, space_.labels, space_.ranks) {
+    bounded_ = is_bounded();
+    scoring_.no_shift = bounded_ || portable::needs_no_shift(scoring_.clip);
+    if (task.statistics) {
+      if (work_.both)
+        for (const Statistic name : further_of(task.tail.name)) d_further_[name] = space_.d_further[name];
+    } else {
       upstream_ = arrays(task.upstream, in.wanted);
       d_columns_ = arrays_of(task.upstream.columns, in.wanted.columns);
     }
-    for (int64_t g = 0; g < plan_.groups; ++g) {
-      groups_.push_back(make_group(g == 0));
-      accumulators_.push_back(groups_.back().acc);
+    groups_.resize(plan_.groups);
+    for (Group<E>& group : groups_) {
+      group.take(work_, plan_, &group == groups_.data(), arena_);
+      accumulators_.push_back(group.acc);
     }
   }
 
   void run() {
     if (need_q_) use_large_pages(task_.out.dq);
     if (need_k_) use_large_pages(task_.out.dk);
-    if (column_acc_.bad) clear(column_acc_, work_.column_stats, m_);
-    double d_scale = 0.0, d_bias = 0.0;
-    for (int64_t strip = 0; strip < plan_.strips; ++strip) {
-      const int64_t first = strip * plan_.lanes;
-      strip_ = {first, std::min(plan_.lanes, n_ - first), plan_.lanes, scoring_.n_c, n_pos_, lane_ids_,
-                ids_.drop_itself() ? itself_ : nullptr};
-      pack_queries();
-      std::fill_n(lane_ids_, plan_.lanes, -1);
-      std::fill_n(itself_, plan_.lanes, -1);
-      ids_.name_rows(first, strip_.rows, lane_ids_, itself_);
-      if (task_.statistics) {
-        for_each_group([this](Group<E>& group, int64_t begin, int64_t end) { fold(group, begin, end); });
-        finish_strip(strip_, scoring_, accumulators_, stats_, coefficients_);
-      }
-      if (!task_.gradients) continue;
-      if (task_.statistics) coefficients_of_loss(strip_, stats_, task_.tail, coefficients_, d_further_);
-      else coefficients_of_caller(strip_, scoring_, stats_, upstream_, coefficients_);
-      for_each_group([this](Group<E>& group, int64_t begin, int64_t end) { weigh(group, begin, end); });
-      for (const Group<E>& group : groups_) {
-        d_scale += group.d_scale;
-        d_bias += group.d_bias;
-      }
-      if (need_q_) merge_dq();
-    }
-    if (column_acc_.bad) finish_columns();
-    if (need_scale_) *task_.out.dscale.template data_ptr<float>() = static_cast<float>(d_scale);
-    if (need_scale_) *task_.out.dbias.template data_ptr<float>() = static_cast<float>(d_bias);
+    if (finds_columns()) clear(space_.columns, column_stats(), m_);
+    if (work_.two_sided()) run_two_sided();
+    else run_by_strips();
+    if (need_scale_) *task_.out.dscale.template data_ptr<float>() = static_cast<float>(d_scale_);
+    if (need_scale_) *task_.out.dbias.template data_ptr<float>() = static_cast<float>(d_bias_);
   }
 
  private:
-  Plan checked_plan(int64_t workspace_bytes) const {
+  // From the scores of a strip straight to its weights.
+  void run_by_strips() {
+    for (int64_t strip = 0; strip < plan_.strips; ++strip) {
+      begin_strip(strip);
+      pack_queries();
+      if (task_.statistics) {
+        for_each_group([this](Group<E>& group, int64_t begin, int64_t end) { fold(group, begin, end); });
+        finish_strip(strip_, scoring_, accumulators_, stats_, space_.coefficients);
+      }
+      if (!task_.gradients) continue;
+      if (task_.statistics) coefficients_of_loss(strip_, stats_, task_.tail, space_.coefficients, d_further_);
+      else coefficients_of_caller(strip_, scoring_, stats_, upstream_, space_.coefficients);
+      for_each_group([this](Group<E>& group, int64_t begin, int64_t end) { weigh(group, begin, end); });
+      end_weights();
+    }
+    if (finds_columns()) finish_columns();
+  }
+
+  // All statistics, then all weights: the scores of the last strips are kept, others computed again. Where the scores
+  // are symmetric, a strip's columns begin with its own rows, and what lies left of them has been seen as columns.
+  void run_two_sided() {
+    const float ways = work_.symmetric ? 1.0f : 0.5f;
+    const float* column_lse = work_.symmetric ? stats_.rows[kNegLse] : columns_[kNegLse];
+    for (int64_t strip = 0; strip < plan_.strips; ++strip) {
+      begin_strip(strip);
+      pack_queries();
+      for_each_group([this](Group<E>& group, int64_t begin, int64_t end) { fold_both(group, begin, end); });
+      std::vector<Accumulators> parts(accumulators_.begin(), accumulators_.begin() + groups_in_use_);
+      if (work_.symmetric) parts.push_back(from(space_.columns, work_.row_stats, strip_.first));
+      Coefficients sums = space_.coefficients;
+      const Side side = from(space_.row_side, strip_.first);
+      sums.shift = side.shift;
+      sums.inverse = side.inverse;
+      finish_strip(strip_, scoring_, parts, stats_, sums);
+      side_of_rows(strip_, scoring_, stats_, task_.tail.name, ways, side);
+      for (float* array : {side.shift, side.negative, side.pos_shift, side.positive, side.constant})
+        if (array) std::fill(array + strip_.rows, array + strip_.lanes, 0.0f);
+    }
+    if (!work_.symmetric) {
+      finish_columns();
+      std::fill_n(space_.column_side.negative, m_, 0.0f);
+      for (int64_t strip = 0; strip < plan_.strips; ++strip) {
+        begin_strip(strip);
+        add_to_columns(strip_, stats_, column_lse, ways, space_.column_side.negative);
+      }
+      for (int64_t j = 0; j < m_; ++j) space_.column_side.negative[j] *= space_.column_side.inverse[j];
+    }
+    for (int64_t strip = 0; strip < plan_.strips; ++strip) {
+      begin_strip(strip);
+      if (!strip_scores_ || space_.query_rows) pack_queries();
+      if (task_.tail.name == kNce) positives_of_both(strip_, stats_, column_lse, ways, space_.coefficients);
+      for_each_group([this](Group<E>& group, int64_t begin, int64_t end) { weigh_both(group, begin, end); });
+      end_weights();
+    }
+  }
+
+  void begin_strip(int64_t strip) {
+    const int64_t first = strip * plan_.lanes;
+    strip_ = {.first = first,
+              .rows = std::min(plan_.lanes, n_ - first),
+              .lanes = plan_.lanes,
+              .n_c = scoring_.n_c,
+              .n_pos = n_pos_,
+              .ids = space_.lane_ids,
+              .itself = ids_.drop_itself() ? space_.itself : nullptr};
+    std::fill_n(space_.lane_ids, plan_.lanes, -1);
+    std::fill_n(space_.itself, plan_.lanes, -1);
+    ids_.name_rows(first, strip_.rows, space_.lane_ids, space_.itself);
+    tiles_ = tiles_of(work_, plan_, strip);
+    groups_in_use_ = std::min(plan_.groups, tiles_);
+    first_column_ = first_column(work_, plan_, strip);
+    strip_scores_ = plan_.stored ? space_.scores : nullptr;
+    const int64_t first_kept = plan_.strips - plan_.kept_strips;
+    if (strip < first_kept) return;
+    strip_scores_ = space_.scores;
+    for (int64_t before = first_kept; before < strip; ++before)
+      strip_scores_ += plan_.lanes * (m_ - first_column(work_, plan_, before));
+  }
+
+  void end_weights() {
+    for (int64_t g = 0; g < groups_in_use_; ++g) {
+      d_scale_ += groups_[g].d_scale;
+      d_bias_ += groups_[g].d_bias;
+    }
+    if (need_q_) merge_dq();
+  }
+
+  static Work work_for(const SweepInputs& in, const Task& task) {
+    Work work = work_of(in, task.statistics, task.gradients);
+    const unsigned known = kFused | kOverPositives;
+    work.symmetric =
+        work.both && !work.column_stats && !(work.row_stats & ~known) && has_sides(task.tail.name) && is_symmetric(in);
+    return work;
+  }
+
+  unsigned column_stats() const { return work_.symmetric ? work_.row_stats : work_.column_stats; }
+
+  // Whether |t| stays so small, by the norms of the rows, that no exponential needs a shift, and all scores are finite.
+  bool is_bounded() const {
+    if (scoring_.clip > 0.0f || std::min(n_, m_) < kLeastToBound) return false;
+    const float of_q = largest_square(q_, q_stride_, n_), of_k = shared_ ? of_q : largest_square(k_, k_stride_, m_);
+    return std::abs(scoring_.scale) * std::sqrt(of_q) * std::sqrt(of_k) <= kBound;
+  }
+
+  float largest_square(const void* base, int64_t stride, int64_t count) const {
+    constexpr int64_t block = 64;
+    std::vector<float> found(ceil_div(count, block));
+    at::parallel_for(0, ceil_div(count, block), 4, [&](int64_t begin, int64_t end) {
+      std::vector<float> wide(elements_ == Elements::float32 ? 0 : width_);
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t first = b * block, rows = std::min(block, count - first);
+        if (elements_ == Elements::float32) {
+          found[b] = rows_.largest_square(static_cast<const float*>(base) + first * stride, stride, rows, width_);
+          continue;
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+          widen(base, stride, first + i, wide.data());
+          const float square = rows_.largest_square(wide.data(), width_, 1, width_);
+          found[b] = square <= found[b] ? found[b] : square;
+          if (std::isnan(square)) break;
+        }
+      }
+    });
+    float largest = 0.0f;
+    for (const float square : found) {
+      if (std::isnan(square)) return square;
+      largest = std::max(largest, square);
+    }
+    return largest;
+  }
+
+  Plan checked_plan(int64_t workspace_bytes) {
     const Plan plan = make_plan(work_, workspace_bytes);
     TORCH_CHECK_VALUE(plan.lanes > 0, "workspace_bytes is ", workspace_bytes, ", needed: at least ", plan.bytes,
                       " for ", n_, " rows, ", m_, " columns of width ", width_);
+    work_.symmetric = plan.symmetric;
     return plan;
-  }
-
-  Group<E> make_group(bool first) {
-    const int64_t lanes = plan_.lanes, columns = round_up(plan_.tile_columns, 2);
-    Group<E> g{};
-    g.acc = new_accumulators(work_.row_stats, lanes, arena_);
-    g.d_scale_lanes = arena_.take<float>(lanes);
-    g.d_bias_lanes = arena_.take<float>(lanes);
-    g.line_ids = arena_.take<int32_t>(columns);
-    if (work_.column_stats) g.column_rows = arena_.take<int32_t>(columns);
-    if (has_side(work_)) g.side = arena_.take<float>(columns * lanes);
-    if (!plan_.stored) g.scores = arena_.take<float>(columns * lanes);
-    if (elements_ == Elements::widened) g.wide_keys = arena_.take<float>(columns * width_);
-    if (!task_.gradients) return g;
-    if (kBf16) g.rounded = arena_.take<uint16_t>(columns * lanes);
-    char* operands = arena_.take<char>(operand_bytes(work_, plan_));
-    g.left = reinterpret_cast<E*>(operands);
-    g.right = g.left + columns * lanes;
-    g.wide_dk = reinterpret_cast<float*>(operands);
-    if (need_q_ && (!first || shared_)) g.dq = arena_.take<float>(lanes * width_);
-    return g;
   }
 
   template <class F>
@@ -127,9 +235,9 @@ class Sweep {
     // Whoever is free takes the next group: with equal shares, a thread that the system had interrupted kept all others
     // waiting. Who computes a group does not show in its result.
     std::atomic<int64_t> next{0};
-    at::parallel_for(0, std::min<int64_t>(plan_.groups, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-      for (int64_t g = next++; g < plan_.groups; g = next++)
-        f(groups_[g], g * plan_.tiles / plan_.groups, (g + 1) * plan_.tiles / plan_.groups);
+    const int64_t groups = groups_in_use_;
+    at::parallel_for(0, std::min<int64_t>(groups, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+      for (int64_t g = next++; g < groups; g = next++) f(groups_[g], g * tiles_ / groups, (g + 1) * tiles_ / groups);
       at::native::cpublas::brgemm_release(kBf16);
     });
   }
@@ -140,20 +248,20 @@ class Sweep {
   }
 
   const E* query_rows() const {
-    return q_rows_ ? q_rows_ : static_cast<const E*>(q_) + strip_.first * q_stride_;
+    return space_.query_rows ? space_.query_rows : static_cast<const E*>(q_) + strip_.first * q_stride_;
   }
 
   // The strip's queries transposed, in 32-bit words: one float, or the pair of bfloat16 that brgemm wants together.
   void pack_queries() {
     const int64_t lanes = plan_.lanes, words = width_ * static_cast<int64_t>(sizeof(E)) / 4;
     if (elements_ == Elements::widened) {
-      float* wide = reinterpret_cast<float*>(q_rows_);
+      float* wide = reinterpret_cast<float*>(space_.query_rows);
       for (int64_t l = 0; l < strip_.rows; ++l) widen(q_, q_stride_, strip_.first + l, wide + l * width_);
     }
     const bool wide = elements_ == Elements::widened;
-    const E* from = wide ? q_rows_ : static_cast<const E*>(q_) + strip_.first * q_stride_;
+    const E* from = wide ? space_.query_rows : static_cast<const E*>(q_) + strip_.first * q_stride_;
     const int64_t stride = (wide ? width_ : q_stride_) * static_cast<int64_t>(sizeof(E));
-    uint32_t* to = reinterpret_cast<uint32_t*>(packed_);
+    uint32_t* to = reinterpret_cast<uint32_t*>(space_.packed);
     at::parallel_for(0, ceil_div(words, 16), 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block)
         for (int64_t l = 0; l < lanes; ++l)
@@ -164,23 +272,55 @@ class Sweep {
           }
     });
     if (kBf16 && need_k_) {
-      uint32_t* pairs = reinterpret_cast<uint32_t*>(q_rows_);
+      uint32_t* pairs = reinterpret_cast<uint32_t*>(space_.query_rows);
       interleave(reinterpret_cast<const uint16_t*>(from), q_stride_, strip_.rows, width_, pairs);
     }
   }
 
+  bool finds_columns() const { return space_.columns.bad; }
+
+  // Whether a tile of a symmetric strip lies among its own rows.
+  bool is_diagonal(const Tile& tile) const { return work_.symmetric && tile.first_column < strip_.first + strip_.rows; }
+
   Tile tile_of(const Group<E>& group, int64_t index) const {
-    const int64_t first = index * plan_.tile_columns, columns = std::min(plan_.tile_columns, m_ - first);
-    return {stored_ ? stored_ + first * plan_.lanes : group.scores, columns, plan_.lanes, strip_.rows, first,
-            strip_.first, strip_.ids, strip_.itself, ids_.name_columns(first, columns, group.line_ids)};
+    int64_t first = first_column_ + index * plan_.tile_columns, end = m_;
+    if (work_.symmetric) {
+      const int64_t diagonal = diagonal_tiles(plan_, strip_.rows), border = strip_.first + strip_.rows;
+      if (index < diagonal) end = border;
+      else first = border + (index - diagonal) * plan_.tile_columns;
+    }
+    const int64_t columns = std::min(plan_.tile_columns, end - first);
+    return {.scores = strip_scores_ ? strip_scores_ + (first - first_column_) * plan_.lanes : group.scores,
+            .columns = columns,
+            .lanes = plan_.lanes,
+            .rows = strip_.rows,
+            .first_column = first,
+            .first_row = strip_.first,
+            .ids = strip_.ids,
+            .itself = strip_.itself,
+            .line_ids = ids_.name_columns(first, columns, group.line_ids)};
   }
 
-  // The same scores with columns for lanes: its rows' statistics are the tile's columns'.
+  // The same tile with columns for lanes, where it lies: a line's scores are then `lanes` of the tile apart.
   Tile turned(const Group<E>& group, const Tile& tile) const {
-    rows_.transpose(tile, group.side, tile.columns);
     if (strip_.itself) ids_.rows_of_columns(tile.first_column, tile.columns, group.column_rows);
-    return {group.side, strip_.rows, tile.columns, tile.columns, strip_.first, tile.first_column, tile.line_ids,
-            strip_.itself ? group.column_rows : nullptr, strip_.ids};
+    return {.scores = tile.scores,
+            .columns = strip_.rows,
+            .lanes = tile.columns,
+            .rows = tile.columns,
+            .first_column = strip_.first,
+            .first_row = tile.first_column,
+            .ids = tile.line_ids,
+            .itself = strip_.itself ? group.column_rows : nullptr,
+            .line_ids = strip_.ids};
+  }
+
+  // And moved to the side, as the kernels read one: its rows' statistics are the tile's columns'.
+  Tile transposed(const Group<E>& group, const Tile& tile) const {
+    Tile moved = turned(group, tile);
+    moved.scores = group.side;
+    rows_.transpose(tile, group.side, tile.columns);
+    return moved;
   }
 
   struct Keys {
@@ -191,12 +331,13 @@ class Sweep {
   // The keys of a tile as the GEMMs read them: in place, or widened.
   Keys keys_of(const Group<E>& group, const Tile& tile) const {
     if (elements_ != Elements::widened) return {static_cast<const E*>(k_) + tile.first_column * k_stride_, k_stride_};
-    for (int64_t c = 0; c < tile.columns; ++c) widen(k_, k_stride_, tile.first_column + c, group.wide_keys + c * width_);
+    for (int64_t c = 0; c < tile.columns; ++c)
+      widen(k_, k_stride_, tile.first_column + c, group.wide_keys + c * width_);
     return {reinterpret_cast<const E*>(group.wide_keys), width_};
   }
 
   void score(const Tile& tile, const Keys& keys) const {
-    score_gemm(keys.data, keys.stride, packed_, tile.columns, tile.lanes, width_, tile.scores);
+    score_gemm(keys.data, keys.stride, space_.packed, tile.columns, tile.lanes, width_, tile.scores);
   }
 
   void fold(Group<E>& group, int64_t begin, int64_t end) {
@@ -205,16 +346,71 @@ class Sweep {
       const Tile tile = tile_of(group, t);
       score(tile, keys_of(group, tile));
       rows_.fold(tile, scoring_, group.acc);
-      if (own_columns_) rows_.positives(tile, scoring_, n_pos_, stats_.pos);
-      if (column_acc_.bad)
-        rows_.fold(turned(group, tile), scoring_, from(column_acc_, work_.column_stats, tile.first_column));
+      if (own_columns_) rows_.positives(tile, scoring_, tile.lanes, 1, n_pos_, stats_.pos);
+      if (finds_columns())
+        rows_.fold(transposed(group, tile), scoring_, from(space_.columns, work_.column_stats, tile.first_column));
+    }
+  }
+
+  void fold_both(Group<E>& group, int64_t begin, int64_t end) {
+    const bool fast = folds_fast();
+    clear(group.acc, work_.row_stats, plan_.lanes);
+    for (int64_t t = begin; t < end; ++t) {
+      const Tile tile = tile_of(group, t);
+      score(tile, keys_of(group, tile));
+      const bool rows_alone = is_diagonal(tile);
+      const Accumulators columns = from(space_.columns, column_stats(), tile.first_column);
+      if (fast) {
+        rows_.fold_both(tile, scoring_, work_.row_stats & bit_of(kSquare), group.acc, rows_alone ? nullptr : &columns);
+      } else {
+        rows_.fold(tile, scoring_, group.acc);
+        if (!rows_alone) rows_.fold(transposed(group, tile), scoring_, columns);
+      }
+      if (!own_columns_) continue;
+      rows_.positives(tile, scoring_, tile.lanes, 1, n_pos_, stats_.pos);
+      if (work_.symmetric && !rows_alone)
+        rows_.positives(turned(group, tile), scoring_, 1, tile.lanes, n_pos_, stats_.pos);
+    }
+  }
+
+  bool folds_fast() const {
+    if (!bounded_) return false;
+    const unsigned known = work_.symmetric ? kFused | kOverPositives : kFused;
+    return !((work_.row_stats | work_.column_stats) & ~known) && (work_.symmetric || !strip_.itself) &&
+           !(work_.column_stats & bit_of(kSquare) & ~work_.row_stats);
+  }
+
+  void weigh_both(Group<E>& group, int64_t begin, int64_t end) {
+    group.d_scale = group.d_bias = 0.0;
+    for (int64_t t = begin; t < end; ++t) {
+      const Tile tile = tile_of(group, t);
+      const Keys keys = strip_scores_ && !need_q_ ? Keys{nullptr, 0} : keys_of(group, tile);
+      if (!strip_scores_) score(tile, keys);
+      const TwoSided both{.rows = from(space_.row_side, strip_.first),
+                          .columns = from(space_.column_side, tile.first_column),
+                          .d_pos = space_.coefficients.d_pos,
+                          .unit = task_.tail.unit,
+                          .square = (work_.symmetric ? 4.0f : 2.0f) * task_.tail.square_weight};
+      std::fill_n(group.d_scale_lanes, plan_.lanes, 0.0f);
+      rows_.weigh_both(tile, scoring_, both, group.rounded, group.d_scale_lanes);
+      // On the diagonal a pair of rows is met twice.
+      const double part = is_diagonal(tile) ? 0.5 : 1.0;
+      for (int64_t l = 0; l < strip_.rows; ++l) group.d_scale += part * group.d_scale_lanes[l];
+      if (need_k_ && !is_diagonal(tile)) write_dk(group, tile);
+      if (need_q_) add_dq(group, tile, keys, t > begin);
     }
   }
 
   void finish_columns() const {
-    const std::vector<Accumulators> all = {column_acc_};
+    const std::vector<Accumulators> all = {space_.columns};
+    const Side& side = space_.column_side;
     at::parallel_for(0, m_, 256, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) finish_statistics(all, j, scoring_, columns_, j);
+      for (int64_t j = begin; j < end; ++j) {
+        const Sum negatives = finish_statistics(all, j, scoring_, columns_, j);
+        if (!side.shift) continue;
+        side.shift[j] = negatives.shift;
+        side.inverse[j] = inverse_of(negatives);
+      }
     });
   }
 
@@ -232,15 +428,16 @@ class Sweep {
     group.d_scale = group.d_bias = 0.0;
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tile_of(group, t);
-      const Keys keys = stored_ && !need_q_ ? Keys{nullptr, 0} : keys_of(group, tile);
-      if (!stored_) score(tile, keys);
+      const Keys keys = strip_scores_ && !need_q_ ? Keys{nullptr, 0} : keys_of(group, tile);
+      if (!strip_scores_) score(tile, keys);
       std::fill_n(group.d_scale_lanes, plan_.lanes, 0.0f);
       if (work_.further()) {
         const Further further = weigh_further(group, tile);
-        rows_.weigh(tile, scoring_, coefficients_, &further, group.rounded, group.d_scale_lanes);
+        rows_.weigh(tile, scoring_, space_.coefficients, &further, group.rounded, group.d_scale_lanes);
         for (int64_t l = 0; l < strip_.rows; ++l) group.d_bias += group.d_bias_lanes[l];
       } else {
-        rows_.weigh(tile, scoring_, coefficients_, nullptr, group.rounded, need_scale_ ? group.d_scale_lanes : nullptr);
+        rows_.weigh(tile, scoring_, space_.coefficients, nullptr, group.rounded,
+                    need_scale_ ? group.d_scale_lanes : nullptr);
       }
       for (int64_t l = 0; l < strip_.rows; ++l) group.d_scale += group.d_scale_lanes[l];
       if (need_k_) write_dk(group, tile);
@@ -252,7 +449,8 @@ class Sweep {
   // which begins at 0 and to which the groups' shares come later.
   void write_dk(const Group<E>& group, const Tile& tile) {
     const E* left = kBf16 ? reinterpret_cast<const E*>(group.rounded) : reinterpret_cast<const E*>(tile.scores);
-    const int64_t depth = kBf16 ? round_up(strip_.rows, 2) : strip_.rows, stride = q_rows_ ? width_ : q_stride_;
+    const int64_t depth = kBf16 ? round_up(strip_.rows, 2) : strip_.rows,
+                  stride = space_.query_rows ? width_ : q_stride_;
     if (!plan_.dk_rounded) {
       float* dk = task_.out.dk.template data_ptr<float>() + tile.first_column * width_;
       gradient_gemm(left, tile.lanes, query_rows(), stride, tile.columns, depth, width_, shared_ || strip_.first > 0,
@@ -272,7 +470,8 @@ class Sweep {
     float* dq = group.dq ? group.dq : task_.out.dq.template data_ptr<float>() + strip_.first * width_;
     if (!kBf16) {
       rows_.transpose(tile, reinterpret_cast<float*>(group.left), tile.columns);
-      gradient_gemm(group.left, tile.columns, keys.data, keys.stride, strip_.rows, tile.columns, width_, add, dq, width_);
+      gradient_gemm(group.left, tile.columns, keys.data, keys.stride, strip_.rows, tile.columns, width_, add, dq,
+                    width_);
       return;
     }
     const int64_t pairs = ceil_div(tile.columns, 2);
@@ -291,13 +490,13 @@ class Sweep {
   void merge_dq() {
     float* dq = task_.out.dq.template data_ptr<float>() + strip_.first * width_;
     at::parallel_for(0, strip_.rows, 8, [&](int64_t begin, int64_t end) {
-      for (size_t g = shared_ ? 0 : 1; g < groups_.size(); ++g)
+      for (int64_t g = shared_ ? 0 : 1; g < groups_in_use_; ++g)
         for (int64_t x = begin * width_; x < end * width_; ++x) dq[x] += groups_[g].dq[x];
     });
   }
 
   const RowKernels& rows_;
-  const Scoring scoring_;
+  Scoring scoring_;
   const int64_t n_, m_, width_;
   const Elements elements_;
   const bool half_;
@@ -309,21 +508,22 @@ class Sweep {
   const ByStatistic columns_;
   const int64_t n_pos_;
   const bool own_columns_;  // the positives are columns, and of a number that `pos` has
-  const Work work_;
+  Work work_;
   const Plan plan_;
   Arena arena_;
+  const Workspace<E> space_;
   const Ids ids_;
-  E *packed_, *q_rows_;
-  float* stored_;
-  int32_t *lane_ids_, *itself_;  // (lanes)
-  Coefficients coefficients_;
-  ByStatistic d_further_;        // (lanes)
+  ByStatistic d_further_;  // (lanes), of those that the tail reads
   StatisticArrays upstream_{};
   ByStatistic d_columns_;
-  Accumulators column_acc_{};    // (M)
   std::vector<Group<E>> groups_;
   std::vector<Accumulators> accumulators_;
+  bool bounded_ = false;
+  double d_scale_ = 0.0, d_bias_ = 0.0;
+  // Of the strip at hand:
   Strip strip_{};
+  int64_t tiles_ = 0, groups_in_use_ = 0, first_column_ = 0;
+  float* strip_scores_ = nullptr;  // null: not kept
 };
 
 }  // namespace

@@ -6,8 +6,8 @@
 
 namespace fused_nce {
 
-// What a sweep does: `statistics` alone are written to `stats`; `gradients` alone come from `stats` and `upstream`; both
-// are those of the tail's loss, of statistics of rows.
+// What a sweep does: `statistics` alone are written to `stats`; `gradients` alone come from `stats` and `upstream`;
+// both are those of the tail's loss, of statistics of rows.
 struct Task {
   bool statistics, gradients;
   StatisticTensors stats, upstream;

@@ -1,7 +1,7 @@
 // Statistics of columns, for losses that classify both ways: a strip's rows are folded into what earlier strips found.
 //
-// A warp has 32 neighbouring columns, so that each row of scores is one load; the rows are shared out among the warps of
-// a CTA, whose shares merge in a fixed tree. Strips follow each other on the stream.
+// A warp has 32 neighbouring columns, so that each row of scores is one load; the rows are shared out among the warps
+// of a CTA, whose shares merge in a fixed tree. Strips follow each other on the stream.
 #pragma once
 
 #include "rows.h"
@@ -21,13 +21,11 @@ struct Column {
   int own_begin, own_end;  // rows whose positive it is, by arithmetic
   const int64_t* row_ids;  // of the strip's rows; null: by arithmetic
   int64_t id;              // what makes them its own
-  int itself;              // the row that the column itself is; -1: none is
+  int self_row;            // the row that the column itself is; -1: none is
   int64_t index;           // of S
   float scale, clip, inverse_clip, bias;
 
-  FUSED_NCE_HD bool own(int row) const {
-    return row_ids ? row_ids[row] == id : row >= own_begin && row < own_end;
-  }
+  FUSED_NCE_HD bool own(int row) const { return row_ids ? row_ids[row] == id : row >= own_begin && row < own_end; }
 };
 
 FUSED_NCE_HD Column column_of(const Strip& strip, const Rules& rules, int64_t column) {
@@ -40,11 +38,12 @@ FUSED_NCE_HD Column column_of(const Strip& strip, const Rules& rules, int64_t co
   const int64_t image = out.index / scoring.n_c;
   const int64_t first = (image - scoring.offset) * scoring.rows_per_image - strip.first_row;
   out.own_begin = clamp(first, strip.rows);
-  out.own_end = rules.apart ? out.own_begin : clamp(first + scoring.rows_per_image, strip.rows);
+  out.own_end = rules.positives_elsewhere ? out.own_begin : clamp(first + scoring.rows_per_image, strip.rows);
   out.row_ids = rules.row_ids ? rules.row_ids + strip.first_row : nullptr;
   out.id = rules.column_ids ? rules.column_ids[out.index] : out.index;
   out.bias = rules.bias ? *rules.bias : 0.0f;
-  out.itself = rules.itself < 0 ? -1 : clamp(out.index - rules.itself - strip.first_row + 1, strip.rows + 1) - 1;
+  out.self_row =
+      rules.self_column < 0 ? -1 : clamp(out.index - rules.self_column - strip.first_row + 1, strip.rows + 1) - 1;
   out.scale = scale_of(rules);
   out.clip = scoring.clip;
   out.inverse_clip = scoring.clip > 0.0f ? 1.0f / scoring.clip : 0.0f;
@@ -61,7 +60,7 @@ FUSED_NCE_HD RowPart fold_column_thread(const Column& column, int warp, int warp
     bool negative[kRowsAtOnce];
     for (int u = 0; u < kRowsAtOnce; ++u) {
       const int row = r + u;
-      const bool inside = row < column.rows && row != column.itself;
+      const bool inside = row < column.rows && row != column.self_row;
       const float s = inside ? column.scores[row * column.stride] * column.scale : 0.0f;
       t[u] = transform<kClip>(s, column.clip, column.inverse_clip).value + column.bias;
       negative[u] = inside && !column.own(row);
@@ -112,7 +111,7 @@ template <bool kClip, bool kShift, class Group>
 FUSED_NCE_HD void fold_columns(Group& group, const Strip& strip, const Rules& rules, const ColumnArrays& columns,
                                int64_t block) {
   const int64_t begin = block * kColumnLanes;
-  group.across(
+  group.reduce_warps(
       [&](int lane, int warp, int warps) {
         if (begin + lane >= strip.columns) return no_part();
         return fold_column_thread<kClip, kShift>(column_of(strip, rules, begin + lane), warp, warps);

@@ -1,4 +1,4 @@
-// A group of groups.h that is a CTA. For nvcc alone.
+// The group of threads of groups.h as a CTA. For nvcc alone.
 #pragma once
 
 #include "columns.h"
@@ -16,10 +16,10 @@ class Cta {
   __device__ explicit Cta(Slot* shared) : shared_(shared) {}
 
   __device__ bool first() const { return threadIdx.x == 0; }
-  __device__ void meet() const { __syncthreads(); }
+  __device__ void barrier() const { __syncthreads(); }
 
   template <class F, class Merge>
-  __device__ auto gather(const F& f, const Merge& merge) {
+  __device__ auto reduce(const F& f, const Merge& merge) {
     using T = decltype(f(0, 1));
     static_assert(sizeof(T) <= sizeof(Slot), "a slot holds 32 bytes");
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -44,7 +44,7 @@ class Cta {
 
   // For a CTA of kColumnWarps warps, with a slot for each thread. One CTA calls it once.
   template <class F, class Merge, class Use>
-  __device__ void across(const F& f, const Merge& merge, const Use& use) {
+  __device__ void reduce_warps(const F& f, const Merge& merge, const Use& use) {
     using T = decltype(f(0, 0, 1));
     static_assert(sizeof(T) <= sizeof(Slot), "a slot holds 32 bytes");
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);

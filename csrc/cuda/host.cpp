@@ -15,15 +15,15 @@ namespace cuda {
 
 namespace {
 
-// The threads of a CTA, one after the other; merged in the tree of `Cta` in rows.cu.
-struct Players {
+// A CTA's threads, run one after the other, and merged in the tree of `Cta` (cta.h).
+struct CtaEmulator {
   int threads;
 
   bool first() const { return true; }
-  void meet() const {}
+  void barrier() const {}
 
   template <class F, class Merge>
-  auto gather(const F& f, const Merge& merge) const {
+  auto reduce(const F& f, const Merge& merge) const {
     std::vector<decltype(f(0, 1))> found, warps;
     for (int t = 0; t < threads; ++t) found.push_back(f(t, threads));
     for (int w = 0; w < threads; w += 32) {
@@ -37,7 +37,7 @@ struct Players {
   }
 
   template <class F, class Merge, class Use>
-  void across(const F& f, const Merge& merge, const Use& use) const {
+  void reduce_warps(const F& f, const Merge& merge, const Use& use) const {
     for (int lane = 0; lane < kColumnLanes; ++lane) {
       std::vector<decltype(f(0, 0, 1))> warps;
       for (int w = 0; w < kColumnWarps; ++w) warps.push_back(f(lane, w, kColumnWarps));
@@ -83,7 +83,7 @@ at::Tensor operand(const void* data, int64_t stride, bool transposed, int64_t ro
 
 std::atomic<int64_t> launches{0};
 
-class Host final : public Machine {
+class Emulator final : public Machine {
  public:
   void gemm(const Gemm& g) const override {
     ++launches;
@@ -97,36 +97,36 @@ class Host final : public Machine {
 
   void fold(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const override {
     ++launches;
-    Players group{rules.threads};
+    CtaEmulator group{rules.threads};
     with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-      with_flag(has_more(rules, rows), [&](auto more) {
+      with_flag(has_bias_or_labels(rules), [&](auto extra) {
         for (int64_t r = 0; r < strip.rows; ++r)
-          for (int part = 0; part < rules.parts; ++part)
-            fold_row<clip.value, shift.value, more.value>(group, strip, rules, rows, r, part, first_slot + part);
+          for (int part = 0; part < rules.ctas_per_row; ++part)
+            fold_row<clip.value, shift.value, extra.value>(group, strip, rules, rows, r, part, first_slot + part);
       });
     });
   }
 
-  void fold_further(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const override {
+  void fold_optional(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const override {
     ++launches;
-    Players group{rules.threads};
+    CtaEmulator group{rules.threads};
     with_flag(rules.scoring.clip > 0.0f, [&](auto clip) {
       for (int64_t r = 0; r < strip.rows; ++r)
-        for (int part = 0; part < rules.parts; ++part)
-          fold_further_row<clip.value>(group, strip, rules, rows, r, part, first_slot + part);
+        for (int part = 0; part < rules.ctas_per_row; ++part)
+          fold_optional_row<clip.value>(group, strip, rules, rows, r, part, first_slot + part);
     });
   }
 
-  void finish_further(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows,
-                      bool tail) const override {
+  void finish_optional(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows,
+                       bool tail) const override {
     ++launches;
-    Players group{32};
-    for (int64_t i = first_row; i < first_row + count; ++i) finish_further_row(group, rules, rows, i, tail);
+    CtaEmulator group{32};
+    for (int64_t i = first_row; i < first_row + count; ++i) finish_optional_row(group, rules, rows, i, tail);
   }
 
   void finish(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows, bool tail) const override {
     ++launches;
-    Players group{32};
+    CtaEmulator group{32};
     for (int64_t i = first_row; i < first_row + count; ++i)
       needs_no_shift(rules.scoring.clip) ? finish_row<false>(group, rules, rows, i, tail)
                                          : finish_row<true>(group, rules, rows, i, tail);
@@ -134,14 +134,14 @@ class Host final : public Machine {
 
   void weigh(const Strip& strip, const Rules& rules, const RowArrays& rows, Element element) const override {
     ++launches;
-    Players group{rules.threads};
+    CtaEmulator group{rules.threads};
     with_store(element, [&](auto* store) {
       with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-        with_flag(has_more(rules, rows), [&](auto more) {
+        with_flag(uses_extras(rules, rows), [&](auto extras) {
           using Store = std::decay_t<decltype(*store)>;
           for (int64_t r = 0; r < strip.rows; ++r)
-            for (int part = 0; part < rules.parts; ++part)
-              weigh_row<clip.value, shift.value, more.value, Store>(group, strip, rules, rows, r, part);
+            for (int part = 0; part < rules.ctas_per_row; ++part)
+              weigh_row<clip.value, shift.value, extras.value, Store>(group, strip, rules, rows, r, part);
         });
       });
     });
@@ -149,7 +149,7 @@ class Host final : public Machine {
 
   void loss(const RowTask* tasks, int count, Element element) const override {
     ++launches;
-    Players group{tasks->rules.threads};
+    CtaEmulator group{tasks->rules.threads};
     with_store(element, [&](auto* store) {
       with_transform(tasks->rules.scoring.clip, [&](auto clip, auto shift) {
         int64_t rows = 0;
@@ -157,7 +157,8 @@ class Host final : public Machine {
         for (int64_t i = 0; i < rows; ++i) {
           int64_t r = i;
           const RowTask& task = task_of(tasks, r);
-          loss_row<clip.value, shift.value, std::decay_t<decltype(*store)>>(group, task.strip, task.rules, task.rows, r);
+          loss_row<clip.value, shift.value, std::decay_t<decltype(*store)>>(group, task.strip, task.rules, task.rows,
+                                                                            r);
         }
       });
     });
@@ -165,7 +166,7 @@ class Host final : public Machine {
 
   void fold_columns(const Strip& strip, const Rules& rules, const ColumnArrays& columns) const override {
     ++launches;
-    Players group{kColumnLanes * kColumnWarps};
+    CtaEmulator group{kColumnLanes * kColumnWarps};
     with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
       for (int64_t block = 0; block * kColumnLanes < strip.columns; ++block)
         cuda::fold_columns<clip.value, shift.value>(group, strip, rules, columns, block);
@@ -185,17 +186,17 @@ class Host final : public Machine {
   }
 
   void summarize(const Summaries& all) const override {
-    launches += all.groups > 1 ? 2 : 1;
-    Players group{kSummaryThreads};
-    for (int g = 0; g < all.groups; ++g) sum_up(group, all, g);
-    if (all.groups > 1) sum_up_groups(group, all);
+    launches += all.ctas > 1 ? 2 : 1;
+    CtaEmulator group{kSummaryThreads};
+    for (int g = 0; g < all.ctas; ++g) sum_up(group, all, g);
+    if (all.ctas > 1) sum_up_ctas(group, all);
   }
 };
 
 }  // namespace
 
-std::unique_ptr<Machine> host_machine() { return std::make_unique<Host>(); }
-int64_t played_launches() { return launches; }
+std::unique_ptr<Machine> emulated_machine() { return std::make_unique<Emulator>(); }
+int64_t emulated_launches() { return launches; }
 
 }  // namespace cuda
 }  // namespace fused_nce

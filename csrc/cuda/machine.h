@@ -1,4 +1,5 @@
-// What the driver asks of the machine that it drives: a GPU, or a CPU that plays one.
+// The operations that the driver (sweep.cpp) runs: on a GPU (device.cpp), or emulated on a CPU for the tests
+// (host.cpp).
 #pragma once
 
 #include "columns.h"
@@ -7,38 +8,38 @@
 namespace fused_nce {
 namespace cuda {
 
-// out (m, n) = alpha * left (m, depth) @ right (depth, n) [+ out], row-major, accumulated in float and rounded once. A transposed
-// operand is stored (depth, m) or (n, depth).
+// out (m, n) = alpha * left (m, depth) @ right (depth, n) [+ out], row-major, accumulated in float and rounded once. A
+// transposed operand is stored (depth, m) or (n, depth).
 struct Gemm {
-  int64_t m, n, depth;
-  const void* left;
-  int64_t left_stride;
-  bool left_transposed;
-  const void* right;
-  int64_t right_stride;
-  bool right_transposed;
-  Element element;  // of both operands
-  float alpha;
-  bool add;
-  void* out;
-  int64_t out_stride;
-  Element out_element;  // float32, or that of the operands
+  int64_t m = 0, n = 0, depth = 0;
+  const void* left = nullptr;
+  int64_t left_stride = 0;
+  bool left_transposed = false;
+  const void* right = nullptr;
+  int64_t right_stride = 0;
+  bool right_transposed = false;
+  Element element = Element::float32;  // of both operands
+  float alpha = 1.0f;
+  bool add = false;
+  void* out = nullptr;
+  int64_t out_stride = 0;
+  Element out_element = Element::float32;  // or that of the operands
 };
 
 class Machine {
  public:
   virtual ~Machine() = default;
   virtual void gemm(const Gemm&) const = 0;
-  // The four row kernels of groups.h, one group for each row, or for each part of one.
+  // The four row kernels of groups.h: ctas_per_row CTAs a row.
   virtual void fold(const Strip&, const Rules&, const RowArrays&, int64_t first_slot) const = 0;
   virtual void finish(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const = 0;
   virtual void weigh(const Strip&, const Rules&, const RowArrays&, Element) const = 0;
-  // `count` strips at once, alike in clip and threads.
+  // `count` strips in one launch, of the same clip and threads.
   virtual void loss(const RowTask*, int count, Element) const = 0;
-  // Those of the statistics in further.h, likewise.
-  virtual void fold_further(const Strip&, const Rules&, const RowArrays&, int64_t first_slot) const = 0;
-  virtual void finish_further(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const = 0;
-  // Those of columns.h, one group for each 32 columns, or thread for each column.
+  // The same for optional_stats.h: a second pass, run only if the call asks for one of them.
+  virtual void fold_optional(const Strip&, const Rules&, const RowArrays&, int64_t first_slot) const = 0;
+  virtual void finish_optional(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const = 0;
+  // Those of columns.h: a CTA for 32 columns, then a thread a column.
   virtual void fold_columns(const Strip&, const Rules&, const ColumnArrays&) const = 0;
   virtual void finish_columns(int64_t count, const Rules&, const ColumnArrays&) const = 0;
   virtual void summarize(const Summaries&) const = 0;
@@ -59,9 +60,11 @@ void with_transform(float clip, const F& f) {
   f(Constant<false>(), Constant<true>());
 }
 
-// Beyond a clip, images by arithmetic or by index, and statistics of rows.
-inline bool has_more(const Rules& rules, const RowArrays& rows) {
-  return rules.bias || rules.column_ids || rows.columns.neg_lse || rows.further.found;
+inline bool has_bias_or_labels(const Rules& rules) { return rules.bias || rules.column_ids; }
+
+// A bias, labels, statistics of columns or one of the optional row statistics: the `loss` kernel has none of them.
+inline bool uses_extras(const Rules& rules, const RowArrays& rows) {
+  return has_bias_or_labels(rules) || rows.columns.neg_lse || rows.optional.found;
 }
 
 template <class F>

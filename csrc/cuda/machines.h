@@ -1,4 +1,4 @@
-// The machines that there are.
+// The two machines.
 #pragma once
 
 #include <memory>
@@ -8,8 +8,8 @@
 namespace fused_nce {
 namespace cuda {
 
-std::unique_ptr<Machine> host_machine();    // a CPU that plays a GPU, for the tests
-int64_t played_launches();                  // that all of them would have cost a GPU
+std::unique_ptr<Machine> emulated_machine();  // a CPU emulation of the GPU driver, for the tests
+int64_t emulated_launches();                // launches that a GPU would have made for what was emulated in this process
 std::unique_ptr<Machine> device_machine();  // the current CUDA device, on its current stream
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
-// The operators of the `cuda` backend. Their CPU kernels play the GPU (host.cpp), for the tests; the GPU's own are in
-// device.cpp, where nvcc was there to build it.
+// The operators of the `cuda` backend. Their CPU kernels emulate the GPU (host.cpp), for the tests; the GPU's own are
+// in device.cpp, built where nvcc is there.
 #include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
@@ -27,10 +27,10 @@ using SummaryTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using GradientTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The machine that q is on, as the current device while it lives.
-class Lease {
+// Selects q's device for this scope, and holds its Machine.
+class MachineOnDevice {
  public:
-  explicit Lease(const at::Tensor& q) : guard_(q.device()), machine_(machine_of(q)) {}
+  explicit MachineOnDevice(const at::Tensor& q) : guard_(q.device()), machine_(machine_of(q)) {}
   const Machine& operator*() const { return *machine_; }
 
  private:
@@ -38,7 +38,7 @@ class Lease {
 #ifdef FUSED_NCE_CUDA
     if (q.is_cuda()) return device_machine();
 #endif
-    return host_machine();
+    return emulated_machine();
   }
 
   c10::DeviceGuard guard_;
@@ -53,10 +53,10 @@ float peak_of(const SweepInputs& in, const TailRule& tail) {
 }
 
 // The arguments that the three operators begin with. k null: q, and one gradient for both roles.
-#define FUSED_NCE_SCORES                                                                                               \
-  const Tensor &q, const Maybe &k, double scale, const Maybe &scale_tensor, int64_t n_c, int64_t rows_per_image,       \
-      int64_t offset, double clip, const Maybe &row_ids, int64_t itself, const Maybe &positives, const Maybe &column_ids, \
-      const Maybe &bias
+#define FUSED_NCE_SCORES                                                                                         \
+  const Tensor &q, const Maybe &k, double scale, const Maybe &scale_tensor, int64_t n_c, int64_t rows_per_image, \
+      int64_t offset, double clip, const Maybe &row_ids, int64_t itself, const Maybe &positives,                 \
+      const Maybe &column_ids, const Maybe &bias
 #define FUSED_NCE_SCORES_GIVEN \
   q, k, scale, scale_tensor, n_c, rows_per_image, offset, clip, row_ids, itself, positives, column_ids, bias
 
@@ -83,35 +83,43 @@ Call call_of(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_
   return {std::move(in), {number_on("scale_tensor", scale_tensor, q), number_on("bias", bias, q)}};
 }
 
-// Statistics are the lines of one tensor, (3, N) or, with the further ones, (9, N), in the order of names.h: no copy, no
-// launch. Positives from elsewhere are handed on, and one that an index puts nowhere shows it.
-std::pair<RowStatistics, Tensor> new_rows(const SweepInputs& in, bool further) {
+// Statistics are the lines of one tensor, (3, N) or, with the optional ones, (9, N), in the order of names.h: no copy,
+// no launch. Positives from elsewhere are handed on, and one that an index puts nowhere shows it.
+std::pair<RowStatistics, Tensor> new_rows(const SweepInputs& in, bool optional) {
   const int64_t n = in.q.size(0);
   const auto options = floats(in.q);
-  const Tensor rows = at::empty({further ? kStatistics : kFirstFurther, n}, options);
+  const Tensor rows = at::empty({optional ? kStatistics : kFirstOptional, n}, options);
   Tensor pos = at::empty({n, in.layout.n_pos}, options);
   if (in.layout.positives.defined()) pos.copy_(in.layout.positives);
   if (in.layout.row_ids.defined()) pos.fill_(std::numeric_limits<float>::quiet_NaN());
-  return {{pos, rows.select(0, kNegLse), rows.select(0, kNegMax), rows.select(0, kSquare),
-           further ? rows.narrow(0, kFirstFurther, kFurther) : Tensor()},
+  return {{.pos = pos,
+           .neg_lse = rows.select(0, kNegLse),
+           .neg_max = rows.select(0, kNegMax),
+           .square = rows.select(0, kSquare),
+           .optional = optional ? rows.narrow(0, kFirstOptional, kOptional) : Tensor()},
           rows};
 }
 
 ColumnStatistics columns_in(const Tensor& columns) {
-  return {columns.select(0, kNegLse), columns.select(0, kNegMax), columns.select(0, kSquare), {}, {}};
+  return {.neg_lse = columns.select(0, kNegLse),
+          .neg_max = columns.select(0, kNegMax),
+          .square = columns.select(0, kSquare)};
 }
 
-Statistics stats(FUSED_NCE_SCORES, bool further, bool both_ways, int64_t workspace_bytes) {
+Statistics stats(FUSED_NCE_SCORES, bool optional, bool column_stats, int64_t workspace_bytes) {
   const Call call = call_of(FUSED_NCE_SCORES_GIVEN, false, false, false, workspace_bytes);
-  const auto [found, rows] = new_rows(call.in, further);
-  const Tensor columns = at::empty({3, both_ways ? call.in.k.size(0) : 0}, floats(q));
-  sweep(*Lease(q), call.in, call.numbers,
-        {true, false, found, both_ways ? columns_in(columns) : ColumnStatistics()});
+  const auto [found, rows] = new_rows(call.in, optional);
+  const Tensor columns = at::empty({3, column_stats ? call.in.k.size(0) : 0}, floats(q));
+  sweep(*MachineOnDevice(q), call.in, call.numbers,
+        {.statistics = true,
+         .gradients = false,
+         .rows = found,
+         .columns = column_stats ? columns_in(columns) : ColumnStatistics()});
   return {found.pos, rows, columns};
 }
 
 GradientTuple grads(FUSED_NCE_SCORES, const Tensor& pos, const Tensor& neg_lse, const Tensor& d_pos,
-                    const Tensor& d_neg_lse, const Tensor& d_square, const Maybe& further, const Maybe& d_further,
+                    const Tensor& d_neg_lse, const Tensor& d_square, const Maybe& optional, const Maybe& d_optional,
                     const Maybe& column_neg_lse, const Maybe& d_column_neg_lse, const Maybe& d_column_square,
                     bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes) {
   const Call call = call_of(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes);
@@ -120,34 +128,40 @@ GradientTuple grads(FUSED_NCE_SCORES, const Tensor& pos, const Tensor& neg_lse, 
   const auto numbers = [](const char* name, const Maybe& x, at::IntArrayRef shape) {
     return x ? coefficients(name, *x, shape) : Tensor();
   };
-  Task task{false, true};
-  task.rows = {coefficients("pos", pos, {n, n_pos}), coefficients("neg_lse", neg_lse, {n}), {}, {},
-               numbers("further", further, {kFurther, n})};
-  task.columns = {numbers("column_neg_lse", column_neg_lse, {m}), {}, {},
-                  numbers("d_column_neg_lse", d_column_neg_lse, {m}),
-                  numbers("d_column_square", d_column_square, {m})};
-  task.upstream = {coefficients("d_pos", d_pos, {n, n_pos}), coefficients("d_neg_lse", d_neg_lse, {n}),
-                   coefficients("d_square", d_square, {n}), numbers("d_further", d_further, {kFurther, n})};
+  Task task{.statistics = false, .gradients = true};
+  task.rows = {.pos = coefficients("pos", pos, {n, n_pos}),
+               .neg_lse = coefficients("neg_lse", neg_lse, {n}),
+               .optional = numbers("optional", optional, {kOptional, n})};
+  task.columns = {.neg_lse = numbers("column_neg_lse", column_neg_lse, {m}),
+                  .d_neg_lse = numbers("d_column_neg_lse", d_column_neg_lse, {m}),
+                  .d_square = numbers("d_column_square", d_column_square, {m})};
+  task.upstream = {.d_pos = coefficients("d_pos", d_pos, {n, n_pos}),
+                   .d_neg_lse = coefficients("d_neg_lse", d_neg_lse, {n}),
+                   .d_square = coefficients("d_square", d_square, {n}),
+                   .d_optional = numbers("d_optional", d_optional, {kOptional, n})};
+  task.fp16_gain = fp16_gain_of(element_of(q.scalar_type()), 1.0f);
   TORCH_CHECK_VALUE(task.columns.neg_lse.defined() == task.columns.d_neg_lse.defined(),
                     "column_neg_lse and d_column_neg_lse: got one, needed: both or none");
-  TORCH_CHECK_VALUE(further.has_value() == d_further.has_value(),
-                    "further and d_further: got one, needed: both or none");
-  task.unit = unit_of(element_of(q.scalar_type()), 1.0f);
+  TORCH_CHECK_VALUE(optional.has_value() == d_optional.has_value(),
+                    "optional and d_optional: got one, needed: both or none");
   task.out = new_results(in, call.numbers, task);
-  if (need_q || in.need_k || need_scale) sweep(*Lease(q), in, call.numbers, task);
+  if (need_q || in.need_k || need_scale) sweep(*MachineOnDevice(q), in, call.numbers, task);
   return {task.out.dq, task.out.dk, task.out.dscale, task.out.dbias};
 }
 
-LossTuple loss(FUSED_NCE_SCORES, bool further, const std::string& tail, double unit, double square_weight, bool need_q,
+LossTuple loss(FUSED_NCE_SCORES, bool optional, const std::string& tail, double unit, double square_weight, bool need_q,
                bool need_k, bool need_scale, int64_t workspace_bytes) {
   const Call call = call_of(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes);
   const TailRule rule{tail_named(tail), static_cast<float>(unit), static_cast<float>(square_weight)};
-  TORCH_CHECK_VALUE(further || rule.name == kNce, "further is false, needed: true for the tail ", tail);
-  const auto [found, rows] = new_rows(call.in, further);
-  Task task{true, need_q || call.in.need_k || need_scale, found, {}, {{}, {}, {}, {}, rule}};
-  task.unit = unit_of(element_of(q.scalar_type()), peak_of(call.in, rule));
+  TORCH_CHECK_VALUE(optional || rule.name == kNce, "optional is false, needed: true for the tail ", tail);
+  const auto [found, rows] = new_rows(call.in, optional);
+  Task task{.statistics = true,
+            .gradients = need_q || call.in.need_k || need_scale,
+            .rows = found,
+            .upstream = {.tail = rule},
+            .fp16_gain = fp16_gain_of(element_of(q.scalar_type()), peak_of(call.in, rule))};
   task.out = new_results(call.in, call.numbers, task);
-  sweep(*Lease(q), call.in, call.numbers, task);
+  sweep(*MachineOnDevice(q), call.in, call.numbers, task);
   return {found.pos, rows, task.out.dq, task.out.dk, task.out.dscale, task.out.dbias};
 }
 
@@ -158,7 +172,7 @@ void multiply(const Tensor& x, const Tensor& factor) {
   TORCH_CHECK_VALUE(factor.dim() == 0 && factor.device() == x.device(), "factor has shape ", factor.sizes(), " on ",
                     factor.device(), ", needed: 0-d on ", x.device());
   if (x.numel() == 0) return;
-  (*Lease(x)).multiply(x.data_ptr(), element_of(x.scalar_type()), x.numel(), factor.const_data_ptr<float>());
+  (*MachineOnDevice(x)).multiply(x.data_ptr(), element_of(x.scalar_type()), x.numel(), factor.const_data_ptr<float>());
 }
 
 // Row i of image i / rows_per_image + offset, against images of n_c columns, one problem after the other.
@@ -192,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor> losses(at::TensorList q, at::TensorList k, do
     all_pos += q[i].size(0) * n_c[i];
   }
   const auto options = floats(q[0]);
-  const Tensor pos = at::empty({all_pos}, options), rows = at::empty({kFirstFurther, all_rows}, options),
+  const Tensor pos = at::empty({all_pos}, options), rows = at::empty({kFirstOptional, all_rows}, options),
                dscale = at::empty({need_scale ? static_cast<int64_t>(count) : 0}, options);
   std::vector<Job> jobs;
   int64_t first_row = 0, first_pos = 0;
@@ -203,17 +217,21 @@ std::tuple<Tensor, Tensor, Tensor> losses(at::TensorList q, at::TensorList k, do
     const int64_t n = q[i].size(0);
     const auto row = [&](Statistic name) { return rows.select(0, name).narrow(0, first_row, n); };
     const TailRule rule{kNce, static_cast<float>(unit[i]), static_cast<float>(square_weight[i])};
-    job.task = {true, job.in.need_q || job.in.need_k || need_scale,
-                {pos.narrow(0, first_pos, n * n_c[i]).view({n, n_c[i]}), row(kNegLse), row(kNegMax), row(kSquare), {}},
-                {}, {{}, {}, {}, {}, rule}};
-    job.task.unit = unit_of(element_of(q[i].scalar_type()), peak_of(job.in, rule));
-    job.task.out = {dq, dk, need_scale ? dscale.select(0, static_cast<int64_t>(i)) : dscale, {}};
+    job.task = {.statistics = true,
+                .gradients = job.in.need_q || job.in.need_k || job.in.need_scale,
+                .rows = {.pos = pos.narrow(0, first_pos, n * n_c[i]).view({n, n_c[i]}),
+                         .neg_lse = row(kNegLse),
+                         .neg_max = row(kNegMax),
+                         .square = row(kSquare)},
+                .upstream = {.tail = rule},
+                .fp16_gain = fp16_gain_of(element_of(q[i].scalar_type()), peak_of(job.in, rule)),
+                .out = {dq, dk, need_scale ? dscale.select(0, static_cast<int64_t>(i)) : dscale, {}}};
     first_row += n;
     first_pos += n * n_c[i];
     jobs.push_back(std::move(job));
   }
-  const Lease machine(q[0]);
-  if (are_brief(jobs)) {
+  const MachineOnDevice machine(q[0]);
+  if (fit_one_launch(jobs)) {
     sweep_together(*machine, jobs);
     return {pos, rows, dscale};
   }
@@ -228,21 +246,21 @@ std::tuple<Tensor, Tensor, Tensor> losses(at::TensorList q, at::TensorList k, do
   return {pos, rows, dscale};
 }
 
-// loss, nce, penalty of the nce tail, added up over the problems, and report (all reports, 5); nce (N, P) where
-// `elements`, of one problem, else the means or sums. `images` of n_c columns each, a positive that stands apart being
-// one more.
+// loss, nce, penalty of the nce tail, added up over the problems, and report (all report_groups, 5); nce (N, P) where
+// `elements`, of one problem, else the means or sums. `images` of n_c columns each, a positive that stands
+// positives_elsewhere being one more.
 SummaryTuple summary(at::TensorList pos, at::TensorList rows, at::IntArrayRef n_c, at::IntArrayRef images,
                      at::IntArrayRef columns, at::ArrayRef<double> weight, at::ArrayRef<double> penalty, bool mean,
-                     bool elements, at::IntArrayRef reports) {
+                     bool elements, at::IntArrayRef report_groups) {
   const size_t count = pos.size();
   TORCH_CHECK_VALUE(count > 0 && count <= kMostTogether && (count == 1 || !elements), "pos has ", count,
                     " tensors, needed: 1 to ", elements ? 1 : kMostTogether);
   TORCH_CHECK_VALUE(rows.size() == count && n_c.size() == count && images.size() == count && columns.size() == count &&
-                        weight.size() == count && penalty.size() == count && reports.size() == count,
+                        weight.size() == count && penalty.size() == count && report_groups.size() == count,
                     "pos has ", count, " tensors, needed: as many of all else");
   const auto options = floats(pos[0]);
   int64_t lines = 0;
-  for (const int64_t each : reports) lines += each;
+  for (const int64_t each : report_groups) lines += each;
   const Tensor loss = at::empty({}, options), nce = at::empty({}, options), cost = at::empty({}, options),
                report = at::empty({lines, kReport}, options);
   Tensor each = elements ? at::empty_like(pos[0]) : Tensor();
@@ -255,29 +273,38 @@ SummaryTuple summary(at::TensorList pos, at::TensorList rows, at::IntArrayRef n_
     const int64_t n = pos[i].size(0), known = penalty[i] > 0.0 ? 3 : 2;
     TORCH_CHECK_VALUE(rows[i].dim() == 2 && rows[i].size(0) >= known && rows[i].size(1) == n && rows[i].stride(1) == 1,
                       "rows has shape ", rows[i].sizes(), ", needed: ", known, " statistics or more of ", n, " rows");
-    TORCH_CHECK_VALUE(reports[i] > 0 && n % reports[i] == 0, "reports is ", reports[i], ", needed: a divisor of the ", n,
-                      " rows");
+    TORCH_CHECK_VALUE(report_groups[i] > 0 && n % report_groups[i] == 0, "report_groups is ", report_groups[i],
+                      ", needed: a divisor of the ", n, " rows");
     TORCH_CHECK_VALUE(pos[i].is_contiguous() && pos[i].scalar_type() == at::kFloat, "pos is ", pos[i].scalar_type(),
                       ", needed: float32, contiguous");
     const float* statistics = rows[i].const_data_ptr<float>();
     const int64_t stride = rows[i].stride(0);
     const double pairs = static_cast<double>(n) * static_cast<double>(columns[i]);
-    const int groups = summary_groups(pos[i].numel() / reports[i]);
-    all.of[i] = {pos[i].const_data_ptr<float>(), statistics, statistics + stride,
-                 known == 3 ? statistics + 2 * stride : nullptr, n, pos[i].size(1), static_cast<float>(weight[i]),
-                 static_cast<float>(penalty[i] / pairs),
-                 static_cast<float>(std::log1p(static_cast<double>((images[i] - 1) * n_c[i]))),
-                 static_cast<float>(std::log(images[i])), static_cast<float>(std::log(n_c[i])),
-                 static_cast<int>(reports[i]), groups, line, elements ? each.data_ptr<float>() : nullptr};
-    line += reports[i] * kReport;
-    all.groups += groups * static_cast<int>(reports[i]);
+    const int ctas = summary_ctas(pos[i].numel() / report_groups[i]);
+    all.of[i] = {.pos = pos[i].const_data_ptr<float>(),
+                 .neg_lse = statistics,
+                 .neg_max = statistics + stride,
+                 .square = known == 3 ? statistics + 2 * stride : nullptr,
+                 .rows = n,
+                 .positives = pos[i].size(1),
+                 .weight = static_cast<float>(weight[i]),
+                 .penalty_weight = static_cast<float>(penalty[i] / pairs),
+                 .chance = static_cast<float>(std::log1p(static_cast<double>((images[i] - 1) * n_c[i]))),
+                 .log_images = static_cast<float>(std::log(images[i])),
+                 .log_positives = static_cast<float>(std::log(n_c[i])),
+                 .report_groups = static_cast<int>(report_groups[i]),
+                 .ctas = ctas,
+                 .report = line,
+                 .elements = elements ? each.data_ptr<float>() : nullptr};
+    line += report_groups[i] * kReport;
+    all.ctas += ctas * static_cast<int>(report_groups[i]);
   }
-  const Tensor partials = at::empty({all.groups * static_cast<int64_t>(sizeof(Totals))}, options.dtype(at::kByte));
+  const Tensor partials = at::empty({all.ctas * static_cast<int64_t>(sizeof(Totals))}, options.dtype(at::kByte));
   all.partials = static_cast<Totals*>(partials.data_ptr());
   all.loss = loss.data_ptr<float>();
   all.nce = nce.data_ptr<float>();
   all.penalty = cost.data_ptr<float>();
-  (*Lease(pos[0])).summarize(all);
+  (*MachineOnDevice(pos[0])).summarize(all);
   return {loss, elements ? each : nce, cost, report};
 }
 
@@ -292,20 +319,20 @@ void implement(torch::Library& m) {
 
 }  // namespace
 
-#define FUSED_NCE_SCHEMA                                                                                           \
-  "Tensor q, Tensor? k, float scale, Tensor? scale_tensor, int n_c, int rows_per_image, int offset, float clip, "  \
+#define FUSED_NCE_SCHEMA                                                                                          \
+  "Tensor q, Tensor? k, float scale, Tensor? scale_tensor, int n_c, int rows_per_image, int offset, float clip, " \
   "Tensor? row_ids, int itself, Tensor? positives, Tensor? column_ids, Tensor? bias, "
 
 TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
   m.def("cuda_stats(" FUSED_NCE_SCHEMA
-        "bool further, bool both_ways, int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor columns)");
+        "bool optional, bool column_stats, int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor columns)");
   m.def("cuda_grads(" FUSED_NCE_SCHEMA
-        "Tensor pos, Tensor neg_lse, Tensor d_pos, Tensor d_neg_lse, Tensor d_square, Tensor? further, "
-        "Tensor? d_further, Tensor? column_neg_lse, Tensor? d_column_neg_lse, Tensor? d_column_square, bool need_q, "
+        "Tensor pos, Tensor neg_lse, Tensor d_pos, Tensor d_neg_lse, Tensor d_square, Tensor? optional, "
+        "Tensor? d_optional, Tensor? column_neg_lse, Tensor? d_column_neg_lse, Tensor? d_column_square, bool need_q, "
         "bool need_k, bool need_scale, int workspace_bytes) -> "
         "(Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
   m.def("cuda_loss(" FUSED_NCE_SCHEMA
-        "bool further, str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, "
+        "bool optional, str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, "
         "int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
   m.def(
       "cuda_losses(Tensor[] q, Tensor[] k, float scale, Tensor? scale_tensor, int[] n_c, int[] rows_per_image, "
@@ -313,7 +340,7 @@ TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
       "int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor dscale)");
   m.def(
       "cuda_summary(Tensor[] pos, Tensor[] rows, int[] n_c, int[] images, int[] columns, float[] weight, "
-      "float[] penalty, bool mean, bool elements, int[] reports) -> "
+      "float[] penalty, bool mean, bool elements, int[] report_groups) -> "
       "(Tensor loss, Tensor nce, Tensor penalty, Tensor report)");
   m.def("cuda_multiply_(Tensor(a!) x, Tensor factor) -> ()");
 }

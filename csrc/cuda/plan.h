@@ -11,8 +11,8 @@
 //
 // Statistics of columns are kept for all of them, 24 bytes each.
 //
-// 16-bit gradients that several GEMMs add to are float until the last of them. That is beyond `bytes`, but where it is at
-// most half of the limit, it and the workspace share the limit; a sixteenth is left to what the tail computes.
+// 16-bit gradients that several GEMMs add to are float until the last of them. That is beyond `bytes`, but where it is
+// at most half of the limit, it and the workspace share the limit; a sixteenth is left to what the tail computes.
 //
 // float weights take the place of their scores; then strip and block share one buffer.
 #pragma once
@@ -30,39 +30,39 @@ struct Work {
   int64_t positives;             // a row: P
   int64_t element_bytes;         // of q and k: 4 or 2
   bool statistics, gradients;
-  int64_t sums;                  // a row: 1 where dscale is wanted, 2 with dbias
-  bool both_ways;                // statistics of columns too
-  bool further;                  // those of further.h, of rows
+  int64_t sums;       // a row: 1 where dscale is wanted, 2 with dbias
+  bool column_stats;  // statistics of columns too
+  bool optional;      // those of optional_stats.h too
 };
 
 struct Plan {
   bool fits = false;
   int64_t strip = 0, block = 0, panel = 0;  // rows, rows, columns
-  int64_t panels = 0, parts = 0;
+  int64_t panels = 0, ctas_per_row = 0;
   int64_t threads = 0;      // of one CTA
   int64_t score_bytes = 0;  // of the buffers, in the order in which the driver takes them
   int64_t weight_bytes = 0;
   int64_t partial_bytes = 0;
   int64_t row_bytes = 0;
   int64_t column_bytes = 0;
-  int64_t bytes = 0;  // everything allocated beyond inputs and outputs
+  int64_t bytes = 0;      // everything allocated beyond inputs and outputs
   int64_t sum_bytes = 0;  // of float gradients that will leave in 16 bits
 };
 
-constexpr int64_t kL2Bytes = 24 << 20;      // of an H100's 50 MB: the operands need their share
-constexpr int64_t kRowTile = 128;           // rows of a GEMM tile
-constexpr int64_t kLeastBlock = 256;        // rows for which one panel is worth keeping
-constexpr int64_t kPanelBlock = 1024;       // rows of a block whose columns are cut
-constexpr int64_t kBusyRows = 128;          // CTAs that fill a GPU
+constexpr int64_t kL2Bytes = 24 << 20;       // of an H100's 50 MB: the operands need their share
+constexpr int64_t kRowTile = 128;            // rows of a GEMM tile
+constexpr int64_t kLeastBlock = 256;         // rows for which one panel is worth keeping
+constexpr int64_t kPanelBlock = 1024;        // rows of a block whose columns are cut
+constexpr int64_t kBusyRows = 128;           // CTAs that fill a GPU
 constexpr int64_t kBusyThreads = 192 << 10;  // and threads
-constexpr int64_t kAllocation = 512;        // what the caching allocator rounds to
-constexpr int64_t kMostColumns = 1 << 30;   // of a panel: columns within one are counted in 32 bits
+constexpr int64_t kAllocation = 512;         // what the caching allocator rounds to
+constexpr int64_t kMostColumns = 1 << 30;    // of a panel: columns within one are counted in 32 bits
 
 // Row stride of scores and weights: whole vectors.
 inline int64_t stride_of(int64_t columns) { return round_up(columns, kColumns); }
 
-// Numbers a row: d_pos, d_neg_lse and those of the further statistics.
-inline int64_t coefficients_of(int64_t positives, bool further) { return positives + 1 + (further ? kFurther : 0); }
+// Coefficients a row: d_pos, d_neg_lse and those of the optional statistics.
+inline int64_t coefficients_of(int64_t positives, bool optional) { return positives + 1 + (optional ? kOptional : 0); }
 
 // Fills in what follows from strip, block and panel.
 inline void account(const Work& w, Plan& p) {
@@ -70,20 +70,20 @@ inline void account(const Work& w, Plan& p) {
   p.panels = ceil_div(w.columns, p.panel);
   // A part is worth a CTA from 2048 columns on.
   const int64_t wanted = ceil_div(kBusyRows, p.strip);
-  p.parts = p.strip >= kBusyRows / 2 ? 1 : std::max<int64_t>(1, std::min(wanted, p.panel / 2048));
-  const int64_t vectors = ceil_div(stride_of(p.panel), kColumns * p.parts);
+  p.ctas_per_row = p.strip >= kBusyRows / 2 ? 1 : std::max<int64_t>(1, std::min(wanted, p.panel / 2048));
+  const int64_t vectors = ceil_div(stride_of(p.panel), kColumns * p.ctas_per_row);
   // Many rows fill the GPU with small CTAs, whose barriers cost less; few need every thread that they can have.
   const int64_t most = std::min<int64_t>(kMostThreads, std::max<int64_t>(256, round_up(kBusyThreads / p.strip, 32)));
   p.threads = std::min(most, std::max<int64_t>(64, round_up(vectors, 32)));
   p.score_bytes = in_place ? 0 : round_up(p.strip * stride_of(p.panel) * 4, kAllocation);
   p.weight_bytes = w.gradients ? round_up(p.block * stride_of(p.panel) * w.element_bytes, kAllocation) : 0;
-  const int64_t part = static_cast<int64_t>(sizeof(RowPart) + (w.further ? sizeof(FurtherPart) : 0));
-  const int64_t partials = p.block * p.panels * p.parts * part;
+  const int64_t part = static_cast<int64_t>(sizeof(RowPart) + (w.optional ? sizeof(OptionalPart) : 0));
+  const int64_t partials = p.block * p.panels * p.ctas_per_row * part;
   p.partial_bytes = w.statistics ? round_up(partials, kAllocation) : 0;
   // What a block's weights need, where the tail makes it, and the rows' shares of dscale and dbias.
-  const int64_t coefficients = w.statistics ? p.block * coefficients_of(w.positives, w.further) : 0;
-  p.row_bytes = w.gradients ? round_up((coefficients + w.sums * w.rows * p.parts) * 4, kAllocation) : 0;
-  p.column_bytes = w.both_ways ? round_up(w.columns * static_cast<int64_t>(sizeof(ColumnPart)), kAllocation) : 0;
+  const int64_t coefficients = w.statistics ? p.block * coefficients_of(w.positives, w.optional) : 0;
+  p.row_bytes = w.gradients ? round_up((coefficients + w.sums * w.rows * p.ctas_per_row) * 4, kAllocation) : 0;
+  p.column_bytes = w.column_stats ? round_up(w.columns * static_cast<int64_t>(sizeof(ColumnPart)), kAllocation) : 0;
   p.bytes = p.score_bytes + p.weight_bytes + p.partial_bytes + p.row_bytes + p.column_bytes;
   const int64_t sums = (p.block < w.rows ? w.columns : 0) + (p.panels > 1 ? w.rows : 0);
   p.sum_bytes = w.gradients && !in_place ? sums * w.width * 4 : 0;

@@ -6,8 +6,8 @@
 #include <algorithm>
 
 #include "cta.h"
+#include "device.h"
 #include "groups.h"
-#include "launch.h"
 
 namespace fused_nce {
 namespace cuda {
@@ -52,21 +52,21 @@ struct Place {
   int64_t row;
   int part;
   __device__ explicit Place(const Rules& rules)
-      : row(blockIdx.x / rules.parts), part(static_cast<int>(blockIdx.x % rules.parts)) {}
+      : row(blockIdx.x / rules.ctas_per_row), part(static_cast<int>(blockIdx.x % rules.ctas_per_row)) {}
 };
 
-template <bool kClip, bool kShift, bool kMore>
+template <bool kClip, bool kShift, bool kBiasOrLabels>
 __global__ void __launch_bounds__(kMostThreads)
-fold_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
+    fold_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   const Place at(rules);
-  fold_row<kClip, kShift, kMore>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
+  fold_row<kClip, kShift, kBiasOrLabels>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
 }
 
 template <bool kShift>
 __global__ void __launch_bounds__(32)
-finish_kernel(int64_t first_row, const Rules rules, const RowArrays rows, bool tail) {
+    finish_kernel(int64_t first_row, const Rules rules, const RowArrays rows, bool tail) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   finish_row<kShift>(cta, rules, rows, first_row + blockIdx.x, tail);
@@ -74,27 +74,27 @@ finish_kernel(int64_t first_row, const Rules rules, const RowArrays rows, bool t
 
 template <bool kClip>
 __global__ void __launch_bounds__(kMostThreads)
-fold_further_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
+    fold_optional_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   const Place at(rules);
-  fold_further_row<kClip>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
+  fold_optional_row<kClip>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
 }
 
 __global__ void __launch_bounds__(32)
-finish_further_kernel(int64_t first_row, const Rules rules, const RowArrays rows, bool tail) {
+    finish_optional_kernel(int64_t first_row, const Rules rules, const RowArrays rows, bool tail) {
   __shared__ Slot shared[33];
   Cta cta(shared);
-  finish_further_row(cta, rules, rows, first_row + blockIdx.x, tail);
+  finish_optional_row(cta, rules, rows, first_row + blockIdx.x, tail);
 }
 
-template <bool kClip, bool kShift, bool kMore, class E>
+template <bool kClip, bool kShift, bool kExtras, class E>
 __global__ void __launch_bounds__(kMostThreads)
-weigh_kernel(const Strip strip, const Rules rules, const RowArrays rows) {
+    weigh_kernel(const Strip strip, const Rules rules, const RowArrays rows) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   const Place at(rules);
-  weigh_row<kClip, kShift, kMore, StoreAs<E>>(cta, strip, rules, rows, at.row, at.part);
+  weigh_row<kClip, kShift, kExtras, StoreAs<E>>(cta, strip, rules, rows, at.row, at.part);
 }
 
 // By value: a launch that is captured in a graph keeps its arguments.
@@ -106,8 +106,7 @@ struct RowTasks {
 // The rows of several strips, one after the other.
 // The 1: some versions of ptxas would rather spill than have one CTA of an SM less.
 template <bool kClip, bool kShift, class E, int kMost>
-__global__ void __launch_bounds__(kMostThreads, 1)
-loss_kernel(const __grid_constant__ RowTasks<kMost> tasks) {
+__global__ void __launch_bounds__(kMostThreads, 1) loss_kernel(const __grid_constant__ RowTasks<kMost> tasks) {
   static_assert(sizeof(tasks) <= 4096, "a launch takes 4 KB of arguments");
   __shared__ Slot shared[33];
   Cta cta(shared);
@@ -117,16 +116,16 @@ loss_kernel(const __grid_constant__ RowTasks<kMost> tasks) {
 }
 
 template <bool kClip, bool kShift>
-__global__ void __launch_bounds__(kColumnLanes * kColumnWarps)
-fold_columns_kernel(const Strip strip, const Rules rules, const ColumnArrays columns) {
+__global__ void __launch_bounds__(kColumnLanes* kColumnWarps)
+    fold_columns_kernel(const Strip strip, const Rules rules, const ColumnArrays columns) {
   __shared__ Slot shared[kColumnLanes * kColumnWarps];
   Cta cta(shared);
   fold_columns<kClip, kShift>(cta, strip, rules, columns, blockIdx.x);
 }
 
 template <bool kShift>
-__global__ void __launch_bounds__(kColumnLanes * kColumnWarps)
-finish_columns_kernel(int64_t count, const ColumnArrays columns) {
+__global__ void __launch_bounds__(kColumnLanes* kColumnWarps)
+    finish_columns_kernel(int64_t count, const ColumnArrays columns) {
   const int64_t j = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (j < count) finish_column<kShift>(columns, j);
 }
@@ -138,8 +137,7 @@ __device__ __half times(__half x, float by) { return __float2half_rn(__half2floa
 
 // Upstream 1 is what `loss.backward()` has: then no thread touches x, and the launch is all that it costs.
 template <class E>
-__global__ void __launch_bounds__(256)
-multiply_kernel(E* x, int64_t count, const float* factor) {
+__global__ void __launch_bounds__(256) multiply_kernel(E* x, int64_t count, const float* factor) {
   const float by = *factor;
   if (by == 1.0f) return;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -147,18 +145,16 @@ multiply_kernel(E* x, int64_t count, const float* factor) {
     x[i] = times(x[i], by);
 }
 
-__global__ void __launch_bounds__(kSummaryThreads)
-summary_kernel(const __grid_constant__ Summaries all) {
+__global__ void __launch_bounds__(kSummaryThreads) summary_kernel(const __grid_constant__ Summaries all) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   sum_up(cta, all, static_cast<int>(blockIdx.x));
 }
 
-__global__ void __launch_bounds__(kSummaryThreads)
-last_summary_kernel(const __grid_constant__ Summaries all) {
+__global__ void __launch_bounds__(kSummaryThreads) last_summary_kernel(const __grid_constant__ Summaries all) {
   __shared__ Slot shared[33];
   Cta cta(shared);
-  sum_up_groups(cta, all);
+  sum_up_ctas(cta, all);
 }
 
 template <class F>
@@ -176,42 +172,41 @@ struct Pointee<E*> {
 };
 
 unsigned grid_of(const Strip& strip, const Rules& rules) {
-  return static_cast<unsigned>(strip.rows * rules.parts);
+  return static_cast<unsigned>(strip.rows * rules.ctas_per_row);
 }
 
 }  // namespace
 
-int launch_fold(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot, Stream stream) {
+void Device::fold(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const {
   with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-    with_flag(has_more(rules, rows), [&](auto more) {
-      fold_kernel<decltype(clip)::value, decltype(shift)::value, decltype(more)::value>
-          <<<grid_of(strip, rules), rules.threads, 0, stream>>>(strip, rules, rows, first_slot);
+    with_flag(has_bias_or_labels(rules), [&](auto extra) {
+      fold_kernel<decltype(clip)::value, decltype(shift)::value, decltype(extra)::value>
+          <<<grid_of(strip, rules), rules.threads, 0, stream_>>>(strip, rules, rows, first_slot);
     });
   });
-  return cudaGetLastError();
+  check(cudaGetLastError());
 }
 
-int launch_finish(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows, bool tail,
-                  Stream stream) {
+void Device::finish(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows, bool tail) const {
   const auto kernel = needs_no_shift(rules.scoring.clip) ? finish_kernel<false> : finish_kernel<true>;
-  kernel<<<static_cast<unsigned>(count), 32, 0, stream>>>(first_row, rules, rows, tail);
-  return cudaGetLastError();
+  kernel<<<static_cast<unsigned>(count), 32, 0, stream_>>>(first_row, rules, rows, tail);
+  check(cudaGetLastError());
 }
 
-int launch_weigh(const Strip& strip, const Rules& rules, const RowArrays& rows, Element element, Stream stream) {
+void Device::weigh(const Strip& strip, const Rules& rules, const RowArrays& rows, Element element) const {
   with_element(element, [&](auto* e) {
     with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-      with_flag(has_more(rules, rows), [&](auto more) {
-        weigh_kernel<decltype(clip)::value, decltype(shift)::value, decltype(more)::value,
+      with_flag(uses_extras(rules, rows), [&](auto extras) {
+        weigh_kernel<decltype(clip)::value, decltype(shift)::value, decltype(extras)::value,
                      typename Pointee<decltype(e)>::type>
-            <<<grid_of(strip, rules), rules.threads, 0, stream>>>(strip, rules, rows);
+            <<<grid_of(strip, rules), rules.threads, 0, stream_>>>(strip, rules, rows);
       });
     });
   });
-  return cudaGetLastError();
+  check(cudaGetLastError());
 }
 
-int launch_loss(const RowTask* tasks, int count, Element element, Stream stream) {
+void Device::loss(const RowTask* tasks, int count, Element element) const {
   int64_t rows = 0;
   for (const RowTask* task = tasks; task < tasks + count; ++task) rows += task->strip.rows;
   const auto launch = [&](auto all) {
@@ -220,58 +215,57 @@ int launch_loss(const RowTask* tasks, int count, Element element, Stream stream)
       with_transform(tasks->rules.scoring.clip, [&](auto clip, auto shift) {
         loss_kernel<decltype(clip)::value, decltype(shift)::value, typename Pointee<decltype(e)>::type,
                     sizeof(all) / sizeof(RowTask)>
-            <<<static_cast<unsigned>(rows), tasks->rules.threads, 0, stream>>>(all);
+            <<<static_cast<unsigned>(rows), tasks->rules.threads, 0, stream_>>>(all);
       });
     });
   };
   count == 1 ? launch(RowTasks<1>()) : launch(RowTasks<kMostTogether>());
-  return cudaGetLastError();
+  check(cudaGetLastError());
 }
 
-int launch_fold_further(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot,
-                        Stream stream) {
+void Device::fold_optional(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const {
   with_flag(rules.scoring.clip > 0.0f, [&](auto clip) {
-    fold_further_kernel<decltype(clip)::value>
-        <<<grid_of(strip, rules), rules.threads, 0, stream>>>(strip, rules, rows, first_slot);
+    fold_optional_kernel<decltype(clip)::value>
+        <<<grid_of(strip, rules), rules.threads, 0, stream_>>>(strip, rules, rows, first_slot);
   });
-  return cudaGetLastError();
+  check(cudaGetLastError());
 }
 
-int launch_finish_further(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows, bool tail,
-                          Stream stream) {
-  finish_further_kernel<<<static_cast<unsigned>(count), 32, 0, stream>>>(first_row, rules, rows, tail);
-  return cudaGetLastError();
+void Device::finish_optional(int64_t first_row, int64_t count, const Rules& rules, const RowArrays& rows,
+                             bool tail) const {
+  finish_optional_kernel<<<static_cast<unsigned>(count), 32, 0, stream_>>>(first_row, rules, rows, tail);
+  check(cudaGetLastError());
 }
 
-int launch_fold_columns(const Strip& strip, const Rules& rules, const ColumnArrays& columns, Stream stream) {
+void Device::fold_columns(const Strip& strip, const Rules& rules, const ColumnArrays& columns) const {
   const auto blocks = static_cast<unsigned>((strip.columns + kColumnLanes - 1) / kColumnLanes);
   with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
     fold_columns_kernel<decltype(clip)::value, decltype(shift)::value>
-        <<<blocks, kColumnLanes * kColumnWarps, 0, stream>>>(strip, rules, columns);
+        <<<blocks, kColumnLanes * kColumnWarps, 0, stream_>>>(strip, rules, columns);
   });
-  return cudaGetLastError();
+  check(cudaGetLastError());
 }
 
-int launch_finish_columns(int64_t count, const Rules& rules, const ColumnArrays& columns, Stream stream) {
+void Device::finish_columns(int64_t count, const Rules& rules, const ColumnArrays& columns) const {
   constexpr int threads = kColumnLanes * kColumnWarps;
   const auto kernel = needs_no_shift(rules.scoring.clip) ? finish_columns_kernel<false> : finish_columns_kernel<true>;
-  kernel<<<static_cast<unsigned>((count + threads - 1) / threads), threads, 0, stream>>>(count, columns);
-  return cudaGetLastError();
+  kernel<<<static_cast<unsigned>((count + threads - 1) / threads), threads, 0, stream_>>>(count, columns);
+  check(cudaGetLastError());
 }
 
-int launch_multiply(void* x, Element element, int64_t count, const float* factor, Stream stream) {
+void Device::multiply(void* x, Element element, int64_t count, const float* factor) const {
   constexpr int64_t threads = 256, most = 132 * 8;  // CTAs: one wave, so that a factor of 1 costs no more
   const auto blocks = static_cast<unsigned>(std::min(most, (count + threads - 1) / threads));
   with_element(element, [&](auto* e) {
-    multiply_kernel<<<blocks, threads, 0, stream>>>(static_cast<decltype(e)>(x), count, factor);
+    multiply_kernel<<<blocks, threads, 0, stream_>>>(static_cast<decltype(e)>(x), count, factor);
   });
-  return cudaGetLastError();
+  check(cudaGetLastError());
 }
 
-int launch_summary(const Summaries& all, Stream stream) {
-  summary_kernel<<<static_cast<unsigned>(all.groups), kSummaryThreads, 0, stream>>>(all);
-  if (all.groups > 1) last_summary_kernel<<<1, kSummaryThreads, 0, stream>>>(all);
-  return cudaGetLastError();
+void Device::summarize(const Summaries& all) const {
+  summary_kernel<<<static_cast<unsigned>(all.ctas), kSummaryThreads, 0, stream_>>>(all);
+  if (all.ctas > 1) last_summary_kernel<<<1, kSummaryThreads, 0, stream_>>>(all);
+  check(cudaGetLastError());
 }
 
 }  // namespace cuda

@@ -1,4 +1,4 @@
-// What one thread does to its columns of a row. Formulas come from atoms.h; groups.h puts threads together.
+// One thread's columns of a row. Formulas come from atoms.h; groups.h puts threads together.
 #pragma once
 
 #include "../atoms.h"
@@ -31,16 +31,16 @@ struct Rules {
   const int64_t* row_ids;     // (N): the image of each row, or its label; null: by arithmetic
   const int64_t* column_ids;  // (M): the label of each column; null: by arithmetic
   const float* bias;          // t = s + bias, on the device; or null
-  bool apart;                 // no column is a positive: they come from elsewhere
-  int64_t itself;             // column that row 0 is, as row i is column itself + i, left out of every set; -1: none is
-  int64_t positives;          // P, the width of `pos`: n_c, less the row itself
-  int parts;                  // CTAs that share a row
-  int threads;
-  float unit;                 // power of two that keeps float16 weights in range; 1 otherwise
-  bool scaled;                // weights leave times the scale, so that the GEMMs' results may be rounded at once
+  bool positives_elsewhere;   // the positives are a tensor of their own: no column is one
+  int64_t self_column;  // row i is column self_column + i, which its statistics leave out; -1: rows are no columns
+  int64_t positives;    // P, the width of `pos`: n_c, less the row itself
+  int ctas_per_row;
+  int threads;      // of a CTA
+  float fp16_gain;  // power of two that keeps float16 weights in range; 1 otherwise
+  bool prescaled;   // weights leave times the scale, so that the GEMMs' results may be rounded at once
 };
 
-// What the threads of a row have found so far.
+// Partial statistics of a row: one thread's, or merged.
 struct RowPart {
   float max;     // largest t among the negatives
   float sum;     // of exp(t - shift) over the negatives: shift_of(max), or 0 under a clip
@@ -48,51 +48,67 @@ struct RowPart {
   float bad;     // of 0 * s: 0, or NaN as soon as one score is NaN or infinite
 };
 
-// What a strip adds to a column, as ever more strips have found it: a row's statistics, and Kahan's errors.
+// Partial statistics of a column, over the strips folded so far, with Kahan's errors.
 struct ColumnPart {
   float max, sum, sum_error, square, square_error, bad;
 };
 
 // Statistics of all M columns, or the coefficients that the weights need.
 struct ColumnArrays {
-  float *neg_lse, *neg_max, *square;   // (M)
-  const float *d_neg_lse, *d_square;   // (M); d_square null: 0
-  ColumnPart* partials;                // (M)
+  float *neg_lse, *neg_max, *square;  // (M)
+  const float *d_neg_lse, *d_square;  // (M); d_square null: 0
+  ColumnPart* partials;               // (M)
 };
 
-// What the threads of a row have found of the further statistics: over the negatives, all columns, the positives.
-struct FurtherPart {
+// Partial optional statistics of a row: softplus over the negatives, 0 * s over all columns, the rest over the
+// positives.
+struct OptionalPart {
   float softplus, bad, count, max, sum, total;
 };
 
-// The statistics from kFirstFurther on, one line each: (kFurther, stride). Null: none is wanted.
-constexpr int kFirstFurther = kNegSoftplus, kFurther = kStatistics - kFirstFurther;
+// The six statistics from kFirstOptional on, of losses with any number of positives: a line each, (kOptional, stride).
+// `found` null: the call asks for none.
+constexpr int kFirstOptional = kNegSoftplus, kOptional = kStatistics - kFirstOptional;
 
-struct FurtherArrays {
-  float* found;               // of all N rows
-  float* d;                   // of the rows from first_coefficient on; null: 0
+struct OptionalArrays {
+  float* found;  // of all N rows
+  float* d;      // dL/d statistic, of the rows from Upstream's first_row on; null: 0
   int64_t found_stride, d_stride;
-  FurtherPart* partials;      // (rows of a block, slots)
+  OptionalPart* partials;  // (rows of a block, slots)
 
-  FUSED_NCE_HD float& of(Statistic name, int64_t i) const { return found[(name - kFirstFurther) * found_stride + i]; }
-  FUSED_NCE_HD float& d_of(Statistic name, int64_t c) const { return d[(name - kFirstFurther) * d_stride + c]; }
+  FUSED_NCE_HD float& of(Statistic name, int64_t i) const { return found[(name - kFirstOptional) * found_stride + i]; }
+  FUSED_NCE_HD float& d_of(Statistic name, int64_t c) const { return d[(name - kFirstOptional) * d_stride + c]; }
 };
 
-// Statistics of all N rows, and the coefficients that the weights need.
-struct RowArrays {
-  float* pos;              // (N, P)
+// Statistics of all N rows.
+struct RowStats {
+  float* pos;                         // (N, P)
   float *neg_lse, *neg_max, *square;  // (N)
-  float* d_pos;            // (rows from first_coefficient on, P): given, or the tail's own
-  float* d_neg_lse;        // (rows from first_coefficient on)
-  const float* d_square;   // (N); null: square_weight
-  int64_t first_coefficient;
-  TailRule tail;           // where the coefficients are its own
-  float* d_scale;          // (N, parts), or null
-  RowPart* partials;       // (rows of a block, slots), or null
-  int64_t block_first, slots;
-  ColumnArrays columns;    // of losses that classify both ways
-  float* d_bias;           // (N, parts), or null
-  FurtherArrays further;   // of losses with any number of positives
+};
+
+// dL/d statistic of the rows from first_row on: given, or written by the tail.
+struct RowUpstream {
+  float* d_pos;           // (rows, P)
+  float* d_neg_lse;       // (rows)
+  const float* d_square;  // (N); null: tail.square_weight
+  int64_t first_row;
+  TailRule tail;  // of use where it writes them
+};
+
+// Partial statistics of a block of rows, one slot for each panel and CTA that shares the row.
+struct RowScratch {
+  RowPart* partials;  // (rows, slots), or null
+  int64_t first_row, slots;
+};
+
+// Everything that the kernels read and write beside the scores.
+struct RowArrays {
+  RowStats stats;
+  RowUpstream upstream;
+  RowScratch scratch;
+  float *d_scale, *d_bias;  // (N, ctas_per_row) shares of the sums, or null
+  ColumnArrays columns;     // null: no statistics of columns
+  OptionalArrays optional;
 };
 
 // A strip with all that its row kernels need.
@@ -112,54 +128,52 @@ FUSED_NCE_HD float scale_of(const Rules& rules) {
   return rules.scale_tensor ? rules.scoring.scale * *rules.scale_tensor : rules.scoring.scale;
 }
 
-// One row of a strip, or the share of it that one CTA has.
+// One row of a strip, or one CTA's share of it.
 struct Row {
   const float* scores;
   int begin, end;          // columns, counted from the panel's first
-  int own_begin, own_end;  // those of the row's own image
-  int itself;              // the column that the row itself is; one that is not there, where none is
-  int after;               // own columns beyond this one have their place among the positives one further left
-  int64_t index;           // of S
+  int own_begin, own_end;  // columns of the row's own image
+  int self_column;         // the row itself; a column that is not there where none is
+  int gap;                 // self_column where it lies in the row's image, which `pos` leaves out; otherwise own_end
+  int64_t index;           // row of S
   int64_t first_column;    // of S, the panel's
-  int64_t own_at;          // own_begin before the panel cut it: column - own_at is the location in the image
+  int64_t image_begin;     // own_begin before the panel cut it
   float scale, clip, inverse_clip, bias;
   const int64_t* column_ids;  // of the panel's columns; null: those of the image are the row's own
   int64_t id;
 
-  // A positive of the row, or the row itself. kMore: the rules may have labels.
-  template <bool kMore>
+  // A positive of the row, or the row itself.
+  template <bool kLabels>
   FUSED_NCE_HD bool own(int column) const {
-    if (kMore && column_ids) return column_ids[column] == id;
+    if (kLabels && column_ids) return column_ids[column] == id;
     return column >= own_begin && column < own_end;
   }
 
-  // Where in the row's `pos` its own column stands, counted from own_at.
-  FUSED_NCE_HD int place(int column) const { return column - (column > after); }
+  // Place of an own column among the row's positives, counted from image_begin.
+  FUSED_NCE_HD int pos_index(int column) const { return column - (column > gap); }
 };
 
-FUSED_NCE_HD int clamp(int64_t x, int64_t most) {
-  return static_cast<int>(x < 0 ? 0 : (x > most ? most : x));
-}
+FUSED_NCE_HD int clamp(int64_t x, int64_t most) { return static_cast<int>(x < 0 ? 0 : (x > most ? most : x)); }
 
-FUSED_NCE_HD Row row_of(const Strip& strip, const Rules& rules, int64_t row, int part) {
+FUSED_NCE_HD Row row_of(const Strip& strip, const Rules& rules, int64_t row, int cta) {
   const Scoring& scoring = rules.scoring;
   Row out;
   out.scores = strip.scores + row * strip.stride;
-  // Parts are whole turns of all threads, so that a part's vectors are aligned and no two CTAs share one.
+  // A share is a whole number of turns, so that its vectors are aligned and no two CTAs share one.
   const int64_t turns = (strip.columns + kColumns - 1) / kColumns;
-  const int64_t share = (turns + rules.parts - 1) / rules.parts * kColumns;
-  out.begin = clamp(part * share, strip.columns);
-  out.end = clamp((part + 1) * share, strip.columns);
+  const int64_t share = (turns + rules.ctas_per_row - 1) / rules.ctas_per_row * kColumns;
+  out.begin = clamp(cta * share, strip.columns);
+  out.end = clamp((cta + 1) * share, strip.columns);
   out.index = strip.first_row + row;
   out.first_column = strip.first_column;
   const int64_t id = rules.row_ids ? rules.row_ids[out.index] : out.index / scoring.rows_per_image + scoring.offset;
   const int64_t own = (rules.column_ids ? 0 : id * scoring.n_c) - strip.first_column;  // a label may be any number
   out.own_begin = clamp(own, strip.columns);
-  out.own_end = rules.apart ? out.own_begin : clamp(own + scoring.n_c, strip.columns);
-  out.own_at = own;
-  const int64_t itself = rules.itself + out.index - strip.first_column;
-  out.itself = rules.itself < 0 ? -1 : clamp(itself + 1, strip.columns + 1) - 1;
-  out.after = rules.itself >= 0 && itself >= own && itself < own + scoring.n_c ? out.itself : out.own_end;
+  out.own_end = rules.positives_elsewhere ? out.own_begin : clamp(own + scoring.n_c, strip.columns);
+  out.image_begin = own;
+  const int64_t self = rules.self_column + out.index - strip.first_column;
+  out.self_column = rules.self_column < 0 ? -1 : clamp(self + 1, strip.columns + 1) - 1;
+  out.gap = rules.self_column >= 0 && self >= own && self < own + scoring.n_c ? out.self_column : out.own_end;
   out.scale = scale_of(rules);
   out.clip = scoring.clip;
   out.inverse_clip = scoring.clip > 0.0f ? 1.0f / scoring.clip : 0.0f;
@@ -218,9 +232,9 @@ struct Add {
 };
 
 // One thread's columns into a part; their positives go to `pos`. Eight terms share a Kahan step.
-template <bool kClip, bool kShift, bool kMore>
+template <bool kClip, bool kShift, bool kBiasOrLabels>
 FUSED_NCE_HD RowPart fold_thread(const Row& row, const Rules& rules, const RowArrays& rows, int thread, int threads) {
-  float* pos = rows.pos + row.index * rules.positives - row.own_at;
+  float* pos = rows.stats.pos + row.index * rules.positives - row.image_begin;
   RowPart part = no_part();
   float sum_error = 0.0f, square_error = 0.0f;
   for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
@@ -231,15 +245,15 @@ FUSED_NCE_HD RowPart fold_thread(const Row& row, const Rules& rules, const RowAr
     FUSED_NCE_UNROLL
     for (int u = 0; u < kColumns; ++u) {
       const int column = c + u;
-      const bool inside = column < row.end && column != row.itself;
-      const bool own = inside && row.own<kMore>(column);
+      const bool inside = column < row.end && column != row.self_column;
+      const bool own = inside && row.own<kBiasOrLabels>(column);
       const float s = inside ? eight.s[u] : 0.0f;
       t[u] = transform<kClip>(s, row.clip, row.inverse_clip).value;
-      if (kMore) t[u] += row.bias;
+      if (kBiasOrLabels) t[u] += row.bias;
       negative[u] = inside && !own;
       square[u] = s * s;
       bad[u] = s * 0.0f;
-      if (own && !(kMore && row.column_ids)) pos[row.place(column)] = t[u];
+      if (own && !(kBiasOrLabels && row.column_ids)) pos[row.pos_index(column)] = t[u];
       top = negative[u] && t[u] > top ? t[u] : top;
     }
     if (kShift && top > part.max) {
@@ -267,17 +281,17 @@ FUSED_NCE_HD RowPart fold_thread(const Row& row, const Rules& rules, const RowAr
 template <bool kShift>
 FUSED_NCE_HD void write_statistics(const RowPart& all, int64_t i, const RowArrays& rows) {
   const LogSum<double> sum{kShift ? shift_of(all.max) : 0.0f, all.sum};
-  rows.neg_lse[i] = log_value(sum) + all.bad;
-  rows.neg_max[i] = all.max;
-  rows.square[i] = all.square;
+  rows.stats.neg_lse[i] = log_value(sum) + all.bad;
+  rows.stats.neg_max[i] = all.max;
+  rows.stats.square[i] = all.square;
 }
 
 // One thread's share of the NCE tail: d_pos of its positives, and what they add to -d_neg_lse.
 FUSED_NCE_HD float tail_thread(const RowArrays& rows, int64_t i, int64_t positives, int thread, int threads) {
   float sum = 0.0f, error = 0.0f;
   for (int64_t p = thread; p < positives; p += threads) {
-    const float slope = nce_slope_positive(rows.neg_lse[i], rows.pos[i * positives + p]);
-    rows.d_pos[(i - rows.first_coefficient) * positives + p] = rows.tail.unit * slope;
+    const float slope = nce_slope_positive(rows.stats.neg_lse[i], rows.stats.pos[i * positives + p]);
+    rows.upstream.d_pos[(i - rows.upstream.first_row) * positives + p] = rows.upstream.tail.unit * slope;
     add_exactly(sum, error, slope);
   }
   return sum - error;

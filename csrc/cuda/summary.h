@@ -14,7 +14,7 @@ struct Totals {
 
 struct AddTotals {
   FUSED_NCE_HD Totals operator()(const Totals& a, const Totals& b) const {
-    return {a.nce + b.nce, a.bound + b.bound,     a.pos + b.pos,
+    return {a.nce + b.nce,   a.bound + b.bound,     a.pos + b.pos,
             a.top1 + b.top1, a.neg_lse + b.neg_lse, a.square + b.square};
   }
 };
@@ -26,20 +26,20 @@ struct Summary {
   float weight;                                   // of its elements
   float penalty_weight;                           // lambda / (N * M)
   float chance, log_images, log_positives;        // log(1 + (n_k - 1) n_c), log n_k, log n_c
-  int reports;      // rows r, r + reports, ... have a report of their own; a divisor of N
-  int groups;       // of each report
-  float* report;    // (reports, kReport) in the order of core/tails.py
-  float* elements;  // (N, P) of weight * nce, or null
+  int report_groups;  // row i is of group i mod report_groups, each with a report of its own
+  int ctas;           // of each report
+  float* report;      // (reports, kReport) in the order of core/tails.py
+  float* elements;    // (N, P) of weight * nce, or null
 
-  FUSED_NCE_HD int64_t reported() const { return rows / reports * positives; }
+  FUSED_NCE_HD int64_t reported() const { return rows / report_groups * positives; }
 };
 
 // Problems whose losses are added up.
 struct Summaries {
   Summary of[kMostTogether];
-  int count, groups;  // of all their reports
-  bool mean;          // of nce, else the sum
-  Totals* partials;   // (groups)
+  int count, ctas;              // of all their reports
+  bool mean;                    // of nce, else the sum
+  Totals* partials;             // (ctas)
   float *loss, *nce, *penalty;  // 0-d
 };
 
@@ -49,7 +49,7 @@ constexpr int kSummaryThreads = 256;
 constexpr int kSummaryElements = 16;
 
 // For the elements of one report.
-inline int summary_groups(int64_t elements) {
+inline int summary_ctas(int64_t elements) {
   constexpr int64_t share = kSummaryThreads * kSummaryElements;
   return static_cast<int>((elements + share - 1) / share);
 }
@@ -57,7 +57,7 @@ inline int summary_groups(int64_t elements) {
 FUSED_NCE_HD Totals totals_thread(const Summary& s, int report, int64_t thread, int64_t threads) {
   Totals sum = {};
   for (int64_t e = thread; e < s.reported(); e += threads) {
-    const int64_t turn = e / s.positives, i = turn * s.reports + report, p = e - turn * s.positives;
+    const int64_t turn = e / s.positives, i = turn * s.report_groups + report, p = e - turn * s.positives;
     const float pos = s.pos[i * s.positives + p], gap = s.neg_lse[i] - pos, nce = softplus(gap);
     const bool first = p == 0;
     if (s.elements) s.elements[i * s.positives + p] = s.weight * nce;
@@ -72,7 +72,7 @@ FUSED_NCE_HD void write_report(const Summary& s, int report, const Totals& all) 
   float* out = s.report + report * kReport;
   out[0] = all.top1 / count;
   out[1] = all.pos / count;
-  out[2] = all.neg_lse / static_cast<float>(s.rows / s.reports);
+  out[2] = all.neg_lse / static_cast<float>(s.rows / s.report_groups);
   out[3] = all.nce / count - s.chance;
   out[4] = s.log_images - all.bound / count;
 }
@@ -90,25 +90,25 @@ FUSED_NCE_HD void write_loss(const Summaries& all, float nce, float penalty) {
   *all.penalty = penalty;
 }
 
-// Group g of the reports' groups, problem after problem; where there is one alone, that is all.
+// CTA number g of all problems in turn. One alone writes the results, as nothing is left to merge.
 template <class Group>
 FUSED_NCE_HD void sum_up(Group& group, const Summaries& all, int g) {
   int problem = 0, place = g;
-  while (place >= all.of[problem].groups * all.of[problem].reports) {
-    place -= all.of[problem].groups * all.of[problem].reports;
+  while (place >= all.of[problem].ctas * all.of[problem].report_groups) {
+    place -= all.of[problem].ctas * all.of[problem].report_groups;
     ++problem;
   }
   const Summary& s = all.of[problem];
-  const int report = place / s.groups, share = place - report * s.groups;
-  const Totals found = group.gather(
+  const int report = place / s.ctas, share = place - report * s.ctas;
+  const Totals found = group.reduce(
       [&](int thread, int threads) {
         return totals_thread(s, report, static_cast<int64_t>(share) * threads + thread,
-                             static_cast<int64_t>(s.groups) * threads);
+                             static_cast<int64_t>(s.ctas) * threads);
       },
       AddTotals());
   if (!group.first()) return;
   all.partials[g] = found;
-  if (all.groups > 1) return;
+  if (all.ctas > 1) return;
   float nce = 0.0f, penalty = 0.0f;
   write_report(s, 0, found);
   add_loss(s, found, all.mean, nce, penalty);
@@ -116,17 +116,17 @@ FUSED_NCE_HD void sum_up(Group& group, const Summaries& all, int g) {
 }
 
 template <class Group>
-FUSED_NCE_HD void sum_up_groups(Group& group, const Summaries& all) {
+FUSED_NCE_HD void sum_up_ctas(Group& group, const Summaries& all) {
   const Totals* partials = all.partials;
   float nce = 0.0f, penalty = 0.0f;
   for (int problem = 0; problem < all.count; ++problem) {
     const Summary& s = all.of[problem];
     Totals total = {};
-    for (int report = 0; report < s.reports; ++report, partials += s.groups) {
-      const Totals found = group.gather(
+    for (int report = 0; report < s.report_groups; ++report, partials += s.ctas) {
+      const Totals found = group.reduce(
           [&](int thread, int threads) {
             Totals sum = {};
-            for (int g = thread; g < s.groups; g += threads) sum = AddTotals()(sum, partials[g]);
+            for (int g = thread; g < s.ctas; g += threads) sum = AddTotals()(sum, partials[g]);
             return sum;
           },
           AddTotals());

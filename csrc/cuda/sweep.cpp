@@ -17,13 +17,19 @@ float* floats_of(const at::Tensor& x) { return x.defined() ? x.data_ptr<float>()
 
 Plan plan_for(const SweepInputs& in, const OnDevice& numbers, const Task& task) {
   const int64_t n = in.q.size(0), m = in.k.size(0), d = in.q.size(1);
-  const Plan plan = make_plan({n, m, d, in.layout.n_pos, in.q.element_size(), task.statistics, task.gradients,
-                               in.need_scale ? (numbers.bias.defined() ? 2 : 1) : 0,
-                               task.statistics && task.columns.neg_lse.defined(),
-                               task.statistics && task.rows.further.defined()},
+  const Plan plan = make_plan({.rows = n,
+                               .columns = m,
+                               .width = d,
+                               .positives = in.layout.n_pos,
+                               .element_bytes = in.q.element_size(),
+                               .statistics = task.statistics,
+                               .gradients = task.gradients,
+                               .sums = in.need_scale ? (numbers.bias.defined() ? 2 : 1) : 0,
+                               .column_stats = task.statistics && task.columns.neg_lse.defined(),
+                               .optional = task.statistics && task.rows.optional.defined()},
                               in.workspace_bytes);
-  TORCH_CHECK_VALUE(plan.fits, "workspace_bytes is ", in.workspace_bytes, ", needed: at least ", plan.bytes, " for ",
-                    n, " rows, ", m, " columns of width ", d);
+  TORCH_CHECK_VALUE(plan.fits, "workspace_bytes is ", in.workspace_bytes, ", needed: at least ", plan.bytes, " for ", n,
+                    " rows, ", m, " columns of width ", d);
   return plan;
 }
 
@@ -33,21 +39,21 @@ class Sweep {
       : machine_(machine), in_(in), numbers_(numbers), out_(task.out), n_(in.q.size(0)), m_(in.k.size(0)),
         d_(in.q.size(1)), element_bytes_(in.q.element_size()), element_(element_of(in.q.scalar_type())),
         statistics_(task.statistics), gradients_(task.gradients), tail_(task.upstream.tail.name),
-        plan_(plan_for(in, numbers, task)), rules_(rules(task.unit)) {
+        plan_(plan_for(in, numbers, task)), rules_(rules(task.fp16_gain)) {
     scores_ = bytes(plan_.score_bytes);
     weights_ = bytes(plan_.weight_bytes);
     partials_ = bytes(plan_.partial_bytes);
     row_numbers_ = bytes(plan_.row_bytes);
     column_parts_ = bytes(plan_.column_bytes);
-    name_rows(task.rows, task.upstream);
-    name_columns(task.columns);
+    bind_rows(task.rows, task.upstream);
+    bind_columns(task.columns);
   }
 
   void run() {
     for (int64_t first = 0; first < n_; first += plan_.block) {
       const int64_t count = std::min(plan_.block, n_ - first);
-      rows_.block_first = first;
-      rows_.first_coefficient = statistics_ ? first : 0;
+      rows_.scratch.first_row = first;
+      rows_.upstream.first_row = statistics_ ? first : 0;
       if (statistics_ && plan_.panels > 1) fold_panels(first, count);
       if (plan_.panels == 1 || gradients_)
         for (int64_t column = 0; column < m_; column += plan_.panel) run_panel(first, count, column);
@@ -65,13 +71,13 @@ class Sweep {
   }
 
   void end() const {
-    descend(0, n_, 0);
+    add_gradients(0, n_, 0);
     finish_gradients();
   }
 
  private:
   void finish_gradients() const {
-    if (numbers_.scale.defined() && !rules_.scaled) {
+    if (numbers_.scale.defined() && !rules_.prescaled) {
       if (in_.need_q) out_.dq.mul_(numbers_.scale);
       if (in_.need_k) out_.dk.mul_(numbers_.scale);
     }
@@ -80,46 +86,52 @@ class Sweep {
   }
 
   // float16 weights have no exponents to spare for the scale.
-  Rules rules(float unit) const {
+  Rules rules(float fp16_gain) const {
     const Layout& layout = in_.layout;
     const auto ids = [](const at::Tensor& x) { return x.defined() ? x.const_data_ptr<int64_t>() : nullptr; };
-    return {in_.scoring,
-            floats_of(numbers_.scale),
-            ids(layout.row_ids),
-            ids(layout.column_ids),
-            floats_of(numbers_.bias),
-            layout.positives.defined(),
-            layout.itself,
-            layout.n_pos,
-            static_cast<int>(plan_.parts),
-            static_cast<int>(plan_.threads),
-            unit,
-            element_ != Element::float16};
+    return {.scoring = in_.scoring,
+            .scale_tensor = floats_of(numbers_.scale),
+            .row_ids = ids(layout.row_ids),
+            .column_ids = ids(layout.column_ids),
+            .bias = floats_of(numbers_.bias),
+            .positives_elsewhere = layout.positives.defined(),
+            .self_column = layout.itself,
+            .positives = layout.n_pos,
+            .ctas_per_row = static_cast<int>(plan_.ctas_per_row),
+            .threads = static_cast<int>(plan_.threads),
+            .fp16_gain = fp16_gain,
+            .prescaled = element_ != Element::float16};
   }
 
   // Coefficients that the tail makes are a block's, at the front of `row_numbers_`; the sums of all rows follow.
-  void name_rows(const RowStatistics& stats, const Upstream& upstream) {
-    const bool further = stats.further.defined(), own = statistics_ && gradients_;
+  void bind_rows(const RowStatistics& stats, const Upstream& upstream) {
+    const bool optional = stats.optional.defined(), own = statistics_ && gradients_;
     const int64_t positives = in_.layout.n_pos, block = plan_.block;
     float* numbers = static_cast<float*>(row_numbers_.data_ptr());
-    rows_.pos = floats_of(stats.pos);
-    rows_.neg_lse = floats_of(stats.neg_lse);
-    rows_.neg_max = floats_of(stats.neg_max);
-    rows_.square = floats_of(stats.square);
-    rows_.d_pos = own ? numbers : floats_of(upstream.d_pos);
-    rows_.d_neg_lse = own ? numbers + block * positives : floats_of(upstream.d_neg_lse);
-    rows_.d_square = floats_of(upstream.d_square);
-    rows_.tail = upstream.tail;
-    rows_.slots = plan_.panels * plan_.parts;
-    rows_.partials = reinterpret_cast<RowPart*>(partials_.data_ptr());
-    if (further) {
-      float* d = floats_of(upstream.d_further);
+    rows_.stats = {.pos = floats_of(stats.pos),
+                   .neg_lse = floats_of(stats.neg_lse),
+                   .neg_max = floats_of(stats.neg_max),
+                   .square = floats_of(stats.square)};
+    rows_.upstream = {.d_pos = own ? numbers : floats_of(upstream.d_pos),
+                      .d_neg_lse = own ? numbers + block * positives : floats_of(upstream.d_neg_lse),
+                      .d_square = floats_of(upstream.d_square),
+                      .first_row = 0,
+                      .tail = upstream.tail};
+    rows_.scratch = {.partials = reinterpret_cast<RowPart*>(partials_.data_ptr()),
+                     .first_row = 0,
+                     .slots = plan_.panels * plan_.ctas_per_row};
+    if (optional) {
+      float* d = floats_of(upstream.d_optional);
       if (own) d = tail_ == kNce ? nullptr : numbers + block * (positives + 1);
-      rows_.further = {floats_of(stats.further), d, n_, own ? block : n_,
-                       reinterpret_cast<FurtherPart*>(rows_.partials + block * rows_.slots)};
+      rows_.optional = {
+          .found = floats_of(stats.optional),
+          .d = d,
+          .found_stride = n_,
+          .d_stride = own ? block : n_,
+          .partials = reinterpret_cast<OptionalPart*>(rows_.scratch.partials + block * rows_.scratch.slots)};
     }
     if (!gradients_ || !in_.need_scale) return;
-    const int64_t first = own ? block * coefficients_of(positives, further) : 0, count = n_ * plan_.parts;
+    const int64_t first = own ? block * coefficients_of(positives, optional) : 0, count = n_ * plan_.ctas_per_row;
     const at::Tensor sums = row_numbers_.view(at::kFloat);
     d_scale_ = sums.narrow(0, first, count);
     if (numbers_.bias.defined()) d_bias_ = sums.narrow(0, first + count, count);
@@ -127,10 +139,13 @@ class Sweep {
     rows_.d_bias = floats_of(d_bias_);
   }
 
-  void name_columns(const ColumnStatistics& columns) {
-    rows_.columns = {floats_of(columns.neg_lse),   floats_of(columns.neg_max),
-                     floats_of(columns.square),    floats_of(columns.d_neg_lse),
-                     floats_of(columns.d_square),  reinterpret_cast<ColumnPart*>(column_parts_.data_ptr())};
+  void bind_columns(const ColumnStatistics& columns) {
+    rows_.columns = {.neg_lse = floats_of(columns.neg_lse),
+                     .neg_max = floats_of(columns.neg_max),
+                     .square = floats_of(columns.square),
+                     .d_neg_lse = floats_of(columns.d_neg_lse),
+                     .d_square = floats_of(columns.d_square),
+                     .partials = reinterpret_cast<ColumnPart*>(column_parts_.data_ptr())};
   }
 
   bool folds_columns() const { return statistics_ && rows_.columns.neg_lse; }
@@ -145,33 +160,46 @@ class Sweep {
   Strip strip_at(int64_t block_first, int64_t block_rows, int64_t first, int64_t column) const {
     const int64_t columns = std::min(plan_.panel, m_ - column), stride = stride_of(columns);
     void* weights = nullptr;
-    if (gradients_)
-      weights = static_cast<char*>(weights_.data_ptr()) + (first - block_first) * stride * element_bytes_;
+    if (gradients_) weights = static_cast<char*>(weights_.data_ptr()) + (first - block_first) * stride * element_bytes_;
     const bool in_place = gradients_ && element_ == Element::float32;
     float* scores = static_cast<float*>(in_place ? weights : scores_.data_ptr());
-    return {scores, weights, stride, first, std::min(plan_.strip, block_first + block_rows - first), column, columns};
+    return {.scores = scores,
+            .weights = weights,
+            .stride = stride,
+            .first_row = first,
+            .rows = std::min(plan_.strip, block_first + block_rows - first),
+            .first_column = column,
+            .columns = columns};
   }
 
   void score(const Strip& s) const {
-    machine_.gemm({s.rows, s.columns, d_, row(in_.q, s.first_row), in_.q.stride(0), false,
-                   row(in_.k, s.first_column), in_.k.stride(0), true, element_, 1.0f, false, s.scores, s.stride,
-                   Element::float32});
+    machine_.gemm({.m = s.rows,
+                   .n = s.columns,
+                   .depth = d_,
+                   .left = row(in_.q, s.first_row),
+                   .left_stride = in_.q.stride(0),
+                   .right = row(in_.k, s.first_column),
+                   .right_stride = in_.k.stride(0),
+                   .right_transposed = true,
+                   .element = element_,
+                   .out = s.scores,
+                   .out_stride = s.stride});
   }
 
   void fold(const Strip& strip, int64_t first_slot) const {
     machine_.fold(strip, rules_, rows_, first_slot);
-    if (rows_.further.found) machine_.fold_further(strip, rules_, rows_, first_slot);
+    if (rows_.optional.found) machine_.fold_optional(strip, rules_, rows_, first_slot);
     if (folds_columns()) machine_.fold_columns(strip, rules_, rows_.columns);
   }
 
   void finish(int64_t first, int64_t count) const {
     machine_.finish(first, count, rules_, rows_, gradients_ && tail_ == kNce);
-    if (rows_.further.found) machine_.finish_further(first, count, rules_, rows_, gradients_ && tail_ != kNce);
+    if (rows_.optional.found) machine_.finish_optional(first, count, rules_, rows_, gradients_ && tail_ != kNce);
   }
 
   // First pass over panels: statistics alone.
   void fold_panels(int64_t first, int64_t count) const {
-    for (int64_t column = 0, slot = 0; column < m_; column += plan_.panel, slot += plan_.parts)
+    for (int64_t column = 0, slot = 0; column < m_; column += plan_.panel, slot += plan_.ctas_per_row)
       for (int64_t i = first; i < first + count; i += plan_.strip) {
         const Strip strip = strip_at(first, count, i, column);
         score(strip);
@@ -185,7 +213,7 @@ class Sweep {
     for (int64_t i = first; i < first + count; i += plan_.strip) {
       const Strip strip = strip_at(first, count, i, column);
       score(strip);
-      if (whole && gradients_ && plan_.parts == 1 && !has_more(rules_, rows_)) {
+      if (whole && gradients_ && plan_.ctas_per_row == 1 && !uses_extras(rules_, rows_)) {
         const RowTask task{strip, rules_, rows_};
         machine_.loss(&task, 1, element_);
         continue;
@@ -196,22 +224,37 @@ class Sweep {
       }
       if (gradients_) machine_.weigh(strip, rules_, rows_, element_);
     }
-    if (gradients_) descend(first, count, column);
+    if (gradients_) add_gradients(first, count, column);
   }
 
-  // A block's weights to its rows of dq, which panels add to, and the panel's rows of dk, which blocks add to. Where q is
-  // k both go to one buffer, of zeros at first.
-  void descend(int64_t first, int64_t count, int64_t column) const {
+  // A block's weights to its rows of dq, which panels add to, and the panel's rows of dk, which blocks add to. Where q
+  // is k both go to one buffer, of zeros at first.
+  void add_gradients(int64_t first, int64_t count, int64_t column) const {
     const int64_t columns = std::min(plan_.panel, m_ - column), stride = stride_of(columns);
-    const float alpha = (rules_.scaled ? 1.0f : in_.scoring.scale) / rules_.unit;
+    const float alpha = (rules_.prescaled ? 1.0f : in_.scoring.scale) / rules_.fp16_gain;
     const bool shared = in_.shared;
-    if (in_.need_q)
-      machine_.gemm({count, d_, columns, weights_.data_ptr(), stride, false, row(in_.k, column), in_.k.stride(0), false,
-                     element_, alpha, shared || column > 0, row(out_.dq, first), d_, element_of(out_.dq.scalar_type())});
-    const at::Tensor& dk = shared ? out_.dq : out_.dk;
-    if (shared ? in_.need_q : in_.need_k)
-      machine_.gemm({columns, d_, count, weights_.data_ptr(), stride, true, row(in_.q, first), in_.q.stride(0), false,
-                     element_, alpha, shared || first > 0, row(dk, column), d_, element_of(dk.scalar_type())});
+    Gemm gemm{
+        .depth = columns, .left = weights_.data_ptr(), .left_stride = stride, .element = element_, .alpha = alpha};
+    gemm.n = gemm.out_stride = d_;
+    const auto add_to = [&](const at::Tensor& out, int64_t first_row, int64_t rows, bool add) {
+      gemm.m = rows;
+      gemm.out = row(out, first_row);
+      gemm.out_element = element_of(out.scalar_type());
+      gemm.add = add;
+      machine_.gemm(gemm);
+    };
+    if (in_.need_q) {
+      gemm.right = row(in_.k, column);
+      gemm.right_stride = in_.k.stride(0);
+      add_to(out_.dq, first, count, shared || column > 0);
+    }
+    if (shared ? in_.need_q : in_.need_k) {
+      gemm.depth = count;
+      gemm.left_transposed = true;
+      gemm.right = row(in_.q, first);
+      gemm.right_stride = in_.q.stride(0);
+      add_to(shared ? out_.dq : out_.dk, column, columns, shared || first > 0);
+    }
   }
 
   const Machine& machine_;
@@ -235,7 +278,7 @@ Element element_of(at::ScalarType type) {
   return type == at::kBFloat16 ? Element::bfloat16 : Element::float16;
 }
 
-float unit_of(Element element, float peak) {
+float fp16_gain_of(Element element, float peak) {
   if (element != Element::float16 || !(peak > 0.0f) || !std::isfinite(peak)) return 1.0f;
   return std::ldexp(1.0f, std::clamp(7 - std::ilogb(peak), -100, 100));
 }
@@ -258,11 +301,11 @@ void sweep(const Machine& machine, const SweepInputs& in, const OnDevice& number
   Sweep(machine, in, numbers, task).run();
 }
 
-bool are_brief(const std::vector<Job>& jobs) {
+bool fit_one_launch(const std::vector<Job>& jobs) {
   int64_t bytes = 0, buffers = 0;
   for (const Job& job : jobs) {
     const Plan plan = plan_for(job.in, job.numbers, job.task);
-    const bool one_strip = plan.strip == job.in.q.size(0) && plan.panels == 1 && plan.parts == 1;
+    const bool one_strip = plan.strip == job.in.q.size(0) && plan.panels == 1 && plan.ctas_per_row == 1;
     if (!job.task.gradients || !one_strip) return false;
     bytes += plan.bytes;
     buffers += std::max(plan.score_bytes, plan.weight_bytes);

@@ -14,7 +14,7 @@ Element element_of(at::ScalarType type);
 
 // The power of two that puts weights of at most `peak` near 2^8: float16 has 24 binary orders below that, and 2^8 of
 // room above. 1 for the types that have float's exponents.
-float unit_of(Element element, float peak);
+float fp16_gain_of(Element element, float peak);
 
 // Numbers that the host does not know: 0-d floats on q's device, undefined where there are none.
 struct OnDevice {
@@ -26,7 +26,7 @@ struct OnDevice {
 struct RowStatistics {
   at::Tensor pos;                       // (N, P)
   at::Tensor neg_lse, neg_max, square;  // (N)
-  at::Tensor further;                   // (kFurther, N); undefined: the loss asks for none
+  at::Tensor optional;                  // (kOptional, N); undefined: the loss asks for none
 };
 
 // Statistics of columns, written or read, and the coefficients that come with those that are read.
@@ -38,7 +38,7 @@ struct ColumnStatistics {
 // The coefficients of the statistics that are read, or the tail that makes them.
 struct Upstream {
   at::Tensor d_pos, d_neg_lse, d_square;  // (N, P), (N), (N)
-  at::Tensor d_further;                   // (kFurther, N)
+  at::Tensor d_optional;                  // (kOptional, N)
   TailRule tail = {};
 };
 
@@ -48,7 +48,7 @@ struct Task {
   RowStatistics rows = {};
   ColumnStatistics columns = {};
   Upstream upstream = {};
-  float unit = 1.0f;
+  float fp16_gain = 1.0f;
   Gradients out = {};
 };
 
@@ -63,9 +63,9 @@ struct Job {
   Task task;
 };
 
-// Whether jobs that differ in shape alone may share a launch for their rows: each is one strip from scores to weights, and
-// the L2 holds them all.
-bool are_brief(const std::vector<Job>& jobs);
+// Whether jobs that differ in shape alone may share a launch for their rows: each is one strip from scores to weights,
+// and the L2 holds them all.
+bool fit_one_launch(const std::vector<Job>& jobs);
 
 // Those jobs. The gradients have room in the inputs' type where it is bfloat16.
 void sweep_together(const Machine& machine, const std::vector<Job>& jobs);

@@ -1,7 +1,7 @@
 // From a row's scores to its weights dL/ds, by the statistics and their coefficients.
 #pragma once
 
-#include "further.h"
+#include "optional_stats.h"
 
 namespace fused_nce {
 namespace cuda {
@@ -45,19 +45,19 @@ struct AddSlopes {
   }
 };
 
-// One thread's columns into weights times `unit`. kMore: the rules may have a bias, labels, further statistics, or
-// statistics of columns.
-template <bool kClip, bool kShift, bool kMore, class Store>
+// One thread's columns into weights times fp16_gain. kExtras: see `uses_extras` in machine.h.
+template <bool kClip, bool kShift, bool kExtras, class Store>
 FUSED_NCE_HD Slopes weigh_thread(const Row& row, const Rules& rules, const RowArrays& rows, bool want_scale,
                                  const Store& store, int thread, int threads) {
-  const int64_t i = row.index, coefficient = i - rows.first_coefficient;
-  const Softmax soft = softmax_of<kShift>(rows.neg_lse[i]);
-  const float d_neg_lse = rows.d_neg_lse[coefficient];
-  const float* d_pos = rows.d_pos + coefficient * rules.positives - row.own_at;
-  const float two_d_square = 2.0f * (rows.d_square ? rows.d_square[i] : rows.tail.square_weight);
-  const float factor = rules.scaled ? rules.unit * row.scale : rules.unit;
-  const FurtherWeights further = kMore ? further_weights(rows, i) : FurtherWeights();
-  const bool both_ways = kMore && rows.columns.neg_lse;
+  const int64_t i = row.index, coefficient = i - rows.upstream.first_row;
+  const Softmax soft = softmax_of<kShift>(rows.stats.neg_lse[i]);
+  const float d_neg_lse = rows.upstream.d_neg_lse[coefficient];
+  const float* d_pos = rows.upstream.d_pos + coefficient * rules.positives - row.image_begin;
+  const float two_d_square =
+      2.0f * (rows.upstream.d_square ? rows.upstream.d_square[i] : rows.upstream.tail.square_weight);
+  const float factor = rules.prescaled ? rules.fp16_gain * row.scale : rules.fp16_gain;
+  const OptionalWeights optional = kExtras ? optional_weights(rows, i) : OptionalWeights();
+  const bool column_stats = kExtras && rows.columns.neg_lse;
   float sum = 0.0f, error = 0.0f, bias_sum = 0.0f, bias_error = 0.0f;
   for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
     const Eight dot = load(row.scores + c, 1.0f);
@@ -65,30 +65,30 @@ FUSED_NCE_HD Slopes weigh_thread(const Row& row, const Rules& rules, const RowAr
     FUSED_NCE_UNROLL
     for (int u = 0; u < kColumns; ++u) {
       const int column = c + u;
-      const bool inside = column < row.end && column != row.itself;
-      const bool own = inside && row.own<kMore>(column);
+      const bool inside = column < row.end && column != row.self_column;
+      const bool own = inside && row.own<kExtras>(column);
       const float r = inside ? dot.s[u] : 0.0f, s = r * row.scale;
       Score t = transform<kClip>(s, row.clip, row.inverse_clip);
-      if (kMore) t.value += row.bias;
+      if (kExtras) t.value += row.bias;
       const float e = exp_shifted<kShift>(t.value, soft.shift);
       float weight = negative_weight(e, soft.inverse, d_neg_lse, t.slope);
-      if (kMore && inside) {
-        weight += further.negative(t.value) * t.slope;
-        if (both_ways) weight += back_weight<kShift>(rows.columns, row.first_column + column, t, e);
+      if (kExtras && inside) {
+        weight += optional.negative(t.value) * t.slope;
+        if (column_stats) weight += back_weight<kShift>(rows.columns, row.first_column + column, t, e);
       }
       if (own) {
-        float on_t = kMore ? further.positive(t.value) : 0.0f;
-        if (!(kMore && row.column_ids)) on_t += d_pos[row.place(column)];
+        float on_t = kExtras ? optional.positive(t.value) : 0.0f;
+        if (!(kExtras && row.column_ids)) on_t += d_pos[row.pos_index(column)];
         weight = on_t * t.slope;
       }
       slope[u] = inside ? weight : 0.0f;
       weight += two_d_square * s;
-      if (both_ways && inside) weight += back_square(rows.columns, row.first_column + column) * s;
+      if (column_stats && inside) weight += back_square(rows.columns, row.first_column + column) * s;
       product[u] = inside ? weight * r : 0.0f;
       w[u] = inside ? weight * factor : 0.0f;
     }
     if (want_scale) add_exactly(sum, error, sum_of(product));
-    if (kMore) add_exactly(bias_sum, bias_error, sum_of(slope));
+    if (kExtras) add_exactly(bias_sum, bias_error, sum_of(slope));
     store(c, w);
   }
   return {sum - error, bias_sum - bias_error};

@@ -16,11 +16,14 @@ from torch import Tensor
 from fused_nce.backends import gathered
 from fused_nce.backends.tiles import AtomTile, Tile, kind
 from fused_nce.core import atoms, workspace
+from fused_nce.core.defaults import slopes, summary  # noqa: F401  (handed on)
 from fused_nce.core.problem import GatheredGradients, Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import VOCABULARY, Bias, Block, Spec
 from fused_nce.core.tails import Coefficients, Tail
 
+BOTH_WAYS = False
 ATOMS = VOCABULARY
+losses = None
 MIN_STRIP_ROWS = 32  # thinner GEMMs ran below half of the machine's rate
 
 

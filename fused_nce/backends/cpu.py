@@ -15,15 +15,16 @@ from torch import Tensor
 
 from fused_nce import _extension
 from fused_nce.core import workspace
+from fused_nce.core.defaults import slopes, summary  # noqa: F401  (handed on)
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import TORCH_ALONE, VOCABULARY, Bias, Block, Index, Labels, Spec
-from fused_nce.core.tails import Coefficients, LogIn, LogOut, Nce, Sigmoid, Tail
+from fused_nce.core.statistics import KERNEL_STATISTICS as NAMES
+from fused_nce.core.tails import KERNEL_TAILS, Coefficients, Tail
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# In the order of `Statistic` in csrc/names.h.
-NAMES = ("neg_lse", "neg_max", "square", "neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap")
-TAILS = (Nce, LogOut, LogIn, Sigmoid)  # whose coefficients the kernels find themselves
+BOTH_WAYS = True  # `loss` finds the statistics of columns too
 ATOMS = VOCABULARY - TORCH_ALONE - {"mixed"}
+losses = gathered_scores = gathered_grads = None
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
@@ -72,17 +73,21 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
 
 
 def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
-    """One sweep: one score GEMM, and one a gradient. A tail that the kernels do not know costs the scores twice."""
+    """One sweep: one score GEMM, and one a gradient. A tail that the kernels do not know costs the scores twice.
+
+    Where every weight needs a row's statistics and a column's, all of them come first: scores that the workspace does
+    not hold until then are computed twice. Symmetric scores, of one matrix in both roles, take half of it all.
+    """
     spec = problem.spec
     unit, n_scores = tail.unit(problem.n * tail.per_row(spec)), problem.n * problem.m
-    if type(tail) not in TAILS:
+    if type(tail) not in KERNEL_TAILS:
         found = stats(problem)
         d = tail.coefficients(spec, found.pos, found.rows, None, unit, 1.0, n_scores)
         return found, grads(problem, found, d, needs)
-    pos, rows, *gradients = torch.ops.fused_nce.cpu_loss(
+    pos, rows, *gradients, columns = torch.ops.fused_nce.cpu_loss(
         *_arguments(problem), tail.NAME, unit, tail.penalty / n_scores, *needs, _limit()
     )
-    return Statistics(pos, rows), _gradients(problem, gradients)
+    return Statistics(pos, rows, columns if spec.columns else None), _gradients(problem, gradients)
 
 
 def _arguments(problem: Problem) -> tuple[Any, ...]:
@@ -109,7 +114,7 @@ def _limit() -> int:
 def _plans(
     module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype: torch.dtype, limit_bytes: int, *, shared: bool
 ) -> list[dict[str, Any]]:
-    """Of `loss`, `stats` and `grads`; of the last two where columns keep a loss from one sweep."""
+    """Of `loss`, `stats` and `grads`."""
     options = {
         "image": spec.layout.n_c if isinstance(spec.layout, Block) else max(1, spec.n_pos),
         "shared": shared,
@@ -117,9 +122,7 @@ def _plans(
         "row_stats": [NAMES.index(name) for name in spec.stats],
         "column_stats": [NAMES.index(name) for name in spec.columns],
     }
-    operations = [] if spec.columns else [(True, True)]
-    operations += [(True, False), (False, True)]
     return [
         module.plan(n, m, d, dtype, limit_bytes, statistics=statistics, need_q=gradients, need_k=gradients, **options)
-        for statistics, gradients in operations
+        for statistics, gradients in ((True, True), (True, False), (False, True))
     ]

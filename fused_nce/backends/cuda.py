@@ -17,16 +17,19 @@ import torch
 from torch import Tensor
 
 from fused_nce import _extension
-from fused_nce.core import workspace
-from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
+from fused_nce.core import defaults, workspace
+from fused_nce.core.defaults import slopes  # noqa: F401  (handed on)
+from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
 from fused_nce.core.spec import TORCH_ALONE, VOCABULARY, Bias, Block, Index, Labels, Separate, Spec
-from fused_nce.core.tails import Coefficients, LogIn, LogOut, Nce, Sigmoid, Tail
+from fused_nce.core.statistics import KERNEL_STATISTICS
+from fused_nce.core.tails import KERNEL_TAILS, Coefficients, Nce, Tail
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = ("neg_lse", "neg_max", "square")  # in the order in which the kernels return them, of rows and of columns
-FURTHER = ("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap")  # of rows, where one is wanted
-TAILS = (Nce, LogOut, LogIn, Sigmoid)  # whose coefficients the kernels find themselves
+NAMES = KERNEL_STATISTICS[:3]  # of rows and of columns
+OPTIONAL_ROW_STATISTICS = KERNEL_STATISTICS[3:]  # of rows; a second kernel computes them if the spec asks for one
+BOTH_WAYS = False
 ATOMS = VOCABULARY - TORCH_ALONE - {"mixed"}
+gathered_scores = gathered_grads = None
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
@@ -69,7 +72,7 @@ def _command() -> str:
 
 
 def _unable(module: ModuleType, spec: Spec, q: Tensor, k: Tensor) -> str | None:
-    """What neither its kernels nor the CPU that plays a GPU in the tests can do."""
+    """What neither its kernels nor the CPU emulation of the tests can do."""
     if q.dtype not in DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
     missing = [name for name in spec.columns if name not in NAMES]
@@ -92,7 +95,7 @@ def stats(problem: Problem) -> Statistics:
     """One score GEMM, strip by strip."""
     spec = problem.spec
     pos, rows, columns = torch.ops.fused_nce.cuda_stats(
-        *_arguments(problem), _further(spec), bool(spec.columns), _limit(problem)
+        *_arguments(problem), _wants_optional(spec), bool(spec.columns), _limit(problem)
     )
     return Statistics(pos, _wanted(spec.stats, rows), _wanted(spec.columns, columns) if spec.columns else None)
 
@@ -107,8 +110,10 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
     def column(of: Tensor | None, name: str) -> Tensor | None:
         return of[spec.columns.index(name)] if of is not None and name in spec.columns else None
 
-    def further(of: Tensor) -> Tensor | None:
-        return torch.stack([row(of, name, zeros) for name in FURTHER]) if _further(spec) else None
+    def optional(of: Tensor) -> Tensor | None:
+        return (
+            torch.stack([row(of, name, zeros) for name in OPTIONAL_ROW_STATISTICS]) if _wants_optional(spec) else None
+        )
 
     # Without neg_lse among the statistics no negative has a weight, as in a row that has no negatives.
     neg_lse, column_neg_lse = (
@@ -119,7 +124,7 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
         coefficients.d_pos,
         row(coefficients.d_rows, "neg_lse", zeros),
         row(coefficients.d_rows, "square", zeros),
-        further(coefficients.d_rows),
+        optional(coefficients.d_rows),
         column(coefficients.d_columns, "neg_lse"),
         column(coefficients.d_columns, "square"),
     ]
@@ -133,7 +138,7 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
         d = [None if x is None else x * factor for x in d]
     found = torch.ops.fused_nce.cuda_grads(
         *_arguments(problem),
-        *(statistics.pos, neg_lse, *d[:3], further(statistics.rows), d[3], column_neg_lse, *d[4:]),
+        *(statistics.pos, neg_lse, *d[:3], optional(statistics.rows), d[3], column_neg_lse, *d[4:]),
         *needs,
         _limit(problem),
     )
@@ -144,31 +149,28 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
     """One sweep: one score GEMM, and one a gradient. A tail that the kernels do not know costs the scores twice."""
     spec = problem.spec
     unit, n_scores = tail.unit(problem.n * tail.per_row(spec)), problem.n * problem.m
-    if type(tail) not in TAILS:
+    if type(tail) not in KERNEL_TAILS:
         known = stats(problem)
         return known, grads(problem, known, tail.coefficients(spec, *known[:2], None, unit, 1.0, n_scores), needs)
     pos, rows, *found = torch.ops.fused_nce.cuda_loss(
-        *_arguments(problem), _further(spec), tail.NAME, unit, tail.penalty / n_scores, *needs, _limit(problem)
+        *_arguments(problem), _wants_optional(spec), tail.NAME, unit, tail.penalty / n_scores, *needs, _limit(problem)
     )
     return Statistics(pos, _wanted(spec.stats, rows)), _gradients(problem, found)
 
 
 def summary(
-    problems: Sequence[Problem], tail_of: Sequence[Tail], found: Sequence[Statistics], reports: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """The sum of the tails' (loss, nce, penalty), and their reports, in one or two launches: torch takes forty.
-
-    None for tails that it does not know.
-    """
+    problems: Sequence[Problem], tail_of: Sequence[Tail], found: Sequence[Statistics], report_groups: Sequence[int]
+) -> Summary:
+    """In one or two launches, where torch takes forty; by torch for tails that the kernel does not know."""
     tail = tail_of[0]
     for problem, each in zip(problems, tail_of, strict=True):
         spec = problem.spec
         if type(each) is not Nce or spec.columns or NAMES[: len(spec.stats)] != spec.stats:
-            return None
+            return defaults.summary(problems, tail_of, found, report_groups)
     n_c = [p.spec.layout.n_c if isinstance(p.spec.layout, Block) else 1 for p in problems]
     # A separate positive stands beside the M columns.
     images = [p.m // c + isinstance(p.spec.layout, Separate) for p, c in zip(problems, n_c, strict=True)]
-    brief: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.fused_nce.cuda_summary(
+    brief = torch.ops.fused_nce.cuda_summary(
         [x.pos for x in found],
         [x.rows for x in found],
         n_c,
@@ -178,9 +180,9 @@ def summary(
         [each.penalty for each in tail_of],
         tail.reduction != "sum",
         tail.reduction == "none",
-        reports,
+        report_groups,
     )
-    return brief
+    return Summary(*brief)
 
 
 def losses(
@@ -223,8 +225,8 @@ def _power_of_two(d: list[Tensor | None], squares: tuple[Tensor, Tensor | None])
 
     A score has a few weights, of its row and of its column: a few times what one of them is.
     """
-    d_pos, d_row, d_square, d_further, d_column, d_column_square = d
-    sizes = [x.abs().amax() for x in (d_pos, d_row, d_further, d_column) if x is not None and x.numel()]
+    d_pos, d_row, d_square, d_optional, d_column, d_column_square = d
+    sizes = [x.abs().amax() for x in (d_pos, d_row, d_optional, d_column) if x is not None and x.numel()]
     sizes += [
         (2 * x.abs() * y.sqrt()).amax()
         for x, y in zip((d_square, d_column_square), squares, strict=True)
@@ -249,8 +251,8 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     return problem.q, k, *factors, *block, spec.clip or 0.0, row_ids, itself, problem.positives, column_ids, bias
 
 
-def _further(spec: Spec) -> bool:
-    return not set(FURTHER).isdisjoint(spec.stats)
+def _wants_optional(spec: Spec) -> bool:
+    return not set(OPTIONAL_ROW_STATISTICS).isdisjoint(spec.stats)
 
 
 def _gradients(problem: Problem, found: Sequence[Tensor]) -> Gradients:
@@ -264,7 +266,7 @@ def _limit(problem: Problem) -> int:
 
 def _wanted(names: tuple[str, ...], found: Tensor) -> Tensor:
     """(S, N) in the spec's order; a view where that is the kernels' own."""
-    known = (*NAMES, *FURTHER)
+    known = (*NAMES, *OPTIONAL_ROW_STATISTICS)
     if names == known[: len(names)]:
         return found[: len(names)]
     return torch.stack([found[known.index(name)] for name in names])
@@ -286,8 +288,8 @@ def _total_bytes(module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype_b
                 statistics=statistics,
                 gradients=gradients,
                 sums=gradients * (2 if isinstance(spec.transform, Bias) else 1),
-                both_ways=statistics and bool(spec.columns),
-                further=statistics and _further(spec),
+                column_stats=statistics and bool(spec.columns),
+                optional=statistics and _wants_optional(spec),
             )["total_bytes"]
         )
         for statistics, gradients in tasks

@@ -10,11 +10,15 @@ from torch import Tensor
 
 from fused_nce.backends import gathered
 from fused_nce.core import atoms
+from fused_nce.core.defaults import slopes, summary  # noqa: F401  (handed on)
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import VOCABULARY, Bias, Separate, Spec
+from fused_nce.core.statistics import Scores
 from fused_nce.core.tails import Coefficients, Tail
 
+BOTH_WAYS = False
 ATOMS = VOCABULARY
+losses = None
 gathered_scores = partial(gathered.scores, limit_bytes=None)
 gathered_grads = partial(gathered.grads, limit_bytes=None)
 
@@ -53,7 +57,7 @@ class _Problem(NamedTuple):
     """A problem and all its scores."""
 
     r: Tensor  # (N, M) raw scores at scale 1
-    x: atoms.Scores
+    x: Scores
 
 
 def _scores(problem: Problem) -> _Problem:
@@ -64,10 +68,10 @@ def _scores(problem: Problem) -> _Problem:
         atoms.to_half_distances(r, q, k)
     s = problem.scale * r
     of = atoms.sets(problem, range(problem.n), range(problem.m), r)
-    return _Problem(r, atoms.Scores(s, atoms.transform_value(spec.transform, s, problem.bias), of))
+    return _Problem(r, Scores(s, atoms.transform_value(spec.transform, s, problem.bias), of))
 
 
-def _fold(problem: Problem, x: atoms.Scores) -> Statistics:
+def _fold(problem: Problem, x: Scores) -> Statistics:
     spec = problem.spec
     pos = x.t.new_empty(problem.n, 0)
     if isinstance(spec.layout, Separate):

@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_nce.core import atoms
 from fused_nce.core.problem import Problem, Statistics
 from fused_nce.core.spec import FILTERS, STATISTICS, Bias, Spec
+from fused_nce.core.statistics import Scores, poison
 from fused_nce.core.tails import Coefficients
 
 FAST = frozenset({"block", "index", "separate", "identity", "tanh_clip", "drop_self", "self", "mixed", *STATISTICS})
@@ -83,7 +84,7 @@ class Tile(ABC):
 
 
 class AtomTile(Tile):
-    """Every atom, by `core/atoms.py`."""
+    """Every statistic, as `core/statistics.py` defines it."""
 
     BUFFERS = 12
 
@@ -91,7 +92,7 @@ class AtomTile(Tile):
         super().__init__(problem, rows, panel, buffers, lse)
         s = self.r * problem.scale
         t = atoms.transform_value(self.spec.transform, s, problem.bias)
-        self.x = atoms.Scores(s, t, atoms.sets(problem, self.rows, self.columns, self.r))
+        self.x = Scores(s, t, atoms.sets(problem, self.rows, self.columns, self.r))
 
     def fold(self, pos: Tensor) -> Tensor:
         """By definition."""
@@ -158,7 +159,7 @@ class LseTile(Tile):
         """From the exponentials and the norms of the dot products."""
         if self.own:
             pos.copy_(torch.where(self.own.inside, self.own_x * self.factor, pos))
-        bad = atoms.poison(self.r) + 0 * self.p.scale  # a scale that is not finite shows too
+        bad = poison(self.r) + 0 * self.p.scale  # a scale that is not finite shows too
         shift = self.shift.squeeze(1) if isinstance(self.shift, Tensor) else self.shift
         value = {
             "neg_lse": lambda: self.e.sum(dim=1).log_().add_(shift) + bad,

@@ -11,10 +11,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fused_nce.compat.base import Adapter
 from fused_nce.core import checks
-from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_stats
 from fused_nce.core.spec import Block, Identity, Spec, TanhClip
+from fused_nce.core.statistics import softplus
 
 PENALTY = 5e-2
 SIDE = 5  # of the map that sources are drawn from
@@ -43,6 +44,20 @@ def nce_scores(r_src: Tensor, r_trg: Tensor, offset: int, n_images: int, tclip: 
     return -softplus(found["neg_lse"][:, None] - found["pos"]), found["pos"], squares
 
 
+def clip(tclip: float | Tensor | None) -> float | None:
+    """The constant of the soft clip, checked: a number, or a tensor of one without a gradient.
+
+    Raises:
+        TypeError, ValueError: naming the value seen and the value needed.
+    """
+    if isinstance(tclip, Tensor) and tclip.requires_grad:
+        raise TypeError("tclip: got a tensor with a gradient, need a number: it is compiled into the kernel")
+    found = tclip.item() if isinstance(tclip, Tensor) and tclip.numel() == 1 else tclip
+    if found is not None:
+        checks.check_number("tclip", found, above=0)  # type: ignore[arg-type]
+    return found  # type: ignore[return-value]
+
+
 def first_image(mask_mat: Tensor) -> int:
     """The image of row 0, of a mask (n, n_images) whose row i is 1 at image i + offset alone. Read on the host.
 
@@ -53,6 +68,7 @@ def first_image(mask_mat: Tensor) -> int:
         seen = tuple(mask_mat.shape) if isinstance(mask_mat, Tensor) else type(mask_mat).__name__
         raise ValueError(f"mask_mat: got {seen}, need an (n, n_images) tensor")
     n, n_images = mask_mat.shape
+    mask_mat = mask_mat.to(torch.uint8) if mask_mat.dtype == torch.bool else mask_mat
     offset = int(mask_mat[0].argmax())
     wanted = torch.arange(n, device=mask_mat.device)[:, None] + offset == torch.arange(n_images, device=mask_mat.device)
     if offset + n > n_images or not bool((mask_mat == wanted.to(mask_mat.dtype)).all()):
@@ -60,7 +76,7 @@ def first_image(mask_mat: Tensor) -> int:
     return offset
 
 
-class NCE_MI_MULTI(nn.Module):
+class NCE_MI_MULTI(Adapter):
     """The six comparisons 1→5, 1→7 and 5→5 in both directions.
 
     Args:
@@ -71,16 +87,13 @@ class NCE_MI_MULTI(nn.Module):
         TypeError, ValueError: naming the argument, the value seen and the value needed.
     """
 
+    HOOKS = ("_model_scores", "_loss_g2l")
+    SHOWN = ("tclip", "penalty")
+
     def __init__(self, tclip: float | None = 20.0, *, penalty: float = PENALTY) -> None:
         super().__init__()
-        if tclip is not None:
-            checks.check_number("tclip", tclip, above=0)
         checks.check_number("penalty", penalty, at_least=0)
-        self.tclip, self.penalty = tclip, penalty
-
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        return f"tclip={self.tclip}, penalty={self.penalty}"
+        self.tclip, self.penalty = clip(tclip), penalty
 
     def forward(
         self,
@@ -115,7 +128,7 @@ class NCE_MI_MULTI(nn.Module):
         return (*losses, 0.5 * torch.stack([way[2] for pair in pairs for way in pair]).sum())
 
 
-class LossMultiNCE(nn.Module):
+class LossMultiNCE(Adapter):
     """The objective from the feature maps of two views, without DataParallel; upstream's draws at the same seed.
 
     Args:
@@ -123,6 +136,7 @@ class LossMultiNCE(nn.Module):
         penalty: as in `NCE_MI_MULTI`.
     """
 
+    HOOKS = ("_sample_src_ftr",)
     masks_r5: nn.Parameter
 
     def __init__(self, tclip: float | None = 10.0, *, penalty: float = PENALTY) -> None:

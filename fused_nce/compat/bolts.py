@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fused_nce.compat.amdim import PENALTY, first_image, nce_scores
+from fused_nce.compat.amdim import PENALTY, clip, first_image, nce_scores
+from fused_nce.compat.base import Adapter
 from fused_nce.compat.processes import everyone
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
@@ -82,7 +83,7 @@ class PixelCNN(nn.Module):
         return z.relu()
 
 
-class CPCTask(nn.Module):
+class CPCTask(Adapter):
     """CPC on a feature map: each place predicts those of its column i + 1 rows below, for i = 1 … H − 2.
 
     A prediction is classified among all B·H·W places. Upstream computes the loss of step i i times over and adds; here
@@ -97,6 +98,9 @@ class CPCTask(nn.Module):
         TypeError, ValueError: naming the argument, the value seen and the value needed.
     """
 
+    HOOKS = ("compute_loss_h",)
+    SHOWN = ("target_dim", "embed_scale")
+
     def __init__(self, num_input_channels: int, target_dim: int = 64, embed_scale: float = 0.1) -> None:
         super().__init__()
         checks.check_number("embed_scale", embed_scale)
@@ -104,10 +108,6 @@ class CPCTask(nn.Module):
         self.target_cnn = nn.Conv2d(num_input_channels, target_dim, kernel_size=1)
         self.pred_cnn = nn.Conv2d(num_input_channels, target_dim, kernel_size=1)
         self.context_cnn = PixelCNN(num_input_channels)
-
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        return f"target_dim={self.target_dim}, embed_scale={self.embed_scale}"
 
     def forward(
         self,
@@ -136,7 +136,7 @@ class CPCTask(nn.Module):
         return torch.stack(losses).sum()
 
 
-class AmdimNCELoss(nn.Module):
+class AmdimNCELoss(Adapter):
     """AMDIM's loss of one row an image against all locations.
 
     Args:
@@ -146,15 +146,11 @@ class AmdimNCELoss(nn.Module):
         TypeError, ValueError: naming the argument, the value seen and the value needed.
     """
 
+    SHOWN = ("tclip",)
+
     def __init__(self, tclip: float | None) -> None:
         super().__init__()
-        if tclip is not None:
-            checks.check_number("tclip", tclip, above=0)
-        self.tclip = tclip
-
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        return f"tclip={self.tclip}"
+        self.tclip = clip(tclip)
 
     def forward(
         self,
@@ -170,7 +166,7 @@ class AmdimNCELoss(nn.Module):
         return -scores.mean(), penalty
 
 
-class FeatureMapContrastiveTask(nn.Module):
+class FeatureMapContrastiveTask(Adapter):
     """AMDIM's losses between feature maps of two views: one place an image against all places of the other view's map.
 
     Places are torch's draws, upstream's at the same seed. Maps need not be square, nor as many as the comparisons.
@@ -183,6 +179,9 @@ class FeatureMapContrastiveTask(nn.Module):
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
     """
+
+    HOOKS = ("feat_size_w_mask", "_sample_src_ftr")
+    SHOWN = ("comparisons", "tclip", "bidirectional")
 
     def __init__(self, comparisons: str = "00, 11", tclip: float | None = 10.0, bidirectional: bool = True) -> None:
         super().__init__()

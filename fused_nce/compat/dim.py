@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
-from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_stats
 from fused_nce.core.spec import Block, Identity, Spec
+from fused_nce.core.statistics import softplus
 from fused_nce.losses.common import fixed_lse, fixed_mean, log_count, widened
 from fused_nce.losses.dim import dim_mi
 
@@ -67,8 +67,9 @@ def fenchel_dual_loss(l: Tensor, m: Tensor, measure: str | None = None) -> Tenso
     if measure in ("KL", "H2"):
         found = _scores(local, global_, "neg_lse")
         product = (fixed_lse(found["neg_lse"]) - log_count(_n_product(local, global_), found["neg_lse"])).exp()
-        joint = found["pos"] + 1 if measure == "KL" else 1 - (-found["pos"]).exp()
-        return product - (1 if measure == "H2" else 0) - fixed_mean(joint)
+        if measure == "KL":  # as since April 2019: before, the joint's term was u + 1 and the product's e^u
+            return product / math.e - fixed_mean(found["pos"])
+        return product - 1 - fixed_mean(1 - (-found["pos"]).exp())
     if measure == "X2":
         return _dense(local, global_, lambda u: -0.5 * (u.abs() + 1) ** 2) - fixed_mean(_joint(local, global_) ** 2)
     joint = _joint(local, global_)

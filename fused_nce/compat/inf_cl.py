@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_nce.compat.base import scalar
 from fused_nce.compat.processes import check_ddp_compat, everyone, gradient_times, world_size
 from fused_nce.core import checks
-from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.spec import Block, Index, Spec
+from fused_nce.core.statistics import softplus
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import check_rows
 
@@ -91,8 +92,7 @@ def _given(
     checks.check_int("head_dim", head_dim)
     if scale is None:
         scale = 1.0
-    elif isinstance(scale, Tensor) and scale.numel() == 1:
-        scale = scale.reshape(())
+    scale = scalar(scale, q)
     if labels is None:
         if k.shape[0] < q.shape[0]:
             raise ValueError(f"k: got M = {k.shape[0]}, need >= N = {q.shape[0]} without labels")

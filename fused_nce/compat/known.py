@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import nn
 
-from fused_nce.compat import amdim, bolts, lightly, open_clip, pml, supcontrast
+from fused_nce.compat import amdim, bolts, lightly, open_clip, supcontrast
 
 Build = Callable[[Any], nn.Module]
 
@@ -75,11 +74,8 @@ def _lightly_nt_xent(theirs: Any) -> nn.Module:
     bank = theirs.memory_bank
     size = tuple(bank.size) if isinstance(bank.size, (tuple, list)) else (bank.size,)
     ours = lightly.NTXentLoss(theirs.temperature, size if size[0] else 0, theirs.gather_distributed)
-    if ours.memory_bank is not None:
-        ours.memory_bank.to(bank.bank.device)
-        with torch.no_grad():
-            ours.memory_bank.keys.copy_(bank.bank)
-            ours.memory_bank.pointer.copy_(bank.bank_ptr.reshape(()))
+    if size[0]:
+        ours.memory_bank.bank, ours.memory_bank.bank_ptr = bank.bank.clone(), bank.bank_ptr.clone()
     return ours
 
 
@@ -91,6 +87,8 @@ def _pml(name: str, *own: str) -> Known:
     """A pair loss: its words, and the options as they are, of which upstream has filled in the defaults."""
 
     def build(theirs: Any) -> nn.Module:
+        from fused_nce.compat import pml  # not before it is asked for: it imports upstream's package
+
         options = {option: getattr(theirs, option) for option in pml.OPTIONS if hasattr(theirs, option)}
         ours: nn.Module = getattr(pml, name)(**{word: getattr(theirs, word) for word in own}, **options)
         return ours
@@ -99,10 +97,22 @@ def _pml(name: str, *own: str) -> Known:
 
 
 def _pml_memory(theirs: Any) -> nn.Module:
+    from fused_nce.compat import pml
+
     ours = pml.CrossBatchMemory(adapter(theirs.loss), theirs.embedding_size, theirs.memory_size, theirs.miner)
     ours.embedding_memory, ours.label_memory = theirs.embedding_memory.clone(), theirs.label_memory.clone()
     ours.queue_idx, ours.has_been_filled = theirs.queue_idx, theirs.has_been_filled
     return ours
+
+
+def _pml_wrapper(name: str, setting: str) -> Build:
+    def build(theirs: Any) -> nn.Module:
+        from fused_nce.compat import pml
+
+        ours: nn.Module = getattr(pml, name)(adapter(theirs.loss), getattr(theirs, setting))
+        return ours
+
+    return build
 
 
 def _cpc_task(theirs: Any) -> nn.Module:
@@ -138,11 +148,11 @@ KNOWN = (
     _pml("ContrastiveLoss", "pos_margin", "neg_margin"),
     _pml("TripletMarginLoss", "margin", "swap", "smooth_loss", "triplets_per_anchor"),
     Known("CrossBatchMemory", PML, _pml_memory),
-    Known("SelfSupervisedLoss", PML, lambda theirs: pml.SelfSupervisedLoss(adapter(theirs.loss), theirs.symmetric)),
+    Known("SelfSupervisedLoss", PML, _pml_wrapper("SelfSupervisedLoss", "symmetric")),
     Known(
         "DistributedLossWrapper",
         "pytorch_metric_learning.utils.distributed",
-        lambda theirs: pml.DistributedLossWrapper(adapter(theirs.loss), theirs.efficient),
+        _pml_wrapper("DistributedLossWrapper", "efficient"),
     ),
     Known("AmdimNCELoss", BOLTS, words(bolts.AmdimNCELoss, "tclip")),
     Known("CPCTask", BOLTS, _cpc_task),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fused_nce.compat.base import Adapter, inverse, number
 from fused_nce.compat.processes import everyone, gathered
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss, tile_stats
@@ -16,26 +17,92 @@ from fused_nce.core.tails import Nce
 from fused_nce.losses.common import check_rows, fixed_mean, normalized, widened
 from fused_nce.losses.moco import SPEC as BANK
 from fused_nce.losses.nt_xent import SPEC as TWINS
-from fused_nce.losses.queue import MemoryQueue
 
 SMALLEST_TEMPERATURE = 1e-8
 
 
-def _check_temperature(temperature: float) -> None:
-    checks.check_number("temperature", temperature)
+def _check_temperature(name: str, temperature: float) -> None:
+    checks.check_number(name, temperature)
     if abs(temperature) < SMALLEST_TEMPERATURE:
-        raise ValueError(f"temperature: got {temperature!r}, need |temperature| >= {SMALLEST_TEMPERATURE}")
+        raise ValueError(f"{name}: got {temperature!r}, need |temperature| >= {SMALLEST_TEMPERATURE}")
 
 
-class NTXentLoss(nn.Module):
-    """NT-Xent of two views, or, with a memory bank, of view 0 among its twin and the bank.
+class _Views(Adapter):
+    """A loss of two views of N images, whose negatives may be of all processes."""
 
-    The bank is a `MemoryQueue`: it keeps the rows of a batch that wraps around its end, and is saved in the state. A
-    state without it, as upstream's is, loads too and leaves the bank as it stands.
+    SHOWN = ("temperature", "gather_distributed")
+
+    def __init__(self, temperature: float | Tensor, gather_distributed: bool) -> None:
+        super().__init__()
+        self.temperature = number("temperature", temperature, _check_temperature)
+        self.gather_distributed = gather_distributed
+        if gather_distributed and not torch.distributed.is_available():
+            raise ValueError("gather_distributed: got True, need a torch with torch.distributed")
+
+
+class MemoryBank(Adapter):
+    """lightly's bank of the last K rows, which keeps those of a batch that wraps around its end (upstream drops them).
+
+    It stays on its device and in its dtype, whatever the rows' are.
 
     Args:
-        temperature: of the softmax; any sign, |temperature| >= 1e-8.
-        memory_bank_size: (K, D) of the bank; 0 for none.
+        size: (K, D), or 0 for none.
+
+    Attributes:
+        bank: (K, D) unit rows, random at first.
+        bank_ptr: (1,) int64, where the next row goes. A state has both in its metadata, not in its keys.
+    """
+
+    CARRIED = ("bank", "bank_ptr")
+    FORMERLY: ClassVar[dict[str, str]] = {"bank": "keys", "bank_ptr": "pointer"}  # keys of this package's older states
+    bank: Tensor
+    bank_ptr: Tensor
+
+    def __init__(self, size: int | Sequence[int]) -> None:
+        super().__init__()
+        self.size = (size,) if isinstance(size, int) else tuple(size)
+        if not (self.size == (0,) or len(self.size) == 2) or min(self.size) < 0:
+            raise ValueError(f"memory_bank_size: got {size!r}, need (K, D), or 0 for no bank")
+        rows = torch.randn(self.size) if self.size[0] else torch.empty(self.size)
+        self.register_buffer("bank", normalized(rows), persistent=False)
+        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.int64), persistent=False)
+
+    @property
+    def keys(self) -> Tensor:
+        """`bank`, by a `MemoryQueue`'s name."""
+        return self.bank
+
+    @property
+    def pointer(self) -> Tensor:
+        """`bank_ptr`, 0-d."""
+        return self.bank_ptr[0]
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """Put (N, D) rows in, over the oldest; of more than K the last K stay."""
+        kept = rows[-self.size[0] :].to(self.bank)
+        first = self.bank_ptr + (len(rows) - len(kept))
+        slots = (first + torch.arange(len(kept), device=self.bank.device)) % self.size[0]
+        self.bank.index_copy_(0, slots, kept)
+        self.bank_ptr.copy_((self.bank_ptr + len(rows)) % self.size[0])
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        for name, formerly in self.FORMERLY.items():
+            value = state_dict.pop(prefix + formerly, None)
+            if value is not None:
+                local_metadata = {**local_metadata, name: value.reshape(getattr(self, name).shape)}
+        state_dict.pop(f"{prefix}fill", None)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+class NTXentLoss(_Views):
+    """NT-Xent of two views, or, with a memory bank, of view 0 among its twin and the bank.
+
+    Args:
+        temperature: of the softmax; any sign, |temperature| >= 1e-8; a 0-d tensor may be learned.
+        memory_bank_size: (K, D) of the `MemoryBank`; 0 for none.
         gather_distributed: negatives of all processes, whose rows the bank then takes in too. A process reports its own
             part of the loss; under DDP every gradient is the whole batch's.
 
@@ -49,17 +116,8 @@ class NTXentLoss(nn.Module):
         memory_bank_size: int | Sequence[int] = 0,
         gather_distributed: bool = False,
     ) -> None:
-        super().__init__()
-        _check_temperature(temperature)
-        sizes = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
-        if not (sizes == (0,) or len(sizes) == 2) or min(sizes) < 0:
-            raise ValueError(f"memory_bank_size: got {memory_bank_size!r}, need (K, D), or 0 for no bank")
-        self.temperature, self.gather_distributed = temperature, gather_distributed
-        self.memory_bank = MemoryQueue(*sizes) if sizes[0] else None
-
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"
+        super().__init__(temperature, gather_distributed)
+        self.memory_bank = MemoryBank(memory_bank_size)
 
     def forward(
         self,
@@ -69,30 +127,24 @@ class NTXentLoss(nn.Module):
         """The mean loss in nats, 0-d. Rows are normalised here; the bank takes in view 1 if view 0 has a gradient."""
         check_rows("out0", out0, "out1", out1, same_n=True)
         z0, z1 = normalized(out0), normalized(out1)
-        if self.memory_bank is None:
+        if not self.memory_bank.size[0]:
             z, group = torch.stack((z0, z1), dim=1).flatten(0, 1), everyone() if self.gather_distributed else None
-            return tile_loss(z, None, TWINS, Nce(), scale=1 / self.temperature, group=group).loss
+            return tile_loss(z, None, TWINS, Nce(), scale=inverse(self.temperature, z), group=group).loss
         loss = self._against_bank(z0, z1, self.memory_bank)
-        if out0.requires_grad:  # the loss has its gradients: the bank may change under it
+        if z0.requires_grad:  # the loss has its gradients: the bank may change under it
             self.memory_bank.update(gathered(z1) if self.gather_distributed else z1.detach())
         return loss
 
-    def _against_bank(self, z0: Tensor, z1: Tensor, bank: MemoryQueue) -> Tensor:
+    def _against_bank(self, z0: Tensor, z1: Tensor, memory: MemoryBank) -> Tensor:
         """−log(e^(s⁺) / (e^(s⁺) + Σ_bank e^s)), differentiable in both views through s⁺."""
-        if z0.shape[1] != bank.dim:
-            raise ValueError(f"out0: got width D = {z0.shape[1]}, need the memory bank's {bank.dim}")
-        scale = 1 / self.temperature
+        if z0.shape[1] != memory.size[1]:
+            raise ValueError(f"out0: got width D = {z0.shape[1]}, need the memory bank's {memory.size[1]}")
+        scale = inverse(self.temperature, z0)
         wide = torch.promote_types(torch.promote_types(z0.dtype, z1.dtype), torch.float32)
         with torch.autocast(z0.device.type, enabled=False):  # a score never goes through 16 bits
             positives = scale * (z0.to(wide) * z1.to(wide)).sum(dim=1, keepdim=True)
-        return tile_loss(z0, bank.keys, BANK, Nce(), scale=scale, positives=positives, parts=False).loss
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Upstream saves no bank: the one that is there stands in."""
-        if self.memory_bank is not None:
-            for name, value in self.memory_bank.state_dict(prefix=f"{prefix}memory_bank.").items():
-                state_dict.setdefault(name, value)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        bank = memory.bank.to(z0.device)
+        return tile_loss(z0, bank, BANK, Nce(), scale=scale, positives=positives, parts=False).loss
 
 
 WeightFunction = Callable[[Tensor, Tensor], Tensor]
@@ -109,7 +161,7 @@ def negative_mises_fisher_weights(
     return 2 - len(out0) * similarity.softmax(dim=0)
 
 
-class DCLLoss(nn.Module):
+class DCLLoss(_Views):
     """NT-Xent without the positive in the denominator (Yeh et al. 2022, arXiv:2110.06848, equation 6).
 
     Its gradients cannot leave with the forward, for a weight may depend on the whole batch: four GEMMs.
@@ -123,19 +175,16 @@ class DCLLoss(nn.Module):
         TypeError, ValueError: naming the argument, the value seen and the value needed.
     """
 
+    HOOKS = ("_loss",)
+
     def __init__(
         self,
         temperature: float = 0.1,
         weight_fn: WeightFunction | None = None,
         gather_distributed: bool = False,
     ) -> None:
-        super().__init__()
-        _check_temperature(temperature)
-        self.temperature, self.weight_fn, self.gather_distributed = temperature, weight_fn, gather_distributed
-
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"
+        super().__init__(temperature, gather_distributed)
+        self.weight_fn = weight_fn
 
     def forward(
         self,
@@ -149,7 +198,7 @@ class DCLLoss(nn.Module):
             raise ValueError("out0: got N = 1, need N >= 2: one image has no negatives, and log 0 is no loss")
         z0, z1 = normalized(out0), normalized(out1)
         z = torch.stack((z0, z1), dim=1).flatten(0, 1)
-        found = tile_stats(z, None, TWINS, scale=1 / self.temperature, group=group)
+        found = tile_stats(z, None, TWINS, scale=inverse(self.temperature, z), group=group)
         positive = found["pos"].squeeze(1)
         if self.weight_fn is not None:
             weights = [self.weight_fn(z0, z1), self.weight_fn(z1, z0)]

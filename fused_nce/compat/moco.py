@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from fused_nce.compat.base import Adapter, number, scalar
 from fused_nce.compat.processes import gathered, rank, world_size
 from fused_nce.core import checks
-from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.statistics import softplus
 from fused_nce.core.tails import Nce
-from fused_nce.losses.common import inverse, widened
+from fused_nce.losses.common import widened
 from fused_nce.losses.moco import SPEC
 
 PANEL = 8192  # columns whose scores a search for the largest holds at a time
@@ -26,27 +29,29 @@ _logger = logging.getLogger("fused_nce")
 _logged: set[str] = set()
 
 
+@dataclass(eq=False, repr=False)  # DistributedDataParallel looks for an output's tensors in the fields of dataclasses
 class MoCoLogits:
     """The logits ⟨q, [key; queue]⟩ / T, (N, 1 + K), without the scores.
 
     `F.cross_entropy` (and so `nn.CrossEntropyLoss`) of them with the labels that came beside them is the fused loss;
-    `topk`, `argmax`, `shape`, `size`, `len`, `dtype`, `device`, `detach` and `float` hold nothing large either. All
-    else, torch functions, arithmetic and indexing, is asked of `full()`, the real tensor; one log line says so.
+    `topk`, `argmax` of rows, `shape`, `size`, `len`, `dtype`, `device`, `detach` and `float` hold nothing large either.
+    All else, torch functions, operators and indexing, is asked of `full()`, the real tensor; one log line says so. Once
+    something writes to that tensor, in place or for a gradient of its own, it is kept, and answers everything.
 
     Attributes:
         labels: (N,) zeros.
     """
 
-    def __init__(
-        self,
-        q: Tensor,  # (N, D), unit rows
-        k: Tensor,  # (N, D), unit rows, no gradient
-        negatives: Tensor,  # (K, D), which nobody writes to
-        temperature: float,
-        labels: Tensor,
-    ) -> None:
-        self._q, self._k, self._negatives, self._temperature, self.labels = q, k, negatives, temperature, labels
-        self.shape = torch.Size((q.shape[0], 1 + negatives.shape[0]))
+    _q: Tensor  # (N, D), unit rows
+    _k: Tensor  # (N, D), unit rows, no gradient
+    _negatives: Tensor  # (K, D), which nobody writes to
+    _temperature: float | Tensor
+    labels: Tensor
+    _written: Tensor | None = None  # the logits, where somebody has changed them
+
+    def __post_init__(self) -> None:
+        q = self._q
+        self.shape = torch.Size((q.shape[0], 1 + self._negatives.shape[0]))
         self.device, self.dtype, self.ndim = q.device, widened(q.detach()[:0]).dtype, 2
 
     # ---- what is answered without the logits ------------------------------------------------------------------------
@@ -59,6 +64,8 @@ class MoCoLogits:
     def cross_entropy(self, reduction: str = "mean") -> Tensor:
         """The loss of class 0, in nats: 0-d, or (N,) under "none"."""
         checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
+        if self._written is not None:
+            return nn.functional.cross_entropy(self._written, self.labels, reduction=reduction)
         scale, positives = 1 / self._temperature, self._positives()
         if reduction == "none":
             found = tile_stats(self._q, self._negatives, SPEC, scale=scale, positives=positives)
@@ -70,7 +77,7 @@ class MoCoLogits:
         self, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
     ) -> tuple[Tensor, Tensor] | torch.return_types.topk:
         """The k largest logits of each row and their classes, (N, k) each, panel by panel."""
-        if dim not in (1, -1) or not largest or k > min(PANEL, self.shape[1]):
+        if dim not in (1, -1) or not largest or k > min(PANEL, self.shape[1]) or self._written is not None:
             return self._full_for("topk of this kind").topk(k, dim, largest, sorted)
         q = widened(self._q.detach())
         best, place = self._positives().detach(), torch.zeros(len(q), 1, dtype=torch.int64, device=q.device)
@@ -84,9 +91,12 @@ class MoCoLogits:
         found: torch.return_types.topk = torch.return_types.topk((values, place))
         return found
 
-    def argmax(self, dim: int = -1) -> Tensor:
-        """The class of each row's largest logit, (N,)."""
-        return self.topk(1, dim)[1].squeeze(1)
+    def argmax(self, dim: int | None = None, keepdim: bool = False) -> Tensor:
+        """The class of each row's largest logit, (N,); of other dimensions or none, as of a tensor."""
+        if dim not in (1, -1):
+            return self._full_for("argmax of this kind").argmax(dim, keepdim)
+        found = self.topk(1, dim)[1]
+        return found if keepdim else found.squeeze(1)
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         """As of a tensor."""
@@ -101,7 +111,8 @@ class MoCoLogits:
 
     def detach(self) -> MoCoLogits:
         """The same without a gradient."""
-        return MoCoLogits(self._q.detach(), self._k, self._negatives, self._temperature, self.labels)
+        written = None if self._written is None else self._written.detach()
+        return replace(self, _q=self._q.detach(), _written=written)
 
     def float(self) -> MoCoLogits | Tensor:
         """Itself: scores are float32 whatever the encoder's dtype (float64 for float64)."""
@@ -111,6 +122,8 @@ class MoCoLogits:
 
     def full(self) -> Tensor:
         """The logits, (N, 1 + K), differentiable in the queries."""
+        if self._written is not None:
+            return self._written
         q = widened(self._q)
         with torch.autocast(q.device.type, enabled=False):
             negative = q @ self._negatives.to(q.dtype).T / self._temperature
@@ -119,42 +132,34 @@ class MoCoLogits:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self._full_for(name), name)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self._full_for("indexing")[index]
-
-    def __add__(self, other: Any) -> Tensor:
-        return self._full_for("arithmetic") + other
-
-    def __sub__(self, other: Any) -> Tensor:
-        return self._full_for("arithmetic") - other
-
-    def __mul__(self, other: Any) -> Tensor:
-        return self._full_for("arithmetic") * other
-
-    def __truediv__(self, other: Any) -> Tensor:
-        return self._full_for("arithmetic") / other
-
-    __radd__, __rmul__ = __add__, __mul__
+        full = self._full_for(name)
+        if name in KEPT or name.endswith("_"):
+            self._written = full
+        return getattr(full, name)
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is nn.functional.cross_entropy:
+        if func is nn.functional.cross_entropy and getattr(args[0], "_written", None) is None:
             plain = _plain_cross_entropy(*args, **kwargs)
             if plain is not None:
                 return args[0].cross_entropy(plain)
-        if func is torch.topk and isinstance(args[0], cls):
-            return args[0].topk(*args[1:], **kwargs)
+        if func in (torch.topk, torch.argmax) and isinstance(args[0], cls):
+            return getattr(args[0], func.__name__)(*args[1:], **kwargs)
         name = getattr(func, "__name__", "a torch function")
-        opened = [x._full_for(name) if isinstance(x, cls) else x for x in args]
-        return func(*opened, **{key: x._full_for(name) if isinstance(x, cls) else x for key, x in kwargs.items()})
+        opened = pytree.tree_map(
+            lambda x: x._full_for(name) if isinstance(x, cls) else x,
+            (args, kwargs),
+            is_leaf=lambda x: isinstance(x, cls),
+        )
+        return func(*opened[0], **opened[1])
 
     def _full_for(self, reason: str) -> Tensor:
         """The logits, with a line in the log the first time."""
+        if self._written is not None:
+            return self._written
         if reason not in _logged:
             _logged.add(reason)
             _logger.warning("moco: holding the %s logits for %s", tuple(self.shape), reason)
@@ -173,6 +178,39 @@ class MoCoLogits:
         return torch.where(place == 0, self._positives(), scores)
 
 
+def _of_full(name: str) -> Callable[..., Any]:
+    """A tensor's operator, asked of the real logits."""
+
+    def operator(self: MoCoLogits, *others: Any) -> Any:
+        full = self._full_for("indexing" if "item" in name else "arithmetic")
+        if name not in WRITE:
+            return getattr(full, name)(*others)
+        self._written = full
+        getattr(full, name)(*others)
+        return self
+
+    return operator
+
+
+def _operators(names: str) -> list[str]:
+    return [f"__{name}__" for name in names.split()]
+
+
+KEPT = ("data", "grad", "register_hook", "retain_grad")  # they change the tensor, or tell of a change
+WRITE = _operators("setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor")
+for _name in WRITE + _operators(
+    "getitem iter contains bool float int array abs neg pos invert eq ne lt le gt ge add radd sub rsub mul rmul "
+    "truediv rtruediv floordiv rfloordiv mod rmod pow rpow matmul rmatmul and rand or ror xor rxor"
+):
+    setattr(MoCoLogits, _name, _of_full(_name))
+_FIELDS = [field.name for field in fields(MoCoLogits)]
+pytree.register_pytree_node(
+    MoCoLogits,
+    lambda x: ([getattr(x, name) for name in _FIELDS], None),
+    lambda values, _: MoCoLogits(*values),
+)
+
+
 def _plain_cross_entropy(
     input: Any,
     target: Any,
@@ -189,7 +227,7 @@ def _plain_cross_entropy(
     return reduction if ours and bare else None
 
 
-class MoCo(nn.Module):
+class MoCo(Adapter):
     """A query encoder, a key encoder that follows it, and a queue of keys.
 
     Args:
@@ -212,6 +250,7 @@ class MoCo(nn.Module):
         TypeError, ValueError: naming the argument, the value seen and the value needed.
     """
 
+    SHOWN = ("K", "m", "T", "logits", "bn_splits")
     queue: Tensor
     queue_ptr: Tensor
 
@@ -233,7 +272,7 @@ class MoCo(nn.Module):
             if value < 1:
                 raise ValueError(f"{name}: got {value}, need >= 1")
         checks.check_number("m", m, at_least=0)
-        inverse("T", T, torch.device("cpu"))
+        number("T", T, above=0)
         checks.check_choice("logits", logits, ("fused", "full"))
         self.K, self.m, self.T, self.logits, self.bn_splits = K, m, T, logits, bn_splits
         self.encoder_q, self.encoder_k = base_encoder(num_classes=dim), base_encoder(num_classes=dim)
@@ -247,10 +286,6 @@ class MoCo(nn.Module):
         self.register_buffer("queue", nn.functional.normalize(torch.randn(dim, K), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
 
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        return f"K={self.K}, m={self.m}, T={self.T}, logits={self.logits!r}, bn_splits={self.bn_splits}"
-
     def forward(
         self,
         im_q: Tensor,  # (N, ...) one view of the images
@@ -259,15 +294,53 @@ class MoCo(nn.Module):
         """Logits (N, 1 + K), already divided by T, and their labels, (N,) zeros. The keys then enter the queue."""
         q = nn.functional.normalize(self._encode(self.encoder_q, im_q), dim=1)
         with torch.no_grad():
-            for ours, theirs in self._parameters_in_pairs():
-                theirs.mul_(self.m).add_(ours, alpha=1 - self.m)
-            k = nn.functional.normalize(self._keys(im_k), dim=1)
+            self._momentum_update_key_encoder()
+            shuffled, order = self._batch_shuffle_ddp(im_k)
+            k = self._batch_unshuffle_ddp(nn.functional.normalize(self._encode(self.encoder_k, shuffled), dim=1), order)
             # One copy, as upstream makes: the queue changes before the backward. In rows, as the kernels read.
             negatives = self.queue.t().clone(memory_format=torch.contiguous_format)
-            self._enqueue(k)
+            self._dequeue_and_enqueue(k)
         labels = torch.zeros(len(q), dtype=torch.int64, device=q.device)
-        found = MoCoLogits(q, k, negatives, self.T, labels)
+        found = MoCoLogits(q, k, negatives, scalar(self.T, q), labels)
         return (found if self.logits == "fused" else found.full()), labels
+
+    # Upstream's four helpers, by upstream's names: a subclass may have its own.
+
+    @torch.no_grad()
+    def _momentum_update_key_encoder(self) -> None:
+        """The key encoder follows."""
+        for ours, theirs in self._parameters_in_pairs():
+            theirs.mul_(self.m).add_(ours, alpha=1 - self.m)
+
+    @torch.no_grad()
+    def _batch_shuffle_ddp(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As many images, drawn from those of all processes, and the order that undoes it."""
+        if world_size() == 1 and self.bn_splits == 1:  # a permutation of one batch has its statistics
+            return x, None
+        everyone = gathered(x)
+        order = torch.randperm(len(everyone), device=x.device)
+        if world_size() > 1:
+            torch.distributed.broadcast(order, src=0)
+        return everyone[order[self._mine(x)]], order.argsort()
+
+    @torch.no_grad()
+    def _batch_unshuffle_ddp(self, x: Tensor, idx_unshuffle: Tensor | None) -> Tensor:
+        """The keys of this process's images."""
+        return x if idx_unshuffle is None else gathered(x)[idx_unshuffle[self._mine(x)]]
+
+    @torch.no_grad()
+    def _dequeue_and_enqueue(self, keys: Tensor) -> None:
+        """Those of all processes, over the oldest; of more than K the last K stay."""
+        keys = gathered(keys)
+        kept = keys[-self.K :]
+        first = self.queue_ptr + len(keys) - len(kept)
+        slots = (first + torch.arange(len(kept), device=keys.device)) % self.K
+        self.queue.index_copy_(1, slots, kept.T.to(self.queue.dtype))
+        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % self.K)
+
+    def _mine(self, x: Tensor) -> Tensor:
+        """The places of this process's rows among all."""
+        return torch.arange(len(x), device=x.device) + rank() * len(x)
 
     def _parameters_in_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         return list(zip(self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True))
@@ -279,24 +352,3 @@ class MoCo(nn.Module):
         if len(x) % self.bn_splits:
             raise ValueError(f"im_q: got N = {len(x)}, need a multiple of bn_splits = {self.bn_splits}")
         return torch.cat([encoder(part) for part in x.chunk(self.bn_splits)])
-
-    def _keys(self, images: Tensor) -> Tensor:
-        """The keys of this process's images, each encoded in a batch drawn from those of all processes."""
-        if world_size() == 1 and self.bn_splits == 1:  # a permutation of one batch has its statistics
-            return self._encode(self.encoder_k, images)
-        everyone = gathered(images)
-        order = torch.randperm(len(everyone), device=images.device)
-        if world_size() > 1:
-            torch.distributed.broadcast(order, src=0)
-        mine = torch.arange(len(images), device=images.device) + rank() * len(images)
-        keys = self._encode(self.encoder_k, everyone[order[mine]])
-        return gathered(keys)[order.argsort()[mine]]
-
-    def _enqueue(self, keys: Tensor) -> None:
-        """Those of all processes, over the oldest; of more than K the last K stay."""
-        keys = gathered(keys)
-        kept = keys[-self.K :]
-        first = self.queue_ptr + len(keys) - len(kept)
-        slots = (first + torch.arange(len(kept), device=keys.device)) % self.K
-        self.queue.index_copy_(1, slots, kept.T.to(self.queue.dtype))
-        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % self.K)

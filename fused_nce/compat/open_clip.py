@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+import torch.distributed.nn
+from torch import Tensor
 
+from fused_nce.compat.base import Adapter, scalar
 from fused_nce.compat.processes import check_ddp_compat, check_world, gathered, gradient_times, mean_of_all
 from fused_nce.core import checks
-from fused_nce.core.processes import Processes
+from fused_nce.distributed import Processes
 from fused_nce.losses.clip import clip_loss
 from fused_nce.losses.info_nce import info_nce
 from fused_nce.losses.siglip import siglip_loss
@@ -17,26 +17,16 @@ from fused_nce.losses.siglip import siglip_loss
 Result = Tensor | dict[str, Tensor]
 
 
-def _scalar(x: float | Tensor) -> float | Tensor:
-    """A number or a 0-d tensor, of one that may have one element, as open_clip's parameters may."""
-    return x.reshape(()) if isinstance(x, Tensor) and x.numel() == 1 else x
-
-
 def _result(loss: Tensor, output_dict: bool) -> Result:
     return {"contrastive_loss": loss} if output_dict else loss
 
 
-class _Fused(nn.Module):
-    """A loss whose scores are never held: a subclass that computes its own could not be heard, and is refused."""
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        for name in ("get_logits", "get_ground_truth"):
-            if name in vars(cls):
-                raise TypeError(f"{cls.__name__}: got {name}, need open_clip's own class: this one holds no logits")
+def _logits(q: Tensor, k: Tensor, scale: float | Tensor, bias: float | Tensor | None) -> Tensor:
+    scores = scale * q @ k.T
+    return scores if bias is None else scores + bias
 
 
-class ClipLoss(_Fused):
+class ClipLoss(Adapter):
     """CLIP's loss of unit rows; the scale is already an exponential.
 
     Among W processes each computes its own part, whatever the settings: they say what is reported and which gradients
@@ -56,6 +46,9 @@ class ClipLoss(_Fused):
         NotImplementedError: for several of Horovod's processes.
         TypeError, ValueError: naming the argument, the value seen and the value needed.
     """
+
+    HOOKS = ("get_logits", "get_ground_truth")
+    SHOWN = ("local_loss", "gather_with_grad", "rank", "world_size", "ddp_compat")
 
     def __init__(
         self,
@@ -84,15 +77,47 @@ class ClipLoss(_Fused):
         output_dict: bool = False,
     ) -> Result:
         """The loss in nats, 0-d, or {"contrastive_loss": it}. A bias moves no softmax; its gradient is 0."""
-        scale = _scalar(logit_scale)
+        scale = scalar(logit_scale, image_features)
         if self.world_size == 1:
             loss = clip_loss(image_features, text_features, scale).loss
         else:
             check_world(self.world_size, self.rank)
             loss = self._among_processes(image_features, text_features, scale)
         if isinstance(logit_bias, Tensor):  # DDP stops at a parameter without a gradient
-            loss = loss + 0 * logit_bias.sum()
+            loss = loss + 0 * logit_bias.sum().to(loss.device)
         return _result(loss, output_dict)
+
+    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
+        """(num_logits,) classes of the rows of `get_logits`."""
+        shift = self.rank * num_logits if self.world_size > 1 and self.local_loss else 0
+        return torch.arange(num_logits, device=device) + shift
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The scores of both ways, for who asks: all of them are held. The loss itself does not ask."""
+        images, texts = (self._of_all(x) for x in (image_features, text_features))
+        if self.world_size > 1 and not self.local_loss:
+            logits = _logits(images, texts, logit_scale, logit_bias)
+            return logits, logits.T
+        there = _logits(image_features, texts, logit_scale, logit_bias)
+        return there, _logits(text_features, images, logit_scale, logit_bias)
+
+    def _of_all(self, x: Tensor) -> Tensor:
+        """The rows of all processes, with the gradient that upstream's settings give them."""
+        if self.world_size == 1:
+            return x
+        check_world(self.world_size, self.rank)
+        if self.gather_with_grad:
+            return torch.cat(torch.distributed.nn.functional.all_gather(x))
+        parts = list(gathered(x).chunk(self.world_size))
+        if not self.local_loss:
+            parts[self.rank] = x
+        return torch.cat(parts)
 
     def _among_processes(self, image: Tensor, text: Tensor, scale: float | Tensor) -> Tensor:
         """This process's part of the loss, or the value of the whole."""
@@ -107,7 +132,7 @@ class ClipLoss(_Fused):
         return loss if self.local_loss else mean_of_all(loss)
 
 
-class SigLipLoss(_Fused):
+class SigLipLoss(Adapter):
     """SigLIP's loss of unit rows.
 
     Args:
@@ -121,6 +146,9 @@ class SigLipLoss(_Fused):
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
     """
+
+    HOOKS = ("get_logits", "get_ground_truth", "_loss", "_chunked_loss")
+    SHOWN = ("rank", "world_size", "dist_impl")
 
     def __init__(
         self,
@@ -146,9 +174,27 @@ class SigLipLoss(_Fused):
         output_dict: bool = False,
     ) -> Result:
         """The loss in nats, a sum over pairs divided by N, 0-d, or {"contrastive_loss": it}."""
-        bias = 0.0 if logit_bias is None else _scalar(logit_bias)
+        scale = scalar(logit_scale, image_features)
+        bias = 0.0 if logit_bias is None else scalar(logit_bias, image_features)
         if self.world_size > 1:
             check_world(self.world_size, self.rank)
         group = None if self.world_size == 1 else Processes(ring=self.dist_impl in ("bidir", "shift"))
-        loss = siglip_loss(image_features, text_features, _scalar(logit_scale), bias, group=group).loss
+        loss = siglip_loss(image_features, text_features, scale, bias, group=group).loss
         return _result(loss, output_dict)
+
+    def get_ground_truth(
+        self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:
+        """(num_logits, num_logits): 1 on the diagonal and −1 elsewhere, or everywhere."""
+        signs = torch.full((num_logits, num_logits), -1, device=device, dtype=dtype)
+        return signs if negative_only else signs.fill_diagonal_(1)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> Tensor:
+        """The scores, for who asks: all of them are held. The loss itself does not ask."""
+        return _logits(image_features, text_features, logit_scale, logit_bias)

@@ -12,10 +12,14 @@ from fused_nce.core import checks
 DDP_COMPAT = ("upstream", "exact")
 
 
+def has_group() -> bool:
+    """Whether there is a default group, of one process perhaps."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def world_size() -> int:
     """The processes of the default group; 1 without one."""
-    dist = torch.distributed
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return torch.distributed.get_world_size() if has_group() else 1
 
 
 def rank() -> int:

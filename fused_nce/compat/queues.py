@@ -40,10 +40,12 @@ def memory_queue(source: nn.Module | Mapping[str, Any], prefix: str = "") -> Mem
     """
     holder = getattr(source, "memory_bank", source) if isinstance(source, nn.Module) else source
 
+    carried = getattr(holder, "_metadata", {}).get(prefix.rstrip("."), {})  # by our adapters' states
+
     def read(name: str) -> Any:
         if isinstance(holder, nn.Module):
             return getattr(holder, prefix + name, None)
-        return holder.get(prefix + name)
+        return holder.get(prefix + name, carried.get(name))
 
     for read_ring in (_moco, _lightly, _pml):
         ring = read_ring(read)
@@ -76,9 +78,10 @@ def _pml(read: Callable[[str], Any]) -> _Ring | None:
     keys = read("embedding_memory")
     if keys is None:
         return None
-    fill = pointer = int((keys != 0).any(dim=1).sum())
+    real = (keys != 0).any(dim=1).nonzero()
+    fill = pointer = int(real[-1]) + 1 if len(real) else 0
     extra = read("_extra_state") or {name: read(name) for name in ("queue_idx", "has_been_filled")}
-    if extra["queue_idx"] is not None:
+    if extra.get("queue_idx") is not None:
         pointer = int(extra["queue_idx"])
         fill = len(keys) if extra["has_been_filled"] else pointer
     return _Ring(keys, read("label_memory"), pointer, fill)

@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer import losses as theirs
 from sentence_transformers.util import batch_to_device, cos_sim, dot_score
 from torch import Tensor, nn
 
-from fused_nce.core.processes import Group
+from fused_nce.core.group import Group
 from fused_nce.losses import blocks, candidates
 from fused_nce.losses.candidates import Batch, Rules
 from fused_nce.losses.info_nce import info_nce
@@ -116,7 +116,7 @@ class _Cached:
 def _ended(loss: Tensor, with_backward: bool) -> Tensor:
     if not with_backward:
         return loss
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return loss.detach()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_nce.compat.processes import everyone
+from fused_nce.compat.processes import everyone, has_group
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
 from fused_nce.core.tails import LogIn, Nce
@@ -74,13 +74,16 @@ def mocov3_loss_func(
     key: Tensor,  # (N, D)
     temperature: float = 0.2,
 ) -> Tensor:
-    """2·temperature·InfoNCE of the queries among the keys, 0-d; normalised here. The keys have no gradient.
+    """2·temperature·InfoNCE of the queries among the keys, 0-d; normalised here.
+
+    The keys have a gradient only where there is no process group, as upstream.
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
     """
-    group = everyone()
-    return 2 * temperature * info_nce(query, key.detach(), temperature=temperature, normalize=True, group=group).loss
+    keys = key.detach() if has_group() else key
+    found = info_nce(query, keys, temperature=temperature, normalize=True, group=everyone())
+    return 2 * temperature * found.loss
 
 
 def nnclr_loss_func(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fused_nce.compat.base import Adapter, class_ids, inverse, number, scalar
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.spec import Identity, Labels, Spec
@@ -15,7 +16,7 @@ from fused_nce.losses.sup_con import SPEC
 SMALLEST_SUM = 1e-6  # of a mask's row; upstream does not divide by less
 
 
-class SupConLoss(nn.Module):
+class SupConLoss(Adapter):
     """The supervised contrastive loss of V views of B images; without labels, SimCLR's.
 
     Args:
@@ -27,22 +28,19 @@ class SupConLoss(nn.Module):
         TypeError, ValueError: naming the argument, the value seen and the value needed.
     """
 
+    SHOWN = ("temperature", "contrast_mode", "base_temperature")
+
     def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07) -> None:
         super().__init__()
-        checks.check_number("temperature", temperature, above=0)
-        checks.check_number("base_temperature", base_temperature, above=0)
+        number("temperature", temperature, above=0)
+        number("base_temperature", base_temperature, above=0)
         checks.check_choice("contrast_mode", contrast_mode, ("all", "one"))
         self.temperature, self.contrast_mode, self.base_temperature = temperature, contrast_mode, base_temperature
-
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        kept = ("temperature", "contrast_mode", "base_temperature")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in kept)
 
     def forward(
         self,
         features: Tensor,  # (B, V, ...), unit rows
-        labels: Tensor | None = None,  # (B,), integers
+        labels: Tensor | None = None,  # (B,)
         mask: Tensor | None = None,  # (B, B)
     ) -> Tensor:
         """The loss, 0-d: the mean over all rows, of which one without a positive counts as 0.
@@ -55,21 +53,22 @@ class SupConLoss(nn.Module):
             raise ValueError(f"features: got {seen}, need (B, V, ...)")
         batch, views = features.shape[:2]
         columns = features.flatten(2).transpose(0, 1).flatten(0, 1)  # view by view, so that row i is column i
-        scale, tail = 1 / self.temperature, LogOut()
+        scale, tail = inverse(self.temperature, features), LogOut()
+        factor = scalar(self.temperature, features) / scalar(self.base_temperature, features)
         if mask is not None:
             if labels is not None:
                 raise ValueError("mask: got one with labels, need one of the two")
             if mask.shape != (batch, batch):
                 raise ValueError(f"mask: got shape {tuple(mask.shape)}, need (B, B) = {(batch, batch)}")
             rows = columns if self.contrast_mode == "all" else columns[:batch]
-            return self.temperature / self.base_temperature * _weighted(rows, columns, mask, scale)
+            return factor * _weighted(rows, columns, mask, scale)
         classes = _classes(labels, batch, features.device)
         every = classes.repeat(views)
         if self.contrast_mode == "all":
             loss = tile_loss(columns, None, SPEC, tail, scale=scale, row_ids=every).loss
         else:
             loss = tile_loss(columns[:batch], columns, SPEC, tail, scale=scale, row_ids=classes, column_ids=every).loss
-        return self.temperature / self.base_temperature * loss
+        return factor * loss
 
 
 def _classes(labels: Tensor | None, batch: int, device: torch.device) -> Tensor:
@@ -77,18 +76,16 @@ def _classes(labels: Tensor | None, batch: int, device: torch.device) -> Tensor:
     if labels is None:
         return torch.arange(batch, device=device)
     labels = labels.reshape(-1)
-    if labels.is_floating_point() or labels.is_complex():
-        raise TypeError(f"labels: got {labels.dtype}, need integers")
     if labels.shape[0] != batch:
         raise ValueError(f"labels: got {labels.shape[0]}, need one an image, {batch}")
-    return labels.to(device, torch.int64)
+    return class_ids("labels", labels.to(device))
 
 
 def _weighted(
     rows: Tensor,  # (N, D), the first N of the columns
     columns: Tensor,  # (V·B, D), view by view
     mask: Tensor,  # (B, B) weights of the positives, in any pattern
-    scale: float,
+    scale: float | Tensor,
 ) -> Tensor:
     """mean_i Σ_j w_ij (lse_i − s_ij), w the mask's rows divided by their sums, itself left out.
 

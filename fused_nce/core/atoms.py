@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from fused_nce.core.spec import Bias, Block, Dist, Identity, Index, Labels, SqDist, TanhClip, Transform
-from fused_nce.core.statistics import STATISTIC, Scores, Sets, poison, softplus
+from fused_nce.core.statistics import STATISTIC, Scores, Sets
 
 if TYPE_CHECKING:
     from fused_nce.core.problem import Problem
-
-__all__ = ["STATISTIC", "Scores", "Sets", "poison", "softplus"]  # of `core/statistics.py`
 
 # ---- layouts ----------------------------------------------------------------------------------------------------
 
@@ -116,7 +114,7 @@ SHIFTLESS_CLIP = 43.0
 def shiftless(problem: Problem) -> bool:
     """Scores lie so near 0 that e^t needs no shift: by a clip, or by the norms of rows and a scale that is a number."""
     clip, scale = problem.spec.clip, problem.scale
-    if clip is None and problem.spec.unit and isinstance(problem.spec.transform, Identity):
+    if clip is None and problem.spec.unit_norm and isinstance(problem.spec.transform, Identity):
         clip = None if isinstance(scale, Tensor) else abs(scale)
     return clip is not None and clip <= SHIFTLESS_CLIP
 

@@ -38,7 +38,7 @@ class Losses(NamedTuple):
     spec: list[str]  # blocks of columns that share transform and statistics
     tail: list[str]  # nce, of one reduction that is a number
     offset: list[int]
-    reports: list[int]
+    report_groups: list[int]
     needs: list[bool]  # of q and k of each problem in turn, then of scale_tensor
     backend: str
 
@@ -83,8 +83,8 @@ class Losses(NamedTuple):
 
 LIBRARY.define(
     "losses(Tensor[] q, Tensor[] k, Tensor? scale_tensor, float scale, str[] spec, str[] tail, SymInt[] offset, "
-    "int[] reports, bool[] needs, str backend) -> (Tensor loss, Tensor nce, Tensor penalty, Tensor report, Tensor pos, "
-    "Tensor rows, Tensor stash, Tensor dscale)",
+    "int[] report_groups, bool[] needs, str backend) -> (Tensor loss, Tensor nce, Tensor penalty, Tensor report, "
+    "Tensor pos, Tensor rows, Tensor stash, Tensor dscale)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -98,14 +98,11 @@ def _body(*args: Any) -> tuple[Tensor, ...]:
     for problem in problems:
         warn_without_negatives(problem)
     stash = x.q[0].new_empty(sum(x.sizes), dtype=stash_of(x.q[0]))
-    together = getattr(modules[0], "losses", None) if len(set(modules)) == 1 else None
-    run = together or _one_after_another(modules)
+    run = (modules[0].losses if len(set(modules)) == 1 else None) or _one_after_another(modules)
     with torch.autocast(stash.device.type, enabled=False), torch.profiler.record_function("fused_nce::losses"):
         pos, rows, dscale = run(problems, rules, x.cut(stash), x.needs[-1])
         known = x.statistics(pos, rows)
-        summary = getattr(modules[0], "summary", None)
-        brief = summary(problems, rules, known, x.reports) if summary is not None else None
-        values = brief or _summary(problems, rules, known, x.reports)
+        values = modules[0].summary(problems, rules, known, x.report_groups)
     dscale = dscale.sum() * x.scale if x.needs[-1] else dscale.new_empty(0)
     return *values, pos, rows, stash, dscale
 
@@ -131,25 +128,13 @@ def _one_after_another(modules: Sequence[Any]) -> Any:
     return run
 
 
-def _summary(
-    problems: Sequence[Problem], rules: Sequence[tails.Tail], found: Sequence[Statistics], reports: Sequence[int]
-) -> tuple[Tensor, ...]:
-    """(loss, nce, penalty, report) in torch."""
-    values, lines = [], []
-    for p, rule, each, count in zip(problems, rules, found, reports, strict=True):
-        at = (p.spec, each.pos, each.rows, None)
-        values.append(rule.values(*at, p.m))
-        lines.append(rule.reports(*at, p.m, count))
-    return *(torch.stack(each).sum() for each in zip(*values, strict=True)), torch.cat(lines)
-
-
 def _fake(*args: Any) -> tuple[Tensor, ...]:
     x = Losses(*args)
     wide, first = wide_of(x.q[0]), x.q[0]
     parsed = [specs.parse(spec) for spec in x.spec]
     pos = sum(q.shape[0] * spec.n_pos for q, spec in zip(x.q, parsed, strict=True))
     rows = (len(parsed[0].stats), sum(q.shape[0] for q in x.q))
-    shapes = (), (), (), (sum(x.reports), len(tails.Nce.REPORT)), (pos,), rows
+    shapes = (), (), (), (sum(x.report_groups), len(tails.Nce.REPORT)), (pos,), rows
     stash = first.new_empty(sum(x.sizes), dtype=stash_of(first))
     dscale = () if x.needs[-1] else (0,)
     return *(first.new_empty(shape, dtype=wide) for shape in shapes), stash, first.new_empty(dscale, dtype=wide)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_nce.core.atoms import STATISTIC
 from fused_nce.core.spec import Bias, Block, Index, Labels, Separate, Spec, TanhClip
+from fused_nce.core.statistics import STATISTIC
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CASTABLE = (torch.float32, torch.bfloat16, torch.float16)  # what `matmul` casts under autocast; float64 it leaves alone

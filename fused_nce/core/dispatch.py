@@ -13,16 +13,14 @@ from torch import Tensor
 
 from fused_nce.core import cost
 from fused_nce.core.cost import Call
-from fused_nce.core.problem import Backend
-from fused_nce.core.spec import STATISTICS, Spec
+from fused_nce.core.problem import Backend, Problem
+from fused_nce.core.spec import Spec
 
 # The automatic choice takes the first that can of `automatic`. `reference` must be asked for: it holds the scores.
 BACKENDS = ("cpu", "triton", "cuda", "chunked", "reference")
 AUTOMATIC = ("cpu", "chunked")  # beside a GPU, where `core/cost.py` puts those of its own first
-MODULES = {"triton": "flash"}  # where the module has another name than the backend
 ANY_CALL = Call()
-# What a backend without `ATOMS` of its own is asked for. `self`: k is q; `mixed`: k has another dtype.
-AMDIM_ATOMS = frozenset({"block", "identity", "tanh_clip", *STATISTICS})
+RING = "ring|"  # begins the backend string of a ring of processes (`core/distributed/ring.py`)
 
 _logger = logging.getLogger("fused_nce")
 _logged: set[tuple[str, str]] = set()
@@ -44,14 +42,14 @@ def backend_module(name: str) -> Backend:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, need one of {BACKENDS}")
-    return cast(Backend, importlib.import_module(f"fused_nce.backends.{MODULES.get(name, name)}"))
+    return cast(Backend, importlib.import_module(f"fused_nce.backends.{name}"))
 
 
 def why_not(backend: str, spec: Spec, q: Tensor, k: Tensor | None) -> str | None:
     """Why a backend cannot run a spec on these tensors; None if it can. k None is q: one gradient for both roles."""
     module = backend_module(backend)
     used = spec.atoms | ({"self"} if k is None else {"mixed"} if k.dtype != q.dtype else set())
-    missing = used - getattr(module, "ATOMS", AMDIM_ATOMS)
+    missing = used - module.ATOMS
     if missing:
         return f"it has no {', '.join(sorted(missing))}"
     return module.why_not(spec, q, q if k is None else k)
@@ -63,6 +61,24 @@ def automatic(q: Tensor, k: Tensor | None, call: Call = ANY_CALL) -> tuple[str, 
         return AUTOMATIC
     n, m, d = q.shape[0], (q if k is None else k).shape[0], q.shape[1]
     return (*cost.fastest_first(call._replace(shared=k is None), n, m, d, q.dtype), "chunked")
+
+
+def backend_of(problem: Problem, requested: str, call: Call = ANY_CALL) -> tuple[str, Backend]:
+    """The name and backend that an op's backend string asks for. Raises as `choose` does."""
+    if requested.startswith(RING):
+        from fused_nce.core.distributed import ring
+
+        return ring.backend(problem, requested, choose)
+    return choose(problem.spec, problem.q, None if problem.shared else problem.k, requested, call)
+
+
+def blocks_of(requested: str) -> int:
+    """Blocks of keys that the rows meet: one, or one of each process in a ring."""
+    if not requested.startswith(RING):
+        return 1
+    from fused_nce.core.distributed import ring
+
+    return ring.parse(requested)[0].size
 
 
 def choose(spec: Spec, q: Tensor, k: Tensor | None, requested: str, call: Call = ANY_CALL) -> tuple[str, Backend]:

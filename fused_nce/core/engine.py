@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_nce.core import batch, checks, remote, ring
+from fused_nce.core import batch, checks
 from fused_nce.core import flop as _flop  # noqa: F401  (the ops' formulas)
-from fused_nce.core.atoms import STATISTIC
+from fused_nce.core.group import Group, Peers, peers
 from fused_nce.core.ops import Scores  # and defines torch.ops.fused_nce
-from fused_nce.core.processes import Group, Peers, peers
 from fused_nce.core.spec import Block, Index, Labels, Spec
+from fused_nce.core.statistics import STATISTIC
 from fused_nce.core.tails import REDUCTIONS, Nce, Tail
 
 
@@ -24,7 +24,7 @@ class LossParts(NamedTuple):
     loss: Tensor  # 0-d
     nce: Tensor  # 0-d, or the elements, (N, P) or (N, 1), under reduction="none"
     penalty: Tensor  # 0-d
-    report: dict[str, Tensor]  # the tail's `REPORT`, 0-d each, or (reports,)
+    report: dict[str, Tensor]  # the tail's `REPORT`, 0-d each, or (report_groups,)
     pos: Tensor  # (N, P) transformed scores of the positives
     rows: dict[str, Tensor]  # (N,) each, the spec's statistics
 
@@ -37,7 +37,7 @@ class Part(NamedTuple):
     spec: Spec
     tail: Tail
     offset: int = 0
-    reports: int = 1
+    report_groups: int = 1
 
 
 class LossSum(NamedTuple):
@@ -46,7 +46,7 @@ class LossSum(NamedTuple):
     loss: Tensor
     nce: Tensor
     penalty: Tensor
-    report: Tensor  # (all their reports, len(tail.REPORT))
+    report: Tensor  # (all their report_groups, len(tail.REPORT))
 
 
 # On these, problems of so few scores in all that the L2 holds them (csrc/cuda/plan.h) go into one op: their launches
@@ -101,12 +101,15 @@ def tile_stats(
     """
     scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids, ceilings, guide)
     everyone = peers(group)
-    if everyone is not None and everyone.ring:
-        backend = ring.code(everyone, backend or "", spec)
-    elif everyone is not None:
-        if spec.columns:
+    if everyone is not None:
+        from fused_nce.core.distributed import remote, ring
+
+        if everyone.ring:
+            backend = ring.code(everyone, backend or "", spec)
+        elif spec.columns:
             raise ValueError(f"group: got columns {spec.columns}, whose rows lie on other processes, need ring=True")
-        (scores,) = remote.spread(scores, spec, everyone)
+        else:
+            (scores,) = remote.spread(scores, spec, everyone)
     pos, rows, columns = torch.ops.fused_nce.stats(*scores, backend or "")
     named = dict(zip(spec.stats, rows.unbind(0), strict=True))
     named |= {f"column_{name}": x for name, x in zip(spec.columns, columns.unbind(0), strict=True)}
@@ -131,7 +134,7 @@ def tile_loss(
     ceilings: Tensor | None = None,
     guide: tuple[Tensor, Tensor] | None = None,
     parts: bool = True,
-    reports: int = 1,
+    report_groups: int = 1,
     group: Group = None,
     backend: str | None = None,
 ) -> LossParts:
@@ -158,7 +161,8 @@ def tile_loss(
         ceilings: (F, N), as in `tile_stats`.
         guide: (N, G) and (M, G), as in `tile_stats`.
         parts: False where `loss` alone is differentiated: q and k are not kept, a bank may change before the backward.
-        reports: several losses in one: the report of rows r, r + reports, … comes apart for each r < reports.
+        report_groups: interleaved groups of rows; row i belongs to group i mod `report_groups`. Each has a line of the
+            report of its own.
         group: as in `tile_stats`.
         backend: a name of `fused_nce.backends()`, or None to choose.
 
@@ -167,13 +171,13 @@ def tile_loss(
     """
     _check_tail(spec, tail)
     scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids, ceilings, guide)
-    checks.check_int("reports", reports)
-    if reports < 1 or q.shape[0] % reports:
-        raise ValueError(f"reports: got {reports} for N = {q.shape[0]} rows, need a divisor of them")
+    checks.check_int("report_groups", report_groups)
+    if report_groups < 1 or q.shape[0] % report_groups:
+        raise ValueError(f"report_groups: got {report_groups} for N = {q.shape[0]} rows, need a divisor of them")
     everyone = peers(group)
     if everyone is None:
-        return _sweep(scores, spec, tail, parts, reports, backend)
-    return _sweeps(scores, spec, tail, parts, reports, everyone, backend)
+        return _sweep(scores, spec, tail, parts, report_groups, backend)
+    return _sweeps(scores, spec, tail, parts, report_groups, everyone, backend)
 
 
 def tile_losses(
@@ -203,11 +207,19 @@ def tile_losses(
     found, lines = [], []
     for p in parts:
         out = tile_loss(
-            p.q, p.k, p.spec, p.tail, scale=scale, offset=p.offset, reports=p.reports, group=group, backend=backend
+            p.q,
+            p.k,
+            p.spec,
+            p.tail,
+            scale=scale,
+            offset=p.offset,
+            report_groups=p.report_groups,
+            group=group,
+            backend=backend,
         )
         found.append((out.loss, out.nce, out.penalty))
-        lines.append(torch.stack([x.reshape(p.reports) for x in out.report.values()], dim=1))
-    # One by one: a part of the loss that nothing is asked of must have no upstream gradient, not a zero.
+        lines.append(torch.stack([x.reshape(p.report_groups) for x in out.report.values()], dim=1))
+    # Each summed by itself, so that an unused one has upstream gradient None: a 0 would compute the scores again.
     loss, nce, penalty = (torch.stack(each).sum() for each in zip(*found, strict=True))
     return LossSum(loss, nce, penalty, torch.cat(lines))
 
@@ -222,23 +234,23 @@ def _shared(scores: Sequence[Scores], parts: Sequence[Part], backend: str | None
         [each.spec for each in scores],
         [p.tail.code for p in parts],
         [p.offset for p in parts],
-        [p.reports for p in parts],
+        [p.report_groups for p in parts],
         _needs(leaves),
         backend or "",
     )
     return LossSum(*found[:4])
 
 
-def _sweep(x: Scores, spec: Spec, tail: Tail, parts: bool, reports: int, backend: str | None) -> LossParts:
+def _sweep(x: Scores, spec: Spec, tail: Tail, parts: bool, report_groups: int, backend: str | None) -> LossParts:
     """One call of the op."""
     loss, nce, penalty, report, pos, rows, *_ = torch.ops.fused_nce.loss(
-        *x, tail.code, _needs(x.differentiable), parts, reports, backend or ""
+        *x, tail.code, _needs(x.differentiable), parts, report_groups, backend or ""
     )
     return LossParts(
         loss,
         nce,
         penalty,
-        dict(zip(tail.REPORT, (report[0] if reports == 1 else report.T).unbind(0), strict=True)),
+        dict(zip(tail.REPORT, (report[0] if report_groups == 1 else report.T).unbind(0), strict=True)),
         pos,
         dict(zip(spec.stats, rows.unbind(0), strict=True)),
     )
@@ -259,17 +271,19 @@ def _wants_gradient(x: Tensor) -> bool:
 
 
 def _sweeps(
-    x: Scores, spec: Spec, tail: Tail, parts: bool, reports: int, everyone: Peers, backend: str | None
+    x: Scores, spec: Spec, tail: Tail, parts: bool, report_groups: int, everyone: Peers, backend: str | None
 ) -> LossParts:
     """This process's part of the loss of all: its rows; with column statistics, half of it from its keys as rows."""
+    from fused_nce.core.distributed import remote, ring
+
     if tail.reduction == "sum":
         tail = replace(tail, weight=tail.weight * everyone.size)
     if everyone.ring:
-        return _sweep(x, spec, tail, parts, reports, ring.code(everyone, backend or "", spec))
+        return _sweep(x, spec, tail, parts, report_groups, ring.code(everyone, backend or "", spec))
     both = bool(spec.columns)
     tail = replace(tail, weight=tail.weight / 2) if both else tail
     scores = remote.spread(x, spec, everyone)
-    there = _sweep(scores[0], spec, tail, parts, reports, backend)
+    there = _sweep(scores[0], spec, tail, parts, report_groups, backend)
     if not both:
         return there
     back = _sweep(scores[1], spec, replace(tail, penalty=0.0), parts, 1, backend)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fused_nce.core import checks, dispatch, twice, upstream, workspace
 from fused_nce.core.engine import as_matmul
-from fused_nce.core.problem import GatheredBackend, GatheredGradients
+from fused_nce.core.problem import Backend, GatheredGradients, GatheredGrads, GatheredScores
 
 _lib = torch.library.Library("fused_nce", "FRAGMENT")
 
@@ -95,12 +95,11 @@ def gathered_scores(
     return found
 
 
-def _prepared(x: _Inputs, backend: str) -> tuple[str, GatheredBackend]:
+def _prepared(x: _Inputs, backend: str) -> tuple[str, Backend]:
     def why_not(name: str) -> str | None:
-        return None if hasattr(dispatch.backend_module(name), "gathered_scores") else "it gathers no columns"
+        return None if dispatch.backend_module(name).gathered_scores is not None else "it gathers no columns"
 
-    name, module = dispatch.choose_by(why_not, dispatch.AUTOMATIC, backend, f"gathered on {x.q.device}")
-    return name, cast(GatheredBackend, module)
+    return dispatch.choose_by(why_not, dispatch.AUTOMATIC, backend, f"gathered on {x.q.device}")
 
 
 def _as_is(x: _Inputs) -> torch.autocast:
@@ -111,14 +110,16 @@ def _scores(*args: Any) -> Tensor:
     x = _Inputs(*args[:COUNT])
     name, module = _prepared(x, args[-1])
     with _as_is(x), torch.profiler.record_function(f"fused_nce::gathered_scores[{name}]"):
-        return module.gathered_scores(x.q.detach(), x.k.detach(), x.indices) * x.factor
+        return cast(GatheredScores, module.gathered_scores)(x.q.detach(), x.k.detach(), x.indices) * x.factor
 
 
 def _grads(*args: Any) -> tuple[Tensor, ...]:
     x, (d, needs, backend) = _Inputs(*args[:COUNT]), args[COUNT:]
     name, module = _prepared(x, backend)
     with _as_is(x), torch.profiler.record_function(f"fused_nce::gathered_grads[{name}]"):
-        raw = GatheredGradients(*module.gathered_grads(x.q, x.k, x.indices, d.contiguous(), *needs))
+        raw = GatheredGradients(
+            *cast(GatheredGrads, module.gathered_grads)(x.q, x.k, x.indices, d.contiguous(), *needs)
+        )
     # In the inputs' dtype at the last: a factor of 16 bits more would be lost in theirs.
     none = x.q.new_empty(0, dtype=x.wide)
     return (

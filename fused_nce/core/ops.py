@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fused_nce.core import atoms, checks, ring, tails, twice
+from fused_nce.core import atoms, checks, dispatch, tails, twice
 from fused_nce.core import spec as specs
 from fused_nce.core import upstream as upstreams
 from fused_nce.core.cost import Call
@@ -65,14 +65,14 @@ _SCORES = (
 )
 _GRADIENTS = "Tensor dq, Tensor dk, Tensor dscale, Tensor dbias, Tensor dpositives"
 # needs: gradient wanted of q, k, scale_tensor, bias, positives. backend "": choose. parts: nce and penalty are
-# differentiable by themselves, for which q and k are kept; without, a key bank may change before the backward. reports:
-# rows r, r + reports, … have a line of `report` of their own.
+# differentiable by themselves, for which q and k are kept; without, a key bank may change before the backward.
+# report_groups: rows r, r + report_groups, … have a line of `report` of their own.
 _SCHEMAS = {
     "stats": f"({_SCORES}, str backend) -> (Tensor pos, Tensor rows, Tensor columns)",
     "grads": f"({_SCORES}, Tensor pos, Tensor rows, Tensor columns, Tensor d_pos, Tensor d_rows, Tensor d_columns, "
     f"bool[] needs, str backend) -> ({_GRADIENTS})",
-    "loss": f"({_SCORES}, str tail, bool[] needs, bool parts, int reports, str backend) -> (Tensor loss, Tensor nce, "
-    f"Tensor penalty, Tensor report, Tensor pos, Tensor rows, Tensor columns, {_GRADIENTS})",
+    "loss": f"({_SCORES}, str tail, bool[] needs, bool parts, int report_groups, str backend) -> (Tensor loss, "
+    f"Tensor nce, Tensor penalty, Tensor report, Tensor pos, Tensor rows, Tensor columns, {_GRADIENTS})",
 }
 for _name, _schema in _SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -114,7 +114,7 @@ def _as_problem(x: Scores, backend: str) -> Problem:
         x.row_ids,
         x.column_ids,
         shared=x.k is None,
-        blocks=everyone.size if (everyone := ring.parse(backend)[0]) is not None else 1,
+        blocks=dispatch.blocks_of(backend),
         ceilings=x.ceilings,
         guide_q=x.guide_q,
         guide_k=x.guide_k,
@@ -126,7 +126,9 @@ def _empty_columns(problem: Problem) -> Tensor:
 
 
 def _finish(problem: Problem, x: Scores, out: Gradients, d_pos: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
-    """Gradients of the op's own arguments. What is unwanted may be one empty tensor there, but not in an op."""
+    """Gradients in the op's argument order; one that is not needed is an empty tensor of its own, as an op must not
+    return a tensor twice.
+    """
     none = problem.q.new_empty(0, dtype=wide_of(problem.q))
     dbias, dpositives = none, none.clone()
     if needs[3] and out.dbias is not None:
@@ -147,22 +149,12 @@ def prepared(x: Scores, backend: str, call: Call) -> tuple[Problem, str, Backend
     problem = _problem(x, backend)
     if isinstance(problem.spec.layout, Index) and problem.q.device.type == "cpu":
         checks.check_targets(cast(Tensor, x.row_ids), problem.m, x.offset if problem.spec.drop_self else None)
-    name, module = ring.backend(problem, backend, call)
+    name, module = dispatch.backend_of(problem, backend, call)
     return problem, name, module
 
 
 def _needs(needs: list[bool]) -> Needs:
     return Needs(needs[0], needs[1], needs[2] or needs[3])
-
-
-def _to_columns(problem: Problem, d: tails.Coefficients) -> tails.Coefficients:
-    """The gradients of what `at_positives` handed out, summed by column in a fixed order."""
-    if d.d_columns is None:
-        return d
-    index = atoms.positive_columns(problem, range(problem.n)).reshape(-1)
-    stat = torch.arange(d.d_columns.shape[0], device=index.device)[:, None]
-    total = d.d_columns.new_zeros(d.d_columns.shape[0], problem.m)
-    return d._replace(d_columns=total.index_put((stat, index), d.d_columns.flatten(1), accumulate=True))
 
 
 def warn_without_negatives(problem: Problem) -> None:
@@ -191,7 +183,7 @@ def _grads(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _loss(*args: Any) -> tuple[Tensor, ...]:
-    x, (tail, needs, _, reports, backend) = Scores(*args[:COUNT]), args[COUNT:]
+    x, (tail, needs, _, report_groups, backend) = Scores(*args[:COUNT]), args[COUNT:]
     rule, wanted = tails.parse(tail), _needs(needs)
     problem, name, module = prepared(x, backend, Call.of("loss", wanted, bool(rule.penalty)))
     warn_without_negatives(problem)
@@ -199,26 +191,21 @@ def _loss(*args: Any) -> tuple[Tensor, ...]:
     none = problem.q.new_empty(0, dtype=wide_of(x.q))
     out = Gradients(none, none, none)
     with torch.autocast(x.q.device.type, enabled=False), torch.profiler.record_function(f"fused_nce::loss[{name}]"):
-        if spec.columns:
+        twice_over = bool(spec.columns) and not module.BOTH_WAYS
+        if twice_over:
             found = module.stats(problem)
         else:
             found, out = module.loss(problem, rule, wanted)
-        at = (spec, found.pos, found.rows, atoms.at_positives(problem, found.columns))
-        # On a GPU the tail's forty small launches would cost more than the GEMMs of a small batch.
-        summary = getattr(module, "summary", None)
-        brief = summary([problem], [rule], [found], [reports]) if summary is not None else None
-        m = problem.n_columns
-        *values, report = brief or (*rule.values(*at, m), rule.reports(*at, m, reports))
+        values = module.summary([problem], [rule], [found], [report_groups])
         d_pos = found.pos
-        if spec.columns or needs[4]:
-            n_scores = problem.n * problem.n_columns
-            d = rule.coefficients(*at, rule.unit(problem.n * rule.per_row(spec)), 1.0, n_scores)
+        if (twice_over and any(wanted)) or needs[3] or needs[4]:
+            d = module.slopes(problem, rule, found, rule.unit(problem.n * rule.per_row(spec)), 1.0)
             d_pos = d.d_pos
-            if spec.columns and any(wanted):
-                out = module.grads(problem, found, _to_columns(problem, d), wanted)
+            if twice_over and any(wanted):
+                out = module.grads(problem, found, d, wanted)
         gradients = _finish(problem, x, out, d_pos, needs)
     columns = _empty_columns(problem) if found.columns is None else found.columns
-    return *values, report, found.pos, found.rows, columns, *gradients
+    return *values, found.pos, found.rows, columns, *gradients
 
 
 for _name, _body in (("stats", _stats), ("grads", _grads), ("loss", _loss)):
@@ -250,11 +237,11 @@ def _fake_grads(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_loss(*args: Any) -> tuple[Tensor, ...]:
-    x, (tail, needs, _, reports, _) = Scores(*args[:COUNT]), args[COUNT:]
+    x, (tail, needs, _, report_groups, _) = Scores(*args[:COUNT]), args[COUNT:]
     pos, rows, columns = _fake_stats(*args)
     rule = tails.parse(tail)
     elements = (x.q.shape[0], rule.per_row(specs.parse(x.spec))) if rule.reduction == "none" else ()
-    shapes = (), elements, (), (reports, len(rule.REPORT))
+    shapes = (), elements, (), (report_groups, len(rule.REPORT))
     return *(pos.new_empty(shape) for shape in shapes), pos, rows, columns, *_fake_gradients(x, needs)
 
 
@@ -352,9 +339,8 @@ def coefficients_of(
     mean = rule.weight / n_elements if rule.reduction == "mean" else rule.weight
     d_element = on_loss * rule.unit(n_elements) + (zero if d_nce is None else d_nce * mean)
     d_sum = on_loss + (zero if d_penalty is None else d_penalty)
-    at = atoms.at_positives(problem, columns if spec.columns else None)
-    d = rule.coefficients(spec, pos, rows, at, d_element, d_sum, problem.n * problem.n_columns)
-    return _to_columns(problem, d)
+    module = dispatch.backend_of(problem, backend)[1]
+    return module.slopes(problem, rule, Statistics(pos, rows, columns if spec.columns else None), d_element, d_sum)
 
 
 torch.library.register_autograd("fused_nce::stats", _stats_backward, setup_context=_setup, lib=LIBRARY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -79,23 +80,20 @@ class GatheredGradients(NamedTuple):
     dscale: Tensor  # 0-d
 
 
-class GatheredBackend(Protocol):
-    """What a module of `fused_nce.backends` may have beside the rest, for columns that each row chooses."""
+class Summary(NamedTuple):
+    """What a loss reports, of one problem or added up over several."""
 
-    def gathered_scores(self, q: Tensor, k: Tensor, indices: Tensor) -> Tensor:
-        """(N, m) ⟨q_i, k_(indices_ij)⟩, unscaled; NaN for an index out of range."""
-
-    def gathered_grads(
-        self, q: Tensor, k: Tensor, indices: Tensor, d: Tensor, need_q: bool, need_k: bool, need_scale: bool
-    ) -> GatheredGradients:
-        """From dL/d score, (N, m)."""
+    loss: Tensor  # 0-d
+    nce: Tensor  # 0-d, or the elements under reduction="none"
+    penalty: Tensor  # 0-d
+    report: Tensor  # (report groups of all problems, len(tail.REPORT))
 
 
 class Backend(Protocol):
-    """A module of `fused_nce.backends`.
+    """A module of `fused_nce.backends`, with every member: what it has nothing for is None, or `core/defaults.py`'s."""
 
-    It may also have `ATOMS`, the names of `spec.VOCABULARY` that it runs; without, it is asked for AMDIM's alone.
-    """
+    ATOMS: frozenset[str]  # the names of `spec.VOCABULARY` that it runs
+    BOTH_WAYS: bool  # whether `loss` takes a spec with column statistics
 
     def why_not(self, spec: Spec, q: Tensor, k: Tensor) -> str | None:
         """Why this backend cannot run the spec on these tensors, or None if it can. Its `ATOMS` are checked before."""
@@ -112,5 +110,33 @@ class Backend(Protocol):
     def loss(self, problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
         """Statistics, and the gradients of the tail's loss, in one sweep: no score is computed twice.
 
-        Not asked of a spec with column statistics, whose weights need all rows: the op calls `stats`, then `grads`.
+        Asked of a spec with column statistics, whose weights need all rows, where the module's `BOTH_WAYS` is true;
+        elsewhere the op calls `stats`, then `grads`.
         """
+
+    def slopes(
+        self, problem: Problem, tail: Tail, found: Statistics, d_element: Tensor | float, d_penalty: Tensor | float
+    ) -> Coefficients:
+        """dL/d statistic, (S', M) of the columns, from dL/d element (0-d, or (N, P)) and dL/d penalty."""
+
+    def summary(
+        self,
+        problems: Sequence[Problem],
+        tail_of: Sequence[Tail],
+        found: Sequence[Statistics],
+        report_groups: Sequence[int],
+    ) -> Summary:
+        """What the losses report, added up."""
+
+    losses: Losses | None
+    gathered_scores: GatheredScores | None
+    gathered_grads: GatheredGrads | None
+
+
+Losses = Callable[[Sequence[Problem], Sequence[Tail], Sequence[Tensor], bool], tuple[Tensor, Tensor, Tensor]]
+"""`loss` of several problems at once: (problems, tails, room for dq and dk of each, dscale wanted) to the positives of
+all, flat, the (S, all N) row statistics, and dscale of each."""
+GatheredScores = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q, k, indices (N, m)) to (N, m) ⟨q_i, k_(indices_ij)⟩, unscaled; NaN for an index out of range."""
+GatheredGrads = Callable[[Tensor, Tensor, Tensor, Tensor, bool, bool, bool], GatheredGradients]
+"""The same and dL/d score, (N, m), and which of dq, dk, dscale are wanted."""

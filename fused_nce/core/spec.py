@@ -9,8 +9,12 @@ All layouts are one idea: column j is a positive of row i iff their ids are equa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any, ClassVar, TypeVar
+
+import torch
 
 STATISTICS = ("neg_lse", "neg_max", "square")
 """The row statistics of a spec that names none, in the order of a backend's rows: what the `nce` tail reads."""
@@ -43,7 +47,21 @@ VOCABULARY = TORCH_ALONE | frozenset(
         *("columns", "drop_self", "self", "mixed"),  # see `Spec.atoms` and `dispatch.why_not`
     }
 )
-"""Every atom that a spec can name. A backend's `ATOMS` says which of them it can run; `core/atoms.py` defines each."""
+"""Every atom that a spec can name. A backend's `ATOMS` says which of them it can run; `core/statistics.py` and
+`core/atoms.py` define each."""
+
+
+_Made = TypeVar("_Made")
+
+
+def cached(make: Callable[..., _Made]) -> Callable[..., _Made]:
+    """What is made of a few values, once for each; a graph that is being traced makes its own."""
+    kept = lru_cache(maxsize=256)(make)
+
+    def get(*args: Any) -> _Made:
+        return make(*args) if torch.compiler.is_compiling() else kept(*args)
+
+    return get
 
 
 @dataclass(frozen=True)
@@ -53,19 +71,21 @@ class Block:
     The n_c columns of a row's image are its positives, every other column is a negative. `Block(1)` is the diagonal.
     """
 
+    NAME: ClassVar[str] = "block"
     n_c: int = 1
     rows_per_image: int = 1
 
     @property
     def code(self) -> str:
         """`block(49,1)`."""
-        return f"block({self.n_c},{self.rows_per_image})"
+        return f"{self.NAME}({self.n_c},{self.rows_per_image})"
 
 
 @dataclass(frozen=True)
 class Index:
     """Row i's one positive is column `row_ids[i]`, a tensor of targets."""
 
+    NAME: ClassVar[str] = "index"
     code = "index()"
 
 
@@ -73,6 +93,7 @@ class Index:
 class Labels:
     """Row i's positives are the columns with `column_ids[j] == row_ids[i]`: any number, so statistics and no `pos`."""
 
+    NAME: ClassVar[str] = "labels"
     code = "labels()"
 
 
@@ -80,18 +101,20 @@ class Labels:
 class Separate:
     """No column is a positive; the p positives of each row come as scores of their own, (N, p)."""
 
+    NAME: ClassVar[str] = "separate"
     p: int = 1
 
     @property
     def code(self) -> str:
         """`separate(1)`."""
-        return f"separate({self.p})"
+        return f"{self.NAME}({self.p})"
 
 
 @dataclass(frozen=True)
 class Identity:
     """t = s."""
 
+    NAME: ClassVar[str] = "identity"
     code = "identity()"
 
 
@@ -99,18 +122,20 @@ class Identity:
 class TanhClip:
     """t = c·tanh(s / c), so |t| < c."""
 
+    NAME: ClassVar[str] = "tanh_clip"
     c: float
 
     @property
     def code(self) -> str:
         """`tanh_clip(20.0)`."""
-        return f"tanh_clip({self.c!r})"
+        return f"{self.NAME}({self.c!r})"
 
 
 @dataclass(frozen=True)
 class Bias:
     """t = s + b, b an argument: a number or a learnable 0-d tensor."""
 
+    NAME: ClassVar[str] = "bias"
     code = "bias()"
 
 
@@ -118,6 +143,7 @@ class Bias:
 class SqDist:
     """t = −scale·‖q − k‖²: higher is closer, as with every score. The raw score becomes s = −scale·½‖q − k‖²."""
 
+    NAME: ClassVar[str] = "sq_dist"
     code = "sq_dist()"
 
 
@@ -125,6 +151,7 @@ class SqDist:
 class Dist:
     """t = −√(scale·‖q − k‖²), of the same raw score. At distance 0, where it has no slope, it is given none."""
 
+    NAME: ClassVar[str] = "dist"
     code = "dist()"
 
 
@@ -142,7 +169,8 @@ class Spec:
         stats: statistics of each row.
         columns: statistics of each column, from the same sweep; for losses that classify both ways.
         drop_self: row i is also column `i + offset` (in `Block`, offset counts images) and is left out of every set.
-        unit: q and k have rows of norm 1, as their caller made them: a scale that is a number bounds every score.
+        unit_norm: the caller guarantees ‖q_i‖ = ‖k_j‖ = 1, so |s| <= scale where that is a number, and a kernel
+            needs no running maximum.
         filters: of `FILTERS`: columns that they find leave the set `neg` alone; each has a line of `ceilings`, (N,).
     """
 
@@ -151,19 +179,22 @@ class Spec:
     stats: tuple[str, ...] = STATISTICS
     columns: tuple[str, ...] = ()
     drop_self: bool = False
-    unit: bool = False
+    unit_norm: bool = False
     filters: tuple[str, ...] = ()
 
     @property
     def code(self) -> str:
         """The spec as one string, e.g. `block(49,1) tanh_clip(20.0) neg_lse,neg_max,square`; `parse` reads it back."""
+        return _code(self)
+
+    def _written(self) -> str:
         words = [self.layout.code, self.transform.code, ",".join(self.stats)]
         if self.columns:
             words.append(f"columns({','.join(self.columns)})")
         if self.drop_self:
             words.append("drop_self()")
-        if self.unit:
-            words.append("unit()")
+        if self.unit_norm:
+            words.append("unit_norm()")
         if self.filters:
             words.append(f"filters({','.join(self.filters)})")
         return " ".join(words)
@@ -200,19 +231,13 @@ class Spec:
     @property
     def atoms(self) -> frozenset[str]:
         """The names in `VOCABULARY` that a backend must know to run this."""
-        names = {_call(word)[0] for word in (self.layout.code, self.transform.code)}
         flags = {name for name, used in (("columns", self.columns), ("drop_self", self.drop_self)) if used}
-        return frozenset({*names, *self.stats, *self.columns, *flags, *self.filters})
+        return frozenset({self.layout.NAME, self.transform.NAME, *self.stats, *self.columns, *flags, *self.filters})
 
 
-LAYOUTS: dict[str, type[Layout]] = {"block": Block, "index": Index, "labels": Labels, "separate": Separate}
-TRANSFORMS: dict[str, type[Transform]] = {
-    "identity": Identity,
-    "tanh_clip": TanhClip,
-    "bias": Bias,
-    "sq_dist": SqDist,
-    "dist": Dist,
-}
+_code = cached(Spec._written)
+LAYOUTS: dict[str, type[Layout]] = {x.NAME: x for x in (Block, Index, Labels, Separate)}
+TRANSFORMS: dict[str, type[Transform]] = {x.NAME: x for x in (Identity, TanhClip, Bias, SqDist, Dist)}
 
 
 @lru_cache(maxsize=256)
@@ -233,11 +258,11 @@ def parse(code: str) -> Spec:
         or transform not in TRANSFORMS
         or not VOCABULARY.issuperset((*stats, *columns))
         or not set(FILTERS).issuperset(filters)
-        or not {"columns", "drop_self", "unit", "filters"}.issuperset(extra)
+        or not {"columns", "drop_self", "unit_norm", "filters"}.issuperset(extra)
     ):
         raise ValueError(
             f"spec: got {code!r}, need one of {', '.join(LAYOUTS)}, one of {', '.join(TRANSFORMS)}, "
-            f"and statistics that `core/atoms.py` defines"
+            f"and statistics that `core/statistics.py` defines"
         )
     return Spec(
         LAYOUTS[layout](*map(int, layout_values)),
@@ -245,7 +270,7 @@ def parse(code: str) -> Spec:
         stats,
         columns,
         "drop_self" in extra,
-        "unit" in extra,
+        "unit_norm" in extra,
         filters,
     )
 

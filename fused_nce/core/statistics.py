@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_nce.core import triplets
-
 
 class Sets(NamedTuple):
     """Which columns of a tile are in each row's sets, (N, m) bool."""
@@ -51,7 +49,7 @@ class Scores:
 
     @cached_property
     def triplets(self) -> dict[str, Tensor]:
-        """`triplets.counts` by mining, once they are wanted: a row is sorted once for all that is read from it."""
+        """`triplet_counts` by mining, once they are wanted: a row is sorted once for all that is read from it."""
         return {}
 
 
@@ -196,6 +194,48 @@ def _active(t: Tensor) -> Tensor:
     return (t > -1).to(t.dtype)
 
 
+def triplet_counts(mining: str, t: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+    """c = dL/dt, (N, M), whole numbers: triplets of a row's scores without a list of them.
+
+    A row's loss Σ max(0, 1 − t_p + t_n), over positives p and negatives n, is linear in the scores between its kinks:
+    it is Σ_j c_j·t_j plus the number of active triplets, where c_j is how many of them j is the negative of, less how
+    many it is the positive of. Each c_j is a place in a sorted row: O(M log M), where the triplets are O(M²).
+
+    Args:
+        mining: "all" triplets; or "semihard", of each positive the one with the nearest of the negatives beyond it.
+        t: (N, M) scores, in margins.
+        pos: (N, M) bool, each row's positives.
+        neg: (N, M) bool, its negatives.
+    """
+    return {"all": _all_triplets, "semihard": _semihard_triplets}[mining](t, pos, neg)
+
+
+def _all_triplets(t: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+    """A triplet is active where t_n > t_p − 1: one comparison of two numbers, the same from either side."""
+    reach, others = (t - 1).masked_fill(~pos, float("inf")), t.masked_fill(~neg, float("-inf"))
+    below = torch.searchsorted(reach.sort(dim=1).values, others)  # positives that a negative is active with
+    above = t.shape[1] - torch.searchsorted(others.sort(dim=1).values, reach, right=True)
+    return (below - above).to(t.dtype)
+
+
+def _semihard_triplets(t: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+    """Of the negatives with t_n < t_p the largest, active where t_n > t_p − 1.
+
+    A negative's positives are those between it and the next negative, and within its reach: ranges of the sorted row.
+    """
+    own, others = t.masked_fill(~pos, float("inf")), t.masked_fill(~neg, float("-inf"))
+    others, order = others.sort(dim=1, stable=True)
+    place = torch.searchsorted(others, own) - 1
+    nearest = others.gather(1, place.clamp(min=0))
+    chosen = pos & (place >= 0) & (nearest > t - 1)
+    own = own.sort(dim=1).values
+    last = torch.searchsorted(own - 1, others)
+    first = torch.searchsorted(own, others, right=True)
+    until = torch.cat((first[:, 1:], pos.sum(dim=1, keepdim=True)), dim=1)
+    hits = (torch.minimum(until, last) - first).clamp(min=0)
+    return torch.zeros_like(t).scatter_(1, order, hits.to(t.dtype)) - chosen.to(t.dtype)
+
+
 @dataclass(frozen=True)
 class _Triplets(Statistic):
     """Σ over the row's mined triplets of max(0, 1 − t_p + t_n), or, without a weight, how many are not 0."""
@@ -205,7 +245,7 @@ class _Triplets(Statistic):
     def counts(self, x: Scores) -> Tensor:
         """dL/dt, (N, M)."""
         if self.mining not in x.triplets:
-            x.triplets[self.mining] = triplets.counts(self.mining, x.t, x.of.pos, x.of.neg)
+            x.triplets[self.mining] = triplet_counts(self.mining, x.t, x.of.pos, x.of.neg)
         return x.triplets[self.mining]
 
     def value(self, x: Scores, dim: int) -> Tensor:
@@ -224,6 +264,12 @@ def _triplets(mining: str) -> dict[str, Statistic]:
     loss, active = (_Triplets("all", "t", 0.0, _zero, None, weight, mining=mining) for weight in (lambda t, _: t, None))
     return {f"triplets_{mining}": loss, f"active_{mining}": active}
 
+
+KERNEL_STATISTICS = (
+    *("neg_lse", "neg_max", "square"),  # which the kernels compute at once
+    *("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap"),  # and each of these where it is wanted
+)
+"""What the kernels of `csrc` know, in the order of their numbers there: a test compares it with `names.h`."""
 
 STATISTIC = {
     "neg_lse": _lse("neg"),

@@ -1,21 +1,153 @@
-"""Tails: from statistics to a number, with the derivative by hand. A parity test holds them to autograd."""
+"""Tails: from a row's statistics to a number, with the derivative by hand. A parity test holds them to autograd.
+
+A tail sees (N, P) positives and (S, N) row statistics, never a score, so any backend can carry any tail. Reduction,
+penalty and weight are the same for all, and stand once, in `Tail`.
+"""
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_nce.core.margins import MARGIN_TAILS
-from fused_nce.core.spec import Block, Separate, Spec
+from fused_nce.core.spec import Block, Separate, Spec, cached
 from fused_nce.core.statistics import softplus
-from fused_nce.core.tail import REDUCTIONS, Coefficients, Tail, bad, fixed_sum
 
-__all__ = ["REDUCTIONS", "Coefficients", "Tail", "fixed_sum"]  # of `core/tail.py`
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Coefficients(NamedTuple):
+    """dL/d statistic: the only thing a backward needs from a loss."""
+
+    d_pos: Tensor  # (N, P)
+    d_rows: Tensor  # (S, N)
+    d_columns: Tensor | None = None  # (S', M); from a tail (S', N, P), as each positive sees its column
+
+
+def fixed_sum(x: Tensor) -> Tensor:
+    """Sum of all elements in an order set by the size alone.
+
+    `torch.sum` splits long inputs over the threads there are, so its last bits depend on their number. 0-d.
+    """
+    x = x.reshape(-1)
+    while x.numel() > 1024:
+        x = torch.nn.functional.pad(x, (0, -x.numel() % 1024)).view(-1, 1024).sum(dim=1)
+    return x.sum()
+
+
+def bad(x: Tensor) -> Tensor:
+    """NaN where x is, else 0: what a row that counts for nothing contributes."""
+    return torch.where(x.isnan(), x, torch.zeros_like(x))
+
+
+@dataclass(frozen=True)
+class Tail(ABC):
+    """weight·reduce(elements) + λ·mean(s²).
+
+    Attributes:
+        penalty: λ, of the mean over all N·M raw scores.
+        reduction: of the elements; the penalty stays a mean, and is added to their mean under "none".
+        weight: factor of the elements, a number of the tail: a loss averaged over two directions costs no pass over
+            the gradients. λ is given as it is to be.
+    """
+
+    penalty: float = 0.0
+    reduction: str = "mean"
+    weight: float = 1.0
+
+    NAME: ClassVar[str]
+    READS: ClassVar[tuple[str, ...]]  # statistics
+    READS_POS: ClassVar[bool] = True  # and `pos`, which only layouts with a fixed number of positives have
+    REPORT: ClassVar[tuple[str, ...]]  # what a loss reports for logging, in the order of the ops' `report` output
+
+    @property
+    def code(self) -> str:
+        """The tail as one string, e.g. `nce(0.04,mean,1.0)`; `parse` reads it back."""
+        return _code(self)
+
+    def _written(self) -> str:
+        return f"{self.NAME}({self.penalty!r},{self.reduction},{self.weight!r})"
+
+    @property
+    def stats(self) -> tuple[str, ...]:
+        """The row statistics that a spec must have for it."""
+        return (*self.READS, "square") if self.penalty else self.READS
+
+    def per_row(self, spec: Spec) -> int:
+        """Elements a row."""
+        return 1
+
+    @abstractmethod
+    def elements(self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None) -> Tensor:
+        """(N, `per_row`) losses.
+
+        Args:
+            spec: says what the rows of `rows` are.
+            pos: (N, P) positives.
+            rows: (S, N) row statistics.
+            columns: (S', N, P) statistics of each positive's column; None without any.
+        """
+
+    @abstractmethod
+    def slopes(
+        self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None, d_element: Tensor | float
+    ) -> Coefficients:
+        """dL/d statistic from dL/d element, which broadcasts to (N, `per_row`). `square` stays 0."""
+
+    @abstractmethod
+    def report(self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None, m: int) -> Tensor:
+        """(len(REPORT),) numbers for logging; m is the number of columns."""
+
+    def values(
+        self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None, m: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, nce, penalty): scalars, but nce is all elements under `reduction="none"`. m: columns."""
+        elements = self.elements(spec, pos, rows, columns)
+        if self.weight != 1:
+            elements = elements * self.weight
+        total = fixed_sum(elements)
+        mean = total / elements.numel()
+        # λ = 0 leaves the penalty out rather than multiply: 0·inf would turn a finite loss into NaN.
+        square = fixed_sum(rows[spec.stats.index("square")]) if self.penalty else torch.zeros_like(total)
+        penalty = square * (self.penalty / (pos.shape[0] * m))
+        nce = {"mean": mean, "sum": total, "none": elements}[self.reduction]
+        return (total if self.reduction == "sum" else mean) + penalty, nce, penalty
+
+    def reports(self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None, m: int, count: int) -> Tensor:
+        """(count, len(REPORT)): `report` of the rows r, r + count, … for each r < count."""
+        return torch.stack(
+            [
+                self.report(
+                    spec, pos[r::count], rows[:, r::count], columns if columns is None else columns[:, r::count], m
+                )
+                for r in range(count)
+            ]
+        )
+
+    def unit(self, n_elements: int) -> float:
+        """d loss / d element: what an upstream gradient of 1 on the loss puts on each of N·`per_row` elements."""
+        return self.weight if self.reduction == "sum" else self.weight / n_elements
+
+    def coefficients(
+        self,
+        spec: Spec,
+        pos: Tensor,  # (N, P)
+        rows: Tensor,  # (S, N)
+        columns: Tensor | None,  # (S', N, P)
+        d_element: Tensor | float,  # dL/d element, broadcasts to (N, per_row)
+        d_penalty: Tensor | float,  # dL/d penalty, 0-d
+        n_scores: int,  # N·M of the whole problem, whatever part of its rows is given here
+    ) -> Coefficients:
+        """dL/d pos, dL/d rows and, with column statistics, dL/d columns."""
+        d = self.slopes(spec, pos, rows, columns, d_element)
+        if self.penalty:
+            d.d_rows[spec.stats.index("square")] = d_penalty * (self.penalty / n_scores)
+        return d
 
 
 @dataclass(frozen=True)
@@ -186,8 +318,123 @@ class Sigmoid(Tail):
         return torch.stack([fixed_sum(top1), fixed_sum(pos)]) / pos.numel()
 
 
+# Of margins: hinges of pairs and of triplets, in units of the margin, which the scale brings to 1. A row without a
+# positive or without a negative costs 0, and counts in the mean as every row does.
+
+
+@dataclass(frozen=True)
+class _Margin(Tail):
+    """An element a row, of named statistics."""
+
+    READS_POS = False
+
+    def elements(self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None) -> Tensor:
+        """(N, 1)."""
+        return self.element(dict(zip(spec.stats, rows, strict=True)))[:, None]
+
+    def slopes(
+        self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None, d_element: Tensor | float
+    ) -> Coefficients:
+        """Constant where a hinge is active, and where it is not."""
+        found = dict(zip(spec.stats, rows, strict=True))
+        d_rows = torch.zeros_like(rows)
+        # An element that is NaN must not leave its row's gradient at a sound 0.
+        d = torch.as_tensor(d_element, dtype=rows.dtype, device=rows.device).expand(rows.shape[1], 1)[:, 0]
+        d = d + bad(self.element(found))
+        for name, slope in self.slope(found).items():
+            d_rows[spec.stats.index(name)] = slope * d
+        return Coefficients(torch.zeros_like(pos), d_rows)
+
+    @abstractmethod
+    def element(self, found: dict[str, Tensor]) -> Tensor:
+        """(N,) losses."""
+
+    @abstractmethod
+    def slope(self, found: dict[str, Tensor]) -> dict[str, Tensor | float]:
+        """d element / d statistic."""
+
+
+@dataclass(frozen=True)
+class Hardest(_Margin):
+    """max(0, 1 − t_p + t_n) of each row's lowest positive and highest negative."""
+
+    NAME = "hardest"
+    READS = ("pos_min", "pos_ties", "pos_hardest", "neg_max", "neg_ties", "neg_hardest")
+    REPORT = ("active", "violated")
+
+    def element(self, found: dict[str, Tensor]) -> Tensor:
+        """From the two extremes; −inf without one of them, which the hinge makes 0."""
+        return self._gap(found).clamp(min=0)
+
+    def slope(self, found: dict[str, Tensor]) -> dict[str, Tensor | float]:
+        """1 on the negative, −1 on the positive."""
+        active = (self._gap(found) > 0).to(found["neg_max"].dtype)
+        # At a NaN neither is active, and NaN·0 would be as good as NaN·1.
+        return {"pos_hardest": -active, "neg_hardest": active}
+
+    def report(self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None, m: int) -> Tensor:
+        """Rows whose hinge is not 0; rows with a negative above a positive."""
+        gap = self._gap(dict(zip(spec.stats, rows, strict=True)))
+        return torch.stack([fixed_sum((gap > least).to(gap.dtype)) / gap.numel() for least in (0, 1)])
+
+    def _gap(self, found: dict[str, Tensor]) -> Tensor:
+        return 1 - found["pos_hardest"] + found["neg_hardest"]
+
+
+@dataclass(frozen=True)
+class _Sums(_Margin):
+    """Σ of statistics that are sums themselves, each with its factor; reports the mean over the rows of others."""
+
+    FACTORS: ClassVar[dict[str, float]]
+
+    def element(self, found: dict[str, Tensor]) -> Tensor:
+        """The sum."""
+        return torch.stack([factor * found[name] for name, factor in self.FACTORS.items()]).sum(dim=0)
+
+    def slope(self, found: dict[str, Tensor]) -> dict[str, Tensor | float]:
+        """The factors."""
+        return {**self.FACTORS}
+
+    def report(self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None, m: int) -> Tensor:
+        """The reported statistics' means."""
+        return torch.stack([fixed_sum(rows[spec.stats.index(name)]) / rows.shape[1] for name in self.REPORT])
+
+
+@dataclass(frozen=True)
+class Pairs(_Sums):
+    """½Σ_pos t² + ½Σ_neg max(0, 1 + t)²."""
+
+    NAME = "pairs"
+    READS = ("pos_square", "neg_hinge_square")
+    REPORT = ("pos_square", "neg_hinge_square")
+    FACTORS: ClassVar = {"pos_square": 0.5, "neg_hinge_square": 0.5}
+
+
+@dataclass(frozen=True)
+class AllTriplets(_Sums):
+    """Σ_p Σ_n max(0, 1 − t_p + t_n)."""
+
+    NAME = "all_triplets"
+    READS = ("triplets_all", "active_all", "pos_count")
+    REPORT = ("active_all",)
+    FACTORS: ClassVar = {"triplets_all": 1.0}
+
+
+@dataclass(frozen=True)
+class SemihardTriplets(_Sums):
+    """Σ_p max(0, 1 − t_p + t_n), n the highest negative below p."""
+
+    NAME = "semihard_triplets"
+    READS = ("triplets_semihard", "active_semihard", "pos_count")
+    REPORT = ("active_semihard",)
+    FACTORS: ClassVar = {"triplets_semihard": 1.0}
+
+
+MARGIN_TAILS: tuple[type[Tail], ...] = (Hardest, Pairs, AllTriplets, SemihardTriplets)
+_code = cached(Tail._written)
 REPORT = Nce.REPORT
-ALL: tuple[type[Tail], ...] = (Nce, LogOut, LogIn, Sigmoid, *MARGIN_TAILS)
+KERNEL_TAILS = (Nce, LogOut, LogIn, Sigmoid)  # whose coefficients the kernels of `csrc` find, in its order
+ALL: tuple[type[Tail], ...] = (*KERNEL_TAILS, *MARGIN_TAILS)
 TAILS: dict[str, type[Tail]] = {tail.NAME: tail for tail in ALL}
 
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from fused_nce.core import atoms, workspace
 from fused_nce.core.problem import Problem
 from fused_nce.core.spec import Separate
+from fused_nce.core.statistics import STATISTIC, Scores, poison
 from fused_nce.core.tails import Tail
 
 BUFFERS = 24  # score-sized tensors that a strip's graph holds
@@ -75,7 +76,7 @@ def _strip(p: Problem, rows: slice, wide: torch.dtype) -> tuple[Tensor, Tensor, 
     r = q @ k.T
     s = p.scale * (atoms.to_half_distances(r, q, k) if spec.distance else r)
     t = atoms.transform_value(spec.transform, s, p.bias)
-    x = atoms.Scores(s, t, atoms.sets(p, here, every, r))
+    x = Scores(s, t, atoms.sets(p, here, every, r))
     pos = t[:, :0]
     if isinstance(spec.layout, Separate):
         pos = cast(Tensor, p.positives)[rows]
@@ -85,11 +86,11 @@ def _strip(p: Problem, rows: slice, wide: torch.dtype) -> tuple[Tensor, Tensor, 
     return pos, atoms.merge_tiles(spec.stats, [_fold(spec.stats, x, 1)]), down
 
 
-def _fold(names: Sequence[str], x: atoms.Scores, dim: int) -> Tensor:
+def _fold(names: Sequence[str], x: Scores, dim: int) -> Tensor:
     """`atoms.fold_tile`, but an empty set has no derivative: that of log 0 is a NaN, which no mask stops twice."""
     found = []
     for name in names:
-        stat = atoms.STATISTIC[name]
+        stat = STATISTIC[name]
         if stat.merge is None:
             found.append(stat.value(x, dim))  # linear in the scores, with no log in it
             continue
@@ -97,7 +98,7 @@ def _fold(names: Sequence[str], x: atoms.Scores, dim: int) -> Tensor:
         some = inside.any(dim, keepdim=True)
         value = stat.fold(torch.where(some, scores.masked_fill(~inside, stat.empty), 0.0), dim)
         value = torch.where(some.squeeze(dim), value, stat.fold(torch.full_like(scores, stat.empty), dim))
-        found.append(value + atoms.poison(x.s, dim) if stat.poisoned else value)
+        found.append(value + poison(x.s, dim) if stat.poisoned else value)
     return torch.stack(found)
 
 

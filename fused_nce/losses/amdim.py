@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
-from fused_nce.core.collectives import gather
 from fused_nce.core.engine import Part, as_matmul, tile_loss, tile_losses
-from fused_nce.core.processes import Group, peers
+from fused_nce.core.group import Group, peers
 from fused_nce.core.spec import Block, Identity, Spec, TanhClip
 from fused_nce.core.tails import REDUCTIONS, REPORT, Nce
 from fused_nce.losses.common import dense_nce
@@ -78,7 +77,7 @@ def _part(
     offset: int,
     clip: float | None,
     tail: Nce,
-    reports: int = 1,
+    report_groups: int = 1,
 ) -> Part:
     """The problem of checked arguments. A factor of the tail costs no pass over gradients."""
     n_c, d = consequents.shape[1:]
@@ -86,7 +85,7 @@ def _part(
         Block(n_c, 1 if antecedents.dim() == 2 else antecedents.shape[1]),
         Identity() if clip is None else TanhClip(float(clip)),
     )
-    return Part(antecedents.reshape(-1, d), consequents.reshape(-1, d), spec, tail, offset, reports)
+    return Part(antecedents.reshape(-1, d), consequents.reshape(-1, d), spec, tail, offset, report_groups)
 
 
 def _scale(scale: float | Tensor | None, features: Tensor) -> float | Tensor:
@@ -155,6 +154,8 @@ class AMDIMLoss(nn.Module):
     Raises:
         ValueError: for an unknown pair, preset or map; `amdim_nce` lists the rest.
     """
+
+    gathers = True
 
     def __init__(
         self,
@@ -229,6 +230,8 @@ class AMDIMLoss(nn.Module):
         everyone = peers(self.group)
         if everyone is None or everyone.ring:
             return {at: Keys(x, 0, self.group) for at, x in maps.items()}
+        from fused_nce.core.distributed.collectives import gather
+
         columns = [as_matmul(x) for x in maps.values()]
         b, _, d = columns[0].shape
         seen = {

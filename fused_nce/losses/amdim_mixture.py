@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
-from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_stats
-from fused_nce.core.processes import Group, peers
+from fused_nce.core.group import Group, peers
 from fused_nce.core.spec import Block, Identity, Spec, TanhClip
+from fused_nce.core.statistics import softplus
 from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.amdim import AMDIMLoss, check_features, check_settings, locations
 from fused_nce.losses.common import dense_nce, fixed_mean
@@ -166,6 +166,7 @@ class MultiscaleMixtureLoss(nn.Module):
             "scale": scale, "clip": clip, "penalty": penalty, "group": group, "backend": backend
         }  # fmt: skip
         AMDIMLoss(pairs, antecedents, **shared)  # its checks
+        self.pairs, self.antecedents = tuple(pairs), antecedents
         self.targets = [pair.partition(">")[2] for pair in dict.fromkeys(pairs) if pair.startswith("1>")]
         if not self.targets:
             raise ValueError(f"pairs: got {tuple(pairs)}, need one from map 1, which the mixture stands for")

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_nce.core import checks
-from fused_nce.core.atoms import softplus
+from fused_nce.core.statistics import softplus
 from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.common import check_same, fixed_mean, output, widened
 from fused_nce.losses.output import NCEOutput

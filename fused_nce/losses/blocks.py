@@ -27,13 +27,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fused_nce.core.atoms import poison, transform_value
-from fused_nce.core.collectives import gather
+from fused_nce.core.atoms import transform_value
 from fused_nce.core.engine import as_matmul, tile_stats
-from fused_nce.core.processes import Group, peers
+from fused_nce.core.group import Group, peers
 from fused_nce.core.spec import Block, Identity, Index, Labels, Layout, Spec, TanhClip
-from fused_nce.core.statistics import softplus
-from fused_nce.core.tail import bad, fixed_sum
+from fused_nce.core.statistics import poison, softplus
+from fused_nce.core.tails import bad, fixed_sum
 from fused_nce.losses import candidates
 from fused_nce.losses.candidates import Batch, Rules
 from fused_nce.losses.common import log_count, normalized, row_dots, widened
@@ -72,6 +71,8 @@ def contrast(
         w = widened(x.row_weights.detach())
         total = fixed_sum(w)
         if everyone is not None:
+            from fused_nce.core.distributed.collectives import gather
+
             total = fixed_sum(gather([total[None]], everyone, {"N": losses.shape[0]})[0])
         losses, n = losses * w, total / size
     if rules.reduction == "sum":
@@ -177,7 +178,7 @@ class _Blocks:
             layout, ids = Labels(), {"row_ids": x.query_ids, "column_ids": column_ids}
         elif isinstance(layout, Index):
             ids = {"row_ids": x.targets}
-        spec = Spec(layout, self.transform, ("neg_lse", "neg_max", *more), unit=x.unit, filters=self.filters)
+        spec = Spec(layout, self.transform, ("neg_lse", "neg_max", *more), unit_norm=x.unit, filters=self.filters)
         guide = None if row_guide is None or column_guide is None else (row_guide, column_guide)
         how = self.how | ({"group": None} if direction in rules.local else {})
         found = tile_stats(rows, columns, spec, scale=scale, **ids, ceilings=self.ceilings, guide=guide, **how)

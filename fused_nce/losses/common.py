@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
-from fused_nce.core.atoms import poison
 from fused_nce.core.engine import as_matmul
+from fused_nce.core.statistics import poison
 from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.output import NCEOutput
 

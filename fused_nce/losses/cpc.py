@@ -7,6 +7,7 @@ averaged. Nothing crosses steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
-from fused_nce.core.atoms import softplus
 from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.gathered import gathered_scores
-from fused_nce.core.processes import Group
+from fused_nce.core.group import Group
 from fused_nce.core.spec import Block, Labels, Spec
+from fused_nce.core.statistics import softplus
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import dense_nce, exposed, fixed_mean, output, widened
 from fused_nce.losses.module import LossModule
@@ -58,7 +59,8 @@ def cpc_nce(
 
     Returns:
         NCEOutput, in nats. `stats` is the plain mean over the steps, and "step0/top1" etc. of each; "sequence" and
-        samples have top1 and pos_mean. A position without negatives costs 0.
+        samples have top1 and pos_mean, and samples nce_minus_chance and mi_bound, by the chance level log(1 + m). A
+        position without negatives costs 0.
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
@@ -128,7 +130,8 @@ def _step(
     if columns is not None:
         s = exposed(gathered_scores(prediction, target, columns, backend=backend))
         own, others = s[:, 0], s[:, 1:]
-        return _classified(own, others.logsumexp(dim=1), others.amax(dim=1), share)
+        chance = math.log(columns.shape[1])
+        return _classified(own, others.logsumexp(dim=1), others.amax(dim=1), share, chance)
     if groups is None:
         parts = tile_loss(prediction, target, BATCH, Nce(weight=share), group=group, backend=backend)
         return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
@@ -138,11 +141,13 @@ def _step(
     return _classified(own, found["pos_lse"], found["pos_max"], share)
 
 
-def _classified(own: Tensor, lse: Tensor, highest: Tensor, share: float) -> NCEOutput:
-    """Of each row's positive and two statistics of its negatives, (N,) each."""
-    loss = share * fixed_mean(softplus(lse - own))
-    top1 = (own > highest).to(own.dtype)
-    return output(loss, {"top1": fixed_mean(top1), "pos_mean": fixed_mean(own)})
+def _classified(own: Tensor, lse: Tensor, highest: Tensor, share: float, chance: float | None = None) -> NCEOutput:
+    """Of each row's positive and two statistics of its negatives, (N,) each; chance level where all rows have one."""
+    nce = fixed_mean(softplus(lse - own))
+    stats = {"top1": fixed_mean((own > highest).to(own.dtype)), "pos_mean": fixed_mean(own)}
+    if chance is not None:
+        stats |= {"nce_minus_chance": nce - chance, "mi_bound": chance - nce}
+    return output(share * nce, stats)
 
 
 class CPCLoss(LossModule):
@@ -158,6 +163,7 @@ class CPCLoss(LossModule):
     ) -> None:
         super().__init__(weights=weights, negatives=negatives, group=group, backend=backend)
         checks.check_choice("negatives", negatives, NEGATIVES)
+        self.gathers = negatives == "batch"
 
     def forward(
         self,

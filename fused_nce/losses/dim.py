@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
-from fused_nce.core.atoms import softplus
-from fused_nce.core.collectives import gather
 from fused_nce.core.engine import tile_loss, tile_stats
-from fused_nce.core.processes import Group, peers
+from fused_nce.core.group import Group, peers
 from fused_nce.core.spec import Block, Identity, Spec
+from fused_nce.core.statistics import softplus
 from fused_nce.core.tails import Nce, fixed_sum
 from fused_nce.losses.common import dense_nce, fixed_lse, fixed_mean, log_count, output
 from fused_nce.losses.module import LossModule
@@ -117,6 +116,8 @@ def _divergence(local: Tensor, global_: Tensor, estimator: str, group: Group, ba
     else:
         total = fixed_lse(found[name])
         if everyone is not None:
+            from fused_nce.core.distributed.collectives import gather
+
             # One log for all: the processes' sums meet, and each owes the others a part of its gradient.
             total = fixed_lse(gather([total[None]], everyone, None)[0])
         loss = total - log_count(world * n_product, total) - fixed_mean(found["pos"])
@@ -126,6 +127,8 @@ def _divergence(local: Tensor, global_: Tensor, estimator: str, group: Group, ba
 
 class DIMLoss(LossModule):
     """`dim_mi` with its settings kept: `estimator`, `anchor`, `group`, `backend`."""
+
+    gathers = True
 
     def __init__(
         self, estimator: str = "jsd", *, anchor: str = "global", group: Group = None, backend: str | None = None

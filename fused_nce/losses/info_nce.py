@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
-from fused_nce.core.processes import Group
+from fused_nce.core.group import Group
 from fused_nce.core.spec import Block, Identity, Index, Spec, TanhClip
 from fused_nce.core.tails import REDUCTIONS, Nce
 from fused_nce.losses import blocks, candidates
@@ -165,7 +165,7 @@ def info_nce(
         # The C++ kernels compute all three at once; `square` costs the others a pass, and nobody reads it.
         tail.stats,
         ("neg_lse",) if len(rules.directions) == 2 else (),
-        unit=normalize,
+        unit_norm=normalize,
         filters=candidates.filters(batch, rules),
     )
     more = candidates.filter_arguments(batch, rules)

@@ -10,6 +10,8 @@ from torch import nn
 class LossModule(nn.Module):
     """A loss's function with its keyword settings kept, each an attribute that may be changed between calls."""
 
+    gathers = False  # whether its negatives are its batch, which `group` extends to all processes
+
     if TYPE_CHECKING:  # of any type, where `nn.Module` knows tensors and modules alone
 
         def __getattr__(self, name: str) -> Any: ...

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.core.engine import tile_loss
-from fused_nce.core.processes import Group
+from fused_nce.core.group import Group
 from fused_nce.core.spec import Block, Spec
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import check_rows, dense_nce, inverse, normalized
@@ -23,7 +23,7 @@ from fused_nce.losses.registry import Entry, Size, dense_scores, features, regis
 
 # Twins side by side are the two columns of one image: no tensor of targets, and the self is left out by arithmetic.
 SPEC = Spec(Block(2, 2), stats=Nce().stats, drop_self=True)
-UNIT = replace(SPEC, unit=True)
+UNIT = replace(SPEC, unit_norm=True)
 
 
 def nt_xent(
@@ -63,6 +63,8 @@ def nt_xent(
 
 class NTXentLoss(LossModule):
     """`nt_xent` with its settings kept: `temperature`, `normalize`, `group`, `backend`."""
+
+    gathers = True
 
     def __init__(
         self,

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
-from fused_nce.core.margins import Pairs
 from fused_nce.core.spec import Dist, Labels, Spec
+from fused_nce.core.tails import Pairs
 from fused_nce.losses import registry
 from fused_nce.losses.common import dense_distances, output
 from fused_nce.losses.module import LossModule

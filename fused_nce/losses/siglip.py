@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
-from fused_nce.core.processes import Group
+from fused_nce.core.group import Group
 from fused_nce.core.spec import Bias, Block, Spec
 from fused_nce.core.tails import Sigmoid
 from fused_nce.losses.common import check_rows

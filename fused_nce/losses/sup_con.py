@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
-from fused_nce.core.processes import Group
+from fused_nce.core.group import Group
 from fused_nce.core.spec import Labels, Spec
 from fused_nce.core.tails import LogIn, LogOut
 from fused_nce.losses import registry
@@ -25,7 +25,7 @@ from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, register
 
 SPEC = Spec(Labels(), stats=LogOut.READS, drop_self=True)
-UNIT = replace(SPEC, unit=True)
+UNIT = replace(SPEC, unit_norm=True)
 TAILS = {"out": LogOut(), "in": LogIn()}
 
 
@@ -70,6 +70,8 @@ def sup_con(
 
 class SupConLoss(LossModule):
     """`sup_con` with its settings kept: `temperature`, `variant`, `normalize`, `group`, `backend`."""
+
+    gathers = True
 
     def __init__(
         self,

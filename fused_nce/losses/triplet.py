@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
-from fused_nce.core.margins import AllTriplets, Hardest, SemihardTriplets
 from fused_nce.core.spec import Dist, Identity, Labels, Spec, SqDist
-from fused_nce.core.tails import Tail, fixed_sum
+from fused_nce.core.tails import AllTriplets, Hardest, SemihardTriplets, Tail, fixed_sum
 from fused_nce.losses import registry
 from fused_nce.losses.common import dense_distances, normalized, output, widened
 from fused_nce.losses.module import LossModule

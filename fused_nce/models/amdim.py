@@ -61,7 +61,15 @@ class AMDIM(Model):
         self.components = Components(n_rkhs, mixture) if mixture > 1 else None
         own: nn.Module = MultiscaleMixtureLoss() if mixture > 1 else AMDIMLoss()
         self.loss = own if loss is None else loss
-        self.image_size = image_size
+        self.image_size, self.n_rkhs, self.mixture = image_size, n_rkhs, mixture
+
+    def loss_shape(self) -> tuple[list[tuple[int, int]], int] | None:
+        """Every pair, in both directions."""
+        if not isinstance(self.loss, AMDIMLoss | MultiscaleMixtureLoss):
+            return None
+        sides = [[int(side) ** 2 for side in pair.split(">")] for pair in self.loss.pairs]
+        rows_of = {rows: rows if self.loss.antecedents == "all" else 1 for rows, _ in sides} | {1: self.mixture}
+        return [(rows_of[rows], columns) for rows, columns in sides for _ in range(2)], self.n_rkhs
 
     def encode(
         self,
@@ -85,7 +93,7 @@ class AMDIM(Model):
         self,
         batch: Tensor | Sequence[Tensor],  # (B, 2, 3, H, H), or two tensors (B, 3, H, H)
     ) -> Embedded:
-        """The maps of both views; with them, and the components of a mixture, the loss is called.
+        """The maps of both views, and with a mixture its components: the arguments of the loss.
 
         Raises:
             ValueError: if there are not two views of one shape, or only one image (no negatives).
@@ -97,7 +105,7 @@ class AMDIM(Model):
         self,
         batch: Tensor | Sequence[Tensor],  # (B, 2, 3, H, H), or two tensors (B, 3, H, H)
     ) -> tuple[dict[str, Tensor], ...]:  # f1, f5 and f7 of each view
-        """The maps before their BatchNorms: without `use_bn`, those of an image alone."""
+        """The maps before the output BatchNorms. Without `use_bn` they depend on one image only."""
         views = [self.encoder.before_norms(view) for view in views_of(batch)]
         return tuple({name: tap for name, tap in taps.items() if name[0] == "f"} for taps in views)
 

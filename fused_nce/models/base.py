@@ -1,4 +1,4 @@
-"""What every model has in common: the form that a training loop, ours or anyone's, can rely on."""
+"""The interface of every model, for our training loop or yours."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Losses(Protocol):
 
 
 class Embedded(NamedTuple):
-    """A batch on its way through a model: what there is before the loss.
+    """What a model has computed of a batch before the loss.
 
     Attributes:
         taps: of each encoded view, by the encoder that is trained.
@@ -35,13 +35,13 @@ MAX_PENDING = 1024  # passes of one update; more than anyone accumulates
 
 
 class Pending(Generic[T]):
-    """What the passes since the last update leave for `after_step`."""
+    """A queue of what the passes since the last update hand to `after_step`."""
 
     def __init__(self) -> None:
         self._items: list[T] = []
 
     def add(self, item: T) -> None:
-        """Of one pass.
+        """Append the item of one pass.
 
         Raises:
             RuntimeError: if nothing was taken for too long: `after_step` is not called.
@@ -51,7 +51,7 @@ class Pending(Generic[T]):
         self._items.append(item)
 
     def take(self) -> list[T]:
-        """All of them, which are gone then."""
+        """Return all items and forget them."""
         items, self._items = self._items, []
         return items
 
@@ -94,7 +94,7 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def begin(self, batch: Any) -> Any:
-        """The part of `embed` that can be made a few images at a time: tensors of one row an image, or nestings.
+        """The first part of `embed`, which may run on a few images at a time; nested tensors, a row an image.
 
         Raises:
             NotImplementedError: there is none.
@@ -102,7 +102,7 @@ class Model(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}: has no begin(), need a model whose negatives are its batch")
 
     def finish(self, begun: Any, extras: Sequence[Tensor] = ()) -> Embedded:
-        """The rest of `embed`, from what `begin` returned for the whole batch, and what follows the views in it.
+        """The rest of `embed`: takes what `begin` returned for the whole batch, and the batch's extras.
 
         Taps may be missing.
         """
@@ -113,15 +113,19 @@ class Model(nn.Module):
         losses: Losses = self.loss(*self.embed(batch).inputs)
         return losses
 
+    def loss_shape(self) -> tuple[list[tuple[int, int]], int] | None:
+        """(rows, columns) of an image in each term of AMDIM's loss, and their width D; None for another loss."""
+        return None
+
     def trained_parameters(self) -> list[nn.Parameter]:
-        """What an optimizer is given: all but those of a momentum encoder."""
+        """The parameters for the optimizer: all but a momentum encoder's."""
         return [p for p in self.parameters() if p.requires_grad]
 
     def after_step(self, *, skipped: bool = False) -> None:
-        """To be called after each update of the weights.
+        """Call it after each update of the weights.
 
         Args:
-            skipped: there was none; forget what the passes since the last call left.
+            skipped: the update was left out; forget what the passes since the last call recorded.
         """
 
 

@@ -9,12 +9,52 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
-from fused_nce.losses import CPCLoss, NCEOutput
+from fused_nce.losses import CPCLoss, NCEOutput, cpc_nce
 from fused_nce.models.base import Embedded, Losses, Model
-from fused_nce.models.cpc_sampled import SampledCPCLoss
 from fused_nce.models.encoders.cpc import AudioEncoder, GRUContext, NoContext, PatchEncoder, PixelCNN
 
 NEGATIVES = ("batch", "sequence", "sampled")
+
+
+class SampledCPCLoss(nn.Module):
+    """`cpc_nce` of one step against `count` negatives a prediction, drawn with replacement from the other targets.
+
+    Greedy InfoMax's code (Löwe et al. 2019) draws 10 for audio and 16 for images. At chance the loss is log(1 + count).
+
+    Args:
+        count: negatives of each prediction.
+        backend: as `cpc_nce`'s.
+
+    Raises:
+        ValueError: for a count below 1.
+    """
+
+    def __init__(self, count: int = 10, *, backend: str | None = None) -> None:
+        super().__init__()
+        if count < 1:
+            raise ValueError(f"sampled: must be at least 1, got {count}")
+        self.count, self.backend = count, backend
+
+    def extra_repr(self) -> str:
+        """The settings, as `print(module)` shows them."""
+        return f"count={self.count}"
+
+    def forward(
+        self,
+        predictions: Tensor,  # (1, N, D)
+        targets: Tensor,  # (1, N, D)
+    ) -> NCEOutput:
+        """The loss of a step.
+
+        Raises:
+            ValueError: for a single target, which has no negative.
+        """
+        n = targets.shape[1]
+        if n < 2:
+            raise ValueError(f"targets: got N = {n}, need at least 2: one has no negatives")
+        drawn = torch.randint(n - 1, (n, self.count), device=targets.device)
+        drawn = drawn + (drawn >= torch.arange(n, device=targets.device)[:, None])  # never its own
+        return cpc_nce(predictions, targets, negatives=drawn, backend=self.backend)
 
 
 class EachStep(nn.Module):
@@ -224,7 +264,7 @@ class CPC(Model):
 
 
 def _taps(z: Tensor, c: Tensor) -> dict[str, Tensor]:
-    """A single column goes."""
+    """By name; a grid of one column loses that axis."""
     return {"z_t": z, "c_t": c} if z.shape[3] > 1 else {"z_t": z.squeeze(3), "c_t": c.squeeze(3)}
 
 
@@ -233,7 +273,7 @@ def _positions(grid: Tensor) -> Tensor:  # (B, D, R, W) -> (B·R·W, D)
 
 
 def _check(encoder: nn.Module, x: Tensor) -> None:
-    """Refuse what an encoder of ours cannot take; of an injected one nothing is known."""
+    """Refuse inputs that our encoders cannot take; an injected encoder checks its own."""
     if isinstance(encoder, PatchEncoder):
         need = (encoder.image_channels, encoder.image_size, encoder.image_size)
         if x.dim() != 4 or x.shape[1:] != need:

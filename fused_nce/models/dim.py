@@ -20,15 +20,15 @@ CRITICS = ("dot", "concat")
 Pairs = tuple[Any, ...] | None  # what a critic returns
 
 
-class Rest(NamedTuple):
-    """What DIM minimises beside the information: its weighted sum, 0-d, and each part detached."""
+class OtherTerms(NamedTuple):
+    """The terms of DIM's loss beside the information: their weighted sum, 0-d, and each term, detached."""
 
     penalty: Tensor
     stats: dict[str, Tensor]
 
 
 class DIMObjective(nn.Module):
-    """α·global + β·local information and the rest, as one loss.
+    """The whole loss: α·global + β·local information and the other terms.
 
     Args:
         estimator: called with what a critic returns.
@@ -40,8 +40,8 @@ class DIMObjective(nn.Module):
         super().__init__()
         self.estimator, self.alpha, self.beta = estimator, alpha, beta
 
-    def forward(self, local: Pairs, whole: Pairs, rest: Rest) -> NCEOutput:
-        """`nce`, the weighted negative information; `penalty`, the rest; `stats` of each part without its weight."""
+    def forward(self, local: Pairs, whole: Pairs, rest: OtherTerms) -> NCEOutput:
+        """`nce` is the weighted negative information, `penalty` the other terms; `stats` has each term unweighted."""
         nce, stats = torch.zeros_like(rest.penalty), dict(rest.stats)
         if local is not None:
             found: Losses = self.estimator(*local)
@@ -150,7 +150,7 @@ class DIM(Model):
         self.prior = PriorMatching(code, game=game, gradient_penalty=gradient_penalty) if gamma else None
 
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
-        """`encoder`, all that the information trains, and with a prior `discriminator`; disjoint, together all."""
+        """`encoder` and, with a prior, `discriminator`: disjoint lists that hold every parameter."""
         rival = list(self.prior.parameters()) if self.prior is not None else []
         known = {id(p) for p in rival}
         groups = {"encoder": [p for p in self.parameters() if id(p) not in known]}
@@ -178,7 +178,7 @@ class DIM(Model):
         self,
         batch: Tensor | Sequence[Tensor],  # (B, 3, H, H), alone or as the one view of a batch
     ) -> Embedded:
-        """The taps, of the whole images where some are occluded; and what the critics and the other tasks made of them.
+        """The taps (of the images without occlusion), and the outputs of the critics and the other tasks.
 
         Raises:
             ValueError: for more than one view, images of another shape, or a single image, which has no negatives.
@@ -196,7 +196,7 @@ class DIM(Model):
         whole = None if self.whole is None else self.whole(local, code)
         return Embedded((taps,), (pairs, whole, self._rest(local, code)))
 
-    def _rest(self, local: Tensor, code: Tensor) -> Rest:
+    def _rest(self, local: Tensor, code: Tensor) -> OtherTerms:
         penalty, stats = code.new_zeros((), dtype=torch.promote_types(code.dtype, torch.float32)), dict[str, Tensor]()
         for name, task in (("absolute", self.absolute), ("relative", self.relative)):
             if task is not None:
@@ -208,7 +208,7 @@ class DIM(Model):
             penalty = penalty + self.weights["gamma"] * prior.encoder + prior.discriminator
             stats |= {"prior": prior.encoder.detach(), "discriminator": prior.discriminator.detach()}
             stats["discriminator_acc"] = prior.accuracy
-        return Rest(penalty, stats)
+        return OtherTerms(penalty, stats)
 
     def forward(
         self,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_nce.core.atoms import softplus
+from fused_nce.core.statistics import softplus
 from fused_nce.losses import DIMLoss, NCEOutput
 from fused_nce.losses.common import widened
 from fused_nce.models.encoders.blocks import HEAD_SHORTCUT_NOISE, Pointwise
@@ -141,7 +141,7 @@ class GlobalConcat(Concat):
 
 
 class PairLoss(nn.Module):
-    """`DIMLoss` of scores that a network has made: `estimator` and `anchor` as there, with K images as negatives."""
+    """`DIMLoss` on given scores instead of embeddings, with K images as negatives; `estimator`, `anchor` as there."""
 
     def __init__(self, estimator: str = "jsd", *, anchor: str = "global") -> None:
         super().__init__()

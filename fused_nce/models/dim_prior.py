@@ -1,4 +1,4 @@
-"""DIM's adversarial prior: a discriminator tells codes from draws of U[0, 1]^n, and the encoder learns to pass.
+"""DIM's adversarial prior: a discriminator separates codes from draws of U[0, 1]^n, which the encoder deceives.
 
 One backward trains both sides. The encoder's term sees the discriminator's weights as constants, the discriminator's
 term sees the codes as constants: no gradient crosses, and each side may have an optimiser of its own.
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fused_nce.core import checks
-from fused_nce.core.atoms import softplus
+from fused_nce.core.statistics import softplus
 from fused_nce.losses.common import widened
 
 GAMES = ("minimax", "non-saturating")
 
 
 class PriorOutput(NamedTuple):
-    """The two sides' terms, each 0-d and in nats, and the discriminator's hits, a share."""
+    """The loss terms of encoder and discriminator, 0-d, in nats, and the discriminator's accuracy in [0, 1]."""
 
     encoder: Tensor
     discriminator: Tensor

@@ -1,4 +1,4 @@
-"""What DIM may be asked beside the information: where a location is, and to do without a part of the image."""
+"""DIM's optional extra tasks: predict a location's coordinates, and encode an image with a part hidden."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def occlude(
     x: Tensor,  # (B, C, H, W)
     share: float,
 ) -> Tensor:
-    """The images with a square hidden, a fresh place in each; 0, the mean of normalised images, in its stead.
+    """The images with a random square set to 0, the mean of normalised images.
 
     Args:
         x: (B, C, H, W).

@@ -1,4 +1,4 @@
-"""Distillation as an `nn.Module`: images in, the distance to a teacher's answers out."""
+"""Distillation as an `nn.Module`: images in, the cross-entropy with a teacher's predictions out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is left of a model when the training is over: inputs to taps."""
+"""A trained encoder without the parts that only training needs: inputs to taps."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def lost(trainer: Any) -> str:
     if trainer.probes_skipped:
         parts.append(f"the online probes skipped {trainer.probes_skipped}")
     if trainer.loader.damaged:
-        parts.append(f"{trainer.loader.damaged} images could not be read")
+        parts.append(f"{trainer.loader.damaged} {trainer.loader.kind} could not be read")
     return "".join(f", {part}" for part in parts)
 
 

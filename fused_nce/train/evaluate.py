@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from fused_nce import measure
+from fused_nce.models.base import Model
 from fused_nce.train import checkpoint, host, loss_cost
 from fused_nce.train.config import CONFIG_NAME
 from fused_nce.train.evaluation import features
@@ -39,6 +40,7 @@ def evaluate(
     baselines: bool = True,
     cost: bool = True,
     seed: int = 0,
+    leave_out_unseen: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a finished (or still growing) run on frozen features, by the protocols asked for.
 
@@ -56,6 +58,8 @@ def evaluate(
         baselines: measure raw pixels and two untrained encoders too.
         cost: measure time and memory of the loss beside the naive one.
         seed: of the draws, the untrained encoders and the embedding.
+        leave_out_unseen: leave out what is of classes that the training split lacks, instead of refusing the test
+            split.
 
     Returns:
         What RUN/eval.json holds.
@@ -81,9 +85,10 @@ def evaluate(
     }  # fmt: skip
     partial = folder / f"eval{ending}.partial.csv"
     judged, figures = config.judge(
-        model, taps=taps, baselines=baselines, keep=lambda rows: _write_csv(partial, rows), **settings
-    )
-    judged |= _loss_cost(config) if cost else {}
+        model, taps=taps, baselines=baselines, leave_out_unseen=leave_out_unseen,
+        keep=lambda rows: _write_csv(partial, rows), **settings,
+    )  # fmt: skip
+    judged |= _loss_cost(model, config) if cost else {}
     result: dict[str, Any] = {
         "run": folder.resolve().name,
         "method": config.method,
@@ -121,6 +126,7 @@ def run_and_print(run: str, **options: Any) -> int:
         The exit status: 0, or 1 if the loss could not be timed.
     """
     result = evaluate(run, **options)
+    print("\n".join(result["read"]), end="\n\n")
     print(terminal.table(result))
     name = f"report{runlog.suffix(options.get('data'))}.html"
     print(f"\nReport: {Path(run) / name}")
@@ -130,12 +136,12 @@ def run_and_print(run: str, **options: Any) -> int:
     return 0
 
 
-def _loss_cost(config: Method) -> dict[str, Any]:
-    """The cost of AMDIM's loss on the run's own shapes and in its dtype, for a method that says what they are.
+def _loss_cost(model: Model, config: Method) -> dict[str, Any]:
+    """The cost of AMDIM's loss on the run's own shapes and in its dtype, for a model that says what they are.
 
     A failure is reported in its place: the accuracies, minutes of work, do not depend on it.
     """
-    shape = config.loss_shape()
+    shape = model.loss_shape()
     if shape is None:
         return {}
     terms, width = shape

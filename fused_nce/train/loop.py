@@ -62,6 +62,7 @@ class Trainer:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.environment = measure.environment() | {"processes": world}  # now: the code may change while it runs
         self.loader = config.open_loader(rank, world)
+        log.info("%s", self.loader.account)
         self.views = config.make_views()
         self.per_epoch = max(1, self.loader.order.per_epoch // config.optim.accumulate)
 

@@ -46,6 +46,11 @@ class Method:
     extras: ClassVar[tuple[Literal["labels", "indices"], ...]] = ()  # what a batch holds beside the views, in order
     stats: ClassVar[tuple[str, ...]] = ()  # of its loss, to be logged beside the shared ones
 
+    def __init_subclass__(cls) -> None:
+        """Methods inherit this docstring, where the command line's help finds the text of each field."""
+        super().__init_subclass__()
+        cls.__doc__ = cls.__doc__ or Method.__doc__
+
     data: str = setting("digits", Rule("'digits', a folder or shards", bool))
     preset: str = "default"
     seed: int = setting(0, number(f"in [0, {MAX_SEED}]", lambda v: 0 <= v <= MAX_SEED))
@@ -136,7 +141,3 @@ class Method:
     def judge(self, model: Model, **options: Any) -> tuple[dict[str, Any], Figures]:
         """Evaluate a trained model: see `evaluation.images.evaluate`."""
         return evaluate_images(model, self, **options)
-
-    def loss_shape(self) -> tuple[list[tuple[int, int]], int] | None:
-        """(rows, columns) that an image supplies to each term of AMDIM's loss, and D; None for another loss."""
-        return None

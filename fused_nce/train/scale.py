@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from fused_nce import GradientCache
-from fused_nce.core.processes import Processes
 from fused_nce.core.replay import checkpointed
-from fused_nce.losses import AMDIMLoss, CPCLoss, DIMLoss, NTXentLoss, SupConLoss
+from fused_nce.distributed import Processes
 from fused_nce.train.method import Method
 from fused_nce.train.step import TrainStep
 
@@ -23,10 +23,9 @@ def prepare(module: TrainStep, config: Method, world: int) -> TrainStep | Gradie
     """
     scale, model = config.scale, module.model
     if scale.everywhere and world > 1:
+        loss: Any
         for loss in model.modules():
-            if isinstance(loss, AMDIMLoss | NTXentLoss | SupConLoss | DIMLoss) or (
-                isinstance(loss, CPCLoss) and loss.negatives == "batch"
-            ):
+            if getattr(loss, "gathers", False):
                 loss.group = Processes(ring=scale.ring)
     if scale.sync_norm and world > 1:
         if not torch.cuda.is_available():

@@ -55,6 +55,7 @@ class AugmentConfig:
         blur_sigma: smallest and largest standard deviation of the blur, in px.
         mean: of the channels, in [0, 1].
         std: of the channels, in [0, 1].
+        upright: turn images as their EXIF orientation says, test images too.
     """
 
     flip_p: float = setting(0.5, SHARE)
@@ -75,6 +76,7 @@ class AugmentConfig:
     blur_sigma: tuple[float, float] = setting((0.1, 2.0), span(ABOVE_0))
     mean: tuple[float, float, float] = setting(CIFAR_MEAN, each(SHARE))
     std: tuple[float, float, float] = setting(CIFAR_STD, each(ABOVE_0))
+    upright: bool = False
 
 
 @dataclass

@@ -21,7 +21,9 @@ from fused_nce.train.evaluation.fine_tune import Subject, Tuned, choose
 NAME = "fine-tuned.safetensors"
 
 
-def write(run: str, *, labels_per_class: int = 10, tap: str | None = None, seed: int = 0) -> dict[str, Any]:
+def write(
+    run: str, *, labels_per_class: int = 10, tap: str | None = None, seed: int = 0, leave_out_unseen: bool = False
+) -> dict[str, Any]:
     """Fine-tunes a run's encoder and writes the classifier beside it.
 
     Args:
@@ -29,9 +31,10 @@ def write(run: str, *, labels_per_class: int = 10, tap: str | None = None, seed:
         labels_per_class: labels that it learns from.
         tap: of the encoder, the method's first if left out.
         seed: of the draw of labels, and of the batches.
+        leave_out_unseen: leave out test images of classes that no training image has, instead of refusing them.
 
     Returns:
-        The rate of the encoder and the accuracy on the test images, in percent.
+        The rate of the encoder, the accuracy on the test images in percent, and what was read of each split.
 
     Raises:
         ValueError: no run, no usable checkpoint, no labels, or an unknown tap.
@@ -39,13 +42,14 @@ def write(run: str, *, labels_per_class: int = 10, tap: str | None = None, seed:
     model, config = checkpoint.load_model(run)
     tap = config.taps[0] if tap is None else tap
     features.check_taps(model, config.sample(), [tap])
-    probe, test = (
-        load_labelled(config.data, split, config.model.image_size, seed=seed, limit_mb=config.run.memory_limit_mb)
-        for split in ("probe", "test")
-    )
+    probe, test = load_labelled(
+        config.data, config.model.image_size, seed=seed, limit_mb=config.run.memory_limit_mb,
+        upright=config.augment.upright, leave_out_unseen=leave_out_unseen,
+    )  # fmt: skip
     plan = scoring.plan(
-        probe.labels, test.labels, protocols=("fine-tune",), labels_per_class=[labels_per_class], draws=2, seed=seed
-    )
+        probe.labels, test.labels, classes=probe.classes, protocols=("fine-tune",),
+        labels_per_class=[labels_per_class], draws=2, seed=seed,
+    )  # fmt: skip
     transform = Normalise(config.augment)
     bank = features.extract(model, probe.images, transform, [tap])[tap]
     subject = Subject(model, tap, transform, probe.images, test.images)
@@ -53,7 +57,7 @@ def write(run: str, *, labels_per_class: int = 10, tap: str | None = None, seed:
     accuracy = 100 * float((net.predict(test.images).numpy() == plan.truth).mean())
     facts = {"tap": tap, "labels_per_class": str(labels_per_class), "accuracy_pct": f"{accuracy:.2f}"}
     save_file({key: x.contiguous() for key, x in net.state_dict().items()}, Path(run) / NAME, facts)
-    return {"rate": rate, "accuracy_pct": accuracy}
+    return {"rate": rate, "accuracy_pct": accuracy, "read": [probe.account, test.account]}
 
 
 def classes(run: str) -> int:
@@ -91,5 +95,6 @@ def run_and_print(run: str, **options: Any) -> int:
         The exit status, 0.
     """
     found = write(run, **options)
+    print("\n".join(found["read"]))
     print(f"{found['accuracy_pct']:.1f} % of the test images right (rate {found['rate']:g}); {Path(run) / NAME}")
     return 0

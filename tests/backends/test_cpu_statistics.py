@@ -9,8 +9,8 @@ import torch
 
 from fused_nce import _extension, tile_stats
 from fused_nce.backends import cpu
-from fused_nce.core.atoms import STATISTIC
 from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Spec, TanhClip
+from fused_nce.core.statistics import STATISTIC
 
 MODULE, REASON = _extension.status()
 pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")

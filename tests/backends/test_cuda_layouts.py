@@ -1,4 +1,4 @@
-"""What the GPU's kernels know beyond blocks of columns, on the CPU that plays a GPU, in one panel and many."""
+"""What the GPU's kernels know beyond blocks of columns, on a CPU emulation of the GPU, in one panel and many."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from fused_nce import _extension, clip_loss, info_nce, siglip_loss, sup_con, tile_loss, tile_stats
 from fused_nce.backends import cuda
-from fused_nce.backends.cuda import FURTHER, NAMES
+from fused_nce.backends.cuda import NAMES, OPTIONAL_ROW_STATISTICS
 from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Spec, TanhClip
 from fused_nce.core.tails import LogIn, LogOut, Nce, Sigmoid
 from tests.backends.test_cpu_layouts import LOSSES, D, M, N, gradients
@@ -108,7 +108,7 @@ def test_every_statistic_of_columns_and_its_gradient(monkeypatch):
 @pytest.mark.parametrize("transform", [Identity(), TanhClip(6.0), TanhClip(60.0), Bias()], ids=lambda t: t.code)
 def test_every_statistic_of_rows_and_its_gradient(transform, workspace_mb, monkeypatch):
     """Beside those of columns, in another order than the kernels'; upstream gradients of either sign."""
-    spec = Spec(Labels(), transform, tuple(reversed((*NAMES, *FURTHER))), ("square", "neg_lse"))
+    spec = Spec(Labels(), transform, tuple(reversed((*NAMES, *OPTIONAL_ROW_STATISTICS))), ("square", "neg_lse"))
     torch.manual_seed(1)
     q, k = torch.randn(N, D), torch.randn(M, D)
     numbers = {"scale": torch.tensor(0.6)}

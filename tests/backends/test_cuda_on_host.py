@@ -1,4 +1,4 @@
-"""The GPU's driver and the text of its row kernels, run by the CPU that plays a GPU (`csrc/cuda/host.cpp`).
+"""The GPU's driver and the text of its row kernels, run by a CPU emulation of the GPU (`csrc/cuda/host.cpp`).
 
 What is not run here is cuBLAS and the launches: `bench/static_cuda.py` tells what the compiler says of those.
 """
@@ -72,11 +72,14 @@ def test_many_cases(dtype, block, fresh_seed, record_eta):
 
 # Shapes for each way through the driver; what the plan says of them is asserted, so that none goes unused.
 ROUTES = {
-    "one kernel a row": (Case("cuda", "", 1, images=70, n_k=80, offset=3, n_c=9, d=24), {"panels": 1, "parts": 1}),
-    "parts of a row": (Case("cuda", "", 2, images=3, n_k=2500, offset=7, n_c=3, d=8, scale=0.3), {"parts": 3}),
+    "one kernel a row": (
+        Case("cuda", "", 1, images=70, n_k=80, offset=3, n_c=9, d=24),
+        {"panels": 1, "ctas_per_row": 1},
+    ),
+    "parts of a row": (Case("cuda", "", 2, images=3, n_k=2500, offset=7, n_c=3, d=8, scale=0.3), {"ctas_per_row": 3}),
     "strips and blocks": (Case("cuda", "", 3, images=700, n_k=700, n_c=2, d=8, workspace_mb=2.2), {"panels": 1}),
-    "panels": (Case("cuda", "", 4, images=150, n_k=700, n_c=3, d=8, scale=0.3, workspace_mb=0.4), {"parts": 1}),
-    "panels of parts": (Case("cuda", "", 5, images=2, n_k=12000, n_c=1, d=4, workspace_mb=0.085), {"parts": 2}),
+    "panels": (Case("cuda", "", 4, images=150, n_k=700, n_c=3, d=8, scale=0.3, workspace_mb=0.4), {"ctas_per_row": 1}),
+    "panels of parts": (Case("cuda", "", 5, images=2, n_k=12000, n_c=1, d=4, workspace_mb=0.085), {"ctas_per_row": 2}),
 }
 
 

@@ -42,13 +42,13 @@ def test_every_plan_keeps_its_promises(element_bytes):
         assert p["panels"] == 1 or p["panel_columns"] % 8 == 0
         assert p["threads"] % 32 == 0
         assert 64 <= p["threads"] <= 768
-        assert p["strip_rows"] * p["parts"] < 2**31
+        assert p["strip_rows"] * p["ctas_per_row"] < 2**31
 
 
 def test_published_shapes():
     """What the design says of them."""
     small = plan(128, 128 * 49, 1024, 49)
-    assert (small["panels"], small["parts"], small["strip_rows"], small["block_rows"]) == (1, 1, 128, 128)
+    assert (small["panels"], small["ctas_per_row"], small["strip_rows"], small["block_rows"]) == (1, 1, 128, 128)
     assert small["total_bytes"] < 5 * MIB
     large = plan(1008, 1008 * 49, 2560, 49)
     assert (large["panels"], large["block_rows"]) == (1, 1008)  # one pair of gradient GEMMs
@@ -87,7 +87,7 @@ def test_space_is_taken_for_what_is_wanted():
     assert plan(4096, 4096, 64)["total_bytes"] == plain + 4096 * 4
     stats = {"gradients": False, "sums": 0}
     assert (
-        plan(4096, 4096, 64, both_ways=True, **stats)["total_bytes"]
+        plan(4096, 4096, 64, column_stats=True, **stats)["total_bytes"]
         == plan(4096, 4096, 64, **stats)["total_bytes"] + 4096 * 24
     )
 

@@ -1,4 +1,4 @@
-"""Problems that share their launches, on the CPU that plays a GPU: an AMDIM step is one call."""
+"""Problems that share their launches, on a CPU emulation of the GPU: an AMDIM step is one call."""
 
 from __future__ import annotations
 
@@ -51,11 +51,12 @@ def problems(dtype=torch.float32, clip=20.0, seed=0):
 def one_by_one(parts, backend, **options):
     """(loss, nce, penalty, report) as the sum of the problems' own."""
     found = [
-        tile_loss(p.q, p.k, p.spec, p.tail, offset=p.offset, reports=p.reports, backend=backend, **options)
+        tile_loss(p.q, p.k, p.spec, p.tail, offset=p.offset, report_groups=p.report_groups, backend=backend, **options)
         for p in parts
     ]
     lines = [
-        torch.stack([x.reshape(p.reports) for x in out.report.values()], 1) for p, out in zip(parts, found, strict=True)
+        torch.stack([x.reshape(p.report_groups) for x in out.report.values()], 1)
+        for p, out in zip(parts, found, strict=True)
     ]
     loss, nce, penalty = (torch.stack([out[i] for out in found]).sum() for i in range(3))  # type: ignore[misc]
     return loss, nce, penalty, torch.cat(lines)
@@ -142,7 +143,8 @@ def test_the_op_within_torch():
     scores = [engine._prepare(p.q, p.k, p.spec, 0.3, p.offset, None, None, None, None) for p in parts]
     arguments = (
         *([x.q for x in scores], [x.k for x in scores], None, 0.3, [x.spec for x in scores]),
-        *([p.tail.code for p in parts], [p.offset for p in parts], [p.reports for p in parts], [True] * 6 + [False]),
+        *([p.tail.code for p in parts], [p.offset for p in parts], [p.report_groups for p in parts]),
+        [True] * 6 + [False],
     )
     torch.library.opcheck(torch.ops.fused_nce.losses, (*arguments, "cuda"))
 
@@ -209,10 +211,10 @@ def step_of(loss, views):
 
 def test_an_amdim_step_is_a_handful_of_launches():
     """Six losses, four problems, one call: twelve GEMMs, one kernel for all rows, two for the numbers."""
-    loss, views, before = AMDIMLoss(backend="cuda"), maps(), MODULE.cuda_played_launches()
+    loss, views, before = AMDIMLoss(backend="cuda"), maps(), MODULE.cuda_emulated_launches()
     with Launches() as torchs:
         step_of(loss, views)
-    assert MODULE.cuda_played_launches() - before == 12 + 1 + 2
+    assert MODULE.cuda_emulated_launches() - before == 12 + 1 + 2
     # The maps' copies to rows, the sampled locations, their gradients' way back, and the report's means.
     assert len(torchs.names) <= 27, torchs.names
 
@@ -241,6 +243,8 @@ def test_published_sizes_go_together_and_large_ones_alone():
         MODULE.cuda_plan(2 * 128, 128 * 25, 1024, 25, 2, 1 << 28),
         MODULE.cuda_plan(128, 128 * 49, 1024, 49, 2, 1 << 28),
     ]
-    assert all(p["panels"] == p["parts"] == 1 and p["strip_rows"] == n for p, n in zip(plans, (256, 128), strict=True))
+    assert all(
+        p["panels"] == p["ctas_per_row"] == 1 and p["strip_rows"] == n for p, n in zip(plans, (256, 128), strict=True)
+    )
     assert 2 * sum(p["score_bytes"] for p in plans) <= 24 << 20
     assert math.isclose(2 * sum(p["score_bytes"] for p in plans), 4 * scores[128], rel_tol=0.01)

@@ -7,19 +7,15 @@ import math
 import torch
 from torch import nn
 
+from fused_nce.losses.common import dense_nce
+
 
 def amdim_scores(r_src, r_trg, n_images, tclip, penalty=0.05, offset=0):
-    """(log-probabilities, clipped positives, penalty·mean(s²)), each positive against all other images, one by one."""
-    n_locs = r_trg.shape[1] // n_images
-    s = (r_src @ r_trg).view(len(r_src), n_images, n_locs) / math.sqrt(r_src.shape[1])
-    t = tclip * torch.tanh(s / tclip)
-    rows, scores = [], []
-    for i in range(len(r_src)):
-        others = torch.cat([t[i, k] for k in range(n_images) if k != i + offset] or [t.new_full((1,), -math.inf)])
-        own = t[i, i + offset]
-        rows.append(torch.stack([x - torch.logsumexp(torch.cat((x[None], others)), 0) for x in own]))
-        scores.append(own)
-    return torch.stack(rows), torch.stack(scores), penalty * s.square().mean()
+    """(log-probabilities, clipped positives, penalty·mean(s²)), each positive against all other images."""
+    s = r_src @ r_trg / math.sqrt(r_src.shape[1])
+    t, rows = tclip * torch.tanh(s / tclip), len(r_src)
+    own = torch.arange(offset, offset + rows)[:, None] == torch.arange(s.shape[1]) // (s.shape[1] // n_images)
+    return -dense_nce(t, own, ~own).view(rows, -1), t[own].view(rows, -1), penalty * s.square().mean()
 
 
 def amdim_multi(sources, targets, n_images, tclip):
@@ -144,7 +140,7 @@ def fenchel(local, global_, measure):
         "GAN": (lambda x: -softplus(-x), softplus),
         "JSD": (lambda x: two - softplus(-x), lambda x: softplus(x) - two),
         "X2": (lambda x: x**2, lambda x: -0.5 * (x.abs() + 1) ** 2),
-        "KL": (lambda x: x + 1, torch.exp),
+        "KL": (lambda x: x, lambda x: torch.exp(x - 1)),
         "RKL": (lambda x: -torch.exp(-x), lambda x: x - 1),
         "H2": (lambda x: 1 - torch.exp(-x), lambda x: torch.exp(x) - 1),
         "W1": (lambda x: x, lambda x: x),

@@ -15,7 +15,7 @@ from tests.compat.harness import agree, both, drawn, unit
 
 def held(loss):
     """The keys of a loss's memory bank, (K, D)."""
-    return loss.get_buffer("memory_bank.keys")
+    return loss.get_buffer("memory_bank.bank")
 
 
 @both

@@ -58,8 +58,8 @@ def test_solo_mocov3_and_nnclr(seed, dtype):
 
     agree(lambda a, b: solo.nnclr_loss_func(a, b, temperature), formula, views, dtype, seed)
     agree(
-        lambda a, b: solo.mocov3_loss_func(a, b, temperature) + 0 * b.sum(),
-        lambda a, b: 2 * temperature * formula(a, b.detach()) + 0 * b.sum(),
+        lambda a, b: solo.mocov3_loss_func(a, b, temperature),
+        lambda a, b: 2 * temperature * formula(a, b),
         views,
         dtype,
         seed,

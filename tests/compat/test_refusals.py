@@ -45,7 +45,11 @@ def encoder(num_classes):
         (ValueError, "out0: got width D = 3", lambda: lightly.NTXentLoss(memory_bank_size=(8, 5))(ROWS, ROWS)),
         (ValueError, "ddp_compat: got 'both'", lambda: open_clip.ClipLoss(ddp_compat="both")),
         (ValueError, "dist_impl: got 'ring'", lambda: open_clip.SigLipLoss(dist_impl="ring")),
-        (TypeError, "Mine: got get_logits", lambda: type("Mine", (open_clip.ClipLoss,), {"get_logits": print})),
+        (
+            TypeError,
+            "Mine: got a get_logits of its own",
+            lambda: type("Mine", (open_clip.ClipLoss,), {"get_logits": print}),
+        ),
         (ValueError, "contrast_mode: got 'two'", lambda: supcontrast.SupConLoss(contrast_mode="two")),
         (ValueError, "features: got .4, 3., need .B, V", lambda: supcontrast.SupConLoss()(ROWS)),
         (
@@ -54,7 +58,7 @@ def encoder(num_classes):
             lambda: supcontrast.SupConLoss()(ROWS[:, None], torch.arange(4), torch.eye(4)),
         ),
         (ValueError, "labels: got 3, need", lambda: supcontrast.SupConLoss()(ROWS[:, None], torch.arange(3))),
-        (TypeError, "labels: got torch.float32", lambda: supcontrast.SupConLoss()(ROWS[:, None], torch.rand(4))),
+        (TypeError, "labels: got torch.complex64", lambda: supcontrast.SupConLoss()(ROWS[:, None], torch.rand(4) + 0j)),
         (ValueError, "mask: got shape .3, 4.", lambda: supcontrast.SupConLoss()(ROWS[:, None], mask=torch.ones(3, 4))),
         (ValueError, "out0: got N = 1, need N >= 2", lambda: lightly.DCLLoss()(ROWS[:1], ROWS[:1])),
         (ValueError, "temperature: got 0.0", lambda: lightly.DCLWLoss(0.0)),

@@ -130,7 +130,7 @@ def test_a_bank_of_another_dtype():
     for dtype in (torch.float16, torch.bfloat16):
         loss = lightly.NTXentLoss(0.1, memory_bank_size=(10, 4))
         out0, out1 = (torch.randn(3, 4).to(dtype).requires_grad_() for _ in range(2))
-        kept = loss.get_buffer("memory_bank.keys").clone()
+        kept = loss.get_buffer("memory_bank.bank").clone()
         value = loss(out0, out1)
         value.backward()
         rows = [nn.functional.normalize(x.detach().float(), dim=1).to(dtype) for x in (out0, out1)]

@@ -145,15 +145,14 @@ def test_the_choice_knows_what_is_wanted(monkeypatch):
 @pytest.mark.parametrize(("wanted", "call"), [("q", Call("loss", True, False)), ("qk", Call("loss", True, True))])
 def test_the_ops_say_what_is_wanted(wanted, call, monkeypatch):
     from fused_nce import info_nce
-    from fused_nce.core import ring
 
-    asked, choose = [], ring.choose
+    asked, choose = [], dispatch.choose
 
     def listen(*given):
         asked.append(given[-1])
         return choose(*given)
 
-    monkeypatch.setattr(ring, "choose", listen)
+    monkeypatch.setattr(dispatch, "choose", listen)
     q, k = (torch.randn(4, 8).requires_grad_(name in wanted) for name in "qk")
     info_nce(q, k, penalty=0.1)
     assert asked == [call._replace(penalised=True)]

@@ -102,8 +102,8 @@ CASES = [
         ValueError,
         r"^spec: got statistics \('neg_lse',\), need all .*$",
     ),
-    (loss(reports=3), ValueError, r"^reports: got 3 for N = 4 rows, need a divisor of them$"),
-    (loss(reports=True), TypeError, r"^reports: got .*$"),
+    (loss(report_groups=3), ValueError, r"^report_groups: got 3 for N = 4 rows, need a divisor of them$"),
+    (loss(report_groups=True), TypeError, r"^report_groups: got .*$"),
     (stats(k=K.half()), TypeError, r"^k: got torch.float16, need q's torch.float32 .*$"),
     (stats(k=K[:, :5]), ValueError, r"^k: got width D = 5, need q's 8$"),
     (stats(scale=math.nan), ValueError, r"^scale: got nan, need a finite number$"),
@@ -145,7 +145,7 @@ def test_message(case):
 
 def test_nothing_runs_before_the_checks(monkeypatch):
     """A bad setting is found before a backend is even chosen; a missing map when its pair's turn comes."""
-    monkeypatch.setattr("fused_nce.core.ring.choose", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("fused_nce.core.dispatch.choose", lambda *_: pytest.fail("work began"))
     for call, kind, pattern in CASES:
         if not pattern.startswith(("^backend", "^view", "^f5")):
             with pytest.raises(kind, match=pattern):

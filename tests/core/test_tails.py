@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from fused_nce.core import atoms, tails
-from fused_nce.core.margins import MARGIN_TAILS
 from fused_nce.core.spec import (
     STATISTICS,
     WHOLE_ROW,
@@ -25,7 +24,8 @@ from fused_nce.core.spec import (
     TanhClip,
     parse,
 )
-from fused_nce.core.tails import LogIn, LogOut, Nce, Sigmoid
+from fused_nce.core.statistics import STATISTIC, Scores, Sets, softplus
+from fused_nce.core.tails import MARGIN_TAILS, LogIn, LogOut, Nce, Sigmoid
 
 SPEC = Spec(Block(3))
 
@@ -111,7 +111,7 @@ def test_every_tails_derivative_equals_autograd(name, reduction):
 def test_softplus_is_never_linear(z):
     """`F.softplus` returns its argument above 20, 2e-9 too little; the relative error counts, for tiny losses too."""
     exact = max(z, 0.0) + math.log1p(math.exp(-abs(z)))
-    assert atoms.softplus(torch.tensor(z, dtype=torch.float64)).item() == pytest.approx(exact, rel=1e-15, abs=0)
+    assert softplus(torch.tensor(z, dtype=torch.float64)).item() == pytest.approx(exact, rel=1e-15, abs=0)
 
 
 def test_positive_gradient_does_not_cancel():
@@ -142,18 +142,18 @@ def test_fixed_sum_does_not_depend_on_threads():
 def scores(t, own=None):
     """As statistics see them: t in every set, or its positives where `own`, s something else."""
     everywhere = torch.ones_like(t, dtype=torch.bool)
-    of = atoms.Sets(everywhere, everywhere, everywhere) if own is None else atoms.Sets(own, ~own, everywhere)
-    return atoms.Scores(t, t, of)
+    of = Sets(everywhere, everywhere, everywhere) if own is None else Sets(own, ~own, everywhere)
+    return Scores(t, t, of)
 
 
-MERGED = [name for name, stat in atoms.STATISTIC.items() if stat.merge is not None]
+MERGED = [name for name, stat in STATISTIC.items() if stat.merge is not None]
 
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("name", MERGED)
 def test_partial_results_merge(name, dim):
     """A fold over two parts, merged, is the fold over both; an empty part changes nothing. Of rows and of columns."""
-    names = (*atoms.STATISTIC[name].reads, name)
+    names = (*STATISTIC[name].reads, name)
     x = torch.randint(-9, 9, (4, 10)).double() / 2  # with ties, across the parts too
     x[:, 0] = x[:, 5]
     x = x if dim else x.T
@@ -165,7 +165,7 @@ def test_partial_results_merge(name, dim):
     whole = atoms.merge_tiles(names, [fold(x)])
     torch.testing.assert_close(atoms.merge_tiles(names, [fold(left), fold(right)]), whole, rtol=1e-14, atol=1e-14)
     nothing = torch.zeros_like(x, dtype=torch.bool)
-    empty = atoms.fold_tile(names, atoms.Scores(x, x, atoms.Sets(nothing, nothing, nothing)), dim)
+    empty = atoms.fold_tile(names, Scores(x, x, Sets(nothing, nothing, nothing)), dim)
     merged = [
         atoms.merge_tiles(names, [atoms.merge_two(names, *parts)]) for parts in ((fold(x), empty), (empty, fold(x)))
     ]
@@ -174,7 +174,7 @@ def test_partial_results_merge(name, dim):
 
 
 def test_what_needs_whole_rows_says_so():
-    assert [name for name in atoms.STATISTIC if name not in MERGED] == list(WHOLE_ROW)
+    assert [name for name in STATISTIC if name not in MERGED] == list(WHOLE_ROW)
     x = atoms.fold_tile(WHOLE_ROW, scores(torch.randn(3, 4), torch.rand(3, 4) < 0.5))
     with pytest.raises(TypeError, match=r"^statistics: got two parts of triplets_all, need whole rows$"):
         atoms.merge_two(WHOLE_ROW, x, x)
@@ -185,10 +185,10 @@ def test_derived_statistics_are_finished_after_the_merge():
     x = torch.randn(4, 10, dtype=torch.float64)
     own = torch.rand(4, 10) < 0.4
     own[0], own[1] = False, torch.arange(10) == 3  # no positive; one
-    of = [atoms.Sets(part, ~part, torch.ones_like(part)) for part in (own[:, :3], own[:, 3:])]
+    of = [Sets(part, ~part, torch.ones_like(part)) for part in (own[:, :3], own[:, 3:])]
     found = atoms.merge_tiles(
         names,
-        [atoms.fold_tile(names, atoms.Scores(y, y, o)) for y, o in zip((x[:, :3], x[:, 3:]), of, strict=True)],
+        [atoms.fold_tile(names, Scores(y, y, o)) for y, o in zip((x[:, :3], x[:, 3:]), of, strict=True)],
     )
     for i in range(4):
         exact = (x[i][own[i]].logsumexp(0) - x[i][own[i]].mean()).item() if own[i].any() else 0.0
@@ -196,10 +196,10 @@ def test_derived_statistics_are_finished_after_the_merge():
     assert found[3, 1].item() == 0  # exactly: a lone positive has no gap
 
 
-@pytest.mark.parametrize("name", atoms.STATISTIC)
+@pytest.mark.parametrize("name", STATISTIC)
 def test_statistic_weight_is_its_derivative(name):
     """Each weight against autograd of its fold, or of its definition where it is derived."""
-    stat = atoms.STATISTIC[name]
+    stat = STATISTIC[name]
     names = (*stat.reads, name)
     x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
     own = torch.rand(4, 10) < 0.5

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
 from fused_nce import moco_nce, tile_loss, tile_stats
-from fused_nce.core.margins import AllTriplets, Hardest, Pairs
 from fused_nce.core.spec import Bias, Block, Dist, Index, Labels, Separate, Spec, SqDist, TanhClip
-from fused_nce.core.tails import LogIn, LogOut, Nce, Sigmoid
+from fused_nce.core.tails import AllTriplets, Hardest, LogIn, LogOut, Nce, Pairs, Sigmoid
 from fused_nce.losses.registry import LOSSES
 from tests.losses.test_registry import posed
+from tests.marks import nightly_but
 
 IDS = torch.tensor([0, 1, 0, 2])  # the last row has no positive
 KINDS = {  # spec, tail, keywords
@@ -53,8 +55,10 @@ def problem(kind):
 
 
 @pytest.mark.filterwarnings("ignore:fused_nce. one image")
-@pytest.mark.parametrize("workspace_mb", ["16", "0.001"], ids=["whole", "strips"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "workspace_mb"),
+    nightly_but([*((kind, "16") for kind in KINDS), ("block", "0.001")], product(KINDS, ("16", "0.001"))),
+)
 def test_second_derivatives(kind, workspace_mb, monkeypatch):
     monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", workspace_mb)
     parts, leaves = problem(kind)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_nce
-from fused_nce.core import ring
-from fused_nce.core.processes import Peers
+from fused_nce.core.distributed import ring
+from fused_nce.core.group import Peers
 from fused_nce.core.spec import WHOLE_ROW, Block, Labels, Spec
 from fused_nce.distributed import Group, Processes
 

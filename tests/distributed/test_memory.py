@@ -12,6 +12,7 @@ import torch
 from fused_nce import amdim_nce, workspace_bytes
 from fused_nce.core.spec import Block, Spec, TanhClip
 from fused_nce.distributed import Processes
+from fused_nce.measure import reset_peak, status_bytes
 
 from .launch import run
 
@@ -28,23 +29,17 @@ pytestmark = [
 ]
 
 
-def _bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
-
-
 def peak(rank: int, ring: bool) -> tuple[int, int]:
     """Above the inputs of a loss: until it has made its gradients, and with the backward."""
 
     def once(n: int) -> tuple[int, int]:
         a, c = torch.randn(n, D).requires_grad_(), torch.randn(n, N_C, D).requires_grad_()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        before = _bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")
+        reset_peak()
+        before = status_bytes("VmRSS")
         loss = amdim_nce(a, c, group=Processes(ring=ring), backend="cpu").loss
-        made = _bytes("VmHWM")
+        made = status_bytes("VmHWM")
         loss.backward()
-        return made - before, _bytes("VmHWM") - before
+        return made - before, status_bytes("VmHWM") - before
 
     # What is freed goes back at once: pages of a fragmented heap are the allocator's.
     ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 18)

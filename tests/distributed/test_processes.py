@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def talk(rank: int) -> dict[Any, Any]:
         found["wire", way] = [q.grad, k.grad]
         z = torch.randn(6, 2, 5, generator=torch.Generator().manual_seed(rank)).requires_grad_()
         (found["wired views", way],) = torch.autograd.grad(nt_xent(z[:, 0], z[:, 1], group=wired).loss, z)
-        found["compiled", way] = compiled(rank, group)
+        found["compiled", way] = compiled(rank, group, ("sup_con",))
     x = torch.full((2, 1), float(rank), requires_grad=True)
     y = all_gather(x)
     (first,) = torch.autograd.grad(
@@ -73,7 +74,7 @@ def talk(rank: int) -> dict[Any, Any]:
     return found
 
 
-def compiled(rank: int, group: Processes) -> dict[str, bool]:
+def compiled(rank: int, group: Processes, names: Sequence[str]) -> dict[str, bool]:
     """Whether a compiled loss and gradient have the eager one's bits."""
     z = torch.randn(6, 2, 5, generator=torch.Generator().manual_seed(rank)).requires_grad_()
     labels = torch.tensor([0, 1, 0, 2, 1, 1])
@@ -84,7 +85,8 @@ def compiled(rank: int, group: Processes) -> dict[str, bool]:
         "sup_con": lambda z: sup_con(z[:, 0], labels, group=group).loss,
     }
     same = {}
-    for name, loss in losses.items():
+    for name in names or losses:
+        loss = losses[name]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             results = [f(z) for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager"))]
@@ -164,6 +166,13 @@ def test_rows_that_are_their_own_keys_are_rounded_alike_in_both_ways(found):
 def test_a_compiled_loss_has_the_eager_bits(found, way):
     for result in found:
         assert set(result["compiled", way].values()) == {True}, result["compiled", way]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("ring", [False, True])
+def test_every_compiled_loss_has_the_eager_bits(tmp_path, ring):
+    for result in run(tmp_path, SIZE, compiled, Processes(ring=ring), ()):
+        assert set(result.values()) == {True}, result
 
 
 def test_all_gather_and_its_two_derivatives(found):

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fused_nce import MemoryQueue, moco_nce
 from fused_nce.losses.registry import LOSSES
 from tests.losses.test_registry import grown, posed, widened
+from tests.marks import nightly_but
 
 OPEN = [name for name, entry in LOSSES.items() if not entry.closed]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -41,19 +42,12 @@ SAMPLES = [(name, seed, dtype) for name in OPEN if name != "npid_nce" for seed i
 assert len(SAMPLES) >= 200
 
 
-@pytest.mark.parametrize(("name", "seed", "dtype"), SAMPLES[7::33])
+@pytest.mark.parametrize(("name", "seed", "dtype"), nightly_but(SAMPLES[7::66], SAMPLES))
 def test_opcheck(name, seed, dtype, monkeypatch):
-    """All of them, on a few losses."""
     found = calls(name, seed, dtype, monkeypatch)
     assert found
     for op, arguments in found:
         torch.library.opcheck(op, arguments)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize(("name", "seed", "dtype"), SAMPLES)
-def test_opcheck_of_all(name, seed, dtype, monkeypatch):
-    test_opcheck(name, seed, dtype, monkeypatch)
 
 
 # ---- torch.compile ----------------------------------------------------------------------------------------------
@@ -76,9 +70,7 @@ def assert_two_graphs(plain, twin, batches):
     assert 1 <= counter.frame_count <= 2
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "info_nce" else pytest.param(name, marks=pytest.mark.nightly) for name in LOSSES]
-)
+@pytest.mark.parametrize("name", nightly_but(["info_nce"], LOSSES))
 def test_two_graphs_at_most_for_ten_batch_sizes(name):
     entry = LOSSES[name]
 

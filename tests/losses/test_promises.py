@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fused_nce.losses.registry import LOSSES
-from tests.losses.test_registry import able, grown, on, posed
+from tests.losses.test_registry import FIRST, able, grown, on, posed
+from tests.marks import nightly_but
 
 OPEN = [name for name, entry in LOSSES.items() if not entry.closed]
 # Banks may change before the backward; of triplets and pairs only the loss is differentiable.
@@ -28,7 +29,10 @@ def loss_of(name, backend, only, seed=0, dtype=torch.float32):
     return loss, still[only]
 
 
-LEAVES = [(name, key) for name in OPEN for key in posed(name)[2]]
+# By one input of each loss, and nightly by every one on its own.
+LEAVES = nightly_but(
+    [(name, posed(name)[2][0]) for name in OPEN], [(name, key) for name in OPEN for key in posed(name)[2]]
+)
 # The row's dot products with its own hard negatives are torch's, and have every derivative on any backend.
 PLAIN_TORCH = [("info_nce/own hard negatives, row weights", "hard_negatives")]
 
@@ -37,7 +41,7 @@ PLAIN_TORCH = [("info_nce/own hard negatives, row weights", "hard_negatives")]
 
 @pytest.mark.parametrize(("name", "only"), LEAVES)
 def test_double_backward_is_served_or_refused_by_name(name, only, backend):
-    """By every input on its own. `chunked` serves it; tests/core/test_twice.py holds it to differences."""
+    """`chunked` serves it; tests/core/test_twice.py holds it to differences."""
     able(name, backend)
     loss, x = loss_of(name, backend, only)
     x = x.requires_grad_()
@@ -61,13 +65,13 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize(("name", "only"), LEAVES)
-def test_transforms_are_refused_by_name(name, only, transform):
-    """By every input on its own, on the fastest backend: a derivative that is not there must not read as zero."""
+def test_transforms_are_refused_by_name(name, only):
+    """On the fastest backend: a derivative that is not there must not read as zero."""
     loss, x = loss_of(name, None, only)
-    with pytest.raises(RuntimeError, match=r"^fused_nce: (torch\.func\.grad|forward-mode)"):
-        TRANSFORMS[transform](loss, x)
+    for transform in TRANSFORMS.values():
+        with pytest.raises(RuntimeError, match=r"^fused_nce: (torch\.func\.grad|forward-mode)"):
+            transform(loss, x)
 
 
 @pytest.mark.filterwarnings("ignore:.*batching rule")
@@ -84,7 +88,7 @@ def test_vmap_is_one_call_after_the_other(name, only, backend):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("name", ["info_nce", "clip_loss", "siglip_loss"])
+@pytest.mark.parametrize("name", nightly_but(["clip_loss"], ["info_nce", "clip_loss", "siglip_loss"]))
 def test_compiled_vmap_drops_no_gradient(name):
     torch._dynamo.reset()
     loss, x = loss_of(name, None, posed(name)[2][0])
@@ -164,7 +168,7 @@ def step(name, backend, copies):
     return run
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", nightly_but(FIRST, LOSSES))
 def test_a_step_frees_all_that_it_takes(name, backend):
     able(name, backend)
     run = step(name, backend, 2)

@@ -18,6 +18,7 @@ from fused_nce.losses.registry import LOSSES
 from tests.budget import eta, precision
 from tests.cases import DTYPES
 from tests.losses.sensitivity import exact
+from tests.marks import nightly_but
 
 
 def cast(entry, inputs, dtype):
@@ -48,6 +49,7 @@ def posed(name, seed=0, dtype=torch.float64):
     )
 
 
+FIRST = [name for name, entry in LOSSES.items() if name == entry.name]  # of each loss
 BATCH_AT = {"cpc_nce": 1}  # the dimension of the batch, where it is not the first
 
 
@@ -133,7 +135,7 @@ def test_across_strips_and_panels(name, monkeypatch):
         torch.testing.assert_close(found[0].stats[key], value, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", [name for name, entry in LOSSES.items() if not entry.stopped])
+@pytest.mark.parametrize("name", nightly_but(FIRST, [name for name, entry in LOSSES.items() if not entry.stopped]))
 def test_gradcheck(name):
     entry, inputs, leaves = posed(name)
 
@@ -152,7 +154,11 @@ def test_same_bits_twice(name, backend):
     assert all(torch.equal(first[1][key], again[1][key]) for key in leaves)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+# One of each way through the engine: blocks, labels, gathered columns, sorted triplets; the others nightly.
+TRACED = ("amdim_nce", "sup_con", "npid_nce", "triplet_margin/all")
+
+
+@pytest.mark.parametrize("name", nightly_but(TRACED, LOSSES))
 def test_compiles_without_a_break(name):
     torch._dynamo.reset()
     entry, inputs, leaves = posed(name, 2, torch.float32)

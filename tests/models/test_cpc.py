@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fused_nce.losses import CPCLoss, NCEOutput
+from fused_nce.losses import CPCLoss, NCEOutput, cpc_nce
 from fused_nce.models import CPC
-from fused_nce.models.cpc_sampled import SampledCPCLoss
+from fused_nce.models.cpc import SampledCPCLoss
 from fused_nce.models.encoders.cpc import AudioEncoder, GRUContext, PatchEncoder, PixelCNN, shake
 from fused_nce.models.encoders.patches import grid_side, to_grid, to_patches
 
@@ -243,10 +243,11 @@ def test_sampled_negatives_are_the_softmax_over_the_sample():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 5, 4, dtype=torch.float64, requires_grad=True)
     drawn = torch.tensor([[1, 2], [0, 0], [4, 1], [0, 2], [3, 1]])
-    out = SampledCPCLoss(2)(q, k, drawn)
+    out = cpc_nce(q, k, negatives=drawn)
     scores = torch.stack([q[0, i] @ k[0, [i, *drawn[i].tolist()]].T for i in range(5)])
     torch.testing.assert_close(out.loss, F.cross_entropy(scores, torch.zeros(5, dtype=torch.long)))
-    torch.testing.assert_close(out.stats["nce_minus_chance"], out.loss.detach() - math.log(3))
+    for name, sign in (("nce_minus_chance", 1), ("mi_bound", -1)):
+        torch.testing.assert_close(out.stats[name], sign * (out.loss.detach() - math.log(3)))
     torch.testing.assert_close(out.stats["top1"], (scores.argmax(1) == 0).double().mean())
 
 

@@ -1,4 +1,4 @@
-"""`python -m tests.mutants [all|python|family|cpp|flash|trainer|adapters] [PART]`: plant each fault, and test that.
+"""`python -m tests.mutants [all|python|family|cpp|triton|trainer|adapters] [PART]`: plant each fault, and test that.
 
 `JOBS` at a time, 2 by default. A fault that no test notices survives: the table says so and the exit status is 1.
 """
@@ -21,9 +21,9 @@ from fused_nce import _extension
 from .adapters import ADAPTERS
 from .family import FAMILY
 from .faults import CPP, PYTHON, Fault
-from .flash import FLASH
 from .gpu import GPU
 from .trainer import TRAINER
+from .triton import TRITON
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PARALLEL = int(os.environ.get("JOBS", "2"))
@@ -105,7 +105,7 @@ def main(group: str = "all", part: str = "") -> int:
     """Run a group of faults.
 
     Args:
-        group: "python", "family", "cpp", "flash", "trainer", "adapters" or "all".
+        group: "python", "family", "cpp", "triton", "trainer", "adapters" or "all".
         part: only faults with this in their reason.
     """
     cpp = (*CPP, *GPU) if _extension.status()[0] is not None else ()
@@ -115,7 +115,7 @@ def main(group: str = "all", part: str = "") -> int:
         "python": PYTHON,
         "family": FAMILY,
         "cpp": cpp,
-        "flash": FLASH if importlib.util.find_spec("triton") is not None else (),
+        "triton": TRITON if importlib.util.find_spec("triton") is not None else (),
         "trainer": TRAINER,
         "adapters": ADAPTERS,
     }

@@ -30,9 +30,44 @@ ADAPTERS = (
     fault(
         "moco: keys do not return to their images",
         f"{COMPAT}/moco.py",
-        "return gathered(keys)[order.argsort()[mine]]",
-        "return gathered(keys)[order[mine]]",
+        "order[self._mine(x)]], order.argsort()",
+        "order[self._mine(x)]], order",
         "tests/compat/test_moco.py",
+    ),
+    fault(
+        "lightly: the bank moves where nothing is learned",
+        f"{COMPAT}/lightly.py",
+        "if z0.requires_grad:",
+        "if out0.requires_grad:",
+        "tests/compat/test_use.py",
+    ),
+    fault(
+        "pml: the same labels on both sides leave a row its own positive",
+        f"{COMPAT}/pml/base.py",
+        "(ref_labels is labels and labels.device == embeddings.device)",
+        "False",
+        "tests/compat/test_use.py",
+    ),
+    fault(
+        "pml: a distance that is set afterwards is not heard",
+        f"{COMPAT}/pml/base.py",
+        'return f"distance={type(seen).__name__}"',
+        "return None",
+        "tests/compat/test_use.py",
+    ),
+    fault(
+        "moco: what is written into the logits is forgotten",
+        f"{COMPAT}/moco.py",
+        "            self._written = full\n        return getattr",
+        "            pass\n        return getattr",
+        "tests/compat/test_use.py",
+    ),
+    fault(
+        "a subclass's hook is ignored",
+        f"{COMPAT}/base.py",
+        "cls.refuse(cls, name)",
+        "pass",
+        "tests/compat/test_use.py",
     ),
     fault(
         "CPCTask: every step counts once",
@@ -72,8 +107,8 @@ ADAPTERS = (
     fault(
         "pml: a memory that turns is compared at the wrong place",
         f"{COMPAT}/pml/wrappers.py",
-        "x.roll(-first, 0)",
-        "x.roll(first, 0)",
+        "k.roll(-first, 0)",
+        "k.roll(first, 0)",
         "tests/compat/test_pml.py",
     ),
     fault(
@@ -128,8 +163,8 @@ ADAPTERS = (
     fault(
         "processes: the decoupled loss stays at home",
         f"{COMPAT}/lightly.py",
-        "found = tile_stats(z, None, TWINS, scale=1 / self.temperature, group=group)",
-        "found = tile_stats(z, None, TWINS, scale=1 / self.temperature)",
+        "found = tile_stats(z, None, TWINS, scale=inverse(self.temperature, z), group=group)",
+        "found = tile_stats(z, None, TWINS, scale=inverse(self.temperature, z))",
         PROCESSES,
     ),
     fault(

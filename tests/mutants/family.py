@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.faults import ATOMS, CHUNKED, REFERENCE, STATISTICS, Fault
 
-MARGINS, TRIPLETS = "fused_nce/core/margins.py", "fused_nce/core/triplets.py"
+MARGINS, TRIPLETS = "fused_nce/core/tails.py", "fused_nce/core/statistics.py"
 
 GATHERED, SAMPLED = "fused_nce/backends/gathered.py", ("tests/losses/test_gathered.py",)
 
@@ -81,7 +81,7 @@ FAMILY = (
     ),
     Fault(
         "triplets: a hinge's other side",
-        "fused_nce/core/margins.py",
+        "fused_nce/core/tails.py",
         'return {"pos_hardest": -active, "neg_hardest": active}',
         'return {"pos_hardest": -active, "neg_hardest": active.clamp(max=0.99)}',
         ("tests/losses/test_fuzz.py",),

@@ -8,11 +8,11 @@ from tests.mutants.__main__ import ROOT
 from tests.mutants.adapters import ADAPTERS
 from tests.mutants.family import FAMILY
 from tests.mutants.faults import CPP, PYTHON
-from tests.mutants.flash import FLASH
 from tests.mutants.gpu import GPU
 from tests.mutants.trainer import TRAINER
+from tests.mutants.triton import TRITON
 
-FAULTS = (*PYTHON, *FAMILY, *CPP, *GPU, *FLASH, *TRAINER, *ADAPTERS)
+FAULTS = (*PYTHON, *FAMILY, *CPP, *GPU, *TRITON, *TRAINER, *ADAPTERS)
 
 
 def test_there_are_enough():

@@ -1,4 +1,4 @@
-"""Tiny runs on the digits, and what they leave on the disk."""
+"""Tiny runs on the digits, what they leave on the disk, and settings that must be refused."""
 
 import json
 
@@ -40,6 +40,22 @@ def tensors(out, step):
 
 def untimed(lines):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def ill_refused(method, bad):
+    """What is said of those (key, value, need) that are not refused by name, with the need and the value."""
+    wrong = []
+    for key, value, need in bad:
+        settings, said = methods.get(method)(), "nothing"
+        part, _, name = key.rpartition(".")
+        setattr(getattr(settings, part) if part else settings, name, tuple(value) if isinstance(value, list) else value)
+        try:
+            settings.check()
+        except ValueError as error:
+            said = str(error)
+        if not (said.startswith(f"{key}: must ") and need in said and said.endswith(f", got {limits.shown(value)}")):
+            wrong.append(f"{method} {key} = {value!r}: {said}")
+    return wrong
 
 
 def own_rules(name):

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from fused_nce.train.data import loader
-from fused_nce.train.data.images import load_split, open_source
+from fused_nce.train.data.images import load_split
+from fused_nce.train.data.sources import ImageSource
 from fused_nce.train.methods.amdim import AMDIMConfig
 from fused_nce.train.settings import AugmentConfig, OptimConfig, RunConfig
 
@@ -132,11 +133,12 @@ def test_refusals(tmp_path):
         load_split(str(tmp_path), "test", 32)
     with pytest.raises(ValueError, match="takes 6 MB as uint8 of 1024 px; the limit is 1 MB"):
         load_split(str(tmp_path), "train", 1024, limit_bytes=1 << 20)
-    (tmp_path / "train-0.tar").write_bytes(b"no tar at all" * 100)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "train-0.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(ValueError, match=r"data: shard .*train-0\.tar cannot be read"):
-        open_source(str(tmp_path), "train")
+        ImageSource(tmp_path / "shards", "train")
     with pytest.raises(ValueError, match="data: no test shards at"):
-        open_source(str(tmp_path), "test")
+        ImageSource(tmp_path / "shards", "test")
 
 
 def test_every_epoch_is_another_permutation():
@@ -207,7 +209,7 @@ def test_too_many_damaged_images_on_the_way_are_one_line(tmp_path, workers, monk
 
 def test_an_image_is_cropped_anew_at_every_position(tmp_path):
     write_folder(tmp_path, 4, size=(50, 40))
-    reader = loader.Reader(open_source(str(tmp_path), "train"), AugmentConfig(geometry="crop"), 32, 2, 0)
+    reader = loader.Reader(ImageSource(str(tmp_path), "train"), AugmentConfig(geometry="crop"), 32, 2, 0)
     first, again, later = (reader[key][0] for key in ((0, 3), (0, 3), (7, 3)))
     assert torch.equal(first, again)
     assert not torch.equal(first, later)

@@ -60,11 +60,16 @@ def test_a_classifier_comes_back_as_it_was_written(taught):
     )
 
 
-def test_a_student_learns_its_teachers_answers_and_resumes_exactly(taught, tmp_path):
+def test_a_student_learns_its_teachers_answers(taught, tmp_path):
     student(taught, tmp_path / "a", "--max-steps=24").run()
     lines = log(tmp_path / "a")
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.2
     assert lines[-1]["agreement"] > lines[0]["agreement"] + 0.1
+
+
+@pytest.mark.nightly
+def test_a_student_resumes_exactly(taught, tmp_path):
+    student(taught, tmp_path / "a", "--max-steps=24").run()
     student(taught, tmp_path / "b", "--max-steps=9").run()
     torch.manual_seed(999)
     settings, run_dir, resume = command.parse("distil", ["--resume", str(tmp_path / "b"), "--max-steps=24"])

@@ -243,13 +243,13 @@ def test_images_without_a_label_are_left_out(monkeypatch):
     images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 32, 32)
     some = ImageSet(images, torch.tensor([0, -1, 1, -1]), ["a", "b"])
     monkeypatch.setattr(images_module, "load_split", lambda *args, **kwargs: some)
-    found = images_module.load_labelled("some", "probe", 32, seed=0)
-    assert found.labels.tolist() == [0, 1]
-    assert found.images[:, 0, 0, 0].tolist() == [0, 2]
+    for found in images_module.load_labelled("some", 32, seed=0):
+        assert found.labels.tolist() == [0, 1]
+        assert found.images[:, 0, 0, 0].tolist() == [0, 2]
 
 
 def test_a_test_class_without_probe_images_is_refused():
-    with pytest.raises(ValueError, match="test class 2 has no image in the probe split"):
+    with pytest.raises(ValueError, match="test class 2 has no example in the probe split"):
         scoring.plan(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 2]), labels_per_class=[1], draws=2, seed=0)
 
 
@@ -286,8 +286,13 @@ def test_every_pair_of_the_loss_is_a_term(monkeypatch):
     seen: dict = {}
     monkeypatch.setattr(loss_cost, "measure", lambda *args: seen.update(args=args) or {})
     settings = AMDIMConfig(precision="fp32")
-    assert evaluate._loss_cost(settings) == {"loss_cost": {}}
-    assert seen["args"] == (200, [(1, 25), (1, 25), (1, 49), (1, 49), (1, 25), (1, 25)], 1024, torch.float32)
+    settings.model = dataclasses.replace(settings.model, ndf=32, n_rkhs=256, n_depth=1)
+    assert evaluate._loss_cost(settings.build(), settings) == {"loss_cost": {}}
+    assert seen["args"] == (200, [(1, 25), (1, 25), (1, 49), (1, 49), (1, 25), (1, 25)], 256, torch.float32)
+    settings.model = dataclasses.replace(settings.model, mixture=3)
+    evaluate._loss_cost(settings.build(), settings)
+    assert seen["args"][1] == [(3, 25), (3, 25), (3, 49), (3, 49), (1, 25), (1, 25)]
+    settings.model = dataclasses.replace(settings.model, mixture=1)
     settings.loss = dataclasses.replace(settings.loss, pairs=("5>7",), antecedents="all")
-    evaluate._loss_cost(settings)
+    evaluate._loss_cost(settings.build(), settings)
     assert seen["args"][1] == [(25, 49), (25, 49)]

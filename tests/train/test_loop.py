@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from fused_nce.train import checkpoint, loop
 from fused_nce.train.data import loader
+from tests.marks import nightly_but
 from tests.train.runs import KEYS, TINY, log, resumed, tensors, trainer, untimed
 
 
@@ -27,7 +28,7 @@ def write_images(folder, count):
 WAYS = [[], ["--optim.accumulate=2"], ["--precision=fp32", "--optim.schedule=step"], ["--model.mixture=3"]]
 
 
-@pytest.mark.parametrize("extra", WAYS)
+@pytest.mark.parametrize("extra", nightly_but(WAYS[:1], WAYS))
 def test_resume_is_exact(tmp_path, extra):
     """13 updates at once against 6 and 7: weights, moments, classifiers and log, bit by bit."""
     assert trainer(tmp_path / "a", "--max-steps=13", *extra).run() == "finished"
@@ -43,6 +44,7 @@ def test_resume_is_exact(tmp_path, extra):
     assert untimed(log(tmp_path / "b")) == untimed(log(tmp_path / "a"))
 
 
+@pytest.mark.nightly
 def test_resume_is_exact_for_images_that_are_read_as_they_go(tmp_path, monkeypatch):
     write_images(tmp_path / "images", 24)
     monkeypatch.setattr(loader, "decoded_bytes", lambda source, size: 1 << 40)
@@ -54,7 +56,7 @@ def test_resume_is_exact_for_images_that_are_read_as_they_go(tmp_path, monkeypat
     assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
 
 
-@pytest.mark.parametrize("dropped", ["rng", "optimizer", "position", "meter"])
+@pytest.mark.parametrize("dropped", nightly_but(["rng", "optimizer"], ["rng", "optimizer", "position", "meter"]))
 def test_each_part_of_the_state_matters(tmp_path, dropped, monkeypatch):
     """Controls for the test above: leaving one part out changes the result."""
     trainer(tmp_path / "a", "--max-steps=7").run()
@@ -148,13 +150,26 @@ def test_three_failed_checkpoints_in_a_row_stop_the_run(tmp_path, monkeypatch):
         run.run()
 
 
-@pytest.mark.parametrize("way", ["SIGINT", "SIGTERM", "Ctrl-C"])
-def test_a_signal_saves_and_exits_0_and_the_run_resumes(tmp_path, way):
-    """Ctrl-C reaches the whole process group, the readers of images included."""
-    out, extra = tmp_path / "a", []
-    if way == "Ctrl-C":
-        write_images(tmp_path / "images", 24)
-        extra = ["--data", str(tmp_path / "images"), "--augment.geometry=crop", "--run.workers=1"]
+@pytest.mark.parametrize("way", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_the_run_resumes(tmp_path, way):
+    run = trainer(tmp_path / "a", "--max-steps=9")
+    update = run._update
+
+    def signalled(*given):
+        if run.step == 2:
+            signal.raise_signal(getattr(signal, way))
+        return update(*given)
+
+    run._update = signalled
+    assert run.run() == "interrupted"
+    assert resumed(tmp_path / "a").step == 3
+
+
+def test_ctrl_c_saves_and_exits_0_and_the_run_resumes(tmp_path):
+    """It reaches the whole process group, the readers of images included."""
+    out = tmp_path / "a"
+    write_images(tmp_path / "images", 24)
+    extra = ["--data", str(tmp_path / "images"), "--augment.geometry=crop", "--run.workers=1"]
     launch = [sys.executable, "-m", "fused_nce.cli", "train", "amdim", *TINY, *extra]
     process = subprocess.Popen(
         [*launch, "--epochs=100000", "--out", str(out)],
@@ -168,10 +183,7 @@ def test_a_signal_saves_and_exits_0_and_the_run_resumes(tmp_path, way):
         assert time.monotonic() < deadline, "no log line in 120 s"
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
-    if way == "Ctrl-C":
-        os.killpg(process.pid, signal.SIGINT)
-    else:
-        process.send_signal(getattr(signal, way))
+    os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0, printed
     assert "interrupted at step" in printed

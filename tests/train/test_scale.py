@@ -7,6 +7,7 @@ from fused_nce.distributed import Processes
 from fused_nce.train import command, scale
 from fused_nce.train.loop import Trainer
 from fused_nce.train.step import LossTimer, TrainStep
+from tests.marks import nightly_but
 from tests.train.runs import TINY, log, resumed, tensors, trainer, untimed
 
 SMALL = [*TINY, "--loss.antecedents=all", "--precision=fp32", "--probes=false"]
@@ -25,7 +26,7 @@ def gradients(out, *argv, method="amdim"):
     return numbers, {name: p.grad for name, p in run.step_module.named_parameters()}
 
 
-@pytest.mark.parametrize("method", ["amdim", "simclr", "supcon"])
+@pytest.mark.parametrize("method", nightly_but(["simclr"], ["amdim", "simclr", "supcon"]))
 def test_negatives_beyond_a_forward_pass_have_the_gradient_of_one(tmp_path, method):
     options = SMALL[1:] if method == "amdim" else ["--precision=fp32", "--probes=false"]
     options = [word for word in options if not word.startswith("--batch-size")]
@@ -37,6 +38,7 @@ def test_negatives_beyond_a_forward_pass_have_the_gradient_of_one(tmp_path, meth
     assert {n for n, g in whole[1].items() if (parts[1][n] - g).abs().max() > 1e-12 * largest} == set()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("options", [["--negatives=16"], ["--checkpoint-activations=true"]])
 def test_a_resume_is_exact(tmp_path, options):
     trainer(tmp_path / "a", *options, "--max-steps=4").run()

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_nce.compat.pml.base import PairLoss, Rows, block_pairs, block_scores, class_blocks
-from fused_nce.core import checks
+from fused_nce.compat.base import number
+from fused_nce.compat.pml.base import PairLoss, Rows, block_pairs, block_scores, class_blocks, upstreams
 from fused_nce.core.engine import tile_stats
 from fused_nce.core.spec import Bias, Dist, Identity, Labels, Spec, Transform
 from fused_nce.core.tails import fixed_sum
@@ -22,6 +22,12 @@ class _MarginLoss(PairLoss):
 
     DISTANCES = ("LpDistance", *SIMILARITIES)
     REDUCER = "AvgNonZeroReducer"
+
+    @property
+    def reason(self) -> str | None:
+        """Margins that are tensors too: they may be learned."""
+        learned = [name for name in self.SHOWN if isinstance(getattr(self, name), Tensor)]
+        return f"a tensor {learned[0]}" if learned else super().reason
 
     @property
     def similar(self) -> bool:
@@ -42,7 +48,7 @@ class _Form(NamedTuple):
     unit: float
 
 
-class ContrastiveLoss(_MarginLoss):
+class ContrastiveLoss(_MarginLoss, upstreams("ContrastiveLoss")):  # type: ignore[misc]
     """Positive pairs within one margin, negative ones beyond another: the means of the two hinges, added.
 
     The positive pairs' distances are held, N·|P| numbers; no others.
@@ -53,11 +59,14 @@ class ContrastiveLoss(_MarginLoss):
         options: as in `PairLoss`; Euclidean distances, cosine or dot products.
     """
 
+    SHOWN = ("pos_margin", "neg_margin")
+    LOSSES = ("pos_loss", "neg_loss")
+    pos_margin: float
+    neg_margin: float
+
     def __init__(self, pos_margin: float = 0, neg_margin: float = 1, **options: Any) -> None:
-        checks.check_number("pos_margin", pos_margin)
-        checks.check_number("neg_margin", neg_margin)
-        super().__init__({"pos_margin": pos_margin, "neg_margin": neg_margin}, options)
-        self.pos_margin, self.neg_margin = pos_margin, neg_margin
+        words = {"pos_margin": pos_margin, "neg_margin": neg_margin}
+        super().__init__({name: number(name, value) for name, value in words.items()}, options)
 
     def of(self, rows: Rows) -> Tensor:
         """The two means; of no pairs, 0."""
@@ -90,7 +99,7 @@ class ContrastiveLoss(_MarginLoss):
         return torch.cat(losses)
 
 
-class TripletMarginLoss(_MarginLoss):
+class TripletMarginLoss(_MarginLoss, upstreams("TripletMarginLoss")):  # type: ignore[misc]
     """max(0, margin + d(a,p) − d(a,n)) of all triplets, or max(0, margin − s(a,p) + s(a,n)) of similarities.
 
     Rows of scores are sorted, O(N·M log M); upstream lists the triplets, of which there are O(N³).
@@ -101,6 +110,9 @@ class TripletMarginLoss(_MarginLoss):
         options: as in `PairLoss`; Euclidean distances, cosine or dot products.
     """
 
+    SHOWN = ("margin",)
+    margin: float
+
     def __init__(
         self,
         margin: float = 0.05,
@@ -109,23 +121,22 @@ class TripletMarginLoss(_MarginLoss):
         triplets_per_anchor: int | str = "all",
         **options: Any,
     ) -> None:
-        checks.check_number("margin", margin)
         words = {
-            "margin": margin,
+            "margin": number("margin", margin),
             "swap": swap,
             "smooth_loss": smooth_loss,
             "triplets_per_anchor": triplets_per_anchor,
         }
         super().__init__(words, options)
-        self.margin, self.swap, self.smooth_loss = margin, swap, smooth_loss
-        self.triplets_per_anchor = triplets_per_anchor
 
-    def _why_not(self) -> str | None:
+    @property
+    def reason(self) -> str | None:
         fused = {"swap": False, "smooth_loss": False, "triplets_per_anchor": "all"}
         for name, value in fused.items():
-            if self.words[name] != value:
-                return f"{name}={self.words[name]!r}"
-        return f"margin={self.words['margin']}" if self.words["margin"] <= 0 else super()._why_not()
+            if getattr(self, name) != value:
+                return f"{name}={getattr(self, name)!r}"
+        reason = super().reason
+        return f"margin={self.margin}" if reason is None and self.margin <= 0 else reason
 
     def of(self, rows: Rows) -> Tensor:
         """The mean over all triplets, or over those above 0; 0 without one."""

@@ -7,43 +7,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_nce.compat.pml.base import Indices, PairLoss, Rows, class_ids, upstream
+from fused_nce.compat.pml.base import INSTALLED, Indices, PairLoss, Rows, Upstreams, upstreams
 from fused_nce.compat.processes import check_ddp_compat, gathered, gradient_times, rank, world_size
 from fused_nce.core import checks
 from fused_nce.losses.common import check_rows, widened
 
 
-class CrossBatchMemory(nn.Module):
+class CrossBatchMemory(Upstreams, upstreams("CrossBatchMemory")):  # type: ignore[misc]
     """A loss of a batch with the rows of past batches, its own included; a row and its own copy are no pair.
+
+    The memory follows the batches to their device, and to their dtype where that is wider.
 
     Args:
         loss: one of this module, or one of upstream's.
         embedding_size: D.
         memory_size: K rows.
         miner: upstream's, whose choice goes to upstream's code.
+        options: upstream's `collect_stats`.
 
     Attributes:
         embedding_memory: (K, D), as they came.
-        label_memory: (K,) int64.
+        label_memory: (K,).
+        curr_batch_idx: slots of the last batch.
         queue_idx: where the next row goes.
-        has_been_filled: whether all K rows are real. Both are saved in the state; upstream's lacks them, and of such a
-            state the real rows are those that are not all 0.
+        has_been_filled: whether all K rows are real. Both are saved in the state's metadata; where a state has none, as
+            upstream's, its real rows are those up to the last that is not all 0.
     """
 
+    HOOKS = ("create_indices_tuple",)
+    CARRIED = ("queue_idx", "has_been_filled")
+    SHOWN = ("embedding_size", "memory_size")
     embedding_memory: Tensor
     label_memory: Tensor
+    loss: nn.Module
 
     def __init__(
         self, loss: nn.Module, embedding_size: int, memory_size: int = 1024, miner: Any = None, **options: Any
     ) -> None:
-        super().__init__()
-        if options:
-            raise TypeError(f"CrossBatchMemory: got {sorted(options)[0]}, need loss, sizes and a miner")
+        unknown = set(options) - {"collect_stats"}
+        if unknown:
+            raise TypeError(f"CrossBatchMemory: got {sorted(unknown)[0]}, need loss, sizes and a miner")
         for name, value in (("embedding_size", embedding_size), ("memory_size", memory_size)):
             checks.check_int(name, value)
             if value < 1:
                 raise ValueError(f"{name}: got {value}, need >= 1")
-        self.loss, self.miner, self.embedding_size, self.memory_size = loss, miner, embedding_size, memory_size
+        words = {"loss": loss, "embedding_size": embedding_size, "memory_size": memory_size, "miner": miner}
+        super().__init__(**words, **options)
         self.reset_queue()
 
     def reset_queue(self) -> None:
@@ -73,80 +82,86 @@ class CrossBatchMemory(nn.Module):
         """
         if indices_tuple is not None and enqueue_mask is not None:
             raise ValueError("enqueue_mask: got one with indices_tuple, need one of the two")
-        reason = self._why_not(indices_tuple)
+        reason = self.reason or ("indices_tuple" if indices_tuple is not None else None)
         if reason is not None:
-            return self._run_upstream(reason, embeddings, labels, indices_tuple, enqueue_mask)
+            return self.upstream(reason, embeddings, labels, indices_tuple, enqueue_mask)
         checks.check_tensor("embeddings", embeddings, ("N", "D"))
         if embeddings.shape[1] != self.embedding_size:
             raise ValueError(f"embeddings: got width D = {embeddings.shape[1]}, need {self.embedding_size}")
-        ids = class_ids("labels", labels, embeddings)
+        if not isinstance(labels, Tensor) or labels.shape != embeddings.shape[:1]:
+            seen = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+            raise ValueError(f"labels: got shape {seen}, need (N,) = {tuple(embeddings.shape[:1])}")
+        labels = labels.to(embeddings.device)
         first = self.queue_idx
         if enqueue_mask is None:
             if len(embeddings) > self.memory_size:
                 raise ValueError(f"embeddings: got N = {len(embeddings)}, need <= memory_size = {self.memory_size}")
-            self.add_to_memory(embeddings, ids)
-            rows = Rows(embeddings, ids, *self._filled(), first)
+            self.add_to_memory(embeddings, labels, len(embeddings))
+            k, other = self._filled(embeddings)
             if first + len(embeddings) > self.memory_size:  # the batch lies around the end: turn the ring
-                k, other = (x.roll(-first, 0) for x in self._filled())
-                rows = Rows(embeddings, ids, k, other, 0)
+                k, other, first = k.roll(-first, 0), other.roll(-first), 0
+            rows = Rows.of_labels(embeddings, labels, k, other, first)
         else:
             mask = enqueue_mask.to(embeddings.device)
-            self.add_to_memory(embeddings[mask], ids[mask])
-            rows = Rows(embeddings[~mask], ids[~mask], *self._filled(), None)
+            self.add_to_memory(embeddings[mask], labels[mask], int(mask.sum()))
+            rows = Rows.of_labels(embeddings[~mask], labels[~mask], *self._filled(embeddings), None)
         if not len(rows.q) or not len(rows.other_ids):
             return 0 * widened(embeddings).sum()
         found: Tensor = self.loss.of(rows)  # type: ignore[operator]
         return found
 
-    def _why_not(self, indices_tuple: Indices | None) -> str | None:
+    @property
+    def reason(self) -> str | None:
+        """What the kernels cannot honour; None for nothing."""
+        if self.overridden is not None:
+            return f"{self.overridden} of its own"
         if not isinstance(self.loss, PairLoss):
             return f"loss={type(self.loss).__module__}.{type(self.loss).__name__}"
-        return self.loss.reason or ("miner" if self.miner else "indices_tuple" if indices_tuple is not None else None)
+        return self.loss.reason or ("miner" if self.miner else None)
 
-    def _filled(self) -> tuple[Tensor, Tensor]:
+    def _filled(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The real rows and their labels. They are copies, for the next batch may enter before this one's backward."""
         end = self.memory_size if self.has_been_filled else self.queue_idx
-        k, ids = self.embedding_memory[:end], self.label_memory[:end].clone()
-        # The next batch may enter before this one's backward: what is compared is a copy, of unit rows or as it is.
-        return k if getattr(self.loss, "normalize", False) else k.clone(), ids
+        k = self.embedding_memory[:end]
+        k = k if getattr(self.loss, "normalize", False) else k.to(like.dtype, copy=True)
+        return k, self.label_memory[:end].clone()
 
     @torch.no_grad()
-    def add_to_memory(self, embeddings: Tensor, labels: Tensor) -> None:
+    def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int) -> None:
         """Put rows in, over the oldest; of more than K the last K stay."""
-        n, kept = len(embeddings), min(len(embeddings), self.memory_size)
-        slots = (self.queue_idx + torch.arange(n - kept, n, device=self.embedding_memory.device)) % self.memory_size
-        self.embedding_memory.index_copy_(0, slots, embeddings[n - kept :].to(self.embedding_memory.dtype))
-        self.label_memory.index_copy_(0, slots, labels[n - kept :])
-        self.has_been_filled |= self.queue_idx + n >= self.memory_size
-        self.queue_idx = (self.queue_idx + n) % self.memory_size
+        for name, new in (("embedding_memory", embeddings), ("label_memory", labels)):
+            old = getattr(self, name)
+            setattr(self, name, old.to(new.device, torch.promote_types(old.dtype, new.dtype)))
+        slots = (self.queue_idx + torch.arange(batch_size, device=labels.device)) % self.memory_size
+        kept = slots[-self.memory_size :]
+        self.embedding_memory.index_copy_(0, kept, embeddings[batch_size - len(kept) :].to(self.embedding_memory.dtype))
+        self.label_memory.index_copy_(0, kept, labels[batch_size - len(kept) :].to(self.label_memory.dtype))
+        self.curr_batch_idx = slots
+        self.has_been_filled |= self.queue_idx + batch_size >= self.memory_size
+        self.queue_idx = (self.queue_idx + batch_size) % self.memory_size
 
-    def _run_upstream(self, reason: str, *arguments: Any) -> Tensor:
-        """Upstream's class for one call, on this memory."""
-        theirs = upstream("CrossBatchMemory", reason)(self.loss, self.embedding_size, self.memory_size, self.miner)
-        shared = ("embedding_memory", "label_memory", "queue_idx", "has_been_filled")
-        for name in shared:
-            setattr(theirs, name, getattr(self, name))
-        loss: Tensor = theirs(*arguments)
-        for name in shared:
-            setattr(self, name, getattr(theirs, name))
-        return loss
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """What upstream does not save."""
-        return {"queue_idx": self.queue_idx, "has_been_filled": self.has_been_filled}
-
-    def set_extra_state(self, state: dict[str, Any] | None) -> None:
-        """Of a state of upstream's, which has none, by the rows that are not all 0."""
-        if state is None:
-            real = int((self.embedding_memory != 0).any(dim=1).sum())
-            state = {"queue_idx": real % self.memory_size, "has_been_filled": real == self.memory_size}
-        self.queue_idx, self.has_been_filled = int(state["queue_idx"]), bool(state["has_been_filled"])
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.setdefault(f"{prefix}_extra_state", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        formerly = state_dict.pop(f"{prefix}_extra_state", None)  # of this package's older states
+        local_metadata = {**(formerly or {}), **local_metadata}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        if "queue_idx" not in local_metadata:
+            real = (self.embedding_memory != 0).any(dim=1).nonzero()
+            end = int(real[-1]) + 1 if len(real) else 0
+            self.queue_idx, self.has_been_filled = end % self.memory_size, end == self.memory_size
 
 
-class SelfSupervisedLoss(nn.Module):
+MEMORIES = (CrossBatchMemory, upstreams("CrossBatchMemory")) if INSTALLED else (CrossBatchMemory,)
+
+
+def _why_not(loss: nn.Module) -> str | None:
+    if isinstance(loss, Upstreams):
+        return loss.reason
+    return f"loss={type(loss).__module__}.{type(loss).__name__}"
+
+
+class SelfSupervisedLoss(Upstreams, upstreams("SelfSupervisedLoss")):  # type: ignore[misc]
     """A loss of two views: row i of each is the other's positive.
 
     Args:
@@ -154,9 +169,16 @@ class SelfSupervisedLoss(nn.Module):
         symmetric: both views are rows, each among both; otherwise the first are rows and the second columns.
     """
 
+    SHOWN = ("symmetric",)
+    loss: nn.Module
+
     def __init__(self, loss: nn.Module, symmetric: bool = True) -> None:
-        super().__init__()
-        self.loss, self.symmetric = loss, symmetric
+        super().__init__(loss=loss, symmetric=symmetric)
+
+    @property
+    def reason(self) -> str | None:
+        """What the kernels cannot honour; None for nothing."""
+        return _why_not(self.loss)
 
     def forward(
         self,
@@ -173,7 +195,7 @@ class SelfSupervisedLoss(nn.Module):
         return found
 
 
-class DistributedLossWrapper(nn.Module):
+class DistributedLossWrapper(Upstreams, upstreams("DistributedLossWrapper", "utils.distributed")):  # type: ignore[misc]
     """A loss of the rows of all W processes, each of which computes it whole.
 
     Upstream multiplies the loss by W, so that DDP's mean of the processes' gradients is the whole batch's. With
@@ -190,11 +212,20 @@ class DistributedLossWrapper(nn.Module):
         TypeError, ValueError: naming the argument, the value seen and the value needed.
     """
 
+    SHOWN = ("efficient", "ddp_compat")
+    loss: nn.Module
+    efficient: bool
+
     def __init__(self, loss: nn.Module, efficient: bool = False, *, ddp_compat: str = "upstream") -> None:
-        super().__init__()
-        if efficient and type(loss).__name__ == "CrossBatchMemory":
+        if efficient and isinstance(loss, MEMORIES):
             raise ValueError("efficient: got True with a CrossBatchMemory, need False")
-        self.loss, self.efficient, self.ddp_compat = loss, efficient, check_ddp_compat(ddp_compat)
+        super().__init__(loss=loss, efficient=efficient)
+        self.ddp_compat = check_ddp_compat(ddp_compat)
+
+    @property
+    def reason(self) -> str | None:
+        """What the kernels cannot honour; None for nothing."""
+        return _why_not(self.loss)
 
     def forward(
         self,
@@ -216,7 +247,7 @@ class DistributedLossWrapper(nn.Module):
             embeddings = gradient_times(embeddings, size)
             ref_emb = None if ref_emb is None else gradient_times(ref_emb, size)
         rows, ids, columns, column_ids = map(_of_all, (embeddings, labels, ref_emb, ref_labels))
-        if type(self.loss).__name__ == "CrossBatchMemory":
+        if isinstance(self.loss, MEMORIES):
             if ref_emb is not None or ref_labels is not None:
                 raise ValueError("ref_emb: got one with a CrossBatchMemory, need None")
             found: Tensor = self.loss(rows, ids, indices_tuple, _of_all(enqueue_mask))
@@ -239,11 +270,13 @@ class DistributedLossWrapper(nn.Module):
         """This process's rows with all, of which its own stand first; row i with column i is no pair."""
         plain = isinstance(self.loss, PairLoss) and self.loss.reason is None and not references
         if plain and indices_tuple is None and labels is not None and columns is not None and column_ids is not None:
-            ids, all_ids = class_ids("labels", labels, embeddings), class_ids("labels", column_ids, columns)
-            return self.loss.of(Rows(embeddings, ids, columns, all_ids, 0))  # type: ignore[operator]
+            return self.loss.of(Rows.of_labels(embeddings, labels, columns, column_ids, 0))  # type: ignore[operator]
         if indices_tuple is None:
-            pairs = upstream("get_indices_tuple", "efficient=True of this kind", "utils.distributed")
-            indices_tuple = pairs(labels, column_ids)
+            if not INSTALLED:
+                raise NotImplementedError(
+                    "efficient: got True with what is not fused, need pytorch-metric-learning installed"
+                )
+            indices_tuple = upstreams("get_indices_tuple", "utils.distributed")(labels, column_ids)
         found: Tensor = self.loss(embeddings, labels, indices_tuple, columns, column_ids)
         return found
 

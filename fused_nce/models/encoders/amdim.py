@@ -9,7 +9,7 @@ IMAGE_SIZES = (32, 64, 128)
 
 
 def trunk_width(image_size: int, ndf: int) -> int:
-    """Channels of the widest map of the trunk, which the embeddings must not be narrower than."""
+    """Channels of the trunk's widest map; the embeddings must be at least as wide."""
     return (4 if image_size == 32 else 8) * ndf
 
 
@@ -70,14 +70,14 @@ class AMDIMEncoder(nn.Module):
         self,
         x: Tensor,  # (B, 3, H, H) images
     ) -> dict[str, Tensor]:  # of the same names and shapes
-        """All but the three outputs' BatchNorms: without `use_bn`, what an image has without the rest of the batch."""
+        """The maps before the three output BatchNorms. Without `use_bn` they depend on one image only."""
         h7 = self.to7(x)
         h5 = self.to5(h7)
         f5, f7 = self.head5.before_norm(h5), self.head7.before_norm(h7)
         return {"f1": self.to1[:-1](h5), "f5": f5, "f7": f7, "h5": h5, "h7": h7}
 
     def normalise(self, taps: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs of what `before_norms` returned; other taps pass."""
+        """Applies the output BatchNorms to what `before_norms` returned; other taps are returned as they are."""
         norms = {"f1": self.to1[-1], "f5": self.head5.out_norm, "f7": self.head7.out_norm}
         return {name: norms[name](tap) if name in norms else tap for name, tap in taps.items()}
 

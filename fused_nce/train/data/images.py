@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fused_nce.train.data.sources import Damage, FolderSource, ShardSource, Source, digits, fit
+from fused_nce.train.data.account import Account
+from fused_nce.train.data.labels import Classes
+from fused_nce.train.data.sources import Damage, ImageSource, digits, fit
 from fused_nce.train.host import progress_bar
 
 # Short side that an image is resized to before the centre crop of the tests (amdim-public: 70 -> 64, 146 -> 128).
@@ -26,16 +27,30 @@ class ImageSet:
         labels: `(n,)` int64, −1 where there is none.
         classes: names, by label.
         damaged: images that could not be read, each replaced by the next good one.
+        account: one line: images, classes, and what was left out and why.
+        digest: of the images' names and labels.
+        known: the classes of the training split; None for digits.
     """
 
     images: Tensor
     labels: Tensor
     classes: list[str] = field(default_factory=list)
     damaged: int = 0
+    account: str = ""
+    digest: str = ""
+    known: Classes | None = None
 
 
 def load_split(
-    data: str, split: str, image_size: int, *, canvas: int | None = None, limit_bytes: int = DEFAULT_LIMIT_BYTES
+    data: str,
+    split: str,
+    image_size: int,
+    *,
+    canvas: int | None = None,
+    limit_bytes: int = DEFAULT_LIMIT_BYTES,
+    upright: bool = False,
+    known: Classes | None = None,
+    leave_out_unseen: bool = False,
 ) -> ImageSet:
     """Decode one split into memory.
 
@@ -48,15 +63,19 @@ def load_split(
         image_size: side in px of the test images: short side resized, centre cropped.
         canvas: side of the square to decode to instead; by default `image_size` with the test protocol.
         limit_bytes: refuse a split that takes more.
+        upright: see `ImageSource`.
+        known: see `ImageSource`.
+        leave_out_unseen: see `ImageSource`.
 
     Raises:
-        ValueError: for an unknown split, a missing folder, a split without images, more than 1 % damaged images, or a
-            split above the limit.
+        ValueError: for an unknown split, a missing folder, a split without images, a test class that training lacks,
+            more than 1 % damaged images, or a split above the limit.
     """
     if data == "digits":
         images, labels, classes = digits(split, image_size)
-        return ImageSet(images, labels, classes)
-    source = open_source(data, split)
+        line = Account().line(data, split, f"{len(labels):,} images", f"{len(classes)} classes")
+        return ImageSet(images, labels, classes, account=line, digest=data)
+    source = ImageSource(data, split, known=known, upright=upright, leave_out_unseen=leave_out_unseen)
     size = canvas or image_size
     if decoded_bytes(source, size) > limit_bytes:
         need_mb = decoded_bytes(source, size) >> 20
@@ -64,59 +83,59 @@ def load_split(
     return decode(source, size, TEST_RESIZE.get(size, size) if canvas is None else size)
 
 
-def load_labelled(data: str, split: str, image_size: int, *, seed: int, limit_mb: int = 4096) -> ImageSet:
-    """The labelled images of a split; of a large probe split, 50,000 drawn at random.
+def load_labelled(
+    data: str,
+    image_size: int,
+    *,
+    seed: int,
+    limit_mb: int = 4096,
+    upright: bool = False,
+    leave_out_unseen: bool = False,
+) -> tuple[ImageSet, ImageSet]:
+    """The labelled images to probe and to test on, with the same classes; of many to probe on, 50,000 drawn at random.
 
     Raises:
-        ValueError: see `load_split`; and for a split without labels of 2 or more classes.
+        ValueError: see `load_split`; and for a split without labels, or without 2 or more classes.
     """
-    found = load_split(data, split, image_size, limit_bytes=limit_mb << 20)
-    known = found.labels >= 0
-    if not bool(known.any()) or len(found.classes) < 2:
-        raise ValueError(f"data: the {split} split of {data} has no labels of 2 or more classes; need them to evaluate")
-    rows = known.nonzero().flatten()
-    if split == "probe" and len(rows) > MAX_PROBE_IMAGES:
-        generator = torch.Generator().manual_seed(seed)
-        rows = rows[torch.randperm(len(rows), generator=generator)[:MAX_PROBE_IMAGES]].sort().values
-    if len(rows) == len(found.labels):
-        return found
-    return dataclasses.replace(found, images=found.images[rows], labels=found.labels[rows])
+    known, found = None, []
+    for split in ("probe", "test"):
+        whole = load_split(
+            data, split, image_size, limit_bytes=limit_mb << 20, upright=upright, known=known,
+            leave_out_unseen=leave_out_unseen,
+        )  # fmt: skip
+        known = whole.known
+        labelled = whole.labels >= 0
+        if not bool(labelled.any()) or len(whole.classes) < 2:
+            raise ValueError(
+                f"data: the {split} split of {data} has no labels of 2 or more classes; need them to evaluate"
+            )
+        rows = labelled.nonzero().flatten()
+        if split == "probe" and len(rows) > MAX_PROBE_IMAGES:
+            generator = torch.Generator().manual_seed(seed)
+            rows = rows[torch.randperm(len(rows), generator=generator)[:MAX_PROBE_IMAGES]].sort().values
+        if len(rows) < len(whole.labels):
+            whole = dataclasses.replace(whole, images=whole.images[rows], labels=whole.labels[rows])
+        found.append(whole)
+    return found[0], found[1]
 
 
-def open_source(data: str, split: str) -> Source:
-    """A folder or shards, by what is there.
-
-    Raises:
-        ValueError: see `load_split`.
-    """
-    if split not in ("train", "probe", "test"):
-        raise ValueError(f"split: must be 'train', 'probe' or 'test', got {split!r}")
-    wanted = "test" if split == "test" else "train"
-    path = Path(data)
-    if not path.exists() and not any(c in data for c in "*?["):
-        raise ValueError(f"data: {data} does not exist; it must be 'digits', a folder of images, or .tar[.gz] shards")
-    if path.is_dir() and not any(path.glob("*.tar*")):
-        return FolderSource(path, wanted)
-    return ShardSource(data, wanted)
-
-
-def decoded_bytes(source: Source, size: int) -> int:
+def decoded_bytes(source: ImageSource, size: int) -> int:
     return len(source) * 3 * size * size
 
 
-def decode(source: Source, size: int, resize: int) -> ImageSet:
+def decode(source: ImageSource, size: int, resize: int) -> ImageSet:
     """Read every image of a source: short side to `resize` px, centre crop to `size` px."""
     found = _decode(source, size, lambda image: fit(image, size, resize))
     assert found is not None
     return found
 
 
-def decode_native(source: Source, size: int) -> ImageSet | None:
+def decode_native(source: ImageSource, size: int) -> ImageSet | None:
     """Read every image of a source as it is; None at the first that is not `size` px square."""
     return _decode(source, size, lambda image: image if image.shape[1:] == (size, size) else None)
 
 
-def _decode(source: Source, size: int, prepare: Callable[[Tensor], Tensor | None]) -> ImageSet | None:
+def _decode(source: ImageSource, size: int, prepare: Callable[[Tensor], Tensor | None]) -> ImageSet | None:
     images = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
     labels = torch.tensor(source.labels, dtype=torch.int64)
     damage = Damage(len(source))
@@ -128,4 +147,12 @@ def _decode(source: Source, size: int, prepare: Callable[[Tensor], Tensor | None
             return None
         images[i] = ready
         labels[i] = source.labels[index]
-    return ImageSet(images, labels, source.classes, damage.count)
+    return ImageSet(
+        images,
+        labels,
+        source.classes,
+        damage.count,
+        source.account(damage.count),
+        source.samples.digest(),
+        source.known,
+    )

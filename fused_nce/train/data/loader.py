@@ -16,9 +16,8 @@ from fused_nce.train.data.images import (
     decode_native,
     decoded_bytes,
     load_split,
-    open_source,
 )
-from fused_nce.train.data.sources import Damage, Source, fit
+from fused_nce.train.data.sources import Damage, ImageSource, fit
 from fused_nce.train.settings import AugmentConfig
 
 WORKER_TIMEOUT_S = 300  # a stuck reader is an error, not a wait for ever
@@ -41,12 +40,15 @@ class Order:
         seed: of the shuffles.
         rank: of this process.
         world: processes.
+        kind: what the images are, in words.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, kind: str = "images"
+    ) -> None:
         self.per_epoch = count // (batch_size * world)
         if self.per_epoch == 0:
-            raise ValueError(f"optim.batch_size: {batch_size} x {world} processes must be at most the {count} images")
+            raise ValueError(f"optim.batch_size: {batch_size} x {world} processes must be at most the {count} {kind}")
         self.count, self.batch_size, self.seed, self.rank, self.world = count, batch_size, seed, rank, world
         self._epoch, self._shuffled = -1, torch.empty(0, dtype=torch.int64)
 
@@ -74,7 +76,13 @@ class Loader:
         limit_bytes: a set that takes more as uint8 is not held.
         rank: of this process.
         world: processes.
+
+    Attributes:
+        account: one line: images, classes, and what was left out and why.
+        digest: of the images' names and labels.
     """
+
+    kind = "images"
 
     def __init__(
         self,
@@ -93,15 +101,15 @@ class Loader:
         self.augment, self.image_size, self.view_count = augment, image_size, view_count
         self.seed, self.workers = seed, workers
         self.held, self.source = open_data(data, augment, image_size, limit_bytes)
-        self.classes = self.held.classes if self.held else self.source.classes if self.source else []
-        self.count = len(self.held.labels) if self.held else len(self.source) if self.source else 0
+        if self.held:
+            self.classes, self.labels = self.held.classes, self.held.labels
+            self.account, self.digest = self.held.account, self.held.digest
+        elif self.source:
+            self.classes, self.labels = self.source.classes, torch.tensor(self.source.labels)
+            self.account, self.digest = self.source.account(), self.source.samples.digest()
+        self.count = len(self.labels)
         self.damage = Damage(self.count)
         self.order = Order(self.count, local_batch, seed, rank, world)
-
-    @property
-    def labels(self) -> Tensor:  # (count,)
-        """Of every image, −1 where there is none."""
-        return self.held.labels if self.held else torch.tensor(self.source.labels if self.source else [])
 
     @property
     def labelled(self) -> bool:
@@ -137,7 +145,7 @@ class Loader:
         try:
             for images, indices, asked in loader:
                 for index in asked[asked != indices].tolist():
-                    self.damage.report(index, self.source.name(index))
+                    self.damage.report(index, self.source.samples.name(index))
                 labels = torch.tensor([self.source.labels[i] for i in indices.tolist()])
                 yield Batch(images, labels, indices)
         except ValueError as error:  # a worker's comes with its traceback as the message
@@ -165,7 +173,7 @@ class Keys:
 class Reader(Dataset[tuple[Tensor, int, int]]):
     """Reads, decodes and, if the geometry is "crop", cuts the views from the whole image."""
 
-    def __init__(self, source: Source, augment: AugmentConfig, size: int, views: int, seed: int) -> None:
+    def __init__(self, source: ImageSource, augment: AugmentConfig, size: int, views: int, seed: int) -> None:
         self.source, self.augment, self.size, self.views, self.seed = source, augment, size, views, seed
         self.damage = Damage(len(source))
 
@@ -181,14 +189,14 @@ class Reader(Dataset[tuple[Tensor, int, int]]):
 
 def open_data(
     data: str, augment: AugmentConfig, size: int, limit_bytes: int = DEFAULT_LIMIT_BYTES
-) -> tuple[ImageSet | None, Source | None]:
+) -> tuple[ImageSet | None, ImageSource | None]:
     """The training images: decoded, if they fit in memory, or else the source to read them from.
 
     The images of a batch are the same either way.
     """
     if data == "digits":
         return load_split("digits", "train", size), None
-    source = open_source(data, "train")
+    source = ImageSource(data, "train", upright=augment.upright)
     if decoded_bytes(source, size) > limit_bytes:
         return None, source
     if augment.geometry != "crop":

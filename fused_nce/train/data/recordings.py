@@ -1,22 +1,22 @@
-"""Recordings for training and evaluation: WAV files in WebDataset shards, and windows of them."""
+"""Recordings for training and evaluation: WAV files in folders or WebDataset shards, and windows of them."""
 
 from __future__ import annotations
 
-import io
-import json
-import wave
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from fused_nce.train.data import wav
+from fused_nce.train.data.account import some
+from fused_nce.train.data.labels import Classes
 from fused_nce.train.data.loader import Batch, Order
-from fused_nce.train.data.sources import Damage, Shards
+from fused_nce.train.data.members import RECORDING
+from fused_nce.train.data.sources import Damage, open_samples
+from fused_nce.train.data.wav import FULL_SCALE
 from fused_nce.train.limits import ABOVE_0, AT_LEAST_1, Rule, optional, setting
-
-FULL_SCALE = 32768  # of 16-bit samples
 
 
 @dataclass
@@ -34,50 +34,53 @@ class WindowConfig:
     label: str | None = setting(None, optional(Rule("the name of a label", bool)))
 
 
-class WavSource(Shards):
-    """Mono 16-bit `.wav` members. Every field of a `.json` member is a label by that name, `.cls` one named "class".
+class WavSource:
+    """Mono `.wav` files. Every field of a `.json` member is a label by that name, `.cls` or the folder is "class".
 
     Attributes:
+        samples: their files.
         tags: the labels as text, of every recording, by name; "" where one has none.
-        rate: samples a second.
+        rate: samples a second, of most of the recordings.
+
+    Raises:
+        ValueError: for data that cannot be read, or two labels of one name.
     """
 
-    def __init__(self, pattern: str, split: str) -> None:
-        super().__init__(pattern, split, {".wav"}, {"json": _fields, "cls": lambda text: {"class": text.decode()}})
-        if not self.entries:
-            raise ValueError(f"data: no .wav in {', '.join(map(str, self.shards))}")
-        known = [{k: v for found in note.values() for k, v in found.items()} for note in self.notes]
+    def __init__(self, data: str, split: str) -> None:
+        self.samples = samples = open_samples(data, split, RECORDING)
+        classes, known = Classes(samples), []
+        for i, (text, fields) in enumerate(zip(samples.texts, samples.fields, strict=True)):
+            number = classes.number(samples, text) if text else None
+            own = {} if number is None else {"class": classes.names[number]}
+            if fields.get("class", own.get("class")) != own.get("class", fields.get("class")):
+                raise ValueError(
+                    f"data: {samples.label_name(i)} says {own['class']}, the .json beside it {fields['class']}"
+                )
+            known.append(fields | own)
         names = list(dict.fromkeys(name for found in known for name in found))
         self.tags = {name: [found.get(name, "") for found in known] for name in names}
-        with wave.open(io.BytesIO(self.content(0))) as file:
-            self.rate = file.getframerate()
+        rates = Counter(rate for i in range(len(samples)) if (rate := self._rate(i)))
+        self.rate = max(rates, key=lambda rate: (rates[rate], rate), default=0)
+
+    def _rate(self, index: int) -> int:
+        try:
+            return wav.read_header(self.samples.content(index, wav.HEADER_BYTES)).rate
+        except (ValueError, OSError):
+            return 0  # counted when it is read
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
     def read(self, index: int) -> Tensor:  # (samples,) int16
         """A recording.
 
         Raises:
-            ValueError: for another format than the first recording's, an empty or a damaged file.
+            ValueError: for another rate than most have, an empty or a damaged file: see `wav.read`.
         """
-        try:
-            with wave.open(io.BytesIO(self.content(index))) as file:
-                form, content = file.getparams(), file.readframes(file.getnframes())
-        except (wave.Error, EOFError) as error:
-            raise ValueError(str(error) or "ends too early") from error
-        if (form.nchannels, form.sampwidth, form.framerate) != (1, 2, self.rate):
-            raise ValueError(
-                f"must be mono, 16 bit and {self.rate} Hz, got {form.nchannels} channels, {8 * form.sampwidth} bit and "
-                f"{form.framerate} Hz"
-            )
-        if not content or len(content) != 2 * form.nframes:
-            raise ValueError(f"holds {len(content) // 2} of {form.nframes} samples")
-        return torch.from_numpy(np.frombuffer(content, dtype="<i2").astype(np.int16))
-
-
-def _fields(text: bytes) -> dict[str, str]:
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise ValueError(f"a .json member must hold an object, got {text[:40]!r}")
-    return {name: str(value) for name, value in found.items() if isinstance(value, str | int)}
+        found, header = wav.read(self.samples.content(index))
+        if header.rate != self.rate:
+            raise ValueError(f"must have the {self.rate} Hz of most recordings, got {header}")
+        return found
 
 
 @dataclass
@@ -89,12 +92,18 @@ class Recordings:
         tags: labels as text, by name.
         rate: samples a second.
         damaged: recordings that could not be read, each replaced by the next good one.
+        account: one line: recordings, their labels, and what was left out and why.
+        digest: of the recordings' names and labels.
+        names: where each lies.
     """
 
     waves: list[Tensor]
     tags: dict[str, list[str]]
     rate: int
     damaged: int = 0
+    account: str = ""
+    digest: str = ""
+    names: list[str] = field(default_factory=list)
 
     def labels(self, name: str, classes: list[str]) -> Tensor:  # (n,)
         """Numbers of a label, −1 for what is no class."""
@@ -108,11 +117,25 @@ def load(data: str, split: str) -> Recordings:
     Raises:
         ValueError: if the shards or their recordings cannot be used, or more than 1 % of them are damaged.
     """
-    source = WavSource(data, "test" if split == "test" else "train")
-    damage = Damage(len(source))
+    source = WavSource(data, split)
+    samples, damage = source.samples, Damage(len(source), RECORDING)
     waves, used = zip(*(damage.read(source, i) for i in range(len(source))), strict=True)
     tags = {name: [values[i] for i in used] for name, values in source.tags.items()}
-    return Recordings(list(waves), tags, source.rate, damage.count)
+    account = samples.account.line(
+        data,
+        split,
+        f"{len(source):,} recordings of {source.rate} Hz",
+        *(_described(name, values) for name, values in tags.items()),
+        some(damage.count, "damaged, each replaced by the next one"),
+    )
+    return Recordings(
+        list(waves), tags, source.rate, damage.count, account, samples.digest(), [samples.name(i) for i in used]
+    )
+
+
+def _described(name: str, values: list[str]) -> str:
+    without = some(values.count(""), "without it")
+    return f"{len(set(values) - {''}):,} classes of {name!r}{without and f' ({without})'}"
 
 
 def classes(values: list[str]) -> list[str]:
@@ -135,7 +158,7 @@ class WindowLoader:
     Order and places depend on seed and position alone, so that a run resumes exactly.
 
     Args:
-        data: shards.
+        data: a folder or shards.
         windows: how long they are, and which label they have.
         local_batch: windows of this process in one batch.
         seed: of the order and the places.
@@ -152,9 +175,12 @@ class WindowLoader:
         self.waves = [scaled(x, a.level) for x in held.waves]
         self.window, self.seed, self.rank = a.window, seed, rank
         self.count, self.damaged = len(self.waves), held.damaged
+        self.account, self.digest = held.account, held.digest
         self.classes = classes(held.tags[a.label]) if a.label is not None else []
         self.labels = held.labels(a.label, self.classes) if a.label is not None else torch.full((self.count,), -1)
-        self.order = Order(self.count, local_batch, seed, rank, world)
+        self.order = Order(self.count, local_batch, seed, rank, world, RECORDING)
+
+    kind = RECORDING
 
     @property
     def labelled(self) -> bool:

@@ -1,164 +1,150 @@
-"""Where images come from: scikit-learn's digits, a folder, or WebDataset shards. All of them by index."""
+"""Images by index, from a folder or WebDataset shards, with the numbers of their classes; and scikit-learn's digits."""
 
-import glob
 import io
-import json
 import logging
-import tarfile
-from collections.abc import Callable, Collection, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from fused_nce.train.data.account import Account, printable, some
+from fused_nce.train.data.folders import SPLIT_FOLDERS, FolderSamples, walk
+from fused_nce.train.data.labels import CLASSES_FILE, Classes
+from fused_nce.train.data.members import IMAGE, Name, Samples, hidden, unread
+from fused_nce.train.data.shards import ShardSamples, find_shards, shards_in
+
 log = logging.getLogger("fused_nce")
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"}
-SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
+SPLITS = ("train", "probe", "test")
 DIGITS_SPLIT_SEED = 0
 MAX_DAMAGED = 0.01  # of a set; above it the set, not an image, is at fault
+FULL_16_BIT = 65535
+
+
+def open_samples(data: str, split: str, kind: str, *, hold: bool = True) -> Samples:
+    """The files of one kind, from a folder or shards, by what is there.
+
+    Args:
+        data: a folder of class folders or of shards, or a glob of shards.
+        split: "train", "probe" (the training split) or "test".
+        kind: `members.IMAGE` or `members.RECORDING`.
+        hold: see `ShardSamples`.
+
+    Raises:
+        ValueError: for an unknown split, or data that cannot be read.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split: must be 'train', 'probe' or 'test', got {split!r}")
+    wanted, path = "test" if split == "test" else "train", Path(data)
+    if not path.exists() and not any(c in data for c in "*?["):
+        raise ValueError(f"data: {data} does not exist; it must be 'digits', a folder of {kind}, or .tar[.gz] shards")
+    shards = shards_in(path) if path.is_dir() else []
+    if path.is_dir() and not shards:
+        return FolderSamples(path, wanted, kind)
+    folders = [p for p in path.iterdir() if p.is_dir() and not hidden(p.name)] if shards else []
+    both = next((p for folder in folders for p in walk(folder, Account()) if Name.of(p.name).kind == kind), None)
+    if both is not None:
+        raise ValueError(
+            f"data: {data} holds shards ({shards[0].name}) and {kind} in folders ({both}); "
+            "name the shards by a glob, or move either away"
+        )
+    samples = ShardSamples(find_shards(data, wanted), kind, hold=hold)
+    for entry in sorted(path.iterdir()) if shards else []:
+        if (
+            entry in shards
+            and entry not in samples.shards
+            and not entry.name.startswith(tuple(chain(*SPLIT_FOLDERS.values())))
+        ):
+            samples.account.leave_out("shards of no split", str(entry))
+        elif entry not in shards and entry.is_file() and entry.name != CLASSES_FILE:
+            samples.account.leave_out(unread(Name.of(entry.name), "files"), str(entry))
+    return samples
 
 
 class Readable(Protocol):
     """Images, or recordings, by index, without holding them decoded."""
 
-    def __len__(self) -> int: ...
+    samples: Samples
 
-    def name(self, index: int) -> str: ...
+    def __len__(self) -> int: ...
 
     def read(self, index: int) -> Tensor:  # (3, H, W) uint8, any size; or (samples,) int16
         ...
 
 
-class Source(Readable, Protocol):
-    """Images with the numbers of their classes."""
-
-    labels: list[int]
-    classes: list[str]
-
-
-class FolderSource:
-    """`ROOT/[train|test]/CLASS/**/IMAGE`. Images beside the class folders have no label (−1)."""
-
-    def __init__(self, root: Path, split: str) -> None:
-        found = next((root / name for name in SPLIT_FOLDERS[split] if (root / name).is_dir()), None)
-        if found is None and (split == "test" or any((root / "test").glob("*"))):
-            raise ValueError(f"data: {root} has no {split} split; it must hold {root / SPLIT_FOLDERS[split][0]}")
-        folder = found or root
-        self.classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        if not self.paths:
-            raise ValueError(f"data: no image below {folder}; it must hold {', '.join(sorted(IMAGE_SUFFIXES))} files")
-        label = {name: i for i, name in enumerate(self.classes)}
-        self.labels = [label.get(p.relative_to(folder).parts[0], -1) for p in self.paths]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, index: int) -> str:
-        return str(self.paths[index])
-
-    def read(self, index: int) -> Tensor:
-        return to_rgb(self.paths[index].read_bytes())
-
-
-class Shards:
-    """WebDataset shards by index: members that share a key are a sample, one kept and the small ones beside it parsed.
-
-    A plain `.tar` is indexed once and read by offset. A `.tar.gz` cannot be, so what it keeps is held in memory.
+class ImageSource:
+    """Images of a split with the numbers of their classes, which are those of the training split.
 
     Args:
-        pattern: a folder of shards, or a glob.
-        split: "train" or "test".
-        kept: suffixes of the member that a sample is read from, with their dots.
-        notes: parsers of the members beside it, by suffix without the dot.
+        data: see `open_samples`.
+        split: "train", "probe" or "test".
+        known: the classes of the training split, where they have been read already.
+        upright: turn images as their EXIF orientation says.
+        leave_out_unseen: leave out images of classes that no training image has, instead of refusing them.
 
     Attributes:
-        notes: of each sample, what its parsers found, by suffix.
-        shards: the files.
+        samples: their files.
+        known: the classes.
+        labels: of every image, −1 where there is none.
+
+    Raises:
+        ValueError: for data that cannot be read, or a class that no training image has.
     """
 
     def __init__(
-        self, pattern: str, split: str, kept: Collection[str], notes: Mapping[str, Callable[[bytes], Any]]
+        self,
+        data: str | Path,
+        split: str,
+        *,
+        known: Classes | None = None,
+        upright: bool = False,
+        leave_out_unseen: bool = False,
     ) -> None:
-        self.shards = find_shards(pattern, split)
-        self.notes: list[dict[str, Any]] = []
-        self.entries: list[tuple[str, Path, int, bytes | int]] = []  # key, shard, offset, the bytes or their number
-        for shard in self.shards:
-            self._index(shard, kept, notes)
-
-    def _index(self, shard: Path, kept: Collection[str], notes: Mapping[str, Callable[[bytes], Any]]) -> None:
-        zipped = shard.suffix == ".gz"
-        pending: dict[str, tuple[int, bytes | int]] = {}
-        found: dict[str, dict[str, Any]] = {}
-        try:
-            with tarfile.open(shard, "r:gz" if zipped else "r:") as tar:
-                for member in tar:
-                    # A key is the path up to the first dot of the file's name, as WebDataset defines it.
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, suffix = base.partition(".")
-                    key = f"{folder}/{stem}" if folder else stem
-                    handle = tar.extractfile(member) if zipped or suffix in notes else None
-                    if f".{suffix.lower()}" in kept:
-                        pending[key] = (member.offset_data, handle.read() if handle else member.size)
-                    elif suffix in notes and handle:
-                        found.setdefault(key, {})[suffix] = notes[suffix](handle.read())
-        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-            raise ValueError(f"data: shard {shard} cannot be read: {error}") from error
-        for key, (offset, content) in pending.items():
-            self.entries.append((key, shard, offset, content))
-            self.notes.append(found.get(key, {}))
+        data = str(data)
+        self.samples, self.upright = open_samples(data, split, IMAGE), upright
+        self.data, self.split = data, split
+        if known is None:
+            known = Classes(open_samples(data, "train", IMAGE, hold=False) if split == "test" else self.samples)
+        self.known, self.classes = known, known.names
+        self.labels = known.numbers(self.samples, leave_out_unseen=leave_out_unseen)
+        if not self.labels:
+            raise ValueError(f"data: all {split} images of {data} are of classes that no training image has")
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.labels)
 
-    def name(self, index: int) -> str:
-        key, shard, *_ = self.entries[index]
-        return f"{shard}:{key}"
-
-    def content(self, index: int) -> bytes:
-        """The kept member of a sample."""
-        _, shard, offset, content = self.entries[index]
-        if isinstance(content, int):
-            with shard.open("rb") as handle:
-                handle.seek(offset)
-                content = handle.read(content)
-        return content
-
-
-class ShardSource(Shards):
-    """Images in shards; `.cls` holds the label as text."""
-
-    def __init__(self, pattern: str, split: str) -> None:
-        super().__init__(pattern, split, IMAGE_SUFFIXES, {"cls": int})
-        if not self.entries:
-            raise ValueError(f"data: no image in {', '.join(map(str, self.shards))}")
-        self.labels: list[int] = [note.get("cls", -1) for note in self.notes]
-        names = self.shards[0].parent / "classes.json"
-        count = max(self.labels) + 1
-        self.classes = json.loads(names.read_text()) if names.is_file() else [str(i) for i in range(count)]
-        if len(self.classes) < count:
-            raise ValueError(f"data: {names} names {len(self.classes)} classes, but a label is {count - 1}")
+    def account(self, damaged: int = 0) -> str:
+        """One line: images, classes, and what was left out and why."""
+        return self.samples.account.line(
+            self.data,
+            self.split,
+            f"{len(self):,} images",
+            f"{len(set(self.labels) - {-1}):,} classes",
+            some(self.labels.count(-1), "without a label"),
+            some(damaged, "damaged, each replaced by the next one"),
+        )
 
     def read(self, index: int) -> Tensor:
-        return to_rgb(self.content(index))
+        return to_rgb(self.samples.content(index), upright=self.upright)
 
 
 class Damage:
-    """Counts images that cannot be read and puts the next good one in their place, so that batches stay full."""
+    """Counts what cannot be read and puts the next good one in its place, so that batches stay full."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.bad = total, set[int]()
+    def __init__(self, total: int, kind: str = IMAGE) -> None:
+        self.total, self.kind, self.bad = total, kind, set[int]()
 
     @property
     def count(self) -> int:
         return len(self.bad)
 
     def read(self, source: Readable, index: int) -> tuple[Tensor, int]:
-        """The image, and the index that it came from.
+        """The image or recording, and the index that it came from.
 
         Raises:
             ValueError: when more than 1 % of the set is damaged.
@@ -166,42 +152,58 @@ class Damage:
         while True:
             try:
                 return source.read(index), index
-            except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
-                self.report(index, f"{source.name(index)}: {error}")
+            except MemoryError:
+                raise
+            except Exception as error:  # decoders raise errors of many types for broken files, and for too large ones
+                self.report(index, f"{source.samples.name(index)}: {error or type(error).__name__}")
                 index = (index + 1) % self.total
 
     def report(self, index: int, what: str) -> None:
         if index in self.bad:
             return
         self.bad.add(index)
+        thing, what = self.kind[:-1], printable(what)
         if self.count == 1 or self.count % 1000 == 0:
-            log.warning("damaged image %d, replaced by the next one: %s", self.count, what)
+            log.warning("damaged %s %d, replaced by the next one: %s", thing, self.count, what)
         if self.count > MAX_DAMAGED * self.total:
-            raise ValueError(f"data: {self.count} of {self.total} images are damaged, above 1 %; the last: {what}")
+            raise ValueError(f"data: {self.count} of {self.total} {self.kind} are damaged, above 1 %; the last: {what}")
 
 
-def find_shards(pattern: str, split: str) -> list[Path]:
-    """The `.tar` and `.tar.gz` files of a split, sorted."""
-    path = Path(pattern)
-    names = SPLIT_FOLDERS[split]
-    if path.is_dir():
-        found = [p for name in names for p in path.glob(f"{name}*.tar*")]
-        if not found and split == "train":
-            found = list(path.glob("*.tar*"))
-    else:
-        base = path.name
-        options = [base] if split == "train" else [base.replace("train", name) for name in names if "train" in base]
-        found = [Path(p) for option in options for p in glob.glob(str(path.parent / option))]
-    shards = sorted(p for p in found if p.name.endswith((".tar", ".tar.gz")))
-    if not shards:
-        raise ValueError(f"data: no {split} shards at {pattern}; a folder must hold {names[0]}-*.tar or .tar.gz files")
-    return shards
+def to_rgb(
+    content: bytes,
+    *,
+    upright: bool = False,
+) -> Tensor:  # (3, H, W) uint8
+    """Decode an image: grey is repeated, 16 bits scaled to 8, transparency dropped, and of frames the first taken.
 
+    Args:
+        content: of a file.
+        upright: turn it as its EXIF orientation says.
 
-def to_rgb(content: bytes) -> Tensor:  # (3, H, W) uint8
-    with Image.open(io.BytesIO(content)) as image:
+    Raises:
+        ValueError: for no image, and for values whose scale is unknown.
+    """
+    try:
+        image: Image.Image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"is no image of a format that Pillow knows ({len(content)} bytes)") from error
+    with image:
+        if upright:
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "F" or image.mode.startswith("I"):
+            return deep_grey(np.asarray(image)).expand(3, -1, -1).contiguous()
         tensor: Tensor = TF.pil_to_tensor(image.convert("RGB"))
     return tensor
+
+
+def deep_grey(values: np.ndarray) -> Tensor:  # (H, W) any dtype -> (1, H, W) uint8
+    """Grey of more than 8 bits: integers are of 16 bits, floats in [0, 1] or else in [0, 255]."""
+    low, high = float(values.min()), float(values.max())
+    top = FULL_16_BIT if values.dtype.kind in "iu" else 1 if high <= 1 else 255
+    if not 0 <= low <= high <= top:
+        need = "[0, 65535]" if top == FULL_16_BIT else "[0, 1] or [0, 255]"
+        raise ValueError(f"has grey values in [{low:g}, {high:g}]; need {need}")
+    return torch.from_numpy((values.astype(np.float64) * (255 / top)).round().astype(np.uint8))[None]
 
 
 def fit(image: Tensor, size: int, resize: int) -> Tensor:  # (3, H, W) uint8 -> (3, size, size) uint8

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.losses import MINELoss, mine_dv
+from fused_nce.train.evaluation.features import mean_and_sd
 
 SHUFFLES = 5  # of the test split, for the mean over pairs drawn apart
 MINE_UPDATES, MINE_BATCH, MINE_RATE, MINE_AVERAGE = 1500, 128, 5e-4, 0.01
@@ -108,12 +109,12 @@ def ndm(
 def shuffled(
     codes: Tensor,  # (n, D)
 ) -> Tensor:
-    """Each column in an order of its own: the marginals stay, what joins them goes."""
+    """Permutes each column by itself: keeps the marginals, removes the dependence."""
     return codes.gather(0, torch.rand_like(codes).argsort(0))
 
 
 def _elsewhere(count: int) -> Tensor:
-    """A row for each that is not itself."""
+    """For each row, the number of another row."""
     return (torch.arange(count) + torch.randint(1, count, (count,))) % count
 
 
@@ -121,7 +122,6 @@ def standardised(
     bank: Tensor,  # (n, D)
     queries: Tensor,  # (m, D)
 ) -> tuple[Tensor, Tensor]:
-    """Both by the bank's mean and deviation, neither of which either measure depends on."""
-    mean, sd = bank.mean(0), bank.std(0)
-    sd = torch.where(sd > 1e-6 * mean.abs(), sd, torch.inf)
+    """Standardises both by the bank's mean and deviation; both measures are invariant to this."""
+    mean, sd = mean_and_sd(bank)
     return (bank - mean) / sd, (queries - mean) / sd

@@ -54,7 +54,7 @@ def unit(
     bank: Tensor,  # (n, D)
     queries: Tensor,  # (m, D)
 ) -> tuple[Tensor, Tensor]:
-    """Both without the bank's mean, at unit norm."""
+    """Subtracts the bank's mean from both, and scales rows to norm 1."""
     mean = bank.mean(0)
     return functional.normalize(bank - mean, dim=1), functional.normalize(queries - mean, dim=1)
 

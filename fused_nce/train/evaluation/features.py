@@ -18,6 +18,14 @@ GRID = 2  # maps are averaged to 2 × 2: a 7 × 7 map of 256 channels is 12,544 
 CALIBRATION_IMAGES = 4096
 
 
+def mean_and_sd(
+    x: Tensor,  # (n, D)
+) -> tuple[Tensor, Tensor]:  # (D,) each
+    """Mean and deviation of each feature; infinite where it is constant but for rounding: divided by it, that is 0."""
+    mean, sd = x.mean(0), x.std(0)
+    return mean, torch.where(sd > 1e-6 * mean.abs(), sd, torch.inf)
+
+
 def as_vectors(
     tap: Tensor,  # (B, D), (B, C, frames), (B, C, 1, 1) or (B, C, H, W)
 ) -> Tensor:  # (B, D)
@@ -34,7 +42,7 @@ def width(
     sample: Tensor,  # (1, ...)
     tap: str,
 ) -> int:
-    """Numbers that a tap has for one input, of a model that trains: its statistics and random state stay."""
+    """Width of a tap for one input, measured without changing the model's statistics or the random state."""
     training = model.training
     check_taps(model.eval(), sample, [tap])
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Semi-supervised fine-tuning: the whole encoder goes on learning, from a few labels a class."""
+"""Semi-supervised fine-tuning: the whole encoder is trained further, on a few labels a class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fused_nce.train.evaluation.features import as_vectors
+from fused_nce.train.evaluation.features import as_vectors, mean_and_sd
 
 Labels = NDArray[np.int64]
 Transform = Callable[[Tensor], Tensor]
@@ -65,8 +65,7 @@ class Tuned(nn.Module):
     @classmethod
     def of(cls, subject: Subject, bank: Tensor, classes: int) -> Tuned:
         """A copy of an encoder, standardised by its features (n, D) of the probe split."""
-        mean, sd = bank.mean(0), bank.std(0)
-        sd[sd <= 1e-6 * mean.abs()] = math.inf  # as the probes: a constant feature becomes 0
+        mean, sd = mean_and_sd(bank)
         return cls(copy.deepcopy(subject.model), subject.tap, subject.transform, mean, sd, classes)
 
     def forward(

@@ -13,7 +13,7 @@ from fused_nce.train.data.images import ImageSet, load_labelled
 from fused_nce.train.evaluation import features, scoring
 from fused_nce.train.evaluation.figures import Figures, draw_figures
 from fused_nce.train.evaluation.fine_tune import Subject
-from fused_nce.train.evaluation.protocols import described
+from fused_nce.train.evaluation.protocols import LEFT_OUT, described
 from fused_nce.train.host import autocast_dtype, progress_bar
 
 
@@ -29,6 +29,7 @@ def evaluate(
     baselines: bool,
     seed: int,
     keep: Callable[[list[dict[str, Any]]], None],
+    leave_out_unseen: bool = False,
 ) -> tuple[dict[str, Any], Figures]:
     """Every protocol asked for, on each tap of a frozen encoder.
 
@@ -43,17 +44,18 @@ def evaluate(
         baselines: untrained encoders and raw pixels too.
         seed: of the draws, the untrained encoders and the embedding.
         keep: called with all rows so far after each feature set.
+        leave_out_unseen: leave out test images of classes that no training image has, instead of refusing them.
 
     Returns:
         What `eval.json` holds of the accuracies, and the pictures.
     """
-    probe, test = (
-        load_labelled(config.data, split, config.model.image_size, seed=seed, limit_mb=config.run.memory_limit_mb)
-        for split in ("probe", "test")
-    )
+    probe, test = load_labelled(
+        config.data, config.model.image_size, seed=seed, limit_mb=config.run.memory_limit_mb,
+        upright=config.augment.upright, leave_out_unseen=leave_out_unseen,
+    )  # fmt: skip
     plan = scoring.plan(
-        probe.labels, test.labels, protocols=protocols, labels_per_class=labels_per_class, draws=draws, tasks=tasks,
-        seed=seed,
+        probe.labels, test.labels, classes=probe.classes, protocols=protocols, labels_per_class=labels_per_class,
+        draws=draws, tasks=tasks, seed=seed,
     )  # fmt: skip
 
     rows: list[dict[str, Any]] = []
@@ -76,16 +78,17 @@ def evaluate(
     confusion = None
     if kept["shown"] is not None:
         name, predicted = kept["shown"]
-        matrix = scoring.confusion_matrix(predicted, plan.truth, len(test.classes))
+        matrix = scoring.confusion_matrix(predicted, plan.truth, len(probe.classes))
         confusion = {"tap": taps[0], "probe": name, "labels": "all", "matrix": matrix}
     judged = {
-        "classes": test.classes,
+        "classes": probe.classes,
         "taps": taps,
         "splits": {"probe": len(probe.labels), "test": len(test.labels)},
+        "read": [probe.account, test.account],
         "probes": rows,
         "measures": measures,
         "confusion": confusion,
-        "protocol": _protocol(config.data, protocols, draws, tasks, baselines),
+        "protocol": _protocol(config.data, protocols, draws, tasks, baselines, leave_out_unseen),
     }
     return judged, figures
 
@@ -115,7 +118,9 @@ def _feature_sets(
         yield "raw pixels", scoring.PIXELS, bank, queries, None
 
 
-def _protocol(data: str, protocols: list[str], draws: int, tasks: int, baselines: bool) -> list[str]:
+def _protocol(
+    data: str, protocols: list[str], draws: int, tasks: int, baselines: bool, leave_out_unseen: bool
+) -> list[str]:
     """What a reader must know to judge the accuracies, one sentence a line."""
     split = (
         "The images of pre-training, of the probes and of the test are disjoint."
@@ -129,6 +134,8 @@ def _protocol(data: str, protocols: list[str], draws: int, tasks: int, baselines
         "A map is averaged over a 2 × 2 grid; a vector, such as f1, stays.",
         *described(protocols, draws, tasks),
     ]
+    if leave_out_unseen:
+        lines.append(LEFT_OUT.format("images"))
     if baselines:
         lines.append(
             "Untrained encoders have the run's architecture; their BatchNorm gets the statistics of the probe split, "

@@ -1,4 +1,4 @@
-"""Linear classifiers fitted in full batches: L-BFGS on coordinates in which the problem is nearly round.
+"""Linear classifiers fitted in full batches: L-BFGS in coordinates in which the Hessian is well conditioned.
 
 Multinomial logistic regression, or the linear support vector machine (one class against the rest, squared hinge).
 

@@ -26,7 +26,7 @@ HELD_OUT = 0.25
 
 @dataclass(frozen=True)
 class Fitted:
-    """Predictions of one probe on the test images, with how they came about."""
+    """Predictions of one probe on the test images, its penalty, and whether the fit converged."""
 
     predicted: Labels  # (m,)
     c: float

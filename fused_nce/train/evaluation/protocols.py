@@ -48,7 +48,7 @@ class FeatureSet(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Rows of the table; the (m,) test predictions, of a protocol that has one set of them; and what is no accuracy."""
+    """A protocol's rows of the table, its (m,) test predictions if it has one set of them, and other measures."""
 
     rows: list[Row]
     predicted: Labels | None = None
@@ -77,7 +77,7 @@ def row(probe: str, labels: str, accuracies: list[float], setting: dict[str, Any
 
 
 def measure(name: str, of: str, value: float, unit: str = "") -> Row:
-    """A number that is no accuracy; null where it is not finite."""
+    """A row for a number that is not an accuracy; null if it is not finite."""
     return {"probe": name, "labels": of, "value": value if math.isfinite(value) else None, "unit": unit}
 
 
@@ -246,6 +246,7 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 FROZEN = tuple(name for name, protocol in PROTOCOLS.items() if not protocol.of_encoder)
 DEFAULT = ("linear", "knn", "few")
+LEFT_OUT = "Test {} of classes that no training example has are left out."
 
 
 def check_names(names: list[str]) -> list[str]:

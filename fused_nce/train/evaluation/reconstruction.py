@@ -52,7 +52,7 @@ def train_decoder(
     seed: int,
     updates: int = UPDATES,
 ) -> Decoder:
-    """By squared error and Adam along a cosine; in eval mode then."""
+    """Trains it by squared error with Adam and a cosine schedule, and sets eval mode."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         decoder = Decoder(features.shape[1], images.shape[-1])

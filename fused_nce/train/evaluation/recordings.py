@@ -9,21 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.train.data import log_mel, recordings
+from fused_nce.train.data.labels import refuse_unseen
 from fused_nce.train.data.recordings import Recordings
 from fused_nce.train.evaluation import features, figures, scoring
-from fused_nce.train.evaluation.protocols import FROZEN, PROTOCOLS, described
+from fused_nce.train.evaluation.protocols import FROZEN, LEFT_OUT, PROTOCOLS, described
 from fused_nce.train.host import progress_bar
 
 LOG_MEL = "log-mel mean"
 
 
 class Target(NamedTuple):
-    """A label that every recording of both splits may have."""
+    """A label that every recording of both splits has."""
 
     name: str
     classes: list[str]
     probe: Tensor  # (n,) of the recordings that the probe is fitted on
     test: Tensor  # (m,)
+    rows: Tensor  # (m,) of the test recordings that it is judged on
 
 
 def evaluate(
@@ -38,6 +40,7 @@ def evaluate(
     baselines: bool,
     seed: int,
     keep: Callable[[list[dict[str, Any]]], None],
+    leave_out_unseen: bool = False,
 ) -> tuple[dict[str, Any], figures.Figures]:
     """Every protocol asked for, on the mean over time of each tap, for each label.
 
@@ -52,6 +55,7 @@ def evaluate(
         baselines: untrained encoders and log-mel spectra too.
         seed: of the draws, the untrained encoders and the embedding.
         keep: called with all rows so far after each feature set.
+        leave_out_unseen: leave out test recordings of classes that no training recording has, instead of refusing them.
 
     Returns:
         What `eval.json` holds of the accuracies, and the pictures. A tap has the label's name: "c_t, digit".
@@ -63,11 +67,13 @@ def evaluate(
         if PROTOCOLS[name].of_encoder:
             raise ValueError(f"protocols: {name} needs images; recordings have {', '.join(FROZEN)}")
     probe, test = (recordings.load(config.data, split) for split in ("probe", "test"))
-    targets = find_targets(probe, test, config.data)
+    if probe.rate != test.rate:
+        raise ValueError(f"data: training recordings have {probe.rate} Hz, test recordings {test.rate}; need one rate")
+    targets, said = find_targets(probe, test, config.data, leave_out_unseen=leave_out_unseen)
     plans = {
         target.name: scoring.plan(
-            target.probe, target.test, protocols=protocols, labels_per_class=labels_per_class, draws=draws,
-            tasks=tasks, seed=seed,
+            target.probe, target.test, classes=target.classes, protocols=protocols, labels_per_class=labels_per_class,
+            draws=draws, tasks=tasks, seed=seed,
         )
         for target in targets
     }  # fmt: skip
@@ -77,10 +83,10 @@ def evaluate(
         for target in targets:
             # The log-mel mean is no tap: it stands beside each.
             for shown in [tap] if tap is not None else taps:
-                found = scoring.score(bank, queries, plans[target.name], protocols)
+                found = scoring.score(bank, queries[target.rows], plans[target.name], protocols)
                 rows += [{"encoder": encoder, "tap": f"{shown}, {target.name}"} | row for row in found.rows]
             if not first:
-                first = {"queries": queries, "predicted": found.shown}
+                first = {"queries": queries[targets[0].rows], "predicted": found.shown}
         keep(rows)
     main = targets[0]
     names = [f"{tap}, {target.name}" for tap in taps for target in targets]
@@ -94,27 +100,47 @@ def evaluate(
         "classes": main.classes,
         "taps": names,
         "splits": {"probe": len(probe.waves), "test": len(test.waves)},
+        "read": [probe.account, test.account, *said],
         "probes": sorted(rows, key=lambda row: names.index(row["tap"])),
         "confusion": confusion,
-        "protocol": protocol(protocols, draws, tasks),
+        "protocol": protocol(protocols, draws, tasks) + leave_out_unseen * [LEFT_OUT.format("recordings")],
     }
     return result, figures.Figures(figures.embed(first["queries"], seed), main.test.tolist())
 
 
-def find_targets(probe: Recordings, test: Recordings, data: str) -> list[Target]:
-    """Every label that all recordings have, in both splits, with 2 classes or more."""
-    targets = []
+def find_targets(
+    probe: Recordings, test: Recordings, data: str, *, leave_out_unseen: bool = False
+) -> tuple[list[Target], list[str]]:
+    """Every label that all recordings have, in both splits, with 2 classes or more; and a line for what is left out.
+
+    Raises:
+        ValueError: for no such label, or a test class that no training recording has, unless those are left out.
+    """
+    targets, said = [], []
     for name in probe.tags:
         classes = recordings.classes(probe.tags[name])
-        complete = all("" not in split.tags.get(name, [""]) for split in (probe, test))
-        if len(classes) >= 2 and complete:
-            new = set(test.tags[name]) - set(classes)
-            if new:
-                raise ValueError(f"data: no training recording has {name} {min(new)!r}, which a test recording has")
-            targets.append(Target(name, classes, probe.labels(name, classes), test.labels(name, classes)))
+        tags = test.tags.get(name, [""] * len(test.waves))
+        missing = [split.count("") for split in (probe.tags[name], tags)]
+        if len(classes) < 2 or any(missing) or not tags:
+            said.append(
+                f"label {name!r} is not evaluated: {len(classes)} classes; {missing[0]} training and {missing[1]} test "
+                "recordings lack it"
+            )
+            continue
+        truth = test.labels(name, classes)
+        rows, unseen = (truth >= 0).nonzero().flatten(), recordings.classes([t for t in tags if t not in set(classes)])
+        if unseen and not leave_out_unseen:
+            first = next(i for i, tag in enumerate(tags) if tag == unseen[0])
+            refuse_unseen("recordings", name, unseen, len(tags) - len(rows), test.names[first])
+        if unseen:
+            said.append(f"{name!r}: {len(tags) - len(rows)} test recordings of classes that training lacks left out")
+        targets.append(Target(name, classes, probe.labels(name, classes), truth[rows], rows))
     if not targets:
-        raise ValueError(f"data: {data} has no label of 2 or more classes on every recording; need one to evaluate")
-    return targets
+        why = f" ({'; '.join(said)})" if said else ""
+        raise ValueError(
+            f"data: {data} has no label of 2 or more classes on every recording{why}; need one to evaluate"
+        )
+    return targets, said
 
 
 def _feature_sets(
@@ -148,7 +174,7 @@ def _feature_sets(
 def extract(
     model: Any, waves: Sequence[Tensor], level: float | None, taps: Sequence[str], *, name: str = "features"
 ) -> dict[str, Tensor]:  # {tap: (n, D)}
-    """Each tap's mean over the frames of a recording, which is encoded whole and by itself: no padding, no neighbours.
+    """Each tap's mean over the frames of a recording. Recordings are encoded one at a time, whole, without padding.
 
     Args:
         model: has `encode(x) -> {tap: tensor}` and `encoder.frames(samples)`.

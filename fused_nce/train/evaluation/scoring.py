@@ -20,6 +20,7 @@ def plan(
     labels: Tensor,
     truth: Tensor,
     *,
+    classes: Sequence[str] | None = None,
     protocols: Sequence[str] = ("few",),
     labels_per_class: Sequence[int],
     draws: int,
@@ -28,9 +29,19 @@ def plan(
 ) -> Plan:
     """Draws what the protocols need: few-label subsets from three quarters of the probe split, and few-shot tasks.
 
+    Args:
+        labels: (n,) of the probe split.
+        truth: (m,) of the test split.
+        classes: their names, by which an error calls them.
+        protocols: names.
+        labels_per_class: sizes of the small label sets.
+        draws: how many of each, at least 2.
+        tasks: of few-shot, at least 2.
+        seed: of the draws.
+
     Raises:
         ValueError: fewer than 2 draws or tasks (no standard deviation), a class that is too small, or a test class
-            without a labelled image in the probe split.
+            without a labelled example in the probe split.
     """
     for name, value in (("draws", draws), ("tasks", tasks)):
         if value < 2:
@@ -41,7 +52,8 @@ def plan(
     known, tested = labels.numpy().astype(np.int64), truth.numpy().astype(np.int64)
     missing = np.setdiff1d(tested, known)
     if len(missing):
-        raise ValueError(f"labels: test class {missing[0]} has no image in the probe split; need every class there")
+        name = classes[missing[0]] if classes else missing[0]
+        raise ValueError(f"labels: test class {name} has no example in the probe split; need every class there")
     rng = np.random.default_rng(seed)
     pool, held = hold_out(known, HELD_OUT, rng)
     counts = labels_per_class if {"few", "fine-tune"} & set(protocols) else ()

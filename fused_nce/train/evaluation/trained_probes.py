@@ -58,7 +58,7 @@ def softmax_by_sgd(
     epochs: int,
     seed: int,
 ) -> Tensor:  # (R, K, D + 1), a model for each rate; the last column is the bias
-    """All rates at once, on the same batches: one product serves them all."""
+    """Trains with all learning rates at once on the same batches, in one matrix product."""
     classes = int(labels.max()) + 1
     weight = torch.zeros(len(rates), classes, x.shape[1] + 1)
     velocity = torch.zeros_like(weight)

@@ -125,8 +125,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class AMDIMConfig(Method):
-    __doc__ = Method.__doc__
-
     method: ClassVar[str] = "amdim"
     title: ClassVar[str] = "AMDIM"
     in_parts: ClassVar[bool] = True
@@ -167,11 +165,3 @@ class AMDIMConfig(Method):
             f"random, {name} init": dataclasses.replace(self, model=dataclasses.replace(self.model, init=init))
             for name, init in kinds.items()
         }
-
-    def loss_shape(self) -> tuple[list[tuple[int, int]], int]:
-        """Every pair, in both directions."""
-        every = self.loss.antecedents == "all"
-        sides = [[int(side) ** 2 for side in pair.split(">")] for pair in self.loss.pairs]
-        rows_of = {rows: rows if every else 1 for rows, _ in sides} | {1: self.model.mixture}
-        terms = [(rows_of[rows], columns) for rows, columns in sides for _ in range(2)]
-        return terms, self.model.n_rkhs

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fused_nce.losses import CPCLoss
 from fused_nce.models import CPC
 from fused_nce.models.base import Model
-from fused_nce.models.cpc_sampled import SampledCPCLoss
+from fused_nce.models.cpc import SampledCPCLoss
 from fused_nce.models.encoders.cpc import AudioEncoder
 from fused_nce.train.data.recordings import WindowConfig, WindowLoader
 from fused_nce.train.evaluation.figures import Figures
@@ -33,7 +33,7 @@ class CPCLossConfig:
         negatives: "batch", every other target of the step; "sequence", those of the prediction's own sequence or image;
             "sampled", a few of the batch for each prediction.
         sampled: how many.
-        backend: engine backend, of all but "sampled"; chosen by the machine if left out.
+        backend: engine backend; chosen by the machine if left out.
     """
 
     negatives: Literal["batch", "sequence", "sampled"] = "batch"
@@ -43,7 +43,7 @@ class CPCLossConfig:
     def build(self) -> nn.Module:
         """The loss of a step."""
         if self.negatives == "sampled":
-            return SampledCPCLoss(self.sampled)
+            return SampledCPCLoss(self.sampled, backend=self.backend)
         return CPCLoss(negatives=self.negatives, backend=self.backend)
 
 
@@ -102,8 +102,6 @@ def optimizer(**changes: Any) -> OptimConfig:
 
 @dataclass
 class CPCConfig(Method):
-    __doc__ = Method.__doc__
-
     method: ClassVar[str] = "cpc"
     title: ClassVar[str] = "CPC"
     presets: ClassVar = PRESETS

@@ -97,8 +97,6 @@ def _augment() -> AugmentConfig:
 
 @dataclass
 class CPCVisionConfig(Method):
-    __doc__ = Method.__doc__
-
     method: ClassVar[str] = "cpc-vision"
     title: ClassVar[str] = "CPC"
     presets: ClassVar = PRESETS

@@ -121,8 +121,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class DIMConfig(Method):
-    __doc__ = Method.__doc__
-
     method: ClassVar[str] = "dim"
     title: ClassVar[str] = "DIM"
     presets: ClassVar = PRESETS

@@ -12,7 +12,7 @@ from fused_nce.train.data.recordings import WindowLoader
 from fused_nce.train.limits import ABOVE_0, Rule, number, optional, setting
 from fused_nce.train.methods import projected
 from fused_nce.train.methods.presets import CIFAR_VIEWS, DIGITS_VIEWS, crops
-from fused_nce.train.methods.projected import CIFAR_R18, DIGITS_OPTIM, TINY_OPTIM
+from fused_nce.train.methods.projected import ADAM, CIFAR_R18, DIGITS_OPTIM, TINY_OPTIM, lars
 from fused_nce.train.settings import BACKBONE, SIDE, AugmentConfig, OptimConfig
 
 
@@ -49,7 +49,7 @@ class DistilLossConfig:
 
 
 # All ours: with crops and flips alone, as v2 has it, and the rates of the other presets.
-ADAM: dict[str, Any] = {"name": "adam", "lr": 1e-3, "betas": [0.9, 0.999]}
+OPTIM: dict[str, Any] = {**ADAM, "lr": 1e-3}
 TEN: dict[str, Any] = {"classes": 10}
 PLAIN: dict[str, Any] = {"jitter_p": 0.0, "gray_p": 0.0}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -57,12 +57,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": {
         "model": {**CIFAR_R18, **TEN},
         "augment": CIFAR_VIEWS | PLAIN,
-        "optim": {**ADAM, "epochs": 200, "batch_size": 128, "warmup_updates": 1000},
+        "optim": {**OPTIM, "epochs": 200, "batch_size": 128, "warmup_updates": 1000},
     },
     "cifar10-tiny": {
         "model": {"image_size": 32, "backbone": "tiny", **TEN},
         "augment": CIFAR_VIEWS | PLAIN,
-        "optim": {**TINY_OPTIM, **ADAM, "epochs": 6},
+        "optim": {**TINY_OPTIM, **OPTIM, "epochs": 6},
     },
     "digits": {
         "model": {"image_size": 16, "backbone": "mini", **TEN},
@@ -73,17 +73,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _optim() -> OptimConfig:
-    return OptimConfig(
-        name="lars", epochs=400, batch_size=512, lr=4.8, weight_decay=1e-6, decay_all=False, warmup_updates=3120,
-        schedule="cosine",
-    )  # fmt: skip
-
-
 @dataclass
 class DistilConfig(projected.ProjectedConfig):
-    __doc__ = projected.ProjectedConfig.__doc__
-
     method: ClassVar[str] = "distil"
     title: ClassVar[str] = "Distillation"
     presets: ClassVar = PRESETS
@@ -93,7 +84,7 @@ class DistilConfig(projected.ProjectedConfig):
     model: DistilModelConfig = field(default_factory=DistilModelConfig)
     loss: DistilLossConfig = field(default_factory=DistilLossConfig)
     augment: AugmentConfig = field(default_factory=lambda: crops(crop_area=(0.08, 1.0), jitter_p=0.0, gray_p=0.0))
-    optim: OptimConfig = field(default_factory=_optim)
+    optim: OptimConfig = field(default_factory=lambda: lars(epochs=400))
 
     def build(self, *, images: int = 1) -> Distilled:
         arguments = self.model_arguments()

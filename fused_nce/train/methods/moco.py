@@ -7,9 +7,9 @@ from fused_nce.losses import MoCoLoss
 from fused_nce.models import MoCo
 from fused_nce.train.limits import ABOVE_0, AT_LEAST_1, SHARE, setting
 from fused_nce.train.methods import projected
-from fused_nce.train.methods.presets import CIFAR100_COLOURS, CIFAR_VIEWS, DIGITS_VIEWS, crops
-from fused_nce.train.methods.projected import CIFAR_R18, DIGITS_OPTIM, MINI, TINY, TINY_OPTIM
-from fused_nce.train.settings import BACKEND, AugmentConfig, OptimConfig
+from fused_nce.train.methods.presets import CIFAR100_COLOURS, CIFAR_VIEWS, crops
+from fused_nce.train.methods.projected import CIFAR_R18, TemperatureConfig, our_presets, steps
+from fused_nce.train.settings import AugmentConfig, OptimConfig
 
 
 @dataclass
@@ -28,16 +28,10 @@ class MoCoModelConfig(projected.EncoderConfig):
 
 
 @dataclass
-class MoCoLossConfig:
-    """InfoNCE against the queue.
-
-    Args:
-        temperature: of the softmax.
-        backend: engine backend; chosen by the machine if left out.
-    """
+class MoCoLossConfig(TemperatureConfig):
+    __doc__ = TemperatureConfig.__doc__
 
     temperature: float = setting(0.07, ABOVE_0)
-    backend: str | None = setting(None, BACKEND)
 
 
 # `default` is moco's main_moco.py: v1 on ImageNet, 256 images on 8 GPUs. Here it is one process of 8 splits; on 8
@@ -60,33 +54,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "imagenet-v2": V2,
     "cifar10": {**CIFAR, "augment": CIFAR_VIEWS},
     "cifar100": {**CIFAR, "augment": CIFAR_VIEWS | CIFAR100_COLOURS},
-    "cifar10-tiny": {
-        "model": {**TINY, "queue_size": 4096, "momentum": 0.99, "symmetric": True},
-        "loss": {"temperature": 0.1},
-        "augment": CIFAR_VIEWS,
-        "optim": {**TINY_OPTIM, "lr": 0.06, "weight_decay": 5e-4},
-    },
-    "digits": {
-        "model": {**MINI, "queue_size": 512, "momentum": 0.99},
-        "loss": {"temperature": 0.2},
-        "augment": DIGITS_VIEWS,
-        "optim": DIGITS_OPTIM,
-        "run": {"log_every": 5},
-    },
+    **our_presets(
+        digits={"model": {"queue_size": 512, "momentum": 0.99}, "loss": {"temperature": 0.2}},
+        tiny={
+            "model": {"queue_size": 4096, "momentum": 0.99, "symmetric": True},
+            "loss": {"temperature": 0.1},
+            "optim": {"lr": 0.06, "weight_decay": 5e-4},
+        },
+    ),
 }
-
-
-def _optim() -> OptimConfig:
-    return OptimConfig(
-        name="sgd", epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4, warmup_updates=0,
-        milestones=(120, 160), gamma=0.1,
-    )  # fmt: skip
 
 
 @dataclass
 class MoCoConfig(projected.ProjectedConfig):
-    __doc__ = projected.ProjectedConfig.__doc__
-
     method: ClassVar[str] = "moco"
     title: ClassVar[str] = "MoCo"
     presets: ClassVar = PRESETS
@@ -94,7 +74,7 @@ class MoCoConfig(projected.ProjectedConfig):
     model: MoCoModelConfig = field(default_factory=MoCoModelConfig)
     loss: MoCoLossConfig = field(default_factory=MoCoLossConfig)
     augment: AugmentConfig = field(default_factory=lambda: crops(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0))
-    optim: OptimConfig = field(default_factory=_optim)
+    optim: OptimConfig = field(default_factory=steps)
 
     def build(self, *, images: int = 1) -> MoCo:
         return MoCo(**self.model_arguments(), loss=MoCoLoss(**vars(self.loss)))

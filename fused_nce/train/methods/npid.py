@@ -9,9 +9,9 @@ from fused_nce.losses import NPIDNCELoss, NPIDSoftmaxLoss
 from fused_nce.models import NPID
 from fused_nce.train.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, setting
 from fused_nce.train.methods import projected
-from fused_nce.train.methods.presets import CIFAR10_COLOURS, CIFAR100_COLOURS, CIFAR_VIEWS, DIGITS_VIEWS, crops
-from fused_nce.train.methods.projected import CIFAR_R18, DIGITS_OPTIM, MINI, TINY, TINY_OPTIM
-from fused_nce.train.settings import BACKBONE, BACKEND, AugmentConfig, OptimConfig
+from fused_nce.train.methods.presets import CIFAR10_COLOURS, CIFAR100_COLOURS, crops
+from fused_nce.train.methods.projected import ADAM, CIFAR_R18, TemperatureConfig, our_presets, steps
+from fused_nce.train.settings import BACKBONE, AugmentConfig, OptimConfig
 
 
 @dataclass
@@ -25,22 +25,17 @@ class NPIDModelConfig(projected.EncoderConfig):
 
 
 @dataclass
-class NPIDLossConfig:
-    """The loss on the bank.
-
-    Args:
+class NPIDLossConfig(TemperatureConfig):
+    __doc__ = f"""{TemperatureConfig.__doc__}
         loss: "softmax", exact over the bank, or "nce" with sampled noise.
         noise: of "nce", images sampled for each one.
-        temperature: of the softmax.
         proximal: weight of the squared distance to the bank's vector.
-        backend: engine backend; chosen by the machine if left out.
     """
 
+    temperature: float = setting(0.07, ABOVE_0)
     loss: Literal["softmax", "nce"] = "softmax"
     noise: int = setting(4096, AT_LEAST_1)
-    temperature: float = setting(0.07, ABOVE_0)
     proximal: float = setting(0.0, AT_LEAST_0)
-    backend: str | None = setting(None, BACKEND)
 
 
 # `default` is lemniscate's main.py (ImageNet), `cifar10` its cifar.py with the exact softmax that its README
@@ -56,33 +51,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar100": {**CIFAR, "augment": {"flip_p": 0.0, **CIFAR100_COLOURS}},
     # One view an image, hence twice the epochs. At the other methods' rate an image's vector in the bank is out of date
     # before the image comes again, and kNN stays where it started; the crop is cifar.py's.
-    "cifar10-tiny": {
-        "model": TINY,
-        "loss": {"temperature": 0.1},
-        "augment": {**CIFAR_VIEWS, "crop_area": [0.2, 1.0]},
-        "optim": {**TINY_OPTIM, "epochs": 6, "name": "adam", "lr": 3e-4, "betas": [0.9, 0.999]},
-    },
-    "digits": {
-        "model": MINI,
-        "loss": {"temperature": 0.1},
-        "augment": DIGITS_VIEWS,
-        "optim": DIGITS_OPTIM,
-        "run": {"log_every": 5},
-    },
+    **our_presets(
+        digits={"loss": {"temperature": 0.1}},
+        tiny={
+            "loss": {"temperature": 0.1},
+            "augment": {"crop_area": [0.2, 1.0]},
+            "optim": {**ADAM, "epochs": 6, "lr": 3e-4},
+        },
+    ),
 }
-
-
-def _optim() -> OptimConfig:
-    return OptimConfig(
-        name="sgd", epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4, warmup_updates=0,
-        milestones=(120, 160), gamma=0.1,
-    )  # fmt: skip
 
 
 @dataclass
 class NPIDConfig(projected.ProjectedConfig):
-    __doc__ = projected.ProjectedConfig.__doc__
-
     method: ClassVar[str] = "npid"
     title: ClassVar[str] = "NPID"
     presets: ClassVar = PRESETS
@@ -92,7 +73,7 @@ class NPIDConfig(projected.ProjectedConfig):
     model: NPIDModelConfig = field(default_factory=NPIDModelConfig)
     loss: NPIDLossConfig = field(default_factory=NPIDLossConfig)
     augment: AugmentConfig = field(default_factory=lambda: crops(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0))
-    optim: OptimConfig = field(default_factory=_optim)
+    optim: OptimConfig = field(default_factory=steps)
 
     def build(self, *, images: int = 1) -> NPID:
         settings: dict[str, Any] = {"proximal": self.loss.proximal, "backend": self.loss.backend}

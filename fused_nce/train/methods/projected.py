@@ -1,13 +1,14 @@
-"""What the settings of MoCo, SimCLR, SupCon and NPID share: an encoder by name, a head, a temperature."""
+"""What the settings of MoCo, SimCLR, SupCon, NPID and distillation share: encoder, head, temperature, presets."""
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from fused_nce.models.encoders.backbones import OWN
-from fused_nce.train.limits import AT_LEAST_1, optional, setting
+from fused_nce.train.limits import ABOVE_0, AT_LEAST_1, optional, setting
 from fused_nce.train.method import Method
-from fused_nce.train.settings import BACKBONE, SIDE
+from fused_nce.train.methods.presets import CIFAR_VIEWS, DIGITS_VIEWS
+from fused_nce.train.settings import BACKBONE, BACKEND, SIDE, OptimConfig
 
 # The presets' encoders: 32 px from a ResNet's own stem, and the two small ones that are ours.
 CIFAR_R18: dict[str, Any] = {"image_size": 32, "backbone": "resnet18", "stem": "cifar"}
@@ -25,6 +26,36 @@ DIGITS_OPTIM: dict[str, Any] = {
     "warmup_updates": 20,
     "schedule": "cosine",
 }
+
+
+ADAM: dict[str, Any] = {"name": "adam", "betas": [0.9, 0.999]}
+
+
+def our_presets(digits: dict[str, Any], tiny: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """`digits` and `cifar10-tiny`: what every method has in them, and the sections in which this one differs."""
+    shared: dict[str, dict[str, Any]] = {
+        "cifar10-tiny": {"model": TINY, "augment": CIFAR_VIEWS, "optim": TINY_OPTIM},
+        "digits": {"model": MINI, "augment": DIGITS_VIEWS, "optim": DIGITS_OPTIM, "run": {"log_every": 5}},
+    }
+    for name, changes in (("cifar10-tiny", tiny), ("digits", digits)):
+        shared[name] |= {section: shared[name].get(section, {}) | values for section, values in changes.items()}
+    return shared
+
+
+def lars(epochs: int) -> OptimConfig:
+    """SimCLR's on ImageNet: 512 images on each of 8 processes, at a rate of 0.3·B/256."""
+    return OptimConfig(
+        name="lars", epochs=epochs, batch_size=512, lr=4.8, weight_decay=1e-6, decay_all=False, warmup_updates=3120,
+        schedule="cosine",
+    )  # fmt: skip
+
+
+def steps() -> OptimConfig:
+    """MoCo's and NPID's on ImageNet: SGD whose rate falls twice."""
+    return OptimConfig(
+        name="sgd", epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4, warmup_updates=0,
+        milestones=(120, 160), gamma=0.1,
+    )  # fmt: skip
 
 
 @dataclass
@@ -51,9 +82,20 @@ class EncoderConfig:
 
 
 @dataclass
-class ProjectedConfig(Method):
-    __doc__ = Method.__doc__
+class TemperatureConfig:
+    """The loss, a softmax over similarities.
 
+    Args:
+        temperature: of the softmax.
+        backend: engine backend; chosen by the machine if left out.
+    """
+
+    temperature: float = setting(0.1, ABOVE_0)
+    backend: str | None = setting(None, BACKEND)
+
+
+@dataclass
+class ProjectedConfig(Method):
     taps: ClassVar = ("h", "z")
 
     def model_arguments(self) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from typing import Any, ClassVar
 
 from fused_nce.losses import NTXentLoss
 from fused_nce.models import SimCLR
-from fused_nce.train.limits import ABOVE_0, AT_LEAST_1, setting
+from fused_nce.train.limits import AT_LEAST_1, setting
 from fused_nce.train.methods import projected
-from fused_nce.train.methods.presets import CIFAR100_COLOURS, CIFAR_VIEWS, DIGITS_VIEWS, crops
-from fused_nce.train.methods.projected import CIFAR_R18, CIFAR_R50, DIGITS_OPTIM, MINI, TINY, TINY_OPTIM
-from fused_nce.train.settings import BACKEND, AugmentConfig, OptimConfig
+from fused_nce.train.methods.presets import CIFAR100_COLOURS, CIFAR_VIEWS, crops
+from fused_nce.train.methods.projected import ADAM, CIFAR_R18, CIFAR_R50, TemperatureConfig, lars, our_presets
+from fused_nce.train.settings import AugmentConfig, OptimConfig
 
 
 @dataclass
@@ -20,19 +20,6 @@ class SimCLRModelConfig(projected.EncoderConfig):
 
     layers: int = setting(2, AT_LEAST_1)
     norm: bool = True
-
-
-@dataclass
-class SimCLRLossConfig:
-    """NT-Xent.
-
-    Args:
-        temperature: of the softmax.
-        backend: engine backend; chosen by the machine if left out.
-    """
-
-    temperature: float = setting(0.1, ABOVE_0)
-    backend: str | None = setting(None, BACKEND)
 
 
 # `default` is the paper's ImageNet run of 100 epochs: 4,096 images, here 512 on each of 8 processes, LARS at 0.3·B/256.
@@ -80,44 +67,25 @@ PRESETS: dict[str, dict[str, Any]] = {
             "warmup_updates": 480,
         },
     },
-    "cifar10-tiny": {
-        "model": TINY,
-        "loss": {"temperature": 0.5},
-        "augment": CIFAR_VIEWS,
-        "optim": {**TINY_OPTIM, "name": "adam", "lr": 1e-3, "betas": [0.9, 0.999]},
-    },
-    "digits": {
-        "model": MINI,
-        "loss": {"temperature": 0.5},
-        "augment": DIGITS_VIEWS,
-        "optim": DIGITS_OPTIM,
-        "run": {"log_every": 5},
-    },
+    **our_presets(
+        digits={"loss": {"temperature": 0.5}}, tiny={"loss": {"temperature": 0.5}, "optim": {**ADAM, "lr": 1e-3}}
+    ),
 }
-
-
-def _optim() -> OptimConfig:
-    return OptimConfig(
-        name="lars", epochs=100, batch_size=512, lr=4.8, weight_decay=1e-6, decay_all=False, warmup_updates=3120,
-        schedule="cosine",
-    )  # fmt: skip
 
 
 @dataclass
 class SimCLRConfig(projected.ProjectedConfig):
-    __doc__ = projected.ProjectedConfig.__doc__
-
     method: ClassVar[str] = "simclr"
     title: ClassVar[str] = "SimCLR"
     in_parts: ClassVar[bool] = True
     presets: ClassVar = PRESETS
 
     model: SimCLRModelConfig = field(default_factory=SimCLRModelConfig)
-    loss: SimCLRLossConfig = field(default_factory=SimCLRLossConfig)
+    loss: TemperatureConfig = field(default_factory=TemperatureConfig)
     augment: AugmentConfig = field(
         default_factory=lambda: crops(crop_area=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), blur_p=0.5)
     )
-    optim: OptimConfig = field(default_factory=_optim)
+    optim: OptimConfig = field(default_factory=lambda: lars(epochs=100))
 
     def build(self, *, images: int = 1) -> SimCLR:
         return SimCLR(**self.model_arguments(), loss=NTXentLoss(**vars(self.loss)))

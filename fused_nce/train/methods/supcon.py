@@ -7,11 +7,11 @@ from fused_nce.losses import SupConLoss
 from fused_nce.models import SupCon
 from fused_nce.train.data.loader import Loader
 from fused_nce.train.data.recordings import WindowLoader
-from fused_nce.train.limits import ABOVE_0, AT_LEAST_1, setting
+from fused_nce.train.limits import AT_LEAST_1, setting
 from fused_nce.train.methods import projected
-from fused_nce.train.methods.presets import CIFAR10_COLOURS, CIFAR100_COLOURS, CIFAR_VIEWS, DIGITS_VIEWS, crops
-from fused_nce.train.methods.projected import CIFAR_R50, DIGITS_OPTIM, MINI, TINY, TINY_OPTIM
-from fused_nce.train.settings import BACKEND, SIDE, AugmentConfig, OptimConfig
+from fused_nce.train.methods.presets import CIFAR10_COLOURS, CIFAR100_COLOURS, crops
+from fused_nce.train.methods.projected import ADAM, CIFAR_R50, TemperatureConfig, our_presets
+from fused_nce.train.settings import SIDE, AugmentConfig, OptimConfig
 
 
 @dataclass
@@ -27,18 +27,12 @@ class SupConModelConfig(projected.EncoderConfig):
 
 
 @dataclass
-class SupConLossConfig:
-    """The supervised contrastive loss.
-
-    Args:
-        temperature: of the softmax.
+class SupConLossConfig(TemperatureConfig):
+    __doc__ = f"""{TemperatureConfig.__doc__}
         variant: "out" (equation 2) or "in" (equation 3).
-        backend: engine backend; chosen by the machine if left out.
     """
 
-    temperature: float = setting(0.1, ABOVE_0)
     variant: Literal["out", "in"] = "out"
-    backend: str | None = setting(None, BACKEND)
 
 
 # `default` is SupContrast's main_supcon.py with its README's options: ResNet-50 on CIFAR-10, rate 0.5, decay 1e-4. It
@@ -49,12 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "cifar10": {"model": CIFAR_R50},
     "cifar100": {"model": CIFAR_R50, "augment": CIFAR100_COLOURS},
-    "cifar10-tiny": {
-        "model": TINY,
-        "augment": CIFAR_VIEWS,
-        "optim": {**TINY_OPTIM, "name": "adam", "lr": 1e-3, "betas": [0.9, 0.999]},
-    },
-    "digits": {"model": MINI, "augment": DIGITS_VIEWS, "optim": DIGITS_OPTIM, "run": {"log_every": 5}},
+    **our_presets(digits={}, tiny={"optim": {**ADAM, "lr": 1e-3}}),
 }
 
 
@@ -67,8 +56,6 @@ def _optim() -> OptimConfig:
 
 @dataclass
 class SupConConfig(projected.ProjectedConfig):
-    __doc__ = projected.ProjectedConfig.__doc__
-
     method: ClassVar[str] = "supcon"
     title: ClassVar[str] = "SupCon"
     in_parts: ClassVar[bool] = True

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
+from markupsafe import Markup
+
 from fused_nce.train.report import evaluated, page, plots, runlog
+from fused_nce.train.report.page import Card, Row, Table, small
 from fused_nce.train.report.plots import Bar, Series
 
 COLORS = 10  # that the style has, used in turn
@@ -39,20 +41,17 @@ def render(runs: list[Run]) -> str:
     """The page of runs that were evaluated on one data set."""
     results = [run.result for run in runs]
     columns = _union(evaluated.columns(result) for result in results)
-    settings = _settings(runs)
     return page.fill(
-        "compare_template.html",
-        title=escape(f"{len(runs)} runs on {results[0]['data_name']}"),
-        subtitle=escape(", ".join(run.name for run in runs)),
-        probes_note=escape(_note(results)),
+        "compare.html",
+        title=f"{len(runs)} runs on {results[0]['data_name']}",
+        subtitle=", ".join(run.name for run in runs),
+        probes_note=_note(results),
         bars=_bars(runs, columns),
-        probe_table=_probe_table(runs, columns),
-        training_note="From the runs' logs. Times are comparable only between runs of one machine.",
+        probes=_probe_table(runs, columns),
         curves=_curves(runs),
-        training_table=_training_table(runs),
-        settings_note="Where a run has no such setting, a dash." if settings else "Nothing: every setting is the same.",
-        settings_table=settings,
-        protocol="".join(f"<li>{escape(line)}</li>" for line in _union(result["protocol"] for result in results)),
+        training=_training_table(runs),
+        settings=_settings(runs),
+        protocol=_union(result["protocol"] for result in results),
     )
 
 
@@ -61,7 +60,7 @@ def _union(lists: Iterable[list[Any]]) -> list[Any]:
 
 
 def _note(results: list[dict[str, Any]]) -> str:
-    """What the accuracies are of; and a warning where the runs were not given the same images and draws."""
+    """Caption of the accuracies, and a warning if the runs were evaluated on other images or draws."""
     keys = ("splits", "labels_per_class", "draws", "tasks", "seed")
     lines = [
         f"Accuracy on the test images of {results[0]['data_name']}, each run at its own taps; charts at its first. The "
@@ -86,7 +85,7 @@ def _pixels(runs: list[Run], column: Column) -> dict[str, Any] | None:
     return next((row for row in rows if row is not None), None)
 
 
-def _bars(runs: list[Run], columns: list[Column]) -> str:
+def _bars(runs: list[Run], columns: list[Column]) -> list[Card]:
     cards = []
     for column in columns[:MAX_CHARTS]:
         bars = []
@@ -98,34 +97,33 @@ def _bars(runs: list[Run], columns: list[Column]) -> str:
         if pixels is not None:
             bars.append(Bar("raw pixels", pixels["accuracy_pct"], evaluated.spread(pixels), "var(--quiet)"))
         if bars:
-            cards.append(evaluated.card(evaluated.heading(*column), plots.dot_chart(bars, unit="%", high=100.0)))
-    return "".join(cards)
+            cards.append(Card(evaluated.heading(*column), plots.dot_chart(bars, unit="%", high=100.0)))
+    return cards
 
 
-def _probe_table(runs: list[Run], columns: list[Column]) -> str:
+def _probe_table(runs: list[Run], columns: list[Column]) -> Table:
     best: dict[Column, float] = {}
     for column in columns:
         found = [row for run in runs for row in run.result["probes"] if (row["probe"], row["labels"]) == column]
         best[column] = max((row["accuracy_pct"] for row in found if row["encoder"] == evaluated.TRAINED), default=-1.0)
 
-    def cell(row: dict[str, Any] | None, column: Column, trained: bool = False) -> str:
-        top = trained and row is not None and row["accuracy_pct"] == best[column]
-        return f"<b>{evaluated.shown(row)}</b>" if top else evaluated.shown(row)
+    def cell(row: dict[str, Any] | None, column: Column) -> str:
+        text = evaluated.shown(row)
+        return Markup("<b>{}</b>").format(text) if row is not None and row["accuracy_pct"] == best[column] else text
 
-    rows: list[list[str]] = []
+    rows: list[Row] = []
     for run in runs:
-        rows.append([f"{escape(run.name)}<small> · {escape(run.result['method'])}</small>"])
+        rows.append(Row([small(run.name, f" · {run.result['method']}")]))
         for tap in run.result["taps"]:
             found = [evaluated.find(run.result, evaluated.TRAINED, tap, *column) for column in columns]
-            cells = [cell(row, column, True) for row, column in zip(found, columns, strict=True)]
-            rows.append([escape(tap), *cells])
+            rows.append(Row([tap, *(cell(row, column) for row, column in zip(found, columns, strict=True))]))
             bare = [_untrained(run.result, tap, column) for column in columns]
             if any(bare):
-                rows.append(["<small>untrained</small>", *(f"<small>{evaluated.shown(row)}</small>" for row in bare)])
+                rows.append(Row([small("", text) for text in ("untrained", *map(evaluated.shown, bare))]))
     pixels = [_pixels(runs, column) for column in columns]
     if any(pixels):
-        rows += [["raw pixels"], ["pixels", *(evaluated.shown(row) for row in pixels)]]
-    return page.table(["accuracy, %", *(escape(evaluated.heading(*column)) for column in columns)], rows)
+        rows += [Row(["raw pixels"]), Row(["pixels", *map(evaluated.shown, pixels)])]
+    return Table(["accuracy, %", *(evaluated.heading(*column) for column in columns)], rows)
 
 
 def _untrained(result: dict[str, Any], tap: str, column: Column) -> dict[str, Any] | None:
@@ -134,7 +132,7 @@ def _untrained(result: dict[str, Any], tap: str, column: Column) -> dict[str, An
     return max(rows, key=lambda row: row["accuracy_pct"], default=None)
 
 
-def _curves(runs: list[Run]) -> str:
+def _curves(runs: list[Run]) -> list[Card]:
     charts = (
         ("Online linear probe (training images)", "accuracy, %", (0.0, 100.0), "linear_acc", 100.0),
         ("NCE minus its chance level (0 = guessing)", "nats", None, "nce_minus_chance", 1.0),
@@ -149,34 +147,32 @@ def _curves(runs: list[Run]) -> str:
         lines = [line for line in lines if line.x]
         if lines:
             chart = plots.line_chart(lines, x_label="minutes", y_label=unit, y_range=limits)
-            cards.append(evaluated.card(title, chart))
-    return "".join(cards)
+            cards.append(Card(title, chart))
+    return cards
 
 
-def _training_table(runs: list[Run]) -> str:
+def _training_table(runs: list[Run]) -> Table:
     rows = []
     for run in runs:
         training, host = run.result["training"], run.result["environment"]
         speed, peak = training["images_per_s"], training["peak_memory_mb"]
-        rows.append([
-            escape(run.name),
-            escape(run.result["method"]),
-            escape(run.result.get("trained_on", run.result["data_name"])),
+        rows.append(Row([
+            run.name,
+            run.result["method"],
+            run.result.get("trained_on", run.result["data_name"]),
             f"{training['steps']:,}",
             f"{training['minutes']:.1f}",
             "–" if speed is None else f"{speed:,.0f}",
             "–" if peak is None else f"{peak:,.0f}",
-            escape(f"{host.get('processor', '–')}, {host.get('device', 'CPU')}"),
-        ])  # fmt: skip
-    head = ["run", "method", "trained on", "updates", "minutes", "images/s", "peak MB", "evaluated on"]
-    return page.table(head, rows)
+            f"{host.get('processor', '–')}, {host.get('device', 'CPU')}",
+        ]))  # fmt: skip
+    return Table(["run", "method", "trained on", "updates", "minutes", "images/s", "peak MB", "evaluated on"], rows)
 
 
-def _settings(runs: list[Run]) -> str:
-    keys = _union(list(run.settings) for run in runs)
+def _settings(runs: list[Run]) -> Table:
     rows = []
-    for key in keys:
-        values = [run.settings.get(key, "–") for run in runs]
+    for key in _union(list(run.settings) for run in runs):
+        values = [str(run.settings.get(key, "–")) for run in runs]
         if not key.startswith(SKIPPED) and any(value != values[0] for value in values):
-            rows.append([escape(key), *(escape(str(value)) for value in values)])
-    return page.table(["setting", *(escape(run.name) for run in runs)], rows) if rows else ""
+            rows.append(Row([key, *values]))
+    return Table(["setting", *(run.name for run in runs)], rows)

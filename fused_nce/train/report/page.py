@@ -1,31 +1,44 @@
-"""HTML pages that open offline: a template beside this file, and the style that all of them share."""
+"""HTML pages that open offline: templates beside this file, which escape every value that is not `Markup`."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from string import Template
+from typing import NamedTuple
 
-HERE = Path(__file__).parent
+import jinja2
+from markupsafe import Markup
 
-
-def fill(template: str, **fields: str) -> str:
-    """The page.
-
-    Args:
-        template: a file beside this one.
-        fields: HTML by placeholder; `style` is added.
-    """
-    text = (HERE / template).read_text(encoding="utf-8")
-    return Template(text).substitute(fields, style=(HERE / "page.css").read_text(encoding="utf-8"))
+PAGES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
 
 
-def table(
-    head: list[str],
-    rows: list[list[str]],
-) -> str:
-    """A table of HTML cells; the first of a row is its name. A row of one cell is a heading over those below it."""
-    body = "".join(
-        f'<tr class="group"><td colspan="{len(head)}">{row[0]}</td></tr>'
-        if len(row) == 1
-        else "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>"
-        for row in rows
-    )
-    return f"<table><thead><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr></thead><tbody>{body}</tbody></table>"
+class Card(NamedTuple):
+    """A framed chart."""
+
+    title: str
+    body: Markup
+
+
+class Row(NamedTuple):
+    """A line of a table; the first cell is its name. One cell alone is a heading over the lines below it."""
+
+    cells: Sequence[str]
+    ours: bool = False  # in the colour of the trained encoder, or of the fused loss
+
+
+class Table(NamedTuple):
+    """A table, drawn where it has rows."""
+
+    head: Sequence[str]
+    rows: Sequence[Row]
+
+
+def small(before: str, text: str = "") -> Markup:
+    """`before`, and `text` in small letters behind it."""
+    return Markup("{}<small>{}</small>").format(before, text)
+
+
+def fill(template: str, **fields: object) -> str:
+    """The page of a template beside this file."""
+    return PAGES.get_template(template).render(fields)

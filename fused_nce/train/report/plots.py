@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+
+from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 460, 270  # a phone shows it at 3/4 of its size, where 12 px labels are still 9 px
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 32, 40
@@ -65,9 +66,9 @@ def thin(series: Series, points: int = 160) -> Series:
     return Series(series.name, means(series.x), means(series.y), series.color)
 
 
-def _svg(body: list[str], title: str, width: float = WIDTH, height: float = HEIGHT, name: str = "chart") -> str:
+def _svg(body: list[str], title: str, width: float = WIDTH, height: float = HEIGHT, name: str = "chart") -> Markup:
     head = f'<svg class="{name}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
-    return "\n".join([head, *body, "</svg>"])
+    return Markup("\n".join([head, *body, "</svg>"]))
 
 
 def _text(x: float, y: float, text: str, name: str = "tick", anchor: str = "middle", extra: str = "") -> str:
@@ -76,7 +77,7 @@ def _text(x: float, y: float, text: str, name: str = "tick", anchor: str = "midd
 
 def line_chart(
     lines: Sequence[Series], *, x_label: str, y_label: str, y_range: tuple[float, float] | None = None
-) -> str:
+) -> Markup:
     """Lines over a shared x axis, with a legend. Points that are not finite are left out.
 
     Raises:
@@ -118,10 +119,10 @@ def line_chart(
         body.append(f'<circle r="3.5" {end} style="fill:{series.color}">{hint}</circle>')
     chart = _svg(body, f"{y_label} against {x_label}")
     names = [f'<span><i style="background:{s.color}"></i>{escape(s.name)}</span>' for s in kept]
-    return chart + (f'<p class="legend">{"".join(names)}</p>' if len(names) > 1 else "")
+    return chart + Markup(f'<p class="legend">{"".join(names)}</p>' if len(names) > 1 else "")
 
 
-def bar_chart(bars: Sequence[Bar], *, unit: str) -> str:
+def bar_chart(bars: Sequence[Bar], *, unit: str) -> Markup:
     """Horizontal bars from zero, with the value at the end."""
     left, scale = NAME_WIDTH, (WIDTH - NAME_WIDTH - VALUE_WIDTH) / (max(bar.value for bar in bars) or 1.0)
     body = []
@@ -134,7 +135,7 @@ def bar_chart(bars: Sequence[Bar], *, unit: str) -> str:
     return _svg(body, ", ".join(f"{bar.name} {bar.value:.1f} {unit}" for bar in bars), height=6 + ROW * len(bars))
 
 
-def dot_chart(bars: Sequence[Bar], *, unit: str, high: float) -> str:
+def dot_chart(bars: Sequence[Bar], *, unit: str, high: float) -> Markup:
     """A dot for each value with a whisker of ± one standard deviation, on an axis that need not start at zero.
 
     Dots, because the length of a cut bar would lie about the ratio.
@@ -165,7 +166,7 @@ def dot_chart(bars: Sequence[Bar], *, unit: str, high: float) -> str:
     return _svg(body, names, height=bottom + 22)
 
 
-def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
+def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Markup:
     """Rows are the true classes, columns the predicted ones; the shade is the share of the row.
 
     Counts are printed up to 20 classes; beyond that the cells are too small and carry a tooltip alone.
@@ -205,7 +206,7 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
     return _svg(body, "confusion matrix", height=top + count * size + 4)
 
 
-def scatter(points: Sequence[tuple[float, float]], labels: Sequence[int], classes: Sequence[str]) -> str:
+def scatter(points: Sequence[tuple[float, float]], labels: Sequence[int], classes: Sequence[str]) -> Markup:
     """A 2-D embedding; each class has its colour and, at its median, its name. Ten colours, used in turn."""
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)

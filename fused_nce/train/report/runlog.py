@@ -56,12 +56,12 @@ def median(log: list[Line], key: str) -> float | None:
 
 
 def suffix(data: str | None) -> str:
-    """What the names of the files of another data set end in."""
+    """Ending of the names of an evaluation's files on another data set."""
     return "" if data is None else "-" + re.sub(r"[^\w.-]+", "_", Path(data).name)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Under a temporary name, then renamed: a reader never sees half a file."""
+    """Writes under a temporary name and renames: a reader never sees half a file."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

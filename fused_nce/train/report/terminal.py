@@ -37,8 +37,8 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"{name:28}" + "".join(f"{cell:>18}" for cell in cells))
         lines.append("")
     head, rows = evaluated.measures(result)
-    for cells in [head, *rows] if rows else []:
-        lines.append(f"{cells[0]:28}" + "".join(f"{cell:>18}" for cell in cells[1:]))
+    for line in [head, *(row.cells for row in rows)] if rows else []:
+        lines.append(f"{line[0]:28}" + "".join(f"{cell:>18}" for cell in line[1:]))
     lines += [""] if rows else []
     speed, cost = result["training"]["images_per_s"], result["loss_cost"]
     if speed is not None:

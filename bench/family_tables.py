@@ -1,0 +1,120 @@
+"""Markdown of `bench.family`'s records: the README's table, from which size on ours is faster, where it is slower."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from bench.family import RIVALS
+from bench.host import ROOT
+from bench.text import markdown, number
+
+Record = dict[str, Any]
+Row = dict[str, Any]
+RESULTS = ROOT / "bench/results"
+TIE = 0.98  # a rival within 2 % of ours is as fast: medians of one run move by as much
+SMALL_SCORES = 128 * 128  # below, a call is its fixed cost
+
+
+def records() -> list[Record]:
+    """Every committed run of the family, newest first."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("family-*.json")]
+    return sorted(found, key=lambda record: str(record["date_utc"]), reverse=True)
+
+
+def time_ms(row: Row, rival: str) -> float:
+    """Median time of a rival."""
+    return float(row["rivals"][rival]["time_ms_median"])
+
+
+def host_line(record: Record) -> str:
+    """Machine, instruction set, versions, commit, and how quiet it was."""
+    host, code = record["host"], record["code"]
+    busy = max(row["others_cpu_share"] for row in record["problems"])
+    return (
+        f"{host['cpu_model']}, {host['cores']} cores, {isa(record)}; torch {record['versions']['torch']}; "
+        f"commit {code['commit'][:7]}{' with local changes' if code['dirty'] else ''}, {record['date_utc'][:10]}. "
+        f"Others used at most {busy:.1%} of the cores."
+    )
+
+
+def isa(record: Record) -> str:
+    """The instruction set that torch used, and whether the CPU has a wider one that was turned off."""
+    used, flags = record["host"]["torch_cpu_capability"], record["host"]["isa_flags"]
+    return f"{used} (AVX-512 turned off)" if used == "AVX2" and "avx512f" in flags else str(used)
+
+
+def table(record: Record, threads: int | None = None) -> str:
+    """Each problem: our time, how much faster than the rivals, memory, and errors."""
+    threads = threads or max(row["threads"] for row in record["problems"])
+    rows = []
+    for row in record["problems"]:
+        if row["threads"] != threads:
+            continue
+        ours, names = time_ms(row, "ours"), row["rivals"]
+        ratios = [f"{time_ms(row, name) / ours:.2f}×" if name in names else "–" for name in ("eager", "compile")]
+        others = [n for n in names if n not in ("eager", "compile", "chunked", "ours")]
+        best = min(others, key=lambda name: time_ms(row, name), default=None)
+        other = f"{RIVALS[best].label} {time_ms(row, best) / ours:.2f}×" if best else "–"
+        peaks = [f"{max(0.0, names[n]['peak_memory_mib']):.1f}" if n in names else "–" for n in ("ours", "eager")]
+        wrong = [f"{names[n]['gradient_error']:.0e}" if n in names else "–" for n in ("ours", "eager")]
+        rows.append(
+            [row["label"], number(ours), *ratios, other, f"{ours / row['bound_ms']:.2f}×", *peaks, " / ".join(wrong)]
+        )
+    header = [
+        "problem", "fused_nce, ms", "eager ÷ ours", "torch.compile ÷ ours", "best other ÷ ours",
+        "of the least GEMMs", "fused_nce, MiB", "eager, MiB", "gradient error: ours / eager",
+    ]  # fmt: skip
+    note = f"Loss and gradients, float32, {threads} threads; memory above inputs and gradients; error against float64."
+    return f"{markdown(header, rows)}\n\n{note} {host_line(record)}"
+
+
+def faster_from(record: Record) -> str:
+    """Per loss: the rows from which on ours beats every rival, at every size measured and any number of threads."""
+    parts = []
+    for loss in dict.fromkeys(row["loss"] for row in record["problems"]):
+        rows = sorted((row for row in record["problems"] if row["loss"] == loss), key=lambda row: row["n"] * row["m"])
+        slower = [i for i, row in enumerate(rows) if _winners(row)]
+        rest = rows[slower[-1] + 1 :] if slower else rows
+        sizes = f"{rest[0]['n']:,} × {rest[0]['m']:,}" if rest else "none of the sizes measured"
+        parts.append(f"`{loss}` {sizes}")
+    return f"Faster than every rival from these sizes on ({host_line(record)}): {', '.join(parts)}."
+
+
+def _winners(row: Row) -> list[str]:
+    ours = time_ms(row, "ours")
+    return [n for n in row["rivals"] if n not in ("ours", "chunked") and time_ms(row, n) < TIE * ours]
+
+
+def slower(found: list[Record]) -> str:
+    """Every measured problem at which a rival wins: by how much, and what the numbers say of why."""
+    rows = []
+    for record in found:
+        for row in record["problems"]:
+            for name in _winners(row):
+                ours, other = time_ms(row, "ours"), time_ms(row, name)
+                where = f"{record['host']['cpu_model']}, {isa(record)}, {row['threads']} threads"
+                rows.append(
+                    [
+                        row["label"],
+                        where,
+                        RIVALS[name].label,
+                        number(other),
+                        number(ours),
+                        f"{ours / other:.2f}×",
+                        _why(row, other),
+                    ]
+                )
+    if not rows:
+        return "None of the measured problems."
+    header = ["problem", "where", "rival", "rival, ms", "fused_nce, ms", "slower by", "why"]
+    return markdown(header, rows)
+
+
+def _why(row: Row, other: float) -> str:
+    ours, floor = time_ms(row, "ours"), row["bound_ms"]
+    if row["n"] * row["m"] <= SMALL_SCORES:
+        return f"the call, not the scores: {ours - floor:.2f} ms of {ours:.2f} are no GEMM"
+    if other < floor:
+        return f"the rival's GEMMs beat `torch.mm`'s {number(floor)} ms; ours takes {ours / floor:.2f}× them"
+    return f"ours takes {ours / floor:.2f}× the least GEMMs, the rival {other / floor:.2f}×"

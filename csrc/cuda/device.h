@@ -1,0 +1,34 @@
+// The machine that is a GPU, on one stream. Its kernels' launches are in rows.cu, which includes no torch header; what
+// needs torch is in device.cpp.
+#pragma once
+
+#include "machine.h"
+
+struct CUstream_st;
+
+namespace fused_nce {
+namespace cuda {
+
+class Device final : public Machine {
+ public:
+  explicit Device(CUstream_st* stream) : stream_(stream) {}
+  void gemm(const Gemm&) const override;
+  void fold(const Strip&, const Rules&, const RowArrays&, int64_t first_slot) const override;
+  void finish(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const override;
+  void weigh(const Strip&, const Rules&, const RowArrays&, Element) const override;
+  void loss(const RowTask*, int count, Element) const override;
+  void fold_optional(const Strip&, const Rules&, const RowArrays&, int64_t first_slot) const override;
+  void finish_optional(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const override;
+  void fold_columns(const Strip&, const Rules&, const ColumnArrays&) const override;
+  void finish_columns(int64_t count, const Rules&, const ColumnArrays&) const override;
+  void summarize(const Summaries&) const override;
+  void multiply(void* x, Element element, int64_t count, const float* factor) const override;
+
+ private:
+  void check(int error) const;  // of cudaGetLastError(): raises torch's own
+
+  CUstream_st* stream_;
+};
+
+}  // namespace cuda
+}  // namespace fused_nce

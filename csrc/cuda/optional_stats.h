@@ -1,0 +1,125 @@
+// The optional statistics of a row, which losses with any number of positives and the sigmoid loss read. They are
+// folded in a pass of their own over scores that the L2 still has, so that the kernels of all other losses keep their
+// registers.
+#pragma once
+
+#include "rows.h"
+
+namespace fused_nce {
+namespace cuda {
+
+FUSED_NCE_HD OptionalPart no_optional() { return {0.0f, 0.0f, 0.0f, -infinity(), 0.0f, 0.0f}; }
+
+struct MergeOptional {
+  FUSED_NCE_HD OptionalPart operator()(const OptionalPart& a, const OptionalPart& b) const {
+    OptionalPart out;
+    out.softplus = a.softplus + b.softplus;
+    out.bad = a.bad + b.bad;
+    out.count = a.count + b.count;
+    out.max = a.max > b.max ? a.max : b.max;
+    out.sum = merge(LogSum<float>{shift_of(a.max), a.sum}, LogSum<float>{shift_of(b.max), b.sum}).sum;
+    out.total = a.total + b.total;
+    return out;
+  }
+};
+
+// One thread's columns. Eight terms share a Kahan step.
+template <bool kClip>
+FUSED_NCE_HD OptionalPart optional_thread(const Row& row, int thread, int threads) {
+  OptionalPart part = no_optional();
+  float softplus_error = 0.0f, sum_error = 0.0f, total_error = 0.0f;
+  for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
+    const Eight eight = load(row.scores + c, row.scale);
+    float t[kColumns], soft[kColumns], e[kColumns], own[kColumns], top = part.max;
+    bool positive[kColumns];
+    FUSED_NCE_UNROLL
+    for (int u = 0; u < kColumns; ++u) {
+      const int column = c + u;
+      const bool inside = column < row.end && column != row.self_column;
+      const float s = inside ? eight.s[u] : 0.0f;
+      t[u] = transform<kClip>(s, row.clip, row.inverse_clip).value + row.bias;
+      positive[u] = inside && row.own<true>(column);
+      soft[u] = inside && !positive[u] ? softplus(t[u]) : 0.0f;
+      own[u] = positive[u] ? t[u] : 0.0f;
+      part.bad += s * 0.0f;
+      part.count += positive[u] ? 1.0f : 0.0f;
+      top = positive[u] && t[u] > top ? t[u] : top;
+    }
+    if (top > part.max) {
+      const float factor = part.sum == 0.0f ? 0.0f : exp_value(shift_of(part.max) - top);
+      part.sum *= factor;
+      sum_error *= factor;
+      part.max = top;
+    }
+    FUSED_NCE_UNROLL
+    for (int u = 0; u < kColumns; ++u) {
+      const float x = exp_value(t[u] - shift_of(top));
+      e[u] = positive[u] ? x : 0.0f;
+    }
+    add_exactly(part.softplus, softplus_error, sum_of(soft));
+    add_exactly(part.sum, sum_error, sum_of(e));
+    add_exactly(part.total, total_error, sum_of(own));
+  }
+  part.softplus -= softplus_error;
+  part.sum -= sum_error;
+  part.total -= total_error;
+  return part;
+}
+
+// Writes a row's optional statistics once all its parts are merged.
+FUSED_NCE_HD void write_optional(const OptionalPart& all, int64_t i, const OptionalArrays& out) {
+  const float lse = log_value(LogSum<double>{shift_of(all.max), all.sum});
+  out.of(kNegSoftplus, i) = all.softplus + all.bad;
+  out.of(kPosLse, i) = lse;
+  out.of(kPosMax, i) = all.max;
+  out.of(kPosSum, i) = all.total;
+  out.of(kPosCount, i) = all.count;
+  out.of(kPosGap, i) = all.count > 0.0f ? lse - all.total / all.count : 0.0f;
+}
+
+// The coefficients of a tail that reads them, as `Sigmoid` and `_Supervised` of core/tails.py have them; `nce` does
+// not.
+FUSED_NCE_HD void tail_optional(const RowArrays& rows, int64_t i, int64_t positives) {
+  const OptionalArrays& optional = rows.optional;
+  const float unit = rows.upstream.tail.unit, count = optional.of(kPosCount, i);
+  const int64_t c = i - rows.upstream.first_row;
+  for (int name = kFirstOptional; name < kStatistics; ++name) optional.d_of(static_cast<Statistic>(name), c) = 0.0f;
+  if (rows.upstream.tail.name == kSigmoid) {
+    for (int64_t p = 0; p < positives; ++p)
+      rows.upstream.d_pos[c * positives + p] = unit * -sigmoid(-rows.stats.pos[i * positives + p]);
+    rows.upstream.d_neg_lse[c] = 0.0f;
+    // The weight of an infinite score is 1, which would look sound.
+    optional.d_of(kNegSoftplus, c) = unit + nan_of(optional.of(kNegSoftplus, i));
+    return;
+  }
+  const float share = unit * supervised_share(rows.stats.neg_lse[i], optional.of(kPosLse, i), count);
+  for (int64_t p = 0; p < positives; ++p) rows.upstream.d_pos[c * positives + p] = 0.0f;
+  rows.upstream.d_neg_lse[c] = share;
+  optional.d_of(kPosLse, c) = -share;
+  // A lone positive has no gap; and 1 - 1 of a score that is computed again would not quite be 0.
+  optional.d_of(kPosGap, c) = rows.upstream.tail.name == kLogOut && count > 1.0f ? unit : 0.0f;
+}
+
+// dL/dt that the optional statistics of a row add, of a negative and of a positive.
+struct OptionalWeights {
+  float softplus, lse, sum, gap, pos_lse, inverse_count;
+
+  FUSED_NCE_HD float negative(float t) const { return softplus == 0.0f ? 0.0f : softplus * sigmoid(t); }
+  // The gap's weight is small where those of its two terms cancel.
+  FUSED_NCE_HD float positive(float t) const {
+    const float x = lse == 0.0f && gap == 0.0f ? 0.0f : exp_value(t - pos_lse);
+    return lse * x + sum + gap * (x - inverse_count);
+  }
+};
+
+FUSED_NCE_HD OptionalWeights optional_weights(const RowArrays& rows, int64_t i) {
+  const OptionalArrays& optional = rows.optional;
+  if (!optional.d) return {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+  const int64_t c = i - rows.upstream.first_row;
+  const float count = optional.of(kPosCount, i);
+  return {optional.d_of(kNegSoftplus, c), optional.d_of(kPosLse, c), optional.d_of(kPosSum, c),
+          optional.d_of(kPosGap, c),      optional.of(kPosLse, i),   count > 0.0f ? 1.0f / count : 0.0f};
+}
+
+}  // namespace cuda
+}  // namespace fused_nce

@@ -1,0 +1,77 @@
+"""Flash-style kernels in Triton: a tile of scores is computed, used and dropped on the chip, without a C++ compiler.
+
+Without a penalty, one pass over the scores gives the row statistics and the unnormalised dq; dk takes a second
+pass. Where k is q, one more pass gives the gradient of both roles. A bank of another dtype is cast tile by tile.
+Inputs are used in place where the elements of a row are adjacent, as the `cpu` backend does; any other layout is copied
+first, beyond the workspace. Triton itself is imported when the first kernel is launched: `fused_nce` needs torch alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_nce.backends.triton import configs, plan
+from fused_nce.core.defaults import slopes, summary  # noqa: F401  (handed on)
+from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
+from fused_nce.core.spec import TORCH_ALONE, VOCABULARY, Spec
+from fused_nce.core.tails import Coefficients, Tail
+
+BOTH_WAYS = False
+ATOMS = VOCABULARY - TORCH_ALONE  # each has its twin in `atoms.py`
+losses = gathered_scores = gathered_grads = None
+MOST_ROWS = 2**31 - 2**16  # a row's number is a 32-bit integer, a tile or a split beyond the last row too
+
+
+def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
+    """Needs Triton, a GPU that the table of tiles knows, and 16 or 32 bits."""
+    for x in (q, k):
+        if x.dtype not in configs.DTYPES:
+            return f"its kernels take float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
+    interpreted = q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if q.device.type != "cuda" and not interpreted:
+        return f"needs a GPU, not {q.device}"
+    if interpreted and torch.bfloat16 in (q.dtype, k.dtype):
+        return "Triton's interpreter multiplies bfloat16 wrongly"
+    if not _installed():
+        return "triton is not installed"
+    if configs.architecture_of(q.device) is None:
+        return f"has no tiles for {q.device}, only for sm_{', sm_'.join(map(str, configs.ARCHITECTURES))}"
+    if max(q.shape[0], k.shape[0]) > MOST_ROWS:
+        return f"numbers at most {MOST_ROWS} rows, not {max(q.shape[0], k.shape[0])}"
+    return None
+
+
+def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_bytes: int) -> int:
+    """`plan.workspace_bytes`: partial sums of the splits, and O(N·P) statistics."""
+    return plan.workspace_bytes(spec, n, m, d, limit_bytes)
+
+
+def stats(problem: Problem) -> Statistics:
+    """One score GEMM; two with column statistics."""
+    return _launch().stats(problem)
+
+
+def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
+    """The scores again for each gradient, and one GEMM a gradient."""
+    return _launch().grads(problem, statistics, coefficients, needs)
+
+
+def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
+    """Statistics and gradients, without a stored score."""
+    return _launch().loss(problem, tail, needs)
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _launch() -> Any:
+    return importlib.import_module("fused_nce.backends.triton.launch")

@@ -1,0 +1,208 @@
+"""Tiles: one shipped table, by architecture, dtype and width. Nothing is tuned while a program runs.
+
+`python -m bench.static` compiles every entry for its architecture and holds it to no spill and no stack. Who wants
+other tiles has `python -m fused_nce.backends.triton.tune` measure them, and names its file in FUSED_NCE_TILES: the same
+file, the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fused_nce.backends.triton.form import ABSENT, Partials
+from fused_nce.backends.triton.plan import SLICE, STEP
+
+
+class Tile(NamedTuple):
+    """The shape of one program."""
+
+    x: int  # rows that it keeps
+    y: int  # rows of the other side a step
+    chunk: int  # width of a step of the score GEMM; all of D where it holds it
+    slice: int  # width of the sums that it keeps
+    warps: int
+    stages: int
+    registers: int | None = (
+        None  # a thread's limit; without one ptxas may spill to have two programs on a multiprocessor
+    )
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton compiles it with."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
+
+
+# By float32's FMA or by TF32's matrix instructions, whatever `torch.backends` allows: small enough for both.
+_FLOAT32 = (
+    Tile(32, 32, 16, 64, 4, 2),
+    Tile(32, 32, 32, 128, 8, 2),
+    Tile(32, 32, 32, 256, 8, 2),
+    Tile(32, 32, 32, 512, 8, 2),
+    Tile(32, 32, 32, 512, 8, 2),
+)
+# The interpreter's: small, so that small problems have many tiles, chunks and slices.
+_INTERPRETED = (Tile(16, 64, 64, 64, 4, 1), *4 * (Tile(32, 64, 32, 64, 4, 1),))
+INTERPRETED = 0
+
+ALL = 255  # registers of a thread: one program of eight warps has the multiprocessor to itself
+WIDTHS = (64, 128, 256, 512)  # the bounds of the table's columns; the last entry is for anything wider
+# 128 rows where they fit: half the traffic of 64. At D >= 256 the sums, X·SLICE float32, take most of the registers.
+TABLE: dict[tuple[int, torch.dtype], tuple[Tile, ...]] = {
+    (80, torch.bfloat16): (
+        Tile(128, 64, 64, 64, 8, 3),
+        Tile(128, 32, 128, 128, 8, 3),
+        Tile(64, 64, 256, 256, 8, 2),
+        Tile(64, 32, 64, 512, 8, 2),
+        Tile(64, 32, 64, 512, 8, 3),
+    ),
+    (80, torch.float16): (
+        Tile(128, 64, 64, 64, 8, 3),
+        Tile(128, 32, 128, 128, 8, 3),
+        Tile(64, 32, 256, 256, 8, 2),
+        Tile(64, 32, 64, 256, 8, 2),
+        Tile(64, 32, 64, 256, 8, 2),
+    ),
+    (80, torch.float32): _FLOAT32,
+    (90, torch.bfloat16): (
+        Tile(128, 64, 64, 64, 8, 3),
+        Tile(128, 64, 128, 128, 8, 3),
+        Tile(128, 32, 256, 256, 8, 2),
+        Tile(64, 32, 512, 512, 8, 2),
+        Tile(64, 32, 64, 512, 8, 3),
+    ),
+    (90, torch.float16): (
+        Tile(128, 64, 64, 64, 8, 3),
+        Tile(128, 32, 128, 128, 8, 2),
+        Tile(64, 32, 256, 256, 8, 2),
+        Tile(64, 32, 64, 512, 8, 3),
+        Tile(64, 32, 64, 512, 8, 3),
+    ),
+    (90, torch.float32): (Tile(32, 32, 32, 64, 8, 2), *_FLOAT32[1:]),
+    (100, torch.bfloat16): (
+        Tile(128, 64, 64, 64, 8, 3),
+        Tile(128, 64, 128, 128, 8, 3, ALL),
+        Tile(128, 32, 256, 256, 8, 2),
+        Tile(64, 32, 512, 512, 8, 2, ALL),
+        Tile(64, 32, 64, 512, 8, 3),
+    ),
+    (100, torch.float16): (
+        Tile(128, 64, 64, 64, 8, 3),
+        Tile(128, 32, 128, 128, 8, 2),
+        Tile(128, 32, 256, 256, 8, 2),
+        Tile(64, 32, 64, 512, 8, 2),
+        Tile(64, 32, 64, 512, 8, 2),
+    ),
+    (100, torch.float32): (Tile(32, 32, 32, 64, 8, 2, ALL), *(tile._replace(registers=ALL) for tile in _FLOAT32[1:])),
+    (INTERPRETED, torch.float16): _INTERPRETED,
+    (INTERPRETED, torch.float32): _INTERPRETED,
+}
+ARCHITECTURES = sorted({architecture for architecture, _ in TABLE} - {INTERPRETED})
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that holds `size`, at least 16: what a matrix instruction takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def column_of(d: int) -> int:
+    """The column of the table for width D."""
+    return sum(d > width for width in WIDTHS)
+
+
+def tile(architecture: int, dtype: torch.dtype, d: int) -> Tile:
+    """The tile for width D: of the file that FUSED_NCE_TILES names, else the shipped one."""
+    column = column_of(d)
+    found = own_tiles().get((architecture, dtype, column)) or TABLE[architecture, dtype][column]
+    width = power_of_two(d)
+    return found._replace(chunk=min(found.chunk, width), slice=min(found.slice, width))
+
+
+def fold_tile(tile: Tile, parts: Partials) -> Tile:
+    """The tile of a pass for statistics: with sums over positives too, half the walked rows, or registers run out."""
+    return tile if parts.pos_sum == ABSENT else tile._replace(y=max(16, tile.y // 2))
+
+
+def weights_tile(tile: Tile, both: bool) -> Tile:
+    """The tile of a pass for a gradient: half the scores where each is weighed in both roles and registers are few."""
+    crowded = tile.slice == SLICE or tile.x < 64  # the widest sums; float32, whose tiles no tensor core holds
+    return tile._replace(y=max(16, tile.y // 2)) if both and crowded else tile
+
+
+class Gather(NamedTuple):
+    """The shape of one program that gathers positives."""
+
+    x: int
+    partners: int
+    width: int
+
+
+def gather_tile(d: int, partners: int) -> Gather:
+    """4096 elements a program of four warps: 32 a thread, all in flight at once."""
+    width = min(128, power_of_two(d))
+    count = min(16, 1 << (partners - 1).bit_length())
+    return Gather(4096 // (width * count), count, width)
+
+
+def architecture_of(device: torch.device) -> int | None:
+    """The table's architecture for a device, None where it has none. The interpreter runs on the CPU."""
+    if device.type == "cpu":
+        return INTERPRETED
+    if torch.version.hip is not None:
+        return None  # an MI200 calls itself 9.0 too
+    major, minor = torch.cuda.get_device_capability(device)
+    found = 10 * major + minor
+    # 8.6, 8.9 and 12.0 have 99 KiB of shared memory and tiles of their own to find; 10.3 is 10.0 with another clock.
+    return {80: 80, 87: 80, 90: 90, 100: 100, 103: 100}.get(found)
+
+
+# ---- tiles of one's own -----------------------------------------------------------------------------------------
+
+Tiles = dict[tuple[int, torch.dtype, int], Tile]  # by architecture, dtype and column of the table
+
+
+def own_tiles() -> Tiles:
+    """What FUSED_NCE_TILES names; empty without it."""
+    path = os.environ.get("FUSED_NCE_TILES", "")
+    return read(path) if path else {}
+
+
+@cache
+def read(path: str) -> Tiles:
+    """The tiles of a file that `write` wrote.
+
+    Raises:
+        ValueError: for an entry that is no tile of the table's.
+    """
+    found: Tiles = {}
+    for row in json.loads(Path(path).read_text(encoding="utf-8"))["tiles"]:
+        key, one = (row["architecture"], getattr(torch, row["dtype"]), row["column"]), Tile(*row["tile"])
+        if key[:2] not in TABLE or key[2] not in range(len(WIDTHS) + 1):
+            raise ValueError(f"FUSED_NCE_TILES: got {row}, need an architecture, a dtype and a column of the table")
+        if not fits(one):
+            raise ValueError(f"FUSED_NCE_TILES: got {one}, need powers of two from 16 on, and y up to {STEP}")
+        found[key] = one
+    return found
+
+
+def write(tiles: Tiles, path: str) -> None:
+    """A file for FUSED_NCE_TILES."""
+    rows = [
+        {"architecture": architecture, "dtype": str(dtype).removeprefix("torch."), "column": column, "tile": list(one)}
+        for (architecture, dtype, column), one in tiles.items()
+    ]
+    Path(path).write_text(json.dumps({"tiles": rows}, indent=1) + "\n", encoding="utf-8")
+    read.cache_clear()
+
+
+def fits(one: Tile) -> bool:
+    """What the kernels and `plan.py` take for granted."""
+    sizes = (one.x, one.y, one.chunk, one.slice)
+    return all(size >= 16 and size & (size - 1) == 0 for size in sizes) and STEP % one.y == 0 and one.slice <= SLICE

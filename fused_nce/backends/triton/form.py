@@ -1,0 +1,171 @@
+"""The compile-time description of a problem: which formulas its kernels contain. Static, hashable, free of sizes but D.
+
+Triton compiles one kernel per `Form`, and branches on its fields at compile time: a field that is not asked for costs
+nothing. Names are those of `core/spec.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fused_nce.core.atoms import shiftless
+from fused_nce.core.problem import Problem
+from fused_nce.core.spec import Block, Index, Labels, TanhClip
+
+ABSENT = -1
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Line of each statistic in the finished (S, n) statistics of rows or of columns; `ABSENT` if it is not wanted."""
+
+    neg_lse: int = ABSENT
+    neg_max: int = ABSENT
+    square: int = ABSENT
+    neg_softplus: int = ABSENT
+    pos_lse: int = ABSENT
+    pos_max: int = ABSENT
+    pos_sum: int = ABSENT
+    pos_count: int = ABSENT
+    pos_gap: int = ABSENT
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Wanted:
+        """In the order of `names`."""
+        return cls(**{name: place for place, name in enumerate(names)})
+
+
+def _places(used: dict[str, bool]) -> dict[str, int]:
+    """A line number for each used name, in order, and `lines`, how many there are."""
+    present = [name for name in used if used[name]]
+    return {name: present.index(name) if used[name] else ABSENT for name in used} | {"lines": len(present)}
+
+
+@dataclass(frozen=True)
+class Partials:
+    """Line of each running value in a split's (lines, n) buffer; `ABSENT` if no wanted statistic needs it."""
+
+    neg_sum: int  # Σ e^(t − shift) over the negatives, shift being their maximum so far
+    neg_top: int  # max t
+    pos_sum: int
+    pos_top: int
+    square: int
+    softplus: int
+    total: int  # Σ t over the positives
+    count: int  # of the positives
+    lines: int
+
+    @classmethod
+    def of(cls, wanted: Wanted) -> Partials:
+        """The values that the wanted statistics need. A sum of exponentials needs its maximum too, to be merged."""
+        used = {
+            "neg_sum": wanted.neg_lse,
+            "neg_top": max(wanted.neg_lse, wanted.neg_max),
+            "pos_sum": wanted.pos_lse,
+            "pos_top": max(wanted.pos_lse, wanted.pos_max),
+            "square": wanted.square,
+            "softplus": wanted.neg_softplus,
+            "total": wanted.pos_sum,
+            "count": wanted.pos_count,
+        }
+        return cls(**_places({name: place != ABSENT for name, place in used.items()}))
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Line of each number that the weights of a side read, in an aligned and padded (lines, n) buffer."""
+
+    neg_lse: int  # times log2(e), as `pos_lse`
+    d_neg_lse: int
+    d_softplus: int
+    d_square: int  # times 2
+    pos_lse: int
+    d_pos_lse: int
+    d_sum: int
+    d_gap: int
+    share: int  # 1 / positives
+    d_target: int  # of a row's one target
+    lines: int
+
+    @classmethod
+    def of(cls, wanted: Wanted, target: bool) -> Terms:
+        """The terms of the statistics that have a gradient."""
+        used = {
+            "neg_lse": wanted.neg_lse,
+            "d_neg_lse": wanted.neg_lse,
+            "d_softplus": wanted.neg_softplus,
+            "d_square": wanted.square,
+            "pos_lse": wanted.pos_lse,
+            "d_pos_lse": wanted.pos_lse,
+            "d_sum": wanted.pos_sum,
+            "d_gap": wanted.pos_gap,
+            "share": wanted.pos_gap,
+        }
+        return cls(**_places({name: place != ABSENT for name, place in used.items()} | {"d_target": target}))
+
+
+@dataclass(frozen=True)
+class Form:
+    """The formulas of one problem."""
+
+    ids: str  # where they come from: "image" (arithmetic), "target" (of the rows), "label" (of both), "none"
+    n_c: int  # columns an image
+    rows_per_image: int
+    drop_self: bool
+    transform: str
+    shiftless: bool  # e^t needs no shift: t is bounded
+    tensor_scale: bool
+    mixed: bool  # q and k differ in dtype: both meet in float32
+    rows: Wanted
+    columns: Wanted
+
+    @property
+    def two_way(self) -> bool:
+        """Columns have statistics too."""
+        return self.columns != Wanted()
+
+    @property
+    def row_terms(self) -> Terms:
+        """What the weights read of rows."""
+        return Terms.of(self.rows, self.ids == "target")
+
+    @property
+    def column_terms(self) -> Terms:
+        """What they read of columns."""
+        return Terms.of(self.columns, False)
+
+    @property
+    def partners(self) -> int:
+        """Columns among which a row's gathered positives lie; 0 if none are gathered."""
+        return {"image": self.n_c, "target": 1}.get(self.ids, 0)
+
+    @property
+    def n_pos(self) -> int:
+        """P: gathered positives of a row, without the row itself."""
+        return self.partners - (self.drop_self and self.ids == "image")
+
+    @classmethod
+    def of(cls, problem: Problem) -> Form:
+        """Of one problem."""
+        spec, layout = problem.spec, problem.spec.layout
+        block = layout if isinstance(layout, Block) else Block(1)
+        return cls(
+            ids={Block: "image", Index: "target", Labels: "label"}.get(type(layout), "none"),
+            n_c=block.n_c,
+            rows_per_image=block.rows_per_image,
+            drop_self=spec.drop_self,
+            transform="tanh_clip" if isinstance(spec.transform, TanhClip) else spec.transform.code.removesuffix("()"),
+            shiftless=shiftless(problem),
+            tensor_scale=isinstance(problem.scale, Tensor),
+            mixed=problem.q.dtype != problem.k.dtype,
+            rows=Wanted.of(spec.stats),
+            columns=Wanted.of(spec.columns),
+        )
+
+    def without_square(self) -> Form:
+        """For a tail without a penalty: the square's coefficient is 0, and 0·inf would make a finite loss NaN."""
+        return dataclasses.replace(self, rows=dataclasses.replace(self.rows, square=ABSENT))

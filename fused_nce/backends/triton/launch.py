@@ -1,0 +1,240 @@
+"""The kernels put together: grids, splits, partial sums."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fused_nce.backends.triton import configs, gather, kernels, plan
+from fused_nce.backends.triton.form import Form, Partials, Terms, Wanted
+from fused_nce.core import workspace
+from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
+from fused_nce.core.spec import Bias, Block
+from fused_nce.core.tails import Coefficients, Tail, fixed_sum
+
+
+class Side(NamedTuple):
+    """What a pass keeps (x), what it walks through (y), and what x is in it: rows for dq, columns for dk."""
+
+    x: Tensor  # (n_x, D)
+    y: Tensor  # (n_y, D)
+    as_row: bool
+    as_column: bool  # both, where one tensor is in both roles
+
+
+class Sums(NamedTuple):
+    """Partial sums of a gradient."""
+
+    parts: Tensor  # (splits, n_x, D)
+    tallies: Tensor  # (splits, n_x) of what a bias gets; empty without one
+    partial: Tensor | None  # (splits, lines, N) beside which they were summed; None where normalised
+
+
+class Sweep:
+    """One problem's launches. Every tensor lies on its device, and every launch goes to that device's stream."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.p, self.spec, self.form = problem, problem.spec, Form.of(problem)
+        # The elements of a row must be adjacent; rows may lie anywhere.
+        q, k = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (problem.q, problem.k))
+        self.rows_side, self.columns_side = Side(q, k, True, False), Side(k, q, False, True)
+        self.d, self.empty = q.shape[1], q.new_empty(0, dtype=torch.float32)
+        self.row_sums: Sums | None = None  # dq's, where the statistics' own pass gave them
+        architecture = configs.architecture_of(q.device)
+        assert architecture is not None, "why_not was not asked"
+        self.tile = configs.tile(architecture, torch.promote_types(q.dtype, k.dtype), self.d)
+        clip = self.spec.clip
+        bias = problem.bias if isinstance(problem.bias, Tensor) else self.empty.new_full((), problem.bias)
+        self.scores = (problem.scale, *((clip, 1 / clip) if clip else (1.0, 1.0)), bias)
+        self.limit = workspace.limit_bytes(q.device.type)
+        self.biased = isinstance(self.spec.transform, Bias)
+        ids = (problem.row_ids, problem.column_ids)
+        self.row_ids, self.column_ids = (self.empty if x is None else x.contiguous() for x in ids)
+        # Block counts the offset in images: of rows and columns alike where a row is a column.
+        block = isinstance(self.spec.layout, Block)
+        self.first, self.itself = problem.offset, problem.offset * (self.form.n_c if block else 1)
+
+    def compiled(self, tile: configs.Tile) -> dict[str, Any]:
+        """What a tile's kernel is compiled for, beside the form."""
+        sizes = {"X": tile.x, "Y": tile.y, "CHUNK": tile.chunk, "SLICE": tile.slice}
+        return {"D": self.d, "PRECISION": self._precision(), **sizes, **tile.options}
+
+    def _precision(self) -> str:
+        """Of products of float32: TF32 where torch allows it, and where it holds both 16-bit types exactly."""
+        wide = torch.float32 in (self.p.q.dtype, self.p.k.dtype)
+        allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return "tf32" if (wide and allowed) or (self.form.mixed and not wide) else "ieee"
+
+    def device(self) -> AbstractContextManager[Any]:
+        """Launches go to the tensors' device, whichever is current."""
+        return torch.cuda.device(self.p.q.device) if self.p.q.is_cuda else nullcontext()
+
+    def new(self, *shape: int) -> Tensor:
+        """An uninitialised float32 buffer."""
+        return self.empty.new_empty(shape)
+
+    # ---- statistics ---------------------------------------------------------------------------------------------
+
+    def positives(self) -> Tensor:
+        """(N, P) transformed scores of the positives."""
+        p, form = self.p, self.form
+        if p.positives is not None:
+            return p.positives
+        pos = self.new(p.n, form.n_pos)
+        if form.n_pos:
+            side, shape = self.rows_side, configs.gather_tile(self.d, form.partners)
+            gather.positives_kernel[(triton.cdiv(p.n, shape.x), triton.cdiv(form.partners, shape.partners))](
+                side.x, side.y, *self.scores, self.row_ids, pos, p.n, p.m, self.first, self.itself,
+                side.x.stride(0), side.y.stride(0),
+                FORM=form, D=self.d, X=shape.x, PARTNERS=shape.partners, WIDTH=shape.width,
+            )  # fmt: skip
+        return pos
+
+    def fold(self, side: Side, gradient: bool = False) -> Tensor:
+        """(S, n_x) statistics of x and, in the same pass, `row_sums`, which become dq."""
+        n_x, n_y = side.x.shape[0], side.y.shape[0]
+        wanted = self.form.columns if side.as_column else self.form.rows
+        parts, names = Partials.of(wanted), self.spec.columns if side.as_column else self.spec.stats
+        slices = triton.cdiv(self.d, self.tile.slice) if gradient else 1
+        split = plan.split(n_x, n_y, slices, parts.lines + self.d * gradient, self.limit)
+        partial, out = self.new(split.splits, parts.lines, n_x), self.new(len(names), n_x)
+        sums = self.new(split.splits, n_x, self.d) if gradient else self.empty
+        tallies = self.new(split.splits, n_x) if gradient and self.biased else self.empty
+        kernels.fold_kernel[(triton.cdiv(n_x, self.tile.x), split.splits, slices)](
+            side.x, side.y, *self.scores, self.row_ids, self.column_ids, partial, sums, tallies, n_x, n_y,
+            self.first, self.itself, split.walk, side.x.stride(0), side.y.stride(0),
+            FORM=self.form, PARTIALS=parts, BY_COLUMN=side.as_column, GRADIENT=gradient,
+            **self.compiled(configs.fold_tile(self.tile, parts)),
+        )  # fmt: skip
+        gather.merge_kernel[(triton.cdiv(n_x, 128),)](
+            partial, out, n_x, split.splits, FORM=self.form, WANTED=wanted, PARTIALS=parts, X=128
+        )
+        self.row_sums = Sums(sums, tallies, partial) if gradient else None
+        return out
+
+    def statistics(self, gradient: bool = False) -> Statistics:
+        """Of rows and columns, and the positives."""
+        rows = self.fold(self.rows_side, gradient)
+        return Statistics(self.positives(), rows, self.fold(self.columns_side) if self.spec.columns else None)
+
+    # ---- gradients ----------------------------------------------------------------------------------------------
+
+    def terms(self, found: Statistics, d: Coefficients, form: Form) -> tuple[Tensor, Tensor]:
+        """What the weights read of rows and of columns."""
+
+        def of(n: int, x: Tensor, d_x: Tensor, wanted: Wanted, terms: Terms) -> Tensor:
+            blocks = triton.cdiv(n, plan.STEP)
+            out = self.new(terms.lines, blocks * plan.STEP)
+            gather.terms_kernel[(blocks,)](x, d_x, d.d_pos, out, n, WANTED=wanted, TERMS=terms, X=plan.STEP)
+            return out
+
+        rows = of(self.p.n, found.rows, d.d_rows, form.rows, form.row_terms)
+        if found.columns is None or d.d_columns is None:
+            return rows, self.empty
+        return rows, of(self.p.m, found.columns, d.d_columns, form.columns, form.column_terms)
+
+    def weights(self, side: Side, form: Form, terms: tuple[Tensor, Tensor]) -> Sums:
+        """Σ w·y over what is no gathered positive, from finished statistics."""
+        n_x, n_y = side.x.shape[0], side.y.shape[0]
+        slices = triton.cdiv(self.d, self.tile.slice)
+        split = plan.split(n_x, n_y, slices, self.d, self.limit)
+        sums = self.new(split.splits, n_x, self.d)
+        tallies = self.new(split.splits, n_x) if self.biased else self.empty
+        kernels.weights_kernel[(triton.cdiv(n_x, self.tile.x), split.splits, slices)](
+            side.x, side.y, *self.scores, self.row_ids, self.column_ids, *terms, sums,
+            tallies, n_x, n_y, self.first, self.itself, split.walk, side.x.stride(0), side.y.stride(0),
+            FORM=form, AS_ROW=side.as_row, AS_COLUMN=side.as_column,
+            **self.compiled(configs.weights_tile(self.tile, side.as_row and side.as_column)),
+        )  # fmt: skip
+        return Sums(sums, tallies, None)
+
+    def finish(
+        self, side: Side, sums: Sums, found: Statistics, d: Coefficients, scale: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(dL/dx, dL/dscale, dL/dbias): Σ w·⟨x, y⟩ is Σ ⟨x, dL/dx⟩ / scale, before the scale has multiplied it."""
+        n_x, n_y, splits, form = side.x.shape[0], side.y.shape[0], sums.parts.shape[0], self.form
+        shape = configs.gather_tile(self.d, form.n_c if side.as_row else form.rows_per_image)
+        widths = triton.cdiv(self.d, shape.width)
+        out = sums.parts[0] if splits == 1 else self.new(n_x, self.d)
+        dots = self.new(widths, n_x) if scale else self.empty
+        on_bias = self.new(n_x) if scale and self.biased else self.empty
+        gather.finish_kernel[(triton.cdiv(n_x, shape.x), widths)](
+            side.x, side.y, self.scores[0], self.scores[2], self.row_ids, sums.parts, sums.tallies,
+            self.empty if sums.partial is None else sums.partial, found.rows, d.d_rows, found.pos, d.d_pos,
+            out, dots, on_bias, n_x, n_y, self.first, self.itself, splits, side.x.stride(0), side.y.stride(0),
+            FORM=form, PARTIALS=Partials.of(form.rows), NORMALISE=sums.partial is not None, AS_ROW=side.as_row,
+            AS_COLUMN=side.as_column, DOTS=scale, D=self.d,
+            X=shape.x, PARTNERS=shape.partners, WIDTH=shape.width,
+        )  # fmt: skip
+        share = 0.5 if side.as_row and side.as_column else 1.0  # each score was met twice
+        return (
+            out,
+            fixed_sum(dots) * share if scale else self.empty,
+            fixed_sum(on_bias) * share if self.biased else None,
+        )
+
+    def gradients(self, found: Statistics, d: Coefficients, penalised: bool, needs: Needs) -> Gradients:
+        """The wanted gradients, from finished statistics."""
+        form = self.form if penalised else self.form.without_square()
+        found = Statistics(*(None if x is None else x.contiguous() for x in found))  # type: ignore[arg-type]
+        d = Coefficients(*(None if x is None else x.contiguous() for x in d))  # type: ignore[arg-type]
+        dq = dk = dscale = self.empty
+        dbias: Tensor | None = None
+        by_row, by_column = needs.q or (needs.scale and not needs.k), needs.k and not self.p.shared
+        swept = by_column or (by_row and self.row_sums is None)
+        terms = self.terms(found, d, form) if swept else (self.empty, self.empty)
+        if by_row:
+            side = self.rows_side._replace(as_column=self.p.shared)
+            sums = self.row_sums or self.weights(side, form, terms)
+            dq, dscale, dbias = self.finish(side, sums, found, d, needs.scale)
+            self.row_sums = None
+            del sums  # their memory serves the next pass
+        if by_column:
+            sums = self.weights(self.columns_side, form, terms)
+            dk, on_scale, on_bias = self.finish(self.columns_side, sums, found, d, needs.scale and not by_row)
+            if not by_row:
+                dscale, dbias = on_scale, on_bias
+        return Gradients(dq if needs.q else self.empty, dk, dscale, dbias if needs.scale else None)
+
+    def known_before(self, tail: Tail) -> bool:
+        """Whether the weights lack only one factor a row, known at its end: then the first pass can sum w·y."""
+        rows = self.form.rows
+        one = (rows.neg_lse >= 0) != (rows.neg_softplus >= 0)
+        return one and not tail.penalty and max(rows.pos_lse, rows.pos_sum) < 0
+
+
+def stats(problem: Problem) -> Statistics:
+    """One score GEMM; two with column statistics."""
+    sweep = Sweep(problem)
+    with sweep.device():
+        return sweep.statistics()
+
+
+def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
+    """The scores again, and one GEMM a gradient, for each of dq and dk."""
+    sweep = Sweep(problem)
+    with sweep.device():
+        return sweep.gradients(statistics, coefficients, True, needs)
+
+
+def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
+    """Statistics and gradients.
+
+    If a row's weights lack only one factor (`known_before`), the statistics pass also sums dq: 2u, then 2u for dk.
+    With a penalty dq has two terms whose ratio is known only when the row is finished. A second accumulator would need
+    a GEMM of its own, which costs as much as computing the scores again, so dq takes a second pass: 1u + 2u, then 2u
+    for dk. Where k is q, one pass after the statistics gives the whole gradient: 1u + 2u.
+    """
+    sweep, spec = Sweep(problem), problem.spec
+    single = sweep.known_before(tail) and not problem.shared and (needs.q or (needs.scale and not needs.k))
+    with sweep.device():
+        found = sweep.statistics(gradient=single)
+        if not any(needs):
+            return found, Gradients(sweep.empty, sweep.empty, sweep.empty)
+        unit = tail.unit(problem.n * tail.per_row(spec))
+        d = tail.coefficients(spec, found.pos, found.rows, None, unit, 1.0, problem.n * problem.m)
+        return found, sweep.gradients(found, d, bool(tail.penalty), needs)

@@ -1,0 +1,61 @@
+"""How the walks are split, and the bytes that follow: by shape and limit alone, so that no card changes the formula."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fused_nce.backends.triton.form import Partials, Terms, Wanted
+from fused_nce.core.spec import Spec
+
+PROGRAMS = 264  # enough for two on each of an H100's 132 multiprocessors
+BLOCK = 64  # rows that a program keeps, nominally
+STEP = 256  # a split is a multiple of this many rows: of every tile in the table
+SLICE = 512  # of D that a program's sums hold at most; wider rows have a program each
+
+
+class Split(NamedTuple):
+    """`splits` programs walk `walk` rows each."""
+
+    splits: int
+    walk: int
+
+
+def split(n_x: int, n_y: int, slices: int, numbers: int, limit_bytes: int) -> Split:
+    """Few rows to keep and many to walk through: enough splits to fill the card, as far as their sums may be held.
+
+    Args:
+        n_x: rows to keep.
+        n_y: rows to walk through.
+        slices: programs for each block of rows, beside each other on the card already.
+        numbers: float32 numbers that a split leaves for each row.
+        limit_bytes: for all of them.
+    """
+    steps = -(-n_y // STEP)
+    wanted = min(PROGRAMS // (-(-n_x // BLOCK) * slices), limit_bytes // (4 * n_x * numbers), steps)
+    walk = -(-steps // max(1, wanted)) * STEP
+    return Split(-(-n_y // walk), walk)
+
+
+def workspace_bytes(spec: Spec, n: int, m: int, d: int, limit_bytes: int) -> int:
+    """The larger of both passes' partial sums, partial statistics, and the tail's coefficients and temporaries.
+
+    One split needs no partial sums: the gradient is their place. A scale's gradient wanted alone costs one dq more, and
+    inputs whose rows are not adjacent elements are copied, beyond this.
+    """
+    by_row, by_column = (Wanted.of(names) for names in (spec.stats, spec.columns))
+    row_lines, column_lines = Partials.of(by_row).lines, Partials.of(by_column).lines
+    slices = -(-d // SLICE)
+
+    def held(n_x: int, n_y: int, slices: int, numbers: int) -> int:
+        parts = split(n_x, n_y, slices, max(1, numbers), limit_bytes).splits
+        return 4 * n_x * numbers * parts if parts > 1 or numbers < d else 0
+
+    def padded(count: int, lines: int) -> int:
+        return 4 * lines * -(-count // STEP) * STEP
+
+    terms = padded(n, Terms.of(by_row, True).lines) + padded(m, Terms.of(by_column, False).lines)
+    rows = max(held(n, m, slices, d), held(n, m, 1, row_lines), held(n, m, slices, d + row_lines))
+    columns = max(held(m, n, slices, d), held(m, n, 1, column_lines))
+    dots = 4 * max(n, m) * (-(-d // 16) + 2)
+    tail = 4 * n * (4 * spec.n_pos + 3 * len(spec.stats) + 8) + 12 * m * len(spec.columns)
+    return max(rows, columns) + dots + terms + tail + 4 * n * row_lines

@@ -1,0 +1,319 @@
+"""Samples of WebDataset shards: members of a `.tar` or `.tar.gz` that share a key."""
+
+from __future__ import annotations
+
+import glob
+import json
+import posixpath
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fused_nce.train.data import labels
+from fused_nce.train.data.account import printable
+from fused_nce.train.data.folders import SPLIT_FOLDERS
+from fused_nce.train.data.members import BESIDE, FIELDS, LABEL_SUFFIXES, Name, Samples, hidden, unread
+
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+MIN_IDS = 100  # so many samples, all with another number in `.id`: it counts them
+
+# Where a member's bytes are: offset and number, the bytes themselves, or the member that a link leads to.
+Place = tuple[int, int] | bytes | str
+
+
+def find_shards(pattern: str, split: str) -> list[Path]:
+    """The shards of a split, sorted: of a folder, or of a glob, in whose last part "train" stands for the split."""
+    path, names = Path(pattern), SPLIT_FOLDERS[split]
+    if path.is_dir():
+        shards = shards_in(path)
+        found = [p for p in shards if p.name.startswith(names)]
+        if not found and split == "train":  # all but another split's
+            found = [p for p in shards if not re.match(rf"({'|'.join(SPLIT_FOLDERS['test'])})(?![a-z])", p.name)]
+    else:
+        base = path.name
+        options = [base] if split == "train" else [base.replace("train", name) for name in names if "train" in base]
+        matches = (Path(p) for option in options for p in glob.glob(str(path.parent / option)))
+        found = sorted(p for p in matches if p.name.endswith(SHARD_SUFFIXES))
+    if not found:
+        raise ValueError(f"data: no {split} shards at {pattern}; a folder must hold {names[0]}-*.tar or .tar.gz files")
+    return found
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """Those of all splits, sorted."""
+    return sorted(p for p in folder.iterdir() if p.name.endswith(SHARD_SUFFIXES) and not hidden(p.name))
+
+
+class _Member(tarfile.TarInfo):
+    """Tells its archive how the reading of headers ended: `tarfile` takes a cut or broken header for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> _Member:
+        try:
+            return super().fromtarfile(tarfile)
+        except Exception as error:
+            tarfile.ended = type(error).__name__
+            raise
+
+
+class _Sample:
+    """Members of one stem."""
+
+    def __init__(self, stem: str) -> None:
+        self.stem = stem
+        self.main: Place | None = None
+        self.main_suffix = ""
+        self.beside: dict[str, Place] = {}
+
+
+class ShardSamples(Samples):
+    """The samples of shards.
+
+    A plain `.tar` is indexed once and read by offset. A `.tar.gz` cannot be, so what it keeps is held in memory.
+
+    Args:
+        shards: the files.
+        kind: of a sample.
+        hold: keep the contents of a `.tar.gz`; without them there are names and labels alone.
+
+    Raises:
+        ValueError: naming the shard, and the member, for what cannot be read.
+    """
+
+    def __init__(self, shards: Sequence[Path], kind: str, *, hold: bool = True) -> None:
+        super().__init__(kind)
+        self.shards, self.hold, self.numbered = list(shards), hold, True
+        self.class_names = labels.read_names(self.shards[0].parent)
+        self.entries: list[tuple[Path, str, str, tuple[int, int] | bytes]] = []  # shard, stem, suffix, place
+        found: list[dict[str, str]] = []  # of each sample, labels by suffix
+        for shard in self.shards:
+            self._index(shard, found)
+        if not self.entries:
+            left_out = f" (left out: {self.account})" if self.account.kinds else ""
+            raise ValueError(f"data: no {kind[:-1]} in {', '.join(map(str, self.shards))}{left_out}")
+        self.label_suffixes = self._choose(found)
+        for each in found:
+            self.texts.append(next((each[suffix] for suffix in self.label_suffixes if suffix in each), ""))
+
+    def _index(self, shard: Path, found: list[dict[str, str]]) -> None:
+        zipped = not shard.name.endswith(".tar")
+        places: dict[str, Place] = {}
+        members: list[tuple[Name, Place]] = []
+        try:
+            with tarfile.open(shard, "r:gz" if zipped else "r:", tarinfo=_Member) as tar:
+                for member in tar:
+                    path = posixpath.normpath(member.name)
+                    if member.isdir():
+                        continue
+                    if hidden(path):
+                        self.account.leave_out("hidden members", f"{shard}:{path}")
+                        continue
+                    name = Name.of(path)
+                    read = name.kind == self.kind or name.kind in BESIDE[self.kind]
+                    if member.islnk():
+                        place: Place = posixpath.normpath(member.linkname)
+                    elif member.issym():
+                        place = posixpath.normpath(posixpath.join(posixpath.dirname(path), member.linkname))
+                    elif not member.isreg():
+                        self.account.leave_out("members that are no file", f"{shard}:{path}")
+                        continue
+                    elif read and (zipped or member.issparse() or name.kind != self.kind):
+                        wanted = self.hold or name.kind != self.kind
+                        place = tar.extractfile(member).read() if wanted else b""  # type: ignore[union-attr]
+                    else:
+                        place = member.offset_data, member.size
+                    if read or not zipped:
+                        places[path] = place
+                    if read:
+                        members.append((name, place))
+                    else:
+                        self.account.leave_out(unread(name, "members"), f"{shard}:{path}")
+                self._check_end(shard, tar, zipped)
+        except Exception as error:  # a broken archive makes tarfile and zlib raise errors of many types
+            raise ValueError(f"data: shard {shard} cannot be read: {error}") from error
+        for sample in self._group(shard, members):
+            entry = self._entry(shard, sample, places)
+            if entry is not None:
+                self.entries.append(entry)
+                self._read_labels(shard, sample, places, found)
+
+    def _check_end(self, shard: Path, tar: Any, zipped: bool) -> None:
+        ended = getattr(tar, "ended", "EOFHeaderError")
+        if ended == "EmptyHeaderError":
+            self.account.leave_out("end marks that are missing (a shard that may have been cut)", str(shard))
+        elif ended != "EOFHeaderError":
+            raise tarfile.ReadError(f"it ends inside a header, or has a broken one, at byte {tar.offset}")
+        rest = 0
+        while block := tar.fileobj.read(1 << 20):  # of a .tar.gz all, which checks its checksum
+            rest += bool(block.strip(b"\0"))
+            if rest and not zipped:
+                break
+        if rest:
+            self.account.leave_out("archives behind the end mark of another", str(shard))
+
+    def _group(self, shard: Path, members: list[tuple[Name, Place]]) -> list[_Sample]:
+        """Members by stem. A name that comes again after others starts a second sample of its key."""
+        plain = {name.key for name, _ in members if name.kind == self.kind and name.stem == name.key}
+        labelled = {name.stem for name, _ in members if name.kind != self.kind}
+        latest: dict[str, _Sample] = {}
+        ordered: list[_Sample] = []
+        bare: dict[str, list[_Sample]] = {}  # without their file so far
+        before = ""
+        for name, place in members:
+            where = f"{shard}:{name.stem}.{name.suffix}"
+            main = name.kind == self.kind
+            if main and name.stem != name.key and name.key in plain and name.stem not in labelled:
+                self.account.leave_out(f"further {self.kind} of a key", where)  # 0.seg.png beside 0.png
+                continue
+            sample = latest.get(name.stem)
+            again = sample is not None and (sample.main_suffix == name.suffix if main else name.suffix in sample.beside)
+            if sample is None or (again and before != name.stem):
+                sample = latest[name.stem] = _Sample(name.stem)
+                bare.setdefault(name.stem, []).append(sample)
+                again = False
+            before = name.stem
+            if main and sample.main is not None:
+                kind = "members that come twice" if again else f"further {self.kind} of a key"
+                self.account.leave_out(kind, where)
+            elif main:
+                sample.main, sample.main_suffix = place, name.suffix
+                ordered.append(sample)
+                bare[name.stem].remove(sample)
+            elif again:
+                self._compare(where, sample.beside[name.suffix], place)
+            else:
+                sample.beside[name.suffix] = place
+        self._inherit(shard, ordered, {stem: samples for stem, samples in bare.items() if samples})
+        return ordered
+
+    def _inherit(self, shard: Path, ordered: list[_Sample], bare: dict[str, list[_Sample]]) -> None:
+        """Labels without a file of their own: of the files whose key they name, or else counted."""
+        used = set[str]()
+        for sample in ordered:
+            key = Name.of(sample.stem + ".").key
+            for source in bare.get(sample.stem, []):
+                for suffix, place in source.beside.items():
+                    if suffix in sample.beside:
+                        self._compare(f"{shard}:{sample.stem}.{suffix}", sample.beside[suffix], place)
+                    sample.beside.setdefault(suffix, place)
+                used.add(sample.stem)
+            if key != sample.stem and key in bare and not sample.beside:  # 0.left.png, 0.right.png and 0.cls
+                sample.beside = dict(bare[key][0].beside)
+                used.add(key)
+        for stem in bare.keys() - used:
+            for sample in bare[stem]:
+                suffix = next(iter(sample.beside))
+                self.account.leave_out(f"labels without {self.kind}", f"{shard}:{stem}.{suffix}", len(sample.beside))
+
+    def _compare(self, where: str, first: Place, second: Place) -> None:
+        if first != second:
+            raise ValueError(f"data: {printable(where)} comes twice, with {first!r:.40} and with {second!r:.40}")
+        self.account.leave_out("members that come twice", where)
+
+    def _entry(
+        self, shard: Path, sample: _Sample, places: dict[str, Place]
+    ) -> tuple[Path, str, str, tuple[int, int] | bytes] | None:
+        assert sample.main is not None
+        place = _follow(sample.main, places)
+        if place is None:
+            self.account.leave_out("links to what the shard lacks", f"{shard}:{sample.stem}.{sample.main_suffix}")
+            return None
+        return shard, sample.stem, sample.main_suffix, place
+
+    def _read_labels(self, shard: Path, sample: _Sample, places: dict[str, Place], found: list[dict[str, str]]) -> None:
+        texts: dict[str, str] = {}
+        fields: dict[str, str] = {}
+        for suffix, linked in sample.beside.items():
+            where = f"{shard}:{sample.stem}.{suffix}"
+            place = _follow(linked, places)
+            if place is None:
+                self.account.leave_out("links to what the shard lacks", where)
+                continue
+            content = place if isinstance(place, bytes) else _read(shard, place)
+            try:
+                if Name.of(f"x.{suffix}").kind == FIELDS:
+                    fields |= self._fields(content, where)
+                else:
+                    texts[suffix] = labels.of_text(content.decode("utf-8-sig"))
+            except ValueError as error:
+                if suffix not in LABEL_SUFFIXES[1:]:
+                    raise ValueError(f"data: {printable(where)} cannot be read: {error}") from error
+                self.account.leave_out(f".{suffix} members that hold no integer", where)
+                continue
+            if suffix in LABEL_SUFFIXES[1:] and not labels.INTEGER.fullmatch(texts[suffix] or "-1"):
+                del texts[suffix]
+                self.account.leave_out(f".{suffix} members that hold no integer", where)
+        found.append(texts)
+        self.fields.append(fields)
+
+    def _fields(self, content: bytes, where: str) -> dict[str, str]:
+        values = json.loads(content.decode("utf-8-sig"))
+        if not isinstance(values, dict):
+            raise ValueError(f"a .json member must hold an object, got {content[:40]!r}")
+        found = {}
+        for name, value in values.items():
+            text = labels.of_value(value)
+            if text is None:
+                self.account.leave_out(f"fields {printable(name)} that hold no label", where)
+            else:
+                found[printable(name)] = text
+        return found
+
+    def _choose(self, found: list[dict[str, str]]) -> list[str]:
+        """Which suffixes are the label, first choice first: none that stands beside another or counts the samples."""
+        chosen: list[str] = []
+        for suffix in LABEL_SUFFIXES:
+            having = [i for i, each in enumerate(found) if suffix in each]
+            if not having:
+                continue
+            beside = any(other in found[i] for i in having for other in chosen)
+            ids = suffix != "cls" and len({found[i][suffix] for i in having}) == len(having) > MIN_IDS
+            if beside or ids:
+                why = "beside another label" if beside else "that differ in every sample"
+                shard, stem, *_ = self.entries[having[0]]
+                self.account.leave_out(f".{suffix} members {why}", f"{shard}:{stem}.{suffix}", len(having))
+            else:
+                chosen.append(suffix)
+        self.having = found
+        return chosen
+
+    def name(self, index: int) -> str:
+        shard, stem, *_ = self.entries[index]
+        return f"{shard}:{stem}"
+
+    def label_name(self, index: int) -> str:
+        suffix = next((s for s in self.label_suffixes if s in self.having[index]), LABEL_SUFFIXES[0])
+        return f"{printable(self.name(index))}.{suffix}"
+
+    def short_name(self, index: int) -> str:
+        shard, stem, suffix, _ = self.entries[index]
+        return f"{shard.name}:{stem}.{suffix}"
+
+    def content(self, index: int, most: int | None = None) -> bytes:
+        shard, *_, place = self.entries[index]
+        if isinstance(place, bytes):
+            return place[:most]
+        return _read(shard, place if most is None else (place[0], min(place[1], most)))
+
+    def keep(self, rows: list[int]) -> None:
+        super().keep(rows)
+        self.entries, self.having = [self.entries[i] for i in rows], [self.having[i] for i in rows]
+
+
+def _read(shard: Path, place: tuple[int, int]) -> bytes:
+    with shard.open("rb") as file:
+        file.seek(place[0])
+        return file.read(place[1])
+
+
+def _follow(place: Place, places: dict[str, Place]) -> tuple[int, int] | bytes | None:
+    """Through links, to where the bytes are."""
+    for _ in range(len(places) + 1):
+        if not isinstance(place, str):
+            return place
+        if place not in places:
+            return None
+        place = places[place]
+    return None

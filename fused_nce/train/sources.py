@@ -1,0 +1,7 @@
+"""The readers of images by the names that they had before `fused_nce.train.data`."""
+
+from fused_nce.train.data.sources import Damage, ImageSource, fit, to_rgb
+
+FolderSource = ShardSource = ImageSource
+
+__all__ = ["Damage", "FolderSource", "ImageSource", "ShardSource", "fit", "to_rgb"]

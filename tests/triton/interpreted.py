@@ -1,0 +1,323 @@
+"""The Triton backend under its interpreter: `test_interpret.py` runs this file in a process of its own.
+
+TRITON_INTERPRET must be set before Triton is imported, and torch itself imports it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fused_nce import tile_stats
+from fused_nce.backends.triton import atoms, configs, memory, plan
+from fused_nce.backends.triton.form import Form
+from fused_nce.core import atoms as definition
+from fused_nce.core import dispatch
+from fused_nce.core.engine import tile_loss as engine_loss
+from fused_nce.core.problem import Problem
+from fused_nce.core.spec import Bias, Block, Identity, Spec, TanhClip
+from fused_nce.core.statistics import softplus
+from fused_nce.core.tails import Nce
+from tests.backends.test_atoms import SIZES, U, compare
+from tests.cases import Case, can_run, draw, run
+from tests.core.problems import features, grads_of
+from tests.core.problems import run as tile_loss
+from tests.layouts import LAYOUTS
+from tests.marks import nightly_but
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_interpret.py"
+FIXED = 20261124
+MOST_TILES = 64  # the interpreter takes a millisecond a tile
+
+
+# ---- random problems --------------------------------------------------------------------------------------------
+
+
+def tiles_of(case: Case) -> int:
+    """Tiles of scores that one pass walks through, chunks counted apart."""
+    tile = configs.tile(configs.INTERPRETED, torch.float32, case.d)
+    n, m = case.images * case.rows_per_image, case.n_k * case.n_c
+    return -(-n // tile.x) * -(-m // tile.y) * -(-case.d // tile.chunk) * -(-case.d // tile.slice)
+
+
+def sweep(dtype: str, seed: int | tuple[int, int], count: int) -> None:
+    rng, failures = np.random.default_rng(seed), []
+    for _ in range(count):
+        case = draw(rng, "triton", dtype)
+        while tiles_of(case) > MOST_TILES:
+            case = draw(rng, "triton", dtype)
+        assert can_run(case) is None
+        name, worst = max(run(case).items(), key=lambda item: item[1])
+        if not worst <= 1:
+            failures.append(f"{name}: error is {worst:.3g} of its budget\n    TRITON_INTERPRET=1 {case.line}")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_fixed_cases(dtype):
+    sweep(dtype, FIXED, 6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_fresh_cases(dtype, fresh_seed):
+    sweep(dtype, fresh_seed, 3)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_many_cases(dtype, block, fresh_seed):
+    sweep(dtype, (fresh_seed, block), 15)
+
+
+# ---- each path on purpose ---------------------------------------------------------------------------------------
+
+# Columns, then rows, of more than plan.STEP: splits in the pass for dq, then in the pass for dk.
+WIDE = Case("triton", "float32", 1, images=3, n_k=190, n_c=5, d=9, offset=11)
+TALL = Case("triton", "float32", 2, images=60, rows_per_image=5, n_k=60, n_c=1, d=9)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "clip"), nightly_but([(0.04, 20.0), (0.0, 300.0)], product((0.0, 0.04), (None, 20.0, 300.0)))
+)
+@pytest.mark.parametrize("shape", [WIDE, TALL], ids=["wide", "tall"])
+def test_split_walks(shape, penalty, clip):
+    n, m = shape.images * shape.rows_per_image, shape.n_k * shape.n_c
+    assert max(plan.split(x, y, 1, shape.d, 1 << 28).splits for x, y in ((n, m), (m, n))) > 1
+    assert max(run(dataclasses.replace(shape, penalty=penalty, clip=clip)).values()) <= 1
+
+
+@pytest.mark.parametrize("needs", ["q", "k", "s", "qs", "ks", "qks", ""])
+@pytest.mark.parametrize("entry", ["loss", "stats"])
+def test_wanted_gradients(needs, entry):
+    """With a scale that is a tensor: its gradient comes from whichever of dq and dk there is."""
+    penalty = 0.0 if "q" in needs else 0.04
+    case = Case("triton", "float32", 3, n_c=17, tensor_scale=True, needs=needs, entry=entry, penalty=penalty)
+    assert max(run(case).values()) <= 1
+
+
+@pytest.mark.parametrize(("d", "clip"), nightly_but([(64, None), (130, 20.0)], product((64, 65, 130), (None, 20.0))))
+def test_chunks_and_slices_of_the_width(d, clip):
+    tile = configs.tile(configs.INTERPRETED, torch.float32, d)
+    assert (tile.chunk < d) == (d > 64)
+    case = Case("triton", "float32", 4, images=20, n_k=23, offset=2, n_c=3, d=d, clip=clip, scale=0.2, penalty=0.0)
+    assert max(run(case).values()) <= 1
+    assert max(run(dataclasses.replace(case, entry="stats")).values()) <= 1
+
+
+@pytest.mark.parametrize("stats", [("neg_lse",), ("neg_max", "square"), ("square", "neg_lse")])
+def test_some_statistics(stats):
+    """In the order asked for; without neg_lse no negative has a weight."""
+    q, k = features()
+    found = {}
+    for backend in ("triton", "reference"):
+        out = tile_stats(q, k, Spec(Block(3), Identity(), stats), scale=0.2, backend=backend)
+        total = out["pos"].sum() + sum(out[name].sum() for name in stats if name != "neg_max")
+        found[backend] = [*out.values(), *grads_of(total, q, k)]
+    for ours, exact in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_float16_weights_have_float32s_range():
+    """At an upstream of 10^6 a weight is beyond float16, the gradient of small inputs is not."""
+    q, k = ((0.01 * x.detach()).requires_grad_() for x in features(dtype=torch.float16))
+    found = [tile_stats(q, k, Spec(Block(3)), backend=name)["neg_lse"] for name in ("triton", "reference")]
+    ours, exact = (grads_of(1e6 * x.sum(), q, k) for x in found)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1.0)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 1 / 42])
+def test_rows_of_norm_one_need_no_shift(temperature):
+    found = []
+    for backend, unit in (("triton", True), ("reference", False)):
+        spec = Spec(Block(5), Identity(), ("neg_lse", "neg_max"), unit_norm=unit)
+        q, k = (torch.nn.functional.normalize(x.detach(), dim=1).requires_grad_() for x in features(40, 5, 20))
+        loss = engine_loss(q, k, spec, Nce(), scale=1 / temperature, backend=backend).loss
+        found.append((loss, *grads_of(loss, q, k)))
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_what_bounds_a_score():
+    x, unit = torch.empty(0, 8), Spec(Block(1), unit_norm=True)
+    assert Form.of(Problem(x, x, 1 / 0.07, unit, 0)).shiftless
+    assert Form.of(Problem(x, x, -20.0, unit, 0)).shiftless
+    assert not Form.of(Problem(x, x, 1 / 0.07, Spec(Block(1)), 0)).shiftless
+    assert not Form.of(Problem(x, x, 1 / 0.02, unit, 0)).shiftless
+    assert not Form.of(Problem(x, x, torch.tensor(1.0), unit, 0)).shiftless
+    assert not Form.of(Problem(x, x, 1.0, Spec(Block(1), Bias(), unit_norm=True), 0)).shiftless
+
+
+def test_padding_stays_out_of_very_negative_rows():
+    """Beyond the last column s is 0, and e^(0 + 200) is infinite."""
+    q, k = torch.ones(3, 8).requires_grad_(), torch.full((6, 8), -25.0).requires_grad_()
+    found = [tile_stats(q, k, Spec(Block(2), Identity()), backend=name)["neg_lse"] for name in ("triton", "reference")]
+    ours, exact = (grads_of(x.sum(), q, k) for x in found)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_does_not_matter(layout):
+    q, k = features()
+    plain = tile_loss("triton", q, k)
+    laid_q, laid_k = (LAYOUTS[layout](x.detach().clone()).requires_grad_() for x in (q, k))
+    laid = tile_loss("triton", laid_q, laid_k)
+    for a, b in zip(grads_of(plain.loss, q, k), grads_of(laid.loss, laid_q, laid_k), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_runs_are_equal():
+    q, k = features(40, 3, 20)
+    runs = []
+    for _ in range(5):
+        out = tile_loss("triton", q, k, penalty=0.0)
+        runs.append((out.loss, *grads_of(out.loss, q, k)))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_the_interpreters_bfloat16_is_refused():
+    q, k = features(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="which cannot run this: Triton's interpreter multiplies bfloat16 wrongly"):
+        tile_loss("triton", q, k)
+    assert "triton" not in dispatch.AUTOMATIC
+
+
+# ---- atoms ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _transform_probe(x, value, slope, again, clip, inverse_clip, FORM: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    t, dt = atoms.transform(tl.load(x + i), clip, inverse_clip, x, FORM)
+    tl.store(value + i, t)
+    tl.store(slope + i, dt)
+    tl.store(again + i, atoms.slope_of(t, inverse_clip, FORM))
+
+
+def form_of(spec):
+    """Its atoms, as a kernel is given them."""
+    x = torch.empty(0, 8)
+    return Form.of(Problem(x, x, 1.0, spec, 0))
+
+
+def pad(x):
+    return torch.nn.functional.pad(x, (0, -len(x) % 1024))
+
+
+X = pad(torch.cat([-SIZES.flip(0), SIZES]).float())
+
+
+@pytest.mark.parametrize("clip", [4.0, 20.0, 43.0, 300.0])
+def test_transform(clip):
+    """Relative: small scores keep their digits."""
+    form = form_of(Spec(Block(1), TanhClip(clip)))
+    value, slope, again = (torch.empty_like(X) for _ in range(3))
+    _transform_probe[(len(X) // 1024,)](X, value, slope, again, clip, 1 / clip, FORM=form, BLOCK=1024)
+    exact = definition.transform_value(TanhClip(clip), X.double())
+    sech = torch.cosh(X.double() / clip).reciprocal().square()
+    compare(value, exact, 8 * U, 0)
+    compare(slope, sech, 8 * U, 4 * U)
+    compare(again, definition.transform_slope(TanhClip(clip), value.double()), 4 * U, 4 * U)
+
+
+def test_transform_of_bad_scores():
+    x = pad(torch.tensor([float("inf"), -float("inf"), float("nan")]))
+    form = form_of(Spec(Block(1), TanhClip(20.0)))
+    value, slope, again = (torch.empty_like(x) for _ in range(3))
+    _transform_probe[(1,)](x, value, slope, again, 20.0, 0.05, FORM=form, BLOCK=1024)
+    assert value[:2].tolist() == [20, -20]
+    assert slope[:2].tolist() == [0, 0]
+    assert value[2].isnan()
+
+
+@triton.jit
+def _softplus_probe(x, value, slope, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    t = tl.load(x + i)
+    tl.store(value + i, atoms.softplus(t))
+    tl.store(slope + i, atoms.sigmoid(t))
+
+
+def test_softplus():
+    """Relative, where it is small too: the argument of an exponential is rounded once, which costs |t| U of e^t."""
+    x = X.clamp(-80, 80)
+    value, slope = torch.empty_like(x), torch.empty_like(x)
+    _softplus_probe[(len(x) // 1024,)](x, value, slope, BLOCK=1024)
+    budget = (8 + 2 * x.double().abs()) * U
+    for found, exact in ((value, softplus(x.double())), (slope, torch.sigmoid(x.double()))):
+        assert bool(((found - exact).abs() <= budget * exact).all())
+
+
+@triton.jit
+def _sum_probe(x, out, kahan, count, BLOCK: tl.constexpr):
+    plain = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    lost = tl.zeros((BLOCK,), tl.float32)
+    value = tl.load(x + tl.arange(0, BLOCK))
+    for _ in range(count):
+        plain += value
+        total, lost = atoms.add_exactly(total, lost, value)
+    tl.store(out + tl.arange(0, BLOCK), plain)
+    tl.store(kahan + tl.arange(0, BLOCK), total)
+
+
+def test_many_equal_terms():
+    x = torch.full((16,), 0.1)
+    plain, kahan = torch.empty(16), torch.empty(16)
+    _sum_probe[(1,)](x, plain, kahan, 1000, BLOCK=16)
+    exact = 1000 * x.double()
+    assert ((plain - exact).abs() > 8 * U * exact).all()
+    compare(kahan, exact, 2 * U, 0)
+
+
+# ---- more than 2^31 elements ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _offset_probe(out, wrapped, first, stride, BLOCK: tl.constexpr):
+    rows = first + tl.arange(0, BLOCK)
+    tl.store(out + tl.arange(0, BLOCK), memory.offsets(rows, stride))
+    tl.store(wrapped + tl.arange(0, BLOCK), (rows * stride).to(tl.int64))
+
+
+@pytest.mark.parametrize(("first", "stride"), [(2**20, 4096), (2**31 - 2**16, 2**31 - 1), (0, 2**31 - 1)])
+def test_offsets_are_64_bit(first, stride):
+    out, wrapped = torch.empty(16, dtype=torch.int64), torch.empty(16, dtype=torch.int64)
+    with np.errstate(over="ignore"):
+        _offset_probe[(1,)](out, wrapped, first, stride, BLOCK=16)
+    exact = torch.tensor([(first + i) * stride for i in range(16)])
+    assert torch.equal(out, exact)
+    assert not torch.equal(wrapped, exact)  # the probe would show a product in 32 bits
+
+
+@pytest.mark.nightly
+def test_rows_beyond_two_to_the_31_elements():
+    """Three rows, 2^30 elements apart: 4 GiB, which the interpreter touches."""
+    apart, d = 2**30, 40
+    buffer = torch.empty(2 * apart + d, dtype=torch.float16)
+    q, k = features(3, 3, d, torch.float16)
+    far = buffer.as_strided((3, d), (apart, 1))
+    far.copy_(q.detach())
+    near = tile_loss("triton", q, k)
+    out = tile_loss("triton", far.requires_grad_(), k)
+    assert torch.equal(out.nce, near.nce)
+    assert torch.equal(grads_of(out.loss, far, k)[1], grads_of(near.loss, q, k)[1])
+
+
+def test_splits_of_the_most_rows_stay_in_32_bits():
+    from fused_nce.backends.triton import MOST_ROWS
+
+    for n_x in (1, 64, 10**6):
+        split = plan.split(n_x, MOST_ROWS, 1, 64, 1 << 28)
+        assert (split.splits - 1) * split.walk < MOST_ROWS <= split.splits * split.walk
+        assert (split.splits - 1) * split.walk + 2 * plan.STEP < 2**31

@@ -1,0 +1,77 @@
+"""`python -m tests.triton.launched ARCHITECTURE DTYPE LOSS…`: compile what those losses launch, as a first call would.
+
+The interpreter knows no types, and `bench.static` writes its own launches. Here a driver that poses as a card gives the
+real ones, with their real arguments, to Triton's just-in-time compiler; only the run itself is left out, so nothing
+that comes back means anything. Prints how many kernels were compiled.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from fused_nce.backends import triton
+from fused_nce.backends.triton import configs
+from fused_nce.losses.registry import LOSSES
+
+
+class Card:
+    """A GPU, as far as the compiler asks."""
+
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_device(self) -> int:
+        """The only one."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """The default one."""
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        """What the kernels are compiled for."""
+        return self.target
+
+
+def pose(architecture: int) -> set[Any]:
+    """Make every launch a compilation; the set that the compiled kernels will be in."""
+    compiled: set[Any] = set()
+
+    def launch(kernel: Any, grid: tuple[int, ...]) -> Any:
+        def compile_for(*arguments: Any, **options: Any) -> None:
+            compiled.add(kernel.run(*arguments, grid=grid, warmup=True, **options))
+
+        return compile_for
+
+    driver.set_active(Card(architecture))
+    JITFunction.__getitem__ = launch
+    configs.architecture_of = lambda device: architecture
+    triton.why_not = lambda spec, q, k: None
+    return compiled
+
+
+def main(architecture: str, dtype: str, *names: str) -> None:
+    """Forward and backward of each loss's example."""
+    compiled = pose(int(architecture))
+    warnings.simplefilter("ignore")  # what nothing was written to may be NaN
+    for name in names or [name for name, entry in LOSSES.items() if not entry.closed]:
+        entry = LOSSES[name]
+        inputs = entry.example(0)
+        for key, x in inputs.items():
+            if isinstance(x, Tensor) and x.is_floating_point():
+                cast = x if x.dim() == 0 else x.to(getattr(torch, dtype))
+                inputs[key] = cast.requires_grad_(key not in entry.frozen)
+        entry.function(**inputs, backend="triton").loss.backward()
+    print(len(compiled), "kernels")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,132 @@
+"""When the Triton backend runs, what it says when it cannot, and what it allocates; no kernel is launched."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fused_nce import tile_stats, workspace_bytes
+from fused_nce.backends import triton
+from fused_nce.backends.triton import configs, plan
+from fused_nce.core import dispatch
+from fused_nce.core.spec import Block, Spec, TanhClip
+
+SPEC = Spec(Block(3), TanhClip(20.0))
+
+
+def posed(n=6, m=6, d=8, dtype=torch.float32, device="cuda") -> Any:
+    """(q, k) as far as why_not reads them: shape, dtype and device."""
+    return tuple(SimpleNamespace(shape=(rows, d), dtype=dtype, device=torch.device(device)) for rows in (n, m))
+
+
+@pytest.fixture
+def capability(monkeypatch):
+    """Poses as a card of any capability."""
+
+    def pose(*found: int) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: found)
+
+    pose(9, 0)
+    return pose
+
+
+def test_a_cpu_tensor_is_refused_by_name():
+    q = torch.ones(3, 4)
+    assert triton.why_not(SPEC, q, q) == "needs a GPU, not cpu"
+    with pytest.raises(ValueError, match=r"^backend: got 'triton', which cannot run this: needs a GPU, not cpu$"):
+        tile_stats(q, q, Spec(Block(1)), backend="triton")
+
+
+def test_cpu_tensors_never_choose_it(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q = torch.ones(3, 4)
+    name, _ = dispatch.choose(SPEC, q, q, "")
+    assert name in dispatch.AUTOMATIC
+    assert "triton" not in dispatch.AUTOMATIC
+    assert "triton" not in dispatch.last_path().reason  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", configs.DTYPES)
+def test_a_gpu_tensor_is_taken(capability, dtype):
+    assert triton.why_not(SPEC, *posed(dtype=dtype)) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "able"), [((7, 5), False), ((8, 0), True), ((8, 6), False), ((9, 0), True), ((10, 3), True)]
+)
+def test_the_card_must_be_in_the_table(capability, found, able):
+    capability(*found)
+    reason = triton.why_not(SPEC, *posed())
+    assert (reason is None) == able
+    assert able or str(reason).startswith("has no tiles for cuda")
+
+
+def test_reasons(capability, monkeypatch):
+    assert "not float64" in str(triton.why_not(SPEC, *posed(dtype=torch.float64)))
+    assert "rows" in str(triton.why_not(SPEC, *posed(m=2**31 - 1, d=1)))
+    q, k = posed()[0], posed(dtype=torch.float64)[1]
+    assert "not float64" in str(triton.why_not(SPEC, q, k))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "has no tiles" in str(triton.why_not(SPEC, *posed()))
+    monkeypatch.setattr(triton, "_installed", lambda: False)
+    assert triton.why_not(SPEC, *posed()) == "triton is not installed"
+
+
+def test_asking_imports_no_triton():
+    """Nor does the formula: the core needs torch alone."""
+    code = """
+import sys, json, torch
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import fused_nce
+from fused_nce.core.spec import Block, Spec
+size = fused_nce.workspace_bytes(Spec(Block(3)), 9, 9, 9, backend="triton")
+print(json.dumps([fused_nce.backends()["triton"], size]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}
+    )
+    assert done.returncode == 0, done.stderr
+    reason, size = json.loads(done.stdout)
+    assert reason == "needs a GPU, not cpu"
+    assert size > 0
+
+
+SHAPES = [(1, 3, 1), (128, 128 * 49, 1024), (256, 65536, 128), (65536, 65536, 128), (64, 1 << 20, 2048), (7, 21, 5000)]
+
+
+@pytest.mark.parametrize(("n", "m", "d"), SHAPES)
+@pytest.mark.parametrize("limit", [1, 1 << 20, 256 << 20])
+def test_splits(n, m, d, limit):
+    """They cover the walk, none is empty, each starts at a tile, and their sums stay within the limit."""
+    slices = -(-d // plan.SLICE)
+    for n_x, n_y in itertools.permutations((n, m)):
+        split = plan.split(n_x, n_y, slices, d, limit)
+        assert (split.splits - 1) * split.walk < n_y <= split.splits * split.walk
+        assert split.walk % plan.STEP == 0
+        assert split.splits == 1 or 4 * split.splits * n_x * d <= limit
+        assert split.splits == 1 or split.splits * slices * -(-n_x // plan.BLOCK) <= plan.PROGRAMS
+
+
+def test_a_queue_fills_the_card():
+    """256 queries against 65536 keys: 4 blocks of rows alone would leave 128 of 132 multiprocessors idle."""
+    assert 4 * plan.split(256, 65536, 1, 128, 256 << 20).splits > 200
+
+
+@pytest.mark.parametrize(("n", "m", "d"), SHAPES)
+def test_workspace_is_partial_sums_and_statistics(n, m, d):
+    size = workspace_bytes(Spec(Block(1)), n, m, d, torch.bfloat16, "triton", "cuda")
+    assert size <= (256 << 20) + 4 * max(n, m) * (d / 8 + 1) + 4 * n * (3 * plan.PROGRAMS + 16)
+    if n == m:
+        assert size < n * m / 8  # of 4 n m bytes that the scores would take
