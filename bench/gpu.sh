@@ -6,7 +6,7 @@
 #   bash bench/gpu.sh --quick      3 minutes, into runs/bench
 #
 # Needs no network and no root: a Python (PYTHON, default python3) with a CUDA torch, setuptools and pytest; nvcc and a C++
-# compiler for the CUDA kernels (Triton's need neither). ninja and pytest-xdist make it faster, matplotlib draws. torch
+# compiler for the CUDA kernels (Triton's need neither). ninja and pytest-xdist make it faster. torch
 # ships pybind11's headers. It works on a copy in a temporary folder and writes to the output folder alone.
 #
 # A phase that fails does not stop the next; the exit status is the number of failed phases.
@@ -16,7 +16,6 @@ usage() {
   sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'
   cat <<'TEXT'
   --quick          the tests without the long ones, the main shapes, memcheck alone
-  --profile        then Nsight Compute (ncu) on each backend's kernels, beyond the time above
   --out FOLDER     where results and gpu.log go
   --device cpu     try the whole script without a GPU, on tiny shapes: its figures mean nothing
   --commit HASH    the commit that this is, where the checkout has no .git
@@ -26,11 +25,10 @@ TEXT
 }
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHON=${PYTHON:-python3} DEVICE=cuda OUT='' COMMIT='' QUICK='' PROFILE='' KEEP='' DRY=''
+PYTHON=${PYTHON:-python3} DEVICE=cuda OUT='' COMMIT='' QUICK='' KEEP='' DRY=''
 while (($#)); do
   case $1 in
     --quick) QUICK=1 ;;
-    --profile) PROFILE=1 ;;
     --keep) KEEP=1 ;;
     --dry-run) DRY=1 ;;
     --out | --device | --commit)
@@ -183,19 +181,6 @@ elif SANITIZER=$(find_tool compute-sanitizer); then
   fi
 else
   skip 'memcheck and racecheck' 'compute-sanitizer is not here'
-fi
-
-# ---- a closer look --------------------------------------------------------------------------------------------------
-
-if [[ $PROFILE ]]; then
-  TOTAL_S=$((SECONDS + 300))
-  if [[ $DEVICE == cuda ]] && NCU=$(find_tool ncu); then
-    phase profile 300 10 "$NCU" --clock-control none --profile-from-start off --target-processes all \
-      --section SpeedOfLight --section LaunchStats --section Occupancy --csv --log-file "$OUT/gpu-ncu.csv" \
-      "$PYTHON" -m bench.gpu --once --quick
-  else
-    skip profile 'ncu is not here, or no GPU to look at'
-  fi
 fi
 
 if [[ $DRY ]]; then

@@ -6,8 +6,8 @@ import sys
 
 from bench.host import ROOT
 
-ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css")
-BUDGET = {("fused_nce", "csrc", "bench"): 33_900, ("tests",): 21_500}
+ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
+BUDGET = {("fused_nce", "csrc", "bench"): 36_600, ("tests",): 22_100}
 
 
 def lines(folder: str) -> int:

@@ -116,11 +116,11 @@ def step(world: int, batch: int, way: str, *, cached: bool, a_score_s: float) ->
         wire = 2 * others * block * 2 * SENT
         wire_s = wire / rate
         loss_bytes = 2 * world * block * 2 * SENT
-    else:  # each pair's keys go round twice, the second time with a float32 debt
+    else:  # each pair's keys go round twice, the second time with a float32 accumulator
         loss_s *= 4 / 3  # two rounds: scores once more
         wire = others * block * SCORES * (1 + 1 + 2)
         wire_s = max(0.0, wire / rate - loss_s * others / world)  # what the compute does not hide
-        loss_bytes = block * max(PAIRS) * (2 + 3 * 2)  # two guests, two debts and a sum
+        loss_bytes = block * max(PAIRS) * (2 + 3 * 2)  # two blocks, two accumulators and a sum
     return Step(
         encoder_s=(4 if cached else 3) * 2 * batch * e.flop / (ENCODER_RATE * GEMM_FLOP_PER_S),
         loss_s=loss_s,

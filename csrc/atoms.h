@@ -126,6 +126,7 @@ FUSED_NCE_HD LogSum<Real> merge(LogSum<Real> a, LogSum<Real> b) {
   if (a.sum == 0) return b;
   LogSum<Real> out;
   out.shift = a.shift > b.shift ? a.shift : b.shift;
+  // fault: kernels-groups-summed
   out.sum = a.sum * exp_value(a.shift - out.shift) + b.sum * exp_value(b.shift - out.shift);
   return out;
 }
@@ -169,12 +170,13 @@ FUSED_NCE_HD float sigmoid(float x) {
 }
 
 // d/dpos of softplus(neg_lse - pos). Written as 1 - p it would cancel where the positive wins.
+// fault: kernels-p-1
 FUSED_NCE_HD float nce_slope_positive(float neg_lse, float pos) { return -sigmoid(neg_lse - pos); }
 
 // Weight of a negative: d_lse * exp(t - lse) * dt/ds. exp(t - shift) * inverse is the softmax, at most 1, before the
 // upstream gradient meets it: their product in another order could leave the range of float.
 FUSED_NCE_HD float negative_weight(float exp_shifted, float inverse, float d_lse, float slope) {
-  return exp_shifted * inverse * d_lse * slope;
+  return exp_shifted * inverse * d_lse * slope;  // fault: kernels-clip-slope
 }
 
 // d statistic / dt at a member of the statistic's set, one type each; `found(name)` is the finished statistic of the

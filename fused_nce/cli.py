@@ -1,8 +1,12 @@
 """`fused-nce COMMAND …`: each command is a function of its own arguments, imported when it is used."""
 
+import dis
 import importlib
+import logging
 import os
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Sequence
 
 # name: (module, function, what it does). The function takes the arguments after the name and returns an exit status.
@@ -16,10 +20,15 @@ COMMANDS = {
 }
 
 INTERRUPTED = 128 + 2  # as a shell reports a process that SIGINT ended
+USERS, BUG = 2, 1  # exit statuses of an error: whose it is
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. An error is one line on stderr and status 2; FUSED_NCE_DEBUG=1 shows the traceback."""
+    """The console script.
+
+    What files, settings or the machine cause is one line on stderr and status 2, FUSED_NCE_DEBUG=1 for its traceback; a
+    bug shows its traceback, and says that it is one.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
@@ -35,16 +44,72 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     module, function, _ = COMMANDS[name]
     try:
+        _log_to_terminal()
         status: int = getattr(importlib.import_module(module), function)(arguments[1:])
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except Exception as error:
         if os.environ.get("FUSED_NCE_DEBUG") == "1":
             raise
-        print(f"fused-nce: {error}", file=sys.stderr)
-        return 2
+        return _report(error)
     except KeyboardInterrupt:  # the training loop catches its own, and saves
         print("fused-nce: interrupted", file=sys.stderr)
         return INTERRUPTED
     return status
+
+
+def _report(error: Exception) -> int:
+    from fused_nce.train.files import one_line, printable
+
+    kind = type(error).__name__
+    if refusal(error):
+        said = printable(one_line(str(error))) or kind
+        if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
+            said = f"memory: {said}; a smaller optim.batch_size needs less"
+        print(f"fused-nce: {said}", file=sys.stderr)
+        return USERS
+    traceback.print_exception(error)
+    said = printable(one_line(str(error)))
+    print(f"fused-nce: this is a bug of fused_nce, please report it: {kind}: {said}", file=sys.stderr)
+    return BUG
+
+
+def refusal(error: Exception) -> bool:
+    """Whether files, settings or the machine are the cause.
+
+    Disk, memory and missing packages are; and what this package raises by a `raise` of its own, since it checks what it
+    is given. The same types from a slip in an expression, or from within another package, are bugs: each place that
+    hands a user's file to a parser names the file itself (`train.files.reading`).
+    """
+    if isinstance(error, OSError | ImportError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or not isinstance(error, ValueError | TypeError | RuntimeError):
+        return False
+    raised = dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+    return raised and last.tb_frame.f_globals.get("__name__", "").partition(".")[0] in ("fused_nce", "__main__")
+
+
+def _log_to_terminal() -> None:
+    """Warnings, each as one line without what would steer the terminal."""
+    from fused_nce.train.files import printable
+
+    class Line(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return printable(super().format(record))
+
+    def ended(args: threading.ExceptHookArgs) -> None:
+        if isinstance(args.exc_value, OSError):  # of TensorBoard's, on a full disk
+            logging.getLogger("fused_nce").warning("a thread ended: %s", args.exc_value)
+        else:
+            threading.__excepthook__(args)
+
+    threading.excepthook = ended
+    logger = logging.getLogger()
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(Line("%(message)s"))
+        logger.addHandler(handler)
 
 
 def usage() -> str:

@@ -94,7 +94,7 @@ def mine_hard_negatives(
             place = own[rows] - columns.start
             inside = (place >= 0) & (place < scores.shape[1])
             at = torch.where(inside, place, scores.shape[1])
-            kept = torch.nn.functional.pad(kept, (0, 1)).scatter_(1, at, False)[:, :-1]
+            kept = torch.nn.functional.pad(kept, (0, 1)).scatter_(1, at, False)[:, :-1]  # fault: mined-positive
         return kept
 
     def wanted(rows: slice, columns: slice, scores: Tensor) -> Tensor:
@@ -155,10 +155,9 @@ def top_k(
                 scores.masked_fill_(~valid(rows, columns, scores), float("-inf"))
             high, at = scores.topk(min(k, scores.shape[1]), dim=1)
             best, order = torch.cat([best, high], dim=1).topk(k, dim=1)
-            where = torch.cat([where, at + first], dim=1).gather(1, order)
+            where = torch.cat([where, at + first], dim=1).gather(1, order)  # fault: mined-panels-overwrite
         found.append((best, where))
-    scores, indices = zip(*found, strict=True)
-    return torch.cat(scores), torch.cat(indices)
+    return torch.cat([best for best, _ in found]), torch.cat([where for _, where in found])
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -179,8 +178,8 @@ def _check_counts(k: int, range_min: int, range_max: int | None) -> None:
 def _checked_positives(positives: Tensor, n: int, m: int, device: torch.device) -> Tensor:
     """(N, P)."""
     if not isinstance(positives, Tensor) or positives.dtype != torch.int64:
-        seen = positives.dtype if isinstance(positives, Tensor) else type(positives).__name__
-        raise TypeError(f"positives: got {seen}, need a (N,) or (N, P) int64 tensor")
+        kind = positives.dtype if isinstance(positives, Tensor) else type(positives).__name__
+        raise TypeError(f"positives: got {kind}, need a (N,) or (N, P) int64 tensor")
     own = positives[:, None] if positives.dim() == 1 else positives
     if own.dim() != 2 or own.shape[0] != n or own.shape[1] < 1 or own.device != device:
         seen = f"shape {tuple(positives.shape)} on {positives.device}"

@@ -143,10 +143,10 @@ class _Trial:
         devices = sorted({x.device.index for x in inputs if isinstance(x, Tensor) and x.is_cuda})
         state = torch.random.get_rng_state()
         with torch.random.fork_rng(devices):
-            both = of_leaves(self.theirs, where), of_leaves(self.method, where)
+            both = of_leaves(self.theirs, where), of_leaves(self.method, where)  # fault: patch-upstream-own
             differences, _ = compare(*both, inputs, wanted, state)
         try:
-            check_within(differences, self.within)
+            check_within(differences, self.within)  # fault: patch-difference-looked
         except ValueError as error:
             raise ValueError(f"{self.path or 'the module'}: {error}") from None
         self.left -= 1

@@ -195,7 +195,7 @@ def _eps(x: Tensor) -> float:
     """A unit in the last place of what a loss sees of x: under autocast it may see 16 bits."""
     kind, eps = x.device.type, torch.finfo(x.dtype).eps
     cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    return max(eps, torch.finfo(torch.get_autocast_dtype(kind)).eps) if cast else eps
+    return max(eps, torch.finfo(torch.get_autocast_dtype(kind)).eps) if cast else eps  # fault: verify-float32-roundings
 
 
 def _total(out: Any) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import formulas, tables
-from bench.gpu import fit, machine, model, plots, problems, rivals, verdict
+from bench.gpu import fit, machine, model, problems, rivals, verdict
 from bench.gpu import tables as gpu_tables
 from fused_nce import _extension
 from fused_nce.core import dispatch
@@ -56,7 +56,7 @@ def test_a_problem_names_the_spec_and_the_gradients_of_its_loss(p, monkeypatch):
     assert call.gemms("triton") == p.call.gemms("triton")
 
 
-def test_a_full_record_reaches_the_documents_the_pictures_and_the_table_of_the_choice(tmp_path):
+def test_a_full_record_reaches_the_documents_and_the_table_of_the_choice():
     """Every problem of a run on a GPU, each taking what the model expects."""
     rows = []
     for p in (*problems.TABLE, *problems.CROSSOVER, *problems.LARGER):
@@ -73,7 +73,5 @@ def test_a_full_record_reaches_the_documents_the_pictures_and_the_table_of_the_c
     asked = sum(4 + (p.target.graph_ms is not None) for p in problems.TABLE if p.target)
     assert f" of {asked + 1} targets met." in text  # and the slowdown of the bounded one
     assert gpu_tables.report(record).startswith(gpu_tables.card_line(record))
-    pictures = plots.draw(record, tmp_path / "gpu-card.json")
-    assert [path.name for path in pictures] == [f"gpu-card-{name}.png" for name in ("time", "memory", "crossover")]
     refitted = fit.refit(record | {"cost_times": verdict.cost_times(record)})
     assert refitted["cuda", 2].launch_us == pytest.approx(model.CUDA_US, rel=0.05)

@@ -45,9 +45,9 @@ def test_the_script_says_that_there_is_no_gpu(tmp_path):
 
 
 def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
-    done = script("--dry-run", "--profile", "--out", str(tmp_path / "out"))
+    done = script("--dry-run", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
-    for name in ("machine", "build", "tests", "benchmark", "mem(check|check and racecheck)", "profile"):
+    for name in ("machine", "build", "tests", "benchmark", "mem(check|check and racecheck)"):
         assert re.search(rf"^{name} +(\d+ s at most|left out) ", done.stdout, re.M), done.stdout
     assert all(p.label in done.stdout for p in (*problems.TABLE, *problems.CROSSOVER, *problems.LARGER))
     assert re.search(r"^torch sees .+ here\n\ndry run: nothing was run or written\n\Z", done.stdout, re.M)

@@ -193,6 +193,7 @@ def train(rank):
     return gradients(encoder, loss), buckets
 
 
+@pytest.mark.nightly
 def test_under_ddp_gradients_are_those_of_one_process_in_one_reduction(tmp_path):
     encoder, loss = pair_of()
     loss(encoder(views())).loss.backward()

@@ -99,7 +99,7 @@ def test_a_bar_where_it_is_asked_for(capsys):
     assert not capsys.readouterr().err
 
 
-ONES = torch.ones(2, 3)
+GIVEN: dict[str, Any] = {"queries": torch.ones(2, 3), "corpus": torch.ones(4, 3), "k": 1}
 ERRORS: dict[str, dict[str, Any]] = {
     "k: got 0, need >= 1": {"k": 0},
     "range_min: got -1, need >= 0": {"range_min": -1},
@@ -117,5 +117,7 @@ ERRORS: dict[str, dict[str, Any]] = {
 def test_messages():
     for message, options in ERRORS.items():
         with pytest.raises((TypeError, ValueError)) as caught:
-            mine_hard_negatives(**({"queries": ONES, "corpus": torch.ones(4, 3), "k": 1} | options))
+            mine_hard_negatives(
+                *(options.get(x, y) for x, y in GIVEN.items()), **{x: y for x, y in options.items() if x not in GIVEN}
+            )
         assert str(caught.value) == message

@@ -65,14 +65,14 @@ def imports_of(path):
 
 # --- who imports whom ---------------------------------------------------------------------------------------------
 
-SHARED = {"_extension", "_version", "measure", "mining"}
+SHARED = {"_extension", "_threads", "_version", "measure", "mining"}
 MAY_IMPORT = {
     "core": {"core"},
     "backends": {"backends", "core"},
     "losses": {"losses", "core"},
-    "compat": {"compat", "losses", "core"},
+    "compat": {"compat", "distributed", "losses", "core"},
     "models": {"models", "losses", "core"},
-    "train": {"train", "models", "losses", "core"},
+    "train": {"train", "distributed", "models", "losses", "core"},
 }
 # What the losses, and a plain `import fused_nce`, must do without.
 TORCH_ALONE = ("core", "backends", "losses")

@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: measure one card, print the verdict, write JSON, Markdown and pictures.
+"""`python -m bench.gpu`: measure one card, print the verdict, write JSON and Markdown.
 
 The JSON is written again after every problem, so a run that is cut off keeps what it had. The exit status counts the
 problems on which our own automatic choice did not run or computed something else.
@@ -47,8 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{model.table(_plan(options, on_gpu=True))}\n\ntorch sees {here} here")
         return 0
     device = machine(options.device)
-    if options.once:
-        return _once(options, device)
     record = _opening(options, device)
     date = record["date_utc"][:10]
     kind = "gpu" if device.device.type == "cuda" else "trial"
@@ -68,15 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             record["cases"].append(row)
             print(_line(row, device.clock), flush=True)
         device.clean()
-        record["crossover"], record["cost_times"] = verdict.crossover(record), verdict.cost_times(record)
+        record["cost_times"] = verdict.cost_times(record)
         _write(path, record)
     record["card"] |= {f"{key}_after": value for key, value in device.clocks().items()}
     _write(path, record)
     text = tables.report(record)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n")
-    for file in [path, path.with_suffix(".md"), *_draw(record, path)]:
-        print(f"wrote {file}")
+    print(f"wrote {path} and {path.with_suffix('.md').name}")
     return _count_failures(record)
 
 
@@ -107,7 +104,6 @@ def _opening(options: argparse.Namespace, device: Machine) -> dict[str, Any]:
         "counting": COUNTING,
         "cases": [],
         "left_out": {},
-        "crossover": None,
         "cost_times": [],
     }
 
@@ -139,50 +135,19 @@ def _line(row: dict[str, Any], clock: str) -> str:
     return f"{row['label']}: {', '.join(parts)} ms; fastest backend {row['fastest_backend']}"
 
 
-def _once(options: argparse.Namespace, device: Machine) -> int:
-    """Two calls of every backend of ours on each problem, the second between profiler marks: what ncu looks at."""
-    failures = 0
-    for problem in _plan(options, device.device.type == "cuda"):
-        if not formulas.available(problem.loss):
-            continue
-        inputs = formulas.FORMULAS[problem.loss].inputs(problem, device.draw(0, rivals.DTYPE))
-        for name, loss in rivals.losses(problem, device, compiled=False).items():
-            if name in (*rivals.NAIVE, "ours"):
-                continue
-            call = partial(rivals.step, loss, inputs)
-            with rivals.workspace(problem.workspace_mb):
-                _, reason = rivals.failure(call)
-                if not reason:
-                    with device.profiled():
-                        call()
-            failures += bool(reason) and name in ("cuda", "triton") and device.device.type == "cuda"
-            print(f"{problem.label}, {name}: {reason or 'ran'}", flush=True)
-    return failures
-
-
-def _draw(record: dict[str, Any], path: Path) -> list[Path]:
-    try:
-        from bench.gpu import plots
-    except ImportError as error:
-        print(f"no pictures: {error}", file=sys.stderr)
-        return []
-    return plots.draw(record, path)
-
-
 def _write(path: Path, record: dict[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="AMDIM and MoCo alone, two widths of the crossover")
+    parser.add_argument("--quick", action="store_true", help="AMDIM and MoCo alone, three widths of the sweep")
     parser.add_argument("--device", default="cuda", help="cpu tries the runner on tiny sizes; its figures mean nothing")
     parser.add_argument("--out", type=Path, help="default: bench/results; runs/bench with --quick or on a CPU")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"interleaved rounds a clock; default {ROUNDS}")
     parser.add_argument("--budget-s", type=float, default=240.0, help="no problem is begun after this many seconds")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--only", default="", metavar="TEXT", help="problems whose label has this text")
-    parser.add_argument("--once", action="store_true", help="time nothing: one call of each backend, for a profiler")
     parser.add_argument("--plan", action="store_true", help="run nothing: the problems of a run on a GPU, modelled")
     parser.add_argument("--commit", help="the commit that this is, where there is no repository to ask")
     parser.add_argument("--dirty", action="store_true", help="with --commit: the code differs from it")

@@ -11,7 +11,6 @@ import re
 import statistics
 import subprocess
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -77,10 +76,6 @@ class Machine:
     def clocks(self) -> dict[str, Any]:
         """What of the facts moves while the machine works."""
         return {}
-
-    def profiled(self) -> AbstractContextManager[Any]:
-        """A range that an attached profiler records; nothing without one."""
-        return nullcontext()
 
     def clean(self) -> None:
         """Between two problems: nothing of the last one stays."""
@@ -177,11 +172,6 @@ class Gpu(Machine):
         except (OSError, subprocess.SubprocessError):
             return {}
         return parse_smi(text, str(self.properties.uuid))
-
-    def profiled(self) -> AbstractContextManager[Any]:
-        """Between cudaProfilerStart and cudaProfilerStop, finished work before and after."""
-        torch.cuda.synchronize()
-        return torch.cuda.profiler.profile()
 
     def clean(self) -> None:
         """The allocator gives back what it holds too."""

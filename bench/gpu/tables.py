@@ -101,7 +101,7 @@ def _verdict(cell: Cell) -> str:
 
 
 def backends_table(record: Record) -> str:
-    """Which backend is fastest on each problem, what the automatic choice took, and the crossover."""
+    """Which backend is fastest on each problem, and what the automatic choice took."""
     found = [backends_ms(row, record["clock"]) for row in record["cases"]]
     names = list(dict.fromkeys(name for times in found for name in times))
     rows = []
@@ -111,14 +111,7 @@ def backends_table(record: Record) -> str:
         rows.append(
             [row["label"], *marked, row["ours_backend"] or "none", "✓" if fastest == row["ours_backend"] else "✗"]
         )
-    text = markdown(["ms; the fastest in bold", *names, "chosen", "right"], rows)
-    cross = record["crossover"]
-    if cross is None:
-        return f"{text}\n\nNo crossover: it takes three widths on both GPU backends."
-    where = cross["faster_from_d"]
-    line = f"from width {where:g} on" if where is not None else "at no width"
-    shape = f"{cross['n']}×{cross['m']}"
-    return f"{text}\n\nBy straight lines through these times at {shape}, {cross['backend_above']} is the faster {line}."
+    return markdown(["ms; the fastest in bold", *names, "chosen", "right"], rows)
 
 
 def refusals(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""The targets against one GPU record, cell by cell, and where the cost model's crossover lies by these times."""
+"""The targets against one GPU record, cell by cell, and the times that the cost model is fitted to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.gpu import problems
 from bench.gpu.problems import Target
-from bench.verdict import Cell, linear_fit
+from bench.verdict import Cell
 from fused_nce.core import cost
 
 Record = dict[str, Any]
@@ -118,37 +118,3 @@ def cost_times(record: Record) -> list[dict[str, Any]]:
         for name, ms in backends_ms(row, record["clock"]).items()
         if (name, 2) in cost.table()
     ]
-
-
-def crossover(record: Record, one: str = "triton", other: str = "cuda") -> dict[str, Any] | None:
-    """The width from which `other` is faster than `one`: straight lines through their times over the widths.
-
-    Both are linear in D: what a score costs, and what a score's GEMMs cost. None without three widths of both.
-    """
-    points = []
-    rows = [row for row in record["cases"] if row["role"] == problems.SWEEP]
-    for row in rows:
-        times = backends_ms(row, record["clock"])
-        if one in times and other in times:
-            points.append((float(row["d"]), times[one], times[other]))
-    if len(points) < 3:
-        return None
-    points.sort()
-    widths, one_ms, other_ms = (list(column) for column in zip(*points, strict=True))
-    fits = {one: linear_fit(widths, one_ms), other: linear_fit(widths, other_ms)}
-    (a1, b1, _), (a2, b2, _) = fits[one], fits[other]
-    return {
-        "n": rows[0]["n"],
-        "m": rows[0]["m"],
-        "faster_from_d": round((a2 - a1) / (b1 - b2), 1) if b1 > b2 else None,
-        "backend_below": one,
-        "backend_above": other,
-        "fits": {
-            name: {
-                "intercept_ms": round(fit[0], 5),
-                "slope_ms_per_d": round(fit[1], 8),
-                "largest_residual_ms": round(fit[2], 5),
-            }
-            for name, fit in fits.items()
-        },
-    }

@@ -119,6 +119,7 @@ void fold_tile(const Tile& tile, const Scoring& scoring, const Accumulators& acc
   if (kShift) raise_shift<kClip, kItself, false>(tile, scoring, acc.negatives);
   int64_t c = 0;
   for (; c + 4 <= tile.columns; c += 4) fold_columns<kClip, kShift, kItself, 4>(tile, c, f, acc);
+  // fault: kernels-tail-columns
   for (; c < tile.columns; ++c) fold_columns<kClip, kShift, kItself, 1>(tile, c, f, acc);
 }
 

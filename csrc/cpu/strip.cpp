@@ -87,7 +87,7 @@ Sum finish_statistics(const std::vector<Accumulators>& parts, int64_t lane, cons
   }
   // A bias that is not finite shows in a sum without terms too.
   bad += 0.0f * scoring.bias;
-  write(out, kNegLse, at, log_value(total) + scoring.bias + bad);
+  write(out, kNegLse, at, log_value(total) + scoring.bias + bad);  // fault: kernels-nan-hidden
   write(out, kNegMax, at, largest(max, scoring));
   // Beyond the range of float the Kahan sum is inf - inf.
   write(out, kSquare, at, square != square && bad == 0.0f ? infinity() : static_cast<float>(square));
@@ -203,7 +203,7 @@ void coefficients_of_caller(const Strip& strip, const Scoring& scoring, const St
     // exp(t - infinity) is 0, where exp(t) times an inverse of 0 might be infinity times 0.
     out.shift[l] = no_shift ? 0.0f : (none ? infinity() : lse);
     out.inverse[l] = none ? 0.0f : (no_shift ? exp_value(-lse) : 1.0f);
-    out.d_neg_lse[l] = d_neg_lse ? d_neg_lse[i] : 0.0f;
+    out.d_neg_lse[l] = d_neg_lse ? d_neg_lse[i] : 0.0f;  // fault: kernels-upstream-row
     out.two_d_square[l] = d_square ? 2.0f * d_square[i] : 0.0f;
     for (int64_t p = 0; p < n_pos; ++p) d_pos_of(strip, out, l, p) = d.pos[i * n_pos + p];
   }

@@ -453,6 +453,7 @@ class Sweep {
                   stride = space_.query_rows ? width_ : q_stride_;
     if (!plan_.dk_rounded) {
       float* dk = task_.out.dk.template data_ptr<float>() + tile.first_column * width_;
+      // fault: kernels-dk-not
       gradient_gemm(left, tile.lanes, query_rows(), stride, tile.columns, depth, width_, shared_ || strip_.first > 0,
                     dk, width_);
       return;

@@ -63,7 +63,7 @@ FUSED_NCE_HD RowPart fold_column_thread(const Column& column, int warp, int warp
       const bool inside = row < column.rows && row != column.self_row;
       const float s = inside ? column.scores[row * column.stride] * column.scale : 0.0f;
       t[u] = transform<kClip>(s, column.clip, column.inverse_clip).value + column.bias;
-      negative[u] = inside && !column.own(row);
+      negative[u] = inside && !column.own(row);  // fault: gpu-column-positives
       square[u] = s * s;
       bad += s * 0.0f;
       top = negative[u] && t[u] > top ? t[u] : top;
@@ -96,7 +96,7 @@ FUSED_NCE_HD void add_strip(ColumnPart& all, const RowPart& part, bool first) {
   float sum = part.sum;
   if (kShift) {
     const float old = all.sum == 0.0f ? 0.0f : exp_value(shift_of(all.max) - shift_of(top));
-    all.sum *= old;
+    all.sum *= old;  // fault: gpu-strips-column
     all.sum_error *= old;
     sum = sum == 0.0f ? 0.0f : sum * exp_value(shift_of(part.max) - shift_of(top));
   }
@@ -128,7 +128,7 @@ template <bool kShift>
 FUSED_NCE_HD void finish_column(const ColumnArrays& columns, int64_t j) {
   const ColumnPart& all = columns.partials[j];
   const LogSum<double> sum{kShift ? shift_of(all.max) : 0.0f, static_cast<double>(all.sum) - all.sum_error};
-  columns.neg_lse[j] = log_value(sum) + all.bad;
+  columns.neg_lse[j] = log_value(sum) + all.bad;  // fault: gpu-column-nan
   columns.neg_max[j] = all.max;
   columns.square[j] = all.square - all.square_error;
 }

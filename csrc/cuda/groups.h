@@ -47,6 +47,7 @@ FUSED_NCE_HD Part merge_slots(Group& group, const RowArrays& rows, int64_t i, co
   return group.reduce(
       [&](int thread, int threads) {
         Part part = none;
+        // fault: gpu-only-first
         for (int64_t s = thread; s < rows.scratch.slots; s += threads) part = merge(part, slots[s]);
         return part;
       },

@@ -226,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> losses(at::TensorList q, at::TensorList k, do
                 .upstream = {.tail = rule},
                 .fp16_gain = fp16_gain_of(element_of(q[i].scalar_type()), peak_of(job.in, rule)),
                 .out = {dq, dk, need_scale ? dscale.select(0, static_cast<int64_t>(i)) : dscale, {}}};
-    first_row += n;
+    first_row += n;  // fault: gpu-problems-share
     first_pos += n * n_c[i];
     jobs.push_back(std::move(job));
   }

@@ -17,6 +17,7 @@ struct MergeOptional {
     out.bad = a.bad + b.bad;
     out.count = a.count + b.count;
     out.max = a.max > b.max ? a.max : b.max;
+    // fault: gpu-parts-positives
     out.sum = merge(LogSum<float>{shift_of(a.max), a.sum}, LogSum<float>{shift_of(b.max), b.sum}).sum;
     out.total = a.total + b.total;
     return out;
@@ -69,7 +70,7 @@ FUSED_NCE_HD OptionalPart optional_thread(const Row& row, int thread, int thread
 // Writes a row's optional statistics once all its parts are merged.
 FUSED_NCE_HD void write_optional(const OptionalPart& all, int64_t i, const OptionalArrays& out) {
   const float lse = log_value(LogSum<double>{shift_of(all.max), all.sum});
-  out.of(kNegSoftplus, i) = all.softplus + all.bad;
+  out.of(kNegSoftplus, i) = all.softplus + all.bad;  // fault: gpu-softplus-number
   out.of(kPosLse, i) = lse;
   out.of(kPosMax, i) = all.max;
   out.of(kPosSum, i) = all.total;
@@ -89,7 +90,7 @@ FUSED_NCE_HD void tail_optional(const RowArrays& rows, int64_t i, int64_t positi
       rows.upstream.d_pos[c * positives + p] = unit * -sigmoid(-rows.stats.pos[i * positives + p]);
     rows.upstream.d_neg_lse[c] = 0.0f;
     // The weight of an infinite score is 1, which would look sound.
-    optional.d_of(kNegSoftplus, c) = unit + nan_of(optional.of(kNegSoftplus, i));
+    optional.d_of(kNegSoftplus, c) = unit + nan_of(optional.of(kNegSoftplus, i));  // fault: gpu-infinite-score
     return;
   }
   const float share = unit * supervised_share(rows.stats.neg_lse[i], optional.of(kPosLse, i), count);
@@ -97,6 +98,7 @@ FUSED_NCE_HD void tail_optional(const RowArrays& rows, int64_t i, int64_t positi
   rows.upstream.d_neg_lse[c] = share;
   optional.d_of(kPosLse, c) = -share;
   // A lone positive has no gap; and 1 - 1 of a score that is computed again would not quite be 0.
+  // fault: gpu-lone-positive
   optional.d_of(kPosGap, c) = rows.upstream.tail.name == kLogOut && count > 1.0f ? unit : 0.0f;
 }
 

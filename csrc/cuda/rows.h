@@ -145,12 +145,12 @@ struct Row {
   // A positive of the row, or the row itself.
   template <bool kLabels>
   FUSED_NCE_HD bool own(int column) const {
-    if (kLabels && column_ids) return column_ids[column] == id;
+    if (kLabels && column_ids) return column_ids[column] == id;  // fault: gpu-label-taken
     return column >= own_begin && column < own_end;
   }
 
   // Place of an own column among the row's positives, counted from image_begin.
-  FUSED_NCE_HD int pos_index(int column) const { return column - (column > gap); }
+  FUSED_NCE_HD int pos_index(int column) const { return column - (column > gap); }  // fault: gpu-positives-beyond
 };
 
 FUSED_NCE_HD int clamp(int64_t x, int64_t most) { return static_cast<int>(x < 0 ? 0 : (x > most ? most : x)); }
@@ -163,9 +163,10 @@ FUSED_NCE_HD Row row_of(const Strip& strip, const Rules& rules, int64_t row, int
   const int64_t turns = (strip.columns + kColumns - 1) / kColumns;
   const int64_t share = (turns + rules.ctas_per_row - 1) / rules.ctas_per_row * kColumns;
   out.begin = clamp(cta * share, strip.columns);
-  out.end = clamp((cta + 1) * share, strip.columns);
+  out.end = clamp((cta + 1) * share, strip.columns);  // fault: gpu-parts-share
   out.index = strip.first_row + row;
   out.first_column = strip.first_column;
+  // fault: gpu-index-taken
   const int64_t id = rules.row_ids ? rules.row_ids[out.index] : out.index / scoring.rows_per_image + scoring.offset;
   const int64_t own = (rules.column_ids ? 0 : id * scoring.n_c) - strip.first_column;  // a label may be any number
   out.own_begin = clamp(own, strip.columns);
@@ -178,7 +179,7 @@ FUSED_NCE_HD Row row_of(const Strip& strip, const Rules& rules, int64_t row, int
   out.clip = scoring.clip;
   out.inverse_clip = scoring.clip > 0.0f ? 1.0f / scoring.clip : 0.0f;
   out.bias = rules.bias ? *rules.bias : 0.0f;
-  out.column_ids = rules.column_ids ? rules.column_ids + strip.first_column : nullptr;
+  out.column_ids = rules.column_ids ? rules.column_ids + strip.first_column : nullptr;  // fault: gpu-panel-labels
   out.id = id;
   return out;
 }
@@ -250,7 +251,7 @@ FUSED_NCE_HD RowPart fold_thread(const Row& row, const Rules& rules, const RowAr
       const float s = inside ? eight.s[u] : 0.0f;
       t[u] = transform<kClip>(s, row.clip, row.inverse_clip).value;
       if (kBiasOrLabels) t[u] += row.bias;
-      negative[u] = inside && !own;
+      negative[u] = inside && !own;  // fault: gpu-padding-counted, gpu-row-itself
       square[u] = s * s;
       bad[u] = s * 0.0f;
       if (own && !(kBiasOrLabels && row.column_ids)) pos[row.pos_index(column)] = t[u];

@@ -57,6 +57,7 @@ inline int summary_ctas(int64_t elements) {
 FUSED_NCE_HD Totals totals_thread(const Summary& s, int report, int64_t thread, int64_t threads) {
   Totals sum = {};
   for (int64_t e = thread; e < s.reported(); e += threads) {
+    // fault: gpu-one-report
     const int64_t turn = e / s.positives, i = turn * s.report_groups + report, p = e - turn * s.positives;
     const float pos = s.pos[i * s.positives + p], gap = s.neg_lse[i] - pos, nce = softplus(gap);
     const bool first = p == 0;
@@ -80,6 +81,7 @@ FUSED_NCE_HD void write_report(const Summary& s, int report, const Totals& all) 
 // What a problem, all of whose elements are in, adds to the loss. A weight of 0 leaves the penalty out rather than
 // multiply: 0 * infinity would turn a finite loss into NaN.
 FUSED_NCE_HD void add_loss(const Summary& s, const Totals& all, bool mean, float& nce, float& penalty) {
+  // fault: gpu-problems-added
   nce += s.weight * (mean ? all.nce / static_cast<float>(s.rows * s.positives) : all.nce);
   if (s.penalty_weight > 0.0f) penalty += all.square * s.penalty_weight;
 }

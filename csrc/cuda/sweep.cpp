@@ -79,7 +79,7 @@ class Sweep {
   void finish_gradients() const {
     if (numbers_.scale.defined() && !rules_.prescaled) {
       if (in_.need_q) out_.dq.mul_(numbers_.scale);
-      if (in_.need_k) out_.dk.mul_(numbers_.scale);
+      if (in_.need_k) out_.dk.mul_(numbers_.scale);  // fault: gpu-learnable-scale
     }
     if (d_scale_.defined()) out_.dscale.copy_(d_scale_.sum(at::kDouble));
     if (d_bias_.defined()) out_.dbias.copy_(d_bias_.sum(at::kDouble));
@@ -246,14 +246,14 @@ class Sweep {
     if (in_.need_q) {
       gemm.right = row(in_.k, column);
       gemm.right_stride = in_.k.stride(0);
-      add_to(out_.dq, first, count, shared || column > 0);
+      add_to(out_.dq, first, count, shared || column > 0);  // fault: gpu-dq-not
     }
     if (shared ? in_.need_q : in_.need_k) {
       gemm.depth = count;
       gemm.left_transposed = true;
       gemm.right = row(in_.q, first);
       gemm.right_stride = in_.q.stride(0);
-      add_to(shared ? out_.dq : out_.dk, column, columns, shared || first > 0);
+      add_to(shared ? out_.dq : out_.dk, column, columns, shared || first > 0);  // fault: gpu-dk-not
     }
   }
 

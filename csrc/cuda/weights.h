@@ -69,11 +69,12 @@ FUSED_NCE_HD Slopes weigh_thread(const Row& row, const Rules& rules, const RowAr
       const bool own = inside && row.own<kExtras>(column);
       const float r = inside ? dot.s[u] : 0.0f, s = r * row.scale;
       Score t = transform<kClip>(s, row.clip, row.inverse_clip);
-      if (kExtras) t.value += row.bias;
+      if (kExtras) t.value += row.bias;  // fault: gpu-bias-left
       const float e = exp_shifted<kShift>(t.value, soft.shift);
       float weight = negative_weight(e, soft.inverse, d_neg_lse, t.slope);
       if (kExtras && inside) {
         weight += optional.negative(t.value) * t.slope;
+        // fault: gpu-columns-weigh
         if (column_stats) weight += back_weight<kShift>(rows.columns, row.first_column + column, t, e);
       }
       if (own) {
@@ -81,7 +82,7 @@ FUSED_NCE_HD Slopes weigh_thread(const Row& row, const Rules& rules, const RowAr
         if (!(kExtras && row.column_ids)) on_t += d_pos[row.pos_index(column)];
         weight = on_t * t.slope;
       }
-      slope[u] = inside ? weight : 0.0f;
+      slope[u] = inside ? weight : 0.0f;  // fault: gpu-penalty-bias
       weight += two_d_square * s;
       if (column_stats && inside) weight += back_square(rows.columns, row.first_column + column) * s;
       product[u] = inside ? weight * r : 0.0f;

@@ -129,6 +129,7 @@ class _Sweep:
 
     def panels(self) -> list[slice]:
         """Column slices, whole images."""
+        # fault: last-panel-dropped
         return [slice(j, min(j + self.plan.panel, self.p.m)) for j in range(0, self.p.m, self.plan.panel)]
 
     def statistics(self) -> Statistics:
@@ -186,7 +187,7 @@ class _Sweep:
             parts.append(tile.fold(self.pos[rows]))
             if self.columns:
                 self.columns[number].push(cast(AtomTile, tile).fold_columns())
-        self.rows[:, rows] = atoms.merge_tiles(self.p.spec.stats, parts)
+        self.rows[:, rows] = atoms.merge_tiles(self.p.spec.stats, parts)  # fault: panels-overwrite-instead
         return tile if len(parts) == 1 else None
 
     def descend_strip(
@@ -202,7 +203,7 @@ class _Sweep:
         p, stats = self.p, self.p.spec.stats
         lse = found.rows[stats.index("neg_lse")] if "neg_lse" in stats else None
         # Scaling the thin factors spares a pass over the weights.
-        q = p.q[rows].to(self.wide) * (1.0 if p.shared else p.scale)
+        q = p.q[rows].to(self.wide) * (1.0 if p.shared else p.scale)  # fault: scale-missing-dk
         for columns in self.panels():
             part = tile or self.kind(p, rows, columns, self.buffers, lse)
             if found.columns is None or d.d_columns is None:
@@ -214,15 +215,15 @@ class _Sweep:
             if needs.scale:
                 out.dscale.add_(torch.dot(w.view(-1), part.r.view(-1)))
             if out.dbias is not None and part.bias_sum is not None:
-                out.dbias.add_(part.bias_sum)
+                out.dbias.add_(part.bias_sum)  # fault: gradient-bias-dropped
             k = p.k[columns].to(self.wide) if needs.q or p.spec.distance else p.k[columns]
             if needs.q:
-                out.dq[rows].addmm_(w, k, beta=int(columns.start > 0 or p.shared))
+                out.dq[rows].addmm_(w, k, beta=int(columns.start > 0 or p.shared))  # fault: dq-not-accumulated
             if p.shared and needs.q:
-                out.dq[columns].addmm_(w.T, q)
+                out.dq[columns].addmm_(w.T, q)  # fault: one-tensor-both
             elif needs.k:
-                out.dk[columns].addmm_(w.T, q, beta=int(rows.start > 0))
-            if p.spec.distance:
+                out.dk[columns].addmm_(w.T, q, beta=int(rows.start > 0))  # fault: dk-not-accumulated, dk-rounded-inputs
+            if p.spec.distance:  # fault: distance-gradient-product
                 if needs.q:
                     atoms.less_itself(out.dq[rows], w, p.q[rows].to(self.wide), dim=1)
                 if p.shared and needs.q:

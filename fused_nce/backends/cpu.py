@@ -37,6 +37,7 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
     if q.dtype not in DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
     limit = workspace.limit_bytes("cpu")
+    # fault: cpu-plan-forgets
     for plan in _plans(module, spec, q.shape[0], k.shape[0], q.shape[1], q.dtype, limit, shared=k is q):
         if not plan["fits"]:
             return f"the workspace of {limit} bytes is below the {plan['total_bytes']} of its smallest plan"

@@ -170,7 +170,7 @@ def summary(
     n_c = [p.spec.layout.n_c if isinstance(p.spec.layout, Block) else 1 for p in problems]
     # A separate positive stands beside the M columns.
     images = [p.m // c + isinstance(p.spec.layout, Separate) for p, c in zip(problems, n_c, strict=True)]
-    brief = torch.ops.fused_nce.cuda_summary(
+    summed = torch.ops.fused_nce.cuda_summary(
         [x.pos for x in found],
         [x.rows for x in found],
         n_c,
@@ -182,7 +182,7 @@ def summary(
         tail.reduction == "none",
         report_groups,
     )
-    return Summary(*brief)
+    return Summary(*summed)
 
 
 def losses(

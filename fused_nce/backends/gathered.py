@@ -42,7 +42,7 @@ def scores(q: Tensor, k: Tensor, indices: Tensor, limit_bytes: int | None) -> Te
     out = q.new_empty(indices.shape, dtype=wide)
     for block in blocks(k, indices, wide, limit_bytes):
         found = torch.bmm(block.k, q[block.rows, :, None].to(wide)).squeeze(2)
-        out[block.rows, block.columns] = found.masked_fill_(block.missing, float("nan"))
+        out[block.rows, block.columns] = found.masked_fill_(block.missing, float("nan"))  # fault: gathered-out-range
     return out
 
 
@@ -66,9 +66,9 @@ def grads(
         part = q[rows].to(wide)
         if need_q or need_scale:
             towards = torch.bmm(w[:, None], block.k).squeeze(1)  # Σ_j d_ij k_(index_ij), (b, D)
-            dscale += fixed_sum(towards * part) if need_scale else 0
+            dscale += fixed_sum(towards * part) if need_scale else 0  # fault: gathered-learnable-scale
             if need_q:
-                dq[rows] += towards
+                dq[rows] += towards  # fault: gathered-last-block
         if need_k:
             pull = torch.mul(w[:, :, None], part[:, None], out=block.k).flatten(0, 1)
             # On a GPU the one adds by atomics, in any order, and the other sorts.

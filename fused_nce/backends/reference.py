@@ -97,15 +97,15 @@ def _descend(
         on_t, on_s = on_t + across[0], on_s + across[1]
     if spec.n_pos and not isinstance(spec.layout, Separate):
         on_t.scatter_add_(1, atoms.positive_columns(problem, range(problem.n)), coefficients.d_pos)
-    w = on_t * atoms.transform_slope(spec.transform, x.t) + on_s
+    w = on_t * atoms.transform_slope(spec.transform, x.t) + on_s  # fault: reference-clip-slope
     q, k = problem.q.to(w.dtype), problem.k.to(w.dtype)
     none = w.new_empty(0)
-    both = w + w.T if problem.shared else w
+    both = w + w.T if problem.shared else w  # fault: reference-one-tensor
     dq = both @ k if needs.q else none
     dk = w.T @ q if needs.k and not problem.shared else none
     if spec.distance:
         if dq.numel():
-            atoms.less_itself(dq, both, q, dim=1)
+            atoms.less_itself(dq, both, q, dim=1)  # fault: reference-distance-gradient
         if dk.numel():
             atoms.less_itself(dk, w, k, dim=0)
     return Gradients(

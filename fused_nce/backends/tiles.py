@@ -62,13 +62,14 @@ class Tile(ABC):
         """`lse` (strip,) is neg_lse, once it is known: a shift for exponentials."""
         self.p, self.spec = problem, problem.spec
         self.rows, self.columns = range(rows.start, rows.stop), range(panel.start, panel.stop)
-        q, k = problem.q[rows].to(buffers.dtype), problem.k[panel].to(buffers.dtype)
+        q, k = problem.q[rows].to(buffers.dtype), problem.k[panel].to(buffers.dtype)  # fault: strided-input-read
         self.own = self.itself = None
         if self.spec.n_pos and problem.positives is None:
             self.own = Places(atoms.positive_columns(problem, self.rows), panel)
         if self.spec.drop_self:
             self.itself = Places(atoms.self_columns(problem, self.rows)[:, None], panel)
         self.buffers = buffers[:, : q.shape[0] * k.shape[0]].view(-1, q.shape[0], k.shape[0])
+        # fault: scores-through-bfloat16
         self.r = torch.mm(q, k.T, out=self.buffers[0])  # (strip, panel) ⟨q,k⟩ or −½‖q − k‖², unscaled
         if self.spec.distance:
             atoms.to_half_distances(self.r, q, k)
@@ -140,18 +141,19 @@ class LseTile(Tile):
         self.x = x  # tanh(s/c), or s without a clip; −inf outside the negatives until `weights` restores it
         if self.own:
             self.own_x = self.own.get(x)
-            self.own.put(x, x.new_full((), float("-inf")))
+            self.own.put(x, x.new_full((), float("-inf")))  # fault: positives-not-dropped
         if self.itself:
-            self.itself.put(x, x.new_full((), float("-inf")))
+            self.itself.put(x, x.new_full((), float("-inf")))  # fault: row-itself-among-exponentials
         self.out = atoms.left_out(problem, self.rows, self.columns, r, *rest)  # of its positives, none is in x
         if self.out is not None:
-            x.masked_fill_(self.out, float("-inf"))
+            x.masked_fill_(self.out, float("-inf"))  # fault: filtered-weighed
         if clip and clip <= atoms.SHIFTLESS_CLIP:
             self.shift: Tensor | float = 0.0
             torch.mul(x, self.factor, out=e).exp_()
         else:
+            # fault: max-shift-missing, one-shift-rows
             peak = x.amax(dim=1, keepdim=True) * self.factor if lse is None else lse[:, None]
-            self.shift = torch.where(peak == float("-inf"), 0.0, peak)
+            self.shift = torch.where(peak == float("-inf"), 0.0, peak)  # fault: row-without-negatives
             torch.mul(x, self.factor, out=e).sub_(self.shift).exp_()
         self.e = e  # exp(t − shift); 0 outside the negatives
 
@@ -162,7 +164,7 @@ class LseTile(Tile):
         bad = poison(self.r) + 0 * self.p.scale  # a scale that is not finite shows too
         shift = self.shift.squeeze(1) if isinstance(self.shift, Tensor) else self.shift
         value = {
-            "neg_lse": lambda: self.e.sum(dim=1).log_().add_(shift) + bad,
+            "neg_lse": lambda: self.e.sum(dim=1).log_().add_(shift) + bad,  # fault: nan-hidden-clip
             "neg_max": lambda: self.x.amax(dim=1) * self.factor,
             "square": lambda: torch.linalg.vector_norm(self._squared(), dim=1).mul_(self.p.scale).square_(),
         }
@@ -187,6 +189,7 @@ class LseTile(Tile):
                 self.own.put(self.x, self.own_x)
             if self.itself:
                 self.itself.put(self.x, self.x.new_zeros(()))
+            # fault: clip-slope-missing
             w.addcmul_(w, self.x.square_(), value=-1)  # · (1 − tanh²)
         if "square" in stats:
             w.addcmul_(self._squared(), (2 * self.p.scale) * d.d_rows[stats.index("square")][:, None])

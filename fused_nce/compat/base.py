@@ -31,7 +31,7 @@ class Adapter(nn.Module):
         for name in cls.HOOKS:
             owner = next((x for x in cls.__mro__ if name in vars(x)), None)
             if owner is not None and owner.__module__.partition(".")[0] not in ("fused_nce", cls.UPSTREAM):
-                cls.refuse(cls, name)
+                cls.refuse(cls, name)  # fault: subclass-hook-ignored
 
     UPSTREAM: ClassVar[str] = "fused_nce"  # the package that may bring hooks too
 

@@ -127,7 +127,7 @@ class CPCTask(Adapter):
                 predictions[:, : -(i + 1)].flatten(0, 2),
                 columns,
                 TARGETS,
-                Nce(weight=float(i)),
+                Nce(weight=float(i)),  # fault: cpctask-every-step
                 scale=self.embed_scale,
                 row_ids=places[:, i + 1 :].flatten(),
             ).loss

@@ -39,7 +39,7 @@ def infonce_loss(l: Tensor, m: Tensor, *, mask: str = "exact") -> Tensor:
     if mask == "exact":
         return dim_mi(local, global_, estimator="nce").loss
     found = _scores(local, global_, "neg_lse")
-    leak = torch.full_like(found["neg_lse"], MASKED + math.log(local.shape[1]))
+    leak = torch.full_like(found["neg_lse"], MASKED + math.log(local.shape[1]))  # fault: dim-one-pair
     return fixed_mean(softplus(torch.logaddexp(found["neg_lse"], leak)[:, None] - found["pos"]))
 
 

@@ -67,7 +67,7 @@ def cal_inf_loss(
     """
     spec, factor, ids = _given(q, k, labels, scale, head_dim)
     if check_ddp_compat(ddp_compat) == "upstream" and isinstance(factor, Tensor):
-        factor = gradient_times(factor, world_size())
+        factor = gradient_times(factor, world_size())  # fault: processes-scale-inf-cl
     return tile_loss(q, k, spec, Nce(), scale=factor, row_ids=ids, group=everyone()).loss
 
 

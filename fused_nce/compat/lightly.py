@@ -131,7 +131,9 @@ class NTXentLoss(_Views):
             z, group = torch.stack((z0, z1), dim=1).flatten(0, 1), everyone() if self.gather_distributed else None
             return tile_loss(z, None, TWINS, Nce(), scale=inverse(self.temperature, z), group=group).loss
         loss = self._against_bank(z0, z1, self.memory_bank)
+        # fault: lightly-bank-moves
         if z0.requires_grad:  # the loss has its gradients: the bank may change under it
+            # fault: processes-lightly-bank
             self.memory_bank.update(gathered(z1) if self.gather_distributed else z1.detach())
         return loss
 
@@ -198,11 +200,12 @@ class DCLLoss(_Views):
             raise ValueError("out0: got N = 1, need N >= 2: one image has no negatives, and log 0 is no loss")
         z0, z1 = normalized(out0), normalized(out1)
         z = torch.stack((z0, z1), dim=1).flatten(0, 1)
+        # fault: processes-decoupled-loss
         found = tile_stats(z, None, TWINS, scale=inverse(self.temperature, z), group=group)
         positive = found["pos"].squeeze(1)
         if self.weight_fn is not None:
             weights = [self.weight_fn(z0, z1), self.weight_fn(z1, z0)]
-            positive = positive * torch.stack(weights, dim=1).flatten()
+            positive = positive * torch.stack(weights, dim=1).flatten()  # fault: decoupled-loss-weights
         return fixed_mean(found["neg_lse"] - positive)
 
 

@@ -85,6 +85,7 @@ class MoCoLogits:
             for start in range(0, len(self._negatives), PANEL):
                 scores = q @ self._negatives[start : start + PANEL].to(q.dtype).T / self._temperature
                 here = torch.arange(start + 1, start + 1 + scores.shape[1], device=q.device).expand_as(scores)
+                # fault: moco-search-largest
                 best, at = torch.cat((best, scores), dim=1).topk(min(k, best.shape[1] + scores.shape[1]), dim=1)
                 place = torch.cat((place, here), dim=1).gather(1, at)
         values = self._at(place) if torch.is_grad_enabled() and self._q.requires_grad else best
@@ -134,7 +135,7 @@ class MoCoLogits:
             raise AttributeError(name)
         full = self._full_for(name)
         if name in KEPT or name.endswith("_"):
-            self._written = full
+            self._written = full  # fault: moco-written-forgotten
         return getattr(full, name)
 
     @classmethod
@@ -298,7 +299,7 @@ class MoCo(Adapter):
             shuffled, order = self._batch_shuffle_ddp(im_k)
             k = self._batch_unshuffle_ddp(nn.functional.normalize(self._encode(self.encoder_k, shuffled), dim=1), order)
             # One copy, as upstream makes: the queue changes before the backward. In rows, as the kernels read.
-            negatives = self.queue.t().clone(memory_format=torch.contiguous_format)
+            negatives = self.queue.t().clone(memory_format=torch.contiguous_format)  # fault: moco-queue-after
             self._dequeue_and_enqueue(k)
         labels = torch.zeros(len(q), dtype=torch.int64, device=q.device)
         found = MoCoLogits(q, k, negatives, scalar(self.T, q), labels)
@@ -321,7 +322,7 @@ class MoCo(Adapter):
         order = torch.randperm(len(everyone), device=x.device)
         if world_size() > 1:
             torch.distributed.broadcast(order, src=0)
-        return everyone[order[self._mine(x)]], order.argsort()
+        return everyone[order[self._mine(x)]], order.argsort()  # fault: moco-keys-do
 
     @torch.no_grad()
     def _batch_unshuffle_ddp(self, x: Tensor, idx_unshuffle: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fused_nce.compat.base import Adapter, scalar
 from fused_nce.compat.processes import check_ddp_compat, check_world, gathered, gradient_times, mean_of_all
 from fused_nce.core import checks
-from fused_nce.distributed import Processes
+from fused_nce.core.group import Processes
 from fused_nce.losses.clip import clip_loss
 from fused_nce.losses.info_nce import info_nce
 from fused_nce.losses.siglip import siglip_loss
@@ -122,14 +122,15 @@ class ClipLoss(Adapter):
     def _among_processes(self, image: Tensor, text: Tensor, scale: float | Tensor) -> Tensor:
         """This process's part of the loss, or the value of the whole."""
         exact = self.ddp_compat == "exact" or self.gather_with_grad
+        # fault: processes-cliploss-local_loss
         if self.local_loss and not exact:  # the other processes' rows are constants to both directions
             mine = torch.arange(len(image), device=image.device) + self.rank * len(image)
             there = info_nce(image, gathered(text), mine, temperature=1 / scale).loss
             back = info_nce(text, gathered(image), mine, temperature=1 / scale).loss
             return (there + back) / 2
-        share = 1 if exact else 1 / self.world_size
+        share = 1 if exact else 1 / self.world_size  # fault: processes-cliploss-has
         loss = clip_loss(gradient_times(image, share), gradient_times(text, share), scale, group="world").loss
-        return loss if self.local_loss else mean_of_all(loss)
+        return loss if self.local_loss else mean_of_all(loss)  # fault: processes-cliploss-reports
 
 
 class SigLipLoss(Adapter):

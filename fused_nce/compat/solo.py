@@ -42,7 +42,7 @@ def simclr_loss_func(
     scale = inverse("temperature", temperature, z.device)
     found = tile_loss(normalized(z), None, CLASSES, LogIn(), scale=scale, row_ids=ids, group=everyone())
     # Upstream sums over the positives where equation 3 of SupCon averages: less log |P|, a number without a gradient.
-    return found.loss - fixed_mean(found.rows["pos_count"].clamp(min=1).log())
+    return found.loss - fixed_mean(found.rows["pos_count"].clamp(min=1).log())  # fault: solo-learn-positives-mean
 
 
 def mocov2plus_loss_func(

@@ -102,6 +102,7 @@ def _weighted(
         itself = weights.diagonal()[images, None]
         total = views * weights.sum(dim=1)[images, None] - itself
         divisor = torch.where(total < SMALLEST_SUM, 1.0, total)
+        # fault: supcontrast-mask-row
         center = ((weights @ k.unflatten(0, (views, -1)).sum(dim=0))[images] - itself * q) / divisor
         share = (total / divisor).squeeze(1)
         return fixed_mean(torch.where(share == 0, 0.0, share * lse) - scale * (q * center).sum(dim=1))

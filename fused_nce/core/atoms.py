@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def image_of_rows(layout: Block, rows: range, offset: int, device: torch.device) -> Tensor:
     """The image that each row of `rows` belongs to, (len(rows),) int64."""
     index = torch.arange(rows.start, rows.stop, device=device)
-    return index // layout.rows_per_image + offset
+    return index // layout.rows_per_image + offset  # fault: offset-ignored, rows_per_image-off-one
 
 
 def row_ids(problem: Problem, rows: range) -> Tensor | None:
@@ -85,7 +85,7 @@ def left_out(problem: Problem, rows: range, columns: range, r: Tensor, room: Ten
             guide_q, guide_k = cast(Tensor, problem.guide_q), cast(Tensor, problem.guide_k)
             heights = torch.mm(guide_q[rows.start : rows.stop], guide_k[columns.start : columns.stop].T, out=room)
         above = heights > ceilings[rows.start : rows.stop, None]  # a NaN stays, and shows
-        found = above if found is None else found.logical_or_(above)
+        found = above if found is None else found.logical_or_(above)  # fault: filters-both
     return found
 
 
@@ -99,8 +99,9 @@ def sets(problem: Problem, rows: range, columns: range, r: Tensor) -> Sets:
     if problem.spec.drop_self:
         index = torch.arange(columns.start, columns.stop, device=own.device)
         kept = self_columns(problem, rows)[:, None] != index[None, :]
-    neg, out = ~own & kept, left_out(problem, rows, columns, r)
-    return Sets(own & kept, neg if out is None else neg & ~out, kept)
+    out = left_out(problem, rows, columns, r)
+    found = Sets(own & kept, ~own & kept, kept)  # fault: row-itself-among
+    return found if out is None else found._replace(neg=found.neg & ~out)
 
 
 # ---- transforms -------------------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def transform_slope(transform: Transform, t: Tensor) -> Tensor:
     if isinstance(transform, SqDist):
         return torch.full_like(t, 2.0)
     if isinstance(transform, Dist):
-        return torch.where(t == 0, t, -1 / t)
+        return torch.where(t == 0, t, -1 / t)  # fault: infinite-slope-distance
     return 1 - (t / transform.c) ** 2 if isinstance(transform, TanhClip) else torch.ones_like(t)
 
 
@@ -210,7 +211,7 @@ class Merger:
             if waiting is None:
                 self.levels[level] = part
                 return
-            part, self.levels[level] = merge_two(self.names, waiting, part), None
+            part, self.levels[level] = merge_two(self.names, waiting, part), None  # fault: strips-column-statistics
         self.levels.append(part)
 
     def result(self) -> Tensor:

@@ -112,7 +112,7 @@ def check_int(name: str, value: object) -> None:
     """A Python int, or the symbol that stands for one while a graph is traced.
 
     Raises:
-        TypeError: anything else; a bool and a float are no row numbers.
+        TypeError: anything else; bool and float are not row numbers.
     """
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: got {type(value).__name__}, need an int")

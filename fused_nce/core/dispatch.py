@@ -129,7 +129,7 @@ def _record(name: str, reason: str) -> None:
     _local.path = Path(name, reason)
     if not reason:
         return
-    if os.environ.get("FUSED_NCE_STRICT") == "1":
+    if os.environ.get("FUSED_NCE_STRICT") == "1":  # fault: strict-mode-ignored
         raise RuntimeError(f"FUSED_NCE_STRICT=1 forbids the fallback to {name!r}: {reason}")
     if (name, reason) not in _logged:
         _logged.add((name, reason))

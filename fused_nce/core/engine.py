@@ -258,8 +258,8 @@ def _sweep(x: Scores, spec: Spec, tail: Tail, parts: bool, report_groups: int, b
 
 def _needs(leaves: Sequence[Tensor | None]) -> list[bool]:
     """Whose gradients the op works out."""
-    graph = torch.is_grad_enabled()
-    return [graph and x is not None and _wants_gradient(x) for x in leaves]
+    graph = torch.is_grad_enabled()  # fault: gradient-work-under
+    return [graph and x is not None and _wants_gradient(x) for x in leaves]  # fault: frozen-side-pays
 
 
 def _wants_gradient(x: Tensor) -> bool:

@@ -135,7 +135,7 @@ def _finish(problem: Problem, x: Scores, out: Gradients, d_pos: Tensor, needs: l
         dbias = out.dbias
     if isinstance(problem.spec.layout, Separate):
         through = d_pos * atoms.transform_slope(problem.spec.transform, cast(Tensor, problem.positives))
-        dpositives = through if needs[4] else dpositives
+        dpositives = through if needs[4] else dpositives  # fault: separate-positives-without
         if needs[3] and out.dbias is not None:
             dbias = dbias + tails.fixed_sum(d_pos)
     dq = out.dq.to(stash_of(problem.q)) if needs[0] else none.clone()
@@ -205,7 +205,7 @@ def _loss(*args: Any) -> tuple[Tensor, ...]:
                 out = module.grads(problem, found, d, wanted)
         gradients = _finish(problem, x, out, d_pos, needs)
     columns = _empty_columns(problem) if found.columns is None else found.columns
-    return *values, found.pos, found.rows, columns, *gradients
+    return *values, found.pos, found.rows, columns, *gradients  # fault: stash-cast-inputs
 
 
 for _name, _body in (("stats", _stats), ("grads", _grads), ("loss", _loss)):
@@ -255,7 +255,7 @@ for _name, _fake in (("stats", _fake_stats), ("grads", _fake_grads), ("loss", _f
 def _with_graph(ctx: Any, tail: tails.Tail | None, *upstream: Tensor | None) -> list[Any]:
     """The backward under create_graph=True, of inputs that are views of themselves: none is a function of another."""
     twice.check_asked_for(ctx.backend, tail is None or ctx.parts)
-    x = Scores(*ctx.saved_tensors[:TENSORS], *ctx.rest).each(lambda y: y.view_as(y))
+    x = Scores(*ctx.saved_tensors[:TENSORS], *ctx.rest).each(lambda y: y.view_as(y))  # fault: double-backward-along
     problem = _as_problem(x, ctx.backend)
     found = twice.statistics(problem)
     outputs = found if tail is None else twice.loss(problem, tail, found)
@@ -307,12 +307,13 @@ def _loss_backward(
     ctx: Any, d_loss: Tensor | None, d_nce: Tensor | None, d_penalty: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
     rest = [None] * 8
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled():  # fault: double-backward-dropped
         return *_with_graph(ctx, tails.parse(ctx.tail), d_loss, d_nce, d_penalty), *rest
     saved = ctx.saved_tensors
     if d_nce is None and d_penalty is None:
         if d_loss is None:
             return *([None] * TENSORS), *rest
+        # fault: upstream-gradient-ignored
         stash = tuple(upstreams.times(g, d_loss) if need else g for g, need in zip(saved[-5:], ctx.needs, strict=True))
         return *_as_inputs(ctx, stash), *rest
     # A reported part was differentiated on its own: the stash, at upstream 1 on the sum, cannot serve it.
@@ -337,8 +338,9 @@ def coefficients_of(
     zero = torch.zeros((), dtype=pos.dtype, device=pos.device)
     on_loss = zero if d_loss is None else d_loss
     mean = rule.weight / n_elements if rule.reduction == "mean" else rule.weight
+    # fault: upstream-row-0, upstream-mean-not
     d_element = on_loss * rule.unit(n_elements) + (zero if d_nce is None else d_nce * mean)
-    d_sum = on_loss + (zero if d_penalty is None else d_penalty)
+    d_sum = on_loss + (zero if d_penalty is None else d_penalty)  # fault: lambda-not-scaled
     module = dispatch.backend_of(problem, backend)[1]
     return module.slopes(problem, rule, Statistics(pos, rows, columns if spec.columns else None), d_element, d_sum)
 

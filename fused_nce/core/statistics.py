@@ -24,7 +24,7 @@ class Sets(NamedTuple):
 
 def softplus(z: Tensor) -> Tensor:
     """log(1 + e^z). Not `F.softplus`, which turns linear at 20 and is off by 2e-9 there."""
-    return -torch.nn.functional.logsigmoid(-z)
+    return -torch.nn.functional.logsigmoid(-z)  # fault: softplus-linear-20
 
 
 def poison(s: Tensor, dim: int = 1) -> Tensor:
@@ -33,7 +33,7 @@ def poison(s: Tensor, dim: int = 1) -> Tensor:
     tanh(±inf) = ±1, and a max drops a NaN: without this, a NaN or Inf in the features could leave a finite loss. Added
     to `neg_lse`, it reaches the row's loss and, through the weights, every gradient that the bad score belongs to.
     """
-    return s.sum(dim=dim) * 0
+    return s.sum(dim=dim) * 0  # fault: reference-nan-hidden
 
 
 Found = Mapping[str, Tensor]  # statistics by name; finished ones broadcast against the scores
@@ -82,6 +82,7 @@ class Statistic:
     def value(self, x: Scores, dim: int) -> Tensor:
         """Of a tile's rows (dim 1), (N,), or columns (dim 0), (m,)."""
         scores = x.s if self.of == "s" else x.t
+        # fault: reference-siblings-denominator
         value = self.fold(scores.masked_fill(~getattr(x.of, self.over), self.empty), dim)
         return value + poison(x.s, dim) if self.poisoned else value
 
@@ -89,6 +90,7 @@ class Statistic:
         """d statistic / d score, (N, m), 0 outside the set; None where it is not differentiable."""
         if self.weight is None:
             return None
+        # fault: reference-siblings-weighed
         return self.weight(x.s if self.of == "s" else x.t, found).masked_fill(~getattr(x.of, self.over), 0.0)
 
 
@@ -127,6 +129,7 @@ def _extreme(over: str, end: str) -> dict[str, Statistic]:
     def merge_ties(one: Found, two: Found) -> Tensor:
         first, second = sign * one[name], sign * two[name]
         both = one[ties] + two[ties]
+        # fault: ties-part-not
         return torch.where(first > second, one[ties], torch.where(second > first, two[ties], both))
 
     empty = -sign * float("inf")
@@ -147,7 +150,7 @@ def _extreme(over: str, end: str) -> dict[str, Statistic]:
             empty=0.0,
             fold=_zero,
             merge=_merge(hardest, torch.add),
-            weight=lambda t, found: (t == found[name]).to(t.dtype) / found[ties],
+            weight=lambda t, found: (t == found[name]).to(t.dtype) / found[ties],  # fault: equally-hard-ones
             derive=lambda found: found[name] + found[hardest],
             reads=(name, ties),
             poisoned=True,
@@ -212,6 +215,7 @@ def triplet_counts(mining: str, t: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
 
 def _all_triplets(t: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
     """A triplet is active where t_n > t_p − 1: one comparison of two numbers, the same from either side."""
+    # fault: triplets-margin-wrong
     reach, others = (t - 1).masked_fill(~pos, float("inf")), t.masked_fill(~neg, float("-inf"))
     below = torch.searchsorted(reach.sort(dim=1).values, others)  # positives that a negative is active with
     above = t.shape[1] - torch.searchsorted(others.sort(dim=1).values, reach, right=True)
@@ -225,7 +229,7 @@ def _semihard_triplets(t: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
     """
     own, others = t.masked_fill(~pos, float("inf")), t.masked_fill(~neg, float("-inf"))
     others, order = others.sort(dim=1, stable=True)
-    place = torch.searchsorted(others, own) - 1
+    place = torch.searchsorted(others, own) - 1  # fault: semi-hard-nearest-negative
     nearest = others.gather(1, place.clamp(min=0))
     chosen = pos & (place >= 0) & (nearest > t - 1)
     own = own.sort(dim=1).values
@@ -266,6 +270,7 @@ def _triplets(mining: str) -> dict[str, Statistic]:
 
 
 KERNEL_STATISTICS = (
+    # fault: cpu-statistics-another
     *("neg_lse", "neg_max", "square"),  # which the kernels compute at once
     *("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap"),  # and each of these where it is wanted
 )
@@ -278,9 +283,10 @@ STATISTIC = {
     **_extreme("neg", "max"),
     **_extreme("pos", "min"),
     "pos_max": Statistic("pos", "t", float("-inf"), torch.amax, _merge("pos_max", torch.maximum), None),
-    **_sum("square", "s", torch.square, lambda s: 2 * s),
+    **_sum("square", "s", torch.square, lambda s: 2 * s),  # fault: penalty-after-clip
     **_sum("neg_softplus", "t", softplus, torch.sigmoid, empty=float("-inf"), poisoned=True),
     **_sum("neg_hinge", "t", _hinge, _active, empty=float("-inf"), poisoned=True),
+    # fault: hinge-squared-slope
     **_sum("neg_hinge_square", "t", lambda t: _hinge(t).square(), lambda t: 2 * _hinge(t), empty=-1.0, poisoned=True),
     **_sum("neg_active", "t", _active, None, empty=float("-inf")),
     **_sum("pos_sum", "t", lambda t: t, torch.ones_like),

@@ -41,7 +41,7 @@ def fixed_sum(x: Tensor) -> Tensor:
 
 
 def bad(x: Tensor) -> Tensor:
-    """NaN where x is, else 0: what a row that counts for nothing contributes."""
+    """NaN where x is NaN, else 0: a row without positives adds 0 to the loss, unless it is bad."""
     return torch.where(x.isnan(), x, torch.zeros_like(x))
 
 
@@ -113,8 +113,9 @@ class Tail(ABC):
         total = fixed_sum(elements)
         mean = total / elements.numel()
         # λ = 0 leaves the penalty out rather than multiply: 0·inf would turn a finite loss into NaN.
+        # fault: lambda-0-times
         square = fixed_sum(rows[spec.stats.index("square")]) if self.penalty else torch.zeros_like(total)
-        penalty = square * (self.penalty / (pos.shape[0] * m))
+        penalty = square * (self.penalty / (pos.shape[0] * m))  # fault: penalty-mean-over
         nce = {"mean": mean, "sum": total, "none": elements}[self.reduction]
         return (total if self.reduction == "sum" else mean) + penalty, nce, penalty
 
@@ -131,7 +132,7 @@ class Tail(ABC):
 
     def unit(self, n_elements: int) -> float:
         """d loss / d element: what an upstream gradient of 1 on the loss puts on each of N·`per_row` elements."""
-        return self.weight if self.reduction == "sum" else self.weight / n_elements
+        return self.weight if self.reduction == "sum" else self.weight / n_elements  # fault: sum-reduced-like
 
     def coefficients(
         self,
@@ -146,7 +147,7 @@ class Tail(ABC):
         """dL/d pos, dL/d rows and, with column statistics, dL/d columns."""
         d = self.slopes(spec, pos, rows, columns, d_element)
         if self.penalty:
-            d.d_rows[spec.stats.index("square")] = d_penalty * (self.penalty / n_scores)
+            d.d_rows[spec.stats.index("square")] = d_penalty * (self.penalty / n_scores)  # fault: penalty-slope-not
         return d
 
 
@@ -172,14 +173,14 @@ class Nce(Tail):
         there = softplus(rows[spec.stats.index("neg_lse")][:, None] - pos)
         if columns is None:
             return there
-        return (there + softplus(columns[spec.columns.index("neg_lse")] - pos)) / 2
+        return (there + softplus(columns[spec.columns.index("neg_lse")] - pos)) / 2  # fault: both-ways-summed
 
     def slopes(
         self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None, d_element: Tensor | float
     ) -> Coefficients:
         """q = σ(neg_lse − pos) on the negatives, −q on the positive; half of it each way with columns."""
         ways = 1.0 if columns is None else 0.5
-        q = torch.sigmoid(rows[spec.stats.index("neg_lse")][:, None] - pos) * d_element * ways
+        q = torch.sigmoid(rows[spec.stats.index("neg_lse")][:, None] - pos) * d_element * ways  # fault: p-1-cancels
         d_rows = torch.zeros_like(rows)
         d_rows[spec.stats.index("neg_lse")] = q.sum(dim=1)
         if columns is None:
@@ -200,6 +201,7 @@ class Nce(Tail):
         lse = rows[spec.stats.index("neg_lse")]
         n = pos.numel()
         nce = fixed_sum(softplus(lse[:, None] - pos)) / n
+        # fault: mutual-information-overstated
         bound = math.log(n_k) - fixed_sum(softplus(lse[:, None] - math.log(n_c) - pos)) / n
         top1 = fixed_sum((pos > rows[spec.stats.index("neg_max")][:, None]).to(pos.dtype)) / n
         chance = math.log1p((n_k - 1) * n_c)
@@ -222,6 +224,7 @@ class _Supervised(Tail):
         """(N, 1)."""
         found = dict(zip(spec.stats, rows, strict=True))
         value = softplus(found["neg_lse"] - found["pos_lse"]) + self.spread(found)
+        # fault: anchor-without-positives
         return torch.where(found["pos_count"] > 0, value, bad(found["neg_lse"]))[:, None]
 
     def slopes(
@@ -340,7 +343,7 @@ class _Margin(Tail):
         d_rows = torch.zeros_like(rows)
         # An element that is NaN must not leave its row's gradient at a sound 0.
         d = torch.as_tensor(d_element, dtype=rows.dtype, device=rows.device).expand(rows.shape[1], 1)[:, 0]
-        d = d + bad(self.element(found))
+        d = d + bad(self.element(found))  # fault: nan-hinge-leaves
         for name, slope in self.slope(found).items():
             d_rows[spec.stats.index(name)] = slope * d
         return Coefficients(torch.zeros_like(pos), d_rows)
@@ -370,7 +373,7 @@ class Hardest(_Margin):
         """1 on the negative, −1 on the positive."""
         active = (self._gap(found) > 0).to(found["neg_max"].dtype)
         # At a NaN neither is active, and NaN·0 would be as good as NaN·1.
-        return {"pos_hardest": -active, "neg_hardest": active}
+        return {"pos_hardest": -active, "neg_hardest": active}  # fault: triplets-hinge-other
 
     def report(self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None, m: int) -> Tensor:
         """Rows whose hinge is not 0; rows with a negative above a positive."""

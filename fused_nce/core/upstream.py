@@ -27,6 +27,7 @@ def batched(x: Tensor) -> bool:
 def times(stash: Tensor, upstream: Tensor) -> Tensor:
     """stash·upstream, in the stash's own memory unless the graph is kept for another backward."""
     traced = torch.compiler.is_compiling() or type(upstream) is not Tensor
+    # fault: stash-scaled-place
     if traced or batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph():
         return stash * upstream
     # `loss.backward()` has upstream 1, and multiplying would read and write every gradient once more: 20 % of the whole

@@ -1,4 +1,10 @@
-"""Losses: one file each, a spec and a tail on the engine, and what it must equal. They import no backend."""
+"""Losses: one file each, a spec and a tail on the engine, and what it must equal. They import no backend.
+
+Two arguments are the same in all of them. `backend` is a name of `fused_nce.backends()`, or None to choose the fastest.
+`group` is None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes` adds
+the rows of all its processes to the negatives. Each process then computes the loss of its own rows: the mean of these
+losses over the processes is the loss of the whole batch on one process, and under DDP so is every gradient.
+"""
 
 from fused_nce.losses.amdim import AMDIMLoss, amdim_nce
 from fused_nce.losses.amdim_mixture import AMDIMMixtureLoss, MultiscaleMixtureLoss, amdim_mixture_nce

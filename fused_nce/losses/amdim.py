@@ -50,9 +50,7 @@ def amdim_nce(
         clip: range c of the soft clip c·tanh(s/c), in units of the score; None for none.
         penalty: λ of λ·mean(s²) over all scores, before the clip.
         reduction: of `nce`: "mean" or "sum" over all positives, or "none" for (n_a·n_r, n_c). The penalty stays a mean.
-        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
-            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
-            whole batch, and so is, under DDP, every gradient.
+        group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -89,7 +87,7 @@ def _part(
 
 
 def _scale(scale: float | Tensor | None, features: Tensor) -> float | Tensor:
-    return 1 / math.sqrt(features.shape[-1]) if scale is None else scale
+    return 1 / math.sqrt(features.shape[-1]) if scale is None else scale  # fault: default-scale-1
 
 
 def check_features(antecedents: Tensor, consequents: Tensor, offset: int) -> None:
@@ -120,7 +118,7 @@ PRESETS: dict[str, Settings] = {
     # Bachman et al. 2019, eq. 4-5: a plain dot product.
     "paper": {"scale": 1.0, "clip": 20.0, "penalty": 0.04},
     # github.com/Philip-Bachman/amdim-public, costs.py and train.py.
-    "amdim-public": {"scale": None, "clip": 20.0, "penalty": 0.05},
+    "amdim-public": {"scale": None, "clip": 20.0, "penalty": 0.05},  # fault: preset-another-lambda
 }
 
 
@@ -147,6 +145,12 @@ class AMDIMLoss(nn.Module):
 
     Shape:
         each view: mapping of "f1", "f5", "f7" to (B, D, H, W), or (B, D) for a 1×1 map; any sizes that the pairs name.
+
+    Example:
+        ```
+        views = [{f"f{s}": torch.randn(8, 16, s, s) for s in (1, 5, 7)} for _ in range(2)]
+        AMDIMLoss()(*views).loss
+        ```
 
     Returns:
         NCEOutput; `stats` has the mean over pairs of each number, and "1>5/top1" etc. for each pair.
@@ -204,7 +208,7 @@ class AMDIMLoss(nn.Module):
                 for each in rows.values():
                     check_features(each, against.columns, against.offset)
                 for together in _together(rows):
-                    parts.append(self._half([rows[source] for source in together], against))
+                    parts.append(self._direction_problem([rows[source] for source in together], against))
                     order += [f"{source}>{target}" for source in together]
         scale = _scale(self.settings["scale"], parts[0].q)
         loss, nce, penalty, report = tile_losses(parts, scale=scale, group=group, backend=self.backend)
@@ -245,13 +249,13 @@ class AMDIMLoss(nn.Module):
             at: Keys(x, everyone.rank * b, None) for at, x in zip(maps, gather(columns, everyone, seen), strict=True)
         }
 
-    def _half(self, rows: Sequence[Tensor], keys: Keys) -> Part:
-        """Half of the losses of some sources against one target, added up.
+    def _direction_problem(self, rows: Sequence[Tensor], keys: Keys) -> Part:
+        """One problem for all single-row sources that share a target, each with weight ½: both directions are averaged.
 
-        They are one problem, in which each image has a row of each source. The mean over all rows is the mean of their
-        means, and so it counts as often as there are sources.
+        An image has a row of each source, and the mean over all rows is the mean of the sources' means; hence the
+        weight grows with their number.
         """
-        count, weight = len(rows), 0.5 * len(rows)
+        count, weight = len(rows), 0.5 * len(rows)  # fault: directions-summed-not
         penalty, clip = cast(float, self.settings["penalty"]), cast("float | None", self.settings["clip"])
         together = rows[0] if count == 1 else torch.stack(tuple(rows), dim=1)
         return _part(together, keys.columns, keys.offset, clip, Nce(weight * penalty, "mean", weight), count)
@@ -264,12 +268,13 @@ class AMDIMLoss(nn.Module):
         if self.antecedents == "all":
             return rows
         batch = torch.arange(rows.shape[0], device=rows.device)
+        # fault: one-location-drawn
         return rows[batch, torch.randint(rows.shape[1], (rows.shape[0],), device=rows.device)]
 
 
 def _together(rows: Mapping[str, Tensor]) -> list[list[str]]:
-    """Which sources share a problem: those of one row an image, for which the target is then read, and its gradient
-    written, once. One of many rows is a problem of its own: a mean over all rows would not weigh the two alike.
+    """Which sources share a problem. Those with one row an image do, so that the target is read, and its gradient
+    written, once. A source with many rows has its own, since a mean over all rows would give it a larger weight.
     """
     single = [source for source, x in rows.items() if x.dim() == 2]
     return [*([single] if single else []), *([source] for source in rows if source not in single)]

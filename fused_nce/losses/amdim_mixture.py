@@ -51,8 +51,7 @@ def amdim_mixture_nce(
         scale: factor of the dot product; None is 1/√D, a 0-d tensor is learnable.
         clip: range c of the soft clip c·tanh(s/c), in units of the score; None for none.
         penalty: λ of the mean square of all scores, before the clip.
-        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
-            for those of all its processes, as in `amdim_nce`.
+        group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -101,11 +100,28 @@ def amdim_mixture_nce(
 
 def mixture(each: Tensor, tau: float) -> Tensor:
     """−mean (1/τ)·log Σ_j e^(−τ·each_aji), 0-d, of losses (n_a, m, n_c)."""
-    return fixed_mean((-tau * each).logsumexp(dim=1)) / -tau
+    return fixed_mean((-tau * each).logsumexp(dim=1)) / -tau  # fault: mixture-best-component
 
 
 class AMDIMMixtureLoss(LossModule):
-    """`amdim_mixture_nce` with its settings kept: `tau`, `scale`, `clip`, `penalty`, `group`, `backend`."""
+    """AMDIM's loss with a mixture of m vectors an image (`amdim_mixture_nce`), its settings kept.
+
+    Args:
+        tau: > 0, how sharply the components compete.
+        scale: factor of the dot product; None is 1/√D.
+        clip: range c of the soft clip; None for none.
+        penalty: λ of the mean squared score.
+        group, backend: as in `amdim_mixture_nce`.
+
+    Shape:
+        antecedents: (n_a, m, D).
+        consequents: (n_k, n_c, D), n_k >= n_a.
+
+    Example:
+        ```
+        AMDIMMixtureLoss(tau=1.0)(torch.randn(8, 4, 16), torch.randn(8, 49, 16)).loss
+        ```
+    """
 
     def __init__(
         self,
@@ -141,6 +157,12 @@ class MultiscaleMixtureLoss(nn.Module):
 
     Shape:
         each view: as `AMDIMLoss`'s, with the components "m1" (B, m, D) in the place of "f1".
+
+    Example:
+        ```
+        views = [{f"f{s}": torch.randn(8, 16, s, s) for s in (1, 5, 7)} | {"m1": torch.randn(8, 4, 16)} for _ in "12"]
+        MultiscaleMixtureLoss()(*views).loss
+        ```
 
     Returns:
         NCEOutput; `stats` has those of the other pairs, and the mean entropy and best of the mixtures.

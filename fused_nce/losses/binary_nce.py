@@ -65,7 +65,18 @@ def binary(
 
 
 class BinaryNCELoss(nn.Module):
-    """`binary_nce`."""
+    """Noise-contrastive estimation as binary classification (`binary_nce`).
+
+    Shape:
+        data_scores, log_kq_data: (N,).
+        noise_scores, log_kq_noise: (N, k).
+
+    Example:
+        ```
+        data, noise = torch.randn(8), torch.randn(8, 5)
+        BinaryNCELoss()(data, noise, torch.zeros(8), torch.zeros(8, 5)).loss
+        ```
+    """
 
     def forward(
         self, data_scores: Tensor, noise_scores: Tensor, log_kq_data: Tensor, log_kq_noise: Tensor

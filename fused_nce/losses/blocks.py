@@ -60,7 +60,7 @@ def contrast(
     found = {direction: blocks.negatives(direction) for direction in rules.directions}
     if rules.joint:
         every = [negatives for each in found.values() for negatives in each]
-        times = max(1, len({"q2k", "k2q"}.intersection(rules.directions)))
+        times = max(1, len({"q2k", "k2q"}.intersection(rules.directions)))  # fault: joint-positive-once
         losses = _row_loss(p, every, times, scale, rules)
     else:
         parts = [_row_loss(p, each, 1, scale, rules) for each in found.values()]
@@ -107,7 +107,7 @@ def contrast_prefixes(
         cut: dict[str, Any] = {"q": normalized(x.q[:, :width]), "k": normalized(x.k[:, :width]), "unit": True}
         h = None if x.h is None else normalized(x.h[..., :width])
         out = contrast(x._replace(**cut, h=h), scale, rules, group=group, backend=backend)
-        found.append((weight * out.loss, weight * out.nce, out.stats, width))
+        found.append((weight * out.loss, weight * out.nce, out.stats, width))  # fault: prefix-weight-dropped
     stats = {f"{name}_{width}": y for *_, each, width in found for name, y in each.items()}
     loss, nce = (torch.stack([each[i] for each in found]).sum(dim=0) for i in range(2))
     return NCEOutput(loss, nce, torch.zeros_like(loss), stats)
@@ -174,7 +174,7 @@ class _Blocks:
             scale = self.scale + rules.hardness
             rows, columns = (self._toned(y, rules.hardness) for y in (rows, rows if columns is None else columns))
         ids: dict[str, Any] = {}
-        if column_ids is not None:
+        if column_ids is not None:  # fault: ids-ignored
             layout, ids = Labels(), {"row_ids": x.query_ids, "column_ids": column_ids}
         elif isinstance(layout, Index):
             ids = {"row_ids": x.targets}
@@ -206,12 +206,13 @@ class _Blocks:
                     kept = kept & ~((guide_q[:, None] * guide_h).sum(dim=2) > next(lines)[:, None])
         lse = _lse([y.squeeze(1) for y in t.masked_fill(~kept, float("-inf")).split(1, dim=1)])
         top = t.detach().masked_fill(~kept, float("-inf")).amax(dim=1)
-        return _Negatives(lse + poison(r), top, t.masked_fill(~kept, 0.0).sum(dim=1), kept.sum(dim=1).to(t.dtype))
+        lse = lse + poison(r)  # fault: own-negative-hides
+        return _Negatives(lse, top, t.masked_fill(~kept, 0.0).sum(dim=1), kept.sum(dim=1).to(t.dtype))
 
     def _toned(self, x: Tensor, alpha: float) -> Tensor:
         """x, of whose gradient the share that scale has in scale + α gets through."""
         still = self._still()
-        return x.detach() + (still / (still + alpha)) * (x - x.detach())
+        return x.detach() + (still / (still + alpha)) * (x - x.detach())  # fault: hardness-moves-gradient
 
     def _still(self) -> float | Tensor:
         return self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
@@ -241,7 +242,8 @@ def _debiased(lse: Tensor, p: Tensor, count: float | Tensor, scale: float | Tens
     taken = log_n + rate + p - lse  # log of the share that goes
     some = taken < 0
     left = lse + torch.log1p(-torch.where(some, taken, -1.0).exp()) - log_count(1 - tau_plus, p)
-    return torch.maximum(torch.where(some, left, float("-inf")), log_n - scale) + bad(lse) + bad(p)
+    least = log_n - scale  # fault: debiased-without-floor
+    return torch.maximum(torch.where(some, left, float("-inf")), least) + bad(lse) + bad(p)
 
 
 def _lse(parts: Sequence[Tensor]) -> Tensor:
@@ -262,7 +264,7 @@ def _with_bias(x: Batch, bias: Tensor, scale: float | Tensor) -> Batch:
     left = widened(bias) / scale
     parts = [left.to(x.q.dtype)]
     for _ in range(0 if x.q.dtype.itemsize > 2 else 2):
-        left = (left - parts[-1]).detach()  # the first has the gradient
+        left = (left - parts[-1]).detach()  # the first has the gradient  # fault: bias-rounded
         parts.append(left.to(x.q.dtype))
     k = torch.cat([x.k, torch.stack(parts, dim=1)], dim=1)
     q = torch.cat([x.q, x.q.new_ones(x.q.shape[0], len(parts))], dim=1)

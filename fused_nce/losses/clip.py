@@ -34,9 +34,7 @@ def clip_loss(
         image: (N, D), unit rows; float64, 32, 16 or bfloat16.
         text: (N, D), unit rows, same dtype and device.
         logit_scale: factor of the dot product, the exponential of CLIP's parameter; a 0-d tensor is learnable.
-        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
-            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
-            whole batch, and so is, under DDP, every gradient.
+        group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -52,7 +50,21 @@ def clip_loss(
 
 
 class CLIPLoss(LossModule):
-    """`clip_loss`; the scale is the model's, as in CLIP, and comes with each call."""
+    """CLIP's loss (`clip_loss`). The scale belongs to the model, as in CLIP, and comes with each call.
+
+    Args:
+        group, backend: as in `clip_loss`.
+
+    Shape:
+        image, text: (N, D), rows of norm 1.
+        logit_scale: a number or 0-d, the factor itself, not its log.
+
+    Example:
+        ```
+        image, text = (torch.nn.functional.normalize(torch.randn(8, 16), dim=1) for _ in range(2))
+        CLIPLoss()(image, text, logit_scale=1 / 0.07).loss
+        ```
+    """
 
     def __init__(self, *, group: Group = None, backend: str | None = None) -> None:
         super().__init__(group=group, backend=backend)

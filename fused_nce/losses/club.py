@@ -57,7 +57,16 @@ def club(
 
 
 class CLUBLoss(nn.Module):
-    """`club`."""
+    """CLUB, an upper bound on the information of x and y (`club`).
+
+    Shape:
+        y, mu, logvar: (N, D), y and the Gaussian that predicts it from x.
+
+    Example:
+        ```
+        CLUBLoss()(torch.randn(8, 4), torch.zeros(8, 4), torch.zeros(8, 4)).loss
+        ```
+    """
 
     def forward(self, y: Tensor, mu: Tensor, logvar: Tensor) -> NCEOutput:
         """`club` of the batch."""

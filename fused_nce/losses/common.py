@@ -58,7 +58,7 @@ def log_count(n: float, like: Tensor) -> Tensor:
 
 
 def exposed(s: Tensor) -> Tensor:
-    """(N, m) scores, a row NaN throughout where one is not finite: what saturates would hide an infinite one."""
+    """(N, m) scores; a row with a NaN or Inf becomes NaN throughout, or logsigmoid(±Inf) would give a finite loss."""
     return s * (1 + poison(s))[:, None]
 
 

@@ -52,9 +52,7 @@ def cpc_nce(
             scores of the whole batch, and one GEMM more; or (N, m) int64, each row's own sample of the N targets, the
             same in every step. What is sampled counts as often as it comes, the row's own target too.
         groups: (N,) int64, the sequence of each position; needed by "sequence", and by nothing else.
-        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
-            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
-            whole batch, and so is, under DDP, every gradient.
+        group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -131,7 +129,7 @@ def _step(
         s = exposed(gathered_scores(prediction, target, columns, backend=backend))
         own, others = s[:, 0], s[:, 1:]
         chance = math.log(columns.shape[1])
-        return _classified(own, others.logsumexp(dim=1), others.amax(dim=1), share, chance)
+        return _classified(own, others.logsumexp(dim=1), others.amax(dim=1), share, chance)  # fault: cpc-sampled-own
     if groups is None:
         parts = tile_loss(prediction, target, BATCH, Nce(weight=share), group=group, backend=backend)
         return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
@@ -151,7 +149,23 @@ def _classified(own: Tensor, lse: Tensor, highest: Tensor, share: float, chance:
 
 
 class CPCLoss(LossModule):
-    """`cpc_nce` with its settings kept: `weights`, `negatives`, `group`, `backend`."""
+    """CPC's InfoNCE of S prediction steps (`cpc_nce`), its settings kept.
+
+    Args:
+        weights: S numbers >= 0 for the steps; None is their mean.
+        negatives: "batch" or "sequence".
+        group, backend: as in `cpc_nce`.
+
+    Shape:
+        predictions, targets: (S, N, D).
+        groups: (N,) int64, the sequence of each position, with "sequence" alone.
+        negatives: (N, m) int64, a sample of the targets in the place of the setting.
+
+    Example:
+        ```
+        CPCLoss()(torch.randn(3, 32, 16), torch.randn(3, 32, 16)).loss
+        ```
+    """
 
     def __init__(
         self,

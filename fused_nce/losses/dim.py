@@ -51,9 +51,7 @@ def dim_mi(
         global_: (B, D), or (B, G, D) for several global vectors an image; same dtype and device.
         estimator: "jsd", "dv" or "nce".
         anchor: of "nce", "global", "local" or "both"; the others have none.
-        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
-            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
-            whole batch, and so is, under DDP, every gradient.
+        group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -126,7 +124,22 @@ def _divergence(local: Tensor, global_: Tensor, estimator: str, group: Group, ba
 
 
 class DIMLoss(LossModule):
-    """`dim_mi` with its settings kept: `estimator`, `anchor`, `group`, `backend`."""
+    """Deep InfoMax's bound on the information of local and global vectors (`dim_mi`), its settings kept.
+
+    Args:
+        estimator: "jsd", "dv" or "nce".
+        anchor: of "nce": "global", "local" or "both".
+        group, backend: as in `dim_mi`.
+
+    Shape:
+        local: (B, L, D).
+        global_: (B, D) or (B, G, D).
+
+    Example:
+        ```
+        DIMLoss("nce")(torch.randn(8, 49, 16), torch.randn(8, 16)).loss
+        ```
+    """
 
     gathers = True
 

@@ -44,7 +44,16 @@ def gaussian_kl(
 
 
 class GaussianKLLoss(nn.Module):
-    """`gaussian_kl`."""
+    """The divergence of diagonal Gaussians from the standard one (`gaussian_kl`).
+
+    Shape:
+        mu, logvar: (N, D).
+
+    Example:
+        ```
+        GaussianKLLoss()(torch.randn(8, 4), torch.zeros(8, 4)).loss
+        ```
+    """
 
     def forward(self, mu: Tensor, logvar: Tensor) -> NCEOutput:
         """`gaussian_kl` of the batch."""

@@ -99,10 +99,8 @@ def info_nce(
         prefixes: widths, each a loss of its own of that many first columns, normalised anew, and the sum of them
             (Matryoshka, arXiv:2205.13147).
         prefix_weights: of the prefixes' losses; None is 1 each.
-        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
-            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
-            whole batch, and so is, under DDP, every gradient. Own hard negatives that are not shared stay where they
-            are. Filters do not go round a ring.
+        group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone. Hard negatives
+            that are not shared stay where they are; filters do not go round a ring.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest. Filters and label smoothing run on
             "chunked" and "reference".
 
@@ -195,12 +193,23 @@ def _check_permutation(targets: Tensor, m: int) -> None:
 
 
 class InfoNCELoss(nn.Module):
-    """`info_nce` with its settings kept; the temperature may be learned, as the log of its inverse.
+    """InfoNCE of queries among keys (`info_nce`), its settings kept; the temperature may be learned.
 
     Args:
         temperature: a number > 0; the start where it is learned.
         learnable: make it a parameter, `log_scale` = log(1 / temperature), 0-d.
         options: the settings of `info_nce`; its tensors come with each call.
+
+    Shape:
+        queries: (N, D).
+        keys: (M, D).
+        targets: (N,) int64, the key of each query; i for query i if left out.
+        The other tensors: as `info_nce` has them.
+
+    Example:
+        ```
+        InfoNCELoss(learnable=True)(torch.randn(8, 16), torch.randn(8, 16)).loss
+        ```
     """
 
     def __init__(self, temperature: float = 0.1, *, learnable: bool = False, **options: Any) -> None:

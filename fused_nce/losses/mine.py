@@ -58,10 +58,19 @@ def _log_mean(product: Tensor) -> Tensor:
 
 
 class MINELoss(nn.Module):
-    """`mine_dv`; with a rate it keeps the moving average and, in training, uses it.
+    """MINE's bound (`mine_dv`); with a rate it keeps the moving average of its gradient's denominator.
 
     Args:
         rate: of the moving average, 0 < rate < 1 (0.01 is usual); None for the batch's own mean.
+
+    Shape:
+        joint: (P,) scores of pairs that belong together.
+        product: (Q,) scores of pairs that do not.
+
+    Example:
+        ```
+        MINELoss(rate=0.01)(torch.randn(8), torch.randn(64)).loss
+        ```
 
     Attributes:
         log_mean: 0-d, the log of the moving average, kept as a log so that no score overflows it.

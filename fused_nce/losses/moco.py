@@ -69,7 +69,23 @@ def moco_nce(
 
 
 class MoCoLoss(LossModule):
-    """`moco_nce` with its settings kept: `temperature`, `normalize`, `backend`."""
+    """MoCo's InfoNCE against a queue (`moco_nce`), its settings kept.
+
+    Args:
+        temperature: of the softmax, > 0.
+        normalize: scale queries and keys to unit norm first.
+        backend: as in `moco_nce`.
+
+    Shape:
+        queries, keys: (N, D).
+        queue: (K, D), without a gradient.
+
+    Example:
+        ```
+        queue = torch.nn.functional.normalize(torch.randn(64, 16), dim=1)
+        MoCoLoss()(torch.randn(8, 16), torch.randn(8, 16), queue).loss
+        ```
+    """
 
     def __init__(self, temperature: float = 0.07, *, normalize: bool = True, backend: str | None = None) -> None:
         super().__init__(temperature=temperature, normalize=normalize, backend=backend)

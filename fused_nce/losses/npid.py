@@ -85,7 +85,24 @@ def proximal_to(found: NCEOutput, features: Tensor, bank: Tensor, indices: Tenso
 
 
 class NPIDSoftmaxLoss(LossModule):
-    """`npid_softmax` with its settings kept: `temperature`, `proximal`, `backend`."""
+    """NPID's exact softmax over the whole bank (`npid_softmax`), its settings kept.
+
+    Args:
+        temperature: of the softmax, > 0.
+        proximal: λ >= 0 of the squared distance to the bank's vector.
+        backend: as in `npid_softmax`.
+
+    Shape:
+        features: (N, D).
+        bank: (n, D).
+        indices: (N,) int64, the image of each row.
+
+    Example:
+        ```
+        features, bank = (torch.nn.functional.normalize(torch.randn(n, 16), dim=1) for n in (8, 100))
+        NPIDSoftmaxLoss()(features, bank, torch.arange(8)).loss
+        ```
+    """
 
     def __init__(self, temperature: float = 0.07, *, proximal: float = 0.0, backend: str | None = None) -> None:
         super().__init__(temperature=temperature, proximal=proximal, backend=backend)

@@ -83,12 +83,12 @@ def _nce(
 ) -> NCEOutput:
     """The loss of the scores."""
     m = s.shape[1] - 1
-    delta = exposed(s) - log_z - log_count(m / bank.shape[0], s)
+    delta = exposed(s) - log_z - log_count(m / bank.shape[0], s)  # fault: npid-noise-if
     return proximal_to(binary(delta[:, 0], delta[:, 1:]), features, bank, indices, proximal)
 
 
 class NPIDNCELoss(nn.Module):
-    """`npid_nce` with its settings kept, noise of its own and, where none is given, a Z of its first batch.
+    """NPID's sampled loss (`npid_nce`): draws its noise and, if z is None, estimates Z from its first batch.
 
     Args:
         temperature: of the scores, > 0.
@@ -96,6 +96,18 @@ class NPIDNCELoss(nn.Module):
         z: Z > 0; None for n·mean e^s over all scores of the first batch in training, frozen after.
         proximal: λ >= 0.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
+
+    Shape:
+        features: (N, D).
+        bank: (n, D).
+        indices: (N,) int64, the image of each row.
+        noise: (N, m) int64, rows of the bank; drawn here if left out.
+
+    Example:
+        ```
+        features, bank = (torch.nn.functional.normalize(torch.randn(n, 16), dim=1) for n in (8, 100))
+        NPIDNCELoss(m=20)(features, bank, torch.arange(8)).loss
+        ```
 
     Attributes:
         log_z: 0-d, where no Z is given; saved in the state. NaN until it is known: a batch is then judged by its own.
@@ -148,7 +160,7 @@ class NPIDNCELoss(nn.Module):
     def _known(self, s: Tensor, n: int) -> Tensor:
         """log Z; of a batch that is not finite none is kept."""
         own = (fixed_lse(s) + log_count(n / s.numel(), s)).to(self.log_z.dtype)
-        log_z = torch.where(self.log_z.isnan(), own, self.log_z)
+        log_z = torch.where(self.log_z.isnan(), own, self.log_z)  # fault: npid-every-batch
         if self.training:
             self.log_z.copy_(torch.where(log_z.isfinite(), log_z, self.log_z))
         return log_z.to(s.dtype)

@@ -42,9 +42,7 @@ def nt_xent(
         view1: (N, D), same dtype and device.
         temperature: of the softmax, > 0; a 0-d tensor is learnable.
         normalize: scale every row to unit norm first; False for rows that are.
-        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
-            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
-            whole batch, and so is, under DDP, every gradient.
+        group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -62,7 +60,21 @@ def nt_xent(
 
 
 class NTXentLoss(LossModule):
-    """`nt_xent` with its settings kept: `temperature`, `normalize`, `group`, `backend`."""
+    """SimCLR's NT-Xent of two views (`nt_xent`), its settings kept.
+
+    Args:
+        temperature: of the softmax, > 0.
+        normalize: scale every row to unit norm first.
+        group, backend: as in `nt_xent`.
+
+    Shape:
+        view0, view1: (N, D).
+
+    Example:
+        ```
+        NTXentLoss(temperature=0.5)(torch.randn(8, 16), torch.randn(8, 16)).loss
+        ```
+    """
 
     gathers = True
 

@@ -66,7 +66,21 @@ def pair_contrastive(
 
 
 class PairContrastiveLoss(LossModule):
-    """`pair_contrastive` with its settings kept: `margin`, `backend`."""
+    """The contrastive loss of all pairs of a batch (`pair_contrastive`), its settings kept.
+
+    Args:
+        margin: > 0, the distance beyond which a pair of two classes costs nothing.
+        backend: as in `pair_contrastive`.
+
+    Shape:
+        features: (N, D).
+        labels: (N,) int64.
+
+    Example:
+        ```
+        PairContrastiveLoss()(torch.randn(8, 16), torch.arange(8) % 3).loss
+        ```
+    """
 
     def __init__(self, margin: float = 1.0, *, backend: str | None = None) -> None:
         super().__init__(margin=margin, backend=backend)

@@ -86,7 +86,7 @@ class MemoryQueue(nn.Module):
             checks.check_ids("labels", labels, batch, "B", self.keys.device)
         kept_rows = min(batch, self.size)
         first = self.pointer + (batch - kept_rows)
-        slots = (first + torch.arange(kept_rows, device=self.keys.device)) % self.size
+        slots = (first + torch.arange(kept_rows, device=self.keys.device)) % self.size  # fault: queue-batch-overflows
         self.keys.index_copy_(0, slots, keys[batch - kept_rows :].to(self.keys.dtype))
         if labels is not None and self.labels is not None:
             self.labels.index_copy_(0, slots, labels[batch - kept_rows :])

@@ -36,9 +36,7 @@ def siglip_loss(
         text: (N, D), unit rows, same dtype and device.
         logit_scale: factor of the dot product; a 0-d tensor is learnable.
         logit_bias: added to every score; a 0-d tensor is learnable.
-        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
-            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
-            whole batch, and so is, under DDP, every gradient.
+        group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -55,7 +53,21 @@ def siglip_loss(
 
 
 class SigLIPLoss(LossModule):
-    """`siglip_loss`; scale and bias are the model's and come with each call."""
+    """SigLIP's sigmoid loss (`siglip_loss`). Scale and bias belong to the model and come with each call.
+
+    Args:
+        group, backend: as in `siglip_loss`.
+
+    Shape:
+        image, text: (N, D), rows of norm 1.
+        logit_scale, logit_bias: a number or 0-d each.
+
+    Example:
+        ```
+        image, text = (torch.nn.functional.normalize(torch.randn(8, 16), dim=1) for _ in range(2))
+        SigLIPLoss()(image, text, logit_scale=10.0, logit_bias=-10.0).loss
+        ```
+    """
 
     def __init__(self, *, group: Group = None, backend: str | None = None) -> None:
         super().__init__(group=group, backend=backend)

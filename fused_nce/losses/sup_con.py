@@ -47,9 +47,7 @@ def sup_con(
         temperature: of the softmax, > 0; a 0-d tensor is learnable.
         variant: "out" (equation 2) or "in" (equation 3).
         normalize: scale every row to unit norm first; False for rows that are.
-        group: None for negatives of this process alone; a `ProcessGroup`, "world" or `fused_nce.distributed.Processes`
-            for those of all its processes. Each then has its own part: the mean over them is one process's loss of the
-            whole batch, and so is, under DDP, every gradient.
+        group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
@@ -69,7 +67,23 @@ def sup_con(
 
 
 class SupConLoss(LossModule):
-    """`sup_con` with its settings kept: `temperature`, `variant`, `normalize`, `group`, `backend`."""
+    """Supervised contrastive learning (`sup_con`), its settings kept.
+
+    Args:
+        temperature: of the softmax, > 0.
+        variant: "out" (the mean over positives outside the log) or "in".
+        normalize: scale every row to unit norm first.
+        group, backend: as in `sup_con`.
+
+    Shape:
+        features: (N, D), all views of all images.
+        labels: (N,) int64.
+
+    Example:
+        ```
+        SupConLoss()(torch.randn(8, 16), torch.arange(8) % 3).loss
+        ```
+    """
 
     gathers = True
 

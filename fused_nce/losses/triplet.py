@@ -94,7 +94,25 @@ def _check_settings(margin: float, mining: str, form: str, squared: bool) -> Non
 
 
 class TripletMarginLoss(LossModule):
-    """`triplet_margin` with its settings kept: `margin`, `mining`, `form`, `normalize`, `squared`, `backend`."""
+    """The triplet loss with mining in the batch (`triplet_margin`), its settings kept.
+
+    Args:
+        margin: by which a negative must be farther than a positive.
+        mining: "hard", "semihard" or "all".
+        form: "distance" or "similarity".
+        normalize: scale every row to unit norm first.
+        squared: squared Euclidean distances.
+        backend: as in `triplet_margin`.
+
+    Shape:
+        features: (N, D).
+        labels: (N,) int64.
+
+    Example:
+        ```
+        TripletMarginLoss()(torch.randn(8, 16), torch.arange(8) % 3).loss
+        ```
+    """
 
     def __init__(
         self,

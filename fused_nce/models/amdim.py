@@ -99,7 +99,7 @@ class AMDIM(Model):
             ValueError: if there are not two views of one shape, or only one image (no negatives).
         """
         view1, view2 = split_views(batch)
-        return self._embedded((self.encode(view1), self.encode(view2)))
+        return self._embedded((self.encode(view1), self.encode(view2)))  # fault: both-views-one
 
     def begin(
         self,

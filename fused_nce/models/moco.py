@@ -99,6 +99,7 @@ class MoCo(Projected):
         keys = [self._keys(view) for view in ((view2, view1) if self.symmetric else (view2,))]
         own = torch.cat(keys)
         if self.training:
+            # fault: key-own-negative
             self._pending.add(keys[0])  # one key an image: its second would be a near copy
         return Embedded(taps, (torch.cat([view["z"] for view in taps]), own, self.queue.keys))
 
@@ -109,7 +110,7 @@ class MoCo(Projected):
     ) -> Tensor:  # (B, dim) float32, unit rows
         if self.training and (self.splits > 1 or processes.count() > 1):
             shuffled, order = processes.shuffle(view)
-            encoded = processes.unshuffle(self.key_encoder(shuffled), order)
+            encoded = processes.unshuffle(self.key_encoder(shuffled), order)  # fault: keys-order-shuffle
         else:
             encoded = self.key_encoder(view)
         return functional.normalize(encoded.float(), dim=1)
@@ -118,10 +119,10 @@ class MoCo(Projected):
     def after_step(self, *, skipped: bool = False) -> None:
         """θ_k ← m·θ_k + (1 − m)·θ_q, and the keys of all processes into the queue."""
         pending = self._pending.take()
-        if skipped:
+        if skipped:  # fault: skipped-update-moves
             return
         ours = (*self.encoder.parameters(), *self.head.parameters())
         for key, query in zip(self.key_encoder.parameters(), ours, strict=True):
-            key.mul_(self.momentum).add_(query, alpha=1 - self.momentum)
+            key.mul_(self.momentum).add_(query, alpha=1 - self.momentum)  # fault: key-encoder-follows
         for keys in pending:
             self.queue.update(processes.gathered(keys))

@@ -44,8 +44,8 @@ class MemoryBank(nn.Module):
         features: Tensor,  # (B, D) unit rows
         indices: Tensor,  # (B,) int64
     ) -> None:
-        mixed = torch.lerp(features.float(), self.vectors[indices], self.momentum)
-        self.vectors.index_copy_(0, indices, functional.normalize(mixed, dim=1))
+        mixed = torch.lerp(features.float(), self.vectors[indices], self.momentum)  # fault: bank-momentum-wrong
+        self.vectors.index_copy_(0, indices, functional.normalize(mixed, dim=1))  # fault: bank-off-sphere
 
 
 class NPID(Projected):

@@ -72,7 +72,7 @@ class SimCLR(Projected):
         batch: Tensor | Sequence[Tensor],  # (B, 2, 3, H, W), or two tensors (B, 3, H, W)
     ) -> tuple[dict[str, Tensor], ...]:  # the taps of each view
         """All but the loss; the encoder's BatchNorms see what they are given, both views of it."""
-        return halves(self.encode(torch.cat(views_of(batch))))
+        return halves(self.encode(torch.cat(views_of(batch))))  # fault: simclr-views-normalised
 
     def finish(self, begun: tuple[dict[str, Tensor], ...], extras: Sequence[Tensor] = ()) -> Embedded:
         """The taps, and the loss's arguments among them."""

@@ -76,4 +76,5 @@ class SupCon(Projected):
 
     def finish(self, begun: tuple[dict[str, Tensor], ...], extras: Sequence[Tensor] = ()) -> Embedded:
         """The taps, and the loss's arguments: one view's rows after the other's."""
+        # fault: labels-beside-wrong
         return Embedded(begun, (torch.cat([taps["z"] for taps in begun]), extras[0].repeat(2)))

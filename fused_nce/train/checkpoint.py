@@ -13,22 +13,23 @@ import random
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fused_nce.models.base import Model
 from fused_nce.train import config as config_module
+from fused_nce.train.files import read_json
 from fused_nce.train.method import Method
 
 log = logging.getLogger("fused_nce")
 
 FOLDER, MANIFEST, STATE, LATEST = "checkpoints", "MANIFEST.json", "state.json", "LATEST"
 STEP_NAME = re.compile(r"step_(\d{8,})")
-MAX_JSON_BYTES = 64 << 20
 
 Tensors = dict[str, Tensor]
 
@@ -38,7 +39,9 @@ class CheckpointError(ValueError):
 
 
 def save(run_dir: str | Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any], keep: int) -> Path:
-    """Write `step_<step>`, point `LATEST` at it, verify it, then remove all but the newest `keep`.
+    """Write `step_<step>`, point `LATEST` at it, verify it, then remove those before the newest `keep` whole ones.
+
+    A damaged checkpoint is none of the `keep`. None of a later step is removed: a run that went back reaches it again.
 
     Args:
         run_dir: folder of the run.
@@ -60,7 +63,7 @@ def save(run_dir: str | Path, step: int, tensors: dict[str, Tensors], state: dic
     try:
         temporary.mkdir()
         for name, values in tensors.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, temporary / f"{name}.safetensors")
+            _write_tensors(plain(values), temporary / f"{name}.safetensors")
         (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
         files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
@@ -75,9 +78,35 @@ def save(run_dir: str | Path, step: int, tensors: dict[str, Tensors], state: dic
     if problem := damage(target):
         raise OSError(f"checkpoint {target} did not read back as written: {problem}")
     _point_latest(root, target.name)
-    for old in steps(run_dir)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    whole = 1
+    for old in (path for path in reversed(steps(run_dir)) if int(path.name[5:]) < step):
+        if whole >= keep:
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            whole += damage(old) is None
     return target
+
+
+def plain(values: Tensors) -> Tensors:
+    """Tensors as safetensors takes them: on the CPU, contiguous, and each with memory of its own.
+
+    Layers that share a weight have it under two names; both are written.
+    """
+    found: Tensors = {}
+    seen = set()
+    for key, value in values.items():
+        tensor = value.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        found[key] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return found
+
+
+def _write_tensors(values: Tensors, path: Path) -> None:
+    try:
+        save_file(values, path)
+    except SafetensorError as error:  # a full disk, too
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def steps(run_dir: str | Path) -> list[Path]:
@@ -105,7 +134,7 @@ def newest(run_dir: str | Path) -> Path:
 def damage(path: Path) -> str | None:
     """Why a checkpoint cannot be used, or None: its files against its manifest."""
     try:
-        files = _read_json(path / MANIFEST)["files"]
+        files = read_json(path / MANIFEST)["files"]
         if not {"model.safetensors", STATE} <= files.keys():
             return f"{MANIFEST} does not list the model and its state"
         for name, expected in files.items():
@@ -122,7 +151,7 @@ def damage(path: Path) -> str | None:
 
 def load_state(path: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint."""
-    return _read_json(path / STATE)
+    return read_json(path / STATE)
 
 
 def load_tensors(path: Path, name: str) -> Tensors:
@@ -154,7 +183,7 @@ def load_model(run_dir: str | Path) -> tuple[Model, Method]:
     """
     config = config_module.load(run_dir)
     path = newest(run_dir)
-    model = config.build(images=int(load_state(path).get("images", 1)))
+    model = config.build(images=int(load_state(path).get("images", 1)))  # fault: bank-one-image
     load_into(model, load_tensors(path, "model"), f"{path}/model.safetensors")
     return model.eval(), config
 
@@ -173,15 +202,6 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         while block := handle.read(1 << 20):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path.name} is above {MAX_JSON_BYTES >> 20} MB")
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path.name} is no JSON object")
-    return values
 
 
 def _sync(path: Path) -> None:
@@ -213,19 +233,44 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None
         like = params[int(number)]
         if value.dim() and value.shape != like.shape:
             raise CheckpointError(f"optimizer.safetensors: {key} is {tuple(value.shape)}, not {tuple(like.shape)}")
+        # fault: moments-another-memory
         fits = torch.empty_like(like, dtype=value.dtype) if value.dim() else torch.empty_like(value)
         state.setdefault(int(number), {})[name] = fits.copy_(value)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
-def capture_rng() -> dict[str, Any]:
-    """The state of this process's generators (torch, Python, NumPy) as plain JSON, since pickle is never read."""
-    version, words, gauss = random.getstate()
-    name, keys, place, has_gauss, cached = numpy.random.get_state(legacy=True)
+class Generators(NamedTuple):
+    """The state of this process's random generators."""
+
+    torch: Tensor
+    cuda: list[Tensor]
+    python: Any
+    numpy: Any
+
+
+def generators() -> Generators:
+    """As they are now."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return Generators(torch.get_rng_state(), cuda, random.getstate(), numpy.random.get_state(legacy=True))
+
+
+def put_back(state: Generators) -> None:
+    """As they were then."""
+    torch.set_rng_state(state.torch)
+    if state.cuda:
+        torch.cuda.set_rng_state_all(state.cuda)
+    random.setstate(state.python)
+    numpy.random.set_state(state.numpy)
+
+
+def capture_rng() -> dict[str, Any]:
+    """The state of the generators as plain JSON, since pickle is never read."""
+    now = generators()
+    version, words, gauss = now.python
+    name, keys, place, has_gauss, cached = now.numpy
     return {
-        "torch": _hex(torch.get_rng_state()),
-        "cuda": [_hex(state) for state in cuda],
+        "torch": _hex(now.torch),
+        "cuda": [_hex(state) for state in now.cuda],
         "python": [version, list(words), gauss],
         "numpy": [str(name), [int(k) for k in keys], int(place), int(has_gauss), float(cached)],
     }
@@ -233,13 +278,11 @@ def capture_rng() -> dict[str, Any]:
 
 def restore_rng(state: dict[str, Any]) -> None:
     """The inverse of `capture_rng`."""
-    torch.set_rng_state(_bytes(state["torch"]))
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all([_bytes(text) for text in state["cuda"]])
     version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, place, has_gauss, cached = state["numpy"]
-    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), place, has_gauss, cached))
+    name, keys, *rest = state["numpy"]
+    numbers = (name, numpy.array(keys, dtype=numpy.uint32), *rest)
+    cuda = [_bytes(text) for text in state["cuda"]]
+    put_back(Generators(_bytes(state["torch"]), cuda, (version, tuple(words), gauss), numbers))
 
 
 def _hex(state: torch.Tensor) -> str:

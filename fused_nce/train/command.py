@@ -2,14 +2,15 @@
 
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from fused_nce.train import checkpoint, config, methods
+from fused_nce.train import checkpoint, config, journal, lock, methods
+from fused_nce.train.files import printable
 from fused_nce.train.method import Method
 
 SHORT = {
@@ -36,31 +37,45 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(f"usage: fused-nce train {{{','.join(methods.METHODS)}}} [options]; add --help for the options")
         return 0
-    settings, run_dir, resume = parse(argv[0] if argv else None, argv[1:])
+    start = _parse(argv[0] if argv else None, argv[1:])
+    settings, run_dir, resume = start[:3]
     first = _first_process()
-    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
+    logging.getLogger("fused_nce").setLevel(logging.INFO if first else logging.WARNING)
 
     from fused_nce.train.loop import Diverged, Trainer, describe
 
     if first:
-        print(describe(settings), flush=True)
+        print(printable(describe(settings)), flush=True)
+    trainer = None
     try:
-        trainer = Trainer(settings, run_dir, resume=resume)
-    except BaseException:  # Ctrl-C while the images are read, too
-        if not resume:  # nothing was trained: the corrected command must not find a run there
-            (run_dir / config.CONFIG_NAME).unlink(missing_ok=True)
-            with suppress(OSError):
-                run_dir.rmdir()
-        raise
-    try:
+        trainer = Trainer(settings, run_dir, resume=resume, other_data="data" in start.allowed)
+        if resume and first:
+            config.save(settings, run_dir)
         reason = trainer.run()
+        trainer.close()
     except Diverged as error:
         print(f"fused-nce: {error}", file=sys.stderr)
         return 1
-    trainer.close()
+    except BaseException:  # Ctrl-C while the images are read, too
+        if first and not resume and (trainer is None or trainer.step == 0):
+            _clear(run_dir, start.made)
+        raise
+    finally:
+        lock.release(run_dir, refused=trainer is None)
     if first:
-        print(f"{reason} at step {trainer.step} after {trainer.time_s:.0f} s{lost(trainer)}; run saved in {run_dir}")
+        done = f"{reason} at step {trainer.step} after {trainer.time_s:.0f} s{lost(trainer)}"
+        print(printable(f"{done}; run saved in {run_dir}"))
     return 0
+
+
+def _clear(run_dir: Path, made: bool) -> None:
+    """Nothing was trained: the corrected command must not find a run there."""
+    if checkpoint.steps(run_dir):
+        return
+    if made:
+        shutil.rmtree(run_dir, ignore_errors=True)
+    else:
+        (run_dir / config.CONFIG_NAME).unlink(missing_ok=True)
 
 
 def lost(trainer: Any) -> str:
@@ -72,7 +87,19 @@ def lost(trainer: Any) -> str:
         parts.append(f"the online probes skipped {trainer.probes_skipped}")
     if trainer.loader.damaged:
         parts.append(f"{trainer.loader.damaged} {trainer.loader.kind} could not be read")
+    if trainer.made_anew is not None:
+        parts.append(f"its folder was deleted and made anew at step {trainer.made_anew}, without the log before")
     return "".join(f", {part}" for part in parts)
+
+
+class Start(NamedTuple):
+    """What a command asks for."""
+
+    settings: Method
+    run_dir: Path
+    resume: bool
+    allowed: list[str]  # settings that a resume may change
+    made: bool  # the folder is new
 
 
 def parse(name: str | None, argv: Sequence[str]) -> tuple[Method, Path, bool]:
@@ -83,9 +110,13 @@ def parse(name: str | None, argv: Sequence[str]) -> tuple[Method, Path, bool]:
         argv: what follows it.
 
     Raises:
-        ValueError: for an unknown method or preset, a bad setting, a folder that holds a run already, or a resume
-            that would change the run.
+        ValueError: for an unknown method or preset, a bad setting, a folder that holds a run already or that another
+            process trains in, or a resume that would change the run.
     """
+    return _parse(name, argv)[:3]
+
+
+def _parse(name: str | None, argv: Sequence[str]) -> Start:
     method = methods.get(name)
     parser = _parser(method)
     argv = [_long(word) for word in argv]
@@ -104,18 +135,30 @@ def parse(name: str | None, argv: Sequence[str]) -> tuple[Method, Path, bool]:
     if again and any((run_dir / "checkpoints").glob("step_*")):
         return _resumed(method, parser, [word for word in argv if word != "--overwrite"], run_dir, [])
     if not _first_process():
-        return settings, run_dir, False
-    if (run_dir / config.CONFIG_NAME).exists() and not again:
+        return Start(settings, run_dir, False, [], False)
+    made = not run_dir.exists()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    held = lock.take(run_dir)
+    if (run_dir / config.CONFIG_NAME).exists() and not again and not (held.left_behind and not _began(run_dir)):
+        lock.release(run_dir, refused=True)
         if not values.overwrite:
             raise ValueError(
                 f"out: {run_dir} holds a run already; use --resume {run_dir}, --overwrite, or another --out"
             )
         aside = run_dir.with_name(f"{run_dir.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
         run_dir.rename(aside)
-        print(f"moved the run that {run_dir} held to {aside}")
-    run_dir.mkdir(parents=True, exist_ok=True)
+        print(printable(f"moved the run that {run_dir} held to {aside}"))
+        made = True
+        run_dir.mkdir(parents=True)
+        lock.take(run_dir)
     config.save(settings, run_dir)
-    return settings, run_dir, False
+    return Start(settings, run_dir, False, [], made)
+
+
+def _began(run_dir: Path) -> bool:
+    """Whether the trainer that was killed in a folder had come to a first line of its log, or to a checkpoint."""
+    log = run_dir / journal.LOG_NAME
+    return bool(checkpoint.steps(run_dir)) or (log.is_file() and log.stat().st_size > 0)
 
 
 def _long(word: str) -> str:
@@ -124,9 +167,7 @@ def _long(word: str) -> str:
     return SHORT.get(name, name) + equals + value
 
 
-def _resumed(
-    method: type[Method], parser: Any, argv: Sequence[str], run_dir: Path, allowed: list[str]
-) -> tuple[Method, Path, bool]:
+def _resumed(method: type[Method], parser: Any, argv: Sequence[str], run_dir: Path, allowed: list[str]) -> Start:
     saved = config.load(run_dir)
     if saved.method != method.method:
         raise ValueError(f"resume: {run_dir} is a run of {saved.method}; got method {method.method}, need the same")
@@ -140,8 +181,8 @@ def _resumed(
             f"--allow-changed {' '.join(line.split(':')[0] for line in changed)}"
         )
     if _first_process():
-        config.save(settings, run_dir)
-    return settings, run_dir, True
+        lock.take(run_dir)
+    return Start(settings, run_dir, True, allowed, False)
 
 
 def _first_process() -> bool:
@@ -150,8 +191,6 @@ def _first_process() -> bool:
 
 
 def _parser(method: type[Method]) -> Any:
-    from jsonargparse import ActionConfigFile
-
     from fused_nce.train import options
 
     parser = options.parser(
@@ -160,7 +199,8 @@ def _parser(method: type[Method]) -> Any:
         f"command line. Presets: {', '.join(method.presets)}. Short forms: "
         + ", ".join(f"{short} for {full}" for short, full in SHORT.items()),
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings")
+    parser.fixed = {"method": method.method}  # so that a run's own config.yaml may be given
+    parser.add_argument("--config", type=str | None, default=None, help="YAML file of settings; may be given again")
     parser.add_argument("--out", type=str | None, default=None, help="folder (default: runs/METHOD-PRESET)")
     parser.add_argument("--resume", type=str | None, default=None, help="folder of a run to continue")
     parser.add_argument("--overwrite", action="store_true", help="move the run that --out holds aside")

@@ -6,11 +6,11 @@ Reads what `fused-nce eval` left in each folder, and computes no accuracy.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from fused_nce.train import config, options
+from fused_nce.train.files import printable, read_json, write_text
 from fused_nce.train.report import compared, runlog
 
 FIELDS = ("run", "method", "trained_on", "data", "tap", "encoder", "probe", "labels")
@@ -32,9 +32,9 @@ def main(argv: Sequence[str]) -> int:
     out = Path(values.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     page, table = (out.with_name(f"{out.name}.{ending}") for ending in ("html", "csv"))
-    runlog.write_text(page, compared.render(runs))
+    write_text(page, compared.render(runs))
     write_csv(table, runs)
-    print(f"{len(runs)} runs: {page}, {table}")
+    print(printable(f"{len(runs)} runs: {page}, {table}"))
     return 0
 
 
@@ -60,7 +60,9 @@ def read_runs(folders: Sequence[str], *, data: str | None = None) -> list[compar
         if not file.is_file():
             again = f"fused-nce eval {path}" + (f" --data {data}" if data else "")
             raise ValueError(f"runs: {path} holds no {file.name}; evaluate it first: {again}")
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = read_json(file)
+        if missing := [key for key in ("data_name", "method", "probes", "taps") if key not in result]:
+            raise ValueError(f"{file}: has no {missing[0]}; evaluate the run again: fused-nce eval {path}")
         settings = config.flatten(config.to_dict(config.load(path)))
         runs.append(
             compared.Run(name if names.count(name) == 1 else str(path), result, runlog.read_log(path), settings)

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fused_nce.train import methods
+from fused_nce.train import files, methods
 from fused_nce.train.method import Method
 
 CONFIG_NAME = "config.yaml"
+FIRST = "amdim"  # the only method there was before runs named theirs
 
 
 def to_dict(config: Method) -> dict[str, Any]:
@@ -26,12 +27,18 @@ def _plain(value: Any) -> Any:
 
 def from_dict(values: dict[str, Any]) -> Method:
     """The inverse of `to_dict`; an unknown or missing key, or a value of another type, is an error."""
-    from jsonargparse import ArgumentParser
-
-    method = methods.get(values.get("method", "amdim"))  # the only one there was before runs named theirs
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(method)
+    method, parser = _parser(values.get("method", FIRST))
     return instantiate(method, parser, parser.parse_object({k: v for k, v in values.items() if k != "method"}))
+
+
+def _parser(name: str) -> tuple[type[Method], Any]:
+    from fused_nce.train import options
+
+    method = methods.get(name)
+    parser = options.parser(prog=method.method)
+    parser.fixed = {"method": method.method}
+    parser.add_class_arguments(method)
+    return method, parser
 
 
 def instantiate(method: type[Method], parser: Any, namespace: Any) -> Method:
@@ -46,11 +53,11 @@ def instantiate(method: type[Method], parser: Any, namespace: Any) -> Method:
 
 
 def save(config: Method, run_dir: str | Path) -> Path:
-    """Write `RUN/config.yaml`."""
+    """Write `RUN/config.yaml`, whole or not at all."""
     import yaml
 
     path = Path(run_dir) / CONFIG_NAME
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    files.write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
     return path
 
 
@@ -58,14 +65,19 @@ def load(run_dir: str | Path) -> Method:
     """The configuration of a run.
 
     Raises:
-        ValueError: if the folder holds no run.
+        ValueError: if the folder holds no run, or a file that cannot be used.
     """
-    import yaml
+    from fused_nce.train import options
 
     path = Path(run_dir) / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"run: {run_dir} holds no {CONFIG_NAME}; it must be the folder of a training run")
-    return from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    name = options.read(path).get("method", FIRST)
+    with files.reading(path):
+        method, parser = _parser(name)
+    values = parser.parse_file(path)
+    with files.reading(path):
+        return instantiate(method, parser, values)
 
 
 def differences(saved: Method, wanted: Method) -> list[str]:

@@ -24,6 +24,7 @@ from fused_nce.train import checkpoint, host, loss_cost
 from fused_nce.train.config import CONFIG_NAME
 from fused_nce.train.evaluation import features
 from fused_nce.train.evaluation.protocols import DEFAULT, check_names
+from fused_nce.train.files import printable, write_text
 from fused_nce.train.method import Method
 from fused_nce.train.report import evaluated, runlog, terminal
 
@@ -106,10 +107,10 @@ def evaluate(
         **judged,
         "evaluation_s": round(time.perf_counter() - start, 1),
     }
-    runlog.write_text(folder / f"eval{ending}.json", json.dumps(result, indent=1) + "\n")
+    write_text(folder / f"eval{ending}.json", json.dumps(result, indent=1) + "\n")
     _write_csv(folder / f"eval{ending}.csv", result["probes"] + result["measures"])
     partial.unlink(missing_ok=True)
-    runlog.write_text(
+    write_text(
         folder / f"report{ending}.html", evaluated.render(result, log, (folder / CONFIG_NAME).read_text(), figures)
     )
     return result
@@ -127,9 +128,9 @@ def run_and_print(run: str, **options: Any) -> int:
     """
     result = evaluate(run, **options)
     print("\n".join(result["read"]), end="\n\n")
-    print(terminal.table(result))
+    print("\n".join(map(printable, terminal.table(result).splitlines())))
     name = f"report{runlog.suffix(options.get('data'))}.html"
-    print(f"\nReport: {Path(run) / name}")
+    print(f"\nReport: {printable(Path(run) / name)}")
     if result["loss_cost_error"] is not None:
         print(f"fused-nce: {result['loss_cost_error']}", file=sys.stderr)
         return 1

@@ -22,6 +22,7 @@ from fused_nce.models.encoders.backbones import TIMM
 from fused_nce.models.frozen import FrozenEncoder, Tensors
 from fused_nce.train import checkpoint, config
 from fused_nce.train.data import images as data
+from fused_nce.train.files import printable, read_json, reading
 from fused_nce.train.method import Method
 from fused_nce.train.report import model_card
 
@@ -68,8 +69,7 @@ def export(run: str, out: str, *, onnx: bool | None = None) -> dict[str, Any]:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        weights = {key: value.contiguous() for key, value in encoder.encoder_state().items()}
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(checkpoint.plain(encoder.encoder_state()), temporary / WEIGHTS, metadata={"format": "pt"})
         _write_json(temporary / CONFIG, facts)
         _check_weights(temporary, batch, taps)
         note = f"not written: needs {' and '.join(missing)}: pip install 'fused-nce[onnx]'" if missing else "not asked"
@@ -99,7 +99,7 @@ def run_and_print(run: str, *, out: str, onnx: bool | None = None) -> int:
     """
     facts = export(run, out, onnx=onnx)
     for path in sorted(Path(out).iterdir()):
-        print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB")
+        print(f"{printable(path)}  {path.stat().st_size / 2**20:.1f} MiB")
     print(f"taps: {', '.join(f'{name} {tuple(shape)}' for name, shape in facts['taps'].items())}")
     print(f"onnx: {facts['onnx']}")
     return 0
@@ -120,9 +120,11 @@ def load_encoder(folder: str | Path) -> FrozenEncoder:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise ValueError(f"folder: {folder} holds no {CONFIG}; it must be one that `fused-nce export` wrote")
-    settings = config.from_dict(json.loads(path.read_text(encoding="utf-8"))["run"])
+    with reading(path):
+        settings = config.from_dict(read_json(path)["run"])
     encoder = FrozenEncoder(settings.build())
-    encoder.load_encoder_state(load_file(Path(folder) / WEIGHTS))
+    with reading(Path(folder) / WEIGHTS):
+        encoder.load_encoder_state(load_file(Path(folder) / WEIGHTS))
     return encoder
 
 
@@ -143,8 +145,18 @@ def describe(settings: Method, taps: Tensors) -> dict[str, Any]:
     }
     if name is not None and name.startswith(TIMM):  # timm.create_model("local-dir:FOLDER", pretrained=True)
         known = {"input_size": shape, "mean": inputs["mean"], "std": inputs["std"], "num_classes": 0}
+        known |= timm_layers(name.removeprefix(TIMM))
         facts |= {"architecture": name.removeprefix(TIMM), "num_classes": 0, "pretrained_cfg": known}
     return facts
+
+
+def timm_layers(name: str) -> dict[str, Any]:
+    """The names that timm has for the layers which another number of classes or of channels replaces."""
+    import timm
+
+    found = timm.get_pretrained_cfg(name)
+    values = found.to_dict() if found is not None else timm.create_model(name, pretrained=False).pretrained_cfg
+    return {key: values[key] for key in ("classifier", "first_conv") if values.get(key) is not None}
 
 
 class _Tuple(nn.Module):

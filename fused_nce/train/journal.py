@@ -1,10 +1,19 @@
-"""What a run writes while it trains: `log.jsonl` always, TensorBoard events where that is installed."""
+"""What a run writes while it trains: `log.jsonl` always, TensorBoard events where that is installed.
+
+A run is worth more than its log: what cannot be written, on a full disk or in a folder that is gone, is counted and
+said, and the training goes on.
+"""
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
 from typing import Any
+
+from fused_nce.train.files import write_text
+
+log = logging.getLogger("fused_nce")
 
 LOG_NAME = "log.jsonl"
 
@@ -19,41 +28,74 @@ class Journal:
     """
 
     def __init__(self, run_dir: Path, step: int, *, tensorboard: bool) -> None:
-        path = run_dir / LOG_NAME
-        _cut(path, step)
-        self._file = path.open("a", encoding="utf-8")
+        self.path, self.lost, self._file = run_dir / LOG_NAME, 0, -1
+        _cut(self.path, step)
+        self._open()
         self._writer = _event_writer(run_dir, step) if tensorboard else None
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line that has a `step`."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for key, value in clean.items():
+        try:
+            self._append((json.dumps(clean) + "\n").encode())
+        except OSError as error:
+            self.lost += 1
+            if self.lost == 1:
+                log.warning("%s: a line could not be written (%s); training goes on", self.path, error)
+        try:
+            for key, value in clean.items() if self._writer is not None else ():
                 if isinstance(value, int | float) and key != "step":
                     self._writer.add_scalar(key, value, clean["step"])
+        except Exception as error:  # of the writer's own thread
+            log.warning("TensorBoard: no more events are written (%s); training goes on", error)
+            self._writer = None
 
     def close(self) -> None:
         """Flush everything."""
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        if self.lost:
+            log.warning("%s lacks %d lines that could not be written", self.path, self.lost)
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        except Exception as error:
+            log.warning("TensorBoard: the last events are lost (%s)", error)
+
+    def _open(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def _append(self, line: bytes) -> None:
+        """All of a line or none."""
+        if not self.path.exists():  # its folder was deleted; the loop makes it anew when it saves
+            self._open()
+        size = os.fstat(self._file).st_size
+        try:
+            if os.write(self._file, line) < len(line):
+                raise OSError(f"{self.path}: no space for the whole line")
+        except OSError:
+            os.ftruncate(self._file, size)
+            raise
 
 
 def _cut(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            break  # the line that was being written when the process died
-    temporary = path.with_name(f".tmp-{os.getpid()}-log")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    rows = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [row.rstrip("\n") + "\n" for row in rows if _belongs(row, step)]
+    if kept != rows:
+        write_text(path, "".join(kept))
+
+
+def _belongs(row: str, step: int) -> bool:
+    """Whether it is a whole line of a step so far; one that was being written when the process died is not."""
+    try:
+        return bool(json.loads(row)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _event_writer(run_dir: Path, step: int) -> Any:
@@ -61,4 +103,8 @@ def _event_writer(run_dir: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+    try:
+        return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+    except OSError as error:
+        log.warning("TensorBoard: no events are written (%s)", error)
+        return None

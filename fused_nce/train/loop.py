@@ -4,12 +4,10 @@ import dataclasses
 import json
 import logging
 import math
-import shutil
-import signal
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -18,10 +16,14 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 
 from fused_nce import GradientCache, measure
-from fused_nce.train import checkpoint, host, journal, optim, scale
+from fused_nce.train import checkpoint, host, journal, lock, optim, scale, trained_on
+from fused_nce.train import config as config_module
 from fused_nce.train.evaluation import features
+from fused_nce.train.files import one_line
+from fused_nce.train.interrupt import Interrupt
 from fused_nce.train.method import Method
 from fused_nce.train.online_probes import OnlineProbes
+from fused_nce.train.rehearsal import rehearse, trainable
 from fused_nce.train.step import LossTimer, Meter, TrainStep, gradient_norm, memory_names
 
 log = logging.getLogger("fused_nce")
@@ -41,37 +43,51 @@ class Trainer:
         config: settings.
         run_dir: folder of the run; it holds the configuration already.
         resume: continue from the newest whole checkpoint of the folder.
+        other_data: the data may differ from those that the checkpoint knows.
 
     Raises:
-        ValueError: for settings or data that cannot be used, or a resume without a checkpoint.
+        ValueError: for settings or data that cannot be used, a model that cannot be trained or saved, or a resume
+            without a checkpoint.
     """
 
-    def __init__(self, config: Method, run_dir: Path, *, resume: bool = False) -> None:
+    def __init__(self, config: Method, run_dir: Path, *, resume: bool = False, other_data: bool = False) -> None:
         config.check()
         self.config, self.run_dir = config, run_dir
         # Precision is the step's own (see TrainStep): accelerate's wrapper is a setting of the whole process.
-        self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # without this it ignores torchrun where there is no GPU
-            mixed_precision="no",
-            gradient_accumulation_steps=config.optim.accumulate,
-            # DDP waits for every parameter unless told otherwise.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.leaves_some_unused())],
-        )
+        with host.own_settings():
+            self.accelerator = Accelerator(
+                cpu=not torch.accelerator.is_available(),  # without this it ignores torchrun where there is no GPU
+                mixed_precision="no",
+                gradient_accumulation_steps=config.optim.accumulate,
+                # DDP waits for every parameter unless told otherwise.
+                kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.leaves_some_unused())],
+            )
         self.device = self.accelerator.device
         self.bf16 = host.use_bf16(config.precision, self.device)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        self._same_settings()
         self.environment = measure.environment() | {"processes": world}  # now: the code may change while it runs
         self.loader = config.open_loader(rank, world)
         log.info("%s", self.loader.account)
         self.views = config.make_views()
-        self.per_epoch = max(1, self.loader.order.per_epoch // config.optim.accumulate)
+        self.data = trained_on.facts(self.loader)
+        self.end = optim.updates(config.optim, self.loader.order.per_epoch)
+        if self.end == 0:
+            batches = config.optim.epochs * self.loader.order.per_epoch
+            raise ValueError(
+                f"optim.accumulate: must be at most the {batches} batches of {config.optim.epochs} epochs, "
+                f"got {config.optim.accumulate}"
+            )
+        if config.run.max_steps is not None:
+            self.end = min(self.end, config.run.max_steps)
 
         torch.manual_seed(config.seed)
-        self.model = config.build(images=self.loader.count)
         self.probes = None
-        if config.probes and self.loader.labelled:
-            width = features.width(self.model, config.sample(), config.taps[0])
-            self.probes = OnlineProbes(width, len(self.loader.classes))
+        with trainable(config):
+            self.model = config.build(images=self.loader.count)
+            if config.probes and self.loader.labelled:
+                width = features.width(self.model, config.sample(), config.taps[0])
+                self.probes = OnlineProbes(width, len(self.loader.classes))
         self.timer, autocast = LossTimer(), torch.bfloat16 if self.bf16 else None
         step = TrainStep(self.model, self.probes, self.timer, autocast, config)
         module = scale.prepare(step, config, world).to(self.device)
@@ -92,11 +108,13 @@ class Trainer:
         host.keep_memory()
         self.step, self.logged, self.time_s = 0, 0, 0.0
         self.skipped, self.skipped_in_a_row, self.probes_skipped = 0, 0, 0
+        self.interrupt = Interrupt()
+        self._steady = True  # between updates, so that what a checkpoint holds belongs together
+        self.made_anew: int | None = None  # the step at which the run's folder was found deleted
         if resume:
-            self._resume()
-        self.end = config.optim.epochs * self.per_epoch
-        if config.run.max_steps is not None:
-            self.end = min(self.end, config.run.max_steps)
+            self._resume(other_data)
+        else:
+            self._rehearse()
 
     def run(self) -> str:
         """Train to the end of the epochs, a limit, or a signal.
@@ -116,9 +134,9 @@ class Trainer:
         )
         started, time_before = time.perf_counter(), self.time_s
         saved_at, failed_saves, window = started, 0, (started, self.step)
-        batches = self.loader.batches(self.step * config.optim.accumulate)
+        batches = self.loader.batches(self.step * config.optim.accumulate)  # fault: resumed-run-starts
         try:
-            with Interrupt() as interrupt:
+            with self.interrupt as interrupt, self._rescued():
                 reason = "finished"
                 while self.step < self.end:
                     logged = (self.step + 1) % config.run.log_every == 0
@@ -140,7 +158,7 @@ class Trainer:
                         failed_saves = 0 if self._try_save() else failed_saves + 1
                         if failed_saves >= MAX_FAILED_SAVES:
                             raise OSError(f"checkpoint: {failed_saves} in a row could not be written to {self.run_dir}")
-                if self.skipped == self.step > 0 and reason != "interrupted":
+                if self.skipped == self.step > 0 and reason != "interrupted":  # fault: success-without-single
                     raise Diverged(
                         f"training: all {self.step} updates were skipped, none had a finite loss and gradient"
                     )
@@ -153,6 +171,18 @@ class Trainer:
                 book.close()
         return reason
 
+    @contextmanager
+    def _rescued(self) -> Iterator[None]:
+        """What was trained before an error is saved, unless an update is half done or other processes wait."""
+        try:
+            yield
+        except Diverged:
+            raise
+        except Exception:
+            if self._steady and self.accelerator.num_processes == 1 and self.step > 0 and self._try_save():
+                log.warning("an error ends the run at step %d, which is saved: --resume goes on from there", self.step)
+            raise
+
     def close(self) -> None:
         """Leave the process group together: gloo's threads abort a process that exits under them."""
         if torch.distributed.is_initialized():
@@ -163,30 +193,27 @@ class Trainer:
         """One update of the weights, or a skipped one. Returns its seconds."""
         started = time.perf_counter()
         self.timer.begin(timed)
-        rate = optim.learning_rate(self.config.optim, self.step, self.per_epoch)
+        rate = optim.learning_rate(self.config.optim, self.step, self.loader.order.per_epoch)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
         # A batch that is not finite would stay in the running statistics of BatchNorm for ever.
         buffers = {n: b.clone() for n, b in self.step_module.named_buffers() if n not in self.memories}
-        passes: list[Tensor] = []
-        used: list[int] = []
-        for last in [False] * (self.config.optim.accumulate - 1) + [True]:
-            images, labels, indices = next(batches)
-            used += indices.tolist()
-            known = {"labels": labels.to(self.device), "indices": indices.to(self.device)}
-            views = tuple(self._place(view) for view in self.views(images))
-            batch = views + tuple(known[name] for name in self.config.extras)
-            with nullcontext() if last else self.accelerator.no_sync(self.module):
-                numbers = self._differentiate(batch, known["labels"], last)
-            self.timer.after_backward()
-            passes.append(numbers)
+        drawn = checkpoint.generators()
+        try:
+            passes, used = self._passes(batches)
+        except Exception:  # a reader that died, memory that ran out: as before the update, so that it can be saved
+            checkpoint.put_back(drawn)
+            self._restore(buffers)
+            self.model.after_step(skipped=True)
+            raise
+        self._steady = False
         norm, probes_norm = gradient_norm(self.model), gradient_norm(self.probes)
         finite = torch.stack([n[0] for n in passes]).isfinite().all() & norm.isfinite()
         # Read at once, not at the next log: an update must not happen if any process saw a number that is not finite.
         bad, bad_probes = self._agree(not bool(finite), not bool(probes_norm.isfinite()))
-        if bad:
-            self._restore(buffers)
+        if bad:  # fault: broken-probe-holds
+            self._restore(buffers)  # fault: skipped-update-leaves
             self._skip(used, [n[0].item() for n in passes], norm.item())
         else:
             if bad_probes:
@@ -196,11 +223,63 @@ class Trainer:
             self.skipped_in_a_row = 0
             for numbers in passes:
                 self.meter.add(numbers)
-        self.model.after_step(skipped=bad)
+        self.model.after_step(skipped=bad)  # fault: loop-does-not
         for p in self.step_module.parameters():
             p.grad = None
         self.step += 1
+        self._steady = True
         return time.perf_counter() - started
+
+    def _passes(self, batches: Any) -> tuple[list[Tensor], list[int]]:
+        """The gradient of an update. Returns the numbers of its passes, and the images in them."""
+        passes: list[Tensor] = []
+        used: list[int] = []
+        for last in [False] * (self.config.optim.accumulate - 1) + [True]:
+            images, labels, indices = self._next(batches)
+            used += indices.tolist()
+            batch, labels = self._batch(images, labels, indices)
+            with nullcontext() if last else self.accelerator.no_sync(self.module):
+                numbers = self._differentiate(batch, labels, last)
+            self.timer.after_backward()
+            passes.append(numbers)
+        return passes, used
+
+    def _next(self, batches: Any) -> Any:
+        try:
+            with self.interrupt.reading():
+                return next(batches)
+        except (RuntimeError, ConnectionError, EOFError) as error:  # the last two from half a message of a dead reader
+            if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
+                raise
+            raise RuntimeError(
+                f"data: a process that reads {self.config.data} died or is stuck ({one_line(str(error))}); fewer "
+                "run.workers need less memory"
+            ) from error
+
+    def _batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """What the step is given: views and whatever else the model takes, and the labels."""
+        known = {"labels": labels.to(self.device), "indices": indices.to(self.device)}
+        views = tuple(self._place(view) for view in self.views(images))
+        return views + tuple(known[name] for name in self.config.extras), known["labels"]
+
+    def _rehearse(self) -> None:
+        drawn = checkpoint.generators()
+        count, shape = self.config.optim.batch_size, self.config.sample().shape[1:]
+        noise = torch.randn((count, *shape), generator=torch.Generator().manual_seed(0))
+        images = (noise * 64 + 128).clamp(0, 255).to(torch.uint8) if len(shape) == 3 else noise
+        with trainable(self.config):
+            batch, labels = self._batch(images, self.loader.labels[:count], torch.arange(count))
+        rehearse(self.step_module, self.config, batch, labels)
+        checkpoint.put_back(drawn)
+
+    def _same_settings(self) -> None:
+        """All processes were started with the same settings, or all stop."""
+        if self.accelerator.num_processes == 1:
+            return
+        for rank, other in enumerate(gather_object([config_module.to_dict(self.config)])):
+            changed = config_module.differences(config_module.from_dict(other), self.config)
+            if changed:
+                raise ValueError(f"processes: differ in their settings, {changed[0]} (process {rank} -> this one)")
 
     def _differentiate(self, batch: tuple[Tensor, ...], labels: Tensor, last: bool) -> Tensor:
         """Add a pass's share to the gradient. Returns the numbers to log."""
@@ -256,7 +335,7 @@ class Trainer:
         images = (self.step - since_step) * self.loader.order.batch_size * c.accumulate * self.accelerator.num_processes
         line: dict[str, Any] = {
             "step": self.step,
-            "epoch": round(self.step / self.per_epoch, 4),
+            "epoch": round(self.step * c.accumulate / self.loader.order.per_epoch, 4),
             "time_s": round(self.time_s, 3),
             **self.meter.close(),
             "lr": next(iter(self.optimizers.values())).param_groups[0]["lr"],
@@ -283,15 +362,30 @@ class Trainer:
         try:
             self._save()
         except OSError as error:
-            free_mb = shutil.disk_usage(self.run_dir).free >> 20
-            log.warning("checkpoint not saved (%s; %d MB free on the disk); training goes on", error, free_mb)
+            free = host.free_space(self.run_dir)
+            log.warning("checkpoint not saved (%s; %s on the disk); training goes on", error, free)
             return False
         return True
 
     def _save(self) -> None:
-        states = gather_object([checkpoint.capture_rng()])
-        if not self.accelerator.is_main_process:
+        with self.interrupt.held():
+            states = gather_object([checkpoint.capture_rng()])
+            if self.accelerator.is_main_process:
+                self._keep_folder()
+                self._write(states)
+
+    def _keep_folder(self) -> None:
+        """A folder that was deleted meanwhile is made anew: a checkpoint without its settings is lost."""
+        if (self.run_dir / config_module.CONFIG_NAME).exists():
             return
+        if self.made_anew is None:
+            self.made_anew = self.step
+            log.warning("%s was deleted; it is made anew, without the log so far", self.run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        lock.take(self.run_dir)
+        config_module.save(self.config, self.run_dir)
+
+    def _write(self, states: list[Any]) -> None:
         tensors = {name: checkpoint.pack_optimizer(optimizer) for name, optimizer in self.optimizers.items()}
         tensors["model"] = self.model.state_dict()
         if self.probes is not None:
@@ -307,15 +401,24 @@ class Trainer:
             "meter": self.meter.state(),
             "rng": states,
             "environment": self.environment,
+            "data": self.data,
         }
         checkpoint.save(self.run_dir, self.step, tensors, state, self.config.run.keep)
 
-    def _resume(self) -> None:
+    def _resume(self, other_data: bool) -> None:
         path = checkpoint.newest(self.run_dir)
         state = checkpoint.load_state(path)
         world = self.accelerator.num_processes
         if len(state["rng"]) != world:
             raise ValueError(f"resume: {path} was saved by {len(state['rng'])} processes; got {world}, need the same")
+        changed = trained_on.changes(state.get("data", {}), self.data)  # older checkpoints do not know theirs
+        if changed and not other_data:
+            raise ValueError(
+                f"resume: the data of {self.run_dir} have changed since step {state['step']} ({'; '.join(changed)}); "
+                "bring them back, or add --allow-changed data"
+            )
+        if changed:
+            log.warning("the data have changed since step %d: %s", state["step"], "; ".join(changed))
         checkpoint.load_into(self.model, checkpoint.load_tensors(path, "model"), f"{path}/model.safetensors")
         if self.probes is not None:
             checkpoint.load_into(self.probes, checkpoint.load_tensors(path, "probes"), f"{path}/probes.safetensors")
@@ -349,34 +452,3 @@ def describe(config: Method) -> str:
     negatives = "" if config.scale.negatives is None else f", {config.scale.negatives} negatives"
     length = f"batch {config.optim.batch_size}{negatives}, {config.optim.epochs} epochs"
     return f"{config.title} on {config.data} ({config.preset}): {model}, {length}"
-
-
-class Interrupt:
-    """Ctrl-C and SIGTERM: the first asks the loop to finish its step and save, the second ends the process at once.
-
-    A context manager; `requested` turns true at the first signal.
-
-    The usual handlers come back with it, so that a second signal is not caught. Outside the main thread, where Python
-    allows no handlers, it does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interrupt":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[number] = signal.signal(number, self._on_signal)
-            except ValueError:
-                break
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)

@@ -46,7 +46,7 @@ class OnlineProbes(nn.Module):
         features: Tensor,  # (B, width, ...) of size 1 beyond; detached here
         labels: Tensor,  # (B,) int64, −1 for none
     ) -> ProbeOutput:
-        x = features.detach().flatten(1)
+        x = features.detach().flatten(1)  # fault: online-probes-train
         logits = torch.stack((self.linear(x), self.mlp(x))).float()  # (2, B, classes)
         known = labels != NO_LABEL
         hits = (logits.argmax(-1) == labels) & known

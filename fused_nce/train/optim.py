@@ -28,7 +28,7 @@ def build(module: nn.Module, config: OptimConfig, *, without: nn.Module | None =
         return LARS(groups, **shared, momentum=config.momentum, trust=config.trust)
     if config.name == "sgd":
         return torch.optim.SGD(groups, **shared, momentum=config.momentum, fused=True)
-    return torch.optim.Adam(groups, **shared, betas=config.betas, eps=config.eps, fused=True)
+    return torch.optim.Adam(groups, **shared, betas=config.betas, eps=config.eps, fused=True)  # fault: adamw-adam
 
 
 class LARS(torch.optim.Optimizer):
@@ -58,7 +58,7 @@ class LARS(torch.optim.Optimizer):
             for p in (p for p in group["params"] if p.grad is not None):
                 update = p.grad.add(p, alpha=group["weight_decay"])
                 if group["trust"] is not None:
-                    own, other = p.norm(), update.norm()
+                    own, other = p.norm(), update.norm()  # fault: lars-ratio-without
                     ratio = group["trust"] * own / other
                     update = update * torch.where((own > 0) & (other > 0), ratio, 1.0)
                 if "momentum_buffer" not in self.state[p]:
@@ -68,21 +68,28 @@ class LARS(torch.optim.Optimizer):
         return loss
 
 
-def learning_rate(config: OptimConfig, update: int, updates_per_epoch: int) -> float:
+def updates(config: OptimConfig, batches_per_epoch: int) -> int:
+    """Of all epochs together: an epoch whose batches `accumulate` does not divide goes on in the next one's update."""
+    return config.epochs * batches_per_epoch // config.accumulate
+
+
+def learning_rate(config: OptimConfig, update: int, batches_per_epoch: int) -> float:
     """The rate of an update (from 0): linear warm-up times the schedule.
 
     A function of the update alone, so that a resumed run needs no scheduler state.
     """
+    # fault: warm-up-starts-rate
     warm = min(1.0, (update + 1) / config.warmup_updates) if config.warmup_updates else 1.0
-    return config.lr * warm * _decay(config, update, updates_per_epoch)
+    return config.lr * warm * _decay(config, update, batches_per_epoch)
 
 
-def _decay(config: OptimConfig, update: int, updates_per_epoch: int) -> float:
+def _decay(config: OptimConfig, update: int, batches_per_epoch: int) -> float:
     if config.schedule == "step":
-        passed = sum(update >= milestone * updates_per_epoch for milestone in config.milestones)
+        batch = update * config.accumulate
+        passed = sum(batch >= milestone * batches_per_epoch for milestone in config.milestones)
         return config.gamma**passed
     if config.schedule == "cosine":
-        total = config.epochs * updates_per_epoch
+        total = updates(config, batches_per_epoch)
         start = min(config.warmup_updates, total - 1)
         progress = min(1.0, max(0.0, (update - start) / (total - start)))
         return 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,14 +1,23 @@
-"""The command lines' parser: jsonargparse, with every error in one line."""
+"""The command lines' parser: jsonargparse, with every error in one line, and files of settings as options.
+
+A file means what the command line does: each scalar is the text that follows an option, so that YAML's own ideas of it
+(010 is 8, 2024_01 is 202401, 1:30 is 90) play no part. What stands on the command line wins.
+"""
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, set_loader
+
+from fused_nce.train.files import reading
 
 UNKNOWN = re.compile(r"unrecognized arguments: (\S+)")
 BAD_VALUE = re.compile(r'Parser key "([^"]+)":?\s*(.*)', re.S)
@@ -18,14 +27,76 @@ WORDS = (
     (re.compile(r"Expected an? typing\.Literal\[(.*?)\]\. Got value: (.*)", re.S), "must be one of {}, got {}"),
     (re.compile(r".*Union.*<class '(\w+)'>, <class 'NoneType'>.*value: (.*)", re.S), "must be {} or null, got {}"),
 )
+NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+PLAIN = (
+    ("null", r"~|null|Null|NULL|"),
+    ("bool", r"[tT]rue|TRUE|[fF]alse|FALSE"),
+    ("int", r"[-+]?[0-9]+"),
+    ("float", NUMBER),
+)
+
+
+class Loader(yaml.SafeLoader):
+    """What a text stands for by YAML 1.2's rules, whose whole numbers are decimal and whose dates are text."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012  (its own, instead of YAML 1.1's)
+
+
+for tag, pattern in PLAIN:
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), None)
+Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+set_loader("fused-nce", lambda text: yaml.load(text, Loader=Loader), exceptions=(yaml.YAMLError,))
 
 
 class Parser(ArgumentParser):
     """Raises `ValueError` instead of printing forty lines of usage and leaving."""
 
+    fixed: dict[str, str] = {}  # noqa: RUF012  what a file may say too, if it says the same
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, parser_mode="fused-nce", **options)
+
     def parse_args(self, args: Any = None, *rest: Any, **named: Any) -> Any:
-        """A list may be written as `a,b` or `a`, not only as `[a,b]`."""
-        return super().parse_args(None if args is None else self._bracketed(args), *rest, **named)
+        """A list may be written as `a,b` or `a`, not only as `[a,b]`; `--config FILE` stands for its settings."""
+        return super().parse_args(None if args is None else self._bracketed(self._opened(args)), *rest, **named)
+
+    def parse_file(self, path: str | Path) -> Any:
+        """The settings of a file alone, with defaults for the rest.
+
+        Raises:
+            ValueError: naming the file.
+        """
+        with reading(path):
+            return super().parse_args(self._bracketed(self._words(read(path))))
+
+    def _opened(self, args: Sequence[str]) -> list[str]:
+        """The words with those of the files that they name in front."""
+        files, words, given = [], [], iter(args)
+        for word in given:
+            name, equals, value = word.partition("=")
+            if name != "--config":
+                words.append(word)
+            elif equals or (value := next(given, "")):
+                self.parse_file(value)  # for errors that name it
+                files += self._words(read(value))
+            else:
+                self.error("argument --config: expected one argument")
+        return files + words
+
+    def _words(self, values: dict[str, str]) -> list[str]:
+        words = []
+        for key, text in values.items():
+            if key in self.fixed:
+                if text != self.fixed[key]:
+                    raise ValueError(f"{key}: must be {self.fixed[key]} here, got {text}")
+            elif any(name.startswith(f"--{key}.") for name in self._option_string_actions):
+                if text:  # an empty section changes nothing
+                    raise ValueError(f"{key}: must be a section, got {text}")
+            elif f"--{key}" in self._option_string_actions:
+                words.append(f"--{key}={text}")
+            else:
+                self.error(f"unrecognized arguments: --{key}")
+        return words
 
     def _bracketed(self, args: Sequence[str]) -> list[str]:
         found, awaited = [], False
@@ -45,6 +116,41 @@ class Parser(ArgumentParser):
         """Called by jsonargparse for whatever it refuses."""
         names = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
         raise ValueError(one_line(str(message), names)) from ex
+
+
+def read(path: str | Path) -> dict[str, str]:
+    """The settings of a YAML file by dotted name, each as one types it on the command line.
+
+    Raises:
+        ValueError: naming the file: it cannot be read, holds no settings, or one of them twice.
+    """
+    found: dict[str, str] = {}
+    with reading(path):
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=Loader)
+        if not isinstance(root, yaml.MappingNode):
+            raise ValueError(f"must hold settings, as `seed: 1`, got {_typed(root) if root else 'nothing'}")
+        _collect(root, "", found, {})
+    return found
+
+
+def _collect(node: Any, prefix: str, found: dict[str, str], lines: dict[str, int]) -> None:
+    for key, value in node.value:
+        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        if name in lines:
+            raise ValueError(f"{name} stands twice, in lines {lines[name]} and {line}")
+        lines[name] = line
+        if isinstance(value, yaml.MappingNode):
+            _collect(value, f"{name}.", found, lines)
+        else:
+            found[name] = _typed(value)
+
+
+def _typed(node: Any, *, within: bool = False) -> str:
+    """A value as one types it; within a list, text is in quotes."""
+    if isinstance(node, yaml.SequenceNode):
+        return f"[{', '.join(_typed(item, within=True) for item in node.value)}]"
+    text: str = node.value
+    return json.dumps(text) if within and node.tag.endswith(":str") else text
 
 
 def _is_list(hint: Any) -> bool:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fused_nce import GradientCache
+from fused_nce.core.group import Processes
 from fused_nce.core.replay import checkpointed
-from fused_nce.distributed import Processes
 from fused_nce.train.method import Method
 from fused_nce.train.step import TrainStep
 

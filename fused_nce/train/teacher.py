@@ -17,6 +17,7 @@ from fused_nce.train.data.augment import Normalise
 from fused_nce.train.data.images import load_labelled
 from fused_nce.train.evaluation import features, scoring
 from fused_nce.train.evaluation.fine_tune import Subject, Tuned, choose
+from fused_nce.train.files import reading
 
 NAME = "fine-tuned.safetensors"
 
@@ -56,7 +57,7 @@ def write(
     net, rate = choose(subject, bank, plan.labels, plan.draws[labels_per_class][0], plan.held, seed=seed)
     accuracy = 100 * float((net.predict(test.images).numpy() == plan.truth).mean())
     facts = {"tap": tap, "labels_per_class": str(labels_per_class), "accuracy_pct": f"{accuracy:.2f}"}
-    save_file({key: x.contiguous() for key, x in net.state_dict().items()}, Path(run) / NAME, facts)
+    save_file(checkpoint.plain(net.state_dict()), Path(run) / NAME, facts)
     return {"rate": rate, "accuracy_pct": accuracy, "read": [probe.account, test.account]}
 
 
@@ -69,14 +70,14 @@ def classes(run: str) -> int:
     path = Path(run) / NAME
     if not path.is_file():
         raise ValueError(f"model.teacher: {run} holds no {NAME}; make it by: fused-nce fine-tune {run}")
-    with safe_open(path, "pt") as file:
+    with reading(path), safe_open(path, "pt") as file:
         return int(file.get_slice("head.bias").get_shape()[0])
 
 
 def load(run: str) -> Tuned:
     """The classifier that `write` left."""
     count, (model, config) = classes(run), checkpoint.load_model(run)
-    with safe_open(Path(run) / NAME, "pt") as file:
+    with reading(Path(run) / NAME), safe_open(Path(run) / NAME, "pt") as file:
         tensors, facts = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     empty = torch.empty_like(tensors["mean"])
     net = Tuned(model, facts["tap"], Normalise(config.augment), empty, empty.clone(), count)

@@ -53,6 +53,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, 
     return run(tmp_path_factory.mktemp("fsdp"), 2, gradients)
 
 
+@pytest.mark.nightly  # by default tests/distributed/test_law.py has its loss
 @pytest.mark.parametrize("way", ["gather", "ring"])
 def test_a_sharded_encoder_has_the_gradients_of_one_process(found, way):
     net = encoder()

@@ -77,6 +77,6 @@ def test_gathered_keys_and_their_gradients_are_all_that_grows(worst):
 def test_a_ring_takes_no_more_among_four_than_among_three(worst):
     four, three = worst(4, True), worst(3, True)
     assert four[1] <= three[1] + SLACK
-    # Two guests and two debts on the wire, and a visit's own gradients beside the sums.
+    # Two blocks and two accumulators on the wire, and a step's own gradients beside the sums.
     formula = workspace_bytes(SPEC, N, N * N_C, D, torch.float32, backend="cpu")
     assert four[1] <= 2 * OWN + 4 * KEYS_BYTES + formula + SLACK

@@ -197,9 +197,8 @@ def late(rank: int, ring: bool) -> tuple[str, float]:
     return message, time.monotonic() - start
 
 
-@pytest.mark.parametrize(
-    "ring", [pytest.param(False, id="gather"), pytest.param(True, id="ring", marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("ring", [False, True], ids=["gather", "ring"])
 def test_a_late_process_ends_the_others_in_time(tmp_path, ring):
     (message, seconds), _ = run(tmp_path, 2, late, ring)
     assert message.startswith("ProcessLostError: group: the exchange of sizes did not finish within 1 s")

@@ -101,6 +101,16 @@ def test_what_equals_what():
         same(weighted, (w * elements).sum() / divisor, leaves[:2])
 
 
+def test_hardness_weighs_and_is_not_differentiated():
+    """t = s + α·sg(r) of the negatives: the gradient holds the second part still, by the temperature too."""
+    q, k, t = leaves = graded(Q, K, torch.tensor(0.5).double())
+    own = torch.eye(N, dtype=torch.bool)
+    r = q @ k.T
+    weighed = r / t + (1.5 * r.detach()).masked_fill(own, 0.0)
+    exact = nn.functional.cross_entropy(weighed, torch.arange(N))
+    same(info_nce(q, k, hardness=1.5, temperature=t, backend="chunked").loss, exact, leaves)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_prefixes_are_the_sum_of_their_losses(dtype):
     """Value and gradients, hard negatives and other options included."""

@@ -1,12 +1,14 @@
 """`python -m tests.mutants [all|python|family|cpp|triton|trainer|adapters] [PART]`: plant each fault, and test that.
 
-`JOBS` at a time, 2 by default. A fault that no test notices survives: the table says so and the exit status is 1.
+`faults.txt` has them. `JOBS` at a time, 2 by default. A fault that no test notices survives: the table says so and the
+exit status is 1.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,58 +17,95 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from fused_nce import _extension
-
-from .adapters import ADAPTERS
-from .family import FAMILY
-from .faults import CPP, PYTHON, Fault
-from .gpu import GPU
-from .trainer import TRAINER
-from .triton import TRITON
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PARALLEL = int(os.environ.get("JOBS", "2"))
 TIMEOUT_S = 600  # a fault that hangs is noticed too
 # The quick part of the engine's suite, likeliest first; -x stops at the first that fails.
 TESTS = [
-    "tests/core/test_golden.py",
-    "tests/core/test_tails.py",
-    "tests/core/test_fuzz.py",
-    "tests/core/test_contract.py",
-    "tests/core/test_nonfinite.py",
-    "tests/losses/test_amdim.py",
-    "tests/losses/test_family.py",
-    "tests/losses/test_margins.py",
-    "tests/losses/test_queue.py",
-    "tests/losses/test_registry.py",
-    "tests/core/test_dispatch.py",
-    "tests/core/test_ops.py",
-    "tests/backends/test_cuda_layouts.py",
-    "tests/backends/test_cuda_together.py",
-    "tests/backends/test_cuda_on_host.py",
+    *(f"tests/core/test_{name}.py" for name in ("golden", "tails", "fuzz", "contract", "nonfinite")),
+    *(f"tests/losses/test_{name}.py" for name in ("amdim", "family", "margins", "queue", "registry")),
+    *(f"tests/core/test_{name}.py" for name in ("dispatch", "ops")),
+    *(f"tests/backends/test_cuda_{name}.py" for name in ("layouts", "together", "on_host")),
 ]
 SELECT = "not fresh and not opcheck and not compile"
 IGNORE = shutil.ignore_patterns("__pycache__", "*.pyc", "mutants")
+MARK = re.compile(r"\s*(?:#|//) fault: ([\w-]+(?:, [\w-]+)*)$")
+Mark = tuple[Path, int]  # a file, and the line in it that is changed, from 0
+
+
+class Fault(NamedTuple):
+    """One planted fault."""
+
+    name: str
+    old: str  # once in the marked line
+    new: str
+    reason: str  # the mistake that it stands for
+    group: str
+    tests: tuple[str, ...]  # that must notice it; the engine's quick ones if empty
+
+
+def read() -> list[Fault]:
+    """The table."""
+    faults: list[Fault] = []
+    group, tests = "", ""
+    for line in (Path(__file__).parent / "faults.txt").read_text(encoding="utf-8").split("\n\n", 1)[1].splitlines():
+        if line.startswith("["):
+            group, _, tests = line[1:-1].partition(": ")
+        elif line:
+            name, change, reason = line.split(" ~ ")
+            old, new = (change + " ").split(" → ")
+            faults.append(Fault(name, old, new[:-1], reason, group, tuple(tests.split())))
+    return faults
+
+
+def marks(root: Path = ROOT) -> dict[str, list[Mark]]:
+    """Where each name is marked."""
+    found: dict[str, list[Mark]] = {}
+    for path in (path for folder in ("fused_nce", "csrc") for path in sorted((root / folder).rglob("*.*"))):
+        if path.suffix in (".py", ".cpp", ".h", ".inl", ".cu"):
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+                if (mark := MARK.search(line)) is not None:
+                    for name in mark[1].split(", "):
+                        found.setdefault(name, []).append((path, number + (mark.start() == 0)))
+    return found
+
+
+def ill_fitting(faults: Sequence[Fault]) -> list[str]:
+    """What keeps a fault from being planted: a drifted one would plant nothing."""
+    where, names = marks(), [fault.name for fault in faults]
+    wrong = [f"{name}: marked in the code, and no fault" for name in where.keys() - set(names)]
+    wrong += [f"{name}: twice in faults.txt" for name in set(names) if names.count(name) > 1]
+    for fault in faults:
+        places = where.get(fault.name, [])
+        if len(places) != 1:
+            wrong.append(f"{fault.name}: marked {len(places)} times, need once")
+            continue
+        path, number = places[0]
+        code = MARK.sub("", path.read_text(encoding="utf-8").splitlines()[number])
+        if code.count(fault.old) != 1 or fault.old == fault.new:
+            wrong.append(f"{fault.name}: {path.relative_to(ROOT)}:{number + 1} has not once {fault.old!r}: {code}")
+        wrong += [f"{fault.name}: no {test}" for test in fault.tests if not (ROOT / test.partition("::")[0]).is_file()]
+    return wrong
 
 
 def plant(fault: Fault | None, folder: Path, *, kernels: bool) -> None:
     """A copy of what the tests need, with the fault in it; `kernels` to be built from the copy's own sources."""
-    for name in ("fused_nce", "tests", "docs"):
+    for name in ("fused_nce", "tests", "docs", "csrc"):
         shutil.copytree(ROOT / name, folder / name, ignore=IGNORE)
     shutil.copy(ROOT / "pyproject.toml", folder)
     if kernels:
-        shutil.copytree(ROOT / "csrc", folder / "csrc")
         shutil.copy(ROOT / "setup.py", folder)
         for built in (folder / "fused_nce").glob("_C*"):
             built.unlink()
-    if fault is None:
-        return
-    path = folder / fault.file
-    text = path.read_text(encoding="utf-8")
-    if text.count(fault.find) != 1:
-        raise LookupError(f"{fault.file} has {text.count(fault.find)} times {fault.find!r}, need once")
-    path.write_text(text.replace(fault.find, fault.replace), encoding="utf-8")
+    if fault is not None:
+        ((path, number),) = marks(folder)[fault.name]
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines[number] = lines[number].replace(fault.old, fault.new, 1)
+        path.write_text("".join(lines), encoding="utf-8")
 
 
 def command(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -81,7 +120,7 @@ def command(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[s
 def suite(fault: Fault | None, *, kernels: bool = False, tests: Sequence[str] = ()) -> tuple[bool, str]:
     """Whether the tests that must notice a fault pass with it planted, and the line that says what they saw."""
     tests = (fault.tests if fault else tests) or TESTS
-    kernels = kernels or (fault is not None and fault.file.startswith("csrc/"))
+    kernels = kernels or (fault is not None and fault.group == "cpp")
     with tempfile.TemporaryDirectory(prefix="mutant-") as name:
         folder = Path(name)
         plant(fault, folder, kernels=kernels)
@@ -108,21 +147,18 @@ def main(group: str = "all", part: str = "") -> int:
         group: "python", "family", "cpp", "triton", "trainer", "adapters" or "all".
         part: only faults with this in their reason.
     """
-    cpp = (*CPP, *GPU) if _extension.status()[0] is not None else ()
-    if group in ("cpp", "all") and not cpp:
-        print(f"C++ faults left out: {_extension.status()[1]}")
-    groups: dict[str, tuple[Fault, ...]] = {
-        "python": PYTHON,
-        "family": FAMILY,
-        "cpp": cpp,
-        "triton": TRITON if importlib.util.find_spec("triton") is not None else (),
-        "trainer": TRAINER,
-        "adapters": ADAPTERS,
-    }
-    groups["all"] = tuple(fault for some in groups.values() for fault in some)
-    faults = [f for f in groups[group] if part in f.reason]
+    every = read()
+    if wrong := ill_fitting(every):
+        print("\n".join(wrong))
+        return 1
+    left_out = {} if _extension.status()[0] is not None else {"cpp": _extension.status()[1]}
+    if importlib.util.find_spec("triton") is None:
+        left_out["triton"] = "triton is not installed"
+    for name, why in left_out.items():
+        print(f"{name} faults left out: {why}")
+    faults = [f for f in every if group in ("all", f.group) and part in f.reason and f.group not in left_out]
     own = tuple(sorted({name for f in faults for name in f.tests}))
-    for kernels, tests in {(f.file.startswith("csrc/"), own if f.tests else ()) for f in faults}:
+    for kernels, tests in {(f.group == "cpp", own if f.tests else ()) for f in faults}:
         green, line = suite(None, kernels=kernels, tests=tests)
         print(f"without a fault{', kernels built anew' if kernels else ''}: {line}", flush=True)
         if not green:
@@ -136,7 +172,7 @@ def main(group: str = "all", part: str = "") -> int:
             print(f"[{index:2}/{len(faults)}] {verdict:8} {fault.reason:55} {line[:110]}", flush=True)
     print(f"{len(faults) - len(survivors)} of {len(faults)} faults killed in {time.monotonic() - start:.0f} s")
     for fault in survivors:
-        print(f"survived: {fault.reason}: {fault.file}: {fault.find!r} -> {fault.replace!r}")
+        print(f"survived: {fault.name}: {fault.reason}: {fault.old!r} -> {fault.new!r}")
     return int(bool(survivors))
 
 

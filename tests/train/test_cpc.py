@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import re
 
@@ -201,13 +202,18 @@ def test_a_test_label_that_no_training_recording_has_is_refused():
         evaluate_audio.find_targets(known, recordings.Recordings([torch.empty(0)], {"digit": [""]}, 8000), "shards")
 
 
-def test_train_and_evaluate_from_the_command_line(data, tmp_path, capsys):
+def test_train_and_evaluate_from_the_command_line(data, tmp_path, capsys, caplog):
     out = tmp_path / "run"
-    assert cli.main(["train", "cpc", *TINY, "--data", str(data), "--max-steps=4", "--out", str(out)]) == 0
+    with caplog.at_level(logging.INFO, logger="fused_nce"):
+        assert cli.main(["train", "cpc", *TINY, "--data", str(data), "--max-steps=4", "--out", str(out)]) == 0
     assert "CPC on" in capsys.readouterr().out
+    holds = "recordings of 8000 Hz, 3 classes of 'digit', 2 classes of 'speaker'"
+    assert f"{data}, train: 36 {holds}" in caplog.messages
     assert cli.main(["eval", str(out), "--draws=2", "--labels_per_class=3"]) == 0
-    assert "c_t, digit  trained" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "c_t, digit  trained" in printed
     result = json.loads((out / "eval.json").read_text())
+    assert result["read"] == printed.splitlines()[:2] == [f"{data}, probe: 36 {holds}", f"{data}, test: 18 {holds}"]
     assert result["taps"] == ["c_t, digit", "c_t, speaker", "z_t, digit", "z_t, speaker"]
     encoders = ["trained", "random, torch's init", "random, Kaiming init", "log-mel mean"]
     for tap in result["taps"]:

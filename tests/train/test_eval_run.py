@@ -277,6 +277,7 @@ def test_loss_cost_sees_the_naive_score_tensor():
     assert found["naive"]["peak_bytes"] > 1.5 * found["fused"]["peak_bytes"]
 
 
+@pytest.mark.nightly
 def test_a_failed_measurement_is_reported():
     with pytest.raises(RuntimeError, match=r"measuring the loss failed \(exit \d+\): "):
         loss_cost.measure(0, [(1, 4)], 16, torch.float32)

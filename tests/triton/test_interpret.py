@@ -35,9 +35,9 @@ def test_its_own_tests():
 @pytest.mark.parametrize(
     ("file", "selected"),
     [
-        ("test_golden.py", "triton"),
-        ("test_nonfinite.py", "triton and not 0.04 and not wide"),
-        pytest.param("test_nonfinite.py", "triton", marks=pytest.mark.nightly),
+        pytest.param("test_golden.py", "triton", id="golden"),
+        pytest.param("test_nonfinite.py", "triton and not 0.04 and not wide", id="nonfinite"),
+        pytest.param("test_nonfinite.py", "triton", id="nonfinite, all", marks=pytest.mark.nightly),
     ],
 )
 def test_what_every_backend_is_held_to(file, selected):

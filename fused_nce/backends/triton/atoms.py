@@ -26,7 +26,7 @@ def marks_of_rows(rows, ids, first, itself, n, m, FORM: tl.constexpr):
 @triton.jit
 def _row_ids(rows, ids, first, n, m, FORM: tl.constexpr):
     if FORM.ids == "image":
-        return rows // FORM.rows_per_image + first
+        return rows // FORM.rows_per_image + first  # fault: triton-offset-ignored
     elif FORM.ids == "target":  # a target outside the columns matches none
         target = tl.load(ids + rows, mask=rows < n, other=-1)
         return tl.where((target >= 0) & (target < m), target, -1).to(tl.int32)
@@ -57,9 +57,9 @@ def sets(x_marks, y_marks, y_inside, FORM: tl.constexpr):
     """(pos, neg, all) of a tile, (X, Y) or what broadcasts to it. The padding beyond y is in none."""
     x_ids, x_itself = x_marks
     y_ids, y_itself = y_marks
-    kept = y_inside[None, :]
+    kept = y_inside[None, :]  # fault: triton-padding-counted
     if FORM.drop_self:
-        kept = kept & (x_itself[:, None] != y_itself[None, :])
+        kept = kept & (x_itself[:, None] != y_itself[None, :])  # fault: triton-row-itself
     if FORM.ids == "none":
         return kept != kept, kept, kept
     else:
@@ -86,7 +86,7 @@ def transform(s, clip, inverse_clip, bias, FORM: tl.constexpr):
         p = p * z + 0.1333192412
         p = p * z - 0.3333329800
         near = x * (z * p) + x
-        value = clip * tl.where(x < 0.6, near, 1.0 - 2.0 * a)
+        value = clip * tl.where(x < 0.6, near, 1.0 - 2.0 * a)  # fault: triton-tanh-cancels
         return tl.where(s < 0.0, -value, value), 4.0 * (a - a * a)
     elif FORM.transform == "bias":
         return s + tl.load(bias), 1.0
@@ -132,7 +132,7 @@ def softplus(t):
     p = 0.1400599739 * y + 0.1400090188
     p = p * y + 0.2001076366
     p = p * y + 0.3333320814
-    return tl.maximum(t, 0.0) + 2.0 * (z * (y * p) + z)
+    return tl.maximum(t, 0.0) + 2.0 * (z * (y * p) + z)  # fault: triton-softplus-rounds
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def add_exactly(total, lost, x):
     """Kahan's sum and what it lost: a thousand equal terms would all be rounded the same way."""
     y = x - lost
     following = total + y
-    return following, (following - total) - y
+    return following, (following - total) - y  # fault: triton-equal-terms
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def add_exponentials(t, members, total, lost, top, s, FORM: tl.constexpr):
         e = tl.exp2((t - shift[:, None]) * LOG2E)
         fade = exp(top - shift)
         total, lost = total * fade, lost * fade
-    total, lost = add_exactly(total, lost, tl.sum(e + 0.0 * s, 1))
+    total, lost = add_exactly(total, lost, tl.sum(e + 0.0 * s, 1))  # fault: triton-nan-hidden
     return e, total, lost, seen, fade
 
 
@@ -183,7 +183,7 @@ def merge_exponentials(total, top, part, peak, FORM: tl.constexpr):
         return total + part, seen
     else:
         shift = shift_of(seen)
-        return total * exp(top - shift) + part * exp(peak - shift), seen
+        return total * exp(top - shift) + part * exp(peak - shift), seen  # fault: triton-splits-joined
 
 
 # ---- weights ----------------------------------------------------------------------------------------------------
@@ -215,6 +215,7 @@ def weights_of(s, t, slope, of, terms, AXIS: tl.constexpr, FORM: tl.constexpr, W
     pos, neg, every = of
     neg_lse, d_neg_lse, d_softplus, d_square, pos_lse, d_pos_lse, d_sum, d_gap, share = terms
     if WANTED.neg_lse >= 0:
+        # fault: triton-clip-slope-missing
         on_neg = tl.expand_dims(d_neg_lse, AXIS) * (tl.exp2(t * LOG2E - tl.expand_dims(neg_lse, AXIS)) * slope)
         if WANTED.neg_softplus >= 0:
             on_neg += tl.expand_dims(d_softplus, AXIS) * (sigmoid(t) * slope)
@@ -227,7 +228,7 @@ def weights_of(s, t, slope, of, terms, AXIS: tl.constexpr, FORM: tl.constexpr, W
         e = tl.exp2(t * LOG2E - tl.expand_dims(pos_lse, AXIS))
         on_pos = tl.expand_dims(d_pos_lse, AXIS) * e
         if WANTED.pos_gap >= 0:  # one term, because it is small where its two cancel
-            on_pos += tl.expand_dims(d_gap, AXIS) * (e - tl.expand_dims(share, AXIS))
+            on_pos += tl.expand_dims(d_gap, AXIS) * (e - tl.expand_dims(share, AXIS))  # fault: triton-positive-gap
         if WANTED.pos_sum >= 0:
             on_pos += tl.expand_dims(d_sum, AXIS)
         w = tl.where(pos, on_pos * slope, w)

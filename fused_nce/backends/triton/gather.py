@@ -48,7 +48,7 @@ def merge_kernel(
     neg_top = tl.full((X,), float("-inf"), tl.float32)
     pos_sum, pos_top, square, soft, total, count = neg_sum, neg_top, neg_sum, neg_sum, neg_sum, neg_sum
     line, length = partial + rows, n.to(tl.int64)
-    for _ in range(splits):
+    for _ in range(splits):  # fault: triton-only-first
         part = load_line(line, length, inside, PARTIALS.neg_sum, 0.0)
         peak = load_line(line, length, inside, PARTIALS.neg_top, float("-inf"))
         neg_sum, neg_top = merge_exponentials(neg_sum, neg_top, part, peak, FORM)
@@ -103,6 +103,7 @@ def terms_kernel(
     store_line(out, lse, pitch, every, TERMS.pos_lse)
     store_line(out, slope, pitch, every, TERMS.d_pos_lse)
     store_line(out, load_line(d, length, inside, WANTED.neg_softplus, 0.0), pitch, every, TERMS.d_softplus)
+    # fault: triton-half-penalty
     store_line(out, 2.0 * load_line(d, length, inside, WANTED.square, 0.0), pitch, every, TERMS.d_square)
     store_line(out, load_line(d, length, inside, WANTED.pos_sum, 0.0), pitch, every, TERMS.d_sum)
     store_line(out, load_line(d, length, inside, WANTED.pos_gap, 0.0), pitch, every, TERMS.d_gap)
@@ -143,7 +144,7 @@ def partners_of_columns(columns, p, first, n, FORM: tl.constexpr, PARTNERS: tl.c
     image = (columns // FORM.n_c - first).to(tl.int64)
     rows = image[:, None] * FORM.rows_per_image + place
     there = (place < FORM.rows_per_image) & (rows >= 0) & (rows < n)
-    slot = (columns % FORM.n_c)[:, None] + tl.zeros(rows.shape, tl.int32)
+    slot = (columns % FORM.n_c)[:, None] + tl.zeros(rows.shape, tl.int32)  # fault: triton-siblings-share
     if FORM.drop_self:  # images of as many rows as columns: the p-th row is the p-th column
         there = there & (slot != place)
         slot = tl.where(slot > place, slot - 1, slot)
@@ -246,7 +247,7 @@ def finish_kernel(
         else:
             factor = load_line(d_rows + xs, length, own, FORM.rows.neg_softplus, 0.0)
     place, lines, counted = sums + offsets(xs, D)[:, None] + d[None, :], partial + xs, tallies + xs
-    for _ in range(splits):
+    for _ in range(splits):  # fault: triton-only-first-split
         term = tl.load(place, mask=inside, other=0.0)
         if NORMALISE:
             if FORM.rows.neg_lse >= 0:

@@ -58,7 +58,7 @@ def score_tile(
             return r, load_tile(y, ys, n_y, stride_y, part * SLICE, D, SLICE, FORM.mixed)
     else:
         r = tl.zeros((xs.shape[0], ys.shape[0]), tl.float32)
-        for d in range(0, D, CHUNK):
+        for d in range(0, D, CHUNK):  # fault: triton-last-chunk
             mine = load_tile(x, xs, n_x, stride_x, d, D, CHUNK, FORM.mixed)
             other = load_tile(y, ys, n_y, stride_y, d, D, CHUNK, FORM.mixed)
             r = tl.dot(mine, tl.trans(other), r, input_precision=PRECISION)
@@ -72,7 +72,7 @@ def add_product(sums, w, y, PRECISION: tl.constexpr):
     float16 goes through TF32: it holds every float16 exactly and has float32's range, so that no weight, however large
     its score or small its upstream gradient, leaves it.
     """
-    if y.dtype == tl.float16:
+    if y.dtype == tl.float16:  # fault: triton-float16-weights
         return tl.dot(w, y.to(tl.float32), sums, input_precision="tf32")
     else:
         return tl.dot(w.to(y.dtype), y, sums, input_precision=PRECISION)
@@ -81,7 +81,7 @@ def add_product(sums, w, y, PRECISION: tl.constexpr):
 @triton.jit
 def store_sums(sums, acc, split, part, xs, count, D: tl.constexpr, SLICE: tl.constexpr):
     """acc to its place in (splits, count, D)."""
-    d = part * SLICE + tl.arange(0, SLICE)
+    d = part * SLICE + tl.arange(0, SLICE)  # fault: triton-every-slice
     place = offsets(count.to(tl.int64) * split + xs, D)[:, None] + d[None, :]
     tl.store(sums + place, acc, mask=(xs < count)[:, None] & (d < D)[None, :])
 
@@ -147,7 +147,7 @@ def fold_kernel(
         if PARTIALS.neg_sum >= 0:
             w, neg_sum, neg_lost, neg_top, fade = add_exponentials(t, neg, neg_sum, neg_lost, neg_top, s, FORM)
             if GRADIENT and not FORM.shiftless:
-                acc, tally = acc * fade[:, None], tally * fade
+                acc, tally = acc * fade[:, None], tally * fade  # fault: triton-sums-keep
         elif PARTIALS.neg_top >= 0:
             neg_top = tl.maximum(neg_top, tl.max(tl.where(neg, t, float("-inf")), 1))
         if PARTIALS.softplus >= 0:
@@ -170,8 +170,8 @@ def fold_kernel(
             square += tl.sum(squared, 1)
         if GRADIENT:
             if FORM.transform == "bias":
-                tally += tl.sum(w, 1)
-            acc = add_product(acc, w * slope, walked, PRECISION)
+                tally += tl.sum(w, 1)  # fault: triton-bias-sum
+            acc = add_product(acc, w * slope, walked, PRECISION)  # fault: triton-clip-slope
     inside = (xs < n_x) & (part == 0)
     length = n_x.to(tl.int64)
     lines = partial + split * (PARTIALS.lines * length) + xs
@@ -195,7 +195,7 @@ def role_weights(s, t, slope, of, row_terms, column_terms, ROW_AXIS: tl.constexp
     ROWS: tl.constexpr = FORM.rows
     COLUMNS: tl.constexpr = FORM.columns
     w = weights_of(s, t, slope, of, row_terms, ROW_AXIS, FORM, ROWS)
-    if FORM.two_way:
+    if FORM.two_way:  # fault: triton-column-statistics
         w += weights_of(s, t, slope, of, column_terms, 1 - ROW_AXIS, FORM, COLUMNS)
     return w
 
@@ -264,8 +264,8 @@ def weights_kernel(
             back = role_weights(s, t, slope, of, y_terms, column_terms, 0, FORM)
             if FORM.ids == "target":  # any number of rows may have a column as theirs: no gathering in a fixed order
                 d_target = load_term(row_lines + ys, pitch_of(n_y), ROWS.d_target)
-                back += tl.where(of[0], d_target[None, :] * slope, 0.0)
-            w = w + back if AS_ROW else back
+                back += tl.where(of[0], d_target[None, :] * slope, 0.0)  # fault: triton-target-column
+            w = w + back if AS_ROW else back  # fault: triton-one-two
         if FORM.transform == "bias":  # without a penalty dL/dt is dL/ds; the penalty is none of the bias's
             tally += tl.sum(w, 1)
         acc = add_product(acc, w, walked, PRECISION)

@@ -170,6 +170,7 @@ class Sweep:
             AS_COLUMN=side.as_column, DOTS=scale, D=self.d,
             X=shape.x, PARTNERS=shape.partners, WIDTH=shape.width,
         )  # fmt: skip
+        # fault: triton-one-tensor
         share = 0.5 if side.as_row and side.as_column else 1.0  # each score was met twice
         return (
             out,

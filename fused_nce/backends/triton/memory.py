@@ -18,7 +18,7 @@ PITCH = tl.constexpr(STEP)
 @triton.jit
 def offsets(rows, stride):
     """Where each row starts, int64: rows·stride passes 2^31 long before either does."""
-    return rows.to(tl.int64) * stride
+    return rows.to(tl.int64) * stride  # fault: triton-offsets-32
 
 
 @triton.jit

@@ -173,7 +173,7 @@ class PairLoss(Upstreams):
             _packages(seen, self.DISTANCES) and (getattr(seen, "p", 2), getattr(seen, "power", 1)) == (2, 1)
         )
         if not plain:
-            return f"distance={type(seen).__name__}"
+            return f"distance={type(seen).__name__}"  # fault: pml-distance-set
         if self.reducer is not None:
             for x in self._reducers():
                 if not _packages(x, REDUCERS) or (getattr(x, "low", None) or 0, getattr(x, "high", None)) != (0, None):
@@ -218,6 +218,7 @@ class PairLoss(Upstreams):
             ids = row_ids("labels", labels, embeddings)
             return self.of(Rows(embeddings, ids, None, ids, 0))
         check_rows("embeddings", embeddings, "ref_emb", ref_emb, same_n=ref_labels is None)
+        # fault: pml-same-labels
         same = ref_labels is None or (ref_labels is labels and labels.device == embeddings.device)
         if same:
             ids = row_ids("labels", labels, embeddings)
@@ -230,6 +231,7 @@ class PairLoss(Upstreams):
 
     def reduced(self, losses: Tensor) -> Tensor:
         """The mean of all, or, under AvgNonZero, of those above 0; of none, 0. A NaN is none of those at 0."""
+        # fault: pml-nan-loss
         kept = ~(losses <= 0) if self.reduction == "AvgNonZeroReducer" else torch.ones_like(losses, dtype=torch.bool)
         return fixed_sum(torch.where(kept, losses, 0.0)) / kept.sum().clamp(min=1)
 
@@ -285,4 +287,4 @@ def block_pairs(rows: Rows, block: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
     r, c = block
     k = rows.q if rows.k is None else rows.k
     itself = torch.full_like(r, -1) if rows.itself is None else r + rows.itself
-    return widened(rows.q[r]), widened(k[c]), c[:, None, :] != itself[:, :, None]
+    return widened(rows.q[r]), widened(k[c]), c[:, None, :] != itself[:, :, None]  # fault: pml-row-own

@@ -99,7 +99,7 @@ class CrossBatchMemory(Upstreams, upstreams("CrossBatchMemory")):  # type: ignor
             self.add_to_memory(embeddings, labels, len(embeddings))
             k, other = self._filled(embeddings)
             if first + len(embeddings) > self.memory_size:  # the batch lies around the end: turn the ring
-                k, other, first = k.roll(-first, 0), other.roll(-first), 0
+                k, other, first = k.roll(-first, 0), other.roll(-first), 0  # fault: pml-memory-turns
             rows = Rows.of_labels(embeddings, labels, k, other, first)
         else:
             mask = enqueue_mask.to(embeddings.device)
@@ -244,7 +244,7 @@ class DistributedLossWrapper(Upstreams, upstreams("DistributedLossWrapper", "uti
         """
         size, exact = world_size(), self.ddp_compat == "exact"
         if size > 1 and exact:
-            embeddings = gradient_times(embeddings, size)
+            embeddings = gradient_times(embeddings, size)  # fault: processes-pml-wrapper
             ref_emb = None if ref_emb is None else gradient_times(ref_emb, size)
         rows, ids, columns, column_ids = map(_of_all, (embeddings, labels, ref_emb, ref_labels))
         if isinstance(self.loss, MEMORIES):
@@ -286,4 +286,4 @@ def _of_all(x: Tensor | None) -> Tensor | None:
     if x is None or world_size() == 1:
         return x
     parts = gathered(x.view(torch.uint8) if x.dtype == torch.bool else x).to(x.dtype).chunk(world_size())
-    return torch.cat([x, *(part for i, part in enumerate(parts) if i != rank())])
+    return torch.cat([x, *(part for i, part in enumerate(parts) if i != rank())])  # fault: processes-pml-rows

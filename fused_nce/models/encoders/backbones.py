@@ -47,14 +47,16 @@ def zero_branches_(model: nn.Module, name: str) -> None:
     if not blocks:
         raise ValueError(f"init: 'zero' needs residual blocks with bn2, which {name} has not")
     for block in blocks:
-        nn.init.zeros_((block.bn3 if hasattr(block, "bn3") else block.bn2).weight)
+        nn.init.zeros_((block.bn3 if hasattr(block, "bn3") else block.bn2).weight)  # fault: zero-branches-second
 
 
 def _torchvision(name: str) -> tuple[nn.Module, int]:
     models: Any = _package("torchvision.models", name)
     if name not in models.list_models(module=models):
         raise ValueError(f"backbone: must be {', '.join(OWN)}, a torchvision classifier or timm/NAME, got {name!r}")
-    model: nn.Module = models.get_model(name, weights=None)
+    # Their second classifiers, which only their supervised training has a use for, would make the output no tensor.
+    plain = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    model: nn.Module = models.get_model(name, weights=None, **plain)
     linears = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear)]
     if not linears:
         raise ValueError(f"backbone: {name} has no linear classifier to leave out; need one that has")

@@ -24,7 +24,7 @@ def kaiming_(weight: Tensor) -> None:
 def init_last_(weight: Tensor, init: Init) -> None:
     """The last convolution of a branch: zero (the block starts as its shortcut) or Kaiming like the others."""
     if init == "amdim":
-        nn.init.zeros_(weight)
+        nn.init.zeros_(weight)  # fault: branches-blocks-not
     else:
         kaiming_(weight)
 
@@ -88,7 +88,7 @@ class ResNxN(nn.Module):
         shortcut = F.avg_pool2d(x, self.width, self.stride) if self.width > 1 or self.stride > 1 else x
         if self.extra:
             shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, self.extra))
-        return branch + shortcut
+        return branch + shortcut  # fault: activation-after-residual
 
 
 class ResBlock(nn.Sequential):

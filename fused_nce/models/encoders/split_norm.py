@@ -33,7 +33,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             F.batch_norm(piece, m, v, self.weight, self.bias, True, step, self.eps)
             for piece, m, v in zip(pieces, means, variances, strict=True)
         ]
-        mean.copy_(torch.stack(means).mean(0))
+        mean.copy_(torch.stack(means).mean(0))  # fault: split-batchnorm-keeps
         var.copy_(torch.stack(variances).mean(0))
         return torch.cat(parts)
 

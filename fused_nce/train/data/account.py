@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-
-def printable(text: str) -> str:
-    """A name that may come from anywhere, with control characters and broken encodings escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+from fused_nce.train.files import printable
 
 
 class Account:

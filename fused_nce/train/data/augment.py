@@ -34,8 +34,8 @@ class Views:
         count = len(images)
         cut = self.crops(images) if images.dim() == 4 else images
         size = cut.shape[-3:]
-        one_draw = count if c.flip_shared else count * self.count
-        flipped = geometry.flip(cut.reshape(one_draw, -1, *size[1:]), c.flip_p)
+        one_draw = count if c.flip_shared else count * self.count  # fault: views-flipped-together
+        flipped = geometry.flip(cut.reshape(one_draw, -1, *size[1:]), c.flip_p)  # fault: flip-drawn-each
         views = flipped.reshape(count, self.count, *size).transpose(0, 1).reshape(-1, *size)
         if c.geometry == "translate":  # on bytes, a quarter of the traffic
             views = geometry.move(views, c)

@@ -90,7 +90,7 @@ def grayscale(
     p: float,
 ) -> Tensor:
     """torchvision's `RandomGrayscale(p)`, drawn for every image."""
-    chosen = (torch.rand(len(x)) < p).nonzero().squeeze(1)
+    chosen = (torch.rand(len(x)) < p).nonzero().squeeze(1)  # fault: one-draw-grayscale
     if len(chosen):
         x[chosen] = luma(x[chosen]).expand(-1, 3, -1, -1)
     return x

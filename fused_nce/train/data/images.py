@@ -132,6 +132,7 @@ def decode(source: ImageSource, size: int, resize: int) -> ImageSet:
 
 def decode_native(source: ImageSource, size: int) -> ImageSet | None:
     """Read every image of a source as it is; None at the first that is not `size` px square."""
+    # fault: crops-small-images
     return _decode(source, size, lambda image: image if image.shape[1:] == (size, size) else None)
 
 
@@ -146,7 +147,7 @@ def _decode(source: ImageSource, size: int, prepare: Callable[[Tensor], Tensor |
         if ready is None:
             return None
         images[i] = ready
-        labels[i] = source.labels[index]
+        labels[i] = source.labels[index]  # fault: damaged-image-label
     return ImageSet(
         images,
         labels,

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fused_nce.train.data.account import printable
 from fused_nce.train.data.members import Samples
+from fused_nce.train.files import printable
 
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 CLASSES_FILE = "classes.json"

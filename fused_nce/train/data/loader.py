@@ -153,8 +153,9 @@ class Loader:
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal: the readers must live until the loop has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A signal may reach every process of the terminal or job: the readers must live until the loop has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Keys:
@@ -183,7 +184,7 @@ class Reader(Dataset[tuple[Tensor, int, int]]):
         if self.augment.geometry != "crop":
             return fit(image, self.size, self.size), index, asked
         with torch.random.fork_rng(devices=[]):  # without workers this is the trainer's own generator
-            torch.manual_seed(hash((self.seed, position, asked)))
+            torch.manual_seed(hash((self.seed, position, asked)))  # fault: same-crops-image
             return crops(image, self.augment, self.size, self.views), index, asked
 
 
@@ -199,7 +200,7 @@ def open_data(
     source = ImageSource(data, "train", upright=augment.upright)
     if decoded_bytes(source, size) > limit_bytes:
         return None, source
-    if augment.geometry != "crop":
+    if augment.geometry != "crop":  # fault: small-sets-cropped
         return decode(source, size, size), None
     # A crop is cut from the whole image: unless all have the wanted size, they are read anew each time.
     held = decode_native(source, size)

@@ -12,11 +12,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from fused_nce.train.data.account import Account, printable, some
+from fused_nce.train.data.account import Account, some
 from fused_nce.train.data.folders import SPLIT_FOLDERS, FolderSamples, walk
 from fused_nce.train.data.labels import CLASSES_FILE, Classes
 from fused_nce.train.data.members import IMAGE, Name, Samples, hidden, unread
 from fused_nce.train.data.shards import ShardSamples, find_shards, shards_in
+from fused_nce.train.files import printable
 
 log = logging.getLogger("fused_nce")
 

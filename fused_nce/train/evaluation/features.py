@@ -97,7 +97,7 @@ def extract(
     if len(images) == 0:
         raise ValueError("images: 0 found; need at least 1")
     device = next(model.parameters()).device
-    model.eval()
+    model.eval()  # fault: features-statistics-test
     encode: Encode = model.encode  # type: ignore[assignment]
     check_taps(model, transform(images[:1].to(device)), taps)
     found: dict[str, list[Tensor]] = {tap: [] for tap in taps}

@@ -38,8 +38,8 @@ def nearest(
         )
     if not 1 <= k <= len(bank):
         raise ValueError(f"k: {k}; need 1 to {len(bank)}, the number of labelled images")
-    bank, queries = (functional.normalize(x.float(), dim=1) for x in (bank, queries))
-    return top_k(queries, bank, k, strip=chunk)
+    bank = functional.normalize(bank.float(), dim=1)  # fault: knn-dot-product
+    return top_k(functional.normalize(queries.float(), dim=1), bank, k, strip=chunk)
 
 
 def knn_predict(

@@ -114,6 +114,7 @@ def fit(
     def closure() -> Tensor:
         optimizer.zero_grad()
         weight, bias = parameters()
+        # fault: probe-penalty-not
         loss = LOSSES[kind](F.linear(x, weight, bias), labels) + weight.square().sum() / (2 * c * n)
         loss.backward()
         return loss

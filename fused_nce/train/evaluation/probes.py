@@ -38,7 +38,7 @@ def standardise(bank: Array, queries: Array) -> tuple[Array, Array]:
 
     The statistics come from the images of the probe split, never from the test images, and need no label.
     """
-    mean = bank.mean(axis=0, dtype=np.float64).astype(np.float32)
+    mean = bank.mean(axis=0, dtype=np.float64).astype(np.float32)  # fault: test-images-standardisation
     centred = bank - mean
     sd = np.sqrt(np.square(centred).mean(axis=0, dtype=np.float64)).astype(np.float32)
     # A feature that is constant but for rounding must not be blown up to unit variance.
@@ -125,7 +125,7 @@ def choose_c(
     for rows, held in trials:
         known, own = features[rows], axes or principal_axes(torch.from_numpy(features[rows]))
         for i, c in enumerate(grid):
-            found = fit_predict(known, labels[rows], features[held], c, own, kind)
+            found = fit_predict(known, labels[rows], features[held], c, own, kind)  # fault: penalty-chosen-rows
             right[i] += int((found.predicted == labels[held]).sum())
     return grid[int(np.argmax(right))]
 

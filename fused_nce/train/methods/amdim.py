@@ -67,7 +67,7 @@ class LossConfig:
     antecedents: Literal["sample", "all"] = "sample"
     scale: float | None = setting(None, optional(ABOVE_0))
     clip: float | None = setting(20.0, optional(ABOVE_0))
-    penalty: float = setting(0.05, AT_LEAST_0)
+    penalty: float = setting(0.05, AT_LEAST_0)  # fault: upstream-presets-paper
     tau: float = setting(1.0, ABOVE_0)
     backend: str | None = setting(None, BACKEND)
 

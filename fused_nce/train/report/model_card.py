@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from fused_nce.models.encoders.backbones import OWN, TIMM
+from fused_nce.train.files import read_json
 from fused_nce.train.method import Method
 from fused_nce.train.report import evaluated, runlog, terminal
 
@@ -24,7 +24,7 @@ def text(run: Path, settings: Method, facts: dict[str, Any], state: dict[str, An
         parameters: of the encoder.
         onnx: what became of the ONNX file.
     """
-    found = json.loads((run / EVALUATION).read_text(encoding="utf-8")) if (run / EVALUATION).is_file() else None
+    found = read_json(run / EVALUATION) if (run / EVALUATION).is_file() else None
     title = f"{settings.title} encoder, {Path(settings.data).name}"
     parts = [
         f"---\n{_front(settings, facts, found)}---\n\n# {title}\n",

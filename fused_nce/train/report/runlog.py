@@ -1,14 +1,15 @@
-"""The files of a run that reports are made from and written to: `log.jsonl`, an evaluation's names, whole files."""
+"""The files of a run that reports are made from and written to: `log.jsonl`, an evaluation's names."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import statistics
 from pathlib import Path
 from typing import Any
+
+from fused_nce.train.files import reading
 
 Line = dict[str, Any]
 
@@ -24,7 +25,8 @@ def read_log(run_dir: Path) -> list[Line]:
     path = run_dir / "log.jsonl"
     if not path.is_file():
         raise ValueError(f"run: {run_dir} has no log.jsonl; need the folder of a training run")
-    rows = path.read_text().splitlines()
+    with reading(path):
+        rows = path.read_text(encoding="utf-8").splitlines()
     steps: dict[int, Line] = {}
     for number, row in enumerate(rows, start=1):
         try:
@@ -58,10 +60,3 @@ def median(log: list[Line], key: str) -> float | None:
 def suffix(data: str | None) -> str:
     """Ending of the names of an evaluation's files on another data set."""
     return "" if data is None else "-" + re.sub(r"[^\w.-]+", "_", Path(data).name)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes under a temporary name and renames: a reader never sees half a file."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -1,0 +1,67 @@
+"""The files of a run: read with their name in every error, written whole or not at all; and text fit for a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 64 << 20
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Around whatever parses a file: each kind of damage becomes one error with the file's name.
+
+    Raises:
+        ValueError: naming the file, for anything that the body raises; what it says of a setting stays as it is.
+    """
+    try:
+        yield
+    except Exception as error:  # parsers raise types of their own
+        if str(error).startswith(f"{path}: "):
+            raise
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: cannot be used: {one_line(said)}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: naming the file, if it is missing, above 64 MB, damaged or holds something else.
+    """
+    with reading(path):
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"is above {MAX_JSON_BYTES >> 20} MB")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("holds no JSON object")
+    return values
+
+
+def write_text(path: Path, text: str) -> None:
+    """Under a temporary name, synced, then renamed: a reader, or a run after a crash, never sees half a file."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def one_line(text: str) -> str:
+    """Without line breaks, tabs and runs of blanks."""
+    return " ".join(text.split())
+
+
+def printable(text: object) -> str:
+    """Every character that would steer a terminal, or that it cannot show, as its escape: file names may hold any."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))

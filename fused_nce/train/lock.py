@@ -1,0 +1,77 @@
+"""One trainer a folder: a lock that ends with its process, however that ends.
+
+A record lock (`lockf`): readers of images, which are forked, do not inherit it, and it works on network file systems.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+from pathlib import Path
+from typing import NamedTuple
+
+LOCK_NAME = ".lock"
+
+
+class Held(NamedTuple):
+    """A lock that this process holds."""
+
+    file: int  # descriptor
+    left_behind: bool  # there was a file already: of a process that was killed
+
+
+_held: dict[Path, Held] = {}
+
+
+def take(run_dir: Path) -> Held:
+    """Lock a run's folder for this process, which may hold the lock already.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    path = run_dir.resolve() / LOCK_NAME
+    while True:
+        held = _held.get(path)
+        if held is not None and _is_at(held.file, path):
+            return held
+        found = path.exists()
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(file, 200).decode(errors="replace") or "another process"
+            os.close(file)
+            raise ValueError(
+                f"out: {run_dir} is being trained by {owner}; wait for it, or use another --out"
+            ) from error
+        if not _is_at(file, path):  # who held it has removed it meanwhile
+            os.close(file)
+            continue
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        _held[path] = Held(file, found)
+        return _held[path]
+
+
+def release(run_dir: Path, *, refused: bool = False) -> None:
+    """Give it back, if this process holds it.
+
+    Args:
+        run_dir: folder of the run.
+        refused: leave the folder as it was found.
+    """
+    path = run_dir.resolve() / LOCK_NAME
+    held = _held.pop(path, None)
+    if held is None:
+        return
+    if _is_at(held.file, path) and not (refused and held.left_behind):
+        path.unlink()
+    os.close(held.file)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except OSError:
+        return False

@@ -1,0 +1,42 @@
+"""What a checkpoint knows of its data, and how data differ from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MAX_NAMED = 4
+
+
+def facts(loader: Any) -> dict[str, Any]:
+    """Count, images a class, and a digest of names and labels in their order, of a loader."""
+    labels = loader.labels
+    counts = labels[labels >= 0].bincount(minlength=len(loader.classes)).tolist()
+    return {
+        "count": int(loader.count),
+        "classes": dict(zip(map(str, loader.classes), counts, strict=False)),
+        "digest": getattr(loader, "digest", None),
+    }
+
+
+def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words; empty where nothing changed, or where an older checkpoint does not say."""
+    if not saved:
+        return []
+    lines = [f"images {saved['count']} -> {now['count']}"] if saved["count"] != now["count"] else []
+    old, new = saved["classes"], now["classes"]
+    for what, names in (("gone", old.keys() - new.keys()), ("new", new.keys() - old.keys())):
+        if names:
+            lines.append(f"classes {what}: {_named(sorted(names))}")
+    moved = [f"{name} {old[name]} -> {new[name]}" for name in old if name in new and old[name] != new[name]]
+    if moved:
+        lines.append(f"images of classes: {_named(moved)}")
+    if not lines and list(old) != list(new):
+        lines.append("the order of the classes")
+    if not lines and saved["digest"] and now["digest"] and saved["digest"] != now["digest"]:
+        lines.append("names or labels of some images, with the same counts")
+    return lines
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
