@@ -133,6 +133,28 @@ def filter_arguments(x: Batch, rules: Rules) -> dict[str, Any]:
 # ---- checks -----------------------------------------------------------------------------------------------------
 
 
+def clamped(scale: float | Tensor, max_scale: float | None) -> float | Tensor:
+    """At most `max_scale`, if there is one.
+
+    Raises:
+        TypeError, ValueError: for a limit that is no number > 0.
+    """
+    if max_scale is None:
+        return scale
+    checks.check_number("max_scale", max_scale, above=0)
+    return scale.clamp(max=max_scale) if isinstance(scale, Tensor) else min(scale, max_scale)
+
+
+def checked_kind(kind: str) -> bool:
+    """Whether a guide's margin is relative.
+
+    Raises:
+        ValueError: for neither "absolute" nor "relative".
+    """
+    checks.check_choice("guide_margin_kind", kind, ("absolute", "relative"))
+    return kind == "relative"
+
+
 def checked_directions(directions: Sequence[str], symmetric: bool) -> tuple[str, ...]:
     """In the order of `DIRECTIONS`.
 

@@ -123,9 +123,7 @@ def info_nce(
         if symmetric:
             _check_permutation(targets, m)
     scale = inverse("temperature", temperature, queries.device)
-    if max_scale is not None:
-        checks.check_number("max_scale", max_scale, above=0)
-        scale = scale.clamp(max=max_scale) if isinstance(scale, Tensor) else min(scale, max_scale)
+    scale = candidates.clamped(scale, max_scale)
     rules = Rules(
         directions=candidates.checked_directions(directions, symmetric),
         joint=joint,
@@ -133,7 +131,7 @@ def info_nce(
         filter_own=filter_hard_negatives,
         margin=false_negative_margin,
         guide_margin=guide_margin,
-        relative=guide_margin_kind == "relative",
+        relative=candidates.checked_kind(guide_margin_kind),
         hardness=hardness,
         own_hardness=hardness,
         tau_plus=tau_plus,
@@ -141,7 +139,6 @@ def info_nce(
         clip=clip,
         reduction=reduction,
     )
-    checks.check_choice("guide_margin_kind", guide_margin_kind, ("absolute", "relative"))
     batch = Batch(queries, keys, targets, hard_negatives, query_ids, key_ids, guide, row_weights, column_bias)
     batch = candidates.checked(batch, rules)
     if prefixes is not None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_nce import InfoNCELoss, info_nce
+from fused_nce import CLIPLoss, InfoNCELoss, clip_loss, info_nce
 
 N, D, H = 6, 5, 2
 Q, K, HARD = (
@@ -17,6 +17,7 @@ Q, K, HARD = (
     for i, shape in enumerate(((N, D), (N, D), (N, H, D)))
 )
 IDS = torch.tensor([0, 1, 0, 2, 3, 3])
+TENSORS = ("ids", "guide", "row_weights")
 F64: dict[str, Any] = {"backend": "chunked", "temperature": 0.5}
 
 
@@ -99,6 +100,36 @@ def test_what_equals_what():
         elements = info_nce(q, k, reduction="none", **F64).nce
         weighted = info_nce(q, k, row_weights=w, reduction=reduction, **F64).loss
         same(weighted, (w * elements).sum() / divisor, leaves[:2])
+
+
+def test_clip_loss_is_info_nce_both_ways():
+    """With each of its options; a pair's row weight holds in both directions."""
+    unit = nn.functional.normalize
+    q, k = leaves = graded(unit(Q, dim=1), unit(K, dim=1))
+    for options in (
+        {},
+        {"max_scale": 1.5},
+        {"ids": IDS},
+        {"false_negative_margin": 0.1},
+        {"guide": (Q, K), "guide_margin": 0.2, "guide_margin_kind": "relative"},
+        {"tau_plus": 0.1},
+        {"label_smoothing": 0.1, "row_weights": torch.linspace(0, 1, N).double()},
+        {"prefixes": (2, 5), "prefix_weights": (1, 0.5)},
+    ):
+        others = {{"ids": "query_ids"}.get(name, name): x for name, x in options.items()}
+        same(
+            clip_loss(q, k, 2.0, **options, backend="chunked").loss,
+            info_nce(q, k, temperature=0.5, symmetric=True, **others, backend="chunked").loss,
+            leaves,
+        )
+        module = CLIPLoss(backend="chunked", **{x: y for x, y in options.items() if x not in TENSORS})
+        assert torch.equal(
+            module(q, k, 2.0, **{x: y for x, y in options.items() if x in TENSORS}).loss,
+            clip_loss(q, k, 2.0, **options, backend="chunked").loss,
+        )
+    assert clip_loss(q, k, 2.0, ids=IDS).loss != clip_loss(q, k, 2.0).loss
+    with pytest.raises(ValueError, match=r"^ids: got shape \(5,\), need \(N,\) = \(6,\)$"):
+        clip_loss(q, k, 2.0, ids=IDS[:5])
 
 
 def test_hardness_weighs_and_is_not_differentiated():
