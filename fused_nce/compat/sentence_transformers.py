@@ -71,11 +71,9 @@ def ranking(loss: Any, embeddings: Sequence[Tensor]) -> Tensor:
 def guided(loss: Any, embeddings: Sequence[Tensor], guides: Sequence[Tensor]) -> Tensor:
     """The same of GISTEmbed: anchors, positives, negatives, and the guide's embeddings of them.
 
-    Raises:
-        NotImplementedError: for a negative margin, under which upstream takes a row for its own negative.
+    A row is its own candidate, as upstream has it, unless the guide takes it out: it stays where the positive is its
+    equal or the margin is negative.
     """
-    if loss.margin < 0:
-        raise NotImplementedError(f"margin: got {loss.margin}, need >= 0")
     q, k, *rest = embeddings
     h = torch.stack(list(rest), dim=1) if rest else None
     guide = (*guides[:2], torch.stack(list(guides[2:]), dim=1)) if rest else tuple(guides[:2])
@@ -87,6 +85,7 @@ def guided(loss: Any, embeddings: Sequence[Tensor], guides: Sequence[Tensor]) ->
         guide_margin=loss.margin,
         relative=loss.margin_strategy == "relative",
         local=("q2q",),
+        itself=True,
     )
     x = candidates.unit(candidates.checked(Batch(q, k, None, h, guide=guide), rules))
     return blocks.contrast(x, 1 / loss.temperature, rules, group=_everyone(loss.gather_across_devices)).loss
@@ -189,8 +188,6 @@ def replaced(loss: Any) -> Any:
     ours._modules = dict(loss._modules)
     if getattr(loss, "similarity_fct", cos_sim) not in SIMILARITIES and hasattr(loss, "directions"):
         raise NotImplementedError(f"similarity_fct: got {loss.similarity_fct}, need cos_sim or dot_score")
-    if getattr(loss, "margin", 0) < 0:
-        raise NotImplementedError(f"margin: got {loss.margin}, need >= 0")
     # `MatryoshkaLoss` has put itself around the method of a cached loss: around the twin's now.
     around = ours.__dict__.pop("calculate_loss", None)
     if around is not None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from fused_nce.core.atoms import transform_value
 from fused_nce.core.engine import as_matmul, tile_stats
 from fused_nce.core.group import Group, peers
-from fused_nce.core.spec import Block, Identity, Index, Labels, Layout, Spec, TanhClip
+from fused_nce.core.spec import Block, Identity, Index, Labels, Layout, Separate, Spec, TanhClip
 from fused_nce.core.statistics import poison, softplus
 from fused_nce.core.tails import bad, fixed_sum
 from fused_nce.losses import candidates
@@ -178,11 +178,13 @@ class _Blocks:
             layout, ids = Labels(), {"row_ids": x.query_ids, "column_ids": column_ids}
         elif isinstance(layout, Index):
             ids = {"row_ids": x.targets}
+        if rules.itself and direction in ("q2q", "k2k"):
+            layout, ids = Separate(1), {"positives": rows.new_zeros(rows.shape[0], 1)}  # which nobody reads
         spec = Spec(layout, self.transform, ("neg_lse", "neg_max", *more), unit_norm=x.unit, filters=self.filters)
         guide = None if row_guide is None or column_guide is None else (row_guide, column_guide)
         how = self.how | ({"group": None} if direction in rules.local else {})
         found = tile_stats(rows, columns, spec, scale=scale, **ids, ceilings=self.ceilings, guide=guide, **how)
-        width = layout.n_c if isinstance(layout, Block) else 1
+        width = layout.n_c if isinstance(layout, Block) else 1 - isinstance(layout, Separate)
         every = (rows if columns is None else columns).shape[0] * (1 if direction in rules.local else self.size)
         count = found["neg_count"] if "neg_count" in found else every - width
         return _Negatives(found["neg_lse"], found["neg_max"], found.get("neg_sum"), count)

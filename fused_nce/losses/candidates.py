@@ -35,6 +35,7 @@ class Rules:
         clip: c, or None.
         reduction: of the rows.
         local: the directions that stay on their process.
+        itself: in `q2q` and `k2k` a row is its own candidate too, unless a filter takes it out.
     """
 
     directions: tuple[str, ...] = ("q2k",)
@@ -51,6 +52,7 @@ class Rules:
     clip: float | None = None
     reduction: str = "mean"
     local: tuple[str, ...] = ()
+    itself: bool = False
 
 
 class Batch(NamedTuple):
@@ -116,12 +118,20 @@ def ceilings(x: Batch, rules: Rules) -> Tensor | None:
     lines = []
     with torch.no_grad():
         if rules.margin is not None:
-            lines.append(row_dots(x.q, x.k[own(x)]) + rules.margin)
+            q, k = x.q.detach(), x.k[own(x)].detach()
+            lines.append(row_dots(q, k) + rules.margin + _slack(q, k))
         found = guides(x)
         if found is not None:
             height = (found[0] * found[1][own(x)]).sum(dim=1)
+            height = height + _slack(found[0], found[1][own(x)])
             lines.append(height - rules.guide_margin * (height.abs() if rules.relative else 1.0))
     return torch.stack(lines) if lines else None
+
+
+def _slack(q: Tensor, k: Tensor) -> Tensor:
+    """What two ways to sum one dot product may differ by, twice: the positive's equal is no false negative."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return 2 * torch.finfo(wide).eps * (4 + q.shape[1] ** 0.5) * row_dots(q.abs(), k.abs())
 
 
 def filter_arguments(x: Batch, rules: Rules) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def info_nce(
         query_ids: (N,) int64; a key whose id is the row's is none of its negatives. The row's own key has the row's id.
         key_ids: (M,) int64; None is `query_ids`, without targets.
         false_negative_margin: m in units of ⟨q,k⟩: a candidate with ⟨q,k⟩ > ⟨q,k⁺⟩ + m is no negative; in the other
-            directions likewise (Qwen3-Embedding, arXiv:2506.05176). Within rounding of the sum it may be or not.
+            directions likewise (Qwen3-Embedding, arXiv:2506.05176). What equals that within rounding stays.
         guide: another model's embeddings of the queries, keys and, where hard negatives meet them, hard negatives: a
             candidate whose dot product there is above the positive's less the margin is no negative (GISTEmbed,
             arXiv:2402.16829). They have no gradient.

@@ -102,11 +102,27 @@ def test_what_equals_what():
         same(weighted, (w * elements).sum() / divisor, leaves[:2])
 
 
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_what_equals_the_positive_is_no_false_negative(backend):
+    """The same document twice, at margin 0: summed in another order, its score is the positive's within rounding."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(64, 300, generator=g)
+    k = (q + torch.randn(64, 300, generator=g)).index_select(0, torch.arange(64) // 2)
+    both: tuple[dict[str, Any], ...] = ({"false_negative_margin": 0.0}, {"guide": (q, k)})
+    for options in both:
+        found = info_nce(q, k, temperature=300.0, **options, backend=backend).loss
+        s = q.double() @ k.double().T
+        away = s > s.diagonal()[:, None] + 1e-9
+        exact = nn.functional.cross_entropy((s / 300).masked_fill(away, -1e4), torch.arange(64))
+        assert away.any()
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+
+
 def test_clip_loss_is_info_nce_both_ways():
     """With each of its options; a pair's row weight holds in both directions."""
     unit = nn.functional.normalize
     q, k = leaves = graded(unit(Q, dim=1), unit(K, dim=1))
-    for options in (
+    every: tuple[dict[str, Any], ...] = (
         {},
         {"max_scale": 1.5},
         {"ids": IDS},
@@ -115,7 +131,8 @@ def test_clip_loss_is_info_nce_both_ways():
         {"tau_plus": 0.1},
         {"label_smoothing": 0.1, "row_weights": torch.linspace(0, 1, N).double()},
         {"prefixes": (2, 5), "prefix_weights": (1, 0.5)},
-    ):
+    )
+    for options in every:
         others = {{"ids": "query_ids"}.get(name, name): x for name, x in options.items()}
         same(
             clip_loss(q, k, 2.0, **options, backend="chunked").loss,
