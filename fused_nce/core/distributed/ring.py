@@ -64,6 +64,7 @@ class Ring:
 
     summary, slopes = staticmethod(defaults.summary), staticmethod(defaults.slopes)
     losses = gathered_scores = gathered_grads = None
+    BOTH_WAYS = False
 
     def __init__(self, peers: Peers, problem: Problem, backend: str, choose: Choose) -> None:
         """`backend` as a caller asked for it; it must run both the own block and another's."""
