@@ -11,6 +11,7 @@ from fused_nce.core.workspace import workspace_bytes
 from fused_nce.doctor import backends, doctor
 from fused_nce.grad_cache import GradientCache
 from fused_nce.losses import *  # noqa: F403  (its `__all__` is the one list of losses)
+from fused_nce.mining import mine_hard_negatives
 from fused_nce.patch import patch
 from fused_nce.verify import verify
 
@@ -21,6 +22,7 @@ __all__ = [
     "doctor",
     "gathered_scores",
     "last_path",
+    "mine_hard_negatives",
     "patch",
     "tile_loss",
     "tile_stats",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,17 @@ from torch.utils import _pytree as pytree
 
 from fused_nce.verify import check_within, compare, of_leaves
 
+if TYPE_CHECKING:
+    from fused_nce.compat.known import Trial
+
 
 def patch(
-    module: nn.Module,
+    module: Any,
     *,
     verify_steps: int = 20,
     within: float = 50.0,
     show: bool = True,
-) -> nn.Module:
+) -> Any:
     """Replace the losses that `fused_nce.compat` knows, by their class, in a module and all that it holds.
 
     For the first steps that want a gradient both run: upstream's result is returned, and value and gradients are
@@ -27,13 +31,13 @@ def patch(
     module to its device first. Functions have no place in a module: swap their import.
 
     Args:
-        module: a model, or a loss itself.
+        module: a model, a loss itself, or a trainer whose `loss` is one or a dict of them.
         verify_steps: how many steps of each loss run both; 0 replaces at once.
         within: roundings that a difference may have.
         show: print what is replaced, and when.
 
     Returns:
-        The module, or, for a loss itself, what replaces it.
+        The module or trainer, or, for a loss itself, what replaces it.
 
     Raises:
         ValueError: for a module without a known loss, verify_steps < 0, or, at a step, a difference: upstream's loss
@@ -46,6 +50,8 @@ def patch(
         raise ValueError(f"verify_steps: got {verify_steps}, need >= 0")
     from fused_nce.compat import known  # not before it is asked for: a plain import of the package needs no adapter
 
+    if not isinstance(module, nn.Module):
+        return _patch_trainer(module, verify_steps=verify_steps, within=within, show=show)
     made: dict[nn.Module, nn.Module] = {}
     stays: list[str] = []
     for path, parent, name, theirs in _losses(module, known.is_known):
@@ -62,7 +68,7 @@ def patch(
                 rest = f", after {verify_steps} steps on both" if verify_steps else ""
                 print(f"fused_nce.patch: {path or 'the module'}: {_named(theirs)} -> {_named(ours)}{rest}")
             if verify_steps:
-                setattr(ours, "forward", _Trial(theirs, ours, path, verify_steps, within, show))  # noqa: B010
+                _Trial(known.trial(theirs, ours), theirs, ours, path, verify_steps, within, show)
         if parent is not None:
             setattr(parent, name, made[theirs])
     if stays and not made:
@@ -71,6 +77,23 @@ def patch(
         names = ", ".join(sorted({f"{x.module or '…'}.{x.name}" for x in known.KNOWN}))
         raise ValueError(f"module: got {_named(module)} without a known loss, need one of {names}")
     return made.get(module, module)
+
+
+def _patch_trainer(trainer: Any, **options: Any) -> Any:
+    """Its losses, one by one: those of data sets without a known loss stay."""
+    held = getattr(trainer, "loss", None)
+    if isinstance(held, nn.Module):
+        trainer.loss = patch(held, **options)
+        return trainer
+    if not isinstance(held, dict) or not all(isinstance(x, nn.Module) for x in held.values()):
+        raise TypeError(f"module: got {type(trainer).__name__}, need a module, or a trainer whose `loss` is one")
+    from fused_nce.compat import known
+
+    have = {name: any(True for _ in _losses(loss, known.is_known)) for name, loss in held.items()}
+    if not any(have.values()):
+        patch(nn.ModuleList(held.values()))  # says so
+    trainer.loss = {name: patch(loss, **options) if have[name] else loss for name, loss in held.items()}
+    return trainer
 
 
 def _losses(
@@ -91,17 +114,25 @@ def _named(module: nn.Module) -> str:
 
 
 class _Trial:
-    """The `forward` of a twin on trial: upstream's, whose result both must come to. It goes when they have.
+    """A method of a twin on trial: upstream's, whose result both must come to. It goes when they have.
 
     As an attribute of the twin, not a module around it, it leaves the names of parameters and buffers alone.
     """
 
-    def __init__(self, theirs: nn.Module, ours: nn.Module, path: str, steps: int, within: float, show: bool) -> None:
-        self.theirs, self.ours, self.path, self.left, self.within, self.show = theirs, ours, path, steps, within, show
+    def __init__(
+        self, on: Trial, module: nn.Module, ours: nn.Module, path: str, steps: int, within: float, show: bool
+    ) -> None:
+        self.on, self.theirs, self.module, self.ours = on, on.theirs, module, ours
+        self.path, self.left, self.within, self.show = path, steps, within, show
+        self.before = vars(on.holder).get(on.name)
+        self.method = self.before or functools.partial(getattr(type(on.holder), on.name), on.holder)
+        setattr(on.holder, on.name, self)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        self.theirs.train(self.ours.training)
-        inputs, where = pytree.tree_flatten((args, options))
+        self.module.train(self.ours.training)
+        # Whether a loss is to differentiate itself is none of its value.
+        compared = {key: x for key, x in options.items() if key != "with_backward"}
+        inputs, where = pytree.tree_flatten((args, compared))
         wanted = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
         if wanted and torch.is_grad_enabled():
             self._compare(inputs, wanted, where)
@@ -109,14 +140,10 @@ class _Trial:
 
     def _compare(self, inputs: list[Any], wanted: list[int], where: pytree.TreeSpec) -> None:
         """On copies of upstream's module, and on ours itself, whose memory goes on as upstream's does."""
-
-        def ours(*args: Any, **options: Any) -> Any:
-            return type(self.ours).forward(self.ours, *args, **options)
-
         devices = sorted({x.device.index for x in inputs if isinstance(x, Tensor) and x.is_cuda})
         state = torch.random.get_rng_state()
         with torch.random.fork_rng(devices):
-            both = of_leaves(self.theirs, where), of_leaves(ours, where)  # fault: patch-upstream-own
+            both = of_leaves(self.theirs, where), of_leaves(self.method, where)  # fault: patch-upstream-own
             differences, _ = compare(*both, inputs, wanted, state)
         try:
             check_within(differences, self.within)  # fault: patch-difference-looked
@@ -124,6 +151,9 @@ class _Trial:
             raise ValueError(f"{self.path or 'the module'}: {error}") from None
         self.left -= 1
         if not self.left:
-            del self.ours.forward
+            if self.before is None:
+                delattr(self.on.holder, self.on.name)
+            else:
+                setattr(self.on.holder, self.on.name, self.before)
             if self.show:
                 print(f"fused_nce.patch: {self.path or 'the module'}: both agree, ours runs alone from here")

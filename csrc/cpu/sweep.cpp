@@ -20,7 +20,6 @@
 #include "workspace.h"
 
 namespace fused_nce {
-
 namespace {
 
 template <class E>

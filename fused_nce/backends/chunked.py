@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_nce.backends import gathered
-from fused_nce.backends.tiles import AtomTile, LseTile, Tile, kind
+from fused_nce.backends.tiles import AtomTile, Tile, kind
 from fused_nce.core import atoms, workspace
 from fused_nce.core.defaults import slopes, summary  # noqa: F401  (handed on)
 from fused_nce.core.problem import GatheredGradients, Gradients, Needs, Problem, Statistics
@@ -115,8 +115,7 @@ class _Sweep:
         cast_inputs = q.dtype != self.wide or problem.k.dtype != self.wide
         self.plan = plan(spec, problem.n, problem.m, q.shape[1], self.wide.itemsize, cast_inputs, limit)
         # One allocation for all tiles: a fresh one each costs page faults, and two tiles would be alive together.
-        held = self.kind.BUFFERS if self.kind is LseTile else 1
-        self.buffers = q.new_empty(held, self.plan.strip * self.plan.panel, dtype=self.wide)
+        self.buffers = q.new_empty(self.kind.HELD, self.plan.strip * self.plan.panel, dtype=self.wide)
         self.empty = q.new_empty(0, dtype=self.wide)
         # A positive that no column is (a target out of range, where a GPU cannot say so) stays NaN.
         unknown = q.new_full((problem.n, spec.n_pos), float("nan"), dtype=self.wide)

@@ -17,13 +17,13 @@ from torch import Tensor
 from fused_nce import _extension
 from fused_nce.core import defaults, workspace
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
-from fused_nce.core.spec import MARGINS, VOCABULARY, Bias, Block, Index, Labels, Separate, Spec
+from fused_nce.core.spec import TORCH_ALONE, VOCABULARY, Bias, Block, Index, Labels, Separate, Spec
 from fused_nce.core.statistics import KERNEL_STATISTICS
 from fused_nce.core.tails import KERNEL_TAILS, Coefficients, Tail, fixed_sum
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BOTH_WAYS = True  # `loss` finds the statistics of columns too
-ATOMS = VOCABULARY - MARGINS - {"mixed"}
+ATOMS = VOCABULARY - TORCH_ALONE - {"mixed"}
 losses = gathered_scores = gathered_grads = None
 
 

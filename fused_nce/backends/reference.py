@@ -67,7 +67,7 @@ def _scores(problem: Problem) -> _Problem:
     if spec.distance:
         atoms.to_half_distances(r, q, k)
     s = problem.scale * r
-    of = atoms.sets(problem, range(problem.n), range(problem.m))
+    of = atoms.sets(problem, range(problem.n), range(problem.m), r)
     return _Problem(r, Scores(s, atoms.transform_value(spec.transform, s, problem.bias), of))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_nce.core import atoms
 from fused_nce.core.problem import Problem, Statistics
-from fused_nce.core.spec import STATISTICS, Bias, Spec
+from fused_nce.core.spec import FILTERS, STATISTICS, Bias, Spec
 from fused_nce.core.statistics import Scores, poison
 from fused_nce.core.tails import Coefficients
 
@@ -23,7 +23,11 @@ FAST = frozenset({"block", "index", "separate", "identity", "tanh_clip", "drop_s
 
 def kind(spec: Spec) -> type[Tile]:
     """The cheapest tile that can run a spec."""
-    return LseTile if spec.atoms <= FAST else SortTile if spec.whole_rows else AtomTile
+    if spec.atoms <= FAST:
+        return LseTile
+    if spec.atoms <= FAST | set(FILTERS):
+        return FilteredTile
+    return SortTile if spec.whole_rows else AtomTile
 
 
 class Places:
@@ -52,6 +56,7 @@ class Tile(ABC):
     """What both kinds share: the tile's dot products and the places of its positives and its rows themselves."""
 
     BUFFERS: int  # score-sized tensors alive together
+    HELD = 1  # of them, allocated once for all tiles
 
     def __init__(self, problem: Problem, rows: slice, panel: slice, buffers: Tensor, lse: Tensor | None) -> None:
         """`lse` (strip,) is neg_lse, once it is known: a shift for exponentials."""
@@ -88,7 +93,7 @@ class AtomTile(Tile):
         super().__init__(problem, rows, panel, buffers, lse)
         s = self.r * problem.scale
         t = atoms.transform_value(self.spec.transform, s, problem.bias)
-        self.x = Scores(s, t, atoms.sets(problem, self.rows, self.columns))
+        self.x = Scores(s, t, atoms.sets(problem, self.rows, self.columns, self.r))
 
     def fold(self, pos: Tensor) -> Tensor:
         """By definition."""
@@ -123,11 +128,11 @@ class SortTile(AtomTile):
 class LseTile(Tile):
     """`neg_lse`, `neg_max`, `square` under a clip or none, in place: r, x and e, of which `weights` overwrites e."""
 
-    BUFFERS = 3  # s, t and w of a tile are alive together
+    BUFFERS = HELD = 3  # s, t and w of a tile are alive together
 
     def __init__(self, problem: Problem, rows: slice, panel: slice, buffers: Tensor, lse: Tensor | None) -> None:
         super().__init__(problem, rows, panel, buffers, lse)
-        r, x, e = self.buffers
+        r, x, e, *rest = self.buffers
         clip = self.spec.clip
         self.factor = clip or 1.0
         torch.mul(r, problem.scale / clip if clip else problem.scale, out=x)
@@ -139,6 +144,9 @@ class LseTile(Tile):
             self.own.put(x, x.new_full((), float("-inf")))  # fault: positives-not-dropped
         if self.itself:
             self.itself.put(x, x.new_full((), float("-inf")))  # fault: row-itself-among-exponentials
+        self.out = atoms.left_out(problem, self.rows, self.columns, r, *rest)  # of its positives, none is in x
+        if self.out is not None:
+            x.masked_fill_(self.out, float("-inf"))  # fault: filtered-weighed
         if clip and clip <= atoms.SHIFTLESS_CLIP:
             self.shift: Tensor | float = 0.0
             torch.mul(x, self.factor, out=e).exp_()
@@ -175,6 +183,8 @@ class LseTile(Tile):
         if self.own:
             self.own.put(w, d.d_pos)
         if self.spec.clip:
+            if self.out is not None:
+                self.x.masked_fill_(self.out, 0.0)
             if self.own:
                 self.own.put(self.x, self.own_x)
             if self.itself:
@@ -190,3 +200,9 @@ class LseTile(Tile):
         if self.itself:
             self.itself.put(self.r, self.r.new_zeros(()))
         return self.r
+
+
+class FilteredTile(LseTile):
+    """With the guides' dot products, and bits of what the filters take out."""
+
+    BUFFERS, HELD = 5, 4

@@ -7,7 +7,7 @@ folder, by its settings. A subclass is another class: what it overrides could no
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -23,6 +23,15 @@ class Known(NamedTuple):
     module: str | None  # that it is in, or in a part of; None for a file of one's own
     build: Build
     settings: tuple[str, ...] = ()  # attributes that it must have
+    trial: Callable[[Any, Any], Trial] | None = None  # of (theirs, ours), where not `forward` is what both are given
+
+
+class Trial(NamedTuple):
+    """Where upstream's and its twin meet on tensors."""
+
+    holder: Any  # of the twin's method
+    name: str  # of the method
+    theirs: Callable[..., Any]  # upstream's, of the same arguments
 
 
 def words(adapter: Callable[..., nn.Module], *names: str) -> Build:
@@ -45,9 +54,15 @@ def adapter(theirs: nn.Module) -> nn.Module:
     return theirs if known is None else known.build(theirs).train(theirs.training)
 
 
+def trial(theirs: nn.Module, ours: nn.Module) -> Trial:
+    """What `patch` runs of both on a batch of the user's."""
+    known = _find(theirs)
+    return Trial(ours, "forward", theirs) if known is None or known.trial is None else known.trial(theirs, ours)
+
+
 def _find(module: nn.Module) -> Known | None:
     kind = type(module)
-    for known in KNOWN:
+    for known in (*KNOWN, *SUBCLASSED):
         here = known.module is None or f"{kind.__module__}.".startswith(f"{known.module}.")
         ours = kind.__module__.startswith("fused_nce.")
         if known.name == kind.__name__ and here and not ours and all(hasattr(module, x) for x in known.settings):
@@ -154,4 +169,27 @@ KNOWN = (
     ),
     Known("NCE_MI_MULTI", None, words(amdim.NCE_MI_MULTI, "tclip"), ("tclip",)),
     Known("LossMultiNCE", None, _loss_multi_nce, ("nce_func", "masks_r5")),
+)
+
+
+def _sentence_transformers(name: str) -> Known:
+    """A loss that holds its model, whose twin is a class of upstream's too: not imported before one is seen."""
+
+    def build(theirs: Any) -> nn.Module:
+        from fused_nce.compat import sentence_transformers
+
+        return cast(nn.Module, sentence_transformers.replaced(theirs))
+
+    def meet(theirs: Any, ours: Any) -> Trial:
+        from fused_nce.compat import sentence_transformers
+
+        return Trial(*sentence_transformers.embedded(theirs, ours))
+
+    return Known(name, "sentence_transformers.sentence_transformer.losses", build, trial=meet)
+
+
+SUBCLASSED = tuple(
+    _sentence_transformers(f"{cached}{name}")
+    for cached in ("", "Cached")
+    for name in ("MultipleNegativesRankingLoss", "MultipleNegativesSymmetricRankingLoss", "GISTEmbedLoss")
 )

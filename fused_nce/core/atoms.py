@@ -68,8 +68,29 @@ def at_positives(problem: Problem, columns: Tensor | None) -> Tensor | None:
     return None if columns is None else columns[:, positive_columns(problem, range(problem.n))]
 
 
-def sets(problem: Problem, rows: range, columns: range) -> Sets:
-    """The sets of one tile."""
+def left_out(problem: Problem, rows: range, columns: range, r: Tensor, room: Tensor | None = None) -> Tensor | None:
+    """What the filters take out of a tile's negatives, (N, m) bool; None without a filter.
+
+    Args:
+        problem: with its ceilings and, for `guide`, its guides.
+        rows: of the tile.
+        columns: of the tile.
+        r: (N, m) its dot products.
+        room: (N, m), for those of the guides.
+    """
+    found: Tensor | None = None
+    for name, ceilings in zip(problem.spec.filters, () if problem.ceilings is None else problem.ceilings, strict=True):
+        heights = r
+        if name == "guide":
+            guide_q, guide_k = cast(Tensor, problem.guide_q), cast(Tensor, problem.guide_k)
+            heights = torch.mm(guide_q[rows.start : rows.stop], guide_k[columns.start : columns.stop].T, out=room)
+        above = heights > ceilings[rows.start : rows.stop, None]  # a NaN stays, and shows
+        found = above if found is None else found.logical_or_(above)  # fault: filters-both
+    return found
+
+
+def sets(problem: Problem, rows: range, columns: range, r: Tensor) -> Sets:
+    """The sets of one tile of dot products r, (N, m)."""
     ids = row_ids(problem, rows)
     own = torch.zeros(len(rows), len(columns), dtype=torch.bool, device=problem.q.device)
     if ids is not None:
@@ -78,7 +99,9 @@ def sets(problem: Problem, rows: range, columns: range) -> Sets:
     if problem.spec.drop_self:
         index = torch.arange(columns.start, columns.stop, device=own.device)
         kept = self_columns(problem, rows)[:, None] != index[None, :]
-    return Sets(own & kept, ~own & kept, kept)  # fault: row-itself-among
+    out = left_out(problem, rows, columns, r)
+    found = Sets(own & kept, ~own & kept, kept)  # fault: row-itself-among
+    return found if out is None else found._replace(neg=found.neg & ~out)
 
 
 # ---- transforms -------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class Losses(NamedTuple):
         """Each problem as the other ops have it."""
         each = zip(self.q, self.k, self.spec, self.offset, strict=True)
         return [
-            Scores(q, k, self.scale_tensor, None, None, None, None, self.scale, spec, offset)
+            Scores(q, k, self.scale_tensor, None, None, None, None, None, None, None, self.scale, spec, offset)
             for q, k, spec, offset in each
         ]
 

@@ -203,6 +203,8 @@ def check_scores(
     positives: Tensor | None = None,
     row_ids: Tensor | None = None,
     column_ids: Tensor | None = None,
+    ceilings: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Everything that the engine needs of one problem; `k` None is `q`."""
     check_tensor("q", q, ("N", "D"))
@@ -226,6 +228,31 @@ def check_scores(
     elif bias is not None:
         raise ValueError(f"bias: got one with {spec.transform.code}, need the transform Bias()")
     _check_layout(q, k, spec, offset, positives, row_ids, column_ids)
+    _check_filters(q, k, spec, ceilings, guide)
+
+
+def _check_filters(
+    q: Tensor, k: Tensor, spec: Spec, ceilings: Tensor | None, guide: tuple[Tensor, Tensor] | None
+) -> None:
+    """What the filters read, in the accumulation dtype."""
+    if not spec.filters and (ceilings is not None or guide is not None):
+        raise ValueError(f"{'guide' if ceilings is None else 'ceilings'}: got one without filters, need None")
+    if not spec.filters:
+        return
+    wide, (n, m) = torch.promote_types(q.dtype, torch.float32), (q.shape[0], k.shape[0])
+    if spec.distance:
+        raise ValueError(f"spec: got filters {spec.filters} with {spec.transform.code}, need scores of dot products")
+    if ("guide" in spec.filters) != (guide is not None):
+        raise ValueError(f"guide: got {'none' if guide is None else 'one'} with the filters {spec.filters}, need both")
+    given = [("ceilings", ceilings, (len(spec.filters), n), "(F, N)")]
+    if guide is not None:
+        width = guide[0].shape[-1]
+        given += [("guide rows", guide[0], (n, width), "(N, G)"), ("guide columns", guide[1], (m, width), "(M, G)")]
+    for name, x, shape, letters in given:
+        check_tensor(name, x, ("N", "D"))  # type: ignore[arg-type]
+        if x.shape != shape or x.device != q.device or x.dtype != wide:  # type: ignore[union-attr]
+            seen = f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"  # type: ignore[union-attr]
+            raise ValueError(f"{name}: got {seen}, need {wide} of {letters} = {shape} on {q.device}")
 
 
 def _check_layout(

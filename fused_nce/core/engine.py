@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +77,8 @@ def tile_stats(
     positives: Tensor | None = None,
     row_ids: Tensor | None = None,
     column_ids: Tensor | None = None,
+    ceilings: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
     group: Group = None,
     backend: str | None = None,
 ) -> dict[str, Tensor]:
@@ -95,6 +97,9 @@ def tile_stats(
         positives: (N, P) raw scores, of `Separate`.
         row_ids: (N,) int64, the targets of `Index` or the rows' `Labels`.
         column_ids: (M,) int64, the columns' `Labels`; None with k=None is `row_ids`.
+        ceilings: (F, N), a line for each of `spec.filters`, in the accumulation dtype: a column whose dot product (for
+            `guide`, whose guides' dot product) is above the row's leaves the negatives.
+        guide: (N, G) and (M, G), of the filter `guide`, in the accumulation dtype.
         group: the processes whose keys are columns too; row ids and offset are among this process's own.
         backend: a name of `fused_nce.backends()`, or None to choose.
 
@@ -105,7 +110,7 @@ def tile_stats(
     Raises:
         ValueError, TypeError: naming the argument, the value seen and the value needed.
     """
-    scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids)
+    scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids, ceilings, guide)
     everyone = peers(group)
     if everyone is not None:
         from fused_nce.core.distributed import remote, ring
@@ -137,6 +142,8 @@ def tile_loss(
     positives: Tensor | None = None,
     row_ids: Tensor | None = None,
     column_ids: Tensor | None = None,
+    ceilings: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
     parts: bool = True,
     report_groups: int = 1,
     group: Group = None,
@@ -162,6 +169,8 @@ def tile_loss(
         positives: (N, P) raw scores, of `Separate`.
         row_ids: (N,) int64, as in `tile_stats`.
         column_ids: (M,) int64, as in `tile_stats`.
+        ceilings: (F, N), as in `tile_stats`.
+        guide: (N, G) and (M, G), as in `tile_stats`.
         parts: False where `loss` alone is differentiated: q and k are not kept, a bank may change before the backward.
         report_groups: interleaved groups of rows; row i belongs to group i mod `report_groups`. Each has a line of the
             report of its own.
@@ -176,7 +185,8 @@ def tile_loss(
     if k is None and isinstance(spec.layout, Labels) and column_ids is None:
         column_ids = row_ids
     given = {"bias": bias, "positives": positives, "row_ids": row_ids, "column_ids": column_ids}
-    checks.check_scores(q, k, spec, scale, offset, **given)  # type: ignore[arg-type]
+    filters: dict[str, Any] = {"ceilings": ceilings, "guide": guide}
+    checks.check_scores(q, k, spec, scale, offset, **given, **filters)  # type: ignore[arg-type]
     checks.check_int("report_groups", report_groups)
     if report_groups < 1 or q.shape[0] % report_groups:
         raise ValueError(f"report_groups: got {report_groups} for N = {q.shape[0]} rows, need a divisor of them")
@@ -188,6 +198,8 @@ def tile_loss(
         positives=positives,
         row_ids=row_ids,
         column_ids=column_ids,
+        ceilings=ceilings,
+        guide=guide,
         parts=parts,
         report_groups=report_groups,
         group=group,
@@ -211,6 +223,8 @@ def loss_of(
     own_keys: Tensor | None = None,  # (N, D), no gradient
     row_ids: Tensor | None = None,
     column_ids: Tensor | None = None,
+    ceilings: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
     normalize: bool = False,
     parts: bool = True,
     report_groups: int = 1,
@@ -229,7 +243,7 @@ def loss_of(
     factor, tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
     if isinstance(bias, (int, float)):
         bias = q.new_full((), float(bias), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    if group is None and not torch.compiler.is_compiling():
+    if group is None and not spec.filters and not torch.compiler.is_compiling():
         leaves = (q, k, tensor, bias, positives, own_keys, row_ids, column_ids)
         found = dispatch.whole_loss(spec, tail, leaves, factor, offset, normalize, parts, report_groups, backend or "")
         if found is not None:
@@ -243,7 +257,9 @@ def loss_of(
     q, k = as_matmul(q), k if k is None else as_matmul(k)
     for name, x in {"q": q, "k": k, "scale": scale, "bias": bias, "positives": positives}.items():
         checks.check_no_transform(name, x)
-    scores = Scores(q, k, tensor, bias, positives, row_ids, column_ids, factor, spec.code, offset)
+    guide_q, guide_k = guide or (None, None)
+    ids = (row_ids, column_ids)
+    scores = Scores(q, k, tensor, bias, positives, *ids, ceilings, guide_q, guide_k, factor, spec.code, offset)
     everyone = peers(group)
     if everyone is None:
         return _sweep(scores, spec, tail, parts, report_groups, backend)
@@ -398,15 +414,24 @@ def _prepare(
     positives: Tensor | None,
     row_ids: Tensor | None,
     column_ids: Tensor | None,
+    ceilings: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
 ) -> Scores:
     """Checked inputs in the ops' order, cast as `matmul` would under autocast (differentiably)."""
     q, k = as_matmul(q), k if k is None else as_matmul(k)
     if k is None and isinstance(spec.layout, Labels) and column_ids is None:
         column_ids = row_ids
-    checks.check_scores(
-        q, k, spec, scale, offset, bias=bias, positives=positives, row_ids=row_ids, column_ids=column_ids
-    )
+    given: dict[str, Any] = {
+        "positives": positives,
+        "row_ids": row_ids,
+        "column_ids": column_ids,
+        "ceilings": ceilings,
+        "guide": guide,
+    }
+    checks.check_scores(q, k, spec, scale, offset, bias=bias, **given)
     factor, tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
     if isinstance(bias, (int, float)):
         bias = q.new_full((), float(bias), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    return Scores(q, k, tensor, bias, positives, row_ids, column_ids, factor, spec.code, offset)
+    guide_q, guide_k = guide or (None, None)
+    ids = (row_ids, column_ids)
+    return Scores(q, k, tensor, bias, positives, *ids, ceilings, guide_q, guide_k, factor, spec.code, offset)

@@ -34,6 +34,9 @@ class Scores(NamedTuple):
     positives: Tensor | None  # raw scores
     row_ids: Tensor | None
     column_ids: Tensor | None
+    ceilings: Tensor | None
+    guide_q: Tensor | None
+    guide_k: Tensor | None
     scale: float
     spec: str
     offset: int
@@ -55,9 +58,10 @@ class Scores(NamedTuple):
 
 
 COUNT = len(Scores._fields)
+TENSORS = Scores._fields.index("scale")  # come first
 _SCORES = (
     "Tensor q, Tensor? k, Tensor? scale_tensor, Tensor? bias, Tensor? positives, Tensor? row_ids, Tensor? column_ids, "
-    "float scale, str spec, SymInt offset"
+    "Tensor? ceilings, Tensor? guide_q, Tensor? guide_k, float scale, str spec, SymInt offset"
 )
 _GRADIENTS = "Tensor dq, Tensor dk, Tensor dscale, Tensor dbias, Tensor dpositives"
 # needs: gradient wanted of q, k, scale_tensor, bias, positives. backend "": choose. parts: nce and penalty are
@@ -111,6 +115,9 @@ def _as_problem(x: Scores, backend: str) -> Problem:
         x.column_ids,
         shared=x.k is None,
         blocks=dispatch.blocks_of(backend),
+        ceilings=x.ceilings,
+        guide_q=x.guide_q,
+        guide_k=x.guide_k,
     )
 
 
@@ -248,11 +255,11 @@ for _name, _fake in (("stats", _fake_stats), ("grads", _fake_grads), ("loss", _f
 def _with_graph(ctx: Any, tail: tails.Tail | None, *upstream: Tensor | None) -> list[Any]:
     """The backward under create_graph=True, of inputs that are views of themselves: none is a function of another."""
     twice.check_asked_for(ctx.backend, tail is None or ctx.parts)
-    x = Scores(*ctx.saved_tensors[:7], *ctx.rest).each(lambda y: y.view_as(y))  # fault: double-backward-along
+    x = Scores(*ctx.saved_tensors[:TENSORS], *ctx.rest).each(lambda y: y.view_as(y))  # fault: double-backward-along
     problem = _as_problem(x, ctx.backend)
     found = twice.statistics(problem)
     outputs = found if tail is None else twice.loss(problem, tail, found)
-    return [*twice.gradients(outputs, upstream, x.differentiable, ctx.needs), None, None]
+    return _padded(twice.gradients(outputs, upstream, x.differentiable, ctx.needs))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -263,17 +270,21 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in x.differentiable]
     ctx.needs = [leaf is not None and leaf.requires_grad for leaf in x.differentiable]
     if len(output) == 3:
-        ctx.save_for_backward(*x[:7], *output)
+        ctx.save_for_backward(*x[:TENSORS], *output)
         return
     ctx.tail, ctx.needs, ctx.parts = inputs[COUNT : COUNT + 3]
     ctx.mark_non_differentiable(*output[3 if ctx.parts else 1 :])
-    ctx.save_for_backward(*(output[7:] if not ctx.parts else (*x[:7], *output[4:])))
+    ctx.save_for_backward(*(output[7:] if not ctx.parts else (*x[:TENSORS], *output[4:])))
 
 
 def _as_inputs(ctx: Any, found: tuple[Tensor, ...]) -> list[Any]:
-    """The gradients of the op's tensors in their dtypes, None where not wanted; ids have none."""
-    wanted = [g.to(dtype) if need else None for g, dtype, need in zip(found, ctx.dtypes, ctx.needs, strict=True)]
-    return [*wanted, None, None]
+    """The gradients of the op's tensors in their dtypes, None where not wanted."""
+    return _padded([g.to(dtype) if need else None for g, dtype, need in zip(found, ctx.dtypes, ctx.needs, strict=True)])
+
+
+def _padded(found: list[Tensor | None]) -> list[Tensor | None]:
+    """With None for the op's other tensors: ids, ceilings, guides."""
+    return [*found, *([None] * (TENSORS - len(found)))]
 
 
 def _recompute(ctx: Any, x: Scores, found: tuple[Tensor, ...], d: tails.Coefficients) -> list[Any]:
@@ -287,7 +298,7 @@ def _stats_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         return *_with_graph(ctx, None, *upstream), *([None] * 4)
     upstreams.refuse_batched(*upstream)
     saved = ctx.saved_tensors
-    x, found = Scores(*saved[:7], *ctx.rest), saved[7:]
+    x, found = Scores(*saved[:TENSORS], *ctx.rest), saved[TENSORS:]
     d = [torch.zeros_like(y) if g is None else g for g, y in zip(upstream, found, strict=True)]
     return *_recompute(ctx, x, found, tails.Coefficients(*d)), *([None] * 4)
 
@@ -301,12 +312,12 @@ def _loss_backward(
     saved = ctx.saved_tensors
     if d_nce is None and d_penalty is None:
         if d_loss is None:
-            return *([None] * 7), *rest
+            return *([None] * TENSORS), *rest
         # fault: upstream-gradient-ignored
         stash = tuple(upstreams.times(g, d_loss) if need else g for g, need in zip(saved[-5:], ctx.needs, strict=True))
         return *_as_inputs(ctx, stash), *rest
     # A reported part was differentiated on its own: the stash, at upstream 1 on the sum, cannot serve it.
-    x, found = Scores(*saved[:7], *ctx.rest), saved[7:10]
+    x, found = Scores(*saved[:TENSORS], *ctx.rest), saved[TENSORS : TENSORS + 3]
     return *_recompute(ctx, x, found, coefficients_of(x, ctx.tail, ctx.backend, found, d_loss, d_nce, d_penalty)), *rest
 
 

@@ -25,6 +25,9 @@ class Problem(NamedTuple):
     column_ids: Tensor | None = None  # (M,) int64, of Labels
     shared: bool = False  # k is q: dq must hold both roles' gradient, (W + Wᵀ) q, and dk is empty
     blocks: int = 1  # blocks of M keys that the rows meet: more than k where keys go round several processes
+    ceilings: Tensor | None = None  # (F, N) one line for each of `spec.filters`, in the accumulation dtype
+    guide_q: Tensor | None = None  # (N, G) of the filter `guide`, in the accumulation dtype
+    guide_k: Tensor | None = None  # (M, G)
 
     @property
     def n(self) -> int:

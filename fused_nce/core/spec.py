@@ -30,9 +30,15 @@ MARGINS = frozenset(
         *WHOLE_ROW,
     }
 )
-"""What only the losses of distances and margins name: torch's atoms alone so far, without twins in a kernel."""
+"""What only the losses of distances and margins name."""
 
-VOCABULARY = MARGINS | frozenset(
+FILTERS = ("ceiling", "guide")
+"""What may take a column out of a row's negatives: its dot product, or that of two guides, above the row's ceiling."""
+
+TORCH_ALONE = MARGINS | frozenset({*FILTERS, "neg_sum", "neg_count"})
+"""Atoms of torch alone so far, without twins in a kernel."""
+
+VOCABULARY = TORCH_ALONE | frozenset(
     {
         *("block", "index", "labels", "separate"),  # layouts
         *("identity", "tanh_clip", "bias"),  # transforms
@@ -165,6 +171,7 @@ class Spec:
         drop_self: row i is also column `i + offset` (in `Block`, offset counts images) and is left out of every set.
         unit_norm: the caller guarantees ‖q_i‖ = ‖k_j‖ = 1, so |s| <= scale where that is a number, and a kernel
             needs no running maximum.
+        filters: of `FILTERS`: columns that they find leave the set `neg` alone; each has a line of `ceilings`, (N,).
     """
 
     layout: Layout
@@ -173,6 +180,7 @@ class Spec:
     columns: tuple[str, ...] = ()
     drop_self: bool = False
     unit_norm: bool = False
+    filters: tuple[str, ...] = ()
 
     @property
     def code(self) -> str:
@@ -187,6 +195,8 @@ class Spec:
             words.append("drop_self()")
         if self.unit_norm:
             words.append("unit_norm()")
+        if self.filters:
+            words.append(f"filters({','.join(self.filters)})")
         return " ".join(words)
 
     @property
@@ -222,7 +232,7 @@ class Spec:
     def atoms(self) -> frozenset[str]:
         """The names in `VOCABULARY` that a backend must know to run this."""
         flags = {name for name, used in (("columns", self.columns), ("drop_self", self.drop_self)) if used}
-        return frozenset({self.layout.NAME, self.transform.NAME, *self.stats, *self.columns, *flags})
+        return frozenset({self.layout.NAME, self.transform.NAME, *self.stats, *self.columns, *flags, *self.filters})
 
 
 _code = cached(Spec._written)
@@ -242,11 +252,13 @@ def parse(code: str) -> Spec:
     transform, transform_values = _call(transform_code)
     extra = dict(_call(word) for word in rest)
     stats, columns = tuple(stats_code.split(",")), tuple(extra.get("columns", ()))
+    filters = tuple(extra.get("filters", ()))
     if (
         layout not in LAYOUTS
         or transform not in TRANSFORMS
         or not VOCABULARY.issuperset((*stats, *columns))
-        or not {"columns", "drop_self", "unit_norm"}.issuperset(extra)
+        or not set(FILTERS).issuperset(filters)
+        or not {"columns", "drop_self", "unit_norm", "filters"}.issuperset(extra)
     ):
         raise ValueError(
             f"spec: got {code!r}, need one of {', '.join(LAYOUTS)}, one of {', '.join(TRANSFORMS)}, "
@@ -259,6 +271,7 @@ def parse(code: str) -> Spec:
         columns,
         "drop_self" in extra,
         "unit_norm" in extra,
+        filters,
     )
 
 

@@ -290,8 +290,10 @@ STATISTIC = {
     **_sum("neg_hinge_square", "t", lambda t: _hinge(t).square(), lambda t: 2 * _hinge(t), empty=-1.0, poisoned=True),
     **_sum("neg_active", "t", _active, None, empty=float("-inf")),
     **_sum("pos_sum", "t", lambda t: t, torch.ones_like),
+    **_sum("neg_sum", "t", lambda t: t, torch.ones_like),
     **_sum("pos_square", "t", torch.square, lambda t: 2 * t),
     **_sum("pos_count", "t", lambda t: (t != float("-inf")).to(t.dtype), None, empty=float("-inf")),
+    **_sum("neg_count", "t", lambda t: (t != float("-inf")).to(t.dtype), None, empty=float("-inf")),
     # One statistic, because its weight is small where those of its parts cancel: (1 − ν) − 1 keeps no digit of ν.
     "pos_gap": Statistic(
         over="pos",

@@ -76,7 +76,7 @@ def _strip(p: Problem, rows: slice, wide: torch.dtype) -> tuple[Tensor, Tensor, 
     r = q @ k.T
     s = p.scale * (atoms.to_half_distances(r, q, k) if spec.distance else r)
     t = atoms.transform_value(spec.transform, s, p.bias)
-    x = Scores(s, t, atoms.sets(p, here, every))
+    x = Scores(s, t, atoms.sets(p, here, every, r))
     pos = t[:, :0]
     if isinstance(spec.layout, Separate):
         pos = cast(Tensor, p.positives)[rows]

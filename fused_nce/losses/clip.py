@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from fused_nce.core.engine import loss_of
 from fused_nce.core.group import Group
 from fused_nce.core.spec import Block, Spec
 from fused_nce.core.tails import Nce
+from fused_nce.losses import blocks, candidates
+from fused_nce.losses.candidates import Batch, Rules
 from fused_nce.losses.common import check_rows, dense_nce
 from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
@@ -26,6 +29,17 @@ def clip_loss(
     text: Tensor,  # (N, D)
     logit_scale: float | Tensor,
     *,
+    max_scale: float | None = None,
+    ids: Tensor | None = None,  # (N,) int64
+    false_negative_margin: float | None = None,
+    guide: tuple[Tensor, ...] | None = None,  # (N, G) twice
+    guide_margin: float = 0.0,
+    guide_margin_kind: str = "absolute",
+    tau_plus: float | None = None,
+    label_smoothing: float = 0.0,
+    row_weights: Tensor | None = None,  # (N,)
+    prefixes: Sequence[int] | None = None,
+    prefix_weights: Sequence[float] | None = None,
     group: Group = None,
     backend: str | None = None,
 ) -> NCEOutput:
@@ -35,18 +49,53 @@ def clip_loss(
         image: (N, D), unit rows; float64, 32, 16 or bfloat16.
         text: (N, D), unit rows, same dtype and device.
         logit_scale: factor of the dot product, the exponential of CLIP's parameter; a 0-d tensor is learnable.
+        max_scale: the largest `logit_scale`; a learned one has no gradient beyond it.
+        ids: (N,) int64, of the pairs: those of one id are no negatives of each other.
+        false_negative_margin: as in `info_nce`, in both directions, and so are the rest:
+        guide: (N, G) and (N, G), another model's embeddings of image and text.
+        guide_margin: what a guide's similarity must stay below the positive's by.
+        guide_margin_kind: "absolute" or "relative".
+        tau_plus: the share of false negatives.
+        label_smoothing: ε.
+        row_weights: (N,), of the pairs.
+        prefixes: widths, each a loss of its own.
+        prefix_weights: of the prefixes' losses.
         group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:
-        NCEOutput, in nats; chance is log N. `stats` is of images among texts.
+        NCEOutput, in nats; chance is log N. `stats` is of images among texts; what is made of more than the scores has
+        `info_nce`'s.
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
     """
     check_rows("image", image, "text", text, same_n=True)
     checks.check_scale("logit_scale", logit_scale, image.device)
-    parts = loss_of(image, text, SPEC, TAIL, scale=logit_scale, group=group, backend=backend)
+    chosen = (max_scale, ids, false_negative_margin, guide, tau_plus, row_weights, prefixes, prefix_weights)
+    if all(x is None for x in chosen) and label_smoothing == 0:
+        parts = loss_of(image, text, SPEC, TAIL, scale=logit_scale, group=group, backend=backend)
+        return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
+    scale = candidates.clamped(logit_scale, max_scale)
+    rules = Rules(
+        directions=("q2k", "k2q"),
+        margin=false_negative_margin,
+        guide_margin=guide_margin,
+        relative=candidates.checked_kind(guide_margin_kind),
+        tau_plus=tau_plus,
+        smoothing=label_smoothing,
+    )
+    if ids is not None:
+        checks.check_ids("ids", ids, image.shape[0], "N", image.device)
+    x = candidates.checked(Batch(image, text, None, None, ids, ids, guide, row_weights), rules)
+    if prefixes is not None:
+        widths, weights = candidates.checked_prefixes(prefixes, prefix_weights, image.shape[1])
+        return blocks.contrast_prefixes(x, scale, rules, widths, weights, group=group, backend=backend)
+    if prefix_weights is not None:
+        raise ValueError("prefix_weights: got some without prefixes, need None")
+    if not candidates.one_block(x, rules, symmetric=True):
+        return blocks.contrast(x, scale, rules, group=group, backend=backend)
+    parts = loss_of(image, text, SPEC, TAIL, scale=scale, group=group, backend=backend)
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 
@@ -54,11 +103,12 @@ class CLIPLoss(LossModule):
     """CLIP's loss (`clip_loss`). The scale belongs to the model, as in CLIP, and comes with each call.
 
     Args:
-        group, backend: as in `clip_loss`.
+        group, backend, options: as in `clip_loss`.
 
     Shape:
         image, text: (N, D), rows of norm 1.
         logit_scale: a number or 0-d, the factor itself, not its log.
+        ids, guide, row_weights: as in `clip_loss`.
 
     Example:
         ```
@@ -67,12 +117,21 @@ class CLIPLoss(LossModule):
         ```
     """
 
-    def __init__(self, *, group: Group = None, backend: str | None = None) -> None:
-        super().__init__(group=group, backend=backend)
+    def __init__(self, *, group: Group = None, backend: str | None = None, **options: Any) -> None:
+        super().__init__(group=group, backend=backend, **options)
 
-    def forward(self, image: Tensor, text: Tensor, logit_scale: float | Tensor) -> NCEOutput:
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: float | Tensor,
+        *,
+        ids: Tensor | None = None,
+        guide: tuple[Tensor, ...] | None = None,
+        row_weights: Tensor | None = None,
+    ) -> NCEOutput:
         """`clip_loss` of the batch."""
-        return clip_loss(image, text, logit_scale, **self.kept())
+        return clip_loss(image, text, logit_scale, ids=ids, guide=guide, row_weights=row_weights, **self.kept())
 
 
 def oracle(image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:

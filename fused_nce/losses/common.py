@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
-from fused_nce.core.engine import normalized, widened  # noqa: F401  (what losses do themselves)
+from fused_nce.core.engine import as_matmul, normalized, widened  # noqa: F401  (what losses do themselves)
 from fused_nce.core.statistics import poison
 from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.output import NCEOutput
@@ -23,6 +23,12 @@ def inverse(name: str, temperature: float | Tensor, device: torch.device) -> flo
         return temperature.reciprocal()
     checks.check_number(name, temperature, above=0)
     return 1 / temperature
+
+
+def row_dots(q: Tensor, k: Tensor) -> Tensor:
+    """⟨q_i, k_i⟩, (N,), or, of (N, H, D), ⟨q_i, k_ih⟩, (N, H): as `matmul` would cast them, in float32 at least."""
+    q, k = widened(as_matmul(q)), widened(as_matmul(k))
+    return ((q if k.dim() == 2 else q[:, None]) * k).sum(dim=-1)
 
 
 def fixed_mean(x: Tensor) -> Tensor:

@@ -43,8 +43,10 @@ class Entry:
             are the differentiable inputs but where `frozen` names them.
         oracle: the same arguments, float64, to the loss, dense and in plain torch; it scores by `dense_scores`.
         frozen: arguments without a gradient.
-        two_paths: arguments whose gradient is a sum of two, each rounded to their dtype: the op's and torch's own.
+        two_paths: arguments whose gradient is a sum of several, each rounded to their dtype: an op's and torch's own.
+        paths: how many at most.
         closed: plain torch, linear in its inputs' size: no scores of pairs, so no `dense_scores` and no backend.
+        stopped: its gradient holds a part of the value still, so differences of values are not it.
         kinked: its slope jumps, at a hinge or between two scores that are the highest.
     """
 
@@ -57,7 +59,9 @@ class Entry:
     oracle: Callable[..., Tensor]
     frozen: tuple[str, ...] = ()
     two_paths: tuple[str, ...] = ()
+    paths: int = 2
     closed: bool = False
+    stopped: bool = False
     kinked: bool = False
 
     def example(self, seed: int, size: Size = SMALL) -> dict[str, Any]:

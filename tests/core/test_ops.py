@@ -17,7 +17,7 @@ from tests.marks import nightly_but
 
 SPEC = Spec(Block(3), TanhClip(20.0))
 OPS = torch.ops.fused_nce
-NO_IDS = (None,) * 4  # no bias, positives, row_ids, column_ids
+NO_IDS = (None,) * 7  # bias, positives, ids, ceilings, guides
 
 
 def features(n=4, n_c=3, d=5, dtype=torch.float32, grad="qk", seed=0):

@@ -20,8 +20,11 @@ from fused_nce import (
     sup_con,
 )
 from fused_nce.distributed import Group
+from fused_nce.losses.candidates import DIRECTIONS
 
 BATCH, WIDE, D = 24, 6, 5  # the whole batch divides by 1, 2, 3 and 4, and each part by 2
+
+NOT_ROUND = ("info_nce/filters",)  # their guides do not go round a ring
 
 
 class Net(nn.Module):
@@ -101,6 +104,49 @@ LAWS: dict[str, Callable[[Net, Tensor, Tensor, Group], Tensor]] = {
     ),
     "info_nce/symmetric, targets, none": lambda net, z, y, g: (
         info_nce(z[:, 0], z[:, 1], _swap(z), symmetric=True, reduction="none", group=g).nce.square().mean()
+    ),
+    "info_nce/hard negatives, ids, weights": lambda net, z, y, g: (
+        info_nce(
+            *(z[:, 0], z[:, 1]),
+            hard_negatives=z[:, 2:],
+            share_hard_negatives=True,
+            query_ids=y,
+            row_weights=y + z[:, 0, 0].detach().square(),
+            temperature=1 / net.scale,
+            hardness=0.5,
+            directions=("q2k", "k2q", "k2k"),
+            group=g,
+        ).loss
+    ),
+    "info_nce/own hard negatives, joint, debiased, sum": lambda net, z, y, g: (
+        info_nce(
+            *(z[:, 0], z[:, 1:3].flatten(0, 1), 2 * _swap(z)),
+            hard_negatives=z[:, 2:],
+            temperature=1 / net.scale,
+            directions=DIRECTIONS,
+            joint=True,
+            tau_plus=0.02,
+            normalize=True,
+            reduction="sum",
+            group=g,
+        ).loss
+    ),
+    "info_nce/prefixes, column bias": lambda net, z, y, g: (
+        info_nce(z[:, 0], z[:, 1], prefixes=(2, 5), column_bias=z[:, 3, 0], temperature=0.5, group=g).loss
+    ),
+    "info_nce/filters": lambda net, z, y, g: (
+        info_nce(z[:, 0], z[:, 1], false_negative_margin=0.1, penalty=0.1, guide=(z[:, 2], z[:, 3]), group=g).loss
+        + info_nce(
+            *(z[:, 0], z[:, 1]),
+            hard_negatives=z[:, 3:],
+            share_hard_negatives=True,
+            false_negative_margin=0.2,
+            guide=(z[:, 2], z[:, 3], z[:, 1:2]),
+            directions=DIRECTIONS,
+            joint=True,
+            label_smoothing=0.1,
+            group=g,
+        ).loss
     ),
     "nt_xent": lambda net, z, y, g: nt_xent(z[:, 0], z[:, 1], temperature=1 / net.scale, group=g).loss,
     "sup_con": lambda net, z, y, g: sup_con(z[:, 0], y, temperature=1 / net.scale, group=g).loss,

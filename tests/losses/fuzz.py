@@ -166,7 +166,7 @@ class Judge:
                 self.case.upstream * budget.grads[name],
                 abs(self.case.upstream) * budget.grad_budgets[name],
             )
-            steps = 1 + (name in self.entry.two_paths)  # the smallest step does not scale
+            steps = self.entry.paths if name in self.entry.two_paths else 1  # the smallest step does not scale
             found[name] = eta(grad, value.numpy(), (allowed + steps * p.step).numpy())
         for name in self.wide:
             if isinstance(self.wide[name], Tensor):

@@ -38,7 +38,7 @@ def calls(name, seed, dtype, monkeypatch):
     return found
 
 
-SAMPLES = [(name, seed, dtype) for name in OPEN for seed in range(3) for dtype in DTYPES]
+SAMPLES = [(name, seed, dtype) for name in OPEN if name != "npid_nce" for seed in range(3) for dtype in DTYPES]
 assert len(SAMPLES) >= 200
 
 

@@ -63,6 +63,8 @@ def grown(name, copies, dtype=torch.float32):
         if "keys" in part and "targets" in part:  # among its own
             part["targets"] = part["targets"] + number * len(inputs["keys"])
     for key, x in inputs.items():
+        if isinstance(x, tuple) and isinstance(x[0], Tensor):
+            inputs[key] = tuple(torch.cat(several) for several in zip(*(part[key] for part in parts), strict=True))
         if isinstance(x, Tensor) and x.dim():
             at = 0 if key == "negatives" else min(BATCH_AT.get(entry.name, 0), x.dim() - 1)
             inputs[key] = torch.cat([part[key] for part in parts], at).detach().requires_grad_(key in leaves)
@@ -135,7 +137,7 @@ def test_across_strips_and_panels(name, monkeypatch):
         torch.testing.assert_close(found[0].stats[key], value, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", nightly_but(FIRST, LOSSES))
+@pytest.mark.parametrize("name", nightly_but(FIRST, [name for name, entry in LOSSES.items() if not entry.stopped]))
 def test_gradcheck(name):
     entry, inputs, leaves = posed(name)
 

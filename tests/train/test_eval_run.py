@@ -198,7 +198,7 @@ def test_accuracies_are_on_the_disk_as_they_come(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(scoring, "score", fail_later)
     assert cli.main(["eval", str(folder), "--draws=2", "--labels_per_class=5", "--baselines=false"]) == 2
-    assert "fused-nce: out of memory" in capsys.readouterr().err
+    assert "fused-nce: memory: out of memory" in capsys.readouterr().err
     with (folder / "eval.partial.csv").open(newline="") as file:
         assert [(row["encoder"], row["tap"]) for row in csv.DictReader(file)] == [("trained", "f1")] * 4
     assert (folder / "eval.csv").read_text() == "older"

@@ -7,7 +7,7 @@ themselves are where they were, plus r times one process's: the layout's offset 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,14 +36,17 @@ def spread(x: Scores, spec: Spec, peers: Peers, tail: str | None = None) -> list
     of a row in the other.
 
     Raises:
-        ValueError: the processes disagree, or a target is out of this process's range.
+        ValueError: the processes disagree, a target is out of this process's range, or filters meet column statistics.
         ProcessLostError: one does not come.
     """
     both = bool(spec.columns)
-    labels = [x.column_ids] if x.column_ids is not None else []
+    if both and spec.filters:
+        raise ValueError(f"group: got columns {spec.columns} with the filters {spec.filters}, need one of the two")
     rows = [x.q] if both else []
-    k, *rest = gather([x.keys, *rows, *labels], peers, agreement(x, peers, tail))
-    there = x._replace(k=k, column_ids=rest[-1] if labels else None)
+    beside = {name: y for name in ("column_ids", "guide_k") if (y := getattr(x, name)) is not None}  # the keys
+    k, *rest = gather([x.keys, *rows, *beside.values()], peers, agreement(x, peers, tail))
+    found: dict[str, Any] = dict(zip(beside, rest[len(rows) :], strict=True))
+    there = x._replace(k=k, **found)
     if not both:
         return [_shifted(there, spec, peers)]
     one_way = replace(spec, columns=())

@@ -33,8 +33,10 @@ def code(peers: Peers, backend: str, spec: Spec) -> str:
     """The ring on a backend ("" to choose) as the ops' backend string.
 
     Raises:
-        ValueError: for statistics that no visit has a part of.
+        ValueError: for statistics that no visit has a part of, and for filters, whose guides do not go round.
     """
+    if spec.filters:
+        raise ValueError(f"group: got ring=True with the filters {spec.filters}, need ring=False")
     if spec.whole_rows:
         raise ValueError(f"group: got ring=True with stats {spec.stats}, which need whole rows, need ring=False")
     wire = "" if peers.wire_dtype is None else checks.DTYPES.index(peers.wire_dtype)

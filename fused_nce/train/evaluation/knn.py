@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
+
+from fused_nce.mining import top_k
 
 TEMPERATURE = 0.1
 
@@ -21,7 +22,7 @@ def nearest(
     bank: Tensor,  # (n, D) features with known labels
     queries: Tensor,  # (m, D)
     k: int,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest bank rows of each query by cosine similarity.
 
@@ -38,9 +39,7 @@ def nearest(
     if not 1 <= k <= len(bank):
         raise ValueError(f"k: {k}; need 1 to {len(bank)}, the number of labelled images")
     bank = functional.normalize(bank.float(), dim=1)  # fault: knn-dot-product
-    # In chunks of queries, so that 10,000 × 50,000 similarities (2 GB) are never held at once.
-    parts = [(functional.normalize(part.float(), dim=1) @ bank.T).topk(k, dim=1) for part in queries.split(chunk)]
-    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+    return top_k(functional.normalize(queries.float(), dim=1), bank, k, strip=chunk)
 
 
 def knn_predict(

@@ -1,0 +1,274 @@
+"""A row's candidates from several blocks of scores: how text embedders choose their negatives, on the one engine.
+
+Row i has a positive, query i with its key, of score p_i, and negatives from up to six blocks of scores. A block is a
+problem of the engine of which `neg_lse` is read, log Σ e^t over the row's negatives there, and of no block more than a
+tile is held. What the blocks give is joined in plain torch on (N,) vectors: softplus(lse of all negatives − p_i).
+
+| what | is |
+|---|---|
+| directions `q2k`, `k2q`, `q2q`, `k2k` | blocks of other rows and columns; a row itself is the diagonal of `Block(1)` |
+| ids | the layout `Labels`: columns of the row's id are no negatives |
+| own hard negatives, the positive | (N, H) and (N,) dot products of rows |
+| hard negatives of other rows | the negatives of `Block(H)` |
+| margin, guide | the engine's filters |
+| hardness, t = s + α·stopgrad(r) | a block of scale + α whose gradients are scaled back |
+| a bias a column | one more dimension: ⟨(q, 1), (k, b / scale)⟩ |
+| label smoothing | the statistics `neg_sum` and `neg_count` |
+| debiasing, row weights | the tail |
+| prefixes | one call each, of operands cut and normalised anew |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fused_nce.core.atoms import transform_value
+from fused_nce.core.engine import as_matmul, tile_stats
+from fused_nce.core.group import Group, peers
+from fused_nce.core.spec import Block, Identity, Index, Labels, Layout, Separate, Spec, TanhClip
+from fused_nce.core.statistics import poison, softplus
+from fused_nce.core.tails import bad, fixed_sum
+from fused_nce.losses import candidates
+from fused_nce.losses.candidates import Batch, Rules
+from fused_nce.losses.common import log_count, normalized, row_dots, widened
+from fused_nce.losses.output import NCEOutput
+
+
+@dataclass(frozen=True)
+class _Negatives:
+    """Of one block, by row."""
+
+    lse: Tensor  # (N,)
+    top: Tensor  # (N,) the highest, detached
+    total: Tensor | None  # (N,) Σ t, where label smoothing reads it
+    count: float | Tensor  # of them; (N,) where ids or filters decide
+
+
+def contrast(
+    x: Batch, scale: float | Tensor, rules: Rules, *, group: Group = None, backend: str | None = None
+) -> NCEOutput:
+    """The loss of one width. `scale` is a number or a 0-d tensor."""
+    if x.column_bias is not None:
+        x = _with_bias(x, x.column_bias, scale)
+    blocks = _Blocks(x, scale, rules, group, backend)
+    p = blocks.positives()
+    found = {direction: blocks.negatives(direction) for direction in rules.directions}
+    if rules.joint:
+        every = [negatives for each in found.values() for negatives in each]
+        times = max(1, len({"q2k", "k2q"}.intersection(rules.directions)))  # fault: joint-positive-once
+        losses = _row_loss(p, every, times, scale, rules)
+    else:
+        parts = [_row_loss(p, each, 1, scale, rules) for each in found.values()]
+        losses = torch.stack(parts).mean(dim=0)
+    size = 1 if (everyone := peers(group)) is None else everyone.size
+    n: int | Tensor = losses.shape[0]
+    if x.row_weights is not None:
+        w = widened(x.row_weights.detach())
+        total = fixed_sum(w)
+        if everyone is not None:
+            from fused_nce.core.distributed.collectives import gather
+
+            total = fixed_sum(gather([total[None]], everyone, {"N": losses.shape[0]})[0])
+        losses, n = losses * w, total / size
+    if rules.reduction == "sum":
+        loss = nce = fixed_sum(losses) * size
+    else:
+        loss = fixed_sum(losses) / n
+        nce = losses if rules.reduction == "none" else loss
+    with torch.no_grad():
+        top = torch.stack([negatives.top for each in found.values() for negatives in each]).amax(dim=0)
+        first = next(iter(found.values()))
+        stats = {
+            "top1": fixed_sum((p > top).to(p.dtype)) / p.shape[0],
+            "pos_mean": fixed_sum(p) / p.shape[0],
+            "neg_lse_mean": fixed_sum(_lse([negatives.lse for negatives in first])) / p.shape[0],
+        }
+    return NCEOutput(loss, nce, torch.zeros_like(loss), {name: y.detach() for name, y in stats.items()})
+
+
+def contrast_prefixes(
+    x: Batch,
+    scale: float | Tensor,
+    rules: Rules,
+    prefixes: Sequence[int],
+    weights: Sequence[float],
+    *,
+    group: Group = None,
+    backend: str | None = None,
+) -> NCEOutput:
+    """Σ weight·loss of the operands' first columns, each width normalised on its own (Kusupati et al. 2022)."""
+    found: list[Any] = []
+    for width, weight in zip(prefixes, weights, strict=True):
+        cut: dict[str, Any] = {"q": normalized(x.q[:, :width]), "k": normalized(x.k[:, :width]), "unit": True}
+        h = None if x.h is None else normalized(x.h[..., :width])
+        out = contrast(x._replace(**cut, h=h), scale, rules, group=group, backend=backend)
+        found.append((weight * out.loss, weight * out.nce, out.stats, width))  # fault: prefix-weight-dropped
+    stats = {f"{name}_{width}": y for *_, each, width in found for name, y in each.items()}
+    loss, nce = (torch.stack([each[i] for each in found]).sum(dim=0) for i in range(2))
+    return NCEOutput(loss, nce, torch.zeros_like(loss), stats)
+
+
+class _Blocks:
+    """The blocks of one batch."""
+
+    def __init__(self, x: Batch, scale: float | Tensor, rules: Rules, group: Group, backend: str | None) -> None:
+        self.x, self.scale, self.rules = x, scale, rules
+        self.how: dict[str, Any] = {"group": group, "backend": backend}
+        self.size = 1 if (everyone := peers(group)) is None else everyone.size
+        self.transform = Identity() if rules.clip is None else TanhClip(rules.clip)
+        self.filters = candidates.filters(x, rules)
+        self.own_keys = x.k if x.targets is None else x.k[x.targets]
+        self.ceilings = candidates.ceilings(x, rules)
+        self.guides = candidates.guides(x)
+
+    def positives(self) -> Tensor:
+        """t of each row with its own key, (N,)."""
+        return transform_value(self.transform, self.scale * row_dots(self.x.q, self.own_keys))
+
+    def negatives(self, direction: str) -> list[_Negatives]:
+        """Of every block of a direction, of which a row always has one."""
+        x, ids = self.x, self.x.query_ids
+        guides = dict(zip(("q", "k", "h"), self.guides or (), strict=False))
+        if guides:
+            guides["own"] = guides["k"] if x.targets is None else guides["k"][x.targets]
+        by_row: Layout = Block(1) if x.targets is None else Index()
+        rows, row_guide = (x.q, guides.get("q")) if direction[0] == "q" else (self.own_keys, guides.get("own"))
+        if direction[2] == "k":
+            itself = direction == "k2k" and x.targets is None
+            columns = None if itself else x.k
+            found = [self._block(direction, rows, columns, by_row, x.key_ids, row_guide, guides.get("k"))]
+        else:
+            itself = direction == "q2q"
+            found = [self._block(direction, rows, None if itself else x.q, Block(1), ids, row_guide, guides.get("q"))]
+        if x.h is not None and direction[2] == "k":
+            if direction in self.rules.shared:
+                every = x.h.reshape(-1, x.h.shape[2])
+                guide = guides["h"].reshape(every.shape[0], -1) if "h" in guides else None
+                found.append(self._block(direction, rows, every, Block(x.h.shape[1]), None, row_guide, guide))
+            if direction == "q2k":
+                found.append(self._own())
+        return found
+
+    def _block(
+        self,
+        direction: str,
+        rows: Tensor,
+        columns: Tensor | None,
+        layout: Layout,
+        column_ids: Tensor | None,
+        row_guide: Tensor | None,
+        column_guide: Tensor | None,
+    ) -> _Negatives:
+        x, rules = self.x, self.rules
+        counted = bool(self.filters) or (x.query_ids is not None and column_ids is not None)
+        more = ("neg_sum",) if rules.smoothing else ()
+        if counted and (rules.smoothing or rules.tau_plus is not None):
+            more = (*more, "neg_count")
+        scale: float | Tensor = self.scale
+        if rules.hardness and direction == "q2k":
+            scale = self.scale + rules.hardness
+            rows, columns = (self._toned(y, rules.hardness) for y in (rows, rows if columns is None else columns))
+        ids: dict[str, Any] = {}
+        if column_ids is not None:  # fault: ids-ignored
+            layout, ids = Labels(), {"row_ids": x.query_ids, "column_ids": column_ids}
+        elif isinstance(layout, Index):
+            ids = {"row_ids": x.targets}
+        if rules.itself and direction in ("q2q", "k2k"):
+            layout, ids = Separate(1), {"positives": rows.new_zeros(rows.shape[0], 1)}  # which nobody reads
+        spec = Spec(layout, self.transform, ("neg_lse", "neg_max", *more), unit_norm=x.unit, filters=self.filters)
+        guide = None if row_guide is None or column_guide is None else (row_guide, column_guide)
+        how = self.how | ({"group": None} if direction in rules.local else {})
+        found = tile_stats(rows, columns, spec, scale=scale, **ids, ceilings=self.ceilings, guide=guide, **how)
+        width = layout.n_c if isinstance(layout, Block) else 1 - isinstance(layout, Separate)
+        every = (rows if columns is None else columns).shape[0] * (1 if direction in rules.local else self.size)
+        count = found["neg_count"] if "neg_count" in found else every - width
+        return _Negatives(found["neg_lse"], found["neg_max"], found.get("neg_sum"), count)
+
+    def _own(self) -> _Negatives:
+        """The row's own hard negatives."""
+        x, alpha = self.x, self.rules.own_hardness
+        r = row_dots(x.q, cast(Tensor, x.h))
+        s = self.scale * r
+        t = transform_value(self.transform, s)
+        if alpha:
+            t = t + alpha * r.detach()
+        kept = torch.ones_like(t, dtype=torch.bool)
+        if self.rules.filter_own:
+            lines = iter(() if self.ceilings is None else self.ceilings)
+            with torch.no_grad():
+                if self.rules.margin is not None:
+                    kept = ~(r > next(lines)[:, None])
+                if self.guides is not None:
+                    guide_q, _, guide_h = self.guides
+                    kept = kept & ~((guide_q[:, None] * guide_h).sum(dim=2) > next(lines)[:, None])
+        lse = _lse([y.squeeze(1) for y in t.masked_fill(~kept, float("-inf")).split(1, dim=1)])
+        top = t.detach().masked_fill(~kept, float("-inf")).amax(dim=1)
+        lse = lse + poison(r)  # fault: own-negative-hides
+        return _Negatives(lse, top, t.masked_fill(~kept, 0.0).sum(dim=1), kept.sum(dim=1).to(t.dtype))
+
+    def _toned(self, x: Tensor, alpha: float) -> Tensor:
+        """x, of whose gradient the share that scale has in scale + α gets through."""
+        still = self._still()
+        return x.detach() + (still / (still + alpha)) * (x - x.detach())  # fault: hardness-moves-gradient
+
+    def _still(self) -> float | Tensor:
+        return self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
+
+
+def _row_loss(p: Tensor, found: Sequence[_Negatives], positives: int, scale: float | Tensor, rules: Rules) -> Tensor:
+    """−log of the positive's probability among `positives` times itself and its negatives, (N,)."""
+    lse = _lse([negatives.lse for negatives in found])
+    count = sum(negatives.count for negatives in found)
+    if rules.tau_plus is not None:
+        lse = _debiased(lse, p, count, scale, rules.tau_plus)
+    if positives > 1:
+        several = log_count(positives, p)
+        loss = softplus(lse - p - several) + several
+    else:
+        loss = softplus(lse - p)
+    if rules.smoothing:
+        total = torch.stack([cast(Tensor, negatives.total) for negatives in found]).sum(dim=0)
+        loss = loss + rules.smoothing * (count * p - total) / (positives + count)
+    return loss
+
+
+def _debiased(lse: Tensor, p: Tensor, count: float | Tensor, scale: float | Tensor, tau_plus: float) -> Tensor:
+    """log max( (Σ_neg e^t − n·τ⁺·e^p) / (1 − τ⁺), n·e^(−scale) ), n negatives of unit rows."""
+    log_n = count.log() if isinstance(count, Tensor) else log_count(count, p)
+    rate = log_count(tau_plus, p)
+    taken = log_n + rate + p - lse  # log of the share that goes
+    some = taken < 0
+    left = lse + torch.log1p(-torch.where(some, taken, -1.0).exp()) - log_count(1 - tau_plus, p)
+    least = log_n - scale  # fault: debiased-without-floor
+    return torch.maximum(torch.where(some, left, float("-inf")), least) + bad(lse) + bad(p)
+
+
+def _lse(parts: Sequence[Tensor]) -> Tensor:
+    """log Σ e^part, elementwise; −inf, without a gradient, where all are. A NaN or +inf shows as NaN."""
+    if len(parts) == 1:
+        return parts[0]
+    every = torch.stack(list(parts))
+    peak = every.detach().amax(dim=0)
+    shift = torch.where(peak == float("-inf"), 0.0, peak)
+    total = (every - shift).exp().sum(dim=0)
+    empty = total == 0
+    return torch.where(empty, float("-inf"), shift + torch.where(empty, 1.0, total).log())
+
+
+def _with_bias(x: Batch, bias: Tensor, scale: float | Tensor) -> Batch:
+    """(q, 1) and (k, b / scale): a column's bias as one more dimension, or as three of 16 bits, which keep 24."""
+    x = x._replace(q=as_matmul(x.q), k=as_matmul(x.k), h=None if x.h is None else as_matmul(x.h))
+    left = widened(bias) / scale
+    parts = [left.to(x.q.dtype)]
+    for _ in range(0 if x.q.dtype.itemsize > 2 else 2):
+        left = (left - parts[-1]).detach()  # the first has the gradient  # fault: bias-rounded
+        parts.append(left.to(x.q.dtype))
+    k = torch.cat([x.k, torch.stack(parts, dim=1)], dim=1)
+    q = torch.cat([x.q, x.q.new_ones(x.q.shape[0], len(parts))], dim=1)
+    h = None if x.h is None else torch.cat([x.h, x.h.new_zeros(*x.h.shape[:2], len(parts))], dim=2)
+    return x._replace(q=q, k=k, h=h, column_bias=None, unit=False)

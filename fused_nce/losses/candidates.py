@@ -1,0 +1,299 @@
+"""What of InfoNCE may be chosen: who a row's candidates are and how they count. Settings, tensors, their checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_nce.core import checks
+from fused_nce.losses.common import normalized, row_dots
+
+DIRECTIONS = ("q2k", "k2q", "q2q", "k2k")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What of a loss is no tensor of a row or a column.
+
+    Attributes:
+        directions: of `DIRECTIONS`; which blocks' negatives count.
+        joint: one denominator a row, with the positive in it once for `q2k` and once for `k2q`, which both contain it
+            (Li et al. 2023, arXiv:2308.03281); otherwise the mean of one loss a direction.
+        shared: the directions in which a row's own hard negatives are also the other rows'.
+        filter_own: the filters look at the own hard negatives too.
+        margin: of a false negative's dot product above the positive's; None keeps all.
+        guide_margin: by how much a guide's similarity must stay below the positive's.
+        relative: guide_margin is of the positive's magnitude.
+        hardness: α of the negatives of `q2k` that are other rows'.
+        own_hardness: α of the row's own hard negatives.
+        tau_plus: the share of false negatives to take out (Chuang et al. 2020, arXiv:2007.00224), or None.
+        smoothing: ε.
+        clip: c, or None.
+        reduction: of the rows.
+        local: the directions that stay on their process.
+        itself: in `q2q` and `k2k` a row is its own candidate too, unless a filter takes it out.
+    """
+
+    directions: tuple[str, ...] = ("q2k",)
+    joint: bool = False
+    shared: tuple[str, ...] = ()
+    filter_own: bool = False
+    margin: float | None = None
+    guide_margin: float = 0.0
+    relative: bool = False
+    hardness: float = 0.0
+    own_hardness: float = 0.0
+    tau_plus: float | None = None
+    smoothing: float = 0.0
+    clip: float | None = None
+    reduction: str = "mean"
+    local: tuple[str, ...] = ()
+    itself: bool = False
+
+
+class Batch(NamedTuple):
+    """The tensors, checked; unit rows where `unit`."""
+
+    q: Tensor  # (N, D)
+    k: Tensor  # (M, D)
+    targets: Tensor | None  # (N,) int64, the key of each row; None is i for row i
+    h: Tensor | None = None  # (N, H, D) own hard negatives
+    query_ids: Tensor | None = None  # (N,) int64, equal to the own key's
+    key_ids: Tensor | None = None  # (M,) int64
+    guide: tuple[Tensor, ...] | None = None  # (N, G), (M, G) and, of hard negatives, (N, H, G)
+    row_weights: Tensor | None = None  # (N,)
+    column_bias: Tensor | None = None  # (M,)
+    unit: bool = False
+
+
+def own(x: Batch) -> Tensor:
+    """(N,) the key of each row."""
+    return torch.arange(x.q.shape[0], device=x.q.device) if x.targets is None else x.targets
+
+
+def unit(x: Batch) -> Batch:
+    """Rows of norm one."""
+    h = None if x.h is None else normalized(x.h)
+    guide = None if x.guide is None else tuple(normalized(g) for g in x.guide)
+    return x._replace(q=normalized(x.q), k=normalized(x.k), h=h, guide=guide, unit=True)
+
+
+def merged(x: Batch, rules: Rules) -> Batch:
+    """Hard negatives that count as keys do, as keys."""
+    apart = (x.query_ids, x.guide, x.column_bias)
+    if x.h is None or rules.shared[:1] != ("q2k",) or any(y is not None for y in apart):
+        return x
+    if rules.directions != ("q2k",) or rules.margin is not None or rules.hardness != rules.own_hardness:
+        return x
+    return x._replace(k=torch.cat([x.k, x.h.flatten(0, 1)]), targets=own(x), h=None)
+
+
+def one_block(x: Batch, rules: Rules, symmetric: bool) -> bool:
+    """Whether the queries' positives and negatives are all among the keys, or these among those."""
+    tensors = (x.h, x.query_ids, x.row_weights, x.column_bias)
+    if any(y is not None for y in tensors) or rules.hardness or rules.tau_plus is not None or rules.smoothing:
+        return False
+    both = rules.directions == ("q2k", "k2q") and not rules.joint and not filters(x, rules)
+    return rules.directions == ("q2k",) or (both and (symmetric or x.targets is None))
+
+
+def filters(x: Batch, rules: Rules) -> tuple[str, ...]:
+    """The engine's, in the order of `ceilings`."""
+    return (("ceiling",) if rules.margin is not None else ()) + (("guide",) if x.guide is not None else ())
+
+
+def guides(x: Batch) -> tuple[Tensor, ...] | None:
+    """In the dtype that dot products are summed in, without a gradient."""
+    if x.guide is None:
+        return None
+    return tuple(g.detach().to(torch.promote_types(x.q.dtype, torch.float32)) for g in x.guide)
+
+
+def ceilings(x: Batch, rules: Rules) -> Tensor | None:
+    """(F, N): a candidate whose dot product is above is no negative."""
+    lines = []
+    with torch.no_grad():
+        if rules.margin is not None:
+            q, k = x.q.detach(), x.k[own(x)].detach()
+            lines.append(row_dots(q, k) + rules.margin + _slack(q, k))
+        found = guides(x)
+        if found is not None:
+            height = (found[0] * found[1][own(x)]).sum(dim=1)
+            height = height + _slack(found[0], found[1][own(x)])
+            lines.append(height - rules.guide_margin * (height.abs() if rules.relative else 1.0))
+    return torch.stack(lines) if lines else None
+
+
+def _slack(q: Tensor, k: Tensor) -> Tensor:
+    """What two ways to sum one dot product may differ by, twice: the positive's equal is no false negative."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return 2 * torch.finfo(wide).eps * (4 + q.shape[1] ** 0.5) * row_dots(q.abs(), k.abs())
+
+
+def filter_arguments(x: Batch, rules: Rules) -> dict[str, Any]:
+    """Of `tile_loss`, for the queries among the keys."""
+    found = guides(x)
+    return {"ceilings": ceilings(x, rules), "guide": None if found is None else found[:2]}
+
+
+# ---- checks -----------------------------------------------------------------------------------------------------
+
+
+def clamped(scale: float | Tensor, max_scale: float | None) -> float | Tensor:
+    """At most `max_scale`, if there is one.
+
+    Raises:
+        TypeError, ValueError: for a limit that is no number > 0.
+    """
+    if max_scale is None:
+        return scale
+    checks.check_number("max_scale", max_scale, above=0)
+    return scale.clamp(max=max_scale) if isinstance(scale, Tensor) else min(scale, max_scale)
+
+
+def checked_kind(kind: str) -> bool:
+    """Whether a guide's margin is relative.
+
+    Raises:
+        ValueError: for neither "absolute" nor "relative".
+    """
+    checks.check_choice("guide_margin_kind", kind, ("absolute", "relative"))
+    return kind == "relative"
+
+
+def checked_directions(directions: Sequence[str], symmetric: bool) -> tuple[str, ...]:
+    """In the order of `DIRECTIONS`.
+
+    Raises:
+        ValueError: for an unknown one, one twice, none, or others beside `symmetric`.
+    """
+    names = (directions,) if isinstance(directions, str) else tuple(directions)
+    if not names or len(set(names)) != len(names) or not set(names) <= set(DIRECTIONS):
+        raise ValueError(f"directions: got {directions!r}, need some of {', '.join(map(repr, DIRECTIONS))}, each once")
+    if symmetric and names != ("q2k",):
+        raise ValueError(f"directions: got {directions!r} with symmetric=True, need one of the two")
+    return ("q2k", "k2q") if symmetric else tuple(name for name in DIRECTIONS if name in names)
+
+
+def checked_prefixes(
+    prefixes: Sequence[int], weights: Sequence[float] | None, d: int
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Widths and their weights.
+
+    Raises:
+        TypeError, ValueError: for none, one that is no width of the embeddings, or another number of weights.
+    """
+    for width in prefixes:
+        checks.check_int("prefixes", width)
+        if not 1 <= width <= d:
+            raise ValueError(f"prefixes: got {width}, need 1 <= prefix <= D = {d}")
+    if not prefixes:
+        raise ValueError("prefixes: got none, need at least one width")
+    found = (1.0,) * len(prefixes) if weights is None else tuple(weights)
+    if len(found) != len(prefixes):
+        raise ValueError(f"prefix_weights: got {len(found)}, need one for each of {len(prefixes)} prefixes")
+    for weight in found:
+        checks.check_number("prefix_weights", weight)
+    return tuple(prefixes), found
+
+
+def checked(x: Batch, rules: Rules) -> Batch:
+    """The batch, with the ids of its keys.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value seen and the value needed.
+    """
+    _check_rules(x, rules)
+    n, m, device = x.q.shape[0], x.k.shape[0], x.q.device
+    if x.h is not None:
+        checks.check_tensor("hard_negatives", x.h, ("N", "H", "D"))
+        checks.check_no_transform("hard_negatives", x.h)
+        checks.check_pair("queries", x.q, "hard_negatives", x.h)
+        if x.h.shape[0] != n:
+            raise ValueError(f"hard_negatives: got N = {x.h.shape[0]}, need queries' {n}")
+    vectors = ("row_weights", x.row_weights, n, "N"), ("column_bias", x.column_bias, m, "M")
+    for name, vector, length, letter in vectors:
+        if vector is not None:
+            checks.check_tensor(name, vector, (letter,))
+            if vector.shape != (length,) or vector.device != device:
+                seen = f"shape {tuple(vector.shape)} on {vector.device}"
+                raise ValueError(f"{name}: got {seen}, need ({letter},) = ({length},) on {device}")
+    if x.guide is not None:
+        _check_guide(x, x.guide, rules)
+    if x.query_ids is None:
+        if x.key_ids is not None:
+            raise ValueError("key_ids: got some without query_ids, need both")
+        return x
+    checks.check_ids("query_ids", x.query_ids, n, "N", device)
+    key_ids = x.query_ids if x.key_ids is None and x.targets is None else x.key_ids
+    if key_ids is None:
+        raise ValueError("key_ids: got None with targets, need a (M,) int64 tensor")
+    checks.check_ids("key_ids", key_ids, m, "M", device)
+    if key_ids is not x.query_ids:
+        _check_own_ids(x, x.query_ids, key_ids)
+    return x._replace(key_ids=key_ids)
+
+
+def _check_rules(x: Batch, rules: Rules) -> None:
+    if rules.margin is not None:
+        checks.check_number("false_negative_margin", rules.margin)
+    checks.check_number("guide_margin", rules.guide_margin)
+    checks.check_number("hardness", rules.hardness, at_least=0)
+    checks.check_number("label_smoothing", rules.smoothing, at_least=0)
+    if rules.smoothing >= 1:
+        raise ValueError(f"label_smoothing: got {rules.smoothing}, need < 1")
+    if rules.tau_plus is not None:
+        checks.check_number("tau_plus", rules.tau_plus, above=0)
+        if rules.tau_plus >= 1:
+            raise ValueError(f"tau_plus: got {rules.tau_plus}, need < 1")
+    together = {
+        "hardness": (rules.hardness and rules.clip is not None, "clip", "clip=None"),
+        "share_hard_negatives": (bool(rules.shared) and x.h is None, "no hard_negatives", "some"),
+        "filter_hard_negatives": (
+            rules.filter_own and (x.h is None or not filters(x, rules)),
+            "no hard_negatives, or neither a margin nor a guide",
+            "both",
+        ),
+        "guide_margin": (rules.guide_margin and x.guide is None, "no guide", "one"),
+        "column_bias": (
+            x.column_bias is not None and (rules.directions != ("q2k",) or rules.margin is not None),
+            f"directions {rules.directions}, false_negative_margin {rules.margin}",
+            "('q2k',) and None",
+        ),
+    }
+    for name, (wrong, seen, need) in together.items():
+        if wrong:
+            raise ValueError(f"{name}: got it with {seen}, need {need}")
+
+
+def _check_guide(x: Batch, guide: tuple[Tensor, ...], rules: Rules) -> None:
+    sizes = {"(N, G)": x.q.shape[:1], "(M, G)": x.k.shape[:1]}
+    if x.h is not None and (rules.shared or rules.filter_own):
+        sizes["(N, H, G)"] = x.h.shape[:2]
+    if not isinstance(guide, (tuple, list)) or len(guide) != len(sizes):
+        seen = f"{len(guide)} tensors" if isinstance(guide, (tuple, list)) else type(guide).__name__
+        raise ValueError(f"guide: got {seen}, need a tuple of {' and '.join(sizes)}")
+    width = guide[0].shape[-1] if isinstance(guide[0], Tensor) else 0
+    for y, (letters, shape) in zip(guide, sizes.items(), strict=True):
+        checks.check_tensor("guide", y, tuple(letters.strip("()").split(", ")))
+        if y.shape != (*shape, width) or y.device != x.q.device:
+            need = f"{letters} = {(*shape, width)} on {x.q.device}"
+            raise ValueError(f"guide: got shape {tuple(y.shape)} on {y.device}, need {need}")
+
+
+def _check_own_ids(x: Batch, query_ids: Tensor, key_ids: Tensor) -> None:
+    """The own key has the row's id. Only a CPU's are read; a GPU checks its own, without a wait."""
+    same = key_ids[own(x)] == query_ids
+    if x.q.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool(same.all()):
+            row = int((~same).to(torch.int64).argmax())
+            raise ValueError(
+                f"query_ids: got {int(query_ids[row])} for row {row}, whose own key has the id "
+                f"{int(key_ids[own(x)][row])}, need the same"
+            )
+    else:
+        torch._assert_async(same.all(), "query_ids: got another id than the row's own key has, need the same")

@@ -1,0 +1,282 @@
+"""The choice of negatives: what is refused, what equals what. The registry holds every option to its dense oracle."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fused_nce import CLIPLoss, InfoNCELoss, clip_loss, info_nce
+
+N, D, H = 6, 5, 2
+Q, K, HARD = (
+    torch.randn(*shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+    for i, shape in enumerate(((N, D), (N, D), (N, H, D)))
+)
+IDS = torch.tensor([0, 1, 0, 2, 3, 3])
+TENSORS = ("ids", "guide", "row_weights")
+F64: dict[str, Any] = {"backend": "chunked", "temperature": 0.5}
+
+
+def graded(*tensors):
+    return [x.detach().clone().requires_grad_() for x in tensors]
+
+
+def same(one, other, leaves, rtol=1e-12):
+    """Two losses, and their gradients by the leaves, relative to the largest."""
+    torch.testing.assert_close(one, other, rtol=rtol, atol=1e-14)
+    pairs = (torch.autograd.grad(x, leaves, allow_unused=True) for x in (one, other))
+    for a, b in zip(*pairs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a - b).abs().max() <= 100 * max(rtol, torch.finfo(a.dtype).eps) * a.abs().max()
+
+
+def test_golden():
+    """One row by hand: s⁺ = 2, an in-batch negative of 1, own hard negatives of 0 and −1, at scale 1."""
+    q, k = torch.tensor([[1.0, 0.0], [0.0, 9.0]]).double(), torch.tensor([[2.0, 0.0], [1.0, 9.0]]).double()
+    hard = torch.tensor([[[0.0, 1.0], [-1.0, 0.0]], [[0.0, -9.0], [0.0, -9.0]]]).double()
+    options: dict[str, Any] = {"temperature": 1.0, "reduction": "none", "backend": "reference", "hard_negatives": hard}
+    e = math.exp
+
+    def first(**more):
+        return info_nce(q, k, **options, **more).nce[0].item()
+
+    def xent(*negatives, positives=1):
+        return math.log(positives + sum(e(x - 2) for x in negatives))
+
+    assert first() == pytest.approx(xent(1, 0, -1), rel=1e-14)
+    assert first(share_hard_negatives=True) == pytest.approx(xent(1, 0, -1, 0, 0), rel=1e-14)
+    assert first(false_negative_margin=-1.5) == pytest.approx(xent(0, -1), rel=1e-14)
+    assert first(false_negative_margin=-2.5, filter_hard_negatives=True) == pytest.approx(xent(-1), rel=1e-14)
+    assert first(hardness=0.5) == pytest.approx(xent(1.5, 0, -1.5), rel=1e-14)
+    assert first(query_ids=torch.tensor([4, 4])) == pytest.approx(xent(0, -1), rel=1e-14)
+    # k2q: ⟨k_0, q⟩ = 2, 0; q2q: ⟨q_0, q_1⟩ = 0; k2k: ⟨k_0, k_1⟩ = 2.
+    joint: dict[str, Any] = {"directions": ("q2k", "k2q", "q2q", "k2k"), "joint": True}
+    assert first(**joint) == pytest.approx(xent(1, 0, -1, 0, 0, 2, positives=2), rel=1e-14)
+    apart = (xent(1, 0, -1) + xent(0) + xent(0) + xent(2)) / 4
+    assert first(directions=joint["directions"]) == pytest.approx(apart, rel=1e-14)
+    smooth = 0.9 * xent(1, 0, -1) + 0.1 * (xent(1, 0, -1) + 2 - (2 + 1 + 0 - 1) / 4)
+    assert first(label_smoothing=0.1) == pytest.approx(smooth, rel=1e-14)
+    g = (e(1) + e(0) + e(-1) - 3 * 0.05 * e(2)) / 0.95
+    assert first(tau_plus=0.05) == pytest.approx(math.log(1 + g * e(-2)), rel=1e-14)
+    assert first(tau_plus=0.5) == pytest.approx(math.log(1 + 3 * e(-1) * e(-2)), rel=1e-14)  # its floor
+
+
+def test_what_equals_what():
+    q, k, h = leaves = graded(Q, K, HARD)
+    appended = torch.cat([k, h.flatten(0, 1)])
+    shared = {"hard_negatives": h, "share_hard_negatives": True}
+    same(info_nce(q, k, **shared, **F64).loss, info_nce(q, appended, torch.arange(N), **F64).loss, leaves)
+    # The same by blocks: ids of which none comes twice take the way of the rest.
+    distinct = torch.arange(N)
+    same(info_nce(q, k, **shared, query_ids=distinct, **F64).loss, info_nce(q, k, **shared, **F64).loss, leaves)
+    both = ("q2k", "k2q")
+    same(info_nce(q, k, directions=both, **F64).loss, info_nce(q, k, symmetric=True, **F64).loss, leaves[:2])
+    same(
+        info_nce(q, k, directions=both, row_weights=torch.ones(N).double(), **F64).loss,
+        info_nce(q, k, symmetric=True, **F64).loss,
+        leaves[:2],
+    )
+    permuted = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    one = info_nce(q, k, permuted, symmetric=True, row_weights=torch.ones(N).double(), **F64).loss
+    same(one, info_nce(q, k, permuted, symmetric=True, **F64).loss, leaves[:2])
+    # A bias of every column alike moves nothing; one of −∞ leaves the column out.
+    same(info_nce(q, k, column_bias=torch.full((N,), 3.0).double(), **F64).loss, info_nce(q, k, **F64).loss, leaves[:2])
+    more = torch.cat([k, torch.randn(2, D, dtype=torch.float64)])
+    away = torch.tensor([0.0] * N + [-1e3] * 2).double()
+    same(
+        info_nce(q, more, torch.arange(N), column_bias=away, **F64).loss, info_nce(q, k, **F64).loss, leaves[:2], 1e-11
+    )
+    # A guide that is the model itself, and no margin, is a false negative's margin of 0.
+    guided = info_nce(q, k, guide=(Q, K), guide_margin=-0.1, **F64).loss
+    same(guided, info_nce(q, k, false_negative_margin=0.1, **F64).loss, leaves[:2])
+    # Rows of weight 0 are negatives still, and no rows.
+    w = torch.tensor([2.0, 0, 1, 1, 0, 1]).double()
+    for reduction, divisor in (("mean", 5), ("sum", 1)):
+        elements = info_nce(q, k, reduction="none", **F64).nce
+        weighted = info_nce(q, k, row_weights=w, reduction=reduction, **F64).loss
+        same(weighted, (w * elements).sum() / divisor, leaves[:2])
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_what_equals_the_positive_is_no_false_negative(backend):
+    """The same document twice, at margin 0: summed in another order, its score is the positive's within rounding."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(64, 300, generator=g)
+    k = (q + torch.randn(64, 300, generator=g)).index_select(0, torch.arange(64) // 2)
+    both: tuple[dict[str, Any], ...] = ({"false_negative_margin": 0.0}, {"guide": (q, k)})
+    for options in both:
+        found = info_nce(q, k, temperature=300.0, **options, backend=backend).loss
+        s = q.double() @ k.double().T
+        away = s > s.diagonal()[:, None] + 1e-9
+        exact = nn.functional.cross_entropy((s / 300).masked_fill(away, -1e4), torch.arange(64))
+        assert away.any()
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_clip_loss_is_info_nce_both_ways():
+    """With each of its options; a pair's row weight holds in both directions."""
+    unit = nn.functional.normalize
+    q, k = leaves = graded(unit(Q, dim=1), unit(K, dim=1))
+    every: tuple[dict[str, Any], ...] = (
+        {},
+        {"max_scale": 1.5},
+        {"ids": IDS},
+        {"false_negative_margin": 0.1},
+        {"guide": (Q, K), "guide_margin": 0.2, "guide_margin_kind": "relative"},
+        {"tau_plus": 0.1},
+        {"label_smoothing": 0.1, "row_weights": torch.linspace(0, 1, N).double()},
+        {"prefixes": (2, 5), "prefix_weights": (1, 0.5)},
+    )
+    for options in every:
+        others = {{"ids": "query_ids"}.get(name, name): x for name, x in options.items()}
+        same(
+            clip_loss(q, k, 2.0, **options, backend="chunked").loss,
+            info_nce(q, k, temperature=0.5, symmetric=True, **others, backend="chunked").loss,
+            leaves,
+        )
+        module = CLIPLoss(backend="chunked", **{x: y for x, y in options.items() if x not in TENSORS})
+        assert torch.equal(
+            module(q, k, 2.0, **{x: y for x, y in options.items() if x in TENSORS}).loss,
+            clip_loss(q, k, 2.0, **options, backend="chunked").loss,
+        )
+    assert clip_loss(q, k, 2.0, ids=IDS).loss != clip_loss(q, k, 2.0).loss
+    with pytest.raises(ValueError, match=r"^ids: got shape \(5,\), need \(N,\) = \(6,\)$"):
+        clip_loss(q, k, 2.0, ids=IDS[:5])
+
+
+def test_hardness_weighs_and_is_not_differentiated():
+    """t = s + α·sg(r) of the negatives: the gradient holds the second part still, by the temperature too."""
+    q, k, t = leaves = graded(Q, K, torch.tensor(0.5).double())
+    own = torch.eye(N, dtype=torch.bool)
+    r = q @ k.T
+    weighed = r / t + (1.5 * r.detach()).masked_fill(own, 0.0)
+    exact = nn.functional.cross_entropy(weighed, torch.arange(N))
+    same(info_nce(q, k, hardness=1.5, temperature=t, backend="chunked").loss, exact, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_prefixes_are_the_sum_of_their_losses(dtype):
+    """Value and gradients, hard negatives and other options included."""
+    q, k, h = leaves = graded(*(x.to(dtype) for x in (Q, K, HARD)))
+    for options in (
+        {},
+        {"hard_negatives": h, "share_hard_negatives": True, "hardness": 0.5},
+        {"directions": ("q2k", "k2k")},
+    ):
+        out = info_nce(q, k, prefixes=(2, 3, 5), prefix_weights=(0.5, 1, 2), **options, backend="chunked")
+        parts = []
+        for d, weight in ((2, 0.5), (3, 1), (5, 2)):
+            cut = options | ({"hard_negatives": h[..., :d]} if "hard_negatives" in options else {})
+            parts.append(weight * info_nce(q[:, :d], k[:, :d], normalize=True, **cut, backend="chunked").loss)
+        same(out.loss, torch.stack(parts).sum(), leaves, rtol=1e-12 if dtype == torch.float64 else 1e-6)
+        assert {"top1_2", "pos_mean_3", "neg_lse_mean_5"} <= set(out.stats)
+
+
+def test_a_clamped_scale_has_no_gradient_beyond_its_limit():
+    for temperature, wants in ((0.2, True), (0.005, False)):
+        t = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
+        loss = info_nce(Q, K, temperature=t, max_scale=100.0, backend="reference").loss
+        assert torch.equal(loss, info_nce(Q, K, temperature=max(temperature, 0.01), backend="reference").loss)
+        assert (torch.autograd.grad(loss, t)[0] != 0) == wants
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_rows_without_negatives_cost_nothing(n):
+    """Ids that are all one, or a single row: loss and gradients 0, whatever the direction."""
+    q, k = leaves = graded(Q[:n], K[:n])
+    for options in (
+        {},
+        {"directions": ("q2k", "q2q", "k2k"), "joint": True},
+        {"tau_plus": 0.1},
+        {"label_smoothing": 0.1},
+    ):
+        out = info_nce(q, k, query_ids=torch.zeros(n, dtype=torch.int64), **options, **F64)
+        grads = torch.autograd.grad(out.loss, leaves)
+        assert out.loss == 0
+        assert not any(g.any() for g in grads)
+    hidden = info_nce(q, k, query_ids=torch.arange(n), false_negative_margin=-100.0, **F64)
+    assert hidden.loss == 0
+
+
+def test_a_score_that_is_not_finite_shows():
+    """In every option's loss."""
+    bad = K.clone()
+    bad[2, 1] = float("nan")
+    hard = HARD.clone()
+    hard[1, 0, 0] = float("inf")
+    options = (
+        {"query_ids": IDS},
+        {"false_negative_margin": 0.1},
+        {"guide": (Q, K)},
+        {"hardness": 1.0},
+        {"tau_plus": 0.1},
+        {"label_smoothing": 0.1},
+        {"directions": ("k2k", "q2q"), "joint": True},
+        {"prefixes": (2, 5)},
+        {"column_bias": torch.zeros(N).double()},
+    )
+    for each in options:
+        assert info_nce(Q, bad, **each, backend="chunked").loss.isnan(), each
+    for share in (False, True):
+        assert not info_nce(Q, K, hard_negatives=hard, share_hard_negatives=share, backend="chunked").loss.isfinite()
+
+
+def test_16_bits_keep_a_bias():
+    """log Q to 24 bits, where the embeddings have 8."""
+    q, k = Q.bfloat16(), K.bfloat16()
+    bias = torch.linspace(-9, -3, N) + 1e-3
+    found = info_nce(q, k, column_bias=bias, temperature=0.05).loss
+    exact = nn.functional.cross_entropy(20 * q.double() @ k.double().T + bias.double(), torch.arange(N))
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+ERRORS: dict[str, dict[str, Any]] = {
+    "directions: got ('q2d',), need some of 'q2k', 'k2q', 'q2q', 'k2k', each once": {"directions": ("q2d",)},
+    "directions: got ('q2q',) with symmetric=True, need one of the two": {"directions": ("q2q",), "symmetric": True},
+    "hard_negatives: got shape (6, 5), need (N, H, D)": {"hard_negatives": Q},
+    "hard_negatives: got N = 4, need queries' 6": {"hard_negatives": HARD[:4]},
+    "share_hard_negatives: got it with no hard_negatives, need some": {"share_hard_negatives": True},
+    "key_ids: got some without query_ids, need both": {"key_ids": IDS},
+    "query_ids: got 1 for row 1, whose own key has the id 5, need the same": {
+        "query_ids": IDS,
+        "key_ids": IDS.index_fill(0, torch.tensor([1]), 5),
+    },
+    "guide: got 1 tensors, need a tuple of (N, G) and (M, G)": {"guide": (Q,)},
+    "guide: got 2 tensors, need a tuple of (N, G) and (M, G) and (N, H, G)": {
+        "guide": (Q, K),
+        "hard_negatives": HARD,
+        "share_hard_negatives": True,
+    },
+    "guide: got shape (6, 3) on cpu, need (M, G) = (6, 5) on cpu": {"guide": (Q, K[:, :3])},
+    "guide_margin: got it with no guide, need one": {"guide_margin": 0.1},
+    "guide_margin_kind: got 'percent', need one of 'absolute', 'relative'": {"guide_margin_kind": "percent"},
+    "hardness: got -1, need a finite number >= 0": {"hardness": -1},
+    "hardness: got it with clip, need clip=None": {"hardness": 1.0, "clip": 3.0},
+    "tau_plus: got 1.0, need < 1": {"tau_plus": 1.0},
+    "label_smoothing: got 1.0, need < 1": {"label_smoothing": 1.0},
+    "row_weights: got shape (5,) on cpu, need (N,) = (6,) on cpu": {"row_weights": torch.ones(5)},
+    "column_bias: got it with directions ('q2k', 'k2q'), false_negative_margin None, need ('q2k',) and None": {
+        "column_bias": torch.ones(6),
+        "directions": ("k2q", "q2k"),
+    },
+    "penalty: got 0.1 with more than keys, clip and filters, need 0": {"penalty": 0.1, "hardness": 1.0},
+    "prefixes: got 9, need 1 <= prefix <= D = 5": {"prefixes": (2, 9)},
+    "prefix_weights: got 1, need one for each of 2 prefixes": {"prefixes": (2, 5), "prefix_weights": (1.0,)},
+    "prefix_weights: got some without prefixes, need None": {"prefix_weights": (1.0,)},
+    "max_scale: got 0, need a finite number > 0": {"max_scale": 0},
+}
+
+
+def test_messages():
+    for message, options in ERRORS.items():
+        with pytest.raises((ValueError, TypeError)) as caught:
+            info_nce(Q, K, **options)
+        assert str(caught.value) == message
+        if not any(isinstance(x, (torch.Tensor, tuple)) for x in options.values()):
+            with pytest.raises((ValueError, TypeError)):
+                InfoNCELoss(**options)(Q, K)
