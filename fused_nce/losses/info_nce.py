@@ -25,6 +25,9 @@ from fused_nce.losses.common import check_rows, inverse, masked_lse
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, ids, places, register
 
+NO_CHOICE = (None,) * 17
+"""Of candidates: the keys alone."""
+
 
 def info_nce(
     queries: Tensor,  # (N, D)
@@ -123,6 +126,16 @@ def info_nce(
         if symmetric:
             _check_permutation(targets, m)
     scale = inverse("temperature", temperature, queries.device)
+    tail = Nce(float(penalty), reduction)
+    how: dict[str, Any] = {"group": group, "backend": backend}
+    chosen = (
+        *(hard_negatives, query_ids, key_ids, false_negative_margin, guide, tau_plus, row_weights, column_bias),
+        *(max_scale, prefixes, prefix_weights, joint or None, hardness or None, label_smoothing or None),
+        *(guide_margin or None, share_hard_negatives or None, filter_hard_negatives or None),
+    )
+    if chosen == NO_CHOICE and directions == ("q2k",) and guide_margin_kind == "absolute":
+        spec = _spec(targets is not None, clip, tail.stats, symmetric, normalize, ())
+        return _one_block(queries, keys, spec, tail, scale=scale, row_ids=targets, normalize=normalize, **how)
     scale = candidates.clamped(scale, max_scale)
     rules = Rules(
         directions=candidates.checked_directions(directions, symmetric),
@@ -144,7 +157,7 @@ def info_nce(
     if prefixes is not None:
         widths, weights = candidates.checked_prefixes(prefixes, prefix_weights, queries.shape[1])
         _check_no_penalty(penalty)
-        return blocks.contrast_prefixes(batch, scale, rules, widths, weights, group=group, backend=backend)
+        return blocks.contrast_prefixes(batch, scale, rules, widths, weights, **how)
     if prefix_weights is not None:
         raise ValueError("prefix_weights: got some without prefixes, need None")
     alone = candidates.one_block(batch, rules, symmetric) and not candidates.filters(batch, rules)
@@ -153,26 +166,17 @@ def info_nce(
     batch = candidates.merged(batch, rules)
     if not candidates.one_block(batch, rules, symmetric):
         _check_no_penalty(penalty)
-        return blocks.contrast(batch, scale, rules, group=group, backend=backend)
-    tail = Nce(float(penalty), reduction)
-    spec = _spec(
-        batch.targets is not None,
-        None if clip is None else float(clip),
-        tail.stats,
-        len(rules.directions) == 2,
-        normalize,
-        candidates.filters(batch, rules),
-    )
-    parts = loss_of(
-        *(batch.q, batch.k, spec, tail),
-        scale=scale,
-        row_ids=batch.targets,
-        **candidates.filter_arguments(batch, rules),
-        normalize=normalize and not batch.unit,
-        group=group,
-        backend=backend,
-    )
-    nce = parts.nce.squeeze(1) if reduction == "none" else parts.nce
+        return blocks.contrast(batch, scale, rules, **how)
+    both = len(rules.directions) == 2
+    spec = _spec(batch.targets is not None, clip, tail.stats, both, normalize, candidates.filters(batch, rules))
+    more = candidates.filter_arguments(batch, rules)
+    unit = normalize and not batch.unit
+    return _one_block(batch.q, batch.k, spec, tail, scale=scale, row_ids=batch.targets, normalize=unit, **more, **how)
+
+
+def _one_block(queries: Tensor, keys: Tensor, spec: Spec, tail: Nce, **options: Any) -> NCEOutput:
+    parts = loss_of(queries, keys, spec, tail, **options)
+    nce = parts.nce.squeeze(1) if tail.reduction == "none" else parts.nce
     return NCEOutput(parts.loss, nce, parts.penalty, parts.report)
 
 
@@ -181,7 +185,7 @@ def _spec(
     targets: bool, clip: float | None, stats: tuple[str, ...], both: bool, normalize: bool, filters: tuple[str, ...]
 ) -> Spec:
     """The C++ kernels compute neg_lse, neg_max and square at once; `square` costs the others a pass."""
-    transform = Identity() if clip is None else TanhClip(clip)
+    transform = Identity() if clip is None else TanhClip(float(clip))
     layout, columns = Index() if targets else Block(1), ("neg_lse",) if both else ()
     return Spec(layout, transform, stats, columns, unit_norm=normalize, filters=filters)
 
