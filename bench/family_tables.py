@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from bench.family import RIVALS
@@ -56,7 +57,10 @@ def table(record: Record, threads: int | None = None) -> str:
         others = [n for n in names if n not in ("eager", "compile", "chunked", "ours")]
         best = min(others, key=lambda name: time_ms(row, name), default=None)
         other = f"{RIVALS[best].label} {time_ms(row, best) / ours:.2f}×" if best else "–"
-        peaks = [f"{max(0.0, names[n]['peak_memory_mib']):.1f}" if n in names else "–" for n in ("ours", "eager")]
+        peaks = [
+            f"{max(0.0, names[n].get('peak_memory_mib', math.nan)):.1f}" if n in names else "–"
+            for n in ("ours", "eager")
+        ]
         wrong = [f"{names[n]['gradient_error']:.0e}" if n in names else "–" for n in ("ours", "eager")]
         rows.append(
             [row["label"], number(ours), *ratios, other, f"{ours / row['bound_ms']:.2f}×", *peaks, " / ".join(wrong)]
@@ -65,7 +69,7 @@ def table(record: Record, threads: int | None = None) -> str:
         "problem", "fused_nce, ms", "eager ÷ ours", "torch.compile ÷ ours", "best other ÷ ours",
         "of the least GEMMs", "fused_nce, MiB", "eager, MiB", "gradient error: ours / eager",
     ]  # fmt: skip
-    note = f"Loss and gradients, float32, {threads} threads; memory above inputs and gradients; error against float64."
+    note = f"Loss and gradients, float32, {threads} threads; memory above inputs and gradients; GEMMs by `torch.mm`."
     return f"{markdown(header, rows)}\n\n{note} {host_line(record)}"
 
 
@@ -78,7 +82,10 @@ def faster_from(record: Record) -> str:
         rest = rows[slower[-1] + 1 :] if slower else rows
         sizes = f"{rest[0]['n']:,} × {rest[0]['m']:,}" if rest else "none of the sizes measured"
         parts.append(f"`{loss}` {sizes}")
-    return f"Faster than every rival from these sizes on ({host_line(record)}): {', '.join(parts)}."
+    names = {name for row in record["problems"] for name in row["rivals"]} - {"ours", "chunked"}
+    rivals = "; ".join(RIVALS[name].label for name in RIVALS if name in names)
+    host = f"{record['host']['cpu_model']}, {isa(record)}"
+    return f"Faster than {rivals} on {host}, at every size measured from these on: {', '.join(parts)}."
 
 
 def _winners(row: Row) -> list[str]:

@@ -167,10 +167,10 @@ def newest_gpu_record() -> Record | None:
     return max(records, key=lambda record: record["date_utc"], default=None)
 
 
-def family(text: Callable[[Record], str]) -> str:
-    """A text of the newest run of the family."""
-    found = family_tables.records()
-    return text(found[0]) if found else "No run is committed yet: `python -m bench.family` makes one."
+def family(text: Callable[[Record], str], isa: str = "AVX512") -> str:
+    """A text of the newest run of the family with an instruction set."""
+    found = [record for record in family_tables.records() if record["host"]["torch_cpu_capability"] == isa]
+    return text(found[0]) if found else f"No run with {isa} is committed yet: `python -m bench.family` makes one."
 
 
 BLOCKS: dict[str, Callable[[Record], str]] = {
@@ -181,7 +181,8 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "cpu-memory-fit": memory_fit,
     "cpu-host": host_line,
     "family-table": lambda record: family(family_tables.table),
-    "family-from": lambda record: family(family_tables.faster_from),
+    "family-table-avx2": lambda record: family(family_tables.table, "AVX2"),
+    "family-from": lambda record: "\n\n".join(family(family_tables.faster_from, isa) for isa in ("AVX512", "AVX2")),
     "slower": lambda record: family_tables.slower(family_tables.records()),
     "when-it-matters": lambda record: roofline.table(),
     "losses": lambda record: losses.table("docs/losses.md"),

@@ -21,10 +21,12 @@ from fused_nce.core.group import Group, peers
 from fused_nce.core.spec import Block, Identity, Spec, TanhClip, cached
 from fused_nce.core.tails import REDUCTIONS, REPORT, Nce
 from fused_nce.losses.common import dense_nce
+from fused_nce.losses.heard import heard
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
 
+@heard
 def amdim_nce(
     antecedents: Tensor,  # (n_a, D), or (n_a, n_r, D): n_r rows of each image
     consequents: Tensor,  # (n_k, n_c, D)

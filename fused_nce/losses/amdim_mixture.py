@@ -22,11 +22,13 @@ from fused_nce.core.statistics import softplus
 from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.amdim import AMDIMLoss, check_features, check_settings, locations
 from fused_nce.losses.common import dense_nce, fixed_mean
+from fused_nce.losses.heard import heard
 from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
 
+@heard
 def amdim_mixture_nce(
     antecedents: Tensor,  # (n_a, m, D)
     consequents: Tensor,  # (n_k, n_c, D)

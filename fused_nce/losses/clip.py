@@ -16,6 +16,7 @@ from fused_nce.core.tails import Nce
 from fused_nce.losses import blocks, candidates
 from fused_nce.losses.candidates import Batch, Rules
 from fused_nce.losses.common import check_rows, dense_nce
+from fused_nce.losses.heard import heard
 from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
@@ -24,6 +25,7 @@ SPEC = Spec(Block(1), stats=Nce().stats, columns=("neg_lse",))
 TAIL = Nce()
 
 
+@heard
 def clip_loss(
     image: Tensor,  # (N, D)
     text: Tensor,  # (N, D)

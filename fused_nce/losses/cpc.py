@@ -22,6 +22,7 @@ from fused_nce.core.spec import Block, Labels, Spec
 from fused_nce.core.statistics import softplus
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import dense_nce, exposed, fixed_mean, output, widened
+from fused_nce.losses.heard import heard
 from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, ids, places, register
@@ -32,6 +33,7 @@ NEGATIVES = ("batch", "sequence")
 SEQUENCE = Spec(Labels(), stats=("pos_lse", "pos_max"), drop_self=True)
 
 
+@heard
 def cpc_nce(
     predictions: Tensor,  # (S, N, D), W_s c_i
     targets: Tensor,  # (S, N, D), z_(i+s)

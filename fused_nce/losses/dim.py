@@ -24,6 +24,7 @@ from fused_nce.core.spec import Block, Identity, Spec
 from fused_nce.core.statistics import softplus
 from fused_nce.core.tails import Nce, fixed_sum
 from fused_nce.losses.common import dense_nce, fixed_lse, fixed_mean, log_count, output
+from fused_nce.losses.heard import heard
 from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
@@ -32,6 +33,7 @@ ESTIMATORS = ("jsd", "dv", "nce")
 ANCHORS = ("global", "local", "both")
 
 
+@heard
 def dim_mi(
     local: Tensor,  # (B, L, D)
     global_: Tensor,  # (B, D) or (B, G, D)

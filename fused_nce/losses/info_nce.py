@@ -22,6 +22,7 @@ from fused_nce.core.tails import REDUCTIONS, Nce
 from fused_nce.losses import blocks, candidates
 from fused_nce.losses.candidates import Batch, Rules
 from fused_nce.losses.common import check_rows, inverse, masked_lse
+from fused_nce.losses.heard import heard
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, ids, places, register
 
@@ -29,6 +30,7 @@ NO_CHOICE = (None,) * 17
 """Of candidates: the keys alone."""
 
 
+@heard
 def info_nce(
     queries: Tensor,  # (N, D)
     keys: Tensor,  # (M, D)

@@ -17,6 +17,7 @@ from fused_nce.core.group import Group
 from fused_nce.core.spec import Block, Spec
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import check_rows, dense_nce, inverse
+from fused_nce.losses.heard import heard
 from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
@@ -26,6 +27,7 @@ SPEC = Spec(Block(2, 2), stats=Nce().stats, drop_self=True)
 UNIT, TAIL = replace(SPEC, unit_norm=True), Nce()
 
 
+@heard
 def nt_xent(
     view0: Tensor,  # (N, D)
     view1: Tensor,  # (N, D)

@@ -13,6 +13,7 @@ from fused_nce.core.group import Group
 from fused_nce.core.spec import Bias, Block, Spec
 from fused_nce.core.tails import Sigmoid
 from fused_nce.losses.common import check_rows
+from fused_nce.losses.heard import heard
 from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
@@ -21,6 +22,7 @@ SPEC = Spec(Block(1), Bias(), stats=Sigmoid().stats)
 TAIL = Sigmoid()
 
 
+@heard
 def siglip_loss(
     image: Tensor,  # (N, D)
     text: Tensor,  # (N, D)

@@ -20,6 +20,7 @@ from fused_nce.core.spec import Labels, Spec
 from fused_nce.core.tails import LogIn, LogOut
 from fused_nce.losses import registry
 from fused_nce.losses.common import inverse, masked_lse
+from fused_nce.losses.heard import heard
 from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, register
@@ -29,6 +30,7 @@ UNIT = replace(SPEC, unit_norm=True)
 TAILS = {"out": LogOut(), "in": LogIn()}
 
 
+@heard
 def sup_con(
     features: Tensor,  # (N, D)
     labels: Tensor,  # (N,) int64

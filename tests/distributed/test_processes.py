@@ -269,3 +269,29 @@ def test_a_group_is_refused_where_there_is_none():
         assert said(lambda g=group: amdim_nce(q, k, group=g)).startswith(expected)
     assert said(lambda: Processes(timeout_s=0)).startswith("ValueError: timeout_s: got 0")
     assert said(lambda: Processes(wire_dtype=torch.int8)).startswith("ValueError: wire_dtype: got torch.int8")
+
+
+def misused(rank: int) -> dict[str, str]:
+    """A bad argument on process 1 alone, in every loss that takes a group; then on both."""
+    x, y = torch.randn(4, 8), torch.randn(4, 3, 8)
+    bad = float("nan") if rank == 1 else 0.5
+    group = Processes(timeout_s=20)
+    labels = torch.arange(4) if rank == 0 else torch.arange(4).float()
+    return {
+        "amdim_nce": said(lambda: amdim_nce(x, y, clip=bad, group=group)),
+        "info_nce": said(lambda: info_nce(x, x, temperature=bad, group=group)),
+        "nt_xent": said(lambda: nt_xent(x, x, temperature=bad, group=Processes(ring=True, timeout_s=20))),
+        "sup_con": said(lambda: sup_con(x, labels, group=group)),
+        "both": said(lambda: nt_xent(x, x, temperature=-1.0 - rank, group=group)),
+        "after": said(lambda: nt_xent(x, x, group=group)),
+    }
+
+
+def test_a_bad_argument_of_one_process_is_heard_by_all(tmp_path):
+    first, second = run(tmp_path, SIZE, misused)
+    for name in ("amdim_nce", "info_nce", "nt_xent", "sup_con"):
+        kind, _, message = second[name].partition(": ")
+        assert first[name] == f"ValueError: group: process 1 raised {kind}: {message}"
+    assert "got -1.0" in first["both"]
+    assert "got -2.0" in second["both"]
+    assert first["after"] == second["after"] == ""  # nobody waits for anybody

@@ -7,8 +7,10 @@ all tell each other what they have, and raise the same error.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -83,6 +85,22 @@ def _host_group(name: str) -> dist.ProcessGroup:
     return _host_groups[name]
 
 
+_exchanges = threading.local()
+RAISED = "raised"
+
+
+def exchanges() -> int:
+    """How often this thread has met the other processes to agree."""
+    return getattr(_exchanges, "count", 0)
+
+
+def tell(peers: Peers, error: Exception) -> None:
+    """Come to the exchange that the others wait in with what went wrong here, so that all of them raise it."""
+    said = f"{type(error).__name__}: {error}"[: TEXT_BYTES // 4]
+    with contextlib.suppress(ValueError, ProcessLostError):
+        agree(peers.name, peers.timeout_s, {RAISED: said})
+
+
 def agree(name: str, timeout_s: float, seen: Seen) -> None:
     """All processes see the same, such as {"N": 64, "scale": "10.0"}, or all raise the same error.
 
@@ -90,6 +108,7 @@ def agree(name: str, timeout_s: float, seen: Seen) -> None:
         ValueError: naming what differs and where, on every process alike.
         ProcessLostError: where one does not answer.
     """
+    _exchanges.count = exchanges() + 1
     group, text = _host_group(name), json.dumps(dict(seen)).encode()
     mine = torch.tensor([int.from_bytes(hashlib.sha256(text).digest()[:8], "little", signed=True)])
     digests = mine.new_empty(dist.get_world_size(group))
@@ -101,6 +120,9 @@ def agree(name: str, timeout_s: float, seen: Seen) -> None:
     texts = padded.new_empty(len(digests) * TEXT_BYTES)
     finish("the exchange of settings", timeout_s, lambda: group._allgather_base(texts, padded))
     everyone = [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in texts.view(-1, TEXT_BYTES)]
+    for rank, one in enumerate(everyone):
+        if RAISED in one:
+            raise ValueError(f"group: process {rank} raised {one[RAISED]}")
     names = list(dict.fromkeys(key for one in everyone for key in one))
     differ = [key for key in names if len({one.get(key) for one in everyone}) > 1]
     first: dict[tuple[str, ...], int] = {}  # what was seen, and the first process that saw it
