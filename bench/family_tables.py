@@ -74,7 +74,7 @@ def table(record: Record, threads: int | None = None) -> str:
 
 
 def faster_from(record: Record) -> str:
-    """Per loss: the rows from which on ours beats every rival, at every size measured and any number of threads."""
+    """Per loss: the size from which on no rival beats ours, at every size measured and any number of threads."""
     parts = []
     for loss in dict.fromkeys(row["loss"] for row in record["problems"]):
         rows = sorted((row for row in record["problems"] if row["loss"] == loss), key=lambda row: row["n"] * row["m"])
@@ -85,7 +85,8 @@ def faster_from(record: Record) -> str:
     names = {name for row in record["problems"] for name in row["rivals"]} - {"ours", "chunked"}
     rivals = "; ".join(RIVALS[name].label for name in RIVALS if name in names)
     host = f"{record['host']['cpu_model']}, {isa(record)}"
-    return f"Faster than {rivals} on {host}, at every size measured from these on: {', '.join(parts)}."
+    at = "at every size measured from these on"
+    return f"No slower than {rivals} (2 % counts as equal) on {host}, {at}: {', '.join(parts)}."
 
 
 def _winners(row: Row) -> list[str]:

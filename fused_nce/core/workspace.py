@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -26,7 +27,7 @@ def limit_bytes(device_type: str) -> int:
         mb = float(text)
     except ValueError:
         mb = 0.0
-    if not mb > 0:
+    if not 0 < mb < math.inf:
         raise ValueError(f"FUSED_NCE_WORKSPACE_MB: got {text!r}, need a positive number of MiB")
     return int(mb * (1 << 20))
 

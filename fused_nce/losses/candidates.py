@@ -75,11 +75,15 @@ def own(x: Batch) -> Tensor:
     return torch.arange(x.q.shape[0], device=x.q.device) if x.targets is None else x.targets
 
 
+def unit_guide(x: Batch) -> Batch:
+    """The guide's rows of norm one."""
+    return x if x.guide is None else x._replace(guide=tuple(normalized(g) for g in x.guide))
+
+
 def unit(x: Batch) -> Batch:
     """Rows of norm one."""
     h = None if x.h is None else normalized(x.h)
-    guide = None if x.guide is None else tuple(normalized(g) for g in x.guide)
-    return x._replace(q=normalized(x.q), k=normalized(x.k), h=h, guide=guide, unit=True)
+    return unit_guide(x)._replace(q=normalized(x.q), k=normalized(x.k), h=h, unit=True)
 
 
 def merged(x: Batch, rules: Rules) -> Batch:
@@ -259,10 +263,18 @@ def _check_rules(x: Batch, rules: Rules) -> None:
             "both",
         ),
         "guide_margin": (rules.guide_margin and x.guide is None, "no guide", "one"),
+        "hard_negatives": (
+            x.h is not None and not {"q2k", *rules.shared}.intersection(rules.directions),
+            f"directions {rules.directions}, in which none is a candidate",
+            "'q2k' among them",
+        ),
+        # The bias is one more dimension of the dot product: what is not linear in that would act on it.
         "column_bias": (
-            x.column_bias is not None and (rules.directions != ("q2k",) or rules.margin is not None),
-            f"directions {rules.directions}, false_negative_margin {rules.margin}",
-            "('q2k',) and None",
+            x.column_bias is not None
+            and (rules.directions != ("q2k",) or rules.margin is not None or rules.clip is not None or rules.hardness),
+            f"directions {rules.directions}, false_negative_margin {rules.margin}, clip {rules.clip}, hardness "
+            f"{rules.hardness}",
+            "('q2k',), None, None and 0",
         ),
     }
     for name, (wrong, seen, need) in together.items():

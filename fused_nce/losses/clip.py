@@ -75,7 +75,7 @@ def clip_loss(
     check_rows("image", image, "text", text, same_n=True)
     checks.check_scale("logit_scale", logit_scale, image.device)
     chosen = (max_scale, ids, false_negative_margin, guide, tau_plus, row_weights, prefixes, prefix_weights)
-    if all(x is None for x in chosen) and label_smoothing == 0:
+    if chosen == (None,) * 8 and not (label_smoothing or guide_margin) and guide_margin_kind == "absolute":
         parts = loss_of(image, text, SPEC, TAIL, scale=logit_scale, group=group, backend=backend)
         return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
     scale = candidates.clamped(logit_scale, max_scale)

@@ -99,7 +99,8 @@ def info_nce(
             negatives of cosine −1 would have (Chuang et al. 2020, arXiv:2007.00224); for unit rows.
         label_smoothing: ε: the target gives ε/n to each of a row's n candidates.
         row_weights: (N,): the mean, and the sum, are weighted by them; elements under "none" are multiplied.
-        column_bias: (M,), added to each score of its column: −log Q of sampled softmax. Differentiable.
+        column_bias: (M,), added to each score of its column: −log Q of sampled softmax. Differentiable; without clip
+            and hardness.
         max_scale: the largest 1 / temperature; a learned one has no gradient beyond it.
         prefixes: widths, each a loss of its own of that many first columns, normalised anew, and the sum of them
             (Matryoshka, arXiv:2205.13147).
@@ -159,12 +160,16 @@ def info_nce(
     if prefixes is not None:
         widths, weights = candidates.checked_prefixes(prefixes, prefix_weights, queries.shape[1])
         _check_no_penalty(penalty)
+        if normalize:  # queries, keys and hard negatives are, at each width
+            batch = candidates.unit_guide(batch)
         return blocks.contrast_prefixes(batch, scale, rules, widths, weights, **how)
     if prefix_weights is not None:
         raise ValueError("prefix_weights: got some without prefixes, need None")
     alone = candidates.one_block(batch, rules, symmetric) and not candidates.filters(batch, rules)
     if normalize and not alone:  # else the engine does, in one function with the rest
         batch = candidates.unit(batch)
+    if batch.h is not None:
+        _check_no_penalty(penalty)
     batch = candidates.merged(batch, rules)
     if not candidates.one_block(batch, rules, symmetric):
         _check_no_penalty(penalty)

@@ -260,7 +260,7 @@ ERRORS: dict[str, dict[str, Any]] = {
     "tau_plus: got 1.0, need < 1": {"tau_plus": 1.0},
     "label_smoothing: got 1.0, need < 1": {"label_smoothing": 1.0},
     "row_weights: got shape (5,) on cpu, need (N,) = (6,) on cpu": {"row_weights": torch.ones(5)},
-    "column_bias: got it with directions ('q2k', 'k2q'), false_negative_margin None, need ('q2k',) and None": {
+    "column_bias: got it with directions ('q2k', 'k2q'), false_negative_margin None, clip None, hardness 0.0, need ('q2k',), None, None and 0": {
         "column_bias": torch.ones(6),
         "directions": ("k2q", "q2k"),
     },
@@ -280,3 +280,31 @@ def test_messages():
         if not any(isinstance(x, (torch.Tensor, tuple)) for x in options.values()):
             with pytest.raises((ValueError, TypeError)):
                 InfoNCELoss(**options)(Q, K)
+
+
+def test_a_guide_of_prefixes_is_normalised_with_the_rest():
+    q, k, g = (torch.randn(8, d, generator=torch.Generator().manual_seed(d)) for d in (4, 5, 3))
+    k, guide = torch.randn(8, 4, generator=torch.Generator().manual_seed(9)), (3 * g, 5 * g.flip(0))
+    one = info_nce(q, k, guide=guide, normalize=True).loss
+    torch.testing.assert_close(info_nce(q, k, guide=guide, normalize=True, prefixes=[4]).loss, one)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"column_bias": torch.zeros(8), "clip": 3.0}, "column_bias: got it with .*clip 3.0"),
+        ({"column_bias": torch.zeros(8), "hardness": 1.5}, "column_bias: got it with .*hardness 1.5"),
+        ({"hard_negatives": torch.randn(8, 2, 4), "directions": ["k2q"]}, "hard_negatives: got it with directions"),
+        ({"hard_negatives": torch.randn(8, 2, 4), "share_hard_negatives": True, "penalty": 0.1}, "penalty: got 0.1"),
+    ],
+)
+def test_choices_that_do_not_meet_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        info_nce(torch.randn(8, 4), torch.randn(8, 4), **options)
+
+
+def test_clip_loss_checks_choices_that_nothing_uses():
+    x = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
+    for options in ({"guide_margin_kind": "zzz"}, {"guide_margin": 0.1}):
+        with pytest.raises(ValueError, match=r"^guide_margin"):
+            clip_loss(x, x, 10.0, **options)
