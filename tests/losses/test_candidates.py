@@ -260,7 +260,8 @@ ERRORS: dict[str, dict[str, Any]] = {
     "tau_plus: got 1.0, need < 1": {"tau_plus": 1.0},
     "label_smoothing: got 1.0, need < 1": {"label_smoothing": 1.0},
     "row_weights: got shape (5,) on cpu, need (N,) = (6,) on cpu": {"row_weights": torch.ones(5)},
-    "column_bias: got it with directions ('q2k', 'k2q'), false_negative_margin None, clip None, hardness 0.0, need ('q2k',), None, None and 0": {
+    "column_bias: got it with directions ('q2k', 'k2q'), false_negative_margin None, clip None, hardness 0.0, "
+    "need ('q2k',), None, None and 0": {
         "column_bias": torch.ones(6),
         "directions": ("k2q", "q2k"),
     },
