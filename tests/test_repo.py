@@ -65,7 +65,7 @@ def imports_of(path):
 
 # --- who imports whom ---------------------------------------------------------------------------------------------
 
-SHARED = {"_extension", "_threads", "_version", "measure", "mining"}
+SHARED = {"_extension", "_version", "measure", "mining"}
 MAY_IMPORT = {
     "core": {"core"},
     "backends": {"backends", "core"},

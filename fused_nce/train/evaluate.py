@@ -27,6 +27,7 @@ from fused_nce.train.evaluation.protocols import DEFAULT, check_names
 from fused_nce.train.files import printable, write_text
 from fused_nce.train.method import Method
 from fused_nce.train.report import evaluated, runlog, terminal
+from fused_nce.train.threads import Threads
 
 
 def evaluate(
@@ -85,10 +86,11 @@ def evaluate(
         "protocols": names, "labels_per_class": list(labels_per_class), "draws": draws, "tasks": tasks, "seed": seed
     }  # fmt: skip
     partial = folder / f"eval{ending}.partial.csv"
-    judged, figures = config.judge(
-        model, taps=taps, baselines=baselines, leave_out_unseen=leave_out_unseen,
-        keep=lambda rows: _write_csv(partial, rows), **settings,
-    )  # fmt: skip
+    with Threads(config.run.threads):
+        judged, figures = config.judge(
+            model, taps=taps, baselines=baselines, leave_out_unseen=leave_out_unseen,
+            keep=lambda rows: _write_csv(partial, rows), **settings,
+        )  # fmt: skip
     judged |= _loss_cost(model, config) if cost else {}
     result: dict[str, Any] = {
         "run": folder.resolve().name,

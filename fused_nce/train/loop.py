@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 
 from fused_nce import GradientCache, measure
-from fused_nce.train import checkpoint, host, journal, lock, optim, scale, trained_on
+from fused_nce.train import checkpoint, host, journal, lock, optim, scale, threads, trained_on
 from fused_nce.train import config as config_module
 from fused_nce.train.evaluation import features
 from fused_nce.train.files import one_line
@@ -55,6 +55,7 @@ class Trainer:
     def __init__(self, config: Method, run_dir: Path, *, resume: bool = False, other_data: bool = False) -> None:
         config.check()
         self.config, self.run_dir = config, run_dir
+        self.threads = threads.Threads(config.run.threads)
         # Precision is the step's own (see TrainStep): accelerate's wrapper is a setting of the whole process.
         with host.own_settings():
             self.accelerator = Accelerator(
@@ -138,9 +139,10 @@ class Trainer:
         saved_at, failed_saves, window = started, 0, (started, self.step)
         batches = self.loader.batches(self.step * config.optim.accumulate)  # fault: resumed-run-starts
         try:
-            with self.interrupt as interrupt, self._rescued():
+            with self.threads, self.interrupt as interrupt, self._rescued():
                 reason = "finished"
                 while self.step < self.end:
+                    threads.look()
                     logged = (self.step + 1) % config.run.log_every == 0
                     update_s = self._update(batches, logged or self.step + 1 == self.end)
                     now = time.perf_counter()

@@ -26,6 +26,10 @@ WORDS = (
     (re.compile(r"Expected an? <class '(\w+)'>\. Got value: (.*)", re.S), "must be {}, got {}"),
     (re.compile(r"Expected an? typing\.Literal\[(.*?)\]\. Got value: (.*)", re.S), "must be one of {}, got {}"),
     (re.compile(r".*Union.*<class '(\w+)'>, <class 'NoneType'>.*value: (.*)", re.S), "must be {} or null, got {}"),
+    (
+        re.compile(r".*Union.*d a <class '(\w+)'>.*d an? typing\.Literal\[(.*?)\].*value: (.*)", re.S),
+        "must be {} or {}, got {}",
+    ),
 )
 NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 PLAIN = (
