@@ -113,6 +113,7 @@ class Trainer:
         self.skipped, self.skipped_in_a_row, self.probes_skipped = 0, 0, 0
         self.interrupt = Interrupt()
         self._steady = True  # between updates, so that what a checkpoint holds belongs together
+        self._together = world == 1  # all processes know of the error that ends the run
         self.made_anew: int | None = None  # the step at which the run's folder was found deleted
         if resume:
             self._resume(other_data)
@@ -183,9 +184,11 @@ class Trainer:
         except Diverged:
             raise
         except Exception as error:
-            if self._steady and self.accelerator.num_processes == 1 and self.step > 0 and self._try_save():
+            if self._steady and self._together and self.step > 0 and self._try_save():
                 log.warning("an error ends the run at step %d, which is saved: --resume goes on from there", self.step)
-            if self.accelerator.num_processes > 1 and BROKEN.search(str(error)):
+            if self._together:
+                self.close()  # a launcher ends all processes with the first one: not before the first has saved
+            elif self.accelerator.num_processes > 1 and BROKEN.search(str(error)):
                 raise RuntimeError(
                     f"processes: another one died or came too late ({one_line(str(error))[:200]}); --resume goes on "
                     "from the last checkpoint"
@@ -254,16 +257,26 @@ class Trainer:
         return passes, used
 
     def _next(self, batches: Any) -> Any:
+        """The next batch; where one process has none, all of them end."""
+        batch = failed = None
         try:
             with self.interrupt.reading():
-                return next(batches)
-        except (RuntimeError, ConnectionError, EOFError) as error:  # the last two from half a message of a dead reader
-            if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
-                raise
+                batch = next(batches)
+        except Exception as error:
+            failed = error
+        ends = self.loader.streamed and self._agree(failed is not None)[0]  # fault: reader-dies-alone
+        self._together = self._together or ends
+        dead = isinstance(failed, RuntimeError) and "DataLoader" in str(failed)
+        if dead or isinstance(failed, ConnectionError | EOFError):  # the last two from half a message of a dead reader
             raise RuntimeError(
-                f"data: a process that reads {self.config.data} died or is stuck ({one_line(str(error))}); fewer "
+                f"data: a process that reads {self.config.data} died or is stuck ({one_line(str(failed))}); fewer "
                 "run.workers need less memory"
-            ) from error
+            ) from failed
+        if failed is not None:
+            raise failed
+        if ends:
+            raise RuntimeError(f"data: another process cannot read {self.config.data}; it says why")
+        return batch
 
     def _batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """What the step is given: views and whatever else the model takes, and the labels."""

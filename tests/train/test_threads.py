@@ -101,7 +101,9 @@ def test_what_linux_says(tmp_path):
         (tmp_path / name / "stat").write_text(f"{name} (a) b (c) S 1 1 1 1 1 1 1 1 1 1 {ticks} 20 0 9 0\n")
     (tmp_path / "self" / "task" / str(pid) / "children").write_text("77 78 ")  # the second has ended meanwhile
     tick = os.sysconf("SC_CLK_TCK")
-    assert usage(tmp_path)[1:] == (801 / tick, 53 / tick)
+    seen = usage(tmp_path)
+    assert seen is not None
+    assert seen[1:] == (801 / tick, 53 / tick)
     (tmp_path / "stat").unlink()
     assert usage(tmp_path) is None
     seen = usage()
