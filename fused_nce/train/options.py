@@ -172,7 +172,9 @@ def _value(name: str, text: str, hint: Any) -> str:
     if kinds and not kinds.isdisjoint(("int", "float", "bool")):
         for kind, value in _scalars(text):
             if not kinds.intersection((kind, value, *(["float"] if kind == "int" else []))):  # fault: yaml-1-1
-                raise ValueError(f"{name}: must be {' or '.join(sorted(sorted(kinds), key='null'.__eq__))}, got {value}")
+                raise ValueError(
+                    f"{name}: must be {' or '.join(sorted(sorted(kinds), key='null'.__eq__))}, got {value}"
+                )
     return text
 
 
