@@ -1,8 +1,11 @@
 """What people type and what their files hold: the value that they mean, or one line that names file or setting."""
 
 import json
+import linecache
 import logging
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -155,22 +158,38 @@ def test_damaged_logs_and_classifiers_are_named(broken):
         export.load_encoder(broken)
 
 
-@pytest.mark.parametrize("kind", [ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError])
-def test_what_is_refused_is_one_line_and_status_2(monkeypatch, capsys, kind):
-    code = {"__name__": "fused_nce.train.command"}
-    exec(f"def main(argv):\n    raise {kind.__name__}('seed: must be 1,\\ngot \\x1b[2J')", code)
+def planted(monkeypatch, line, file="fused_nce/planted.py"):
+    """A command that is a line of a file."""
+    path = str(Path(cli.__file__).parents[1] / file)
+    text = f"def main(argv):\n    {line}\n"
+    monkeypatch.setitem(linecache.cache, path, (len(text), None, text.splitlines(True), path))
+    code: dict[str, Any] = {}
+    exec(compile(text, path, "exec"), code)
     monkeypatch.setattr(command, "main", code["main"])
+
+
+@pytest.mark.parametrize("kind", ["ValueError", "TypeError", "RuntimeError", "OSError", "ImportError", "MemoryError"])
+def test_what_is_refused_is_one_line_and_status_2(monkeypatch, capsys, kind):
+    planted(monkeypatch, f"raise {kind}('seed: must be 1,\\ngot \\x1b[2J')")
     assert cli.main(["train"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "seed: must be 1, got \\x1b[2J" in line
 
 
-SLIPS = {"IndexError": "[][1]", "KeyError": "{}['x']", "ValueError": "int('x')", "AssertionError": "exec('assert 0')"}
+SLIPS = {
+    "IndexError": "[][1]", "KeyError": "{}['x']", "ValueError": "int('x')", "AssertionError": "assert 0",
+    "TypeError": "len(1)", "RuntimeError": "import torch; torch.zeros(2) @ torch.zeros(3)",
+}  # fmt: skip
+
+
+def test_an_error_of_another_package_is_a_bug(monkeypatch):
+    planted(monkeypatch, "raise ValueError('x')", "elsewhere/planted.py")
+    assert cli.main(["train"]) == 1
 
 
 @pytest.mark.parametrize("kind", SLIPS)
 def test_a_bug_shows_its_traceback_and_says_so(monkeypatch, capsys, kind):
-    monkeypatch.setattr(command, "main", lambda argv: eval(SLIPS[kind]))
+    planted(monkeypatch, SLIPS[kind])
     assert cli.main(["train"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
