@@ -89,7 +89,7 @@ class Pass {
       positives_ = x.positives.to(at::kFloat).clone();
     }
     if (positives_.defined()) {
-      if (form_.clip > 0.0) positives_ = at::tanh(positives_ / form_.clip) * form_.clip;
+      if (form_.clip > 0.0) positives_ = at::tanh(positives_ / form_.clip) * form_.clip + positives_ * 0.0f;
       if (form_.biased) positives_ += bias;
     }
     const bool shared = !x.k.defined();

@@ -125,7 +125,7 @@ void coefficients_of_loss(const Strip& strip, const StatisticArrays& stats, cons
       }
       out.d_neg_lse[l] = static_cast<float>(tail.unit * sum);
     } else if (tail.name == kSigmoid) {
-      for (int64_t p = 0; p < n_pos; ++p) d_pos_of(strip, out, l, p) = tail.unit * -sigmoid(-pos[p]);
+      for (int64_t p = 0; p < n_pos; ++p) d_pos_of(strip, out, l, p) = tail.unit * nce_slope_positive(0.0f, pos[p]);
       // The weight of an infinite score is 1, which would look sound.
       d[kNegSoftplus][l] = tail.unit + nan_of(found(kNegSoftplus));
     } else {
