@@ -57,7 +57,7 @@ void add_row(const TailOf& tail, const Rows& x, int64_t i, float log_positives, 
   const float weight = static_cast<float>(tail.weight);
   if (tail.penalty > 0.0) sums.square += of(kSquare);
   const auto put = [&](float element, int64_t p) {
-    const float weighted = weight == 1.0f ? element : element * weight;
+    const float weighted = weight == 1.0f ? element : element * weight;  // fault: whole-weight
     sums.element += weighted;
     if (out) out[p] = weighted;
   };
@@ -104,7 +104,7 @@ void write_report(const TailOf& tail, const SweepInputs& in, const Sums& sums, d
     out[0] = static_cast<float>(sums.first / std::max(sums.anchors, 1.0));
     out[1] = static_cast<float>(sums.total / std::max(sums.count, 1.0));
     out[2] = static_cast<float>(sums.nce.neg_lse / rows);
-    out[3] = static_cast<float>(sums.count / rows);
+    out[3] = static_cast<float>(sums.count / rows);  // fault: whole-report
   }
 }
 

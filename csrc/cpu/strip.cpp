@@ -141,6 +141,16 @@ void coefficients_of_loss(const Strip& strip, const StatisticArrays& stats, cons
   });
 }
 
+double slope_of_bias(const Strip& strip, const Coefficients& of, bool own_columns) {
+  double sum = 0.0;
+  for (int64_t l = 0; l < strip.rows; ++l) {
+    if (of.inverse[l] != 0.0f) sum += of.d_neg_lse[l];
+    for (int64_t place = 0; own_columns && place < strip.n_c; ++place)
+      sum += of.d_pos[place * strip.lanes + l];  // fault: bias-of-positives
+  }
+  return sum;
+}
+
 void side_of_rows(const Strip& strip, const Scoring& scoring, const StatisticArrays& stats, Tail tail, float ways,
                   const Side& side) {
   const auto row = [&](int64_t l) {
