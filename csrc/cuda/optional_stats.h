@@ -87,7 +87,7 @@ FUSED_NCE_HD void tail_optional(const RowArrays& rows, int64_t i, int64_t positi
   for (int name = kFirstOptional; name < kStatistics; ++name) optional.d_of(static_cast<Statistic>(name), c) = 0.0f;
   if (rows.upstream.tail.name == kSigmoid) {
     for (int64_t p = 0; p < positives; ++p)
-      rows.upstream.d_pos[c * positives + p] = unit * -sigmoid(-rows.stats.pos[i * positives + p]);
+      rows.upstream.d_pos[c * positives + p] = unit * nce_slope_positive(0.0f, rows.stats.pos[i * positives + p]);
     rows.upstream.d_neg_lse[c] = 0.0f;
     // The weight of an infinite score is 1, which would look sound.
     optional.d_of(kNegSoftplus, c) = unit + nan_of(optional.of(kNegSoftplus, i));  // fault: gpu-infinite-score

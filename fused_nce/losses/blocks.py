@@ -12,7 +12,7 @@ tile is held. What the blocks give is joined in plain torch on (N,) vectors: sof
 | hard negatives of other rows | the negatives of `Block(H)` |
 | margin, guide | the engine's filters |
 | hardness, t = s + α·stopgrad(r) | a block of scale + α whose gradients are scaled back |
-| a bias a column | one more dimension: ⟨(q, 1), (k, b / scale)⟩ |
+| a bias a column | more dimensions: ⟨(q, 1), (k, b / scale)⟩ |
 | label smoothing | the statistics `neg_sum` and `neg_count` |
 | debiasing, row weights | the tail |
 | prefixes | one call each, of operands cut and normalised anew |
@@ -27,11 +27,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fused_nce.core.atoms import transform_value
+from fused_nce.core.atoms import positive_value, transform_value
 from fused_nce.core.engine import as_matmul, tile_stats
 from fused_nce.core.group import Group, peers
 from fused_nce.core.spec import Block, Identity, Index, Labels, Layout, Separate, Spec, TanhClip
-from fused_nce.core.statistics import poison, softplus
+from fused_nce.core.statistics import deficit, poison, softplus
 from fused_nce.core.tails import bad, fixed_sum
 from fused_nce.losses import candidates
 from fused_nce.losses.candidates import Batch, Rules
@@ -53,10 +53,13 @@ def contrast(
     x: Batch, scale: float | Tensor, rules: Rules, *, group: Group = None, backend: str | None = None
 ) -> NCEOutput:
     """The loss of one width. `scale` is a number or a 0-d tensor."""
-    if x.column_bias is not None:
-        x = _with_bias(x, x.column_bias, scale)
+    out = None if x.column_bias is None else x.column_bias.detach() == float("-inf")
+    if x.column_bias is not None and out is not None:
+        x = _with_bias(x, x.column_bias, out, scale, rules)
     blocks = _Blocks(x, scale, rules, group, backend)
     p = blocks.positives()
+    if out is not None:
+        p = p + torch.where(out[candidates.own(x)], float("-inf"), 0.0)  # fault: bias-own-key-left-out
     found = {direction: blocks.negatives(direction) for direction in rules.directions}
     if rules.joint:
         every = [negatives for each in found.values() for negatives in each]
@@ -128,7 +131,7 @@ class _Blocks:
 
     def positives(self) -> Tensor:
         """t of each row with its own key, (N,)."""
-        return transform_value(self.transform, self.scale * row_dots(self.x.q, self.own_keys))
+        return positive_value(self.transform, self.scale * row_dots(self.x.q, self.own_keys))
 
     def negatives(self, direction: str) -> list[_Negatives]:
         """Of every block of a direction, of which a row always has one."""
@@ -208,7 +211,7 @@ class _Blocks:
                     kept = kept & ~((guide_q[:, None] * guide_h).sum(dim=2) > next(lines)[:, None])
         lse = _lse([y.squeeze(1) for y in t.masked_fill(~kept, float("-inf")).split(1, dim=1)])
         top = t.detach().masked_fill(~kept, float("-inf")).amax(dim=1)
-        lse = lse + poison(r)  # fault: own-negative-hides
+        lse = lse + poison(s)  # fault: own-negative-hides
         return _Negatives(lse, top, t.masked_fill(~kept, 0.0).sum(dim=1), kept.sum(dim=1).to(t.dtype))
 
     def _toned(self, x: Tensor, alpha: float) -> Tensor:
@@ -228,12 +231,13 @@ def _row_loss(p: Tensor, found: Sequence[_Negatives], positives: int, scale: flo
         lse = _debiased(lse, p, count, scale, rules.tau_plus)
     if positives > 1:
         several = log_count(positives, p)
-        loss = softplus(lse - p - several) + several
+        loss = softplus(deficit(lse, p) - several) + several
     else:
-        loss = softplus(lse - p)
+        loss = softplus(deficit(lse, p))
     if rules.smoothing:
         total = torch.stack([cast(Tensor, negatives.total) for negatives in found]).sum(dim=0)
-        loss = loss + rules.smoothing * (count * p - total) / (positives + count)
+        least = p.clamp(min=-1e30)  # −∞ has made the loss ∞, and ∞ − ∞ would be NaN
+        loss = loss + rules.smoothing * (count * least - total) / (positives + count)
     return loss
 
 
@@ -260,15 +264,34 @@ def _lse(parts: Sequence[Tensor]) -> Tensor:
     return torch.where(empty, float("-inf"), shift + torch.where(empty, 1.0, total).log())
 
 
-def _with_bias(x: Batch, bias: Tensor, scale: float | Tensor) -> Batch:
-    """(q, 1) and (k, b / scale): a column's bias as one more dimension, or as three of 16 bits, which keep 24."""
+FAR = 2.0**15  # squared, below any score; a float16
+
+
+def _with_bias(x: Batch, bias: Tensor, out: Tensor, scale: float | Tensor, rules: Rules) -> Batch:
+    """(q, c, FAR) and (k, b / (scale·c), −FAR where b is −∞): a column's bias, and its absence, as more dimensions.
+
+    The bias takes one of them, or three of 16 bits, which keep 24; c keeps it in their range. Label smoothing and
+    debiasing count their candidates: a column that is left out is also one that a guide turns away.
+    """
     x = x._replace(q=as_matmul(x.q), k=as_matmul(x.k), h=None if x.h is None else as_matmul(x.h))
-    left = widened(bias) / scale
+    left, c = widened(bias).masked_fill(out, 0.0) / scale, x.q.new_ones(())
+    if x.q.dtype.itemsize == 2:
+        top = torch.where(left.isfinite(), left, 0.0).detach().abs().amax().clamp(min=1024)
+        c = torch.exp2((top.log2() - 10).floor().clamp(max=15)).to(c.dtype)  # fault: bias-beyond-float16
+        left = left / c
     parts = [left.to(x.q.dtype)]
     for _ in range(0 if x.q.dtype.itemsize > 2 else 2):
         left = (left - parts[-1]).detach()  # the first has the gradient  # fault: bias-rounded
         parts.append(left.to(x.q.dtype))
-    k = torch.cat([x.k, torch.stack(parts, dim=1)], dim=1)
-    q = torch.cat([x.q, x.q.new_ones(x.q.shape[0], len(parts))], dim=1)
-    h = None if x.h is None else torch.cat([x.h, x.h.new_zeros(*x.h.shape[:2], len(parts))], dim=2)
+    away = out.to(x.q.dtype)
+    k = torch.cat([x.k, torch.stack([*parts, -FAR * away], dim=1)], dim=1)  # fault: bias-infinite-stays
+    q = torch.cat([x.q, c.expand(x.q.shape[0], len(parts)), x.q.new_full((x.q.shape[0], 1), FAR)], dim=1)
+    h = None if x.h is None else torch.cat([x.h, x.h.new_zeros(*x.h.shape[:2], len(parts) + 1)], dim=2)
+    if rules.smoothing or rules.tau_plus is not None:
+        guide = x.guide or (x.q[:, :0], x.k[:, :0])
+        further = (FAR * torch.ones_like(q[:, :1]), FAR * away[:, None], None if h is None else h[..., -1:])
+        guide = tuple(
+            torch.cat([g, y.to(g.dtype)], dim=-1) for g, y in zip(guide, further, strict=False) if y is not None
+        )
+        x = x._replace(guide=guide)  # fault: bias-left-out-counted
     return x._replace(q=q, k=k, h=h, column_bias=None, unit=False)

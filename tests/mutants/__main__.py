@@ -119,7 +119,7 @@ def command(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[s
 
 def suite(fault: Fault | None, *, kernels: bool = False, tests: Sequence[str] = ()) -> tuple[bool, str]:
     """Whether the tests that must notice a fault pass with it planted, and the line that says what they saw."""
-    tests = (fault.tests if fault else tests) or TESTS
+    named = fault.tests if fault else tests
     kernels = kernels or (fault is not None and fault.group == "cpp")
     with tempfile.TemporaryDirectory(prefix="mutant-") as name:
         folder = Path(name)
@@ -132,8 +132,10 @@ def suite(fault: Fault | None, *, kernels: bool = False, tests: Sequence[str] = 
             where = command(["-c", "import fused_nce; print(fused_nce.__file__)"], folder)
             if not where.returncode and Path(where.stdout.strip()).parent != folder / "fused_nce":
                 raise RuntimeError(f"the copy in {folder} is not what is imported: {where.stdout.strip()}")
-            select = f"{SELECT} and (cpu or test_cuda) and not contract_holds" if kernels else SELECT
-            done = command(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", select, *tests], folder)
+            select = SELECT if named or not kernels else f"{SELECT} and (cpu or test_cuda) and not contract_holds"
+            done = command(
+                ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", select, *(named or TESTS)], folder
+            )
         except subprocess.TimeoutExpired:
             return False, f"hangs for {TIMEOUT_S} s"
     lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
