@@ -131,16 +131,11 @@ def test_no_import_goes_round_in_a_circle():
     assert not left, "\n".join(f"{name} imports {sorted(targets & left.keys())}" for name, targets in left.items())
 
 
-# They drive the trainer: its readers are timed, its runs are collected.
-OF_THE_TRAINER = ("bench/data.py", "bench/training.py")
-
-
 def test_bench_and_the_trainer_do_not_import_each_other():
     wrong = [
         f"{name_of(path)} imports {module}"
         for path in FILES
         if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in ("bench", "fused_nce")
-        if name_of(path) not in OF_THE_TRAINER
         for module, _ in imports_of(path)
         if module.startswith("fused_nce.train" if path.is_relative_to(ROOT / "bench") else "bench.")
     ]

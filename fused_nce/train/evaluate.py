@@ -93,6 +93,10 @@ def evaluate(
     result: dict[str, Any] = {
         "run": folder.resolve().name,
         "method": config.method,
+        "title": config.title,
+        "epochs": config.optim.epochs,
+        "views": config.optim.epochs * config.view_count,
+        "parameters": _parameters(model),
         "data": config.data,
         "data_name": Path(config.data).name,
         "trained_on": trained_on,
@@ -135,6 +139,12 @@ def run_and_print(run: str, **options: Any) -> int:
         print(f"fused-nce: {result['loss_cost_error']}", file=sys.stderr)
         return 1
     return 0
+
+
+def _parameters(model: Model) -> int:
+    """Of what encodes, without what only the loss needs."""
+    parts = [getattr(model, part) for part in ("encoder", "context") if hasattr(model, part)]
+    return sum(p.numel() for part in parts for p in part.parameters())
 
 
 def _loss_cost(model: Model, config: Method) -> dict[str, Any]:

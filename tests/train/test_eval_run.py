@@ -52,6 +52,12 @@ def test_every_encoder_is_measured_on_the_same_taps(evaluated):
     assert widths == {"f1": 16, "f7": 64, "pixels": 1024}
 
 
+def test_the_result_says_what_was_trained(evaluated):
+    encoder = checkpoint.load_model(evaluated[0])[0].encoder
+    facts = {"title": "AMDIM", "epochs": 300, "views": 600, "parameters": sum(p.numel() for p in encoder.parameters())}
+    assert {key: evaluated[1][key] for key in facts} == facts
+
+
 def test_the_files_say_the_same(evaluated):
     folder, result = evaluated
     assert json.loads((folder / "eval.json").read_text()) == json.loads(json.dumps(result))
