@@ -1,6 +1,6 @@
 """`python -m tests.mutants [all|python|family|cpp|triton|trainer|adapters] [PART]`: plant each fault, and test that.
 
-`faults.txt` has them. `JOBS` at a time, 2 by default. A fault that no test notices survives: the table says so and the
+`faults.txt` has them. `JOBS` at a time, 2 by default, each for `TIMEOUT_S` seconds at most, 1200 by default. A fault that no test notices survives: the table says so and the
 exit status is 1.
 """
 
@@ -23,7 +23,7 @@ from fused_nce import _extension
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PARALLEL = int(os.environ.get("JOBS", "2"))
-TIMEOUT_S = 600  # a fault that hangs is noticed too
+TIMEOUT_S = int(os.environ.get("TIMEOUT_S", "1200"))  # a fault that hangs is noticed too
 # The quick part of the engine's suite, likeliest first; -x stops at the first that fails.
 TESTS = [
     *(f"tests/core/test_{name}.py" for name in ("golden", "tails", "fuzz", "contract", "nonfinite")),
