@@ -1,7 +1,7 @@
 """`python -m tests.mutants [all|python|family|cpp|triton|trainer|adapters] [PART]`: plant each fault, and test that.
 
-`faults.txt` has them. `JOBS` at a time, 2 by default, each for `TIMEOUT_S` seconds at most, 1200 by default. A fault that no test notices survives: the table says so and the
-exit status is 1.
+`faults.txt` has them. `JOBS` at a time, 2 by default, each for `TIMEOUT_S` seconds at most, 1200 by default. A fault
+that no test notices survives: the table says so and the exit status is 1.
 """
 
 from __future__ import annotations
