@@ -24,6 +24,7 @@ from fused_nce.train import checkpoint, host, loss_cost
 from fused_nce.train.config import CONFIG_NAME
 from fused_nce.train.evaluation import features
 from fused_nce.train.evaluation.protocols import DEFAULT, check_names
+from fused_nce.train.evaluation.scoring import Asked
 from fused_nce.train.files import printable, write_text
 from fused_nce.train.method import Method
 from fused_nce.train.report import evaluated, runlog, terminal
@@ -85,10 +86,11 @@ def evaluate(
         "protocols": names, "labels_per_class": list(labels_per_class), "draws": draws, "tasks": tasks, "seed": seed
     }  # fmt: skip
     partial = folder / f"eval{ending}.partial.csv"
-    judged, figures = config.judge(
-        model, taps=taps, baselines=baselines, leave_out_unseen=leave_out_unseen,
-        keep=lambda rows: _write_csv(partial, rows), **settings,
+    asked = Asked(
+        taps, **settings, baselines=baselines, leave_out_unseen=leave_out_unseen,
+        keep=lambda rows: _write_csv(partial, rows),
     )  # fmt: skip
+    judged, figures = config.judge(model, asked)
     judged |= _loss_cost(model, config) if cost else {}
     result: dict[str, Any] = {
         "run": folder.resolve().name,

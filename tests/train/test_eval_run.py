@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -53,8 +54,9 @@ def test_every_encoder_is_measured_on_the_same_taps(evaluated):
 
 
 def test_the_result_says_what_was_trained(evaluated):
-    encoder = checkpoint.load_model(evaluated[0])[0].encoder
-    facts = {"title": "AMDIM", "epochs": 300, "views": 600, "parameters": sum(p.numel() for p in encoder.parameters())}
+    encoder: Any = checkpoint.load_model(evaluated[0])[0].encoder
+    parameters = sum(p.numel() for p in encoder.parameters())
+    facts = {"title": "AMDIM", "epochs": 300, "views": 600, "parameters": parameters}
     assert {key: evaluated[1][key] for key in facts} == facts
 
 
