@@ -454,7 +454,10 @@ std::shared_ptr<Form> form_of(const std::string& layout, int64_t n_c, int64_t ro
 SweepInputs places_of(const Form& form, int64_t m, int64_t offset, const std::optional<Tensor>& row_ids,
                       const Tensor& pos) {
   Layout layout{pos.size(1), {}, form.drop_self ? offset * form.n_c : -1, {}, {}};
-  if (form.layout == LayoutKind::index) layout.row_ids = row_ids->contiguous();
+  if (form.layout == LayoutKind::index) {
+    TORCH_CHECK_VALUE(row_ids.has_value(), "row_ids: got None, needed: the index of each row's positive");
+    layout.row_ids = row_ids->contiguous();
+  }
   if (form.layout == LayoutKind::separate) layout.positives = pos;
   const Scoring scoring{1.0f, 0.0f, form.n_c, form.rows_per_image, form.layout == LayoutKind::block ? offset : 0};
   const Tensor one = at::empty({1, 1}, pos.options());

@@ -136,8 +136,8 @@ LossNumbers summary_of(const TailOf& tail, const SweepInputs& in, const Statisti
   for (int64_t group = 0; group < report_groups; ++group) {
     Sums total;
     for (int64_t part = 0; part < parts; ++part) total.add(sums[static_cast<size_t>(part * report_groups + group)]);
-    write_report(tail, in, total, static_cast<double>(x.n / report_groups),
-                 out.report.data_ptr<float>() + group * out.report.size(1));
+    const int64_t rows = x.n / report_groups;
+    write_report(tail, in, total, static_cast<double>(rows), out.report.data_ptr<float>() + group * out.report.size(1));
     all.add(total);
   }
   // A weight of 0 leaves the penalty out rather than multiply: 0 * infinity would turn a finite loss into NaN.

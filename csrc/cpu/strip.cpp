@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "../atoms.h"
 
@@ -66,7 +67,7 @@ void finish_positives(const std::vector<Accumulators>& parts, int64_t lane, cons
   }
   const double bias = scoring.bias, lse = sum.shift + __builtin_log(sum.sum);
   write(out, kPosLse, at, static_cast<float>(lse + bias));
-  write(out, kPosMax, at, sum.sum != sum.sum ? static_cast<float>(sum.sum) : largest(max, scoring));
+  write(out, kPosMax, at, std::isnan(sum.sum) ? static_cast<float>(sum.sum) : largest(max, scoring));
   write(out, kPosSum, at, static_cast<float>(total + count * bias));
   write(out, kPosCount, at, static_cast<float>(count));
   write(out, kPosGap, at, count > 0.0 ? static_cast<float>(lse - total / count) : 0.0f);

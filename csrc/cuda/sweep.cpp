@@ -318,6 +318,7 @@ void sweep_together(const Machine& machine, const std::vector<Job>& jobs) {
   for (const Job& job : jobs) threads = std::max(threads, plan_for(job.in, job.numbers, job.task).threads);
   std::deque<Sweep> sweeps;
   std::vector<RowTask> tasks;
+  tasks.reserve(jobs.size());
   for (const Job& job : jobs)
     tasks.push_back(sweeps.emplace_back(machine, job.in, job.numbers, job.task).begin(static_cast<int>(threads)));
   machine.loss(tasks.data(), static_cast<int>(tasks.size()), element_of(jobs[0].in.q.scalar_type()));

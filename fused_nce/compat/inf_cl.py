@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fused_nce.compat.base import scalar
-from fused_nce.compat.processes import check_ddp_compat, everyone, gradient_times, world_size
+from fused_nce.compat.processes import check_ddp_compat, everyone, gradient_times
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.group import world_size
 from fused_nce.core.spec import Block, Index, Spec
 from fused_nce.core.statistics import deficit, softplus
 from fused_nce.core.tails import Nce

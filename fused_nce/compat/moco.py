@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fused_nce.compat.base import Adapter, number, scalar
-from fused_nce.compat.processes import gathered, rank, world_size
+from fused_nce.compat.processes import rank
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.group import gathered, world_size
 from fused_nce.core.statistics import deficit, softplus
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import widened
