@@ -185,6 +185,7 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "family-from": lambda record: "\n\n".join(family(family_tables.faster_from, isa) for isa in ("AVX512", "AVX2")),
     "slower": lambda record: family_tables.slower(family_tables.records()),
     "when-it-matters": lambda record: roofline.table(),
+    "api": lambda record: losses.api(),
     "losses": lambda record: losses.table("docs/losses.md"),
     "losses-page": lambda record: f"{losses.table('')}\n\n{losses.reference()}",
     "cifar10-budget": lambda record: training.budget_table("cifar10"),

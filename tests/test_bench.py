@@ -8,7 +8,20 @@ import re
 import pytest
 import torch
 
-from bench import cases, family, family_tables, host, losses, measure, memory, rivals, roofline, tables, verdict
+from bench import (
+    cases,
+    family,
+    family_tables,
+    host,
+    losses,
+    measure,
+    memory,
+    pictures,
+    rivals,
+    roofline,
+    tables,
+    verdict,
+)
 from bench.__main__ import main
 from bench.cases import Case
 
@@ -227,6 +240,21 @@ def test_the_documents_list_every_registered_loss(path):
 def test_the_documents_show_the_published_numbers():
     """After a change of a number, a signature or a docstring: `python -m bench.tables`."""
     assert tables.main(["--check"]) == 0
+
+
+def test_the_pictures_are_what_the_losses_do():
+    """After a change of a loss or its example: `python -m bench.pictures`."""
+    assert pictures.main(["--check"]) == 0
+    (found,) = pictures.signs(losses.LOSSES["nt_xent"])
+    n = len(found) // 2
+    twin, itself = torch.eye(2 * n).roll(n, 1), torch.eye(2 * n)
+    torch.testing.assert_close(found.float(), 2 * twin + itself - 1)
+    assert (pictures.signs(losses.LOSSES["sup_con"])[0].diagonal() == 0).all()
+
+
+def test_a_loss_costs_the_gemms_that_are_counted():
+    costs = {name: losses.cost(losses.LOSSES[name]) for name in ("info_nce", "moco_nce", "clip_loss", "club")}
+    assert [text.split()[1] for text in costs.values()] == ["3", "2", "4", "scores"]
 
 
 @pytest.fixture(scope="module")
