@@ -15,7 +15,6 @@ from bench import (
     host,
     losses,
     measure,
-    memory,
     pictures,
     rivals,
     roofline,
@@ -24,6 +23,8 @@ from bench import (
 )
 from bench.__main__ import main
 from bench.cases import Case
+from fused_nce.bench import memory
+from fused_nce.bench.rivals import make
 
 UNIT = re.compile(r"_(ms|s|bytes|kib|mib|gib|share)(_|$)|gflop_per_s|^flop$")
 UNITLESS = {
@@ -277,7 +278,7 @@ def test_every_problem_of_the_family_has_the_eager_value(loss):
     tiny = family.Problem(loss, "tiny", 8, 8 * problem.n_c, 16, problem.n_c, problem.steps)
     exact = family.step(family.FORMULAS[loss].naive, tiny.inputs(torch.float64))
     for rival in ("eager", "chunked", "ours"):
-        found = family.errors(family.step(family.make(rival, tiny), tiny.inputs()), exact)
+        found = family.errors(family.step(make(rival, tiny), tiny.inputs()), exact)
         assert found["value_error"] < 1e-5
         assert found["gradient_error"] < 1e-5
 
