@@ -181,6 +181,7 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "cpu-memory-fit": memory_fit,
     "cpu-host": host_line,
     "family-table": lambda record: family(family_tables.table),
+    "family-largest": lambda record: family(family_tables.largest),
     "family-table-avx2": lambda record: family(family_tables.table, "AVX2"),
     "family-from": lambda record: "\n\n".join(family(family_tables.faster_from, isa) for isa in ("AVX512", "AVX2")),
     "slower": lambda record: family_tables.slower(family_tables.records()),

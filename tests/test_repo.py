@@ -299,8 +299,9 @@ def test_examples_run_and_print_what_they_say(path, tmp_path, monkeypatch):
             assert printed.getvalue().strip() == expected.strip()
 
 
-def test_the_readme_has_an_example():
+def test_the_readme_is_short_and_has_an_example():
     assert examples_of(ROOT / "README.md")
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
