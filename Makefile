@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu)
 KERNELS := setup.py pyproject.toml $(SOURCES)
 
-.PHONY: demo test test-compat nightly mutants bench gpu lint tidy format install clean
+.PHONY: demo docs test test-compat nightly mutants bench gpu lint tidy format install clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -56,6 +56,10 @@ bench: install  ## time and peak memory against the rivals, into bench/results/
 
 gpu: install  ## build, test and measure on the GPU at hand; OPTIONS="--quick" and the others of bench/gpu.sh
 	@PYTHON=$(PY) bash bench/gpu.sh $(OPTIONS)
+
+docs: install  ## the site, into build/site; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 lint: install
 	@$(PY) -m ruff check .

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import host, measure, memory
+from bench import host, measure
+from fused_nce.bench import memory
 
 COLUMNS = {"pairs": 2, "hard negatives": 3, "every direction": 2, "hardness": 3, "gist": 2, "matryoshka": 2}
 PART = 32  # of a cached loss: sentence-transformers' default
@@ -85,7 +86,7 @@ def loss_of(kind: str, name: str, n: int, d: int) -> Callable[[Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Step:
-    """One loss with its gradients, as `bench.memory` has it."""
+    """One loss with its gradients, as `fused_nce.bench.memory` has it."""
 
     kind: str
     name: str

@@ -16,6 +16,11 @@ COMMANDS = {
     "fine-tune": ("fused_nce.cli", "fine_tune", "make a run's encoder a classifier: fused-nce fine-tune RUN"),
     "compare": ("fused_nce.train.compare", "main", "one report of several evaluated runs: fused-nce compare RUN RUN"),
     "export": ("fused_nce.cli", "export", "write a run's encoder alone: fused-nce export RUN --out FOLDER"),
+    "bench": (
+        "fused_nce.bench.command",
+        "main",
+        "time a loss on this machine: fused-nce bench --loss clip_loss --n 2048",
+    ),
     "doctor": ("fused_nce.cli", "doctor", "say what this installation can do, and why not more"),
 }
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import formulas, tables
+from bench import tables
 from bench.gpu import fit, machine, model, problems, rivals, verdict
 from bench.gpu import tables as gpu_tables
 from fused_nce import _extension
+from fused_nce.bench import formulas
 from fused_nce.core import dispatch
 from tests.test_bench_gpu import made_up, record_of
 

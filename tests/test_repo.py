@@ -4,6 +4,7 @@ import ast
 import contextlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -65,8 +66,9 @@ def imports_of(path):
 
 # --- who imports whom ---------------------------------------------------------------------------------------------
 
-SHARED = {"_extension", "_version", "measure", "mining"}
+SHARED = {"_extension", "_nvcc", "_version", "measure", "mining"}
 MAY_IMPORT = {
+    "bench": {"bench", "losses", "core"},
     "core": {"core"},
     "backends": {"backends", "core"},
     "losses": {"losses", "core"},
@@ -98,7 +100,7 @@ def test_imports_go_one_way():
             allowed = shared if path.stem in SHARED else {*MAY_IMPORT, "doctor", "grad_cache"} | public_names()
         else:
             assert part in MAY_IMPORT, f"no rule for fused_nce/{part}: add one to MAY_IMPORT"
-            allowed = MAY_IMPORT[part] | (public_names() if part == "train" else set())
+            allowed = MAY_IMPORT[part] | (public_names() if part in ("train", "bench") else set())
         for module, _ in imports_of(path):
             root, _, rest = module.partition(".")
             if root == "fused_nce" and rest.partition(".")[0] not in allowed | SHARED:
@@ -234,7 +236,7 @@ def test_the_linters_have_one_version_everywhere():
 
 def test_the_lock_covers_what_the_project_asks_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = ("train", "eval", "plots", "shards", "bench", "dev")  # the others' parts come with their losses
+    extras = ("train", "eval", "plots", "shards", "bench", "docs", "dev")  # the others' parts come with their losses
     asked = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
     names = {re.split(r"[^\w-]", line)[0].lower() for line in asked} - {"fused-nce"}
     assert names <= {name.lower() for name in locked()}
@@ -283,5 +285,19 @@ def test_examples_run_and_print_what_they_say(path, tmp_path, monkeypatch):
             assert printed.getvalue().strip() == expected.strip()
 
 
-def test_the_readme_has_an_example():
+def test_the_readme_is_short_and_has_an_example():
     assert examples_of(ROOT / "README.md")
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="the site needs the docs extra, which requirements.lock pins")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    built = {path.relative_to(tmp_path).parent.as_posix() for path in tmp_path.rglob("index.html")}
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    assert pages <= built
+    assert len([page for page in built if page.startswith("dropin/")]) >= 9  # one a library of docs/migrating.md
+    assert "amdim_nce" in (tmp_path / "api/index.html").read_text(encoding="utf-8")
