@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 41_400, ("tests",): 24_700}
+BUDGET = {("fused_nce", "csrc", "bench"): 41_400, ("tests",): 24_800}
 
 
 def lines(folder: str) -> int:

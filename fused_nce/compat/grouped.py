@@ -50,4 +50,4 @@ def scores(q: Tensor, p: Tensor, temperature: float, *, everywhere: bool = False
 
 def one_of(own: Tensor, others: Tensor, i: int = 0) -> Tensor:
     """−log of the probability of passage i among the passages from i on and the others', (N,)."""
-    return torch.cat([own[:, i:], others[:, None]], dim=1).logsumexp(dim=1) - own[:, i]
+    return torch.cat([own[:, i:], others[:, None]], dim=1).logsumexp(dim=1) - own[:, i]  # fault: grouped-earlier-stay

@@ -142,7 +142,7 @@ def _among_all(q: Tensor, p: Tensor, starts: Tensor, temperature: float) -> Tens
     if _flag("INFONCE_INCLUDE_QQ", "False"):
         found.append(tile_stats(q, None, Spec(Block(1), Identity(), stats, filters=filters), **filtered))
     if _flag("INFONCE_INCLUDE_DD", "False"):  # which no margin masks
-        found.append(tile_stats(own, p, Spec(Index(), Identity(), stats), row_ids=starts, **more))
+        found.append(tile_stats(own, p, Spec(Index(), Identity(), stats), row_ids=starts, **more))  # fault: swift-dd
     positive = found[0]["pos"]
     every = torch.cat([positive, *(x["neg_lse"][:, None] for x in found)], dim=1)
     loss = (every.logsumexp(dim=1) - positive[:, 0]).mean()
