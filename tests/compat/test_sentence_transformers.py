@@ -12,7 +12,7 @@ from torch import nn
 
 from fused_nce import patch
 from fused_nce.compat import known
-from tests.compat import packages
+from tests.compat import packages, tiny_bert
 
 pytestmark = [pytest.mark.nightly, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 SEEDS = range(60)
@@ -33,27 +33,10 @@ def both():
 
 @pytest.fixture(scope="module")
 def encoder(both, tmp_path_factory: pytest.TempPathFactory):
-    """A function that makes a BERT of two thin layers, drawn at random, with a vocabulary of its own."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    """A function that makes a model of `tiny_bert`."""
 
     def make(seed: int = 0, dropout: float = 0.0, width: int = 16) -> Any:
-        folder = tmp_path_factory.mktemp(f"bert{seed}")
-        special = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "pad", "cls", "sep", "mask")}
-        words = [*special.values(), *(f"w{i}" for i in range(60))]
-        inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-        inner.pre_tokenizer = pre_tokenizers.Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=16, **special).save_pretrained(folder)
-        torch.manual_seed(seed)
-        drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-        shape = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-        BertModel(BertConfig(vocab_size=len(words), **shape, max_position_embeddings=16, **drop)).save_pretrained(
-            folder
-        )
-        inside = Transformer(str(folder))
-        return SentenceTransformer(modules=[inside, Pooling(width)], device="cpu")
+        return tiny_bert.model(tiny_bert.save(tmp_path_factory.mktemp("bert"), seed, dropout, width), width)
 
     return make
 
