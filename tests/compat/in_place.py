@@ -3,8 +3,8 @@
     PYTHONPATH=HERE:HERE/tests/compat:PACKAGES pytest -p in_place tests/loss        (in a checkout of upstream's)
 
 HERE is this repository and PACKAGES holds upstream's packages and what their suites import. A test in `DIFFERENT` is
-expected to fail: the reason is beside it. sentence-transformers' suite takes models off the Hub: under HF_HUB_OFFLINE=1 all
-of them are random ones.
+expected to fail: the reason is beside it. sentence-transformers' suite takes models off the Hub: HF_HUB_OFFLINE=1 makes
+all of them random ones.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ADAPTERS = {
 DIFFERENT = {
     "test_positive_mask_protects_ce_target_column": "reads the scores off a cross entropy: none are held",
     "test_relative_margin_negative_positive_score": "reads the scores off a cross entropy: none are held",
-    "test_cmnrl_gather_across_devices_offset": "puts a function in the place of upstream's gathering, which nobody calls",
+    "test_cmnrl_gather_across_devices_offset": "puts a function in the place of upstream's gathering",
     "test_gradcache_under_autocast": "the loss of 16-bit embeddings is float32",
 }
 

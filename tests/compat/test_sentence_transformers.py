@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from fused_nce import patch
 from fused_nce.compat import known
 from tests.compat import packages, tiny_bert
+from tests.distributed import launch
 
 pytestmark = [pytest.mark.nightly, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 SEEDS = range(60)
@@ -239,3 +241,87 @@ def test_a_wrong_twin_is_found_on_trial(both, monkeypatch):
     monkeypatch.setattr(ours, "ranking", lambda *arguments: 1.001 * right(*arguments))
     with pytest.raises(ValueError, match=r"^the module: ours: .* differs by"):
         called(loss, columns)
+
+
+# ---- among processes ---------------------------------------------------------------------------------------------
+
+
+def obey(rank: int) -> dict[str, float]:
+    """How far gathering losses are from upstream's on this process, value and gradients, of their largest."""
+    upstream = packages.load("sentence_transformers.sentence_transformer.losses")
+    from fused_nce.compat import sentence_transformers as ours
+
+    worst: dict[str, float] = {}
+    for seed in range(12):
+        pick = random.Random(seed)
+        torch.manual_seed(100 * seed + rank)
+        columns = [torch.randn(5, 6, dtype=torch.float64, requires_grad=True) for _ in range(pick.randint(2, 4))]
+        guides = list(torch.randn(len(columns), 5, 3, dtype=torch.float64).unbind())
+        chosen = (ARROWS[0], *pick.sample(ARROWS[1:], pick.randint(0, 3)))
+        for name in (*RANKING, *SYMMETRIC, *GIST):
+            if name == "GISTEmbedLoss" and len(columns) > 3:
+                continue
+            cached: dict[str, Any] = {"mini_batch_size": 2} if "Cached" in name else {}
+            words: dict[str, Any] = {"directions": chosen} if name in RANKING else {}
+            found = []
+            for module in (upstream, ours):
+                loss = gathering(getattr(module, name), words | cached)
+                if name == "GISTEmbedLoss":
+                    value = (
+                        ours._gist_of(loss, columns, guides) if module is upstream else loss.loss_of(columns, guides)
+                    )
+                else:
+                    value = called(loss, columns, guides if name in GIST else None)
+                found.append((value, *torch.autograd.grad(value, columns)))
+            error = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(*found, strict=True))
+            worst[name] = max(worst.get(name, 0.0), error)
+    return worst
+
+
+def gathering(kind: Any, words: dict[str, Any]) -> Any:
+    """A loss that takes negatives from all processes; GIST's without a model."""
+    if "GIST" not in kind.__name__:
+        return kind(nn.Sequential(nn.Identity()), gather_across_devices=True, **words)
+    loss = kind.__new__(kind)
+    nn.Module.__init__(loss)
+    settings = {"temperature": 0.1, "margin": 0.05, "margin_strategy": "absolute", "gather_across_devices": True}
+    settings |= {"contrast_anchors": True, "contrast_positives": True, "show_progress_bar": False}
+    settings |= {"similarity_fct": nn.CosineSimilarity(dim=-1), "cross_entropy_loss": nn.CrossEntropyLoss()}
+    vars(loss).update(settings | words)
+    return loss
+
+
+def test_gathered_among_three_processes(both, tmp_path):
+    for worst in launch.run(tmp_path, 3, obey):
+        assert len(worst) == 6
+        assert max(worst.values()) <= 1e-12, worst
+
+
+def train(rank: int, saved: str, folder: str) -> list[Any]:
+    """Losses and parameters of upstream's and the patched trainer's, under DDP, which leaves every other step alone."""
+    upstream = packages.load("sentence_transformers.sentence_transformer.losses")
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    runs = []
+    for wrap in (lambda x: x, lambda x: patch(x, verify_steps=3, show=False)):
+        model = tiny_bert.model(Path(saved))
+        loss = upstream.MultipleNegativesRankingLoss(model, gather_across_devices=True)
+        words: dict[str, Any] = {"gradient_accumulation_steps": 2, "use_cpu": True, "per_device_train_batch_size": 12}
+        values, parameters, trainer = trained(model, loss, pairs(3), folder, wrap, num_train_epochs=2, **words)
+        assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+        runs.append((values, parameters))
+    return runs
+
+
+def test_a_patched_trainer_under_ddp(both, tmp_path):
+    """Two processes that accumulate gradients."""
+    folders = [tmp_path / name for name in ("meet", "bert", "out")]
+    for folder in folders:
+        folder.mkdir()
+    tiny_bert.save(folders[1])
+    for (plain, parameters), (found, others) in (runs := launch.run(folders[0], 2, train, *map(str, folders[1:]))):
+        assert len(plain) == len(found) == 10
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(plain), rtol=2e-3, atol=2e-4)
+        for a, b in zip(parameters, others, strict=True):
+            torch.testing.assert_close(b, a, rtol=5e-2, atol=5e-3)
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1][1], runs[1][1][1], strict=True))
