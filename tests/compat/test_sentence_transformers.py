@@ -297,31 +297,42 @@ def test_gathered_among_three_processes(both, tmp_path):
         assert max(worst.values()) <= 1e-12, worst
 
 
-def train(rank: int, saved: str, folder: str) -> list[Any]:
-    """Losses and parameters of upstream's and the patched trainer's, under DDP, which leaves every other step alone."""
+ZERO = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True, "gradient_clipping": "auto"}
+ZERO |= dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"), "auto")
+
+
+def train(rank: int, saved: str, folder: str, size: int, words: dict[str, Any]) -> list[Any]:
+    """Losses and parameters of upstream's and the patched trainer's, and what wraps the model."""
     upstream = packages.load("sentence_transformers.sentence_transformer.losses")
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_SIZE": size, "MASTER_PORT": 0}
+    os.environ |= {name: str(x) for name, x in names.items()} | {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
     runs = []
     for wrap in (lambda x: x, lambda x: patch(x, verify_steps=3, show=False)):
         model = tiny_bert.model(Path(saved))
         loss = upstream.MultipleNegativesRankingLoss(model, gather_across_devices=True)
-        words: dict[str, Any] = {"gradient_accumulation_steps": 2, "use_cpu": True, "per_device_train_batch_size": 12}
-        values, parameters, trainer = trained(model, loss, pairs(3), folder, wrap, num_train_epochs=2, **words)
-        assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
-        runs.append((values, parameters))
+        more = words | {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 24 // size}
+        values, parameters, trainer = trained(model, loss, pairs(3), folder, wrap, num_train_epochs=2, **more)
+        runs.append((values, parameters, type(trainer.model_wrapped).__name__))
     return runs
 
 
-def test_a_patched_trainer_under_ddp(both, tmp_path):
-    """Two processes that accumulate gradients."""
+@pytest.mark.parametrize(
+    ("size", "words", "wrapper"),
+    [(2, {"use_cpu": True}, "DistributedDataParallel"), (1, {"deepspeed": ZERO}, "DeepSpeedEngine")],
+)
+def test_a_patched_trainer_that_accumulates(both, tmp_path, size, words, wrapper):
+    """Under DDP, which leaves every other step's gradients alone, and under DeepSpeed's ZeRO-2."""
+    if "deepspeed" in words:
+        packages.or_skip("deepspeed")
     folders = [tmp_path / name for name in ("meet", "bert", "out")]
     for folder in folders:
         folder.mkdir()
     tiny_bert.save(folders[1])
-    for (plain, parameters), (found, others) in (runs := launch.run(folders[0], 2, train, *map(str, folders[1:]))):
+    runs = launch.run(folders[0], size, train, *map(str, folders[1:]), size, words)
+    for (plain, parameters, one), (found, others, two) in runs:
+        assert one == two == wrapper
         assert len(plain) == len(found) == 10
         torch.testing.assert_close(torch.tensor(found), torch.tensor(plain), rtol=2e-3, atol=2e-4)
         for a, b in zip(parameters, others, strict=True):
             torch.testing.assert_close(b, a, rtol=5e-2, atol=5e-3)
-    assert all(torch.equal(a, b) for a, b in zip(runs[0][1][1], runs[1][1][1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1][1], runs[-1][1][1], strict=True))
