@@ -52,8 +52,8 @@ def blocks_of(text: str) -> list[Block]:
         elif found := LINE.search(line):
             raw[-1][0].append(found[1])
             if found[1] in ("BRA", "EXIT", "RET"):
-                target = TARGET.search(found[2]) if found[1] == "BRA" else None
-                raw[-1] = (raw[-1][0], target[1] if target else None, bool(GUARD.search(line)))
+                jump = TARGET.search(found[2]) if found[1] == "BRA" else None
+                raw[-1] = (raw[-1][0], jump[1] if jump else None, bool(GUARD.search(line)))
                 raw.append(([], None, True))
     out = []
     for index, (names, target, goes_on) in enumerate(raw):
