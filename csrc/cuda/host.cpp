@@ -138,7 +138,7 @@ class Emulator final : public Machine {
     CtaEmulator group{rules.threads};
     with_store(element, [&](auto* store) {
       with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-        with_flag(uses_extras(rules, rows), [&](auto extras) {
+        with_extras(extras_of(rules, rows), [&](auto extras) {
           using Store = std::decay_t<decltype(*store)>;
           for (int64_t r = 0; r < strip.rows; ++r)
             for (int part = 0; part < rules.ctas_per_row; ++part)

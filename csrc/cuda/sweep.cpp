@@ -213,7 +213,7 @@ class Sweep {
     for (int64_t i = first; i < first + count; i += plan_.strip) {
       const Strip strip = strip_at(first, count, i, column);
       score(strip);
-      if (whole && gradients_ && plan_.ctas_per_row == 1 && !uses_extras(rules_, rows_)) {
+      if (whole && gradients_ && plan_.ctas_per_row == 1 && extras_of(rules_, rows_) == Extras::none) {
         const RowTask task{strip, rules_, rows_};
         machine_.loss(&task, 1, element_);
         continue;
