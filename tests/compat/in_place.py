@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _tiny_models() -> None:
     """A random BERT for every model that sentence-transformers' suite would load; data sets stay out of reach."""
     import sentence_transformers
-    import tiny_bert
+    import tiny_bert  # type: ignore[import-not-found]  # beside this plugin, whose folder is on the path
 
     kind = sentence_transformers.SentenceTransformer
     init = kind.__init__
