@@ -27,6 +27,11 @@ losses = whole_loss = None
 MIN_STRIP_ROWS = 32  # thinner GEMMs ran below half of the machine's rate
 
 
+def _buffers(spec: Spec) -> int:
+    """Score-sized tensors alive together; of prefixes also the unnormalised products, which become a sum of weights."""
+    return kind(spec).BUFFERS * spec.parts + bool(spec.prefixes)
+
+
 class Plan(NamedTuple):
     """Rows a strip and columns a panel (whole images)."""
 
@@ -37,7 +42,7 @@ class Plan(NamedTuple):
 def plan(spec: Spec, n: int, m: int, d: int, wide_bytes: int, cast: bool, limit_bytes: int) -> Plan:
     """The tiling, by shape alone. `cast`: 16-bit inputs need their part of q and k in float32 beside the scores."""
     n_c = spec.layout.n_c if isinstance(spec.layout, Block) else 1
-    row_bytes = kind(spec).BUFFERS * wide_bytes
+    row_bytes = _buffers(spec) * wide_bytes
     if spec.whole_rows:
         left = limit_bytes - (m * d * wide_bytes if cast else 0)
         return Plan(max(1, min(n, left // (m * row_bytes + (d * wide_bytes if cast else 0)))), m)
@@ -71,17 +76,18 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
     strip, panel = plan(spec, n, m, d, wide, dtype_bytes < 4, limit_bytes)
     cast = (strip + panel) * d if dtype_bytes < 4 else 0
     waiting = len(spec.columns) * m * (2 + math.ceil(math.log2(-(-n // strip)))) if spec.columns else 0
-    return wide * (kind(spec).BUFFERS * strip * panel + strip * d + cast + waiting + 8 * n)
+    norms = 2 * spec.parts * (n + m) if spec.prefixes else 0  # and what they add to the gradients
+    return wide * (_buffers(spec) * strip * panel + strip * d + cast + waiting + 8 * spec.parts * n + norms)
 
 
 def stats(problem: Problem) -> Statistics:
     """Statistics, strip by strip."""
-    return _Sweep(problem).statistics()
+    return _sweep(problem).statistics()
 
 
 def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
     """Gradients from finished statistics; the scores are computed again."""
-    return _Sweep(problem).gradients(needs, statistics, coefficients)
+    return _sweep(problem).gradients(needs, statistics, coefficients)
 
 
 def gathered_scores(q: Tensor, k: Tensor, indices: Tensor) -> Tensor:
@@ -98,13 +104,21 @@ def gathered_grads(
 
 def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
     """Both, each strip's scores used for its statistics and then, in place, for its gradients."""
-    sweep = _Sweep(problem)
+    sweep = _sweep(problem)
     if not any(needs):
         return sweep.statistics(), Gradients(sweep.empty, sweep.empty, sweep.empty)
     return sweep.run(tail, needs)
 
 
-class _Sweep:
+def _sweep(problem: Problem) -> Sweep:
+    if not problem.spec.prefixes:
+        return Sweep(problem)
+    from fused_nce.backends.prefixed import PrefixSweep  # made of this module's
+
+    return PrefixSweep(problem)
+
+
+class Sweep:
     """Strips of rows, panels of columns, and what is collected over them."""
 
     def __init__(self, problem: Problem) -> None:
@@ -115,12 +129,13 @@ class _Sweep:
         cast_inputs = q.dtype != self.wide or problem.k.dtype != self.wide
         self.plan = plan(spec, problem.n, problem.m, q.shape[1], self.wide.itemsize, cast_inputs, limit)
         # One allocation for all tiles: a fresh one each costs page faults, and two tiles would be alive together.
-        self.buffers = q.new_empty(self.kind.HELD, self.plan.strip * self.plan.panel, dtype=self.wide)
+        held = self.kind.HELD * spec.parts + bool(spec.prefixes)
+        self.buffers = q.new_empty(held, self.plan.strip * self.plan.panel, dtype=self.wide)
         self.empty = q.new_empty(0, dtype=self.wide)
         # A positive that no column is (a target out of range, where a GPU cannot say so) stays NaN.
-        unknown = q.new_full((problem.n, spec.n_pos), float("nan"), dtype=self.wide)
+        unknown = q.new_full((problem.n, spec.parts * spec.n_pos), float("nan"), dtype=self.wide)
         self.pos = unknown if problem.positives is None else problem.positives
-        self.rows = q.new_empty(len(spec.stats), problem.n, dtype=self.wide)
+        self.rows = q.new_empty(spec.parts * len(spec.stats), problem.n, dtype=self.wide)
         self.columns = [atoms.Merger(spec.columns) for _ in self.panels()] if spec.columns else []
 
     def strips(self) -> list[slice]:
@@ -144,9 +159,9 @@ class _Sweep:
         p, unit = self.p, tail.unit(self.p.n * tail.per_row(self.p.spec))
         out = self.allocate(needs)
         for rows in self.strips():
-            tile = self.fold_strip(rows)
+            tiles = self.fold_strip(rows)
             found = Statistics(self.pos[rows], self.rows[:, rows])
-            self.descend_strip(rows, found, tail.coefficients(p.spec, *found, unit, 1.0, p.n * p.m), needs, out, tile)
+            self.descend_strip(rows, found, tail.coefficients(p.spec, *found, unit, 1.0, p.n * p.m), needs, out, tiles)
         return Statistics(self.pos, self.rows), self.finish(out)
 
     def gradients(self, needs: Needs, statistics: Statistics, coefficients: Coefficients) -> Gradients:
@@ -155,7 +170,7 @@ class _Sweep:
         for rows in self.strips():
             found = Statistics(statistics.pos[rows], statistics.rows[:, rows], statistics.columns)
             d = Coefficients(coefficients.d_pos[rows], coefficients.d_rows[:, rows], coefficients.d_columns)
-            self.descend_strip(rows, found, d, needs, out, None)
+            self.descend_strip(rows, found, d, needs, out, [])
         return self.finish(out)
 
     def allocate(self, needs: Needs) -> Gradients:
@@ -179,8 +194,8 @@ class _Sweep:
             out.dq.mul_(self.p.scale)
         return out
 
-    def fold_strip(self, rows: slice) -> Tile | None:
-        """Fill `pos` and `rows` for a strip; hands its tile on where one panel holds all columns."""
+    def fold_strip(self, rows: slice) -> list[Tile]:
+        """Fill `pos` and `rows` for a strip; hands its tiles on where one panel holds all columns."""
         parts = []
         for number, columns in enumerate(self.panels()):
             tile = self.kind(self.p, rows, columns, self.buffers, None)
@@ -188,7 +203,7 @@ class _Sweep:
             if self.columns:
                 self.columns[number].push(cast(AtomTile, tile).fold_columns())
         self.rows[:, rows] = atoms.merge_tiles(self.p.spec.stats, parts)  # fault: panels-overwrite-instead
-        return tile if len(parts) == 1 else None
+        return [tile] if len(parts) == 1 else []
 
     def descend_strip(
         self,
@@ -197,7 +212,7 @@ class _Sweep:
         d: Coefficients,
         needs: Needs,
         out: Gradients,
-        tile: Tile | None,
+        tiles: list[Tile],
     ) -> None:
         """Add a strip's part to the gradients."""
         p, stats = self.p, self.p.spec.stats
@@ -205,7 +220,7 @@ class _Sweep:
         # Scaling the thin factors spares a pass over the weights.
         q = p.q[rows].to(self.wide) * (1.0 if p.shared else p.scale)  # fault: scale-missing-dk
         for columns in self.panels():
-            part = tile or self.kind(p, rows, columns, self.buffers, lse)
+            part = tiles[0] if tiles else self.kind(p, rows, columns, self.buffers, lse)
             if found.columns is None or d.d_columns is None:
                 w = part.weights(found, d)
             else:

@@ -178,6 +178,9 @@ def merge_two(names: Sequence[str], one: Tensor, two: Tensor) -> Tensor:
     Raises:
         TypeError: for one that needs whole rows.
     """
+    if one.shape[0] > len(names):  # of several prefixes
+        halves = (x.split(len(names)) for x in (one, two))
+        return torch.cat([merge_two(names, a, b) for a, b in zip(*halves, strict=True)])
     parts = [dict(zip(names, part, strict=True)) for part in (one, two)]
     rules = [STATISTIC[name].merge for name in names]
     if None in rules:
@@ -193,6 +196,8 @@ def merge_tiles(names: Sequence[str], parts: list[Tensor]) -> Tensor:
     while len(parts) > 1:
         pairs = [merge_two(names, a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
         parts = pairs + parts[2 * len(pairs) :]
+    if parts[0].shape[0] > len(names):
+        return torch.cat([merge_tiles(names, [part]) for part in parts[0].split(len(names))])
     named = dict(zip(names, parts[0], strict=True))
     derived = {name: rule(named) for name in names if (rule := STATISTIC[name].derive) is not None}
     return torch.stack([derived.get(name, value) for name, value in named.items()]) if derived else parts[0]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_nce.core.spec import Bias, Block, Index, Labels, Separate, Spec, TanhClip
+from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Spec, TanhClip
 from fused_nce.core.statistics import STATISTIC
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -227,8 +227,25 @@ def check_scores(
         check_scale("bias", 0.0 if bias is None else bias, q.device)
     elif bias is not None:
         raise ValueError(f"bias: got one with {spec.transform.code}, need the transform Bias()")
+    _check_prefixes(q, spec)
     _check_layout(q, k, spec, offset, positives, row_ids, column_ids)
     _check_filters(q, k, spec, ceilings, guide)
+
+
+def _check_prefixes(q: Tensor, spec: Spec) -> None:
+    """Ascending widths, and what they go with."""
+    if not spec.prefixes:
+        return
+    if (
+        list(spec.prefixes) != sorted(set(spec.prefixes))
+        or not 1 <= spec.prefixes[0] <= spec.prefixes[-1] <= q.shape[1]
+    ):
+        raise ValueError(f"prefixes: got {spec.prefixes}, need ascending widths from 1 to D = {q.shape[1]}")
+    if spec.columns or spec.whole_rows or not isinstance(spec.transform, (Identity, TanhClip)):
+        seen = f"{spec.transform.code}, stats {spec.stats} and columns {spec.columns}"
+        raise ValueError(
+            f"prefixes: got them with {seen}, need an identity or a clip, and statistics of rows that merge"
+        )
 
 
 def _check_filters(
@@ -244,7 +261,7 @@ def _check_filters(
         raise ValueError(f"spec: got filters {spec.filters} with {spec.transform.code}, need scores of dot products")
     if ("guide" in spec.filters) != (guide is not None):
         raise ValueError(f"guide: got {'none' if guide is None else 'one'} with the filters {spec.filters}, need both")
-    given = [("ceilings", ceilings, (len(spec.filters), n), "(F, N)")]
+    given = [("ceilings", ceilings, (spec.parts * len(spec.filters), n), "(F, N)")]
     if guide is not None:
         width = guide[0].shape[-1]
         given += [("guide rows", guide[0], (n, width), "(N, G)"), ("guide columns", guide[1], (m, width), "(M, G)")]
@@ -272,7 +289,7 @@ def _check_layout(
             raise ValueError(f"{name}: got a tensor with the layout {layout.code}, need None")
     if isinstance(layout, Separate):
         check_tensor("positives", positives, ("N", "P"))  # type: ignore[arg-type]
-        if positives.shape != (n, layout.p) or positives.device != q.device:  # type: ignore[union-attr]
+        if positives.shape != (n, spec.parts * layout.p) or positives.device != q.device:  # type: ignore[union-attr]
             seen = f"shape {tuple(positives.shape)} on {positives.device}"  # type: ignore[union-attr]
             raise ValueError(f"positives: got {seen}, need (N, P) = {(n, layout.p)} on {q.device}")
     if "row_ids" in wanted:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fused_nce import CLIPLoss, InfoNCELoss, clip_loss, info_nce
+from fused_nce.losses.candidates import DIRECTIONS
 
 N, D, H = 6, 5, 2
 Q, K, HARD = (
@@ -32,6 +33,7 @@ def same(one, other, leaves, rtol=1e-12):
     for a, b in zip(*pairs, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
+            assert b is not None
             assert (a - b).abs().max() <= 100 * max(rtol, torch.finfo(a.dtype).eps) * a.abs().max()
 
 
@@ -162,19 +164,38 @@ def test_hardness_weighs_and_is_not_differentiated():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_prefixes_are_the_sum_of_their_losses(dtype):
     """Value and gradients, hard negatives and other options included."""
-    q, k, h = leaves = graded(*(x.to(dtype) for x in (Q, K, HARD)))
-    for options in (
+    leaves = graded(*(x.to(dtype) for x in (Q, K, HARD)))
+    unit = tuple(nn.functional.normalize(x, dim=-1) for x in (Q, K, HARD))
+    every: tuple[dict[str, Any], ...] = (
         {},
-        {"hard_negatives": h, "share_hard_negatives": True, "hardness": 0.5},
-        {"directions": ("q2k", "k2k")},
-    ):
-        out = info_nce(q, k, prefixes=(2, 3, 5), prefix_weights=(0.5, 1, 2), **options, backend="chunked")
-        parts = []
-        for d, weight in ((2, 0.5), (3, 1), (5, 2)):
-            cut = options | ({"hard_negatives": h[..., :d]} if "hard_negatives" in options else {})
-            parts.append(weight * info_nce(q[:, :d], k[:, :d], normalize=True, **cut, backend="chunked").loss)
-        same(out.loss, torch.stack(parts).sum(), leaves, rtol=1e-12 if dtype == torch.float64 else 1e-6)
-        assert {"top1_2", "pos_mean_3", "neg_lse_mean_5"} <= set(out.stats)
+        {"clip": 3.0, "reduction": "sum"},
+        {"targets": torch.tensor([2, 1, 1, 0, 5, 4]), "false_negative_margin": 0.1},
+        {"guide": unit[:2], "guide_margin": 0.3},
+        {"share_hard_negatives": True, "hardness": 0.5, "temperature": 0.7},
+        {"filter_hard_negatives": True, "false_negative_margin": -0.3, "guide": unit, "guide_margin": 0.2},
+        {"directions": ("q2k", "k2k"), "label_smoothing": 0.1, "query_ids": IDS, "row_weights": Q[:, 0].abs()},
+        {"directions": DIRECTIONS, "joint": True, "tau_plus": 0.1, "clip": 2.0},
+        {"column_bias": K[:, 0]},
+    )
+    for options in every:
+        more = any("hard_negatives" in name for name in options)
+        for backend in ("reference", "chunked", None):
+            how = options | {"backend": backend}
+
+            def loss(width: int | None, how: dict[str, Any] = how, more: bool = more, **others: Any):
+                # of 16 bits: the operands are theirs, and the normalised ones keep 24
+                q, k, h = (x if dtype == torch.float64 else x.float() for x in leaves)
+                given = {"hard_negatives": h[..., :width]} if more else {}
+                return info_nce(q[:, :width], k[:, :width], **given, **others, **how)
+
+            q, k, h = leaves
+            given = {"hard_negatives": h} if more else {}
+            # Widths in any order; one that comes twice counts twice.
+            out = info_nce(q, k, prefixes=(5, 2, 3, 2), prefix_weights=(2, 0.25, 1, 0.25), **given, **how)
+            parts = [weight * loss(d, normalize=True).loss for d, weight in ((2, 0.5), (3, 1), (5, 2))]
+            rtol = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-5)
+            same(out.loss, torch.stack(parts).sum(), leaves, rtol)
+            assert {"top1_2", "pos_mean_3", "neg_lse_mean_5"} <= set(out.stats)
 
 
 def test_a_clamped_scale_has_no_gradient_beyond_its_limit():
