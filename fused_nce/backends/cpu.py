@@ -38,7 +38,7 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
     if q.dtype not in DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
     if spec.prefixes:
-        return cpu_prefixes.why_not(module, spec, *q.shape[:1], *k.shape, workspace.limit_bytes("cpu"))
+        return cpu_prefixes.why_not(module, spec, q.shape[0], k.shape[0], q.shape[1], workspace.limit_bytes("cpu"))
     # fault: cpu-plan-forgets
     return _no_room(module, spec, q.shape[0], k.shape[0], q.shape[1], q.dtype, workspace.limit_bytes("cpu"), k is q)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_nce.backends.chunked import Sweep
+from fused_nce.backends.strips import Sweep
 from fused_nce.backends.tiles import Tile
 from fused_nce.core import atoms, prefixes
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics

@@ -28,7 +28,7 @@ def kind(spec: Spec) -> type[Tile]:
     """The cheapest tile that can run a spec."""
     if spec.atoms <= FAST:
         return LseTile
-    if spec.atoms <= FAST | set(FILTERS):
+    if spec.atoms <= FAST | {*FILTERS, "several"}:
         return FilteredTile
     return SortTile if spec.whole_rows else AtomTile
 

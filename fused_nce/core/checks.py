@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Spec, TanhClip
+from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Several, Spec, TanhClip
 from fused_nce.core.statistics import STATISTIC
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -283,7 +283,8 @@ def _check_layout(
 ) -> None:
     n, m, layout = q.shape[0], k.shape[0], spec.layout
     given = {"positives": positives, "row_ids": row_ids, "column_ids": column_ids}
-    wanted = {Separate: ("positives",), Index: ("row_ids",), Labels: ("row_ids", "column_ids")}.get(type(layout), ())
+    names = {Separate: ("positives",), Labels: ("row_ids", "column_ids"), Index: ("row_ids",), Several: ("row_ids",)}
+    wanted = names.get(type(layout), ())
     for name, x in given.items():
         if x is not None and name not in wanted:
             raise ValueError(f"{name}: got a tensor with the layout {layout.code}, need None")
@@ -292,7 +293,11 @@ def _check_layout(
         if positives.shape != (n, spec.parts * layout.p) or positives.device != q.device:  # type: ignore[union-attr]
             seen = f"shape {tuple(positives.shape)} on {positives.device}"  # type: ignore[union-attr]
             raise ValueError(f"positives: got {seen}, need (N, P) = {(n, layout.p)} on {q.device}")
-    if "row_ids" in wanted:
+    if isinstance(layout, Several):
+        if not isinstance(row_ids, Tensor) or row_ids.dtype != torch.int64 or row_ids.shape != (n, layout.p):
+            seen = f"{row_ids.dtype} {tuple(row_ids.shape)}" if isinstance(row_ids, Tensor) else type(row_ids).__name__
+            raise ValueError(f"row_ids: got {seen}, need int64 of (N, p) = {(n, layout.p)}")
+    elif "row_ids" in wanted:
         check_ids("targets" if isinstance(layout, Index) else "row_ids", row_ids, n, "N", q.device)
     if "column_ids" in wanted:
         check_ids("column_ids", column_ids, m, "M", q.device)

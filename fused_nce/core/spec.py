@@ -35,12 +35,12 @@ MARGINS = frozenset(
 FILTERS = ("ceiling", "guide")
 """What may take a column out of a row's negatives: its dot product, or that of two guides, above the row's ceiling."""
 
-TORCH_ALONE = MARGINS | frozenset({*FILTERS, "neg_sum", "neg_count", "prefixes"})
+TORCH_ALONE = MARGINS | frozenset({*FILTERS, "several", "neg_sum", "neg_count", "prefixes"})
 """Atoms of torch alone so far, without twins in a kernel; of prefixes the CPU's kernels have one."""
 
 VOCABULARY = TORCH_ALONE | frozenset(
     {
-        *("block", "index", "labels", "separate"),  # layouts
+        *("block", "index", "labels", "separate", "several"),  # layouts
         *("identity", "tanh_clip", "bias"),  # transforms
         *STATISTICS,
         *("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap"),
@@ -111,6 +111,19 @@ class Separate:
 
 
 @dataclass(frozen=True)
+class Several:
+    """Row i's positives are the columns `row_ids[i]`, (p,), −1 for none: no negatives, and no `pos`."""
+
+    NAME: ClassVar[str] = "several"
+    p: int = 1
+
+    @property
+    def code(self) -> str:
+        """`several(4)`."""
+        return f"{self.NAME}({self.p})"
+
+
+@dataclass(frozen=True)
 class Identity:
     """t = s."""
 
@@ -155,7 +168,7 @@ class Dist:
     code = "dist()"
 
 
-Layout = Block | Index | Labels | Separate
+Layout = Block | Index | Labels | Separate | Several
 Transform = Identity | TanhClip | Bias | SqDist | Dist
 
 
@@ -252,7 +265,7 @@ class Spec:
 
 
 _code = cached(Spec._written)
-LAYOUTS: dict[str, type[Layout]] = {x.NAME: x for x in (Block, Index, Labels, Separate)}
+LAYOUTS: dict[str, type[Layout]] = {x.NAME: x for x in (Block, Index, Labels, Separate, Several)}
 TRANSFORMS: dict[str, type[Transform]] = {x.NAME: x for x in (Identity, TanhClip, Bias, SqDist, Dist)}
 
 

@@ -15,6 +15,7 @@ tile is held. What the blocks give is joined in plain torch on (N,) vectors: sof
 | a bias a column | one more dimension: ⟨(q, 1), (k, b / scale)⟩ |
 | label smoothing | the statistics `neg_sum` and `neg_count` |
 | debiasing, row weights | the tail |
+| several positives, soft targets | `losses/targets.py`: the layout `Several`, and their scores by `gathered_scores` |
 | prefixes | `Spec.prefixes`: every (N,) here is (K, N); with a bias a column one call each |
 """
 
@@ -29,15 +30,17 @@ from torch import Tensor
 
 from fused_nce.core.atoms import transform_value
 from fused_nce.core.engine import as_matmul, loss_of, tile_stats
+from fused_nce.core.gathered import gathered_scores
 from fused_nce.core.group import Group, peers
 from fused_nce.core.prefixes import Prefixed
-from fused_nce.core.spec import Block, Identity, Index, Labels, Layout, Separate, Spec, TanhClip
+from fused_nce.core.spec import Block, Identity, Index, Labels, Layout, Separate, Several, Spec, TanhClip
 from fused_nce.core.statistics import poison, softplus
 from fused_nce.core.tails import bad, fixed_sum
 from fused_nce.losses import candidates
 from fused_nce.losses.candidates import Batch, Rules
 from fused_nce.losses.common import log_count, normalized, widened
 from fused_nce.losses.output import NCEOutput
+from fused_nce.losses.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,17 @@ class _Negatives:
     top: Tensor  # (N,) the highest, detached
     total: Tensor | None  # (N,) Σ t, where label smoothing reads it
     count: float | Tensor  # of them; (N,) where ids or filters decide
+
+
+@dataclass(frozen=True)
+class _Positives:
+    """Of each row; one alone is all of it, but the count."""
+
+    lse: Tensor  # (N,)
+    mean: Tensor  # (N,), by the targets' weights
+    total: Tensor  # (N,) Σ t
+    top: Tensor  # (N,) the highest
+    count: float | Tensor = 1.0
 
 
 def contrast(
@@ -93,14 +107,15 @@ def contrast(
     with torch.no_grad():
         top = torch.stack([negatives.top for each in found.values() for negatives in each]).amax(dim=0)
         lse = _lse([negatives.lse for negatives in next(iter(found.values()))])
-        each_width = zip(prefixes, p, top, lse, strict=True) if prefixes else [(None, p, top, lse)]
+        means = p.mean, p.top > top, lse
+        each_width = zip(prefixes, *means, strict=True) if prefixes else [(None, *means)]
         stats = {name: y for each in each_width for name, y in _report(*each).items()}
     return NCEOutput(loss, nce, torch.zeros_like(loss), stats)
 
 
-def _report(width: int | None, p: Tensor, top: Tensor, lse: Tensor) -> dict[str, Tensor]:
+def _report(width: int | None, p: Tensor, first: Tensor, lse: Tensor) -> dict[str, Tensor]:
     end, n = "" if width is None else f"_{width}", p.shape[0]
-    means = {"top1": (p > top).to(p.dtype), "pos_mean": p, "neg_lse_mean": lse}
+    means = {"top1": first.to(p.dtype), "pos_mean": p, "neg_lse_mean": lse}
     return {name + end: (fixed_sum(y) / n).detach() for name, y in means.items()}
 
 
@@ -161,9 +176,18 @@ class _Blocks:
         self.ceilings = candidates.ceilings(x, rules, prefixes)
         self.guides = candidates.guides(x)
 
-    def positives(self) -> Tensor:
-        """t of each row with its own key, (N,)."""
-        return transform_value(self.transform, self.scale * candidates.dots(self.x.q, self.own_keys, self.prefixes))
+    def positives(self) -> _Positives:
+        """t of each row with its own key, or keys."""
+        x = self.x
+        if x.several is None:
+            p = transform_value(self.transform, self.scale * candidates.dots(x.q, self.own_keys, self.prefixes))
+            return _Positives(p, p, p, p)
+        indices, weights, some = *x.several, x.several.some
+        s = gathered_scores(x.q, x.k, indices.clamp(min=0), scale=self.scale)  # backend chosen: none is the tiles' own
+        t = transform_value(self.transform, s) + poison(s)[:, None]
+        mean, total = ((t * y).sum(dim=1) for y in (weights, some.to(t.dtype)))
+        low = t.masked_fill(~some, float("-inf"))
+        return _Positives(_lse(low.unbind(1)), mean, total, low.detach().amax(dim=1), some.sum(dim=1).to(t.dtype))
 
     def negatives(self, direction: str) -> list[_Negatives]:
         """Of every block of a direction, of which a row always has one."""
@@ -172,6 +196,8 @@ class _Blocks:
         if guides:
             guides["own"] = guides["k"] if x.targets is None else guides["k"][x.targets]
         by_row: Layout = Block(1) if x.targets is None else Index()
+        if x.several is not None:
+            by_row = Several(x.several.indices.shape[1])
         rows, row_guide = (x.q, guides.get("q")) if direction[0] == "q" else (self.own_keys, guides.get("own"))
         if direction[2] == "k":
             itself = direction == "k2k" and x.targets is None
@@ -211,6 +237,8 @@ class _Blocks:
         ids: dict[str, Any] = {}
         if column_ids is not None:  # fault: ids-ignored
             layout, ids = Labels(), {"row_ids": x.query_ids, "column_ids": column_ids}
+        elif isinstance(layout, Several):
+            ids = {"row_ids": cast(Targets, x.several).indices}
         elif isinstance(layout, Index):
             ids = {"row_ids": x.targets}
         if rules.itself and direction in ("q2q", "k2k"):
@@ -220,7 +248,9 @@ class _Blocks:
         guide = None if row_guide is None or column_guide is None else (row_guide, column_guide)
         how = self.how | ({"group": None} if direction in rules.local else {})
         found = tile_stats(rows, columns, spec, scale=scale, **ids, ceilings=self.ceilings, guide=guide, **how)
-        width = layout.n_c if isinstance(layout, Block) else 1 - isinstance(layout, Separate)
+        width: float | Tensor = layout.n_c if isinstance(layout, Block) else 1 - isinstance(layout, Separate)
+        if isinstance(layout, Several):
+            width = cast(Targets, x.several).some.sum(dim=1)
         every = (rows if columns is None else columns).shape[0] * (1 if direction in rules.local else self.size)
         count = found["neg_count"] if "neg_count" in found else every - width
         return _Negatives(found["neg_lse"], found["neg_max"], found.get("neg_sum"), count)
@@ -257,20 +287,25 @@ class _Blocks:
         return self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
 
 
-def _row_loss(p: Tensor, found: Sequence[_Negatives], positives: int, scale: float | Tensor, rules: Rules) -> Tensor:
-    """−log of the positive's probability among `positives` times itself and its negatives, (N,)."""
+def _row_loss(p: _Positives, found: Sequence[_Negatives], times: int, scale: float | Tensor, rules: Rules) -> Tensor:
+    """−log of a row's positive among `times` times itself and its negatives, (N,); of several their mean."""
     lse = _lse([negatives.lse for negatives in found])
     count = sum(negatives.count for negatives in found)
     if rules.tau_plus is not None:
-        lse = _debiased(lse, p, count, scale, rules.tau_plus)
-    if positives > 1:
-        several = log_count(positives, p)
-        loss = softplus(lse - p - several) + several
+        lse = _debiased(lse, p.lse, count, scale, rules.tau_plus)
+    if times > 1:
+        several = log_count(times, p.lse)
+        loss = softplus(lse - p.lse - several) + several
     else:
-        loss = softplus(lse - p)
+        loss = softplus(lse - p.lse)
+    if p.mean is not p.lse:
+        loss = loss + (p.lse - p.mean)  # fault: targets-alike
     if rules.smoothing:
         total = torch.stack([cast(Tensor, negatives.total) for negatives in found]).sum(dim=0)
-        loss = loss + rules.smoothing * (count * p - total) / (positives + count)
+        if p.mean is p.lse:
+            loss = loss + rules.smoothing * (count * p.mean - total) / (times + count)
+        else:
+            loss = loss + rules.smoothing * (p.mean - (p.total + total) / (p.count + count))
     return loss
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fused_nce.core import checks
 from fused_nce.losses.common import normalized, row_dots, widened
+from fused_nce.losses.targets import Targets
 
 DIRECTIONS = ("q2k", "k2q", "q2q", "k2k")
 
@@ -68,6 +69,7 @@ class Batch(NamedTuple):
     row_weights: Tensor | None = None  # (N,)
     column_bias: Tensor | None = None  # (M,)
     unit: bool = False
+    several: Targets | None = None  # instead of one own key each
 
 
 def own(x: Batch) -> Tensor:
@@ -88,7 +90,7 @@ def unit(x: Batch) -> Batch:
 
 def merged(x: Batch, rules: Rules) -> Batch:
     """Hard negatives that count as keys do, as keys."""
-    apart = (x.query_ids, x.guide, x.column_bias)
+    apart = (x.query_ids, x.guide, x.column_bias, x.several)
     if x.h is None or rules.shared[:1] != ("q2k",) or any(y is not None for y in apart):
         return x
     if rules.directions != ("q2k",) or rules.margin is not None or rules.hardness != rules.own_hardness:
@@ -98,7 +100,7 @@ def merged(x: Batch, rules: Rules) -> Batch:
 
 def one_block(x: Batch, rules: Rules, symmetric: bool) -> bool:
     """Whether the queries' positives and negatives are all among the keys, or these among those."""
-    tensors = (x.h, x.query_ids, x.row_weights, x.column_bias)
+    tensors = (x.h, x.query_ids, x.row_weights, x.column_bias, x.several)
     if any(y is not None for y in tensors) or rules.hardness or rules.tau_plus is not None or rules.smoothing:
         return False
     both = rules.directions == ("q2k", "k2q") and not rules.joint and not filters(x, rules)
@@ -290,6 +292,11 @@ def _check_rules(x: Batch, rules: Rules) -> None:
             "('q2k',), None, None and 0",
         ),
     }
+    if x.several is not None:
+        one = (x.targets, x.query_ids, x.guide, rules.margin, rules.tau_plus)
+        beside = any(y is not None for y in one) or rules.directions != ("q2k",)
+        seen = "targets, ids, a guide, a margin, tau_plus or directions, which are of one positive a row"
+        together["positives"] = (beside, seen, "none of them")
     for name, (wrong, seen, need) in together.items():
         if wrong:
             raise ValueError(f"{name}: got it with {seen}, need {need}")
