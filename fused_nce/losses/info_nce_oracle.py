@@ -68,14 +68,12 @@ def _dense(
     own = rows if targets is None else targets
     several = positives if soft_targets is None else soft_targets[0]
     chosen = torch.zeros(len(q), len(k) + 1, dtype=q.dtype)  # and a last column for what is none
+    mass = chosen
     if several is not None:
-        own = several.amax(1)
-        chosen.scatter_(1, several % (len(k) + 1), 1.0)
-    mass = (
-        chosen
-        if soft_targets is None
-        else torch.zeros_like(chosen).scatter_add(1, several % (len(k) + 1), soft_targets[1].to(q.dtype))
-    )
+        own, at = several.amax(1), several % (len(k) + 1)
+        chosen.scatter_(1, at, 1.0)
+        if soft_targets is not None:
+            mass = torch.zeros_like(chosen).scatter_add(1, at, soft_targets[1].to(q.dtype))
     chosen, mass = chosen[:, :-1].bool(), mass[:, :-1]
     guides = [] if guide is None else [g.double() for g in guide]
     names = {"q": q, "k": k, "own": k[own]} | ({} if h is None else {"h": h.flatten(0, 1)})
