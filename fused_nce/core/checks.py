@@ -292,7 +292,7 @@ def _check_layout(
         check_tensor("positives", positives, ("N", "P"))  # type: ignore[arg-type]
         if positives.shape != (n, spec.parts * layout.p) or positives.device != q.device:  # type: ignore[union-attr]
             seen = f"shape {tuple(positives.shape)} on {positives.device}"  # type: ignore[union-attr]
-            raise ValueError(f"positives: got {seen}, need (N, P) = {(n, layout.p)} on {q.device}")
+            raise ValueError(f"positives: got {seen}, need (N, P) = {(n, spec.parts * layout.p)} on {q.device}")
     if isinstance(layout, Several):
         if not isinstance(row_ids, Tensor) or row_ids.dtype != torch.int64 or row_ids.shape != (n, layout.p):
             seen = f"{row_ids.dtype} {tuple(row_ids.shape)}" if isinstance(row_ids, Tensor) else type(row_ids).__name__

@@ -26,9 +26,20 @@ def oracle(
     penalty: float = 0.0,
     max_scale: float | None = None,
     hard_negatives: Tensor | None = None,
+    prefixes: Sequence[int] | None = None,
+    prefix_weights: Sequence[float] | None = None,
     **options: Any,
 ) -> Tensor:
     """The loss, dense."""
+    if prefixes is not None:
+        found = []
+        for width, weight in zip(prefixes, prefix_weights or [1.0] * len(prefixes), strict=True):
+            operands = (queries, keys, hard_negatives)
+            cut = [None if x is None else nn.functional.normalize(x[..., :width], dim=-1) for x in operands]
+            how: dict[str, Any] = {"temperature": temperature, "symmetric": symmetric, "clip": clip}
+            how |= {"max_scale": max_scale, "hard_negatives": cut[2], **options}
+            found.append(weight * oracle(*cut[:2], targets, **how))  # type: ignore[arg-type]
+        return torch.stack(found).sum()
     scale = 1 / torch.as_tensor(temperature, dtype=queries.dtype)
     scale = scale if max_scale is None else scale.clamp(max=max_scale)
     if symmetric:
@@ -149,7 +160,7 @@ def _dense(
     return losses.mean() if row_weights is None else (row_weights * losses).sum() / row_weights.sum()
 
 
-PLAIN = {"temperature", "symmetric", "clip", "penalty", "false_negative_margin"}
+PLAIN = {"temperature", "symmetric", "clip", "penalty", "false_negative_margin", "prefixes", "prefix_weights"}
 
 
 def _lattice(x: Tensor) -> Tensor:
@@ -242,4 +253,9 @@ register(
 register(_entry(["targets", "column_bias"], label_smoothing=0.1, temperature=0.6), "column bias, smoothing")
 register(_entry(["several", "hard_negatives"], label_smoothing=0.1, clip=5.0), "several positives, hard negatives")
 register(_entry(["soft", "row_weights"], temperature=0.5, hardness=0.4), "soft targets, hardness")
+register(_entry(["targets"], prefixes=(2, 5, 3), prefix_weights=(0.5, 1.0, 2.0)), "prefixes")
+register(
+    _entry(["hard_negatives", "ids"], prefixes=(2, 4), share_hard_negatives=True, directions=("q2k", "k2q")),
+    "prefixes, shared hard negatives, ids",
+)
 register(_entry(["unit"], temperature=0.3, tau_plus=0.1, directions=("q2k", "q2q"), joint=True), "debiased, joint")

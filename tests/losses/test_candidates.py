@@ -198,6 +198,26 @@ def test_prefixes_are_the_sum_of_their_losses(dtype):
             assert {"top1_2", "pos_mean_3", "neg_lse_mean_5"} <= set(out.stats)
 
 
+def test_several_positives_are_a_set_and_soft_targets_a_distribution():
+    """One alone is a target; a column named twice counts once, or with both weights; equal weights are positives."""
+    q, k = leaves = graded(Q, K)
+    twice = torch.tensor([[i, (i + 1) % N, i] for i in range(N)])
+    pairs = torch.stack([twice[:, 0], twice[:, 1]], dim=1)
+    for backend in ("reference", "chunked"):
+        how = F64 | {"backend": backend}
+        one = info_nce(q, k, positives=torch.arange(N)[:, None], **how).loss
+        same(one, info_nce(q, k, **how).loss, leaves)
+        same(info_nce(q, k, positives=twice, **how).loss, info_nce(q, k, positives=pairs, **how).loss, leaves)
+        halves, thirds = (torch.tensor([x]).double().repeat(N, 1) for x in ([0.5, 0.5], [0.25, 0.5, 0.25]))
+        for soft in ((pairs, halves), (twice, thirds)):
+            same(info_nce(q, k, soft_targets=soft, **how).loss, info_nce(q, k, positives=pairs, **how).loss, leaves)
+        # The row's own label set, as SupCon has it.
+        every = torch.stack([torch.where(IDS[i] == IDS, torch.arange(N), -1) for i in range(N)])
+        s = 2 * q @ k.T
+        exact = torch.stack([(s[i].logsumexp(0) - s[i][IDS[i] == IDS]).mean() for i in range(N)]).mean()
+        same(info_nce(q, k, positives=every, **how).loss, exact, leaves)
+
+
 def test_a_clamped_scale_has_no_gradient_beyond_its_limit():
     for temperature, wants in ((0.2, True), (0.005, False)):
         t = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
@@ -287,6 +307,25 @@ ERRORS: dict[str, dict[str, Any]] = {
         "directions": ("k2q", "q2k"),
     },
     "penalty: got 0.1 with more than keys, clip and filters, need 0": {"penalty": 0.1, "hardness": 1.0},
+    "positives: got torch.float64, need (N, P) int64 indices": {"positives": Q},
+    "positives: got shape (6,) on cpu, need (N, P) indices of N = 6 rows on cpu": {"positives": IDS},
+    "positives: got 6, need -1 <= index < M = 6": {"positives": torch.full((6, 1), 6)},
+    "positives: got none for row 2, need at least one": {"positives": torch.tensor([[0], [1], [-1], [2], [3], [4]])},
+    "positives: got it with targets, ids, a guide, a margin, tau_plus or directions, which are of one positive a row, "
+    "need none of them": {"positives": IDS[:, None], "tau_plus": 0.1},
+    "soft_targets: got them with positives, need one of the two": {
+        "positives": IDS[:, None],
+        "soft_targets": (IDS[:, None], Q[:, :1]),
+    },
+    "soft_targets: got Tensor, need a pair (indices, weights)": {"soft_targets": Q},
+    "soft_targets: got weights torch.float64 (6, 5), need floats of (6, 1) on cpu": {"soft_targets": (IDS[:, None], Q)},
+    "soft_targets: got weights of sum 0.5 for row 0, need weights >= 0 of sum 1": {
+        "soft_targets": (IDS[:, None], torch.full((6, 1), 0.5)),
+    },
+    "prefixes: got them with positives or soft_targets, need one of the two": {
+        "positives": IDS[:, None],
+        "prefixes": (2,),
+    },
     "prefixes: got 9, need 1 <= prefix <= D = 5": {"prefixes": (2, 9)},
     "prefix_weights: got 1, need one for each of 2 prefixes": {"prefixes": (2, 5), "prefix_weights": (1.0,)},
     "prefix_weights: got some without prefixes, need None": {"prefix_weights": (1.0,)},
