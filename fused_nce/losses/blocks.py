@@ -135,24 +135,27 @@ def contrast_prefixes(
     """
     how: dict[str, Any] = {"group": group, "backend": backend}
     if x.column_bias is not None:
-        found = []
+        each_width = []
         for width, weight in zip(prefixes, weights, strict=True):
             q, k, *h = (normalized(widened(y[..., :width])) for y in (x.q, x.k, x.h) if y is not None)
             out = contrast(x._replace(q=q, k=k, h=h[0] if h else None, unit=True), scale, rules, **how)
-            found.append((weight * out.loss, weight * out.nce, out.stats, width))
-        stats = {f"{name}_{width}": y for *_, each, width in found for name, y in each.items()}
-        loss, nce = (torch.stack([each[i] for each in found]).sum(dim=0) for i in range(2))  # type: ignore[misc]
+            each_width.append((weight * out.loss, weight * out.nce, out.stats, width))
+        stats = {f"{name}_{width}": y for *_, each, width in each_width for name, y in each.items()}
+        loss, nce = (torch.stack([each[i] for each in each_width]).sum(dim=0) for i in range(2))  # type: ignore[misc]
         return NCEOutput(loss, nce, torch.zeros_like(loss), stats)
-    if not candidates.one_block(x, rules, symmetric=False) or rules.directions != ("q2k",):
+    ways = 1 if rules.directions == ("q2k",) else 2  # or they need more than one block
+    if not candidates.one_block(x, rules, symmetric=False) or (ways == 2 and x.targets is not None):
         return contrast(x._replace(unit=True), scale, rules, prefixes, weights, **how)
     layout: Layout = Block(1) if x.targets is None else Index()
     transform = Identity() if rules.clip is None else TanhClip(float(rules.clip))
-    filters, tail = candidates.filters(x, rules), Prefixed(0.0, rules.reduction, 1.0, prefixes, weights)
+    filters, tail = candidates.filters(x, rules), Prefixed(0.0, rules.reduction, 1.0 / ways, prefixes, weights)
     spec = Spec(layout, transform, tail.stats, unit_norm=True, filters=filters, prefixes=prefixes)
     more = candidates.filter_arguments(x, rules, prefixes)
-    parts = loss_of(x.q, x.k, spec, tail, scale=scale, row_ids=x.targets, **more, **how)
-    nce = parts.nce.squeeze(1) if rules.reduction == "none" else parts.nce
-    return NCEOutput(parts.loss, nce, parts.penalty, parts.report)
+    found = [loss_of(x.q, x.k, spec, tail, scale=scale, row_ids=x.targets, **more, **how)]
+    if ways == 2:
+        found.append(loss_of(x.k, x.q, spec, tail, scale=scale, **how))  # fault: prefixes-one-way
+    loss, nce, penalty = (torch.stack(each).sum(dim=0) for each in zip(*(y[:3] for y in found), strict=True))
+    return NCEOutput(loss, nce.squeeze(1) if rules.reduction == "none" else nce, penalty, found[0].report)
 
 
 class _Blocks:
