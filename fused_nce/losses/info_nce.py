@@ -109,12 +109,12 @@ def info_nce(
             and hardness.
         max_scale: the largest 1 / temperature; a learned one has no gradient beyond it.
         prefixes: widths, each a loss of its own of that many first columns, normalised anew, and the sum of them
-            (Matryoshka, arXiv:2205.13147).
+            (Matryoshka, arXiv:2205.13147), in one sweep that reads the operands once; with a bias a column one each.
         prefix_weights: of the prefixes' losses; None is 1 each.
         group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone. Hard negatives
-            that are not shared stay where they are; filters do not go round a ring.
-        backend: a name of `fused_nce.backends()`, or None to choose the fastest. Filters and label smoothing run on
-            "chunked" and "reference".
+            that are not shared stay where they are; positives and targets are among this process's keys.
+        backend: a name of `fused_nce.backends()`, or None to choose the fastest. Filters, label smoothing and several
+            positives run on "chunked" and "reference".
 
     Returns:
         NCEOutput, float32 (float64 for float64 inputs), in nats; chance is log M. `stats` is of the queries' direction:
