@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu)
 KERNELS := setup.py pyproject.toml $(SOURCES)
 
-.PHONY: demo test test-compat nightly mutants bench gpu lint format install clean
+.PHONY: demo docs test test-compat nightly mutants bench gpu lint tidy format install clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -57,12 +57,23 @@ bench: install  ## time and peak memory against the rivals, into bench/results/
 gpu: install  ## build, test and measure on the GPU at hand; OPTIONS="--quick" and the others of bench/gpu.sh
 	@PYTHON=$(PY) bash bench/gpu.sh $(OPTIONS)
 
+docs: install  ## the site, into build/site; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
 lint: install
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
+	@$(MAKE) --no-print-directory tidy
 	@$(PY) -m mypy
 	@$(PY) -m bench.lines
+
+INCLUDES = $(shell $(PY) -c 'import sysconfig, torch.utils.cpp_extension as of; print(*of.include_paths(), sysconfig.get_path("include"))')
+# What nvcc alone compiles is left out. A file at a time: only then does a finding fail the run, and JOBS run side by side.
+tidy: install  ## clang-tidy, 50 s of processor time
+	@printf '%s\n' $(filter-out %/device.cpp, $(filter %.cpp, $(SOURCES))) | xargs -P $(JOBS) -I FILE $(VENV)/bin/clang-tidy \
+		--quiet FILE -- -std=c++20 -Wno-unknown-pragmas -DTORCH_EXTENSION_NAME=_C -Icsrc $(INCLUDES:%=-isystem %)
 
 format: install
 	@$(PY) -m ruff check --fix .

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench import cases, host, measure, memory, plots, rivals, tables
+from bench import cases, host, measure, plots, rivals, tables
 from bench.cases import Case
+from fused_nce.bench import memory
 
 BUSY_SHARE = 0.1  # of all cores, in use by others: above this a median of 20 rounds moved by more than its own spread
 SCHEMA = 1

@@ -1,9 +1,8 @@
 """What a training step costs beside other busy processes: `python -m bench.busy`.
 
-Runs `fused-nce train` with 0, 1 and 4 endless loops beside it, on as many threads as there are cores. A fair scheduler
-leaves the trainer cores / (cores + loops) of the machine; a step may cost 1.5 times its quiet time divided by that
-share. The spinning threads that torch's OpenMP has by default are measured beside ours. Needs a machine that is
-otherwise quiet.
+Runs `fused-nce train` with 0, 1 and 4 endless loops beside it. A fair scheduler leaves the trainer cores / (cores +
+loops) of the machine; a step may cost 1.5 times its quiet time divided by that share. Measured beside it: as many
+threads as there are cores, whatever else runs. Needs a machine that is otherwise quiet.
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from fused_nce import measure
-from fused_nce._threads import CHOSEN
 
 ALLOWED = 1.5
-# OpenMP's own count where no policy is chosen: naming it keeps the command line from choosing another.
-WAYS = {"ours": {}, "torch's default": {"GOMP_SPINCOUNT": "300000"}}
+CORES = measure.cores()
+WAYS = {"ours": "auto", f"{CORES} threads": str(CORES)}  # run.threads
 WARM_UP = 2  # steps
 
 
@@ -41,10 +39,9 @@ def busy(loops: int) -> Iterator[list[subprocess.Popen[bytes]]]:
             process.wait()
 
 
-def step_seconds(steps: int, threads: int, way: dict[str, str], options: Sequence[str]) -> list[float]:
+def step_seconds(steps: int, options: Sequence[str]) -> list[float]:
     """Of each step of a training run, the first ones left out."""
-    environment = {name: value for name, value in os.environ.items() if name not in CHOSEN}
-    environment |= way | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(CORES)}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fused_nce.cli", "train", "amdim", "--preset", "digits", "--probes", "false"]
         command += ["--run.log_every", "1", "--run.tensorboard", "false", "--max-steps", str(steps + WARM_UP)]
@@ -65,22 +62,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind, one after the other")
     parser.add_argument("--batch-size", type=int, default=128)
     values = parser.parse_args(argv)
-    cores = measure.cores()
     found: dict[tuple[str, int], list[float]] = {}
     for _ in range(values.rounds):
         for loops in values.loops:
             for name, way in WAYS.items():
+                options = [f"--batch-size={values.batch_size}", f"--run.threads={way}"]
                 with busy(loops):
-                    seconds = step_seconds(values.steps, cores, way, [f"--batch-size={values.batch_size}"])
+                    seconds = step_seconds(values.steps, options)
                 found.setdefault((name, loops), []).extend(seconds)
     median = {key: statistics.median(seconds) for key, seconds in found.items()}
-    print(f"{measure.processor()}, {cores} cores, {measure.commit()}: median step of {values.steps * values.rounds}\n")
+    print(f"{measure.processor()}, {CORES} cores, {measure.commit()}: median step of {values.steps * values.rounds}\n")
     heads = " | ".join(f"{name}, ms | × quiet" for name in WAYS)
     print(f"| busy loops | share left | allowed, × quiet | {heads} |")
     print("|---" * (3 + 2 * len(WAYS)) + "|")
     failed = False
     for loops in values.loops:
-        share = cores / (cores + loops)
+        share = CORES / (CORES + loops)
         cells = []
         for name in WAYS:
             ratio = median[name, loops] / median[name, values.loops[0]]
@@ -88,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             cells += [f"{1e3 * median[name, loops]:.0f}", f"{ratio:.2f}"]
         print(f"| {loops} | {share:.2f} | {ALLOWED / share if loops else 1:.2f} | {' | '.join(cells)} |")
     quiet = [median[name, values.loops[0]] for name in WAYS]
-    print(f"\nquiet step, ours / torch's default: {quiet[0] / quiet[1]:.3f}")
+    print(f"\nquiet step, ours / {CORES} threads: {quiet[0] / quiet[1]:.3f}")
     return int(failed)
 
 

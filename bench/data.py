@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,28 +39,10 @@ def synthesise(folder: Path, count: int) -> None:
 
 
 def measure(folder: Path, batch: int, batches: int) -> dict[str, Any]:
-    """Images a second on one core: read, decoded and cut to two views as a worker does; then augmented."""
-    from fused_nce.train import config
-    from fused_nce.train.methods.amdim import PRESETS
-
-    torch.set_num_threads(1)
-    values = {"method": "amdim", "data": str(folder), **PRESETS["imagenet-small"]}
-    values["optim"] = {"batch_size": batch}
-    values["run"] = {"workers": 0}
-    settings = config.from_dict(values)
-    loader, views = settings.open_loader(0, 1), settings.make_views()
-    source = loader.batches(0)
-    views(next(source).images)
-    read_s = augment_s = 0.0
-    for _ in range(batches):
-        start = time.perf_counter()
-        images = next(source).images
-        read = time.perf_counter()
-        views(images)
-        read_s += read - start
-        augment_s += time.perf_counter() - read
-    count = batch * batches
-    return {"read_images_per_s": count / read_s, "augment_images_per_s": count / augment_s, "images": count}
+    """What the trainer's own readers reach, in a process of their own."""
+    command = [sys.executable, "-m", "fused_nce.train.rate", str(folder), f"--batch={batch}", f"--batches={batches}"]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -1,15 +1,20 @@
-"""Losses of text embedders beside sentence-transformers' own: time, peak memory and error, on embeddings.
+"""`python -m bench.embedders`: losses of text embedders beside sentence-transformers' own, eager and cached.
 
-`python -m bench.embedders --rows 256,1024 --widths 384 --out FILE.json` with sentence-transformers installed. Losses of
-a shape are timed in one interleaved run, gradients included; the peak is that of a process of its own; the error is the
-largest of the gradients', relative to the largest gradient in float64.
+The losses of a problem are timed in one interleaved run, gradients included. Memory is what a step holds at its peak in
+a process of its own, beyond the embeddings and their gradients, for all alike; errors are those of the value and of the
+gradients against sentence-transformers' own loss in float64. Writes `embedders-HOST.json` and a table beside it, after
+every problem. A problem that would take more than what is left of `--budget-s`, by what smaller ones took, is left out,
+and the table says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from bench import host, measure, memory
+from bench import host, measure
+from fused_nce import info_nce, last_path
+from fused_nce.bench import memory
 
 COLUMNS = {"pairs": 2, "hard negatives": 3, "every direction": 2, "hardness": 3, "gist": 2, "matryoshka": 2}
 PART = 32  # of a cached loss: sentence-transformers' default
@@ -76,6 +84,8 @@ def loss_of(kind: str, name: str, n: int, d: int) -> Callable[[Sequence[Tensor]]
     if kind != "matryoshka":
         return once
     widths = [d // 4, d // 2, 3 * d // 4, d]
+    if name == OURS:
+        return lambda x: info_nce(*x, temperature=1 / 20, normalize=True, prefixes=widths).loss
 
     def nested(columns: Sequence[Tensor]) -> Tensor:
         return torch.stack([once([nn.functional.normalize(x[:, :w], dim=1) for x in columns]) for w in widths]).sum()
@@ -83,9 +93,15 @@ def loss_of(kind: str, name: str, n: int, d: int) -> Callable[[Sequence[Tensor]]
     return nested
 
 
+def fits(kind: str, name: str, n: int, d: int) -> bool:
+    """GIST's (N, N, D) tensors, or a cached loss's (32, N, D) ones, within a gigabyte and some minutes."""
+    limit = {EAGER: 2**27, CACHED: 2**31}.get(name, n * n * d)
+    return kind != "gist" or n * n * d <= limit
+
+
 @dataclass(frozen=True)
 class Step:
-    """One loss with its gradients, as `bench.memory` has it."""
+    """One loss with its gradients, as `fused_nce.bench.memory` has it."""
 
     kind: str
     name: str
@@ -118,49 +134,139 @@ class Step:
         return value.detach()
 
 
-def error(kind: str, name: str, n: int, d: int) -> float:
-    """Of the gradients, against upstream's own loss in float64."""
-    found = []
-    for loss, dtype in ((name, torch.float32), (EAGER, torch.float64)):
-        columns = [x.requires_grad_() for x in embeddings(kind, n, d, dtype)]
-        Step.step(loss_of(kind, loss, n, d), columns)
-        found.append(torch.cat([x.grad.double() for x in columns if x.grad is not None]))
-    return float((found[0] - found[1]).abs().max() / found[1].abs().max())
+def found(kind: str, name: str, n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Value and gradients."""
+    columns = [x.requires_grad_() for x in embeddings(kind, n, d, dtype)]
+    value = Step.step(loss_of(kind, name, n, d), columns)
+    return value.double(), torch.cat([x.grad.double() for x in columns if x.grad is not None])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print a table and write the figures."""
+def errors(kind: str, names: Sequence[str], n: int, d: int) -> dict[str, dict[str, float]]:
+    """Of each, against upstream's eager loss in float64: of the largest gradient, and of the value."""
+    value, gradient = found(kind, EAGER, n, d, torch.float64)
+    rows = {}
+    for name in names:
+        v, g = found(kind, name, n, d, torch.float32)
+        worst = float((g - gradient).abs().max() / gradient.abs().max())
+        rows[name] = {"value_error": float((v - value).abs() / value.abs()), "gradient_error": worst}
+    return rows
+
+
+# ---- which problems, and for how long ----------------------------------------------------------------------------
+
+PAIRS = tuple(("pairs", n, d) for n in (256, 512, 1024, 2048, 4096, 8192) for d in (384, 1024))
+OTHERS = tuple((kind, n, d) for n, d in ((256, 384), (1024, 384), (1024, 1024), (4096, 384)) for kind in COLUMNS)
+LAST = (("pairs", 16384, 384), ("matryoshka", 8192, 384), ("hard negatives", 8192, 384), ("pairs", 16384, 1024))
+PROBLEMS = (*PAIRS, *(x for x in OTHERS if x[0] != "pairs"), *LAST)
+QUICK = (*((kind, 256, 384) for kind in COLUMNS), ("pairs", 2048, 384))
+RUNS = 2  # of a step beside the timed ones: a first, and that of the process whose peak counts
+PRELOAD = ("sentence_transformers.sentence_transformer.losses",)
+
+
+def measured(kind: str, n: int, d: int, threads: int, rounds: int, budget_s: float) -> dict[str, Any]:
+    """One problem: time, memory and, where float64 is quick, errors."""
+    names = [name for name in NAMES if fits(kind, name, n, d)]
+    rows: dict[str, dict[str, Any]] = {name: {} for name in names}
+    if n * n * d <= (2**26 if kind == "gist" else 2**30):
+        rows = errors(kind, names, n, d)
+    steps = {name: Step(kind, name, n, d).prepare() for name in names}
+    with measure.without_gc():
+        begin = time.perf_counter()
+        measure.interleave(steps, 1, lambda: None)
+        count = int(min(rounds, max(3, budget_s / (time.perf_counter() - begin))))
+        steps[OURS]()
+        path = last_path()
+        times, busy = measure.interleave(steps, count, lambda: None), host.busy_now(0.2)
+    del steps
+    for name in names:
+        rows[name] |= measure.spread(times[name])
+        rows[name]["peak_memory_mib"] = memory.peak(Step(kind, name, n, d), threads, PRELOAD)["peak_memory_mib"]
+    seconds = sum(statistics.median(x) for x in times.values()) / 1e3
+    shape = {"loss": kind, "n": n, "d": d, "rounds": count, "seconds_a_round": seconds, "others_cpu_share": busy}
+    return shape | {"ours_backend": path.backend if path else None, "rivals": rows}
+
+
+def predicted_s(done: Sequence[dict[str, Any]], kind: str, n: int, d: int) -> float:
+    """Seconds of a problem, as its multiple of the largest smaller one of its kind in N²·D."""
+    smaller = [x for x in done if x["loss"] == kind]
+    if not smaller:
+        return 0.0
+    best = max(smaller, key=lambda x: x["n"] ** 2 * x["d"])
+    return float(best["seconds_a_round"] * n * n * d / (best["n"] ** 2 * best["d"]) * (3 + RUNS))
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "| loss | N | D | fused_nce, ms | eager ÷ ours | cached ÷ ours | fused_nce, MiB | eager, MiB | cached, MiB "
+        "| eager ÷ ours, memory | value error: ours / eager | gradient error: ours / eager / cached |",
+        "| --- " + "| ---: " * 11 + "|",
+    ]
+    for x in record["problems"]:
+        rows = [x["rivals"].get(name, {}) for name in NAMES]
+        t, m, v, g = (
+            [row.get(key) for row in rows]
+            for key in ("time_ms_median", "peak_memory_mib", "value_error", "gradient_error")
+        )
+        ratio = [f"{y / t[0]:.2f}×" if y else "–" for y in t[1:]]
+        held = [f"{y:,.1f}" if y is not None else "–" for y in m]
+        less = f"{m[1] / max(m[0], 0.1):.0f}×" if m[1] is not None else "–"
+        wrong = [" / ".join("–" if y is None else f"{y:.0e}" for y in z) for z in (v[:2], g)]
+        cells = [x["loss"], f"{x['n']:,}", f"{x['d']:,}", f"{t[0]:,.3g}", *ratio, *held, less, *wrong]
+        lines.append(f"| {' | '.join(cells)} |")
+    machine, versions = record["host"], record["versions"]
+    lines += [
+        "",
+        "Loss and gradients of float32 embeddings. Memory: the most that a step holds beyond the embeddings and their "
+        "gradients, which all have; for fused_nce that is unit rows and gradients by them, and the workspace. "
+        f"GIST's eager loss makes (N, N, D) tensors: not run where they are above a gigabyte. {machine['cpu_model']}, "
+        f"{record['threads']} threads; sentence-transformers {record['sentence_transformers']}, torch "
+        f"{versions['torch']}; commit {record['code']['commit'][:7]}, {record['date_utc'][:10]}.",
+    ]
+    if record["left_out"]:
+        lines += [
+            "",
+            "Left out, for want of time: " + ", ".join("{} {:,} × {:,}".format(*x) for x in record["left_out"]) + ".",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Measure, print and write; returns the JSON's path."""
     parser = argparse.ArgumentParser(prog="python -m bench.embedders", description=__doc__)
-    parser.add_argument("--rows", default="256,512,1024,2048,4096,8192,16384")
-    parser.add_argument("--widths", default="384,1024")
-    parser.add_argument("--kinds", default=",".join(COLUMNS))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--kinds", nargs="+", choices=list(COLUMNS), default=list(COLUMNS))
+    parser.add_argument("--rounds", type=int, default=15, help="at most, interleaved; 3 at least")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--error-rows", type=int, default=1024, help="errors are taken up to so many rows")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--budget-s", type=float, default=480.0, help="for all problems")
+    parser.add_argument("--quick", action="store_true", help="small problems alone, into runs/bench")
+    parser.add_argument("--out", type=Path, help="folder; default: bench/results, runs/bench with --quick or --kinds")
     given = parser.parse_args(arguments)
+    logging.getLogger("fused_nce").setLevel(logging.ERROR)  # which backend ran is in the record
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import sentence_transformers
+
     torch.set_num_threads(given.threads)
-    rows: list[dict[str, Any]] = []
-    for kind in given.kinds.split(","):
-        for d in map(int, given.widths.split(",")):
-            for n in map(int, given.rows.split(",")):
-                names = [name for name in NAMES if not (kind == "gist" and name == EAGER and n * n * d > 2**31)]
-                steps = {name: Step(kind, name, n, d).prepare() for name in names}
-                for step in steps.values():
-                    step()
-                times = measure.interleave(steps, given.rounds, lambda: None)
-                for name in names:
-                    row = {"loss": kind, "rows": n, "width": d, "name": name, "time_ms": statistics.median(times[name])}
-                    row |= memory.peak(Step(kind, name, n, d), given.threads)
-                    if n <= given.error_rows:
-                        row["gradient_error"] = error(kind, name, n, d)
-                    rows.append(row)
-                    wrong = f"  error {row['gradient_error']:.1e}" if "gradient_error" in row else ""
-                    cost = f"{row['time_ms']:10.1f} ms {row['peak_memory_mib']:9.1f} MiB"
-                    print(f"{kind:16} N {n:6} D {d:5} {name:30} {cost}{wrong}")
-    if given.out:
-        record = {"host": host.facts(), "versions": host.versions(), "threads": given.threads, "rows": rows}
-        given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partly = given.quick or len(given.kinds) < len(COLUMNS)
+    out = given.out or host.ROOT / ("runs/bench" if partly else "bench/results")
+    out.mkdir(parents=True, exist_ok=True)
+    path: Path = out / f"embedders-{host.slug()}.json"
+    record: dict[str, Any] = {"schema": 1, "date_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    record |= {"code": host.commit(), "host": {"slug": host.slug(), **host.facts()}, "versions": host.versions()}
+    record |= {"sentence_transformers": sentence_transformers.__version__, "threads": given.threads}
+    record |= {"problems": [], "left_out": []}
+    chosen = [x for x in (QUICK if given.quick else PROBLEMS) if x[0] in given.kinds]
+    end, shown = time.monotonic() + given.budget_s, tqdm(chosen, unit="problem", disable=None, dynamic_ncols=True)
+    for kind, n, d in shown:
+        shown.set_postfix_str(f"{kind} {n:,} × {d:,}")
+        left = end - time.monotonic()
+        if predicted_s(record["problems"], kind, n, d) > left or left <= 0:
+            record["left_out"].append([kind, n, d])
+        else:
+            record["problems"].append(measured(kind, n, d, given.threads, given.rounds, min(5.0, left / 20)))
+        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(table(record), encoding="utf-8")
+    print(table(record), f"wrote {path}", sep="\n")
+    return path
 
 
 if __name__ == "__main__":

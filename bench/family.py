@@ -8,54 +8,26 @@ installed libraries, and ours. Time, peak memory, and the error of value and gra
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from bench import host, measure, memory
-from bench.formulas import FORMULAS
+from bench import host, measure
 from fused_nce import last_path
+from fused_nce.bench import memory, timers
+from fused_nce.bench.formulas import FORMULAS
+from fused_nce.bench.rivals import RIVALS, Problem, Subject, errors, step
 
 SCHEMA = 1
 Loss = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One call of a loss: n rows, m columns, width d."""
-
-    loss: str
-    label: str
-    n: int
-    m: int
-    d: int
-    n_c: int = 1  # columns an image: AMDIM's locations
-    steps: int = 1  # CPC's prediction steps
-
-    @property
-    def gemms(self) -> int:
-        """The least GEMMs of n·m·d: a queue wants no gradient, and a self-similarity has one for both sides."""
-        return 2 if self.loss in ("moco_nce", "nt_xent", "sup_con") else 3
-
-    def inputs(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
-        """Leaves of the dtype; the same seed draws the same numbers for every dtype."""
-        generator = torch.Generator().manual_seed(seed)
-        drawn = FORMULAS[self.loss].inputs(self, lambda *sizes: torch.randn(*sizes, generator=generator))
-        return tuple(
-            x.detach().to(dtype).requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in drawn
-        )
 
 
 def _problems() -> Iterator[Problem]:
@@ -79,133 +51,6 @@ def _problems() -> Iterator[Problem]:
 
 PROBLEMS = tuple(_problems())
 QUICK = ("InfoNCE 256², D 256", "CLIP 256², D 512", "NT-Xent 2 × 512, D 128", "SupCon 1,024, D 128")
-
-
-class Rival(NamedTuple):
-    """A way to compute a loss. `make` gives None where it does not compute this one, or is not installed."""
-
-    label: str
-    make: Callable[[Problem], Loss | None]
-    compiles: bool = False
-
-
-def _eager(problem: Problem) -> Loss:
-    return FORMULAS[problem.loss].naive
-
-
-def _compiled(problem: Problem, **options: Any) -> Loss:
-    import torch._inductor.config as inductor
-
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a CUDA that nobody asked for
-    inductor.compile_threads = 1  # a pool of compilers would share the cores with whatever is timed next
-    torch._dynamo.reset()
-    return torch.compile(_eager(problem), dynamic=False, fullgraph=True, options=options or None)
-
-
-def _auto_chunker(problem: Problem) -> Loss | None:
-    """Of one direction alone: torch 2.14 compiles the others as it would without, and says nothing."""
-    return _compiled(problem, **{"auto_chunker.enable": True}) if problem.loss == "info_nce" else None
-
-
-def _linear_cross_entropy(problem: Problem) -> Loss | None:
-    found = getattr(torch.nn.functional, "linear_cross_entropy", None)
-    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
-    if found is None or options is None or problem.loss != "info_nce":
-        return None
-
-    def loss(q: Tensor, k: Tensor) -> Tensor:
-        rows = normalize(q, dim=1) / 0.1
-        value: Tensor = found(rows, normalize(k, dim=1), torch.arange(len(q)), options=options())
-        return value
-
-    return loss
-
-
-def _ours(backend: str | None, problem: Problem) -> Loss:
-    formula = FORMULAS[problem.loss]
-    return lambda *inputs: formula.ours(*inputs, backend)
-
-
-def _library(module: str, makers: dict[str, Callable[[Any], Loss]], problem: Problem) -> Loss | None:
-    if problem.loss not in makers:
-        return None
-    try:
-        return makers[problem.loss](importlib.import_module(module))
-    except (ImportError, RuntimeError, OSError):  # not installed, or it does not load beside this torch
-        return None
-
-
-def _two_views(loss: Callable[..., Any]) -> Loss:
-    """A loss of embeddings and labels, on two views: row i and row i + n/2 share a label."""
-    return lambda x, y: loss(torch.cat([x, y]), torch.arange(len(x)).repeat(2))
-
-
-LIGHTLY: dict[str, Callable[[Any], Loss]] = {"nt_xent": lambda m: m.NTXentLoss(temperature=0.5)}
-OPEN_CLIP: dict[str, Callable[[Any], Loss]] = {
-    "clip_loss": lambda m: m.ClipLoss(),
-    "siglip_loss": lambda m: m.SigLipLoss(),
-}
-PML: dict[str, Callable[[Any], Loss]] = {
-    "nt_xent": lambda m: _two_views(m.NTXentLoss(temperature=0.5)),
-    "sup_con": lambda m: m.SupConLoss(temperature=0.1),
-}
-RIVALS: dict[str, Rival] = {
-    "eager": Rival("eager torch", _eager),
-    "compile": Rival("torch.compile", _compiled, compiles=True),
-    "auto_chunker": Rival("torch.compile, auto_chunker", _auto_chunker, compiles=True),
-    "linear_cross_entropy": Rival("F.linear_cross_entropy", _linear_cross_entropy),
-    "lightly": Rival("lightly", partial(_library, "lightly.loss", LIGHTLY)),
-    "open_clip": Rival("open_clip", partial(_library, "open_clip.loss", OPEN_CLIP)),
-    "pml": Rival("pytorch-metric-learning", partial(_library, "pytorch_metric_learning.losses", PML)),
-    "chunked": Rival("fused_nce, plain torch", partial(_ours, "chunked")),
-    "ours": Rival("fused_nce", partial(_ours, None)),
-}
-
-
-def step(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What a training step asks of a loss: its value, and fresh gradients of the leaves."""
-    value = loss(*inputs)
-    return value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A rival on a problem, for `bench.memory`."""
-
-    rival: str
-    problem: Problem
-
-    @property
-    def name(self) -> str:
-        return f"{self.rival} on {self.problem.label}"
-
-    @property
-    def gradients_bytes(self) -> int:
-        return sum(x.nbytes for x in self.problem.inputs() if x.requires_grad)
-
-    def warm_up(self) -> None:
-        p = self.problem
-        tiny = Problem(p.loss, "tiny", 4, 4 * p.n_c, 16, p.n_c, p.steps)
-        step(make(self.rival, tiny), tiny.inputs())
-
-    def prepare(self) -> Callable[[], object]:
-        inputs = self.problem.inputs()
-        run = partial(step, make(self.rival, self.problem), inputs)
-        if RIVALS[self.rival].compiles:
-            run()
-        return run
-
-
-def make(rival: str, problem: Problem) -> Loss:
-    loss = RIVALS[rival].make(problem)
-    assert loss is not None
-    return loss
-
-
-def errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> dict[str, float]:
-    """Against float64: of the value, relative; of the gradients, the worst ‖g − g₆₄‖ / ‖g₆₄‖."""
-    relative = [((x.double() - y).norm() / y.norm()).item() for x, y in zip(found, exact, strict=True)]
-    return {"value_error": relative[0], "gradient_error": max(relative[1:])}
 
 
 def bound(problem: Problem) -> list[Callable[[], Tensor]]:
@@ -238,14 +83,14 @@ def measured(
     del exact
     gemms = bound(problem)
     calls = {**steps, "bound": lambda: [gemm() for gemm in gemms]}
-    with measure.without_gc():
+    with timers.without_gc():
         begin = time.perf_counter()
-        measure.interleave(calls, 1, lambda: None)
+        timers.interleave(calls, 1, lambda: None)
         once = time.perf_counter() - begin
         count = int(min(10 * rounds, max(rounds, budget_s / once)))  # short calls take more rounds
         times, busy = measure.quietest(calls, count, lambda: None)
     for name in rows:
-        rows[name] |= measure.spread(times[name])
+        rows[name] |= timers.spread(times[name])
         if with_memory:
             rows[name] |= {"peak_memory_mib": memory.peak(Subject(name, problem), threads)["peak_memory_mib"]}
     sizes = {"n": problem.n, "m": problem.m, "d": problem.d, "n_c": problem.n_c, "steps": problem.steps}
@@ -258,7 +103,7 @@ def measured(
         "rounds": count,
         "others_cpu_share": round(busy, 4),
         "ours_backend": path.backend if path else None,
-        "bound_ms": measure.spread(times["bound"])["time_ms_median"] * problem.steps,
+        "bound_ms": timers.spread(times["bound"])["time_ms_median"] * problem.steps,
         "rivals": rows,
     }
 

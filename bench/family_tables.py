@@ -45,6 +45,13 @@ def isa(record: Record) -> str:
     return f"{used} (AVX-512 turned off)" if used == "AVX2" and "avx512f" in flags else str(used)
 
 
+def largest(record: Record) -> str:
+    """`table`, of each loss its largest scores alone."""
+    kept = {row["loss"]: row for row in sorted(record["problems"], key=lambda row: int(row["n"] * row["m"]))}
+    labels = {row["label"] for row in kept.values()}
+    return table({**record, "problems": [row for row in record["problems"] if row["label"] in labels]})
+
+
 def table(record: Record, threads: int | None = None) -> str:
     """Each problem: our time, how much faster than the rivals, memory, and errors."""
     threads = threads or max(row["threads"] for row in record["problems"])

@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 40_800, ("tests",): 24_200}
+BUDGET = {("fused_nce", "csrc", "bench"): 43_000, ("tests",): 25_400}
 
 
 def lines(folder: str) -> int:

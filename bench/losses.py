@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from bench import pictures
 from fused_nce.losses.registry import LOSSES, Entry, Size
 
 MICRO = Size(n=512, m=16384, d=128, p=4)  # a batch beside a queue, of the width that projection heads have
@@ -31,12 +33,34 @@ def table(page: str) -> str:
 
 
 def reference() -> str:
-    """The signature and the docstring of each."""
-    parts = [
-        f"## {entry.name}\n\n```text\n{signature(entry)}\n\n{inspect.getdoc(entry.function)}\n```"
-        for entry in entries()
-    ]
+    """Formula, cost, picture, signature and docstring of each."""
+    parts = []
+    for entry in entries():
+        drawings = [name for name in pictures.drawn() if name.partition("/")[0] == entry.name]
+        shown = [f"![{name}: {pictures.KEY}](pictures/{pictures.file_of(name)})" for name in drawings]
+        text = f"```text\n{signature(entry)}\n\n{inspect.getdoc(entry.function)}\n```"
+        parts += [f"## {entry.name}", f"`{entry.formula}`, {entry.source}. {cost(entry)}", *shown, text]
     return "\n\n".join(parts)
+
+
+def api() -> str:
+    """What mkdocstrings renders of each: the function, and its module."""
+    found = [x for entry in entries() for x in (entry.function, entry.module)]
+    return "\n\n".join(f"::: {x.__module__}.{x.__qualname__}" for x in found)
+
+
+def cost(entry: Entry) -> str:
+    """How often its score GEMM's work is done, forward and backward together, as torch's counter counts it."""
+    if entry.closed:
+        return "It scores no pairs: its cost is linear in its inputs."
+    inputs = entry.example(0, Size(n=8, m=32, d=8, p=2))
+    floats = {key: x for key, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    leaves = [x.requires_grad_() for key, x in floats.items() if key not in entry.frozen]
+    with FlopCounterMode(display=False) as both:
+        torch.autograd.grad(entry.function(**inputs, backend="chunked").loss, leaves)
+    with torch.no_grad(), FlopCounterMode(display=False) as scores:
+        entry.function(**inputs, backend="chunked")
+    return f"Costs {both.get_total_flops() / scores.get_total_flops():g} GEMMs of its scores' size."
 
 
 def signature(entry: Entry) -> str:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import gc
-import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from bench import rivals
 from bench.cases import Case
 from bench.host import BusyMeter
 from bench.rivals import bound
-from bench.timers import Timer, wall_ms
 from fused_nce import last_path
+from fused_nce.bench.timers import interleave, spread, without_gc
 
 WARMUPS = 2  # after the one that compiles; the last of them tells how many rounds the budget allows
 NOISY_SHARE = 0.05  # of all cores, in use by others: one burst of it moved a median of five rounds by half
@@ -77,30 +74,6 @@ def quietest(
     return min(tried, key=lambda found: found[1])
 
 
-def interleave(
-    calls: Mapping[Any, Callable[[], Any]], rounds: int, reset: Callable[[], None], timer: Timer = wall_ms
-) -> dict[Any, list[float]]:
-    """Milliseconds of each call in each round; the order within a round is random, and the same in every run."""
-    order, shuffle = list(calls), random.Random(0).shuffle
-    times: dict[Any, list[float]] = {key: [] for key in calls}
-    for _ in range(rounds):
-        shuffle(order)
-        for key in order:
-            reset()  # freeing the last gradients belongs to nobody
-            times[key].append(timer(calls[key]))
-    return times
-
-
-def spread(times_ms: list[float], clock: str = "time") -> dict[str, float]:
-    """Median, interquartile range and minimum, the clock's name in the keys."""
-    low, median, high = statistics.quantiles(times_ms, n=4, method="inclusive")
-    return {
-        f"{clock}_ms_median": round(median, 4),
-        f"{clock}_ms_iqr": round(high - low, 4),
-        f"{clock}_ms_min": round(min(times_ms), 4),
-    }
-
-
 def summary(times_ms: list[float], flop: int, clock: str = "time") -> dict[str, float]:
     """Spread, and the rate at the median, of something that takes this many FLOP."""
     rate = flop / statistics.median(times_ms) / 1e6
@@ -131,16 +104,3 @@ def bound_summary(times: dict[tuple[str, str], list[float]], flop: int, clock: s
             for gemm, found in gemms.items()
         },
     }
-
-
-@contextmanager
-def without_gc() -> Iterator[None]:
-    """No garbage collection inside: its pauses would fall on whoever is being timed."""
-    gc.collect()
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.gpu.model import CUBLAS_RATE, CUDA_US, ROW_PS
+from bench.gpu.model import CUBLAS_RATE, CUDA_US, row_ps
 from bench.gpu.problems import GLOBAL
 from bench.roofline import ENCODER_RATE, FUSED_WORKSPACE_BYTES, GEMM_FLOP_PER_S, OPTIMIZER_BYTES
 from bench.text import markdown, number
@@ -73,7 +73,7 @@ def score_s(record: dict[str, Any] | None) -> float:
             raise ValueError(f"record: has no case {GLOBAL.label!r}, need one")
         ms = found["rivals"]["ours"][f"{record['clock']}_ms_median"]
         return float(ms) * 1e-3 / GLOBAL.scores
-    return 3 * 2 * WIDTH / (CUBLAS_RATE * GEMM_FLOP_PER_S) + ROW_PS * 1e-12
+    return 3 * 2 * WIDTH / (CUBLAS_RATE * GEMM_FLOP_PER_S) + row_ps(GLOBAL.spec, True) * 1e-12
 
 
 class Step(NamedTuple):

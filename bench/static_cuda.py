@@ -1,27 +1,43 @@
-"""`python -m bench.static_cuda [sm_80 …]`: what the compiler says of the GPU kernels, without a GPU.
+"""`python -m bench.static_cuda [sm_80 …] [--write]`: what the compiler made of the GPU kernels, without a GPU.
 
-Compiles `csrc/cuda/*.cu` for each architecture and prints registers, shared memory, stack and spills of each kernel.
-The exit status is 1 where one has a stack or spills: what a row kernel keeps in registers it touches for every score.
+Compiles `csrc/cuda/*.cu` for each architecture and prints registers, shared memory, stack and spills of each kernel,
+and what it issues for a score: the instructions of the main loops' cheapest turns (`sass.py`), which no turn without a
+positive, the row itself, the row's end or a new maximum exceeds. The exit status is 1 where a kernel has a stack or
+spills, since what a row kernel keeps in registers it touches for every score, and where one issues more than the
+committed table says for this nvcc. `--write` makes the table.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from bench import sass
+from bench.host import ROOT
 from fused_nce import _nvcc
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+TABLE = ROOT / "bench/results/static-cuda.json"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TYPES = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
 
 
+# Kernels with a loop over scores, and how many scores a turn has: kColumns of rows.h, kRowsAtOnce of columns.h.
+TURNS = {"fold": 8, "fold_optional": 8, "weigh": 8, "loss": 8, "fold_columns": 4}
+
+
 class Kernel(NamedTuple):
-    """What ptxas tells of one kernel."""
+    """What ptxas tells of one kernel, and what its machine code issues for a score and thread."""
 
     name: str
     architecture: str
@@ -29,6 +45,8 @@ class Kernel(NamedTuple):
     shared_bytes: int
     stack_bytes: int
     spill_bytes: int
+    issued: float | None = None  # instructions a score; None: no loop over scores, or nobody has looked
+    special: float | None = None  # of them exponentials and reciprocals
 
     @property
     def clean(self) -> bool:
@@ -59,15 +77,43 @@ def parse(text: str) -> list[Kernel]:
 
 def label(mangled: str) -> str:
     """`loss clip shift bfloat16 together` of a kernel's mangled name: which template it is."""
-    name = re.search(r"\d+([a-z_]+)_kernel(?:I((?:Lb[01]E)*)(f|13__nv_bfloat16|6__half)?(?:Li(\d)E)?E)?", mangled)
+    name = re.search(
+        r"\d+([a-z_]+)_kernel(?:I((?:Lb[01]E)*)(?:LNS0_6ExtrasE([012])E)?(f|13__nv_bfloat16|6__half)?(?:Li(\d)E)?E)?",
+        mangled,
+    )
     if name is None:
         return mangled
     flags = re.findall(r"Lb([01])E", name[2] or "")
     lone = "clip" if name[1] == "fold_optional" else "shift"
-    names = (lone,) if len(flags) == 1 else ("clip", "shift", "bias or labels" if name[1] == "fold" else "extras")
+    names = (lone,) if len(flags) == 1 else ("clip", "shift", "bias or labels")
     words = [name[1], *(word for word, flag in zip(names, flags, strict=False) if flag == "1")]
-    several = ["together"] if name[4] not in (None, "1") else []
-    return " ".join([*words, *([TYPES[name[3]]] if name[3] else []), *several])
+    extras = ("", "columns", "extras")[int(name[3] or 0)]
+    several = "together" if name[5] not in (None, "1") else ""
+    return " ".join(filter(None, [*words, extras, TYPES.get(name[4] or "", ""), several]))
+
+
+def specials(kernel: str) -> int:
+    """Exponentials and reciprocals that a score needs at least: of the loss, of the clip, of a column's statistics."""
+    words = kernel.split()
+    return 1 + 2 * ("clip" in words) + ("columns" in words)
+
+
+def counted(kernel: Kernel, code: str) -> Kernel:
+    """With the cost of a score: of the loops of its function, one after the other."""
+    scores = TURNS.get(kernel.name.split()[0])
+    if scores is None:
+        return kernel
+    turns = sass.turns(code, scores * specials(kernel.name))
+    issued, special = (sum(turn[field] for turn in turns) / scores for field in (0, 1))
+    return kernel._replace(issued=issued, special=special)
+
+
+def disassembler(nvcc: _nvcc.Nvcc) -> str | None:
+    """The toolkit's nvdisasm, else the one that Triton brings; None without either."""
+    beside = Path(nvcc.path).resolve().with_name("nvdisasm")
+    spec = importlib.util.find_spec("triton")
+    triton = Path(spec.origin).parent / "backends/nvidia/bin/nvdisasm" if spec and spec.origin else beside
+    return next((str(path) for path in (beside, triton) if path.exists()), shutil.which("nvdisasm"))
 
 
 def compile_for(nvcc: _nvcc.Nvcc, source: Path, architecture: str) -> list[Kernel]:
@@ -77,32 +123,74 @@ def compile_for(nvcc: _nvcc.Nvcc, source: Path, architecture: str) -> list[Kerne
         RuntimeError: with the compiler's own words, where it fails.
     """
     with tempfile.TemporaryDirectory() as folder:
+        binary = str(Path(folder, "out.cubin"))
         command = [nvcc.path, *_nvcc.FLAGS, "-std=c++17", "-cubin", f"-arch={architecture}", "-Xptxas", "-v"]
-        done = subprocess.run(
-            [*command, str(source), "-o", str(Path(folder, "out.cubin"))], capture_output=True, text=True, check=False
-        )
-    if done.returncode != 0:
-        raise RuntimeError(f"{source.name} for {architecture}: {done.stderr.strip()}")
-    return parse(done.stdout + done.stderr)
+        done = subprocess.run([*command, str(source), "-o", binary], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{source.name} for {architecture}: {done.stderr.strip()}")
+        tool = disassembler(nvcc)
+        listing = tool and subprocess.run([tool, "-c", binary], capture_output=True, text=True, check=True).stdout
+    kernels = parse(done.stdout + done.stderr)
+    if not listing:
+        return kernels
+    codes = {label(mangled): code for mangled, code in sass.functions(listing).items()}
+    return [counted(kernel, codes[kernel.name]) for kernel in kernels]
 
 
-def main(architectures: list[str]) -> int:
+@cache
+def committed() -> dict[str, dict[str, float]]:
+    """The instructions a score of the committed table, by architecture and kernel."""
+    return dict(json.loads(TABLE.read_text(encoding="utf-8"))["issued"])
+
+
+def regressions(nvcc: _nvcc.Nvcc, found: Sequence[Kernel]) -> list[str]:
+    """A line for each kernel that issues more than the table says, and each that it lacks; none for another nvcc."""
+    if json.loads(TABLE.read_text(encoding="utf-8"))["nvcc"] != list(nvcc.release):
+        return []
+    lines = []
+    for kernel in found:
+        if kernel.issued is None:
+            continue
+        before = committed().get(kernel.architecture, {}).get(kernel.name)
+        if before is None or kernel.issued > before:
+            lines.append(f"{kernel.architecture} {kernel.name}: {kernel.issued} instructions a score, was {before}")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.static_cuda", description=__doc__)
+    parser.add_argument("architectures", nargs="*", default=list(ARCHITECTURES))
+    parser.add_argument("--write", action="store_true", help=f"what was counted into {TABLE.relative_to(ROOT)}")
+    options = parser.parse_args(argv)
     nvcc = _nvcc.find()
     if nvcc is None:
         print("no nvcc: nothing to compile")
         return 0
-    found = [
+    found = sorted(
         kernel
         for source in sorted(SOURCES.glob("*.cu"))
-        for architecture in architectures or ARCHITECTURES
+        for architecture in options.architectures
         for kernel in compile_for(nvcc, source, architecture)
-    ]
-    print(f"{'kernel':32} {'arch':7} {'registers':>9} {'shared':>7} {'stack':>6} {'spills':>7}   bytes")
-    for k in sorted(found):
-        print(f"{k.name:32} {k.architecture:7} {k.registers:9} {k.shared_bytes:7} {k.stack_bytes:6} {k.spill_bytes:7}")
-    return 0 if all(kernel.clean for kernel in found) else 1
+    )
+    heads = ("registers", "shared", "stack", "spills", "issued", "special")
+    print(f"{'kernel':32} {'arch':7} {' '.join(f'{head:>9}' for head in heads)}   bytes, instructions a score")
+    for k in found:
+        counts = (f"{x:9.1f}" if x is not None else f"{'':9}" for x in (k.issued, k.special))
+        sizes = (k.registers, k.shared_bytes, k.stack_bytes, k.spill_bytes)
+        print(f"{k.name:32} {k.architecture:7} {' '.join([*(f'{x:9}' for x in sizes), *counts])}")
+    if options.write:
+        issued: dict[str, dict[str, float]] = {}
+        for k in found:
+            if k.issued is not None:
+                issued.setdefault(k.architecture, {})[k.name] = k.issued
+        text = json.dumps({"nvcc": nvcc.release, "issued": issued}, indent=1)
+        TABLE.write_text(text + "\n", encoding="utf-8")
+        committed.cache_clear()
+    worse = regressions(nvcc, found)
+    print("\n".join(worse), end="\n" if worse else "")
+    return 0 if not worse and all(kernel.clean for kernel in found) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

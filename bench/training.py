@@ -97,29 +97,22 @@ def keep(run_dir: Path, order: int, folder: Path = RESULTS) -> Run:
     Raises:
         ValueError: a folder without an evaluation.
     """
-    from fused_nce.train import config
-
     if not (run_dir / "eval.json").is_file():
         raise ValueError(f"run: {run_dir} holds no eval.json; evaluate it first: fused-nce eval {run_dir}")
     folder.mkdir(parents=True, exist_ok=True)
     name = run_dir.resolve().name
-    settings = config.load(run_dir)
     result = json.loads((run_dir / "eval.json").read_text(encoding="utf-8"))
     text = (run_dir / "config.yaml").read_text(encoding="utf-8")
     data = result["data_name"]
     (folder / f"{name}.config.yaml").write_text(re.sub(r"(?m)^data: .*$", f"data: path/to/{data}", text), "utf-8")
     shutil.copyfile(run_dir / "log.jsonl", folder / f"{name}.log.jsonl")
     shutil.copyfile(run_dir / "eval.csv", folder / f"{name}.eval.csv")
-    model = settings.build(images=2)
-    parts = [getattr(model, part) for part in ("encoder", "context") if hasattr(model, part)]
     about = {
         "order": order,
         "data": data,
-        "title": settings.title,
+        "title": result.get("title", result["method"]),  # older evaluations have neither it nor the next three
         "date": result["date"],
-        "views": settings.optim.epochs * settings.view_count,
-        "epochs": settings.optim.epochs,
-        "parameters": sum(p.numel() for part in parts for p in part.parameters()),
+        **{key: result.get(key) for key in ("views", "epochs", "parameters")},
         "training": result["training"],
         "environment": result["environment"],
     }
@@ -132,8 +125,8 @@ def budget_table(data: str) -> str:
     rows = [
         [
             run.name,
-            f"{run.about['parameters'] / 1e6:.2f}",
-            f"{run.about['epochs']} × {run.about['views'] // run.about['epochs']}",
+            f"{run.about['parameters'] / 1e6:.2f}" if run.about["parameters"] else "–",
+            f"{run.about['epochs']} × {run.about['views'] // run.about['epochs']}" if run.about["views"] else "–",
             f"{run.about['training']['steps']:,}",
             f"{run.about['training']['minutes']:.1f}",
             f"{run.about['training']['images_per_s']:.0f}",

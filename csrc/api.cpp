@@ -1,7 +1,7 @@
 // The operators, their checks, and the module that says what was built.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
@@ -241,6 +241,11 @@ pybind11::dict build_info() {
   out["cuda"] = false;
   out["cuda_architectures"] = "";
 #endif
+#ifdef FUSED_NCE_EMULATION
+  out["cuda_emulation"] = true;
+#else
+  out["cuda_emulation"] = false;
+#endif
   out["bf16_hardware"] = has_bf16_gemm();
   return out;
 }
@@ -292,8 +297,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       "the statistics and the tails that the kernels know, in the order of their numbers");
   bind_loss(m);
+#ifdef FUSED_NCE_EMULATION
   m.def("cuda_emulated_launches", &cuda::emulated_launches,
         "launches that a GPU would have made for what this process has emulated");
+#endif
   m.def("cuda_plan", &cuda_plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("positives"),
         py::arg("element_bytes"), py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true,
         py::arg("gradients") = true, py::arg("sums") = 1, py::arg("column_stats") = false, py::arg("optional") = false);

@@ -169,9 +169,13 @@ FUSED_NCE_HD float sigmoid(float x) {
   return (x > 0.0f ? 1.0f : e) / (1.0f + e);
 }
 
+// neg_lse - pos; NaN at a positive of infinity, as a dense softmax has it, where softplus(-infinity) would be sound.
+// fault: kernels-infinite-positive
+FUSED_NCE_HD float deficit(float neg_lse, float pos) { return neg_lse - (pos + 0.0f * (pos > 0.0f ? pos : 0.0f)); }
+
 // d/dpos of softplus(neg_lse - pos). Written as 1 - p it would cancel where the positive wins.
 // fault: kernels-p-1
-FUSED_NCE_HD float nce_slope_positive(float neg_lse, float pos) { return -sigmoid(neg_lse - pos); }
+FUSED_NCE_HD float nce_slope_positive(float neg_lse, float pos) { return -sigmoid(deficit(neg_lse, pos)); }
 
 // Weight of a negative: d_lse * exp(t - lse) * dt/ds. exp(t - shift) * inverse is the softmax, at most 1, before the
 // upstream gradient meets it: their product in another order could leave the range of float.

@@ -13,6 +13,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <array>
@@ -65,7 +66,7 @@ struct Given {
 
 std::optional<Tensor> optional_of(const Tensor& x) { return x.defined() ? std::optional<Tensor>(x) : std::nullopt; }
 
-at::ScalarType waits_in(const Tensor& x) { return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type(); }
+at::ScalarType waits_in(const Tensor& x) { return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type(); }  // fault: whole-stash-half
 
 // One problem, from given tensors to results in the accumulation dtype.
 class Pass {
@@ -89,7 +90,7 @@ class Pass {
       positives_ = x.positives.to(at::kFloat).clone();
     }
     if (positives_.defined()) {
-      if (form_.clip > 0.0) positives_ = at::tanh(positives_ / form_.clip) * form_.clip;
+      if (form_.clip > 0.0) positives_ = at::tanh(positives_ / form_.clip) * form_.clip + positives_ * 0.0f;
       if (form_.biased) positives_ += bias;
     }
     const bool shared = !x.k.defined();
@@ -136,7 +137,7 @@ class Pass {
     const double mean = tail.reduction == Reduction::mean ? tail.weight / static_cast<double>(elements()) : tail.weight;
     Tensor d_element = at::scalar_tensor(on_loss * tail.unit(elements()), floats(in_->q));
     if (d_nce.defined()) d_element = d_element + d_nce.to(at::kFloat) * mean;
-    const double d_sum = on_loss + (d_penalty.defined() ? d_penalty.item<double>() : 0.0);
+    const double d_sum = on_loss + (d_penalty.defined() ? d_penalty.item<double>() : 0.0);  // fault: whole-penalty
     const StatisticTensors d = slopes_of(tail, *in_, found, d_element, d_sum);
     const Gradients out = new_gradients_of(*in_, false);
     if (any_gradient(*in_)) sweep(*in_, {false, true, found, d, {}, out});
@@ -153,7 +154,7 @@ class Pass {
     if (needs[0]) {
       Tensor dq = out.dq;
       if (own_.defined()) dq.add_((through * scale_) * own_);
-      if (call_.normalize) through_unit_rows(dq, unit_q_);
+      if (call_.normalize) through_unit_rows(dq, unit_q_);  // fault: whole-normalised-gradient
       g[0] = dq.to(waits_in(x_.q));
     }
     if (needs[1] && x_.k.defined()) {
@@ -163,7 +164,7 @@ class Pass {
     }
     if (needs[2]) {
       g[2] = out.dscale * call_.scale;
-      if (own_.defined()) g[2] = g[2] + (through * products_).sum() * call_.scale;
+      if (own_.defined()) g[2] = g[2] + (through * products_).sum() * call_.scale;  // fault: whole-scale-own
     }
     if (needs[3]) g[3] = d_pos.defined() && positives_.defined() ? out.dbias + d_pos.sum() : out.dbias;
     if (needs[4]) g[4] = through;
@@ -212,7 +213,7 @@ bool batched(const Tensor& x) {
 
 // stash * upstream, in the stash's own memory unless the graph is kept for another backward.
 Tensor times(const Tensor& stash, const Tensor& upstream, bool kept) {
-  if (kept || batched(upstream)) return stash * upstream;
+  if (kept || batched(upstream)) return stash * upstream;  // fault: whole-stash-in-place
   return upstream.item<double>() == 1.0 ? stash : stash.mul_(upstream);
 }
 
@@ -261,6 +262,7 @@ struct Loss : torch::autograd::Function<Loss> {
       RECORD_USER_SCOPE("fused_nce::grads[cpu]");
       const Given x{saved[5], saved[6], saved[7], saved[8], saved[9], saved[10], saved[11], saved[12]};
       Pass pass(*call, x);
+      // fault: whole-saved-mixed
       const variable_list g = pass.again({saved[13], saved[14], saved[15]}, d[0], d[1], d[2]);
       std::copy(g.begin(), g.end(), found.begin());
     } else if (d[0].defined()) {
@@ -453,7 +455,10 @@ std::shared_ptr<Form> form_of(const std::string& layout, int64_t n_c, int64_t ro
 SweepInputs places_of(const Form& form, int64_t m, int64_t offset, const std::optional<Tensor>& row_ids,
                       const Tensor& pos) {
   Layout layout{pos.size(1), {}, form.drop_self ? offset * form.n_c : -1, {}, {}};
-  if (form.layout == LayoutKind::index) layout.row_ids = row_ids->contiguous();
+  if (form.layout == LayoutKind::index) {
+    TORCH_CHECK_VALUE(row_ids.has_value(), "row_ids: got None, needed: the index of each row's positive");
+    layout.row_ids = row_ids->contiguous();
+  }
   if (form.layout == LayoutKind::separate) layout.positives = pos;
   const Scoring scoring{1.0f, 0.0f, form.n_c, form.rows_per_image, form.layout == LayoutKind::block ? offset : 0};
   const Tensor one = at::empty({1, 1}, pos.options());

@@ -26,7 +26,7 @@ constexpr int kNceReport = 5;
 template <class Real>
 FUSED_NCE_HD NceTotals<Real> nce_terms(float pos, float neg_lse, float neg_max, const float* square, bool first,
                                        float log_positives) {
-  const float gap = neg_lse - pos;
+  const float gap = portable::deficit(neg_lse, pos);
   return {portable::softplus(gap), portable::softplus(gap - log_positives), pos, pos > neg_max ? 1.0f : 0.0f,
           first ? neg_lse : 0.0f,  first && square ? *square : 0.0f};
 }

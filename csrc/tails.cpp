@@ -57,7 +57,7 @@ void add_row(const TailOf& tail, const Rows& x, int64_t i, float log_positives, 
   const float weight = static_cast<float>(tail.weight);
   if (tail.penalty > 0.0) sums.square += of(kSquare);
   const auto put = [&](float element, int64_t p) {
-    const float weighted = weight == 1.0f ? element : element * weight;
+    const float weighted = weight == 1.0f ? element : element * weight;  // fault: whole-weight
     sums.element += weighted;
     if (out) out[p] = weighted;
   };
@@ -67,13 +67,13 @@ void add_row(const TailOf& tail, const Rows& x, int64_t i, float log_positives, 
       const auto one = nce_terms<double>(pos, of(kNegLse), of(kNegMax), nullptr, p == 0, log_positives);
       sums.nce = AddNceTotals<double>()(sums.nce, one);
       const float there = static_cast<float>(one.nce);
-      put(x.columns[kNegLse] ? (there + softplus(x.columns[kNegLse][x.column(i, p)] - pos)) / 2 : there, p);
+      put(x.columns[kNegLse] ? (there + softplus(deficit(x.columns[kNegLse][x.column(i, p)], pos))) / 2 : there, p);
     }
   } else if (tail.name == kSigmoid) {
     float sum = 0.0f;
     for (int64_t p = 0; p < x.n_pos; ++p) {
       const float pos = x.pos[i * x.n_pos + p];
-      sum += softplus(-pos);
+      sum += softplus(deficit(0.0f, pos));
       sums.first += pos > of(kNegMax);
       sums.total += pos;
     }
@@ -104,7 +104,7 @@ void write_report(const TailOf& tail, const SweepInputs& in, const Sums& sums, d
     out[0] = static_cast<float>(sums.first / std::max(sums.anchors, 1.0));
     out[1] = static_cast<float>(sums.total / std::max(sums.count, 1.0));
     out[2] = static_cast<float>(sums.nce.neg_lse / rows);
-    out[3] = static_cast<float>(sums.count / rows);
+    out[3] = static_cast<float>(sums.count / rows);  // fault: whole-report
   }
 }
 
@@ -136,8 +136,8 @@ LossNumbers summary_of(const TailOf& tail, const SweepInputs& in, const Statisti
   for (int64_t group = 0; group < report_groups; ++group) {
     Sums total;
     for (int64_t part = 0; part < parts; ++part) total.add(sums[static_cast<size_t>(part * report_groups + group)]);
-    write_report(tail, in, total, static_cast<double>(x.n / report_groups),
-                 out.report.data_ptr<float>() + group * out.report.size(1));
+    const int64_t rows = x.n / report_groups;
+    write_report(tail, in, total, static_cast<double>(rows), out.report.data_ptr<float>() + group * out.report.size(1));
     all.add(total);
   }
   // A weight of 0 leaves the penalty out rather than multiply: 0 * infinity would turn a finite loss into NaN.
@@ -171,19 +171,19 @@ StatisticTensors slopes_of(const TailOf& tail, const SweepInputs& in, const Stat
       double sum = 0.0;
       for (int64_t p = 0; p < x.n_pos; ++p) {
         const int64_t at = i * x.n_pos + p;
-        const float up = given[each * at], q = sigmoid(of(kNegLse) - x.pos[at]) * up * ways;
+        const float up = given[each * at], q = -nce_slope_positive(of(kNegLse), x.pos[at]) * up * ways;
         sum += q;
         d_pos[at] = -q;
         if (!x.columns[kNegLse]) continue;
         const int64_t column = x.column(i, p);
-        const float back = sigmoid(x.columns[kNegLse][column] - x.pos[at]) * up * ways;
+        const float back = -nce_slope_positive(x.columns[kNegLse][column], x.pos[at]) * up * ways;
         d_pos[at] -= back;
         d_columns[kNegLse][column] += back;
       }
       d[kNegLse][i] = static_cast<float>(sum);
     } else if (tail.name == kSigmoid) {
       const float up = given[each * i];
-      for (int64_t p = 0; p < x.n_pos; ++p) d_pos[i * x.n_pos + p] = -sigmoid(-x.pos[i * x.n_pos + p]) * up;
+      for (int64_t p = 0; p < x.n_pos; ++p) d_pos[i * x.n_pos + p] = nce_slope_positive(0.0f, x.pos[i * x.n_pos + p]) * up;
       d[kNegSoftplus][i] = up + nan_of(of(kNegSoftplus));  // the weight of an infinite score is 1, and would look sound
     } else {
       const float up = given[each * i], count = of(kPosCount);

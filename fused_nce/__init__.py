@@ -1,6 +1,5 @@
 """Noise-contrastive losses and their gradients without the score tensor, and the trainers that use them."""
 
-from fused_nce import _threads  # noqa: F401, I001  (before torch is loaded, which reads how its threads wait)
 from fused_nce import backends as _package  # noqa: F401  (loaded before `doctor.backends` takes the name, or it would take it back)
 from fused_nce import losses
 from fused_nce._version import __version__

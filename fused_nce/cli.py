@@ -1,6 +1,5 @@
 """`fused-nce COMMAND …`: each command is a function of its own arguments, imported when it is used."""
 
-import dis
 import importlib
 import logging
 import os
@@ -8,6 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 # name: (module, function, what it does). The function takes the arguments after the name and returns an exit status.
 COMMANDS = {
@@ -16,6 +16,11 @@ COMMANDS = {
     "fine-tune": ("fused_nce.cli", "fine_tune", "make a run's encoder a classifier: fused-nce fine-tune RUN"),
     "compare": ("fused_nce.train.compare", "main", "one report of several evaluated runs: fused-nce compare RUN RUN"),
     "export": ("fused_nce.cli", "export", "write a run's encoder alone: fused-nce export RUN --out FOLDER"),
+    "bench": (
+        "fused_nce.bench.command",
+        "main",
+        "time a loss on this machine: fused-nce bench --loss clip_loss --n 2048",
+    ),
     "doctor": ("fused_nce.cli", "doctor", "say what this installation can do, and why not more"),
 }
 
@@ -75,21 +80,19 @@ def _report(error: Exception) -> int:
 def refusal(error: Exception) -> bool:
     """Whether files, settings or the machine are the cause.
 
-    Disk, memory and missing packages are; and what this package raises by a `raise` of its own, since it checks what it
-    is given. The same types from a slip in an expression, or from within another package, are bugs: each place that
-    hands a user's file to a parser names the file itself (`train.files.reading`).
+    Disk, memory and missing packages are; and what this package raises by a `raise` of its own, the last line of the
+    traceback, since it checks what it is given. The same types from a slip in an expression, or from within another
+    package, are bugs: each place that hands a user's file to a parser names the file itself (`train.files.reading`).
     """
     if isinstance(error, OSError | ImportError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # of torch on a CPU
         return True
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None or not isinstance(error, ValueError | TypeError | RuntimeError):
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or not isinstance(error, ValueError | TypeError | RuntimeError):
         return False
-    raised = dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
-    return raised and last.tb_frame.f_globals.get("__name__", "").partition(".")[0] in ("fused_nce", "__main__")
+    ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+    return ours and (frames[-1].line or "").startswith("raise")
 
 
 def _log_to_terminal() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import shutil
+import time
 
 import torch
 
-from fused_nce import _extension
+from fused_nce import _extension, _nvcc
 from fused_nce._version import __version__
 from fused_nce.core import dispatch, workspace
 from fused_nce.core.spec import Block, Spec, TanhClip
@@ -20,20 +23,67 @@ def backends() -> dict[str, str | None]:
     return {name: dispatch.why_not(name, spec, q, q) for name in dispatch.BACKENDS}
 
 
+EXTRAS = {  # module → package
+    "train": {"accelerate": "accelerate", "jsonargparse": "'jsonargparse[signatures]'", "safetensors": "safetensors",
+              "torchvision": "torchvision", "sklearn": "scikit-learn"},
+    "plots": {"matplotlib": "matplotlib"},
+    "shards": {"webdataset": "webdataset"},
+    "onnx": {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"},
+}  # fmt: skip
+
+
+def call_ms(rows: int = 32, tries: int = 50) -> float:
+    """The least milliseconds of `info_nce` and both gradients, of so few rows that the call is all there is to time."""
+    from fused_nce.losses import info_nce
+
+    q, k = (torch.randn(rows, 32, requires_grad=True) for _ in range(2))
+    times = []
+    for _ in range(tries):
+        begin = time.perf_counter()
+        torch.autograd.grad(info_nce(q, k).loss, (q, k))
+        times.append(time.perf_counter() - begin)
+    return 1e3 * min(times)
+
+
+def missing() -> dict[str, list[str]]:
+    """Extra → its packages that are not installed; extras that are whole are left out."""
+    found = {
+        extra: [x for m, x in needs.items() if importlib.util.find_spec(m) is None] for extra, needs in EXTRAS.items()
+    }
+    return {extra: names for extra, names in found.items() if names}
+
+
 def doctor() -> str:
-    """A report to read, or to paste into a bug report: versions, CPU, kernels, backends, settings."""
+    """A report to read, or to paste into a bug report: versions, devices, compilers, kernels, backends, settings.
+
+    What is missing stands with the command that adds it. One small call is timed.
+    """
     module, reason = _extension.status()
     lines = [
         f"fused_nce {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         f"system    {platform.platform()}",
         f"cpu       {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         f"kernels   {'built: ' + _facts(module.build_info()) if module else 'none: ' + reason}",
+        *(f"gpu       {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())),
+        f"compiler  C++ {_compiler()}, nvcc {_toolkit()}",
         *(f"backend   {name:10} {'ready' if why is None else 'no: ' + why}" for name, why in backends().items()),
         f"workspace {workspace.limit_bytes('cpu') >> 20} MiB on a CPU",
+        f"call      {call_ms():.3f} ms, info_nce of 32 rows and both gradients",
+        *(f"missing   for {extra}; add: pip install {' '.join(x)}" for extra, x in missing().items()),
     ]
     settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith("FUSED_NCE_")}
     lines += [f"setting   {name}={value}" for name, value in settings.items()]
     return "\n".join(lines)
+
+
+def _compiler() -> str:
+    found = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    return found or "none; add: apt-get install g++"
+
+
+def _toolkit() -> str:
+    found = _nvcc.find()
+    return ".".join(map(str, found.release)) if found else "none"
 
 
 def _facts(info: dict[str, object]) -> str:

@@ -31,7 +31,7 @@ def patch(
     module to its device first. Functions have no place in a module: swap their import.
 
     Args:
-        module: a model, a loss itself, or a trainer whose `loss` is one or a dict of them.
+        module: a model, a loss itself, or a trainer: its `loss`, one or a dict of them, `compute_loss_func` or `model`.
         verify_steps: how many steps of each loss run both; 0 replaces at once.
         within: roundings that a difference may have.
         show: print what is replaced, and when.
@@ -50,9 +50,16 @@ def patch(
         raise ValueError(f"verify_steps: got {verify_steps}, need >= 0")
     from fused_nce.compat import known  # not before it is asked for: a plain import of the package needs no adapter
 
-    if not isinstance(module, nn.Module):
-        return _patch_trainer(module, verify_steps=verify_steps, within=within, show=show)
-    made: dict[nn.Module, nn.Module] = {}
+    options: dict[str, Any] = {"verify_steps": verify_steps, "within": within, "show": show}
+    if not isinstance(module, nn.Module) and not known.is_known(module):
+        return _patch_trainer(module, **options)
+    return _patched(module, **options)
+
+
+def _patched(module: Any, *, verify_steps: int, within: float, show: bool) -> Any:
+    from fused_nce.compat import known
+
+    made: dict[Any, Any] = {}
     stays: list[str] = []
     for path, parent, name, theirs in _losses(module, known.is_known):
         if theirs not in made:
@@ -74,31 +81,58 @@ def patch(
     if stays and not made:
         raise ValueError(f"module: got nothing to replace, need a loss that is fused ({'; '.join(stays)})")
     if not made:
-        names = ", ".join(sorted({f"{x.module or '…'}.{x.name}" for x in known.KNOWN}))
-        raise ValueError(f"module: got {_named(module)} without a known loss, need one of {names}")
+        raise ValueError(f"module: got {_named(module)} without a known loss, need one of {_names()}")
     return made.get(module, module)
 
 
-def _patch_trainer(trainer: Any, **options: Any) -> Any:
-    """Its losses, one by one: those of data sets without a known loss stay."""
-    held = getattr(trainer, "loss", None)
-    if isinstance(held, nn.Module):
-        trainer.loss = patch(held, **options)
-        return trainer
-    if not isinstance(held, dict) or not all(isinstance(x, nn.Module) for x in held.values()):
-        raise TypeError(f"module: got {type(trainer).__name__}, need a module, or a trainer whose `loss` is one")
+def _names() -> str:
     from fused_nce.compat import known
 
-    have = {name: any(True for _ in _losses(loss, known.is_known)) for name, loss in held.items()}
-    if not any(have.values()):
-        patch(nn.ModuleList(held.values()))  # says so
-    trainer.loss = {name: patch(loss, **options) if have[name] else loss for name, loss in held.items()}
+    return ", ".join(sorted({f"{x.module or '…'}.{x.name}" for x in (*known.KNOWN, *known.BY_PROJECT)}))
+
+
+PLACES = ("loss", "compute_loss_func", "gc.loss_fn", "model")
+"""Of a trainer's: sentence-transformers' and PyLate's, ms-swift's, Tevatron's, and a model that holds its loss."""
+
+
+def _patch_trainer(trainer: Any, **options: Any) -> Any:
+    """What it holds at `PLACES`: losses of data sets without a known one stay."""
+    from fused_nce.compat import known
+
+    def has(held: Any) -> bool:
+        if isinstance(held, dict):
+            return any(has(x) for x in held.values())
+        return any(True for _ in _losses(held, known.is_known)) if isinstance(held, nn.Module) else known.is_known(held)
+
+    found = {name: held for name in PLACES if (held := _at(trainer, name)) is not None}
+    if not any(isinstance(x, (nn.Module, dict)) or known.is_known(x) for x in found.values()):
+        raise TypeError(f"module: got {type(trainer).__name__}, need a module, or a trainer whose `loss` is one")
+    if not any(has(held) for held in found.values()):
+        raise ValueError(f"module: got {type(trainer).__name__} without a known loss, need one of {_names()}")
+    for name, held in found.items():
+        if isinstance(held, dict):
+            ours = {key: patch(x, **options) if has(x) else x for key, x in held.items()}
+        else:
+            ours = _patched(held, **options) if has(held) else held
+        holder, _, last = name.rpartition(".")
+        setattr(_at(trainer, holder) if holder else trainer, last, ours)
+        if name == "model":  # transformers' trainer has it in three places
+            for other, key in ((trainer, "model_wrapped"), (getattr(trainer, "callback_handler", None), "model")):
+                if getattr(other, key, None) is held:
+                    setattr(other, key, ours)
     return trainer
 
 
+def _at(holder: Any, path: str) -> Any:
+    """The attribute, or None."""
+    for name in filter(None, path.split(".")):
+        holder = getattr(holder, name, None)
+    return holder
+
+
 def _losses(
-    module: nn.Module, is_known: Callable[[nn.Module], bool], path: str = ""
-) -> Iterator[tuple[str, nn.Module | None, str, nn.Module]]:
+    module: Any, is_known: Callable[[Any], bool], path: str = ""
+) -> Iterator[tuple[str, nn.Module | None, str, Any]]:
     """(path, parent, name, loss) of every known loss; what one holds is its own affair."""
     if is_known(module):
         yield path, None, "", module
@@ -109,7 +143,7 @@ def _losses(
             yield (here, module, name, child) if found[1] is None else found
 
 
-def _named(module: nn.Module) -> str:
+def _named(module: Any) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
@@ -119,9 +153,7 @@ class _Trial:
     As an attribute of the twin, not a module around it, it leaves the names of parameters and buffers alone.
     """
 
-    def __init__(
-        self, on: Trial, module: nn.Module, ours: nn.Module, path: str, steps: int, within: float, show: bool
-    ) -> None:
+    def __init__(self, on: Trial, module: Any, ours: Any, path: str, steps: int, within: float, show: bool) -> None:
         self.on, self.theirs, self.module, self.ours = on, on.theirs, module, ours
         self.path, self.left, self.within, self.show = path, steps, within, show
         self.before = vars(on.holder).get(on.name)
@@ -129,7 +161,8 @@ class _Trial:
         setattr(on.holder, on.name, self)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        self.module.train(self.ours.training)
+        if isinstance(self.module, nn.Module):
+            self.module.train(self.ours.training)
         # Whether a loss is to differentiate itself is none of its value.
         compared = {key: x for key, x in options.items() if key != "with_backward"}
         inputs, where = pytree.tree_flatten((args, compared))

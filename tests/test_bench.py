@@ -8,9 +8,23 @@ import re
 import pytest
 import torch
 
-from bench import cases, family, family_tables, host, losses, measure, memory, rivals, roofline, tables, verdict
+from bench import (
+    cases,
+    family,
+    family_tables,
+    host,
+    losses,
+    measure,
+    pictures,
+    rivals,
+    roofline,
+    tables,
+    verdict,
+)
 from bench.__main__ import main
 from bench.cases import Case
+from fused_nce.bench import memory
+from fused_nce.bench.rivals import make
 
 UNIT = re.compile(r"_(ms|s|bytes|kib|mib|gib|share)(_|$)|gflop_per_s|^flop$")
 UNITLESS = {
@@ -216,9 +230,8 @@ def test_every_registered_loss_can_be_measured(name):
     assert losses.step(name, losses.Size(n=8, m=20, d=6, p=2), "reference")().isfinite()
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/losses.md"])
-def test_the_documents_list_every_registered_loss(path):
-    text = (host.ROOT / path).read_text(encoding="utf-8")
+def test_the_page_of_losses_lists_every_registered_loss():
+    text = (host.ROOT / "docs/losses.md").read_text(encoding="utf-8")
     for entry in losses.LOSSES.values():
         assert f"| [`{entry.name}`](" in text, entry.name
         assert f"| `{entry.module.__name__}` |" in text, entry.name
@@ -227,6 +240,21 @@ def test_the_documents_list_every_registered_loss(path):
 def test_the_documents_show_the_published_numbers():
     """After a change of a number, a signature or a docstring: `python -m bench.tables`."""
     assert tables.main(["--check"]) == 0
+
+
+def test_the_pictures_are_what_the_losses_do():
+    """After a change of a loss or its example: `python -m bench.pictures`."""
+    assert pictures.main(["--check"]) == 0
+    (found,) = pictures.signs(losses.LOSSES["nt_xent"])
+    n = len(found) // 2
+    twin, itself = torch.eye(2 * n).roll(n, 1), torch.eye(2 * n)
+    torch.testing.assert_close(found.float(), 2 * twin + itself - 1)
+    assert (pictures.signs(losses.LOSSES["sup_con"])[0].diagonal() == 0).all()
+
+
+def test_a_loss_costs_the_gemms_that_are_counted():
+    costs = {name: losses.cost(losses.LOSSES[name]) for name in ("info_nce", "moco_nce", "clip_loss", "club")}
+    assert [text.split()[1] for text in costs.values()] == ["3", "2", "4", "scores"]
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +277,7 @@ def test_every_problem_of_the_family_has_the_eager_value(loss):
     tiny = family.Problem(loss, "tiny", 8, 8 * problem.n_c, 16, problem.n_c, problem.steps)
     exact = family.step(family.FORMULAS[loss].naive, tiny.inputs(torch.float64))
     for rival in ("eager", "chunked", "ours"):
-        found = family.errors(family.step(family.make(rival, tiny), tiny.inputs()), exact)
+        found = family.errors(family.step(make(rival, tiny), tiny.inputs()), exact)
         assert found["value_error"] < 1e-5
         assert found["gradient_error"] < 1e-5
 

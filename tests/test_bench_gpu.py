@@ -9,12 +9,13 @@ from functools import partial
 import pytest
 import torch
 
-from bench import formulas, measure, tables, timers
+from bench import measure, tables
 from bench.gpu import machine, problems, rivals, verdict
 from bench.gpu import tables as gpu_tables
 from bench.gpu.__main__ import main
 from bench.gpu.problems import Problem
 from bench.text import number
+from fused_nce.bench import formulas, timers
 from tests.marks import nightly_but
 from tests.test_bench import numbers
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import data, scaling
+from fused_nce.train import rate
 
 A_SCORE_S = 20e-12
 
@@ -50,9 +51,16 @@ def test_the_document_has_the_tables():
 
 
 def test_the_data_path_is_measured_on_images_like_imagenets(tmp_path):
-    found = data.main(["--images=8", "--batch=4", "--batches=1", f"--keep={tmp_path / 'jpegs'}"])
+    data.synthesise(tmp_path / "jpegs", 8)
+    found = rate.measure(str(tmp_path / "jpegs"), batch=4, batches=1)
     assert found["images"] == 4
     assert 0 < found["read_images_per_s"] < 1e5
     sizes = [path.stat().st_size for path in (tmp_path / "jpegs").rglob("*.jpg")]
     assert len(sizes) == 8
     assert 50e3 < min(sizes) <= max(sizes) < 200e3
+
+
+@pytest.mark.nightly
+def test_the_data_path_is_measured_in_a_process_of_its_own(capsys):
+    assert data.main(["--images=4", "--batch=4", "--batches=1"])["images"] == 4
+    assert "ImageNet's 1,281,167 images are" in capsys.readouterr().out

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import timers
-from bench.timers import DeviceTimer, synchronized_wall_ms
+from fused_nce.bench import timers
+from fused_nce.bench.timers import DeviceTimer, synchronized_wall_ms
 
 CYCLES_PER_MS = 2_000_000
 

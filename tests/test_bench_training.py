@@ -12,8 +12,8 @@ from fused_nce.train.methods.amdim import AMDIMConfig
 from tests.train.test_compare import make_run
 
 
-def evaluated(folder, accuracy, settings=None, *, baselines=True):
-    make_run(folder, accuracy, settings or AMDIMConfig(data="/data/someone/digits"))
+def evaluated(folder, accuracy, settings=None, *, baselines=True, **facts):
+    make_run(folder, accuracy, settings or AMDIMConfig(data="/data/someone/digits"), **facts)
     rows = json.loads((folder / "eval.json").read_text())["probes"]
     kept = [row for row in rows if baselines or row["encoder"] == "trained"]
     evaluate._write_csv(folder / "eval.csv", kept)
@@ -21,7 +21,9 @@ def evaluated(folder, accuracy, settings=None, *, baselines=True):
 
 
 def test_what_is_kept_names_no_path(tmp_path):
-    training.keep(evaluated(tmp_path / "first", 61.25), 0, tmp_path / "kept")
+    facts = {"title": "AMDIM", "epochs": 3, "views": 6, "parameters": 3_141_376}
+    run = training.keep(evaluated(tmp_path / "first", 61.25, **facts), 0, tmp_path / "kept")
+    assert {key: run.about[key] for key in facts} == facts
     files = sorted((tmp_path / "kept").iterdir())
     assert [file.name for file in files] == [
         f"first.{end}" for end in ("config.yaml", "eval.csv", "log.jsonl", "run.json")
@@ -36,7 +38,7 @@ def test_untrained_encoders_are_those_of_the_same_model(tmp_path, monkeypatch):
     other = AMDIMConfig()
     other.model.ndf = 77
     for order, run_dir in enumerate((
-        evaluated(tmp_path / "runs/full", 61.25),
+        evaluated(tmp_path / "runs/full", 61.25, environment={"threads": 2, "commit": "0123456789"}),
         evaluated(tmp_path / "runs/again", 73.5, baselines=False),
         evaluated(tmp_path / "runs/wider", 75.0, other, baselines=False),
     )):  # fmt: skip
@@ -54,6 +56,8 @@ def test_untrained_encoders_are_those_of_the_same_model(tmp_path, monkeypatch):
     assert full[3] == f"{best:.1f}"
     training.draw("digits", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+    monkeypatch.setattr(training, "kept", lambda data: [training.Run("full", tmp_path)])
+    assert "| full | – | – | 420 | 2.5 | 437 | 25.0 | 2 | 0123456 |" in training.budget_table("digits")  # an older one
 
 
 def test_a_run_without_an_evaluation_is_refused(tmp_path):

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from bench import formulas, host
+from bench import host
 from bench.gpu import model, problems, rivals, tables, verdict
 from bench.gpu.collect import collect
 from bench.gpu.machine import Machine, machine
 from bench.gpu.problems import Problem
 from bench.text import number
+from fused_nce.bench import formulas
 
 SCHEMA = 1
 ROUNDS = 50

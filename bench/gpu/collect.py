@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any
 
 from bench import measure
-from bench.formulas import FORMULAS
 from bench.gpu import rivals
 from bench.gpu.machine import Machine
 from bench.gpu.problems import Problem
 from bench.gpu.rivals import DTYPE, Inputs, Loss, Rotation
-from bench.timers import Call, Timer
+from fused_nce.bench.formulas import FORMULAS
+from fused_nce.bench.timers import Call, Timer
 
 WARMUPS = 5
 # Beyond, a call's launches are nothing beside its work: a graph would only hold memory, and ten wall times say enough.

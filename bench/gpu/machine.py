@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.timers import Call, DeviceTimer, Timer, synchronized_wall_ms, wall_ms
+from fused_nce.bench.timers import Call, DeviceTimer, Timer, synchronized_wall_ms, wall_ms
 
 SMI_FIELDS = {
     "driver": "driver_version",
@@ -30,7 +30,7 @@ SMI_FIELDS = {
 
 
 class Machine:
-    """A CPU. Times are wall times; there is nothing to capture, and peak memory is `bench.memory`'s business."""
+    """A CPU. Times are wall times; there is nothing to capture, and peak memory is `memory.py`'s business."""
 
     clock = "wall"  # the clock of targets and ratios; its name is in the JSON's keys
     cache_bytes = 32 << 20

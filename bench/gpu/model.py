@@ -1,8 +1,8 @@
 """What each shape should take on one H200, written down before it was measured: a MODEL, against which a run is read.
 
 `python -m bench.gpu.model` prints the tables. Rates and launches are those of `core/cost.py`, by which a backend is
-chosen; the GEMMs are counted for each loss, and every pass over scores has its row kernel. Memory is no model but the
-plan that the kernels follow.
+chosen; the GEMMs are counted for each loss, and a row kernel's time for a score is what its machine code issues for one
+(`bench.static_cuda`). Memory is no model but the plan that the kernels follow.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from typing import NamedTuple
 
 import torch
 
+from bench import static_cuda
 from bench.gpu.problems import TABLE, Problem
 from bench.roofline import GEMM_FLOP_PER_S
 from bench.text import markdown, number
 from fused_nce.core import cost
+from fused_nce.core.atoms import SHIFTLESS_CLIP
 from fused_nce.core.dispatch import backend_module
+from fused_nce.core.spec import Spec
 from fused_nce.core.workspace import GPU_DEFAULT_MB
 
 CUBLAS_RATE = 0.92  # of the sustained GEMM rate, at these shapes
-ROW_PS = 1.5  # a score through the L2: written by the GEMM, read twice by the row kernel, its weight written
+ISSUE_PER_S = 132 * 128 * 1.755e9  # thread instructions of an H200 at its boost clock: four warps a clock and SM
+ISSUE_RATE = 0.8  # of it, that a row kernel reaches
 CUDA_US, TRITON_US = (cost.table()[name, 2].launch_us for name in ("cuda", "triton"))  # of launches a call
 
 
@@ -37,14 +41,33 @@ def bound_ms(problem: Problem) -> float:
     return problem.flop / GEMM_FLOP_PER_S * 1e3
 
 
+def row_ps(spec: Spec, together: bool) -> float:
+    """A score's share of the row kernels: one kernel that has the statistics and the weights, or one for each.
+
+    Args:
+        spec: what is done to a score.
+        together: all scores of a row are there at once, and it has no statistics of columns.
+    """
+    words = ["clip"] * (spec.clip is not None) + ["shift"] * (spec.clip is None or spec.clip > SHIFTLESS_CLIP)
+    transform = " ".join(words)
+    columns = bool(spec.columns)
+    kernels = [f"fold {transform}", f"weigh {transform}{' columns' if columns else ''} bfloat16"]
+    if columns:
+        kernels.append(f"fold_columns {transform}")
+    if together and not columns:
+        kernels = [f"loss {transform} bfloat16"]
+    issued = sum(static_cuda.committed()["sm_90"][kernel] for kernel in kernels)
+    return issued / (ISSUE_RATE * ISSUE_PER_S) * 1e12
+
+
 def cuda_parts(problem: Problem) -> Parts:
-    """The GEMMs by cuBLAS, a row kernel for each time that the scores are computed, and a call's launches."""
+    """The GEMMs by cuBLAS, the row kernels, and a call's launches."""
     gemms = len(problem.gemms) + (problem.loss == "nt_xent")  # q and k in one: W·z and Wᵀ·z, one after the other
     cut = problem.workspace_mb is not None  # in columns too: statistics first, then the scores again
-    gemms, passes = gemms + cut, 1 + (cut or "scores_again" in problem.gemms)
+    gemms += cut
     gemm_ps = gemms * 2 * problem.d / (CUBLAS_RATE * GEMM_FLOP_PER_S) * 1e12
     scores = problem.steps * problem.scores * 1e-9
-    return Parts(scores * gemm_ps, scores * passes * ROW_PS, problem.steps * CUDA_US * 1e-3)
+    return Parts(scores * gemm_ps, scores * row_ps(problem.spec, not cut), problem.steps * CUDA_US * 1e-3)
 
 
 def cuda_ms(problem: Problem) -> float:
@@ -85,7 +108,8 @@ def table(problems: Iterable[Problem] = TABLE) -> str:
     header = ["shape (modelled), times in ms", "least GEMMs", "`cuda`", "its GEMMs", "its rows", "its launches"]
     return markdown([*header, "`triton`", "chosen", "target"], rows) + (
         f"\n\n**Modelled, not measured**: {GEMM_FLOP_PER_S / 1e12:.0f} TFLOP/s of bf16 GEMM, {CUBLAS_RATE:.0%} of it "
-        f"by cuBLAS; {ROW_PS} ps a score and pass for the row kernels; {CUDA_US:.0f} and {TRITON_US:.0f} µs of "
+        f"by cuBLAS; the row kernels' instructions a score at {ISSUE_RATE:.0%} of the issue rate; "
+        f"{CUDA_US:.0f} and {TRITON_US:.0f} µs of "
         "launches a call, which a CUDA graph all but saves."
     )
 

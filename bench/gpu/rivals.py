@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.formulas import FORMULAS
 from bench.gpu.machine import Machine
 from bench.gpu.problems import Problem
 from bench.rivals import require_close
-from bench.timers import Call
 from fused_nce import last_path
+from fused_nce.bench.formulas import FORMULAS
+from fused_nce.bench.timers import Call
 from fused_nce.core import dispatch
 
 LABELS = {"naive": "eager torch", "compile": "torch.compile", "ours": "fused_nce"}

@@ -105,7 +105,7 @@ def require_close(where: str, found: dict[str, Tensor], expected: dict[str, Tens
 
 @dataclass(frozen=True)
 class Subject:
-    """A rival on a case, for `bench.memory`."""
+    """A rival on a case, for `fused_nce.bench.memory`."""
 
     rival: str
     case: Case

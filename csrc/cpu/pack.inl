@@ -2,8 +2,8 @@
 
 // kVector 32-bit words: one register where the instruction set has one as wide.
 constexpr int kVector = FUSED_NCE_VECTOR;
-typedef int Words __attribute__((vector_size(kVector * 4)));
-typedef uint16_t Halves __attribute__((vector_size(kVector * 2)));
+using Words __attribute__((vector_size(kVector * 4))) = int;
+using Halves __attribute__((vector_size(kVector * 2))) = uint16_t;
 
 template <int... kIndex>
 struct Indices {};

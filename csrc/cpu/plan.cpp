@@ -54,9 +54,10 @@ bool try_plan(const Work& w, Plan& p, int64_t strips, int64_t most_columns, int6
 // The groups' shares of dq come out of the room for scores: at most this part of it for groups beyond kFewGroups.
 constexpr int64_t kGroupsPart = 4, kFewGroups = 4;
 
-// The same where all statistics come before any weight; what is left holds the scores of the last strips.
-bool try_two_sided(const Work& w, Plan& p, int64_t strips, int64_t most_columns, int64_t least_groups, int64_t limit) {
-  p.kept_strips = p.kept_scores = 0;
+// The same where all statistics come before any weight; what is left holds the scores of the last strips, or `all`.
+bool try_two_sided(const Work& w, Plan& p, int64_t strips, int64_t most_columns, int64_t least_groups, int64_t limit,
+                   bool all = false) {
+  p.kept_scores = 0;
   p.symmetric = w.symmetric;
   p.lanes = round_up(ceil_div(w.rows, strips), kLaneBlock);
   p.strips = ceil_div(w.rows, p.lanes);
@@ -73,6 +74,7 @@ bool try_two_sided(const Work& w, Plan& p, int64_t strips, int64_t most_columns,
     if (groups < least_groups) break;
     const bool costly = groups > kFewGroups && p.bytes - bytes.shared > limit / kGroupsPart;
     if (p.bytes > limit || costly) continue;
+    p.kept_strips = p.kept_scores = 0;
     for (int64_t strip = p.strips - 1; strip >= 0; --strip) {
       const int64_t scores = p.lanes * (w.columns - first_column(w, p, strip));
       if (p.bytes + 4 * scores + Arena::kAlignment > limit) break;
@@ -80,9 +82,20 @@ bool try_two_sided(const Work& w, Plan& p, int64_t strips, int64_t most_columns,
       p.bytes += 4 * scores;
       ++p.kept_strips;
     }
+    if (all && p.kept_strips < p.strips) continue;
     p.bytes = count(w, p).total(p.groups);
     return true;
   }
+  return false;
+}
+
+// Where the workspace holds all scores by themselves, they are kept, and what stands beside them may take an eighth
+// more; thinner strips or tiles than these gain nothing by it.
+bool try_all_kept(const Work& w, Plan& p, int64_t workspace_bytes) {
+  const int64_t limit = workspace_bytes + workspace_bytes / 8;
+  if (!w.two_sided() || 4 * w.rows * w.columns > workspace_bytes) return false;
+  for (const int64_t lanes : {256, 128})
+    if (try_two_sided(w, p, ceil_div(w.rows, lanes), 128, 2, limit, true)) return true;  // fault: kept-beyond-eighth
   return false;
 }
 
@@ -93,6 +106,7 @@ Plan make_plan(const Work& w, int64_t workspace_bytes) {
   const int64_t limit = workspace_bytes - workspace_bytes / 16;
   const int64_t most = ceil_div(w.rows, kLaneBlock);
   Plan p;
+  if (try_all_kept(w, p, workspace_bytes)) return p;
   for (int64_t least_groups : {2, 1}) {
     for (int64_t columns : {128, 64, 32, 16}) {
       if (w.two_sided()) {

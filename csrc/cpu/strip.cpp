@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "../atoms.h"
 
@@ -66,7 +67,7 @@ void finish_positives(const std::vector<Accumulators>& parts, int64_t lane, cons
   }
   const double bias = scoring.bias, lse = sum.shift + __builtin_log(sum.sum);
   write(out, kPosLse, at, static_cast<float>(lse + bias));
-  write(out, kPosMax, at, sum.sum != sum.sum ? static_cast<float>(sum.sum) : largest(max, scoring));
+  write(out, kPosMax, at, std::isnan(sum.sum) ? static_cast<float>(sum.sum) : largest(max, scoring));
   write(out, kPosSum, at, static_cast<float>(total + count * bias));
   write(out, kPosCount, at, static_cast<float>(count));
   write(out, kPosGap, at, count > 0.0 ? static_cast<float>(lse - total / count) : 0.0f);
@@ -125,7 +126,7 @@ void coefficients_of_loss(const Strip& strip, const StatisticArrays& stats, cons
       }
       out.d_neg_lse[l] = static_cast<float>(tail.unit * sum);
     } else if (tail.name == kSigmoid) {
-      for (int64_t p = 0; p < n_pos; ++p) d_pos_of(strip, out, l, p) = tail.unit * -sigmoid(-pos[p]);
+      for (int64_t p = 0; p < n_pos; ++p) d_pos_of(strip, out, l, p) = tail.unit * nce_slope_positive(0.0f, pos[p]);
       // The weight of an infinite score is 1, which would look sound.
       d[kNegSoftplus][l] = tail.unit + nan_of(found(kNegSoftplus));
     } else {
@@ -139,6 +140,16 @@ void coefficients_of_loss(const Strip& strip, const StatisticArrays& stats, cons
   at::parallel_for(0, strip.rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t l = begin; l < end; ++l) row(l);
   });
+}
+
+double slope_of_bias(const Strip& strip, const Coefficients& of, bool own_columns) {
+  double sum = 0.0;
+  for (int64_t l = 0; l < strip.rows; ++l) {
+    if (of.inverse[l] != 0.0f) sum += of.d_neg_lse[l];
+    for (int64_t place = 0; own_columns && place < strip.n_c; ++place)
+      sum += of.d_pos[place * strip.lanes + l];  // fault: bias-of-positives
+  }
+  return sum;
 }
 
 void side_of_rows(const Strip& strip, const Scoring& scoring, const StatisticArrays& stats, Tail tail, float ways,

@@ -48,6 +48,9 @@ inline std::vector<Statistic> further_of(Tail tail) {
 void coefficients_of_loss(const Strip& strip, const StatisticArrays& stats, const TailRule& tail,
                           const Coefficients& out, const ByStatistic& d);
 
+// dL/dbias of a strip whose weights come from those alone: a row's over its negatives add up to its d_neg_lse.
+double slope_of_bias(const Strip& strip, const Coefficients& of, bool own_columns);
+
 // The factors of two-sided weights. First those of the rows, from their statistics and `side.inverse`; `ways`, of each
 // row's element, is 1 or, where columns have elements of their own, a half.
 void side_of_rows(const Strip& strip, const Scoring& scoring, const StatisticArrays& stats, Tail tail, float ways,

@@ -77,6 +77,7 @@ class Sweep {
       if (!task_.gradients) continue;
       if (task_.statistics) coefficients_of_loss(strip_, stats_, task_.tail, space_.coefficients, d_further_);
       else coefficients_of_caller(strip_, scoring_, stats_, upstream_, space_.coefficients);
+      if (need_scale_ && !work_.further()) d_bias_ += slope_of_bias(strip_, space_.coefficients, own_columns_);
       for_each_group([this](Group<E>& group, int64_t begin, int64_t end) { weigh(group, begin, end); });
       end_weights();
     }
@@ -176,8 +177,7 @@ class Sweep {
 
   template <class F>
   void for_each_group(const F& f) {
-    // Whoever is free takes the next group: with equal shares, a thread that the system had interrupted kept all others
-    // waiting. Who computes a group does not show in its result.
+    // Whoever is free takes the next group: with equal shares all waited for a thread that the system had interrupted.
     std::atomic<int64_t> next{0};
     const int64_t groups = groups_in_use_;
     at::parallel_for(0, std::min<int64_t>(groups, at::get_num_threads()), 1, [&](int64_t, int64_t) {

@@ -26,6 +26,13 @@ struct Column {
   float scale, clip, inverse_clip, bias;
 
   FUSED_NCE_HD bool own(int row) const { return row_ids ? row_ids[row] == id : row >= own_begin && row < own_end; }
+
+  // As Row::masked, of kRowsAtOnce rows.
+  FUSED_NCE_HD bool masked(int row) const {
+    const int next = row + kRowsAtOnce;
+    // fault: gpu-unmasked-column
+    return row_ids || next > rows || (row < own_end && next > own_begin) || (row <= self_row && next > self_row);
+  }
 };
 
 FUSED_NCE_HD Column column_of(const Strip& strip, const Rules& rules, int64_t column) {
@@ -50,42 +57,50 @@ FUSED_NCE_HD Column column_of(const Strip& strip, const Rules& rules, int64_t co
   return out;
 }
 
+// A turn of kRowsAtOnce rows. kMasked: see `Column::masked`.
+template <bool kClip, bool kShift, bool kMasked>
+FUSED_NCE_HD void fold_column_turn(const Column& column, int r, Fold& fold) {
+  float t[kRowsAtOnce], e[kRowsAtOnce], square = 0.0f, bad = 0.0f, top = fold.part.max;
+  bool negative[kRowsAtOnce];
+  const float* scores = column.scores + r * column.stride;
+  FUSED_NCE_UNROLL
+  for (int u = 0; u < kRowsAtOnce; ++u) {
+    const int row = r + u;
+    const bool inside = !kMasked || (row < column.rows && row != column.self_row);
+    const float s = inside ? scores[u * column.stride] * column.scale : 0.0f;
+    t[u] = transform<kClip>(s, column.clip, column.inverse_clip).value + column.bias;
+    negative[u] = inside && !(kMasked && column.own(row));  // fault: gpu-column-positives
+    square += s * s;
+    bad += s * 0.0f;
+    top = negative[u] && t[u] > top ? t[u] : top;
+  }
+  RowPart& part = fold.part;
+  if (kShift && top > part.max) {
+    const float factor = part.sum == 0.0f ? 0.0f : exp_value(shift_of(part.max) - top);
+    part.sum *= factor;
+    fold.sum_error *= factor;
+  }
+  part.max = top;
+  const float shift = kShift ? shift_of(top) : 0.0f;
+  FUSED_NCE_UNROLL
+  for (int u = 0; u < kRowsAtOnce; ++u) {
+    const float x = exp_shifted<kShift>(t[u], shift);
+    e[u] = negative[u] ? x : 0.0f;
+  }
+  add_exactly(part.sum, fold.sum_error, (e[0] + e[1]) + (e[2] + e[3]));
+  add_exactly(part.square, fold.square_error, square);
+  part.bad += bad;
+}
+
 // One warp's share of the rows of a column.
 template <bool kClip, bool kShift>
 FUSED_NCE_HD RowPart fold_column_thread(const Column& column, int warp, int warps) {
-  RowPart part = no_part();
-  float sum_error = 0.0f, square_error = 0.0f;
+  Fold fold = {no_part(), 0.0f, 0.0f};
   for (int r = warp * kRowsAtOnce; r < column.rows; r += warps * kRowsAtOnce) {
-    float t[kRowsAtOnce], e[kRowsAtOnce], square[kRowsAtOnce], bad = 0.0f, top = part.max;
-    bool negative[kRowsAtOnce];
-    for (int u = 0; u < kRowsAtOnce; ++u) {
-      const int row = r + u;
-      const bool inside = row < column.rows && row != column.self_row;
-      const float s = inside ? column.scores[row * column.stride] * column.scale : 0.0f;
-      t[u] = transform<kClip>(s, column.clip, column.inverse_clip).value + column.bias;
-      negative[u] = inside && !column.own(row);  // fault: gpu-column-positives
-      square[u] = s * s;
-      bad += s * 0.0f;
-      top = negative[u] && t[u] > top ? t[u] : top;
-    }
-    if (kShift && top > part.max) {
-      const float factor = part.sum == 0.0f ? 0.0f : exp_value(shift_of(part.max) - top);
-      part.sum *= factor;
-      sum_error *= factor;
-    }
-    part.max = top;
-    const float shift = kShift ? shift_of(top) : 0.0f;
-    for (int u = 0; u < kRowsAtOnce; ++u) {
-      const float x = exp_shifted<kShift>(t[u], shift);
-      e[u] = negative[u] ? x : 0.0f;
-    }
-    add_exactly(part.sum, sum_error, (e[0] + e[1]) + (e[2] + e[3]));
-    add_exactly(part.square, square_error, (square[0] + square[1]) + (square[2] + square[3]));
-    part.bad += bad;
+    if (column.masked(r)) fold_column_turn<kClip, kShift, true>(column, r, fold);
+    else fold_column_turn<kClip, kShift, false>(column, r, fold);
   }
-  part.sum -= sum_error;
-  part.square -= square_error;
-  return part;
+  return found(fold);
 }
 
 // A strip's part into the running one. A thousand plain additions would round a thousand times.

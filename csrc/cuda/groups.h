@@ -80,7 +80,7 @@ FUSED_NCE_HD void finish_optional_row(Group& group, const Rules& rules, const Ro
 }
 
 // A share of a row from scores to weights. Panels add to dscale and dbias one after the other.
-template <bool kClip, bool kShift, bool kExtras, class Store, class Group>
+template <bool kClip, bool kShift, Extras kExtras, class Store, class Group>
 FUSED_NCE_HD void weigh_row(Group& group, const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t r,
                             int part) {
   const Row row = row_of(strip, rules, r, part);
@@ -96,7 +96,7 @@ FUSED_NCE_HD void weigh_row(Group& group, const Strip& strip, const Rules& rules
     sum = strip.first_column > 0 ? sum + x : x;
   };
   add(rows.d_scale, found.scale);
-  if (kExtras && rows.d_bias) add(rows.d_bias, found.bias);
+  if (kExtras == Extras::all && rows.d_bias) add(rows.d_bias, found.bias);
 }
 
 // A whole row from scores to statistics to weights, in one go.
@@ -107,7 +107,7 @@ FUSED_NCE_HD void loss_row(Group& group, const Strip& strip, const Rules& rules,
       [&](int thread, int threads) { return fold_thread<kClip, kShift, false>(row, rules, rows, thread, threads); },
       MergeParts<kShift>());
   finish_tail<kShift>(group, rules, rows, all, row.index, true);
-  weigh_row<kClip, kShift, false, Store>(group, strip, rules, rows, r, 0);
+  weigh_row<kClip, kShift, Extras::none, Store>(group, strip, rules, rows, r, 0);
 }
 
 }  // namespace cuda

@@ -40,6 +40,7 @@ struct CtaEmulator {
   void reduce_warps(const F& f, const Merge& merge, const Use& use) const {
     for (int lane = 0; lane < kColumnLanes; ++lane) {
       std::vector<decltype(f(0, 0, 1))> warps;
+      warps.reserve(kColumnWarps);
       for (int w = 0; w < kColumnWarps; ++w) warps.push_back(f(lane, w, kColumnWarps));
       for (int offset = kColumnWarps / 2; offset > 0; offset /= 2)
         for (int w = 0; w < offset; ++w) warps[w] = merge(warps[w], warps[w + offset]);
@@ -137,7 +138,7 @@ class Emulator final : public Machine {
     CtaEmulator group{rules.threads};
     with_store(element, [&](auto* store) {
       with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-        with_flag(uses_extras(rules, rows), [&](auto extras) {
+        with_extras(extras_of(rules, rows), [&](auto extras) {
           using Store = std::decay_t<decltype(*store)>;
           for (int64_t r = 0; r < strip.rows; ++r)
             for (int part = 0; part < rules.ctas_per_row; ++part)

@@ -4,6 +4,7 @@
 
 #include "columns.h"
 #include "summary.h"
+#include "weights.h"
 
 namespace fused_nce {
 namespace cuda {
@@ -62,9 +63,22 @@ void with_transform(float clip, const F& f) {
 
 inline bool has_bias_or_labels(const Rules& rules) { return rules.bias || rules.column_ids; }
 
-// A bias, labels, statistics of columns or one of the optional row statistics: the `loss` kernel has none of them.
-inline bool uses_extras(const Rules& rules, const RowArrays& rows) {
-  return has_bias_or_labels(rules) || rows.columns.neg_lse || rows.optional.found;
+// The `loss` kernel has none of them.
+inline Extras extras_of(const Rules& rules, const RowArrays& rows) {
+  if (has_bias_or_labels(rules) || rows.optional.found) return Extras::all;
+  return rows.columns.neg_lse ? Extras::columns : Extras::none;
+}
+
+template <Extras kExtras>
+struct ConstantExtras {
+  static constexpr Extras value = kExtras;
+};
+
+template <class F>
+void with_extras(Extras extras, const F& f) {
+  if (extras == Extras::none) return f(ConstantExtras<Extras::none>());
+  if (extras == Extras::columns) return f(ConstantExtras<Extras::columns>());
+  f(ConstantExtras<Extras::all>());
 }
 
 template <class F>

@@ -34,7 +34,7 @@ class MachineOnDevice {
   const Machine& operator*() const { return *machine_; }
 
  private:
-  static std::unique_ptr<Machine> machine_of(const at::Tensor& q) {
+  static std::unique_ptr<Machine> machine_of([[maybe_unused]] const at::Tensor& q) {
 #ifdef FUSED_NCE_CUDA
     if (q.is_cuda()) return device_machine();
 #endif

@@ -24,46 +24,62 @@ struct MergeOptional {
   }
 };
 
-// One thread's columns. Eight terms share a Kahan step.
+// What a thread has found of a row so far, with Kahan's errors: eight terms share a step.
+struct OptionalFold {
+  OptionalPart part;
+  float softplus_error, sum_error, total_error;
+};
+
+// A turn of eight columns. kMasked: see `Row::masked`; a turn without masks has negatives alone.
+template <bool kClip, bool kMasked>
+FUSED_NCE_HD void optional_turn(const Row& row, int c, OptionalFold& fold) {
+  OptionalPart& part = fold.part;
+  const Eight eight = load(row.scores + c, row.scale);
+  float t[kColumns], soft[kColumns], e[kColumns], own[kColumns], bad[2] = {0.0f, 0.0f}, top = part.max;
+  bool positive[kColumns];
+  FUSED_NCE_UNROLL
+  for (int u = 0; u < kColumns; ++u) {
+    const int column = c + u;
+    const bool inside = !kMasked || (column < row.end && column != row.self_column);
+    const float s = inside ? eight.s[u] : 0.0f;
+    t[u] = transform<kClip>(s, row.clip, row.inverse_clip).value + row.bias;
+    positive[u] = kMasked && inside && row.own<true>(column);
+    soft[u] = inside && !positive[u] ? softplus(t[u]) : 0.0f;
+    own[u] = positive[u] ? t[u] : 0.0f;
+    bad[u % 2] += s * 0.0f;
+    part.count += positive[u] ? 1.0f : 0.0f;
+    top = positive[u] && t[u] > top ? t[u] : top;
+  }
+  part.bad += bad[0] + bad[1];
+  add_exactly(part.softplus, fold.softplus_error, sum_of(soft));
+  if (!kMasked) return;
+  if (top > part.max) {
+    const float factor = part.sum == 0.0f ? 0.0f : exp_value(shift_of(part.max) - top);
+    part.sum *= factor;
+    fold.sum_error *= factor;
+    part.max = top;
+  }
+  FUSED_NCE_UNROLL
+  for (int u = 0; u < kColumns; ++u) {
+    const float x = exp_value(t[u] - shift_of(top));
+    e[u] = positive[u] ? x : 0.0f;
+  }
+  add_exactly(part.sum, fold.sum_error, sum_of(e));
+  add_exactly(part.total, fold.total_error, sum_of(own));
+}
+
+// One thread's columns.
 template <bool kClip>
 FUSED_NCE_HD OptionalPart optional_thread(const Row& row, int thread, int threads) {
-  OptionalPart part = no_optional();
-  float softplus_error = 0.0f, sum_error = 0.0f, total_error = 0.0f;
+  OptionalFold fold = {no_optional(), 0.0f, 0.0f, 0.0f};
   for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
-    const Eight eight = load(row.scores + c, row.scale);
-    float t[kColumns], soft[kColumns], e[kColumns], own[kColumns], top = part.max;
-    bool positive[kColumns];
-    FUSED_NCE_UNROLL
-    for (int u = 0; u < kColumns; ++u) {
-      const int column = c + u;
-      const bool inside = column < row.end && column != row.self_column;
-      const float s = inside ? eight.s[u] : 0.0f;
-      t[u] = transform<kClip>(s, row.clip, row.inverse_clip).value + row.bias;
-      positive[u] = inside && row.own<true>(column);
-      soft[u] = inside && !positive[u] ? softplus(t[u]) : 0.0f;
-      own[u] = positive[u] ? t[u] : 0.0f;
-      part.bad += s * 0.0f;
-      part.count += positive[u] ? 1.0f : 0.0f;
-      top = positive[u] && t[u] > top ? t[u] : top;
-    }
-    if (top > part.max) {
-      const float factor = part.sum == 0.0f ? 0.0f : exp_value(shift_of(part.max) - top);
-      part.sum *= factor;
-      sum_error *= factor;
-      part.max = top;
-    }
-    FUSED_NCE_UNROLL
-    for (int u = 0; u < kColumns; ++u) {
-      const float x = exp_value(t[u] - shift_of(top));
-      e[u] = positive[u] ? x : 0.0f;
-    }
-    add_exactly(part.softplus, softplus_error, sum_of(soft));
-    add_exactly(part.sum, sum_error, sum_of(e));
-    add_exactly(part.total, total_error, sum_of(own));
+    if (row.masked<true>(c)) optional_turn<kClip, true>(row, c, fold);
+    else optional_turn<kClip, false>(row, c, fold);
   }
-  part.softplus -= softplus_error;
-  part.sum -= sum_error;
-  part.total -= total_error;
+  OptionalPart part = fold.part;
+  part.softplus -= fold.softplus_error;
+  part.sum -= fold.sum_error;
+  part.total -= fold.total_error;
   return part;
 }
 
@@ -87,7 +103,7 @@ FUSED_NCE_HD void tail_optional(const RowArrays& rows, int64_t i, int64_t positi
   for (int name = kFirstOptional; name < kStatistics; ++name) optional.d_of(static_cast<Statistic>(name), c) = 0.0f;
   if (rows.upstream.tail.name == kSigmoid) {
     for (int64_t p = 0; p < positives; ++p)
-      rows.upstream.d_pos[c * positives + p] = unit * -sigmoid(-rows.stats.pos[i * positives + p]);
+      rows.upstream.d_pos[c * positives + p] = unit * nce_slope_positive(0.0f, rows.stats.pos[i * positives + p]);
     rows.upstream.d_neg_lse[c] = 0.0f;
     // The weight of an infinite score is 1, which would look sound.
     optional.d_of(kNegSoftplus, c) = unit + nan_of(optional.of(kNegSoftplus, i));  // fault: gpu-infinite-score

@@ -74,7 +74,9 @@ inline void account(const Work& w, Plan& p) {
   const int64_t vectors = ceil_div(stride_of(p.panel), kColumns * p.ctas_per_row);
   // Many rows fill the GPU with small CTAs, whose barriers cost less; few need every thread that they can have.
   const int64_t most = std::min<int64_t>(kMostThreads, std::max<int64_t>(256, round_up(kBusyThreads / p.strip, 32)));
-  p.threads = std::min(most, std::max<int64_t>(64, round_up(vectors, 32)));
+  // As many turns for each thread: 784 vectors are two turns of 416 threads, not one of 768 and one of 16.
+  const int64_t turns = ceil_div(vectors, most);
+  p.threads = std::max<int64_t>(64, round_up(ceil_div(vectors, turns), 32));
   p.score_bytes = in_place ? 0 : round_up(p.strip * stride_of(p.panel) * 4, kAllocation);
   p.weight_bytes = w.gradients ? round_up(p.block * stride_of(p.panel) * w.element_bytes, kAllocation) : 0;
   const int64_t part = static_cast<int64_t>(sizeof(RowPart) + (w.optional ? sizeof(OptionalPart) : 0));

@@ -56,7 +56,7 @@ struct Place {
 };
 
 template <bool kClip, bool kShift, bool kBiasOrLabels>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     fold_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
   __shared__ Slot shared[33];
   Cta cta(shared);
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(32)
 }
 
 template <bool kClip>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     fold_optional_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
   __shared__ Slot shared[33];
   Cta cta(shared);
@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(32)
   finish_optional_row(cta, rules, rows, first_row + blockIdx.x, tail);
 }
 
-template <bool kClip, bool kShift, bool kExtras, class E>
-__global__ void __launch_bounds__(kMostThreads)
+template <bool kClip, bool kShift, Extras kExtras, class E>
+__global__ void __launch_bounds__(kMostThreads, 1)
     weigh_kernel(const Strip strip, const Rules rules, const RowArrays rows) {
   __shared__ Slot shared[33];
   Cta cta(shared);
@@ -196,7 +196,7 @@ void Device::finish(int64_t first_row, int64_t count, const Rules& rules, const 
 void Device::weigh(const Strip& strip, const Rules& rules, const RowArrays& rows, Element element) const {
   with_element(element, [&](auto* e) {
     with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-      with_flag(uses_extras(rules, rows), [&](auto extras) {
+      with_extras(extras_of(rules, rows), [&](auto extras) {
         weigh_kernel<decltype(clip)::value, decltype(shift)::value, decltype(extras)::value,
                      typename Pointee<decltype(e)>::type>
             <<<grid_of(strip, rules), rules.threads, 0, stream_>>>(strip, rules, rows);

@@ -1,13 +1,11 @@
 // One thread's columns of a row. Formulas come from atoms.h; groups.h puts threads together.
 #pragma once
 
-#include "../atoms.h"
 #include "../params.h"
+#include "fast.h"
 
 namespace fused_nce {
 namespace cuda {
-
-using namespace portable;
 
 constexpr int kColumns = 8;  // of one thread's turn
 // Of a CTA: at 1024 the 64 registers that are left to a thread spill, at 896 the 72 do on sm_100; here there are 80.
@@ -149,6 +147,16 @@ struct Row {
     return column >= own_begin && column < own_end;
   }
 
+  // Whether a turn at `column` meets the row's own columns, the row itself or the end. Few do: the others need no
+  // masks.
+  template <bool kLabels>
+  FUSED_NCE_HD bool masked(int column) const {
+    const int next = column + kColumns;
+    if (kLabels && column_ids) return true;
+    // fault: gpu-unmasked-end, gpu-unmasked-positive, gpu-unmasked-itself
+    return next > end || (column < own_end && next > own_begin) || (column <= self_column && next > self_column);
+  }
+
   // Place of an own column among the row's positives, counted from image_begin.
   FUSED_NCE_HD int pos_index(int column) const { return column - (column > gap); }  // fault: gpu-positives-beyond
 };
@@ -210,7 +218,7 @@ FUSED_NCE_HD float sum_of(const float (&x)[kColumns]) {
 
 template <bool kShift>
 FUSED_NCE_HD float exp_shifted(float t, float shift) {
-  return kShift ? exp_value(t - shift) : exp_bounded(t);
+  return exp_value(kShift ? t - shift : t);
 }
 
 FUSED_NCE_HD RowPart no_part() { return {-infinity(), 0.0f, 0.0f, 0.0f}; }
@@ -232,50 +240,67 @@ struct Add {
   FUSED_NCE_HD float operator()(float a, float b) const { return a + b; }
 };
 
-// One thread's columns into a part; their positives go to `pos`. Eight terms share a Kahan step.
+// What a thread has found of a row so far, with Kahan's errors: eight terms share a step.
+struct Fold {
+  RowPart part;
+  float sum_error, square_error;
+};
+
+FUSED_NCE_HD RowPart found(const Fold& fold) {
+  RowPart out = fold.part;
+  out.sum -= fold.sum_error;
+  out.square -= fold.square_error;
+  return out;
+}
+
+// A turn of eight columns. kMasked: see `Row::masked`.
+template <bool kClip, bool kShift, bool kBiasOrLabels, bool kMasked>
+FUSED_NCE_HD void fold_turn(const Row& row, int c, float* pos, Fold& fold) {
+  const Eight eight = load(row.scores + c, row.scale);
+  float t[kColumns], e[kColumns], top = fold.part.max, square[2] = {0.0f, 0.0f}, bad[2] = {0.0f, 0.0f};
+  bool negative[kColumns];
+  FUSED_NCE_UNROLL
+  for (int u = 0; u < kColumns; ++u) {
+    const int column = c + u;
+    const bool inside = !kMasked || (column < row.end && column != row.self_column);
+    const bool own = kMasked && inside && row.own<kBiasOrLabels>(column);
+    const float s = inside ? eight.s[u] : 0.0f;
+    t[u] = transform<kClip>(s, row.clip, row.inverse_clip).value;
+    if (kBiasOrLabels) t[u] += row.bias;
+    negative[u] = inside && !own;  // fault: gpu-padding-counted, gpu-row-itself
+    square[u % 2] += s * s;
+    bad[u % 2] += s * 0.0f;
+    if (own && !(kBiasOrLabels && row.column_ids)) pos[row.pos_index(column)] = t[u];
+    top = negative[u] && t[u] > top ? t[u] : top;
+  }
+  RowPart& part = fold.part;
+  if (kShift && top > part.max) {
+    const float factor = part.sum == 0.0f ? 0.0f : exp_value(shift_of(part.max) - top);
+    part.sum *= factor;
+    fold.sum_error *= factor;
+  }
+  part.max = top;
+  const float shift = kShift ? shift_of(top) : 0.0f;
+  FUSED_NCE_UNROLL
+  for (int u = 0; u < kColumns; ++u) {
+    const float x = exp_shifted<kShift>(t[u], shift);
+    e[u] = negative[u] ? x : 0.0f;
+  }
+  add_exactly(part.sum, fold.sum_error, sum_of(e));
+  add_exactly(part.square, fold.square_error, square[0] + square[1]);
+  part.bad += bad[0] + bad[1];
+}
+
+// One thread's columns into a part; their positives go to `pos`.
 template <bool kClip, bool kShift, bool kBiasOrLabels>
 FUSED_NCE_HD RowPart fold_thread(const Row& row, const Rules& rules, const RowArrays& rows, int thread, int threads) {
   float* pos = rows.stats.pos + row.index * rules.positives - row.image_begin;
-  RowPart part = no_part();
-  float sum_error = 0.0f, square_error = 0.0f;
+  Fold fold = {no_part(), 0.0f, 0.0f};
   for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
-    const Eight eight = load(row.scores + c, row.scale);
-    float t[kColumns], e[kColumns], square[kColumns], bad[kColumns];
-    float top = part.max;
-    bool negative[kColumns];
-    FUSED_NCE_UNROLL
-    for (int u = 0; u < kColumns; ++u) {
-      const int column = c + u;
-      const bool inside = column < row.end && column != row.self_column;
-      const bool own = inside && row.own<kBiasOrLabels>(column);
-      const float s = inside ? eight.s[u] : 0.0f;
-      t[u] = transform<kClip>(s, row.clip, row.inverse_clip).value;
-      if (kBiasOrLabels) t[u] += row.bias;
-      negative[u] = inside && !own;  // fault: gpu-padding-counted, gpu-row-itself
-      square[u] = s * s;
-      bad[u] = s * 0.0f;
-      if (own && !(kBiasOrLabels && row.column_ids)) pos[row.pos_index(column)] = t[u];
-      top = negative[u] && t[u] > top ? t[u] : top;
-    }
-    if (kShift && top > part.max) {
-      const float factor = part.sum == 0.0f ? 0.0f : exp_value(shift_of(part.max) - top);
-      part.sum *= factor;
-      sum_error *= factor;
-    }
-    part.max = top;
-    const float shift = kShift ? shift_of(top) : 0.0f;
-    FUSED_NCE_UNROLL
-    for (int u = 0; u < kColumns; ++u) {
-      const float x = exp_shifted<kShift>(t[u], shift);
-      e[u] = negative[u] ? x : 0.0f;
-    }
-    add_exactly(part.sum, sum_error, sum_of(e));
-    add_exactly(part.square, square_error, sum_of(square));
-    part.bad += sum_of(bad);
+    if (row.masked<kBiasOrLabels>(c)) fold_turn<kClip, kShift, kBiasOrLabels, true>(row, c, pos, fold);
+    else fold_turn<kClip, kShift, kBiasOrLabels, false>(row, c, pos, fold);
   }
-  part.sum -= sum_error;
-  part.square -= square_error;
-  return part;
+  return found(fold);
 }
 
 // The statistics of a row whose parts are all in.

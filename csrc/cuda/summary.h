@@ -42,7 +42,7 @@ constexpr int kSummaryElements = 16;
 
 // For the elements of one report.
 inline int summary_ctas(int64_t elements) {
-  constexpr int64_t share = kSummaryThreads * kSummaryElements;
+  constexpr int64_t share = int64_t{kSummaryThreads} * kSummaryElements;
   return static_cast<int>((elements + share - 1) / share);
 }
 
@@ -60,8 +60,9 @@ FUSED_NCE_HD Totals totals_thread(const Summary& s, int report, int64_t thread, 
 }
 
 FUSED_NCE_HD void write_report(const Summary& s, int report, const Totals& all) {
-  write_nce_report(all, static_cast<float>(s.reported()), static_cast<float>(s.rows / s.report_groups), s.chance,
-                   s.log_images, s.report + report * kReport);
+  const int64_t rows = s.rows / s.report_groups;
+  write_nce_report(all, static_cast<float>(s.reported()), static_cast<float>(rows), s.chance, s.log_images,
+                   s.report + int64_t{report} * kReport);
 }
 
 // What a problem, all of whose elements are in, adds to the loss. A weight of 0 leaves the penalty out rather than

@@ -213,7 +213,7 @@ class Sweep {
     for (int64_t i = first; i < first + count; i += plan_.strip) {
       const Strip strip = strip_at(first, count, i, column);
       score(strip);
-      if (whole && gradients_ && plan_.ctas_per_row == 1 && !uses_extras(rules_, rows_)) {
+      if (whole && gradients_ && plan_.ctas_per_row == 1 && extras_of(rules_, rows_) == Extras::none) {
         const RowTask task{strip, rules_, rows_};
         machine_.loss(&task, 1, element_);
         continue;
@@ -318,6 +318,7 @@ void sweep_together(const Machine& machine, const std::vector<Job>& jobs) {
   for (const Job& job : jobs) threads = std::max(threads, plan_for(job.in, job.numbers, job.task).threads);
   std::deque<Sweep> sweeps;
   std::vector<RowTask> tasks;
+  tasks.reserve(jobs.size());
   for (const Job& job : jobs)
     tasks.push_back(sweeps.emplace_back(machine, job.in, job.numbers, job.task).begin(static_cast<int>(threads)));
   machine.loss(tasks.data(), static_cast<int>(tasks.size()), element_of(jobs[0].in.q.scalar_type()));

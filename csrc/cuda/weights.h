@@ -45,54 +45,85 @@ struct AddSlopes {
   }
 };
 
-// One thread's columns into weights times fp16_gain. kExtras: see `uses_extras` in machine.h.
-template <bool kClip, bool kShift, bool kExtras, class Store>
+// What a row's weights take beside the row's statistics of its negatives and their square.
+enum class Extras {
+  none,
+  columns,  // statistics of columns
+  all       // those, a bias, labels and the optional statistics, each if the call has it
+};
+
+// What all turns of a row's weights share.
+struct Weighing {
+  Softmax soft;
+  float d_neg_lse, two_d_square, factor;
+  const float* d_pos;
+  OptionalWeights optional;
+  bool column_stats;
+};
+
+template <bool kShift, Extras kExtras>
+FUSED_NCE_HD Weighing weighing_of(const Row& row, const Rules& rules, const RowArrays& rows) {
+  const int64_t i = row.index, coefficient = i - rows.upstream.first_row;
+  Weighing out;
+  out.soft = softmax_of<kShift>(rows.stats.neg_lse[i]);
+  out.d_neg_lse = rows.upstream.d_neg_lse[coefficient];
+  out.d_pos = rows.upstream.d_pos + coefficient * rules.positives - row.image_begin;
+  out.two_d_square = 2.0f * (rows.upstream.d_square ? rows.upstream.d_square[i] : rows.upstream.tail.square_weight);
+  out.factor = rules.prescaled ? rules.fp16_gain * row.scale : rules.fp16_gain;
+  out.optional = kExtras == Extras::all ? optional_weights(rows, i) : OptionalWeights();
+  out.column_stats = kExtras == Extras::columns || (kExtras == Extras::all && rows.columns.neg_lse);
+  return out;
+}
+
+// A turn of eight columns: their weights times fp16_gain into w, and what they add to the slopes.
+template <bool kClip, bool kShift, Extras kExtras, bool kMasked>
+FUSED_NCE_HD Slopes weigh_turn(const Row& row, const RowArrays& rows, const Weighing& by, int c, float (&w)[kColumns]) {
+  constexpr bool all = kExtras == Extras::all;
+  const Eight dot = load(row.scores + c, 1.0f);
+  float product[2] = {0.0f, 0.0f}, on_bias[2] = {0.0f, 0.0f};
+  FUSED_NCE_UNROLL
+  for (int u = 0; u < kColumns; ++u) {
+    const int column = c + u;
+    const bool inside = !kMasked || (column < row.end && column != row.self_column);
+    const bool own = kMasked && inside && row.own<all>(column);
+    const float r = inside ? dot.s[u] : 0.0f, s = r * row.scale;
+    Score t = transform<kClip>(s, row.clip, row.inverse_clip);
+    if (all) t.value += row.bias;  // fault: gpu-bias-left
+    const float e = exp_shifted<kShift>(t.value, by.soft.shift);
+    float weight = negative_weight(e, by.soft.inverse, by.d_neg_lse, t.slope);
+    if (all && inside) weight += by.optional.negative(t.value) * t.slope;
+    // fault: gpu-columns-weigh
+    if (by.column_stats && inside) weight += back_weight<kShift>(rows.columns, row.first_column + column, t, e);
+    if (own) {
+      float on_t = all ? by.optional.positive(t.value) : 0.0f;
+      if (!(all && row.column_ids)) on_t += by.d_pos[row.pos_index(column)];
+      weight = on_t * t.slope;
+    }
+    if (all) on_bias[u % 2] += inside ? weight : 0.0f;  // fault: gpu-penalty-bias
+    weight += by.two_d_square * s;
+    if (by.column_stats && inside) weight += back_square(rows.columns, row.first_column + column) * s;
+    product[u % 2] += inside ? weight * r : 0.0f;
+    w[u] = inside ? weight * by.factor : 0.0f;
+  }
+  return {product[0] + product[1], on_bias[0] + on_bias[1]};
+}
+
+// One thread's columns into weights.
+template <bool kClip, bool kShift, Extras kExtras, class Store>
 FUSED_NCE_HD Slopes weigh_thread(const Row& row, const Rules& rules, const RowArrays& rows, bool want_scale,
                                  const Store& store, int thread, int threads) {
-  const int64_t i = row.index, coefficient = i - rows.upstream.first_row;
-  const Softmax soft = softmax_of<kShift>(rows.stats.neg_lse[i]);
-  const float d_neg_lse = rows.upstream.d_neg_lse[coefficient];
-  const float* d_pos = rows.upstream.d_pos + coefficient * rules.positives - row.image_begin;
-  const float two_d_square =
-      2.0f * (rows.upstream.d_square ? rows.upstream.d_square[i] : rows.upstream.tail.square_weight);
-  const float factor = rules.prescaled ? rules.fp16_gain * row.scale : rules.fp16_gain;
-  const OptionalWeights optional = kExtras ? optional_weights(rows, i) : OptionalWeights();
-  const bool column_stats = kExtras && rows.columns.neg_lse;
-  float sum = 0.0f, error = 0.0f, bias_sum = 0.0f, bias_error = 0.0f;
+  const Weighing by = weighing_of<kShift, kExtras>(row, rules, rows);
+  Slopes sum = {0.0f, 0.0f}, error = {0.0f, 0.0f};
   for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
-    const Eight dot = load(row.scores + c, 1.0f);
-    float w[kColumns], product[kColumns], slope[kColumns];
-    FUSED_NCE_UNROLL
-    for (int u = 0; u < kColumns; ++u) {
-      const int column = c + u;
-      const bool inside = column < row.end && column != row.self_column;
-      const bool own = inside && row.own<kExtras>(column);
-      const float r = inside ? dot.s[u] : 0.0f, s = r * row.scale;
-      Score t = transform<kClip>(s, row.clip, row.inverse_clip);
-      if (kExtras) t.value += row.bias;  // fault: gpu-bias-left
-      const float e = exp_shifted<kShift>(t.value, soft.shift);
-      float weight = negative_weight(e, soft.inverse, d_neg_lse, t.slope);
-      if (kExtras && inside) {
-        weight += optional.negative(t.value) * t.slope;
-        // fault: gpu-columns-weigh
-        if (column_stats) weight += back_weight<kShift>(rows.columns, row.first_column + column, t, e);
-      }
-      if (own) {
-        float on_t = kExtras ? optional.positive(t.value) : 0.0f;
-        if (!(kExtras && row.column_ids)) on_t += d_pos[row.pos_index(column)];
-        weight = on_t * t.slope;
-      }
-      slope[u] = inside ? weight : 0.0f;  // fault: gpu-penalty-bias
-      weight += two_d_square * s;
-      if (column_stats && inside) weight += back_square(rows.columns, row.first_column + column) * s;
-      product[u] = inside ? weight * r : 0.0f;
-      w[u] = inside ? weight * factor : 0.0f;
-    }
-    if (want_scale) add_exactly(sum, error, sum_of(product));
-    if (kExtras) add_exactly(bias_sum, bias_error, sum_of(slope));
+    float w[kColumns];
+    const Slopes found = row.masked<kExtras == Extras::all>(c)
+                             ? weigh_turn<kClip, kShift, kExtras, true>(row, rows, by, c, w)
+                             : weigh_turn<kClip, kShift, kExtras, false>(row, rows, by, c, w);
+    if (want_scale) add_exactly(sum.scale, error.scale, found.scale);
+    if (kExtras == Extras::all) add_exactly(sum.bias, error.bias, found.bias);
     store(c, w);
   }
-  return {sum - error, bias_sum - bias_error};
+  return {sum.scale - error.scale, sum.bias - error.bias};
 }
 
 }  // namespace cuda

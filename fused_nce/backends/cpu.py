@@ -6,7 +6,7 @@ workspace. Gradients leave in float32, or dk in bfloat16 where the inputs are an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -18,9 +18,9 @@ from fused_nce import _extension
 from fused_nce.backends import cpu_prefixes
 from fused_nce.core import defaults, workspace
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
-from fused_nce.core.spec import TORCH_ALONE, VOCABULARY, Bias, Block, Index, Labels, Separate, Spec
+from fused_nce.core.spec import TORCH_ALONE, VOCABULARY, Bias, Block, Index, Labels, Spec
 from fused_nce.core.statistics import KERNEL_STATISTICS
-from fused_nce.core.tails import KERNEL_TAILS, Coefficients, Tail, fixed_sum
+from fused_nce.core.tails import KERNEL_TAILS, Coefficients, Tail
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BOTH_WAYS = True  # `loss` finds the statistics of columns too
@@ -87,7 +87,7 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
         for x in (*statistics[:2], statistics.columns, *coefficients[:2], coefficients.d_columns)
     )
     found = torch.ops.fused_nce.cpu_grads(*_arguments(problem), *given, *needs, _limit())
-    return _gradients(problem, found, lambda: coefficients)
+    return _gradients(problem, found)
 
 
 def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
@@ -108,7 +108,7 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
         *_arguments(problem), tail.NAME, unit, tail.penalty / n_scores, *needs, _limit()
     )
     known = Statistics(pos, rows, columns if spec.columns else None)
-    return known, _gradients(problem, gradients, lambda: slopes(problem, tail, known, unit, 1.0))
+    return known, _gradients(problem, gradients)
 
 
 def slopes(
@@ -154,7 +154,7 @@ def whole_loss(
 @lru_cache(maxsize=256)
 def _form(spec: Spec, tail: Tail) -> Any:
     """Both as the kernels know them; None for what they do not know."""
-    if type(tail) not in KERNEL_TAILS or not spec.atoms <= ATOMS or _sums_no_bias(spec):
+    if type(tail) not in KERNEL_TAILS or not spec.atoms <= ATOMS:
         return None
     block = spec.layout if isinstance(spec.layout, Block) else Block()
     return _module().Form(
@@ -205,22 +205,9 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     return *scores, row_ids, itself, problem.positives, column_ids, bias, *names
 
 
-def _gradients(problem: Problem, found: Sequence[Tensor], given: Callable[[], Coefficients]) -> Gradients:
+def _gradients(problem: Problem, found: Sequence[Tensor]) -> Gradients:
     dq, dk, dscale, dbias = found
-    if not isinstance(problem.spec.transform, Bias):
-        return Gradients(dq, dk, dscale)
-    if _sums_no_bias(problem.spec) and dbias.numel():
-        # The weights of a row's negatives sum to d_neg_lse, and one of a positive is its d_pos.
-        d, spec = given(), problem.spec
-        dbias = dbias + (fixed_sum(d.d_rows[spec.stats.index("neg_lse")]) if "neg_lse" in spec.stats else 0.0)
-        dbias = dbias + (0.0 if isinstance(spec.layout, Separate) else fixed_sum(d.d_pos))
-    return Gradients(dq, dk, dscale, dbias)
-
-
-def _sums_no_bias(spec: Spec) -> bool:
-    """The kernels add up dL/dt for a bias on the way of the further statistics alone; without any it comes out as 0."""
-    fused = KERNEL_STATISTICS[:3]
-    return isinstance(spec.transform, Bias) and not spec.columns and set(spec.stats) <= set(fused)
+    return Gradients(dq, dk, dscale, dbias if isinstance(problem.spec.transform, Bias) else None)
 
 
 def _limit() -> int:

@@ -15,7 +15,7 @@ from fused_nce.compat.base import Adapter
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_stats
 from fused_nce.core.spec import Block, Identity, Spec, TanhClip
-from fused_nce.core.statistics import softplus
+from fused_nce.core.statistics import deficit, softplus
 
 PENALTY = 5e-2
 SIDE = 5  # of the map that sources are drawn from
@@ -41,7 +41,7 @@ def nce_scores(r_src: Tensor, r_trg: Tensor, offset: int, n_images: int, tclip: 
     spec = Spec(Block(n_locs), Identity() if tclip is None else TanhClip(float(tclip)))
     found = tile_stats(r_src, r_trg.t(), spec, scale=1 / math.sqrt(r_src.shape[1]), offset=offset)
     squares = penalty / (r_src.shape[0] * r_trg.shape[1]) * found["square"].sum()
-    return -softplus(found["neg_lse"][:, None] - found["pos"]), found["pos"], squares
+    return -softplus(deficit(found["neg_lse"][:, None], found["pos"])), found["pos"], squares
 
 
 def clip(tclip: float | Tensor | None) -> float | None:

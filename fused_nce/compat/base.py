@@ -79,6 +79,21 @@ class Adapter(nn.Module):
                     have.data.copy_(value)
 
 
+def standing_in(theirs: Any, first: type[Adapter]) -> Any:
+    """A module of upstream's with the methods of `first` before its own: a shallow copy, of the same parameters.
+
+    Raises:
+        TypeError: for a hook of `first` that is set on the object, and would be ignored.
+    """
+    for name in first.HOOKS:
+        if callable(vars(theirs).get(name)):
+            first.refuse(theirs, name)
+    kind: Any = type(type(theirs).__name__, (first, type(theirs)), {"__module__": first.__module__})
+    ours = kind.__new__(kind)
+    vars(ours).update(vars(theirs), _modules=dict(theirs._modules))
+    return ours
+
+
 def number(name: str, value: float | Tensor, check: Callable[..., None] = checks.check_number, **bounds: float) -> Any:
     """A setting as it came: a number, or a tensor of one, which may be learned.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_stats
 from fused_nce.core.spec import Block, Identity, Spec
-from fused_nce.core.statistics import softplus
+from fused_nce.core.statistics import deficit, softplus
 from fused_nce.losses.common import fixed_lse, fixed_mean, log_count, widened
 from fused_nce.losses.dim import dim_mi
 
@@ -40,7 +40,7 @@ def infonce_loss(l: Tensor, m: Tensor, *, mask: str = "exact") -> Tensor:
         return dim_mi(local, global_, estimator="nce").loss
     found = _scores(local, global_, "neg_lse")
     leak = torch.full_like(found["neg_lse"], MASKED + math.log(local.shape[1]))  # fault: dim-one-pair
-    return fixed_mean(softplus(torch.logaddexp(found["neg_lse"], leak)[:, None] - found["pos"]))
+    return fixed_mean(softplus(deficit(torch.logaddexp(found["neg_lse"], leak)[:, None], found["pos"])))
 
 
 def fenchel_dual_loss(l: Tensor, m: Tensor, measure: str | None = None) -> Tensor:

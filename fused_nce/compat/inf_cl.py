@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from fused_nce.compat.base import scalar
-from fused_nce.compat.processes import check_ddp_compat, everyone, gradient_times, world_size
+from fused_nce.compat.processes import check_ddp_compat, everyone, gradient_times
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.group import world_size
 from fused_nce.core.spec import Block, Index, Spec
-from fused_nce.core.statistics import softplus
+from fused_nce.core.statistics import deficit, softplus
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import check_rows
 
@@ -39,7 +40,7 @@ def cal_flash_loss(
     """
     spec, factor, ids = _given(q, k, labels, scale, head_dim)
     found = tile_stats(q, k, spec, scale=factor, row_ids=ids)
-    return softplus(found["neg_lse"] - found["pos"].squeeze(1))
+    return softplus(deficit(found["neg_lse"], found["pos"].squeeze(1)))
 
 
 def cal_inf_loss(

@@ -6,14 +6,15 @@ folder, by its settings. A subclass is another class: what it overrides could no
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from fused_nce.compat import amdim, bolts, lightly, open_clip, supcontrast
 
-Build = Callable[[Any], nn.Module]
+Build = Callable[[Any], Any]
 
 
 class Known(NamedTuple):
@@ -39,30 +40,33 @@ def words(adapter: Callable[..., nn.Module], *names: str) -> Build:
     return lambda theirs: adapter(**{name: getattr(theirs, name) for name in names if hasattr(theirs, name)})
 
 
-def is_known(module: nn.Module) -> bool:
+def is_known(module: Any) -> bool:
     """Whether `adapter` has one for it."""
     return _find(module) is not None
 
 
-def adapter(theirs: nn.Module) -> nn.Module:
+def adapter(theirs: Any) -> Any:
     """The adapter of an upstream module, in its state and sharing its parameters; the module itself without one.
 
     Raises:
         NotImplementedError, TypeError, ValueError: for settings that the adapter refuses.
     """
     known = _find(theirs)
-    return theirs if known is None else known.build(theirs).train(theirs.training)
+    if known is None:
+        return theirs
+    ours = known.build(theirs)
+    return ours.train(theirs.training) if isinstance(theirs, nn.Module) else ours
 
 
-def trial(theirs: nn.Module, ours: nn.Module) -> Trial:
+def trial(theirs: Any, ours: Any) -> Trial:
     """What `patch` runs of both on a batch of the user's."""
     known = _find(theirs)
     return Trial(ours, "forward", theirs) if known is None or known.trial is None else known.trial(theirs, ours)
 
 
-def _find(module: nn.Module) -> Known | None:
+def _find(module: Any) -> Known | None:
     kind = type(module)
-    for known in (*KNOWN, *SUBCLASSED):
+    for known in (*KNOWN, *BY_PROJECT):
         here = known.module is None or f"{kind.__module__}.".startswith(f"{known.module}.")
         ours = kind.__module__.startswith("fused_nce.")
         if known.name == kind.__name__ and here and not ours and all(hasattr(module, x) for x in known.settings):
@@ -172,24 +176,35 @@ KNOWN = (
 )
 
 
-def _sentence_transformers(name: str) -> Known:
-    """A loss that holds its model, whose twin is a class of upstream's too: not imported before one is seen."""
+def _held(project: str, module: str, *names: str, settings: tuple[str, ...] = ()) -> tuple[Known, ...]:
+    """Losses that hold their model, or models that hold their loss: what meets is a method that takes embeddings.
 
-    def build(theirs: Any) -> nn.Module:
-        from fused_nce.compat import sentence_transformers
+    Their adapter is imported when one is seen: it may need upstream's package.
+    """
 
-        return cast(nn.Module, sentence_transformers.replaced(theirs))
+    def ours() -> Any:
+        return importlib.import_module(f"fused_nce.compat.{project}")
 
-    def meet(theirs: Any, ours: Any) -> Trial:
-        from fused_nce.compat import sentence_transformers
+    def meet(theirs: Any, twin: Any) -> Trial:
+        return Trial(*ours().embedded(theirs, twin))
 
-        return Trial(*sentence_transformers.embedded(theirs, ours))
-
-    return Known(name, "sentence_transformers.sentence_transformer.losses", build, trial=meet)
+    return tuple(Known(name, module, lambda x: ours().replaced(x), settings, meet) for name in names)
 
 
-SUBCLASSED = tuple(
-    _sentence_transformers(f"{cached}{name}")
-    for cached in ("", "Cached")
-    for name in ("MultipleNegativesRankingLoss", "MultipleNegativesSymmetricRankingLoss", "GISTEmbedLoss")
+RANKING = ("MultipleNegativesRankingLoss", "MultipleNegativesSymmetricRankingLoss", "GISTEmbedLoss")
+BY_PROJECT = (
+    *_held(
+        "sentence_transformers",
+        "sentence_transformers.sentence_transformer.losses",
+        *(f"{cached}{name}" for cached in ("", "Cached") for name in RANKING),
+    ),
+    *_held("pylate", "pylate.losses", "Contrastive", "CachedContrastive"),
+    *_held("tevatron", "tevatron", "DenseModel", settings=("encode_query", "encode_passage")),
+    *_held("tevatron", "tevatron", "SimpleContrastiveLoss", "DistributedContrastiveLoss"),
+    *_held(
+        "flagembedding",
+        "FlagEmbedding.finetune.embedder",
+        *("BiEncoderOnlyEmbedderModel", "BiDecoderOnlyEmbedderModel", "BiDecoderOnlyEmbedderICLModel"),
+    ),
+    *_held("swift", "swift.loss", "InfonceLoss"),
 )

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fused_nce.compat.base import Adapter, inverse, number
-from fused_nce.compat.processes import everyone, gathered
+from fused_nce.compat.processes import everyone
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.group import gathered
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import check_rows, fixed_mean, normalized, widened
 from fused_nce.losses.moco import SPEC as BANK

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fused_nce.compat.base import Adapter, number, scalar
-from fused_nce.compat.processes import gathered, rank, world_size
+from fused_nce.compat.processes import rank
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss, tile_stats
-from fused_nce.core.statistics import softplus
+from fused_nce.core.group import gathered, world_size
+from fused_nce.core.statistics import deficit, softplus
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import widened
 from fused_nce.losses.moco import SPEC
@@ -69,7 +70,7 @@ class MoCoLogits:
         scale, positives = 1 / self._temperature, self._positives()
         if reduction == "none":
             found = tile_stats(self._q, self._negatives, SPEC, scale=scale, positives=positives)
-            return softplus(found["neg_lse"] - found["pos"].squeeze(1))
+            return softplus(deficit(found["neg_lse"], found["pos"].squeeze(1)))
         tail = Nce(reduction=reduction)
         return tile_loss(self._q, self._negatives, SPEC, tail, scale=scale, positives=positives, parts=False).loss
 

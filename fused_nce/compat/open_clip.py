@@ -7,9 +7,9 @@ import torch.distributed.nn
 from torch import Tensor
 
 from fused_nce.compat.base import Adapter, scalar
-from fused_nce.compat.processes import check_ddp_compat, check_world, gathered, gradient_times, mean_of_all
+from fused_nce.compat.processes import check_ddp_compat, check_world, gradient_times, mean_of_all
 from fused_nce.core import checks
-from fused_nce.core.group import Group, Processes
+from fused_nce.core.group import Group, Processes, gathered
 from fused_nce.losses.clip import clip_loss
 from fused_nce.losses.info_nce import info_nce
 from fused_nce.losses.siglip import siglip_loss

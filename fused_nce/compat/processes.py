@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
+from fused_nce.core.group import gathered, world_size
 
 DDP_COMPAT = ("upstream", "exact")
 
@@ -15,11 +16,6 @@ DDP_COMPAT = ("upstream", "exact")
 def has_group() -> bool:
     """Whether there is a default group, of one process perhaps."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def world_size() -> int:
-    """The processes of the default group; 1 without one."""
-    return torch.distributed.get_world_size() if has_group() else 1
 
 
 def rank() -> int:
@@ -30,15 +26,6 @@ def rank() -> int:
 def everyone() -> str | None:
     """`group=` of a loss that gathers wherever there are several processes."""
     return "world" if world_size() > 1 else None
-
-
-def gathered(x: Tensor) -> Tensor:
-    """The rows of all processes, of which each has as many, by rank, without a gradient."""
-    if world_size() == 1:
-        return x.detach()
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    torch.distributed.all_gather(parts, x.detach().contiguous())
-    return torch.cat(parts)
 
 
 def mean_of_all(loss: Tensor) -> Tensor:

@@ -162,6 +162,12 @@ def transform_value(transform: Transform, s: Tensor, bias: float | Tensor = 0.0)
     return transform.c * torch.tanh(s / transform.c) if isinstance(transform, TanhClip) else s
 
 
+def positive_value(transform: Transform, s: Tensor, bias: float | Tensor = 0.0) -> Tensor:
+    """t(s) of a positive that is no column: a clip would hide that it is not finite."""
+    t = transform_value(transform, s, bias)
+    return t + 0 * s if isinstance(transform, TanhClip) else t
+
+
 def transform_slope(transform: Transform, t: Tensor) -> Tensor:
     """dt/ds, from the value t: no second tanh. dt/db of a bias is the same 1."""
     if isinstance(transform, SqDist):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
-from fused_nce.core import cost
+from fused_nce.core import cost, first_contact
 from fused_nce.core.cost import Call
 from fused_nce.core.problem import Backend, Problem
 from fused_nce.core.spec import Spec
@@ -55,7 +55,7 @@ def why_not(backend: str, spec: Spec, q: Tensor, k: Tensor | None) -> str | None
     missing = used - module.ATOMS
     if missing:
         return f"it has no {', '.join(sorted(missing))}"
-    return module.why_not(spec, q, q if k is None else k)
+    return module.why_not(spec, q, q if k is None else k) or first_contact.why_not(backend, backend_module, spec, q, k)
 
 
 def automatic(q: Tensor, k: Tensor | None, call: Call = ANY_CALL) -> tuple[str, ...]:

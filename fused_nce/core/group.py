@@ -60,6 +60,22 @@ def named_group(name: str) -> dist.ProcessGroup:
     return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]  # a str to torch < 2.12
 
 
+def world_size() -> int:
+    """The processes of the default group; 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gathered(
+    x: torch.Tensor,  # (B, ...)
+) -> torch.Tensor:  # (processes·B, ...)
+    """The rows of all processes of the default group, of which each has as many, by rank, without a gradient."""
+    if world_size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
 def peers(group: Group) -> Peers | None:
     """What `group=` stands for; None where this process is alone in it.
 

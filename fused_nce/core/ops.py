@@ -110,7 +110,7 @@ def _as_problem(x: Scores, backend: str) -> Problem:
         spec,
         x.offset,
         bias,
-        None if positives is None else atoms.transform_value(spec.transform, positives, bias),
+        None if positives is None else atoms.positive_value(spec.transform, positives, bias),
         x.row_ids,
         x.column_ids,
         shared=x.k is None,

@@ -27,6 +27,14 @@ def softplus(z: Tensor) -> Tensor:
     return -torch.nn.functional.logsigmoid(-z)  # fault: softplus-linear-20
 
 
+def deficit(neg_lse: Tensor | float, pos: Tensor) -> Tensor:
+    """neg_lse − pos: softplus of it is −log of the positive's share. NaN at a positive of +inf, as in a dense softmax.
+
+    softplus(−inf) = 0 would be a sound loss: a positive that is no column is in nothing else that could show it.
+    """
+    return neg_lse - torch.add(pos, pos.clamp(min=0), alpha=0)  # fault: infinite-positive-wins
+
+
 def poison(s: Tensor, dim: int = 1) -> Tensor:
     """0 for a row (or, over dim 0, a column) of finite scores, NaN otherwise.
 

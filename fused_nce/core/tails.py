@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_nce.core.spec import Block, Separate, Spec, cached
-from fused_nce.core.statistics import softplus
+from fused_nce.core.statistics import deficit, softplus
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -177,22 +177,23 @@ class Nce(Tail):
 
     def elements(self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None) -> Tensor:
         """(N, P)."""
-        there = softplus(rows[spec.stats.index("neg_lse")][:, None] - pos)
+        there = softplus(deficit(rows[spec.stats.index("neg_lse")][:, None], pos))
         if columns is None:
             return there
-        return (there + softplus(columns[spec.columns.index("neg_lse")] - pos)) / 2  # fault: both-ways-summed
+        return (there + softplus(deficit(columns[spec.columns.index("neg_lse")], pos))) / 2  # fault: both-ways-summed
 
     def slopes(
         self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None, d_element: Tensor | float
     ) -> Coefficients:
         """q = σ(neg_lse − pos) on the negatives, −q on the positive; half of it each way with columns."""
         ways = 1.0 if columns is None else 0.5
-        q = torch.sigmoid(rows[spec.stats.index("neg_lse")][:, None] - pos) * d_element * ways  # fault: p-1-cancels
+        behind = deficit(rows[spec.stats.index("neg_lse")][:, None], pos)
+        q = torch.sigmoid(behind) * d_element * ways  # fault: p-1-cancels
         d_rows = torch.zeros_like(rows)
         d_rows[spec.stats.index("neg_lse")] = q.sum(dim=1)
         if columns is None:
             return Coefficients(-q, d_rows)
-        back = torch.sigmoid(columns[spec.columns.index("neg_lse")] - pos) * d_element * ways
+        back = torch.sigmoid(deficit(columns[spec.columns.index("neg_lse")], pos)) * d_element * ways
         d_columns = torch.zeros_like(columns)
         d_columns[spec.columns.index("neg_lse")] = back
         return Coefficients(-q - back, d_rows, d_columns)
@@ -207,9 +208,9 @@ class Nce(Tail):
         n_k = m // n_c + isinstance(spec.layout, Separate)  # a separate positive stands beside the M columns
         lse = rows[spec.stats.index("neg_lse")]
         n = pos.numel()
-        nce = fixed_sum(softplus(lse[:, None] - pos)) / n
-        # fault: mutual-information-overstated
-        bound = math.log(n_k) - fixed_sum(softplus(lse[:, None] - math.log(n_c) - pos)) / n
+        behind = deficit(lse[:, None], pos)
+        nce = fixed_sum(softplus(behind)) / n
+        bound = math.log(n_k) - fixed_sum(softplus(behind - math.log(n_c))) / n  # fault: mutual-information-overstated
         top1 = fixed_sum((pos > rows[spec.stats.index("neg_max")][:, None]).to(pos.dtype)) / n
         chance = math.log1p((n_k - 1) * n_c)
         return torch.stack([top1, fixed_sum(pos) / n, fixed_sum(lse) / lse.numel(), nce - chance, bound])
@@ -310,7 +311,7 @@ class Sigmoid(Tail):
 
     def elements(self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None) -> Tensor:
         """(N, 1)."""
-        return (softplus(-pos).sum(dim=1) + rows[spec.stats.index("neg_softplus")])[:, None]
+        return (softplus(deficit(0.0, pos)).sum(dim=1) + rows[spec.stats.index("neg_softplus")])[:, None]
 
     def slopes(
         self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None, d_element: Tensor | float
@@ -320,7 +321,7 @@ class Sigmoid(Tail):
         d = torch.as_tensor(d_element, dtype=rows.dtype, device=rows.device).expand(rows.shape[1], 1)
         found = rows[spec.stats.index("neg_softplus")]
         d_rows[spec.stats.index("neg_softplus")] = d[:, 0] + bad(found)  # σ(∞) = 1 would let the gradient look sound
-        return Coefficients(-torch.sigmoid(-pos) * d, d_rows)
+        return Coefficients(-torch.sigmoid(deficit(0.0, pos)) * d, d_rows)
 
     def report(self, spec: Spec, pos: Tensor, rows: Tensor, columns: Tensor | None, m: int) -> Tensor:
         """top1: positives above all of their row's negatives."""

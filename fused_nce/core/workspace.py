@@ -17,6 +17,9 @@ GPU_DEFAULT_MB = 256
 def limit_bytes(device_type: str) -> int:
     """The workspace limit: `FUSED_NCE_WORKSPACE_MB` (MiB) if set, else 16 MiB on a CPU and 256 MiB elsewhere.
 
+    On a CPU a loss both ways, or of symmetric scores, whose scores are no more than that by themselves keeps them all,
+    and may take an eighth more for what stands beside them.
+
     Raises:
         ValueError: if the variable is not a positive number.
     """

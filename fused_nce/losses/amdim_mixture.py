@@ -18,7 +18,7 @@ from fused_nce.core import checks
 from fused_nce.core.engine import tile_stats
 from fused_nce.core.group import Group, peers
 from fused_nce.core.spec import Block, Identity, Spec, TanhClip
-from fused_nce.core.statistics import softplus
+from fused_nce.core.statistics import deficit, softplus
 from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.amdim import AMDIMLoss, check_features, check_settings, locations
 from fused_nce.losses.common import dense_nce, fixed_mean
@@ -83,7 +83,7 @@ def amdim_mixture_nce(
         group=group,
         backend=backend,
     )
-    each = softplus(found["neg_lse"][:, None] - found["pos"]).view(n_a, m, -1)  # −s_aji
+    each = softplus(deficit(found["neg_lse"][:, None], found["pos"])).view(n_a, m, -1)  # −s_aji
     nce = mixture(each, tau)
     square = torch.zeros_like(nce)
     if penalty:

@@ -12,7 +12,7 @@ tile is held. What the blocks give is joined in plain torch on (N,) vectors: sof
 | hard negatives of other rows | the negatives of `Block(H)` |
 | margin, guide | the engine's filters |
 | hardness, t = s + α·stopgrad(r) | a block of scale + α whose gradients are scaled back |
-| a bias a column | one more dimension: ⟨(q, 1), (k, b / scale)⟩ |
+| a bias a column | more dimensions: ⟨(q, 1), (k, b / scale)⟩ |
 | label smoothing | the statistics `neg_sum` and `neg_count` |
 | debiasing, row weights | the tail |
 | several positives, soft targets | `losses/targets.py`: the layout `Several`, and their scores by `gathered_scores` |
@@ -22,19 +22,19 @@ tile is held. What the blocks give is joined in plain torch on (N,) vectors: sof
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fused_nce.core.atoms import transform_value
+from fused_nce.core.atoms import positive_value, transform_value
 from fused_nce.core.engine import as_matmul, loss_of, tile_stats
 from fused_nce.core.gathered import gathered_scores
 from fused_nce.core.group import Group, peers
 from fused_nce.core.prefixes import Prefixed
 from fused_nce.core.spec import Block, Identity, Index, Labels, Layout, Separate, Several, Spec, TanhClip
-from fused_nce.core.statistics import poison, softplus
+from fused_nce.core.statistics import deficit, poison, softplus
 from fused_nce.core.tails import bad, fixed_sum
 from fused_nce.losses import candidates
 from fused_nce.losses.candidates import Batch, Rules
@@ -75,10 +75,13 @@ def contrast(
     backend: str | None = None,
 ) -> NCEOutput:
     """The loss, or the weighted sum of those of the prefixes. `scale` is a number or a 0-d tensor."""
-    if x.column_bias is not None:
-        x = _with_bias(x, x.column_bias, scale)
+    out = None if x.column_bias is None else x.column_bias.detach() == float("-inf")
+    if x.column_bias is not None and out is not None:
+        x = _with_bias(x, x.column_bias, out, scale, rules)
     blocks = _Blocks(x, scale, rules, prefixes, group, backend)
     p = blocks.positives()
+    if out is not None:
+        p = _left_out(p, x, out)
     found = {direction: blocks.negatives(direction) for direction in rules.directions}
     if rules.joint:
         every = [negatives for each in found.values() for negatives in each]
@@ -111,6 +114,15 @@ def contrast(
         each_width = zip(prefixes, *means, strict=True) if prefixes else [(None, *means)]
         stats = {name: y for each in each_width for name, y in _report(*each).items()}
     return NCEOutput(loss, nce, torch.zeros_like(loss), stats)
+
+
+def _left_out(p: _Positives, x: Batch, out: Tensor) -> _Positives:
+    """With −∞ where the bias leaves out a row's own key, or one of its keys that has a weight."""
+    if x.several is None:
+        lse = p.lse + torch.where(out[candidates.own(x)], float("-inf"), 0.0)  # fault: bias-own-key-left-out
+        return _Positives(lse, lse, lse, lse)
+    gone = (out[x.several.indices.clamp(min=0)] & (x.several.weights > 0)).any(dim=1)
+    return replace(p, mean=p.mean + torch.where(gone, float("-inf"), 0.0))
 
 
 def _report(width: int | None, p: Tensor, first: Tensor, lse: Tensor) -> dict[str, Tensor]:
@@ -183,12 +195,12 @@ class _Blocks:
         """t of each row with its own key, or keys."""
         x = self.x
         if x.several is None:
-            p = transform_value(self.transform, self.scale * candidates.dots(x.q, self.own_keys, self.prefixes))
+            p = positive_value(self.transform, self.scale * candidates.dots(x.q, self.own_keys, self.prefixes))
             return _Positives(p, p, p, p)
         indices, weights, some = *x.several, x.several.some
         s = gathered_scores(x.q, x.k, indices.clamp(min=0), scale=self.scale)  # backend chosen: none is the tiles' own
-        t = transform_value(self.transform, s) + poison(s)[:, None]
-        mean, total = ((t * y).sum(dim=1) for y in (weights, some.to(t.dtype)))
+        t = positive_value(self.transform, s).masked_fill(~some, 0.0)
+        mean, total = (t * weights).sum(dim=1), t.sum(dim=1)
         low = t.masked_fill(~some, float("-inf"))
         return _Positives(_lse(low.unbind(1)), mean, total, low.detach().amax(dim=1), some.sum(dim=1).to(t.dtype))
 
@@ -278,7 +290,7 @@ class _Blocks:
                     kept = kept & ~((guide_q[:, None] * guide_h).sum(dim=2) > next(lines)[..., None])
         lse = _lse(t.masked_fill(~kept, float("-inf")).unbind(-1))
         top = t.detach().masked_fill(~kept, float("-inf")).amax(dim=-1)
-        lse = lse + poison(r, -1)  # fault: own-negative-hides
+        lse = lse + poison(s, -1)  # fault: own-negative-hides
         return _Negatives(lse, top, t.masked_fill(~kept, 0.0).sum(dim=-1), kept.sum(dim=-1).to(t.dtype))
 
     def _toned(self, x: Tensor, alpha: float) -> Tensor:
@@ -298,17 +310,18 @@ def _row_loss(p: _Positives, found: Sequence[_Negatives], times: int, scale: flo
         lse = _debiased(lse, p.lse, count, scale, rules.tau_plus)
     if times > 1:
         several = log_count(times, p.lse)
-        loss = softplus(lse - p.lse - several) + several
+        loss = softplus(deficit(lse, p.lse) - several) + several
     else:
-        loss = softplus(lse - p.lse)
+        loss = softplus(deficit(lse, p.lse))
     if p.mean is not p.lse:
         loss = loss + (p.lse - p.mean)  # fault: targets-alike
     if rules.smoothing:
         total = torch.stack([cast(Tensor, negatives.total) for negatives in found]).sum(dim=0)
+        least = p.mean.clamp(min=-1e30)  # −∞ has made the loss ∞, and ∞ − ∞ would be NaN
         if p.mean is p.lse:
-            loss = loss + rules.smoothing * (count * p.mean - total) / (times + count)
+            loss = loss + rules.smoothing * (count * least - total) / (times + count)
         else:
-            loss = loss + rules.smoothing * (p.mean - (p.total + total) / (p.count + count))
+            loss = loss + rules.smoothing * (least - (p.total + total) / (p.count + count))
     return loss
 
 
@@ -335,15 +348,34 @@ def _lse(parts: Sequence[Tensor]) -> Tensor:
     return torch.where(empty, float("-inf"), shift + torch.where(empty, 1.0, total).log())
 
 
-def _with_bias(x: Batch, bias: Tensor, scale: float | Tensor) -> Batch:
-    """(q, 1) and (k, b / scale): a column's bias as one more dimension, or as three of 16 bits, which keep 24."""
+FAR = 2.0**15  # squared, below any score; a float16
+
+
+def _with_bias(x: Batch, bias: Tensor, out: Tensor, scale: float | Tensor, rules: Rules) -> Batch:
+    """(q, c, FAR) and (k, b / (scale·c), −FAR where b is −∞): a column's bias, and its absence, as more dimensions.
+
+    The bias takes one of them, or three of 16 bits, which keep 24; c keeps it in their range. Label smoothing and
+    debiasing count their candidates: a column that is left out is also one that a guide turns away.
+    """
     x = x._replace(q=as_matmul(x.q), k=as_matmul(x.k), h=None if x.h is None else as_matmul(x.h))
-    left = widened(bias) / scale
+    left, c = widened(bias).masked_fill(out, 0.0) / scale, x.q.new_ones(())
+    if x.q.dtype.itemsize == 2:
+        top = torch.where(left.isfinite(), left, 0.0).detach().abs().amax().clamp(min=1024)
+        c = torch.exp2((top.log2() - 10).floor().clamp(max=15)).to(c.dtype)  # fault: bias-beyond-float16
+        left = left / c
     parts = [left.to(x.q.dtype)]
     for _ in range(0 if x.q.dtype.itemsize > 2 else 2):
         left = (left - parts[-1]).detach()  # the first has the gradient  # fault: bias-rounded
         parts.append(left.to(x.q.dtype))
-    k = torch.cat([x.k, torch.stack(parts, dim=1)], dim=1)
-    q = torch.cat([x.q, x.q.new_ones(x.q.shape[0], len(parts))], dim=1)
-    h = None if x.h is None else torch.cat([x.h, x.h.new_zeros(*x.h.shape[:2], len(parts))], dim=2)
+    away = out.to(x.q.dtype)
+    k = torch.cat([x.k, torch.stack([*parts, -FAR * away], dim=1)], dim=1)  # fault: bias-infinite-stays
+    q = torch.cat([x.q, c.expand(x.q.shape[0], len(parts)), x.q.new_full((x.q.shape[0], 1), FAR)], dim=1)
+    h = None if x.h is None else torch.cat([x.h, x.h.new_zeros(*x.h.shape[:2], len(parts) + 1)], dim=2)
+    if rules.smoothing or rules.tau_plus is not None:
+        guide = x.guide or (x.q[:, :0], x.k[:, :0])
+        further = (FAR * torch.ones_like(q[:, :1]), FAR * away[:, None], None if h is None else h[..., -1:])
+        guide = tuple(
+            torch.cat([g, y.to(g.dtype)], dim=-1) for g, y in zip(guide, further, strict=False) if y is not None
+        )
+        x = x._replace(guide=guide)  # fault: bias-left-out-counted
     return x._replace(q=q, k=k, h=h, column_bias=None, unit=False)

@@ -73,7 +73,9 @@ class Batch(NamedTuple):
 
 
 def own(x: Batch) -> Tensor:
-    """(N,) the key of each row."""
+    """(N,) the key of each row, or one of them."""
+    if x.several is not None:
+        return x.several.indices.amax(dim=1)
     return torch.arange(x.q.shape[0], device=x.q.device) if x.targets is None else x.targets
 
 
@@ -243,6 +245,7 @@ def checked(x: Batch, rules: Rules) -> Batch:
                 raise ValueError(f"{name}: got {seen}, need ({letter},) = ({length},) on {device}")
     if x.guide is not None:
         _check_guide(x, x.guide, rules)
+        x = _shown(x, x.guide)
     if x.query_ids is None:
         if x.key_ids is not None:
             raise ValueError("key_ids: got some without query_ids, need both")
@@ -315,6 +318,17 @@ def _check_guide(x: Batch, guide: tuple[Tensor, ...], rules: Rules) -> None:
         if y.shape != (*shape, width) or y.device != x.q.device:
             need = f"{letters} = {(*shape, width)} on {x.q.device}"
             raise ValueError(f"guide: got shape {tuple(y.shape)} on {y.device}, need {need}")
+
+
+def _shown(x: Batch, guide: tuple[Tensor, ...]) -> Batch:
+    """A guide's row that is not finite makes what it guides NaN: comparisons alone would pass it over."""
+
+    def marked(y: Tensor, g: Tensor) -> Tensor:
+        finite = g.detach().isfinite().all(dim=-1, keepdim=True)
+        return y + torch.where(finite, 0.0, torch.nan).to(y.dtype)  # fault: guide-not-finite
+
+    h = marked(x.h, guide[2]) if x.h is not None and len(guide) > 2 else x.h
+    return x._replace(q=marked(x.q, guide[0]), k=marked(x.k, guide[1]), h=h)
 
 
 def _check_own_ids(x: Batch, query_ids: Tensor, key_ids: Tensor) -> None:

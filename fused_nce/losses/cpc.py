@@ -19,7 +19,7 @@ from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.gathered import gathered_scores
 from fused_nce.core.group import Group
 from fused_nce.core.spec import Block, Labels, Spec
-from fused_nce.core.statistics import softplus
+from fused_nce.core.statistics import deficit, softplus
 from fused_nce.core.tails import Nce
 from fused_nce.losses.common import dense_nce, exposed, fixed_mean, output, widened
 from fused_nce.losses.heard import heard
@@ -143,7 +143,7 @@ def _step(
 
 def _classified(own: Tensor, lse: Tensor, highest: Tensor, share: float, chance: float | None = None) -> NCEOutput:
     """Of each row's positive and two statistics of its negatives, (N,) each; chance level where all rows have one."""
-    nce = fixed_mean(softplus(lse - own))
+    nce = fixed_mean(softplus(deficit(lse, own)))
     stats = {"top1": fixed_mean((own > highest).to(own.dtype)), "pos_mean": fixed_mean(own)}
     if chance is not None:
         stats |= {"nce_minus_chance": nce - chance, "mi_bound": chance - nce}

@@ -21,7 +21,7 @@ from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.group import Group, peers
 from fused_nce.core.spec import Block, Identity, Spec
-from fused_nce.core.statistics import softplus
+from fused_nce.core.statistics import deficit, softplus
 from fused_nce.core.tails import Nce, fixed_sum
 from fused_nce.losses.common import dense_nce, fixed_lse, fixed_mean, log_count, output
 from fused_nce.losses.heard import heard
@@ -111,7 +111,7 @@ def _divergence(local: Tensor, global_: Tensor, estimator: str, group: Group, ba
     found = tile_stats(global_.reshape(-1, d), local.reshape(-1, d), spec, group=group, backend=backend)
     if estimator == "jsd":
         product = fixed_sum(found[name]) / n_product
-        loss = fixed_mean(softplus(-found["pos"])) + product
+        loss = fixed_mean(softplus(deficit(0.0, found["pos"]))) + product
         bound = {"js_bound": math.log(2) - loss / 2}
     else:
         total = fixed_lse(found[name])

@@ -106,7 +106,7 @@ def info_nce(
         label_smoothing: ε: the target gives ε/n to each of a row's n candidates.
         row_weights: (N,): the mean, and the sum, are weighted by them; elements under "none" are multiplied.
         column_bias: (M,), added to each score of its column: −log Q of sampled softmax. Differentiable; without clip
-            and hardness.
+            and hardness. −∞ leaves the column out, and a row whose key it is has the loss ∞.
         max_scale: the largest 1 / temperature; a learned one has no gradient beyond it.
         prefixes: widths, each a loss of its own of that many first columns, normalised anew, and the sum of them
             (Matryoshka, arXiv:2205.13147), in one sweep that reads the operands once; with a bias a column one each.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fused_nce.core.group import gathered, world_size
 from fused_nce.losses import MemoryQueue, MoCoLoss
 from fused_nce.models import processes
 from fused_nce.models.base import Embedded, Pending, split_views
@@ -108,7 +109,7 @@ class MoCo(Projected):
         self,
         view: Tensor,  # (B, 3, H, W)
     ) -> Tensor:  # (B, dim) float32, unit rows
-        if self.training and (self.splits > 1 or processes.count() > 1):
+        if self.training and (self.splits > 1 or world_size() > 1):
             shuffled, order = processes.shuffle(view)
             encoded = processes.unshuffle(self.key_encoder(shuffled), order)  # fault: keys-order-shuffle
         else:
@@ -125,4 +126,4 @@ class MoCo(Projected):
         for key, query in zip(self.key_encoder.parameters(), ours, strict=True):
             key.mul_(self.momentum).add_(query, alpha=1 - self.momentum)  # fault: key-encoder-follows
         for keys in pending:
-            self.queue.update(processes.gathered(keys))
+            self.queue.update(gathered(keys))

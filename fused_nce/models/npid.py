@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fused_nce.core.group import gathered
 from fused_nce.losses import NPIDSoftmaxLoss
-from fused_nce.models import processes
 from fused_nce.models.base import Embedded, Pending
 from fused_nce.models.encoders.backbones import Init, Stem
 from fused_nce.models.projected import Projected
@@ -120,4 +120,4 @@ class NPID(Projected):
         """The features of all processes into the bank."""
         pending = self._pending.take()
         for features, indices in () if skipped else pending:
-            self.bank.update(processes.gathered(features), processes.gathered(indices))
+            self.bank.update(gathered(features), gathered(indices))

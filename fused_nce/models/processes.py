@@ -1,4 +1,4 @@
-"""What a model needs of the other processes: their rows, and a random exchange of images. One process: itself."""
+"""A random exchange of images between the processes, and back. One process: with itself."""
 
 from __future__ import annotations
 
@@ -6,21 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def count() -> int:
-    """Processes of the default group; 1 without one."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def gathered(
-    x: Tensor,  # (B, ...)
-) -> Tensor:  # (processes·B, ...)
-    """The rows of all processes by rank, without a gradient."""
-    if count() == 1:
-        return x
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(count())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+from fused_nce.core.group import gathered, world_size
 
 
 def shuffle(
@@ -30,8 +16,8 @@ def shuffle(
 
     The order is the first process's draw, on the CPU: the same for all, and saved with that generator.
     """
-    order = torch.randperm(count() * len(x)).to(x.device)
-    if count() > 1:
+    order = torch.randperm(world_size() * len(x)).to(x.device)
+    if world_size() > 1:
         dist.broadcast(order, 0)
     return gathered(x)[_mine(order)], order
 
@@ -45,4 +31,4 @@ def unshuffle(
 
 
 def _mine(order: Tensor) -> Tensor:
-    return order.chunk(count())[dist.get_rank() if count() > 1 else 0]
+    return order.chunk(world_size())[dist.get_rank() if world_size() > 1 else 0]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fused_nce.models.base import Model
+from fused_nce.models.base import Model, views_of
 from fused_nce.models.encoders.backbones import Init, Stem, backbone
 
 
@@ -74,7 +75,19 @@ class Projected(Model):
         return {"h": h, "z": self.head(h)}
 
 
-def halves(taps: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+class TwoViews(Projected):
+    """One that encodes both views of every image as one batch: its negatives are that batch."""
+
+    def begin(
+        self,
+        batch: Tensor | Sequence[Tensor],  # (B, 2, 3, H, W), or two tensors (B, 3, H, W) and the extras
+    ) -> tuple[dict[str, Tensor], ...]:  # the taps of each view
+        """All but the loss; the encoder's BatchNorms see what they are given, both views of it."""
+        views = views_of(batch if isinstance(batch, Tensor) else batch[:2])
+        return halves(self.encode(torch.cat(views)))  # fault: simclr-views-normalised
+
+
+def halves(taps: dict[str, Tensor]) -> tuple[dict[str, Tensor], ...]:
     """The taps of two views that were encoded as one batch, one after the other."""
     pairs = {name: tap.chunk(2) for name, tap in taps.items()}
-    return {n: p[0] for n, p in pairs.items()}, {n: p[1] for n, p in pairs.items()}
+    return tuple({name: pair[view] for name, pair in pairs.items()} for view in (0, 1))

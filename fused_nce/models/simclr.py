@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from fused_nce.losses import NTXentLoss
-from fused_nce.models.base import Embedded, split_views, views_of
+from fused_nce.models.base import Embedded, split_views
 from fused_nce.models.encoders.backbones import Init, Stem
-from fused_nce.models.projected import Projected, halves
+from fused_nce.models.projected import TwoViews
 
 
-class SimCLR(Projected):
+class SimCLR(TwoViews):
     """SimCLR (arXiv 2002.05709); with `layers=3` the head of v2 (arXiv 2006.10029).
 
     ```
@@ -66,13 +65,6 @@ class SimCLR(Projected):
         """
         split_views(batch)
         return self.finish(self.begin(batch))
-
-    def begin(
-        self,
-        batch: Tensor | Sequence[Tensor],  # (B, 2, 3, H, W), or two tensors (B, 3, H, W)
-    ) -> tuple[dict[str, Tensor], ...]:  # the taps of each view
-        """All but the loss; the encoder's BatchNorms see what they are given, both views of it."""
-        return halves(self.encode(torch.cat(views_of(batch))))  # fault: simclr-views-normalised
 
     def finish(self, begun: tuple[dict[str, Tensor], ...], extras: Sequence[Tensor] = ()) -> Embedded:
         """The taps, and the loss's arguments among them."""

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.losses import SupConLoss
-from fused_nce.models.base import Embedded, split_views, views_of
+from fused_nce.models.base import Embedded, split_views
 from fused_nce.models.encoders.backbones import Init, Stem
-from fused_nce.models.projected import Projected, halves
+from fused_nce.models.projected import TwoViews
 
 
-class SupCon(Projected):
+class SupCon(TwoViews):
     """SupCon (arXiv 2004.11362): every view of every image of a class is a positive of the others.
 
     ```
@@ -66,13 +66,6 @@ class SupCon(Projected):
             raise ValueError(f"batch: must hold 2 views and labels, got {len(batch)} parts")
         split_views(batch[:2])
         return self.finish(self.begin(batch), batch[2:])
-
-    def begin(
-        self,
-        batch: Sequence[Tensor],  # two views (B, 3, H, W), labels (B,) int64
-    ) -> tuple[dict[str, Tensor], ...]:  # the taps of each view
-        """All but the loss; the encoder's BatchNorms see what they are given, both views of it."""
-        return halves(self.encode(torch.cat(views_of(batch[:2]))))
 
     def finish(self, begun: tuple[dict[str, Tensor], ...], extras: Sequence[Tensor] = ()) -> Embedded:
         """The taps, and the loss's arguments: one view's rows after the other's."""

@@ -24,9 +24,11 @@ from fused_nce.train import checkpoint, host, loss_cost
 from fused_nce.train.config import CONFIG_NAME
 from fused_nce.train.evaluation import features
 from fused_nce.train.evaluation.protocols import DEFAULT, check_names
+from fused_nce.train.evaluation.scoring import Asked
 from fused_nce.train.files import printable, write_text
 from fused_nce.train.method import Method
 from fused_nce.train.report import evaluated, runlog, terminal
+from fused_nce.train.threads import Threads
 
 
 def evaluate(
@@ -85,14 +87,20 @@ def evaluate(
         "protocols": names, "labels_per_class": list(labels_per_class), "draws": draws, "tasks": tasks, "seed": seed
     }  # fmt: skip
     partial = folder / f"eval{ending}.partial.csv"
-    judged, figures = config.judge(
-        model, taps=taps, baselines=baselines, leave_out_unseen=leave_out_unseen,
-        keep=lambda rows: _write_csv(partial, rows), **settings,
+    asked = Asked(
+        taps, **settings, baselines=baselines, leave_out_unseen=leave_out_unseen,
+        keep=lambda rows: _write_csv(partial, rows),
     )  # fmt: skip
+    with Threads(config.run.threads):
+        judged, figures = config.judge(model, asked)
     judged |= _loss_cost(model, config) if cost else {}
     result: dict[str, Any] = {
         "run": folder.resolve().name,
         "method": config.method,
+        "title": config.title,
+        "epochs": config.optim.epochs,
+        "views": config.optim.epochs * config.view_count,
+        "parameters": _parameters(model),
         "data": config.data,
         "data_name": Path(config.data).name,
         "trained_on": trained_on,
@@ -135,6 +143,12 @@ def run_and_print(run: str, **options: Any) -> int:
         print(f"fused-nce: {result['loss_cost_error']}", file=sys.stderr)
         return 1
     return 0
+
+
+def _parameters(model: Model) -> int:
+    """Of what encodes, without what only the loss needs."""
+    parts = [getattr(model, part) for part in ("encoder", "context") if hasattr(model, part)]
+    return sum(p.numel() for part in parts for p in part.parameters())
 
 
 def _loss_cost(model: Model, config: Method) -> dict[str, Any]:

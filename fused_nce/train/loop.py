@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 
 from fused_nce import GradientCache, measure
-from fused_nce.train import checkpoint, host, journal, lock, optim, scale, trained_on
+from fused_nce.train import checkpoint, host, journal, lock, optim, scale, threads, trained_on
 from fused_nce.train import config as config_module
 from fused_nce.train.evaluation import features
 from fused_nce.train.files import one_line
@@ -55,6 +55,7 @@ class Trainer:
     def __init__(self, config: Method, run_dir: Path, *, resume: bool = False, other_data: bool = False) -> None:
         config.check()
         self.config, self.run_dir = config, run_dir
+        self.threads = threads.Threads(config.run.threads)
         # Precision is the step's own (see TrainStep): accelerate's wrapper is a setting of the whole process.
         with host.own_settings():
             self.accelerator = Accelerator(
@@ -112,6 +113,7 @@ class Trainer:
         self.skipped, self.skipped_in_a_row, self.probes_skipped = 0, 0, 0
         self.interrupt = Interrupt()
         self._steady = True  # between updates, so that what a checkpoint holds belongs together
+        self._together = world == 1  # all processes know of the error that ends the run
         self.made_anew: int | None = None  # the step at which the run's folder was found deleted
         if resume:
             self._resume(other_data)
@@ -138,9 +140,10 @@ class Trainer:
         saved_at, failed_saves, window = started, 0, (started, self.step)
         batches = self.loader.batches(self.step * config.optim.accumulate)  # fault: resumed-run-starts
         try:
-            with self.interrupt as interrupt, self._rescued():
+            with self.threads, self.interrupt as interrupt, self._rescued():
                 reason = "finished"
                 while self.step < self.end:
+                    threads.look()
                     logged = (self.step + 1) % config.run.log_every == 0
                     update_s = self._update(batches, logged or self.step + 1 == self.end)
                     now = time.perf_counter()
@@ -181,9 +184,11 @@ class Trainer:
         except Diverged:
             raise
         except Exception as error:
-            if self._steady and self.accelerator.num_processes == 1 and self.step > 0 and self._try_save():
+            if self._steady and self._together and self.step > 0 and self._try_save():
                 log.warning("an error ends the run at step %d, which is saved: --resume goes on from there", self.step)
-            if self.accelerator.num_processes > 1 and BROKEN.search(str(error)):
+            if self._together:
+                self.close()  # a launcher ends all processes with the first one: not before the first has saved
+            elif self.accelerator.num_processes > 1 and BROKEN.search(str(error)):
                 raise RuntimeError(
                     f"processes: another one died or came too late ({one_line(str(error))[:200]}); --resume goes on "
                     "from the last checkpoint"
@@ -252,16 +257,26 @@ class Trainer:
         return passes, used
 
     def _next(self, batches: Any) -> Any:
+        """The next batch; where one process has none, all of them end."""
+        batch = failed = None
         try:
             with self.interrupt.reading():
-                return next(batches)
-        except (RuntimeError, ConnectionError, EOFError) as error:  # the last two from half a message of a dead reader
-            if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
-                raise
+                batch = next(batches)
+        except Exception as error:
+            failed = error
+        ends = self.loader.streamed and self._agree(failed is not None)[0]  # fault: reader-dies-alone
+        self._together = self._together or ends
+        dead = isinstance(failed, RuntimeError) and "DataLoader" in str(failed)
+        if dead or isinstance(failed, ConnectionError | EOFError):  # the last two from half a message of a dead reader
             raise RuntimeError(
-                f"data: a process that reads {self.config.data} died or is stuck ({one_line(str(error))}); fewer "
+                f"data: a process that reads {self.config.data} died or is stuck ({one_line(str(failed))}); fewer "
                 "run.workers need less memory"
-            ) from error
+            ) from failed
+        if failed is not None:
+            raise failed
+        if ends:
+            raise RuntimeError(f"data: another process cannot read {self.config.data}; it says why")
+        return batch
 
     def _batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """What the step is given: views and whatever else the model takes, and the labels."""

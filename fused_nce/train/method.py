@@ -19,6 +19,7 @@ from fused_nce.train.data.loader import Loader
 from fused_nce.train.data.recordings import WindowLoader
 from fused_nce.train.evaluation.figures import Figures
 from fused_nce.train.evaluation.images import evaluate as evaluate_images
+from fused_nce.train.evaluation.scoring import Asked
 from fused_nce.train.limits import MAX_SEED, Rule, number, setting
 from fused_nce.train.settings import AugmentConfig, OptimConfig, RunConfig, ScaleConfig
 
@@ -138,6 +139,6 @@ class Method:
         """The encoders that the evaluation compares with, by the names that it prints."""
         return {"random": self}
 
-    def judge(self, model: Model, **options: Any) -> tuple[dict[str, Any], Figures]:
+    def judge(self, model: Model, asked: Asked) -> tuple[dict[str, Any], Figures]:
         """Evaluate a trained model: see `evaluation.images.evaluate`."""
-        return evaluate_images(model, self, **options)
+        return evaluate_images(model, self, asked)

@@ -1,7 +1,7 @@
 """The command lines' parser: jsonargparse, with every error in one line, and files of settings as options.
 
 A file means what the command line does: each scalar is the text that follows an option, so that YAML's own ideas of it
-(010 is 8, 2024_01 is 202401, 1:30 is 90) play no part. What stands on the command line wins.
+(010 is 8, 2024_01 is 202401, 1:30 is 90, on is true) play no part. What stands on the command line wins.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import difflib
 import json
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser, set_loader
@@ -25,7 +25,10 @@ BAD_VALUE = re.compile(r'Parser key "([^"]+)":?\s*(.*)', re.S)
 WORDS = (
     (re.compile(r"Expected an? <class '(\w+)'>\. Got value: (.*)", re.S), "must be {}, got {}"),
     (re.compile(r"Expected an? typing\.Literal\[(.*?)\]\. Got value: (.*)", re.S), "must be one of {}, got {}"),
-    (re.compile(r".*Union.*<class '(\w+)'>, <class 'NoneType'>.*value: (.*)", re.S), "must be {} or null, got {}"),
+    (
+        re.compile(r".*Union.*d a <class '(\w+)'>.*d an? typing\.Literal\[(.*?)\].*value: (.*)", re.S),
+        "must be {} or {}, got {}",
+    ),
 )
 NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 PLAIN = (
@@ -58,7 +61,7 @@ class Parser(ArgumentParser):
 
     def parse_args(self, args: Any = None, *rest: Any, **named: Any) -> Any:
         """A list may be written as `a,b` or `a`, not only as `[a,b]`; `--config FILE` stands for its settings."""
-        return super().parse_args(None if args is None else self._bracketed(self._opened(args)), *rest, **named)
+        return super().parse_args(None if args is None else self._checked(self._opened(args)), *rest, **named)
 
     def parse_file(self, path: str | Path) -> Any:
         """The settings of a file alone, with defaults for the rest.
@@ -67,7 +70,7 @@ class Parser(ArgumentParser):
             ValueError: naming the file.
         """
         with reading(path):
-            return super().parse_args(self._bracketed(self._words(read(path))))
+            return super().parse_args(self._checked(self._words(read(path))))
 
     def _opened(self, args: Sequence[str]) -> list[str]:
         """The words with those of the files that they name in front."""
@@ -98,17 +101,21 @@ class Parser(ArgumentParser):
                 self.error(f"unrecognized arguments: --{key}")
         return words
 
-    def _bracketed(self, args: Sequence[str]) -> list[str]:
-        found, awaited = [], False
+    def _checked(self, args: Sequence[str]) -> list[str]:
+        found: list[str] = []
+        option, hint = "", None  # that await their value
         for word in args:
             name, equals, value = word.partition("=")
             if word.startswith("--"):
                 action = self._option_string_actions.get(name)
-                awaited = action is not None and action.nargs is None and _is_list(getattr(action, "_typehint", None))
-                word = f"{name}={_bracket(value)}" if awaited and equals else word
-                awaited = awaited and not equals
-            elif awaited:
-                word, awaited = _bracket(word), False
+                option, hint = (
+                    name[2:],
+                    getattr(action, "_typehint", None) if getattr(action, "nargs", 0) is None else None,
+                )
+                if equals and hint is not None:
+                    word, hint = f"{name}={_value(option, value, hint)}", None
+            elif hint is not None:
+                word, hint = _value(option, word, hint), None
             found.append(word)
         return found
 
@@ -151,6 +158,49 @@ def _typed(node: Any, *, within: bool = False) -> str:
         return f"[{', '.join(_typed(item, within=True) for item in node.value)}]"
     text: str = node.value
     return json.dumps(text) if within and node.tag.endswith(":str") else text
+
+
+def _value(name: str, text: str, hint: Any) -> str:
+    """The text of an option, in brackets where a list is wanted.
+
+    Raises:
+        ValueError: a number or a switch is wanted and it is none as `PLAIN` has them. jsonargparse reads those by YAML
+            1.1's rules, for which 1:30 is 90, 1_0 is 10 and `on` is true.
+    """
+    text = _bracket(text) if _is_list(hint) else text
+    kinds = _kinds(hint)
+    if kinds and not kinds.isdisjoint(("int", "float", "bool")):
+        for kind, value in _scalars(text):
+            if not kinds.intersection((kind, value, *(["float"] if kind == "int" else []))):  # fault: yaml-1-1
+                raise ValueError(
+                    f"{name}: must be {' or '.join(sorted(sorted(kinds), key='null'.__eq__))}, got {value}"
+                )
+    return text
+
+
+def _kinds(hint: Any) -> set[str]:
+    """The plain kinds of scalars that a type allows, and the words; empty if it allows others too."""
+    if get_origin(hint) is Literal:
+        return set(map(str, get_args(hint)))
+    parts = [part for part in get_args(hint) if part is not ...]
+    if not parts:
+        return {{int: "int", float: "float", bool: "bool", types.NoneType: "null"}.get(hint, "")} - {""}
+    found = [_kinds(part) for part in parts]
+    return set().union(*found) if all(found) else set()
+
+
+def _scalars(text: str) -> Iterator[tuple[str, str]]:
+    """The kind and the text of each scalar of a value."""
+    try:
+        nodes = [yaml.compose(text, Loader=Loader)]
+    except yaml.YAMLError:
+        return  # refused by jsonargparse
+    while nodes:
+        node = nodes.pop(0)
+        if isinstance(node, yaml.SequenceNode):
+            nodes = [*node.value, *nodes]
+        elif isinstance(node, yaml.ScalarNode):
+            yield node.tag.rpartition(":")[2], node.value
 
 
 def _is_list(hint: Any) -> bool:

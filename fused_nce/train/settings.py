@@ -28,6 +28,7 @@ from fused_nce.train.limits import (
 BACKEND = optional(one_of(BACKENDS))
 SIDE = number("at least 8", lambda v: v >= 8)
 BACKBONE = Rule("the name of an encoder", bool)
+THREADS = Rule("auto or a whole number in [1, 1024]", lambda v: v == "auto" or (type(v) is int and 1 <= v <= 1024))
 
 CIFAR_MEAN, CIFAR_STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
@@ -140,7 +141,7 @@ class ScaleConfig:
 
 @dataclass
 class RunConfig:
-    """How the run goes, and nothing that changes its numbers: a resumed run may change all of these.
+    """How the run goes, and nothing that changes its numbers but for rounding: a resumed run may change all of these.
 
     Args:
         max_steps: stop after this many updates, counted from the start of the run.
@@ -152,6 +153,8 @@ class RunConfig:
         memory_limit_mb: a data set that takes less as uint8 is decoded once and held; under the geometry "crop" only
             if all images have the model's size already.
         tensorboard: write TensorBoard events too, if it is installed.
+        threads: of a process; "auto": as many as other processes leave cores free, at most OMP_NUM_THREADS, or all
+            cores. The last digits of sums depend on it: for the same bits on a busy machine, give a number.
     """
 
     max_steps: int | None = setting(None, optional(AT_LEAST_1))
@@ -162,3 +165,4 @@ class RunConfig:
     workers: int = setting(2, AT_LEAST_0)
     memory_limit_mb: int = setting(4096, AT_LEAST_1)
     tensorboard: bool = True
+    threads: int | Literal["auto"] = setting("auto", THREADS)

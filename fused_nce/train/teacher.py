@@ -18,6 +18,7 @@ from fused_nce.train.data.images import load_labelled
 from fused_nce.train.evaluation import features, scoring
 from fused_nce.train.evaluation.fine_tune import Subject, Tuned, choose
 from fused_nce.train.files import reading
+from fused_nce.train.threads import Threads
 
 NAME = "fine-tuned.safetensors"
 
@@ -54,7 +55,8 @@ def write(
     transform = Normalise(config.augment)
     bank = features.extract(model, probe.images, transform, [tap])[tap]
     subject = Subject(model, tap, transform, probe.images, test.images)
-    net, rate = choose(subject, bank, plan.labels, plan.draws[labels_per_class][0], plan.held, seed=seed)
+    with Threads(config.run.threads):
+        net, rate = choose(subject, bank, plan.labels, plan.draws[labels_per_class][0], plan.held, seed=seed)
     accuracy = 100 * float((net.predict(test.images).numpy() == plan.truth).mean())
     facts = {"tap": tap, "labels_per_class": str(labels_per_class), "accuracy_pct": f"{accuracy:.2f}"}
     save_file(checkpoint.plain(net.state_dict()), Path(run) / NAME, facts)

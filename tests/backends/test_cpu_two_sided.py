@@ -114,7 +114,8 @@ def flop(function) -> int:
         ("twins", 1024, "2", (10 + 7) / 16 + 1),
         ("twins", 1024, "1", (10 + 10) / 16 + 1),
         ("both ways", 1024, "16", 3),
-        ("both ways", 1024, "4", 3 + 1 / 2),
+        ("both ways", 1024, "4", 3),  # all scores, and beside them what an eighth more holds
+        ("both ways", 1024, "3", 3 + 3 / 4),
         ("both ways", 1024, "2", 4),
     ],
 )
@@ -131,6 +132,19 @@ def test_the_gemms_are_counted(case, n, workspace_mb, units, monkeypatch):
         torch.autograd.grad(tile_loss(leaves[0], keys, spec, tail, backend="cpu", **arguments).loss, leaves)
 
     assert flop(step) == units * 2 * n * n * 8
+
+
+def test_scores_that_are_the_workspace_itself_are_kept():
+    """2048 × 2048 of float32 in 16 MiB, with an eighth more for all else; where that is not enough, within 16."""
+    for n, d, most, kept in (
+        (2048, 64, 18, True),
+        (2048, 512, 18, True),
+        (2048, 2048, 16, False),
+        (2049, 64, 16, False),
+    ):
+        plan = MODULE.plan(n, n, d, torch.float32, 16 << 20, column_stats=[0])
+        assert plan["total_bytes"] <= most << 20
+        assert (plan["strips_kept"] == plan["strips"]) == kept
 
 
 @pytest.mark.parametrize("scale", [0.4, 7.0])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils import cpp_extension
 
-from bench import static_cuda
+from bench import sass, static_cuda
 from fused_nce import _extension, _nvcc
 from tests.marks import nightly_but
 
@@ -29,11 +31,61 @@ ptxas info    : Used 30 registers, used 1 barriers
 
 def test_spills_are_seen():
     spilled, clean = static_cuda.parse(PTXAS)
-    assert spilled == ("loss shift bfloat16 together", "sm_90", 64, 528, 32, 68)
-    assert clean == ("finish shift", "sm_90", 30, 0, 0, 0)
+    assert spilled[:6] == ("loss shift bfloat16 together", "sm_90", 64, 528, 32, 68)
+    assert clean[:6] == ("finish shift", "sm_90", 30, 0, 0, 0)
     assert (spilled.clean, clean.clean) == (False, True)
     with pytest.raises(ValueError, match="need a name, a stack frame"):
         static_cuda.parse(PTXAS.replace("stack frame", "frame"))
+
+
+SASS = """
+.text.kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   LDG.E.128 R4, desc[UR6][R2.64] ;
+        /*0020*/              @P0 BRA `(.L_x_2) ;
+        /*0030*/                   MUFU.EX2 R5, R4 ;
+        /*0040*/                   FADD R6, R6, R5 ;
+.L_x_1:
+        /*0050*/              @!P1 BRA `(.L_x_0) ;
+        /*0060*/                   EXIT ;
+.L_x_2:
+        /*0070*/                   FSETP.GE P2, PT, R4, R7, PT ;
+        /*0080*/                   FSEL R4, R4, -INF , P2 ;
+        /*0090*/                   MUFU.EX2 R5, R4 ;
+        /*00a0*/                   BRA `(.L_x_1) ;
+.L_x_3:
+        /*00b0*/                   BRA `(.L_x_3);
+.text.other:
+        /*0000*/                   EXIT ;
+"""
+
+
+def test_the_cheapest_turn_of_a_loop_is_counted():
+    """The way with masks has two instructions more; a loop without exponentials is none over scores."""
+    found = sass.functions(SASS)
+    assert sass.turns(found["kernel"], least=1) == [(5, 1)]
+    assert sass.turns(found["kernel"], least=2) == []
+    assert sass.turns(found["other"], least=1) == []
+
+
+def test_more_instructions_a_score_are_a_regression():
+    release = tuple(json.loads(static_cuda.TABLE.read_text(encoding="utf-8"))["nvcc"])
+    nvcc = _nvcc.Nvcc("nvcc", Path(), release)
+    issued = static_cuda.committed()["sm_90"]["fold shift"]
+    kernel = static_cuda.Kernel("fold shift", "sm_90", 40, 0, 0, 0, issued, 1.0)
+    assert static_cuda.regressions(nvcc, [kernel]) == []
+    assert static_cuda.regressions(nvcc._replace(release=(1, 0)), [kernel._replace(issued=99.0)]) == []
+    for worse in (kernel._replace(issued=issued + 0.1), kernel._replace(name="fold unknown")):
+        assert "instructions a score" in static_cuda.regressions(nvcc, [worse])[0]
+
+
+# The most that a score may cost in all the row kernels that it passes, forward and backward, on every architecture.
+MOST_ISSUED = {
+    ("loss clip bfloat16",): 80,
+    ("loss shift bfloat16",): 35,
+    ("fold shift", "fold_columns shift", "weigh shift columns bfloat16"): 90,
+}
 
 
 @needs_nvcc
@@ -53,7 +105,7 @@ def test_the_machine_of_a_gpu_compiles():
 
 @needs_nvcc
 @pytest.mark.parametrize("architecture", nightly_but(["sm_90"], static_cuda.ARCHITECTURES))
-def test_no_kernel_spills(architecture):
+def test_no_kernel_spills_or_issues_more_than_before(architecture):
     assert NVCC is not None
     if architecture == "sm_100" and NVCC.release < (12, 8):
         pytest.skip(f"nvcc {NVCC.release} does not know {architecture}")
@@ -63,7 +115,9 @@ def test_no_kernel_spills(architecture):
     types = static_cuda.TYPES.values()
     assert {f"{kind} {e}" for t in transforms for kind in (f"loss {t}", f"weigh {t}") for e in types} < names
     assert {f"loss {t} {e} together" for t in transforms for e in types} < names
-    assert {f"weigh {t} extras {e}" for t in transforms for e in types} | {f"multiply {e}" for e in types} < names
+    assert {f"weigh {t} {x} {e}" for t in transforms for e in types for x in ("columns", "extras")} | {
+        f"multiply {e}" for e in types
+    } < names
     assert {f"{kind} {t}" for kind in ("fold", "fold_columns") for t in transforms} < names
     assert {f"fold {t} bias or labels" for t in transforms} | {
         "fold_optional",
@@ -73,3 +127,9 @@ def test_no_kernel_spills(architecture):
     assert {"finish", "finish shift", "finish_columns", "finish_columns shift", "summary", "last_summary"} < names
     assert len(names) == len(kernels)
     assert [kernel for kernel in kernels if not kernel.clean] == []
+    if static_cuda.disassembler(NVCC) is None:
+        pytest.skip("spills are none; no nvdisasm on this machine to count instructions with")
+    assert static_cuda.regressions(NVCC, kernels) == []
+    issued = {kernel.name: kernel.issued for kernel in kernels}
+    for passed, most in MOST_ISSUED.items():
+        assert sum(issued[name] or 0.0 for name in passed) <= most, passed

@@ -16,32 +16,35 @@ CONFIGURATIONS = 50
 WITHIN = {torch.float64: 1e-10, torch.float32: 5e-5}
 
 
-def agree(ours, formula, tensors, dtype, seed):
-    """Values, and the gradients of a random weighting of them by every tensor."""
-    exact = [x.double().requires_grad_() for x in tensors]
-    given = [x.to(dtype).requires_grad_() for x in tensors]
-    expected, found = formula(*exact), ours(*given)
-    expected, found = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (expected, found))
-    weights = torch.rand(len(expected), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 0.5
-    within = WITHIN[dtype]
-    for a, b in zip(found, expected, strict=True):
-        assert a.dtype == dtype
-        torch.testing.assert_close(a.double(), b, rtol=within, atol=within, msg=f"value, seed {seed}")
-    want, have = (
-        torch.autograd.grad(
-            sum((w.item() * x.sum() for w, x in zip(weights, values, strict=True))), leaves, materialize_grads=True
+class Configuration:
+    """A seed of sizes and tensors, and the dtype that ours computes in."""
+
+    def __init__(self, seed, dtype):
+        self.seed, self.dtype = seed, dtype
+        self.generator, self.pick = torch.Generator().manual_seed(seed), random.Random(seed)  # of tensors and of sizes
+
+    def agree(self, ours, formula, tensors):
+        """Values, and the gradients of a random weighting of them by every tensor."""
+        exact = [x.double().requires_grad_() for x in tensors]
+        given = [x.to(self.dtype).requires_grad_() for x in tensors]
+        expected, found = formula(*exact), ours(*given)
+        expected, found = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (expected, found))
+        generator = torch.Generator().manual_seed(self.seed)
+        weights = torch.rand(len(expected), dtype=torch.float64, generator=generator) + 0.5
+        within = WITHIN[self.dtype]
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == self.dtype
+            torch.testing.assert_close(a.double(), b, rtol=within, atol=within, msg=f"value, seed {self.seed}")
+        want, have = (
+            torch.autograd.grad(
+                sum((w.item() * x.sum() for w, x in zip(weights, values, strict=True))), leaves, materialize_grads=True
+            )
+            for values, leaves in ((expected, exact), (found, given))
         )
-        for values, leaves in ((expected, exact), (found, given))
-    )
-    for i, (a, b) in enumerate(zip(have, want, strict=True)):
-        assert a.dtype == dtype
-        allowed = within * b.abs().max() + 1e-2 * within
-        assert (a.double() - b).abs().max() <= allowed, f"gradient {i}, seed {seed}"
-
-
-def drawn(seed):
-    """A generator for tensors and one for sizes."""
-    return torch.Generator().manual_seed(seed), random.Random(seed)
+        for i, (a, b) in enumerate(zip(have, want, strict=True)):
+            assert a.dtype == self.dtype
+            allowed = within * b.abs().max() + 1e-2 * within
+            assert (a.double() - b).abs().max() <= allowed, f"gradient {i}, seed {self.seed}"
 
 
 def unit(*shape, generator):
@@ -49,12 +52,12 @@ def unit(*shape, generator):
 
 
 def both(test):
-    """Run `test(seed, dtype)` on every configuration, in both dtypes."""
+    """Run `test(at)` on every configuration, in both dtypes."""
 
     @pytest.mark.parametrize("dtype", WITHIN)
     def every(dtype):
         for seed in range(CONFIGURATIONS):
-            test(seed, dtype)
+            test(Configuration(seed, dtype))
 
     every.__doc__ = test.__doc__
     return every

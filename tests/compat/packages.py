@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -12,6 +13,13 @@ from typing import Any
 import pytest
 
 METRIC = "pytorch_metric_learning"
+BARE = {  # what users import, of packages whose own beginnings import trainers, servers and other versions of libraries
+    "FlagEmbedding": (
+        "abc.finetune.embedder.AbsModeling",
+        *(f"finetune.embedder.{x}.modeling" for x in ("encoder_only.base", "decoder_only.base", "decoder_only.icl")),
+    ),
+    "swift": ("loss.base", "loss.embedding"),
+}
 
 
 def load(project: str) -> Any:
@@ -32,6 +40,8 @@ def load(project: str) -> Any:
     if project == "pml":
         parts = [vars(importlib.import_module(f"{METRIC}.{part}")) for part in ("losses", "utils.distributed")]
         return types.SimpleNamespace(**parts[0] | parts[1])
+    if project in BARE:
+        return _bare(project)
     return importlib.import_module({"lightly": "lightly.loss"}.get(project, project))
 
 
@@ -55,6 +65,31 @@ def _file(package: str, *parts: str, name: str) -> types.ModuleType:
     sys.modules[source.name] = module
     source.loader.exec_module(module)
     return module
+
+
+@functools.cache
+def _bare(project: str) -> types.SimpleNamespace:
+    """Some files of a package, whose folders are packages that hold these alone."""
+    spec = importlib.util.find_spec(project)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"{project} is not installed")
+    found: dict[str, Any] = {}
+    for name in BARE[project]:
+        folders = name.split(".")[:-1]
+        for i in range(len(folders) + 1):
+            inner = ".".join((project, *folders[:i]))
+            if inner not in sys.modules:
+                sys.modules[inner] = types.ModuleType(inner)
+                sys.modules[inner].__path__ = [str(Path(spec.origin).parent.joinpath(*folders[:i]))]
+        if project == "swift" and "swift.utils" not in sys.modules:  # what it asks them: nothing is split, one process
+            parallel, utils = types.ModuleType("swift.sequence_parallel"), types.ModuleType("swift.utils")
+            parallel.sequence_parallel = types.SimpleNamespace(dp_group=None)  # type: ignore[attr-defined]
+            utils.get_dist_setting = lambda: (0, 0, 1, 1)  # type: ignore[attr-defined]
+            sys.modules |= {x.__name__: x for x in (parallel, utils)}
+        inside = vars(importlib.import_module(f"{project}.{name}"))
+        found |= inside
+        vars(sys.modules[inner]).update({key: x for key, x in inside.items() if key[0] != "_"})
+    return types.SimpleNamespace(**found)
 
 
 def _bolts() -> types.ModuleType:

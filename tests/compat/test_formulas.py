@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
-from fused_nce.compat import amdim, bolts, lightly, open_clip, supcontrast
+from fused_nce.compat import amdim, bolts, flagembedding, lightly, open_clip, supcontrast, swift
 from tests.compat import dense
-from tests.compat.harness import agree, both, drawn, unit
+from tests.compat.harness import both, unit
 
 
 def held(loss):
@@ -19,9 +21,9 @@ def held(loss):
 
 
 @both
-def test_amdim_nce_mi_multi(seed, dtype):
+def test_amdim_nce_mi_multi(at):
     """Rows of some images against all of them, as DataParallel hands them out; the four numbers weighted apart."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     images, width, tclip = pick.randint(1, 6), pick.choice((3, 8, 17)), pick.choice((4.0, 10.0, 20.0))
     n = pick.randint(1, images)
     offset = pick.randint(0, images - n)
@@ -36,8 +38,8 @@ def test_amdim_nce_mi_multi(seed, dtype):
         losses = [-0.5 * (found[2 * i][0].mean() + found[2 * i + 1][0].mean()) for i in range(3)]
         return (*losses, 0.5 * sum(way[2] for way in found))
 
-    agree(lambda *x: loss(*x[:4], *(t[None] for t in x[4:]), mask, "train"), formula, tensors, dtype, seed)
-    if seed % 10 == 0:
+    at.agree(lambda *x: loss(*x[:4], *(t[None] for t in x[4:]), mask, "train"), formula, tensors)
+    if at.seed % 10 == 0:
         seen = loss(*tensors[:4], *(t[None] for t in tensors[4:]), mask, mode="viz")
         wanted = dense.amdim_scores(tensors[0], tensors[7], images, tclip, offset=offset)[:2]
         for a, b in zip(seen, wanted, strict=True):
@@ -45,19 +47,19 @@ def test_amdim_nce_mi_multi(seed, dtype):
 
 
 @both
-def test_amdim_loss_multi_nce(seed, dtype):
+def test_amdim_loss_multi_nce(at):
     """From maps, the 5×5 sources drawn from torch's generator in upstream's order."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     images, width, tclip = pick.randint(2, 5), pick.choice((4, 9)), pick.choice((10.0, 20.0))
     maps = [torch.randn(images, width, s, s, generator=g, dtype=torch.float64) for s in (1, 5, 7) * 2]
     if pick.random() < 0.5:
         maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
     loss = amdim.LossMultiNCE(tclip=tclip)
-    torch.manual_seed(seed)
+    torch.manual_seed(at.seed)
     places = [torch.randint(0, 25, (images,)) for _ in range(2)]
 
     def ours(*x):
-        torch.manual_seed(seed)
+        torch.manual_seed(at.seed)
         return loss(*x)
 
     def formula(*x):
@@ -66,12 +68,12 @@ def test_amdim_loss_multi_nce(seed, dtype):
         targets = [x[m].permute(1, 0, 2, 3).reshape(width, -1) for m in (1, 2, 4, 5)]
         return dense.amdim_multi(sources, targets, images, tclip)
 
-    agree(ours, formula, maps, dtype, seed)
+    at.agree(ours, formula, maps)
 
 
 @both
-def test_bolts_amdim(seed, dtype):
-    g, pick = drawn(seed)
+def test_bolts_amdim(at):
+    g, pick = at.generator, at.pick
     images, width, locs, tclip = pick.randint(1, 7), pick.choice((3, 16)), pick.randint(1, 9), pick.choice((5.0, 10.0))
     tensors = [torch.randn(*s, generator=g, dtype=torch.float64) for s in ((images, width), (width, images * locs))]
 
@@ -79,58 +81,50 @@ def test_bolts_amdim(seed, dtype):
         scores, _, penalty = dense.amdim_scores(a, b, images, tclip)
         return -scores.mean(), penalty
 
-    agree(lambda a, b: bolts.AmdimNCELoss(tclip)(a, b, torch.eye(images)), formula, tensors, dtype, seed)
+    at.agree(lambda a, b: bolts.AmdimNCELoss(tclip)(a, b, torch.eye(images)), formula, tensors)
 
 
 @both
-def test_bolts_nt_xent(seed, dtype):
-    g, pick = drawn(seed)
+def test_bolts_nt_xent(at):
+    g, pick = at.generator, at.pick
     n, width, temperature = pick.randint(1, 20), pick.choice((3, 16, 33)), pick.choice((0.07, 0.5, 1.0))
     views = [unit(n, width, generator=g) for _ in range(2)]
-    agree(
-        lambda a, b: bolts.nt_xent_loss(a, b, temperature),
-        lambda a, b: dense.nt_xent(a, b, temperature),
-        views,
-        dtype,
-        seed,
-    )
+    at.agree(lambda a, b: bolts.nt_xent_loss(a, b, temperature), lambda a, b: dense.nt_xent(a, b, temperature), views)
 
 
 @both
-def test_lightly_nt_xent(seed, dtype):
+def test_lightly_nt_xent(at):
     """Any row lengths, a negative temperature too."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     n, width, temperature = pick.randint(1, 20), pick.choice((3, 16, 33)), pick.choice((0.07, 0.1, 0.5, -0.5))
     views = [torch.randn(n, width, generator=g, dtype=torch.float64) for _ in range(2)]
     loss = lightly.NTXentLoss(temperature)
-    agree(
+    at.agree(
         loss,
         lambda a, b: dense.nt_xent(nn.functional.normalize(a, dim=1), nn.functional.normalize(b, dim=1), temperature),
         views,
-        dtype,
-        seed,
     )
 
 
 @both
-def test_lightly_with_a_bank(seed, dtype):
+def test_lightly_with_a_bank(at):
     """View 0 against the bank as it was before the call; gradients of both views."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     n, width, size = pick.randint(1, 9), pick.choice((3, 16)), pick.randint(1, 40)
     temperature = pick.choice((0.07, 0.5, -1.0))
     views = [torch.randn(n, width, generator=g, dtype=torch.float64) for _ in range(2)]
     loss = lightly.NTXentLoss(temperature, memory_bank_size=(size, width))
     before = held(loss).clone().double()
-    agree(loss, lambda a, b: dense.bank(a, b, before, temperature), views, dtype, seed)
+    at.agree(loss, lambda a, b: dense.bank(a, b, before, temperature), views)
     newest = nn.functional.normalize(views[1], dim=1)[-size:].float()
     bank = held(loss)
     assert all((bank - row).abs().sum(1).min() < 1e-5 for row in newest)
 
 
 @both
-def test_open_clip_clip(seed, dtype):
+def test_open_clip_clip(at):
     """Scale and bias tensors, 0-d or of one element; the bias has a zero gradient, not none."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     n, width = pick.randint(2, 20), pick.choice((3, 16, 33))
     shape = pick.choice(((), (1,)))
     tensors = [
@@ -139,16 +133,16 @@ def test_open_clip_clip(seed, dtype):
         torch.full(shape, -2.0, dtype=torch.float64),
     ]
     loss = open_clip.ClipLoss(cache_labels=True)
-    agree(lambda *x: loss(*x, output_dict=True)["contrastive_loss"], dense.clip, tensors, dtype, seed)
-    if seed == 0:
+    at.agree(lambda *x: loss(*x, output_dict=True)["contrastive_loss"], dense.clip, tensors)
+    if at.seed == 0:
         assert torch.equal(
             loss(*tensors[:3]), loss(image_features=tensors[0], text_features=tensors[1], logit_scale=tensors[2])
         )
 
 
 @both
-def test_open_clip_sig_lip(seed, dtype):
-    g, pick = drawn(seed)
+def test_open_clip_sig_lip(at):
+    g, pick = at.generator, at.pick
     n, width = pick.randint(1, 20), pick.choice((3, 16, 33))
     shape = pick.choice(((), (1,)))
     tensors = [
@@ -157,13 +151,13 @@ def test_open_clip_sig_lip(seed, dtype):
         torch.full(shape, pick.choice((-10.0, 0.0)), dtype=torch.float64),
     ]
     loss = open_clip.SigLipLoss(dist_impl=pick.choice((None, "gather")), chunk_size=pick.choice((0, 8)))
-    agree(lambda *x: loss(*x, output_dict=True)["contrastive_loss"], dense.siglip, tensors, dtype, seed)
+    at.agree(lambda *x: loss(*x, output_dict=True)["contrastive_loss"], dense.siglip, tensors)
 
 
 @both
-def test_supcontrast(seed, dtype):
+def test_supcontrast(at):
     """Views, maps as features, labels or a mask or neither, anchors of one view or all."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     images, views, mode = pick.randint(1, 6), pick.randint(1, 3), pick.choice(("all", "one"))
     temperature, base = pick.choice((0.07, 0.5)), pick.choice((0.07, 0.5))
     features = unit(images, views, 12, generator=g)
@@ -179,30 +173,24 @@ def test_supcontrast(seed, dtype):
     }[how]
     classes = labels if how != "none" else torch.arange(images)
     loss = supcontrast.SupConLoss(temperature, mode, base)
-    agree(
-        lambda x: loss(x, **given),
-        lambda x: dense.sup_con(x, classes.tolist(), temperature, base, mode),
-        [features],
-        dtype,
-        seed,
+    at.agree(
+        lambda x: loss(x, **given), lambda x: dense.sup_con(x, classes.tolist(), temperature, base, mode), [features]
     )
 
 
 @both
-def test_supcontrast_with_a_mask(seed, dtype):
+def test_supcontrast_with_a_mask(at):
     """One-sided and weighted, with rows of zeros."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     images, views, mode = pick.randint(2, 6), pick.randint(1, 3), pick.choice(("all", "one"))
     mask = torch.rand(images, images, generator=g) * (torch.rand(images, images, generator=g) < 0.5)
     if pick.random() < 0.3:
         mask = mask > 0
     loss = supcontrast.SupConLoss(0.2, mode, 0.1)
-    agree(
+    at.agree(
         lambda x: loss(x, mask=mask),
         lambda x: dense.sup_con_mask(x, mask, 0.2, 0.1, mode),
         [unit(images, views, 12, generator=g)],
-        dtype,
-        seed,
     )
 
 
@@ -243,3 +231,57 @@ def test_the_bank_stands_still_for_an_evaluation():
 def test_an_empty_mask_is_upstreams_sign_to_skip():
     x = [torch.randn(2, 4) for _ in range(4)] + [torch.randn(1, 4, 2 * n) for n in (25, 49, 25, 49)]
     assert [float(v) for v in amdim.NCE_MI_MULTI()(*x, torch.zeros(2, 2), "train")] == [0, 0, 0, 0]
+
+
+@both
+def test_swift_infonce(seed, dtype):
+    """Every block of the denominator, with and without the margin."""
+    g, pick = drawn(seed)
+    n, size, margin = pick.randint(1, 7), pick.randint(1, 3), pick.choice((None, 0.0, 0.5))
+    blocks = {name: pick.random() < 0.5 for name in ("INCLUDE_QQ", "INCLUDE_DD")}
+    words = {f"INFONCE_{name}": str(on) for name, on in blocks.items()}
+    words |= {} if margin is None else {"INFONCE_MASK_FAKE_NEGATIVE": "1", "INFONCE_FAKE_NEG_MARGIN": str(margin)}
+    labels, starts = torch.tensor(([1] + [0] * (size - 1)) * n), torch.arange(n) * size
+
+    def ours(q, p):
+        sentences = torch.cat((q[:, None], p.view(n, size, -1)), dim=1).flatten(0, 1)
+        with mock.patch.dict(os.environ, words):
+            return swift.InfonceLoss(None, None)({"last_hidden_state": sentences}, labels)
+
+    def formula(q, p):
+        positive, at = (q * p[starts]).sum(1, keepdim=True), nn.functional.one_hot(starts, n * size).bool()
+        limit = torch.inf if margin is None else positive.detach() + margin
+        parts = [(s := q @ p.T).masked_fill((s > limit) & ~at, -torch.inf)]
+        if blocks["INCLUDE_QQ"]:
+            parts.append((s := q @ q.T).masked_fill((s > limit) | torch.eye(n, dtype=torch.bool), -torch.inf))
+        if blocks["INCLUDE_DD"]:
+            parts.append((p[starts] @ p.T).masked_fill(at, -torch.inf))
+        return (torch.cat(parts, dim=1) / 0.1).logsumexp(1).mean() - (positive / 0.1).mean()
+
+    agree(ours, formula, [unit(n, 8, generator=g), unit(n * size, 8, generator=g)], dtype, seed)
+
+
+@both
+def test_flagembedding(seed, dtype):
+    """Without a teacher, and with both kinds of one."""
+    g, pick = drawn(seed)
+    n, size, kind = pick.randint(1, 7), pick.randint(1, 4), pick.choice((None, "kl_div", "m3_kd_loss"))
+    model = flagembedding.InBatch()
+    model.temperature, model.kd_loss_type = 0.1, kind
+    teacher = None if kind is None else torch.rand(n, size, generator=g, dtype=torch.float64)
+
+    def formula(q, p):
+        s, own = q @ p.T / 0.1, torch.arange(n)[:, None] * size + torch.arange(size)
+        first = nn.functional.cross_entropy(s, own[:, 0])
+        if kind == "kl_div":
+            return first - (s.gather(1, own).log_softmax(1) * teacher).sum(1).mean()
+        if kind is None:
+            return first
+        later = [s.scatter(1, own[:, :i], -torch.inf) for i in range(size)]
+        losses = [nn.functional.cross_entropy(x, own[:, i], reduction="none") for i, x in enumerate(later)]
+        return (torch.stack(losses, dim=1) * teacher).sum(1).mean()
+
+    def ours(q, p):
+        return model._compute_in_batch_neg_loss(q, p, None if teacher is None else teacher.to(dtype))[1]
+
+    agree(ours, formula, [unit(n, 8, generator=g), unit(n * size, 8, generator=g)], dtype, seed)

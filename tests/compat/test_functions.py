@@ -7,7 +7,7 @@ from torch import nn
 
 from fused_nce.compat import dim, inf_cl, solo
 from tests.compat import dense
-from tests.compat.harness import agree, both, drawn, unit
+from tests.compat.harness import both, unit
 
 
 def randn(*shape, generator):
@@ -15,27 +15,25 @@ def randn(*shape, generator):
 
 
 @both
-def test_solo_simclr(seed, dtype):
+def test_solo_simclr(at):
     """Images' numbers of two or three views, or classes, of which some have one row."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     n, views, temperature = pick.randint(1, 6), pick.randint(2, 3), pick.choice((0.07, 0.1, 0.5))
     supervised = pick.random() < 0.5
     ids = torch.tensor([pick.randint(-1, 2) for _ in range(n)]) if supervised else torch.arange(n).repeat(views)
     z = randn(len(ids), pick.choice((3, 16, 33)), generator=g)
     given = ids.to(pick.choice((torch.int32, torch.int64)))
-    agree(
+    at.agree(
         lambda z: solo.simclr_loss_func(z, given, temperature),
         lambda z: dense.in_form(z, ids.tolist(), temperature),
         [z],
-        dtype,
-        seed,
     )
 
 
 @both
-def test_solo_mocov2plus(seed, dtype):
+def test_solo_mocov2plus(at):
     """Unit rows, the queue column by column; gradients of all three."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     n, width, size, temperature = pick.randint(1, 9), pick.choice((3, 16)), pick.randint(1, 40), pick.choice((0.1, 0.5))
     tensors = [*(unit(n, width, generator=g) for _ in range(2)), unit(size, width, generator=g).T]
 
@@ -43,12 +41,12 @@ def test_solo_mocov2plus(seed, dtype):
         logits = torch.cat(((query * key).sum(1, keepdim=True), query @ queue), dim=1) / temperature
         return nn.functional.cross_entropy(logits, torch.zeros(n, dtype=torch.int64))
 
-    agree(lambda q, k, queue: solo.mocov2plus_loss_func(q, k, queue, temperature), formula, tensors, dtype, seed)
+    at.agree(lambda q, k, queue: solo.mocov2plus_loss_func(q, k, queue, temperature), formula, tensors)
 
 
 @both
-def test_solo_mocov3_and_nnclr(seed, dtype):
-    g, pick = drawn(seed)
+def test_solo_mocov3_and_nnclr(at):
+    g, pick = at.generator, at.pick
     n, width, temperature = pick.randint(2, 20), pick.choice((3, 16, 33)), pick.choice((0.1, 0.2, 1.0))
     views = [randn(n, width, generator=g) for _ in range(2)]
 
@@ -56,20 +54,14 @@ def test_solo_mocov3_and_nnclr(seed, dtype):
         a, b = (nn.functional.normalize(x, dim=1) for x in (a, b))
         return dense.row_nce(a, b, torch.arange(n), 1 / temperature).mean()
 
-    agree(lambda a, b: solo.nnclr_loss_func(a, b, temperature), formula, views, dtype, seed)
-    agree(
-        lambda a, b: solo.mocov3_loss_func(a, b, temperature),
-        lambda a, b: 2 * temperature * formula(a, b),
-        views,
-        dtype,
-        seed,
-    )
+    at.agree(lambda a, b: solo.nnclr_loss_func(a, b, temperature), formula, views)
+    at.agree(lambda a, b: solo.mocov3_loss_func(a, b, temperature), lambda a, b: 2 * temperature * formula(a, b), views)
 
 
 @both
-def test_inf_cl(seed, dtype):
+def test_inf_cl(at):
     """Each row and the mean; labels or none, more keys than queries, a scale with a gradient."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     n = pick.randint(2, 20)
     m, width = n + pick.choice((0, 5)), pick.choice((3, 16, 33))
     labels = torch.randint(0, m, (n,), generator=g) if pick.random() < 0.5 else None
@@ -82,19 +74,17 @@ def test_inf_cl(seed, dtype):
         torch.full(shape, pick.choice((1.0, 14.0)), dtype=torch.float64),
     ]
     for ours, reduce in ((inf_cl.cal_flash_loss, nn.Identity()), (inf_cl.cal_inf_loss, torch.mean)):
-        agree(
+        at.agree(
             lambda q, k, scale, ours=ours: ours(q, k, given, scale, head_dim=16),
             lambda q, k, scale, reduce=reduce: reduce(dense.row_nce(q, k, targets, scale)),
             tensors,
-            dtype,
-            seed,
         )
     assert torch.equal(inf_cl.cal_ring_loss(*tensors[:2]), inf_cl.cal_inf_loss(*tensors[:2]))
 
 
-def vectors(seed, least=1):
+def vectors(at, least=1):
     """Locations and global vectors, in upstream's shapes or as maps."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     images, width, places, globals_ = (
         pick.randint(least, 5),
         pick.choice((3, 8)),
@@ -110,31 +100,23 @@ def vectors(seed, least=1):
 
 
 @both
-def test_dim_infonce(seed, dtype):
+def test_dim_infonce(at):
     """Exact, and with upstream's −10; one image too."""
-    pick, tensors, shapes = vectors(seed)
+    pick, tensors, shapes = vectors(at)
     mask = pick.choice(("exact", "reference"))
-    agree(
+    at.agree(
         lambda *x: dim.infonce_loss(*(y.reshape(s) for y, s in zip(x, shapes, strict=True)), mask=mask),
         lambda l, m: dense.dim_nce(l, m, mask),
         tensors,
-        dtype,
-        seed,
     )
 
 
 @both
-def test_dim_fenchel_and_donsker_varadhan(seed, dtype):
-    _, tensors, shapes = vectors(seed, 2)
-    measure = dim.MEASURES[seed % len(dim.MEASURES)]
+def test_dim_fenchel_and_donsker_varadhan(at):
+    _, tensors, shapes = vectors(at, 2)
+    measure = dim.MEASURES[at.seed % len(dim.MEASURES)]
     for ours, formula in (
         (lambda l, m: dim.fenchel_dual_loss(l, m, measure), lambda l, m: dense.fenchel(l, m, measure)),
         (dim.donsker_varadhan_loss, dense.donsker_varadhan),
     ):
-        agree(
-            lambda *x, ours=ours: ours(*(y.reshape(s) for y, s in zip(x, shapes, strict=True))),
-            formula,
-            tensors,
-            dtype,
-            seed,
-        )
+        at.agree(lambda *x, ours=ours: ours(*(y.reshape(s) for y, s in zip(x, shapes, strict=True))), formula, tensors)

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from fused_nce.compat import moco
-from tests.compat.harness import both, drawn
+from tests.compat.harness import both
 
 CROSS_ENTROPY = nn.functional.cross_entropy
 
@@ -40,16 +40,16 @@ def views(n=10, seed=1):
 
 
 @both
-def test_the_loss_is_cross_entropy_of_the_logits(seed, dtype):
+def test_the_loss_is_cross_entropy_of_the_logits(at):
     """Of any reduction, by the encoder's parameters."""
-    _, pick = drawn(seed)
+    seed, pick = at.seed, at.pick
     net = model(seed, dim=pick.choice((3, 8)), K=pick.randint(1, 40), T=pick.choice((0.07, 0.5)), mlp=seed % 2 == 0)
-    net = net.to(dtype)
-    out, labels = net(*(x.to(dtype) for x in views(pick.randint(2, 9), seed)))
+    net = net.to(at.dtype)
+    out, labels = net(*(x.to(at.dtype) for x in views(pick.randint(2, 9), seed)))
     reduction = pick.choice(("mean", "sum", "none"))
     losses = [nn.CrossEntropyLoss(reduction=reduction)(x, labels) for x in (out, out.full().double())]
     grads = [torch.autograd.grad(x.sum(), list(net.encoder_q.parameters()), retain_graph=True) for x in losses]
-    within = 1e-4 if dtype == torch.float32 else 1e-9
+    within = 1e-4 if at.dtype == torch.float32 else 1e-9
     torch.testing.assert_close(losses[0].double(), losses[1].double(), rtol=within, atol=within)
     largest = max(float(x.abs().max()) for x in grads[1])
     for a, b in zip(*grads, strict=True):

@@ -14,7 +14,7 @@ from torch import nn
 from fused_nce.compat import pml
 from fused_nce.compat.pml import base
 from tests.compat import pml_dense as dense
-from tests.compat.harness import agree, both, drawn
+from tests.compat.harness import both
 
 LOSSES = {"NTXentLoss": dense.nt_xent, "SupConLoss": dense.sup_con}
 INSTALLED = importlib.util.find_spec("pytorch_metric_learning") is not None
@@ -43,9 +43,9 @@ def options(pick):
 
 
 @both
-def test_losses(seed, dtype):
+def test_losses(at):
     """Rows among themselves, among others with labels, and among others without; dot products and both reducers."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     n, width, classes, temperature = (
         pick.randint(3, 12),
         pick.choice((3, 16)),
@@ -71,13 +71,13 @@ def test_losses(seed, dtype):
         def theirs(q, k, formula=formula):
             return formula(q, q if form == "self" else k, *found, temperature, **told)
 
-        agree(ours, theirs, [q, k], dtype, seed)
+        at.agree(ours, theirs, [q, k])
 
 
 @both
-def test_margins(seed, dtype):
+def test_margins(at):
     """Pairs and triplets, of distances and similarities, with the same rows and references."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     n, width, classes = pick.randint(2, 10), pick.choice((3, 16)), pick.randint(1, 4)
     ids = torch.randint(0, classes, (n,), generator=g)
     form = pick.choice(("self", "ref", "ref without labels"))
@@ -108,16 +108,16 @@ def test_margins(seed, dtype):
         def theirs(q, k, formula=formula):
             return formula(q, q if form == "self" else k)
 
-        agree(ours, theirs, [q, k], dtype, seed)
+        at.agree(ours, theirs, [q, k])
 
 
 @both
-def test_memory(seed, dtype):
+def test_memory(at):
     """Several steps around the ring's end, with a mask now and then: enqueue first, no row with its own copy."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     size, width, temperature = pick.randint(4, 12), pick.choice((3, 8)), 0.2
     name = pick.choice(tuple(LOSSES))
-    memory = pml.CrossBatchMemory(getattr(pml, name)(temperature), width, size).to(dtype)
+    memory = pml.CrossBatchMemory(getattr(pml, name)(temperature), width, size).to(at.dtype)
     kept: list[tuple[torch.Tensor, int]] = []
     for step in range(5):
         n = pick.randint(2, size)
@@ -128,30 +128,33 @@ def test_memory(seed, dtype):
         rows = list(range(n)) if mask is None else (~mask).nonzero()[:, 0].tolist()
         kept = (kept + [(x[i], int(ids[i])) for i in enter])[-size:]
         twin = copy.deepcopy(memory)
-        value = memory(x.to(dtype), ids, enqueue_mask=mask)
+        value = memory(x.to(at.dtype), ids, enqueue_mask=mask)
         if not rows or not kept:
             assert value == 0
             continue
         columns, other = torch.stack([y for y, _ in kept]), [y for _, y in kept]
         itself = len(kept) - n if mask is None else None
         found = dense.pairs(ids[rows].tolist(), other, itself)
-        agree(
+        at.agree(
             lambda x, twin=twin, ids=ids, mask=mask: copy.deepcopy(twin)(x, ids, enqueue_mask=mask),
             lambda x, rows=rows, columns=columns, found=found: LOSSES[name](
                 x[rows], columns, found[0], found[1], temperature
             ),
             [x],
-            dtype,
-            seed,
         )
         real = memory.embedding_memory[: size if memory.has_been_filled else memory.queue_idx]
         assert sorted(real.double().sum(1).tolist()) == pytest.approx(sorted(columns.sum(1).tolist()), abs=1e-4)
 
 
 @both
-def test_self_supervised(seed, dtype):
-    g, pick = drawn(seed)
-    n, width, temperature, symmetric = pick.randint(2, 9), pick.choice((3, 16)), pick.choice((0.1, 0.5)), seed % 2 == 0
+def test_self_supervised(at):
+    g, pick = at.generator, at.pick
+    n, width, temperature, symmetric = (
+        pick.randint(2, 9),
+        pick.choice((3, 16)),
+        pick.choice((0.1, 0.5)),
+        at.seed % 2 == 0,
+    )
     views = [torch.randn(n, width, generator=g, dtype=torch.float64) for _ in range(2)]
     for name, formula in LOSSES.items():
         loss = pml.SelfSupervisedLoss(getattr(pml, name)(temperature), symmetric=symmetric)
@@ -162,7 +165,7 @@ def test_self_supervised(seed, dtype):
             found = dense.pairs(ids, ids, 0 if symmetric else None)
             return formula(rows, rows if symmetric else b, *found, temperature)
 
-        agree(loss, theirs, views, dtype, seed)
+        at.agree(loss, theirs, views)
 
 
 def test_nothing_to_compare_costs_nothing():

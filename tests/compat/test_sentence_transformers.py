@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from torch import nn
 
 from fused_nce import patch
 from fused_nce.compat import known
-from tests.compat import packages
+from tests.compat import packages, tiny_bert
+from tests.distributed import launch
 
 pytestmark = [pytest.mark.nightly, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 SEEDS = range(60)
@@ -33,27 +35,10 @@ def both():
 
 @pytest.fixture(scope="module")
 def encoder(both, tmp_path_factory: pytest.TempPathFactory):
-    """A function that makes a BERT of two thin layers, drawn at random, with a vocabulary of its own."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    """A function that makes a model of `tiny_bert`."""
 
     def make(seed: int = 0, dropout: float = 0.0, width: int = 16) -> Any:
-        folder = tmp_path_factory.mktemp(f"bert{seed}")
-        special = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "pad", "cls", "sep", "mask")}
-        words = [*special.values(), *(f"w{i}" for i in range(60))]
-        inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-        inner.pre_tokenizer = pre_tokenizers.Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=16, **special).save_pretrained(folder)
-        torch.manual_seed(seed)
-        drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-        shape = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-        BertModel(BertConfig(vocab_size=len(words), **shape, max_position_embeddings=16, **drop)).save_pretrained(
-            folder
-        )
-        inside = Transformer(str(folder))
-        return SentenceTransformer(modules=[inside, Pooling(width)], device="cpu")
+        return tiny_bert.model(tiny_bert.save(tmp_path_factory.mktemp("bert"), seed, dropout, width), width)
 
     return make
 
@@ -256,3 +241,98 @@ def test_a_wrong_twin_is_found_on_trial(both, monkeypatch):
     monkeypatch.setattr(ours, "ranking", lambda *arguments: 1.001 * right(*arguments))
     with pytest.raises(ValueError, match=r"^the module: ours: .* differs by"):
         called(loss, columns)
+
+
+# ---- among processes ---------------------------------------------------------------------------------------------
+
+
+def obey(rank: int) -> dict[str, float]:
+    """How far gathering losses are from upstream's on this process, value and gradients, of their largest."""
+    upstream = packages.load("sentence_transformers.sentence_transformer.losses")
+    from fused_nce.compat import sentence_transformers as ours
+
+    worst: dict[str, float] = {}
+    for seed in range(12):
+        pick = random.Random(seed)
+        torch.manual_seed(100 * seed + rank)
+        columns = [torch.randn(5, 6, dtype=torch.float64, requires_grad=True) for _ in range(pick.randint(2, 4))]
+        guides = list(torch.randn(len(columns), 5, 3, dtype=torch.float64).unbind())
+        chosen = (ARROWS[0], *pick.sample(ARROWS[1:], pick.randint(0, 3)))
+        for name in (*RANKING, *SYMMETRIC, *GIST):
+            if name == "GISTEmbedLoss" and len(columns) > 3:
+                continue
+            cached: dict[str, Any] = {"mini_batch_size": 2} if "Cached" in name else {}
+            words: dict[str, Any] = {"directions": chosen} if name in RANKING else {}
+            found = []
+            for module in (upstream, ours):
+                loss = gathering(getattr(module, name), words | cached)
+                if name == "GISTEmbedLoss":
+                    value = (
+                        ours._gist_of(loss, columns, guides) if module is upstream else loss.loss_of(columns, guides)
+                    )
+                else:
+                    value = called(loss, columns, guides if name in GIST else None)
+                found.append((value, *torch.autograd.grad(value, columns)))
+            error = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(*found, strict=True))
+            worst[name] = max(worst.get(name, 0.0), error)
+    return worst
+
+
+def gathering(kind: Any, words: dict[str, Any]) -> Any:
+    """A loss that takes negatives from all processes; GIST's without a model."""
+    if "GIST" not in kind.__name__:
+        return kind(nn.Sequential(nn.Identity()), gather_across_devices=True, **words)
+    loss = kind.__new__(kind)
+    nn.Module.__init__(loss)
+    settings = {"temperature": 0.1, "margin": 0.05, "margin_strategy": "absolute", "gather_across_devices": True}
+    settings |= {"contrast_anchors": True, "contrast_positives": True, "show_progress_bar": False}
+    settings |= {"similarity_fct": nn.CosineSimilarity(dim=-1), "cross_entropy_loss": nn.CrossEntropyLoss()}
+    vars(loss).update(settings | words)
+    return loss
+
+
+def test_gathered_among_three_processes(both, tmp_path):
+    for worst in launch.run(tmp_path, 3, obey):
+        assert len(worst) == 6
+        assert max(worst.values()) <= 1e-12, worst
+
+
+ZERO = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True, "gradient_clipping": "auto"}
+ZERO |= dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"), "auto")
+
+
+def train(rank: int, saved: str, folder: str, size: int, words: dict[str, Any]) -> list[Any]:
+    """Losses and parameters of upstream's and the patched trainer's, and what wraps the model."""
+    upstream = packages.load("sentence_transformers.sentence_transformer.losses")
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_SIZE": size, "MASTER_PORT": 0}
+    os.environ |= {name: str(x) for name, x in names.items()} | {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+    runs = []
+    for wrap in (lambda x: x, lambda x: patch(x, verify_steps=3, show=False)):
+        model = tiny_bert.model(Path(saved))
+        loss = upstream.MultipleNegativesRankingLoss(model, gather_across_devices=True)
+        more = words | {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 24 // size}
+        values, parameters, trainer = trained(model, loss, pairs(3), folder, wrap, num_train_epochs=2, **more)
+        runs.append((values, parameters, type(trainer.model_wrapped).__name__))
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("size", "words", "wrapper"),
+    [(2, {"use_cpu": True}, "DistributedDataParallel"), (1, {"deepspeed": ZERO}, "DeepSpeedEngine")],
+)
+def test_a_patched_trainer_that_accumulates(both, tmp_path, size, words, wrapper):
+    """Under DDP, which leaves every other step's gradients alone, and under DeepSpeed's ZeRO-2."""
+    if "deepspeed" in words:
+        packages.or_skip("deepspeed")
+    folders = [tmp_path / name for name in ("meet", "bert", "out")]
+    for folder in folders:
+        folder.mkdir()
+    tiny_bert.save(folders[1])
+    runs = launch.run(folders[0], size, train, *map(str, folders[1:]), size, words)
+    for (plain, parameters, one), (found, others, two) in runs:
+        assert one == two == wrapper
+        assert len(plain) == len(found) == 10
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(plain), rtol=2e-3, atol=2e-4)
+        for a, b in zip(parameters, others, strict=True):
+            torch.testing.assert_close(b, a, rtol=5e-2, atol=5e-3)
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1][1], runs[-1][1][1], strict=True))

@@ -9,7 +9,7 @@ from torch import nn
 
 from fused_nce.compat import bolts, lightly
 from tests.compat import dense
-from tests.compat.harness import agree, both, drawn, unit
+from tests.compat.harness import both, unit
 
 
 def spread(a, b):
@@ -18,9 +18,9 @@ def spread(a, b):
 
 
 @both
-def test_lightly_dcl(seed, dtype):
+def test_lightly_dcl(at):
     """Without weights, with weights of one's own, and with the paper's."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     n, width, temperature = pick.randint(2, 20), pick.choice((3, 16, 33)), pick.choice((0.07, 0.1, -0.5))
     views = [torch.randn(n, width, generator=g, dtype=torch.float64) for _ in range(2)]
     sigma = pick.choice((0.2, 0.5))
@@ -35,45 +35,43 @@ def test_lightly_dcl(seed, dtype):
             (lightly.DCLWLoss(temperature, sigma), mises_fisher),
         )
     )
-    agree(loss, lambda a, b: dense.dcl(a, b, temperature, weight_fn), views, dtype, seed)
+    at.agree(loss, lambda a, b: dense.dcl(a, b, temperature, weight_fn), views)
 
 
 @both
-def test_bolts_simclr(seed, dtype):
+def test_bolts_simclr(at):
     """As a method; upstream's eps, which it adds to the denominators, is nothing here."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     n, width, temperature = pick.randint(2, 20), pick.choice((3, 16)), pick.choice((0.1, 0.5))
     views = [unit(n, width, generator=g) for _ in range(2)]
-    agree(
+    at.agree(
         lambda a, b: bolts.SimCLR().nt_xent_loss(a, b, temperature, eps=1e-6),
         lambda a, b: dense.nt_xent(a, b, temperature),
         views,
-        dtype,
-        seed,
     )
 
 
 @both
-def test_bolts_cpc_task(seed, dtype):
+def test_bolts_cpc_task(at):
     """The loss by the maps, and by one parameter of each part."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     images, channels, height, width = pick.randint(1, 2), pick.choice((2, 5)), pick.randint(3, 5), pick.randint(3, 4)
-    torch.manual_seed(seed)
+    torch.manual_seed(at.seed)
     task = bolts.CPCTask(channels, target_dim=pick.choice((3, 8)), embed_scale=pick.choice((0.1, 1.0)))
     task.context_cnn = bolts.PixelCNN(channels, hidden_channels=8, num_blocks=2)  # 256 channels take their time
     exact = copy.deepcopy(task).double()
     context = nn.Sequential(exact.context_cnn, exact.pred_cnn)
-    task = task.to(dtype)
+    task = task.to(at.dtype)
     z = torch.randn(images, channels, height, width, generator=g, dtype=torch.float64)
 
     def formula(z):
         targets, predictions = (f(z).permute(0, 2, 3, 1) for f in (exact.target_cnn, context))
         return dense.cpc(targets, predictions, exact.embed_scale)
 
-    agree(task, formula, [z], dtype, seed)
-    for name in ("target_cnn.weight", "pred_cnn.weight", "context_cnn.blocks.1.2.weight") if seed < 9 else ():
+    at.agree(task, formula, [z])
+    for name in ("target_cnn.weight", "pred_cnn.weight", "context_cnn.blocks.1.2.weight") if at.seed < 9 else ():
         (want,) = torch.autograd.grad(formula(z), exact.get_parameter(name))
-        (have,) = torch.autograd.grad(task(z.to(dtype)), task.get_parameter(name))
+        (have,) = torch.autograd.grad(task(z.to(at.dtype)), task.get_parameter(name))
         torch.testing.assert_close(have.double(), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
@@ -88,20 +86,20 @@ def test_a_pixel_cnn_sees_nothing_below():
 
 
 @both
-def test_bolts_feature_maps(seed, dtype):
+def test_bolts_feature_maps(at):
     """Maps of any shape, both directions or one, at upstream's draws."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     images, width, both_ways = pick.randint(2, 5), pick.choice((3, 8)), pick.random() < 0.5
     sides = [(1, 1), (2, 3), (3, 2)]
     maps = [torch.randn(images, width, *s, generator=g, dtype=torch.float64) for s in sides * 2]
     task = bolts.FeatureMapContrastiveTask("01, 02, 11", tclip=5.0, bidirectional=both_ways)
 
     def ours(*x):
-        torch.manual_seed(seed)
+        torch.manual_seed(at.seed)
         return task(x[:3], x[3:])
 
     def formula(*x):
-        torch.manual_seed(seed)
+        torch.manual_seed(at.seed)
         views, losses, penalty = (x[:3], x[3:]), [], 0
         for a, b in ((0, 1), (0, 2), (1, 1)):
             ways = []
@@ -115,7 +113,7 @@ def test_bolts_feature_maps(seed, dtype):
             penalty = penalty + sum(way[1] for way in ways) / len(ways)
         return torch.stack(losses), penalty
 
-    agree(ours, formula, maps, dtype, seed)
+    at.agree(ours, formula, maps)
 
 
 def test_a_random_map_is_drawn():

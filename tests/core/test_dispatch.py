@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import sys
 import threading
 from typing import Any
 
@@ -112,3 +114,13 @@ def test_backends_and_doctor():
     text = fused_nce.doctor()
     assert torch.__version__ in text
     assert all(name in text for name in dispatch.BACKENDS)
+    assert 0 < float(re.search(r"^call +([\d.]+) ms", text, re.M)[1]) < 1000
+    assert re.search(r"^compiler +C\+\+ \S+", text, re.M)
+
+
+def test_doctor_names_the_command_that_adds_what_is_missing(monkeypatch):
+    doctor = sys.modules["fused_nce.doctor"]  # the package's attribute of this name is the function
+    needs = {"plots": {"no_such_module": "nothing", "torch": "torch"}, "core": {"torch": "torch"}}
+    monkeypatch.setattr(doctor, "EXTRAS", needs)
+    assert "missing   for plots; add: pip install nothing\n" in fused_nce.doctor() + "\n"
+    assert doctor.missing() == {"plots": ["nothing"]}

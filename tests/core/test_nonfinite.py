@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_nce import tile_stats
-from fused_nce.core.spec import Block, Identity, Spec, TanhClip
+from fused_nce import tile_loss, tile_stats
+from fused_nce.core.spec import Block, Identity, Separate, Spec, TanhClip
+from fused_nce.core.tails import Nce
 from tests.core.problems import N_C, N, features, grads_of, run
 
 SPECS: dict[str, Identity | TanhClip] = {"clip": TanhClip(20.0), "wide clip": TanhClip(300.0), "no clip": Identity()}
@@ -53,6 +54,29 @@ class TestNonFinite:
         dq, dk = grads_of(out["neg_lse"].sum(), q, k)
         assert not dq[2].isfinite().any()
         assert not dk.isfinite().any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e38])
+def test_positive_that_is_no_column(backend, bad):
+    """Row by row what a dense softmax in float32 gives: +∞ is NaN, and −∞ is a loss of ∞; a clip shows both as NaN."""
+    q, k = features()
+    q, k = q.detach().float().requires_grad_(), k.detach().float()
+    at = torch.randn(N, 1)
+    at[2] = bad
+    at.requires_grad_()
+    dense = torch.nn.functional.cross_entropy(
+        torch.cat([10 * at, 10 * q @ k.T], dim=1), torch.zeros(N, dtype=torch.int64), reduction="none"
+    )
+    for transform in (Identity(), TanhClip(20.0)):
+        spec = Spec(Separate(1), transform, Nce().stats)
+        out = tile_loss(q, k, spec, Nce(reduction="none"), scale=10.0, positives=10 * at, backend=backend)
+        assert out.nce.isfinite().flatten().tolist() == [i != 2 for i in range(N)]
+        assert not out.loss.isfinite()
+        if isinstance(transform, TanhClip):
+            continue
+        torch.testing.assert_close(out.nce.squeeze(1), dense, equal_nan=True)
+        for mine, theirs in zip(grads_of(out.nce.sum(), q, at), grads_of(dense.sum(), q, at), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_overflowing_penalty_is_left_out_at_strength_0(backend):

@@ -64,6 +64,9 @@ def talk(rank: int) -> dict[Any, Any]:
             mine = Processes(ring=(way == "ring") != (name == "ring" and bool(rank)), wire_dtype=wire)
             more = {"group": mine, **options[rank]}
             found["differing", name, way] = said(lambda q=q, k=k, more=more: amdim_nce(q, k, **more))
+        q, k = features(rank)
+        more = {"temperature": torch.tensor(0.1), "normalize": bool(rank), "group": group}
+        found["differing", "normalize", way] = said(lambda q=q, k=k, more=more: info_nce(q, k[:, 0], **more))
         frozen = k.detach() if rank else k
         found["frozen", way] = said(lambda q=q, k=frozen, g=group: amdim_nce(q, k, group=g))
         for dtype in (torch.float32, torch.bfloat16):
@@ -125,11 +128,11 @@ def test_uneven_batches_raise_the_same_error_on_every_process(found, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", DIFFERING)
+@pytest.mark.parametrize("name", [*DIFFERING, "normalize"])
 def test_processes_with_other_settings_tell_each_other(found, name, way):
     (message,) = {result["differing", name, way] for result in found}
     assert message.startswith("ValueError: group: got ")
-    word = {"penalty": "reduction", "clip": "tanh_clip"}.get(name, name)
+    word = {"penalty": "reduction", "clip": "tanh_clip", "normalize": "unit_norm()"}.get(name, name)
     assert word in message
     assert "on process 0" in message
     assert "on process 1; need the same on all 2 processes" in message

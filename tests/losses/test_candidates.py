@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -267,13 +268,60 @@ def test_a_score_that_is_not_finite_shows():
         assert not info_nce(Q, K, hard_negatives=hard, share_hard_negatives=share, backend="chunked").loss.isfinite()
 
 
-def test_16_bits_keep_a_bias():
-    """log Q to 24 bits, where the embeddings have 8."""
-    q, k = Q.bfloat16(), K.bfloat16()
-    bias = torch.linspace(-9, -3, N) + 1e-3
-    found = info_nce(q, k, column_bias=bias, temperature=0.05).loss
-    exact = nn.functional.cross_entropy(20 * q.double() @ k.double().T + bias.double(), torch.arange(N))
-    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_bias_keeps_its_bits_at_every_temperature_and_minus_infinity_is_out(dtype):
+    """log Q to 24 bits, where the embeddings may have 8: cross entropy of the columns that are left."""
+    for temperature, gone, smoothing, guided in itertools.product((0.05, 1.0, 1e5), (None, 2), (0.0, 0.2), (0, 1)):
+        q, k = Q.to(dtype).requires_grad_(), K.to(dtype).requires_grad_()
+        bias = torch.linspace(-9, -3, N) + 1e-3
+        left = [i for i in range(N) if i != gone]
+        if gone is not None:
+            bias[gone] = -math.inf
+        leaves = q, k, bias.requires_grad_()
+        options: dict[str, Any] = {"guide": (Q, K), "guide_margin": -99.0} if guided else {}
+        options |= {"column_bias": bias, "temperature": temperature, "label_smoothing": smoothing, "reduction": "none"}
+        rows = info_nce(q, k, **options).nce
+        scores = (q.double() @ k.double().T / temperature + bias.double())[left][:, left]
+        exact = nn.functional.cross_entropy(
+            scores, torch.arange(len(left)), reduction="none", label_smoothing=smoothing
+        )
+        torch.testing.assert_close(rows[left].double(), exact, rtol=1e-5, atol=1e-5)
+        tolerance = 0.02 if dtype != torch.float32 else 1e-4
+        for mine, theirs in zip(*(torch.autograd.grad(x.sum(), leaves) for x in (rows[left], exact)), strict=True):
+            assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max()
+        assert gone is None or rows[gone] == math.inf
+    for bad in (math.nan, math.inf):
+        assert not info_nce(q, k, column_bias=torch.tensor([0.0, bad, *[0.0] * (N - 2)])).loss.isfinite()
+
+
+@pytest.mark.parametrize("tau_plus", [None, 0.1])
+def test_a_column_that_is_out_is_no_candidate_of_a_debiased_loss(tau_plus):
+    more = torch.cat([K, K[:2] + 1])
+    bias = torch.tensor([0.0] * N + [-math.inf] * 2).double()
+    found = info_nce(Q, more, torch.arange(N), column_bias=bias, tau_plus=tau_plus, **F64).loss
+    torch.testing.assert_close(found, info_nce(Q, K, tau_plus=tau_plus, **F64).loss)
+
+
+def test_a_guide_that_is_not_finite_shows():
+    for i, bad in itertools.product(range(2), (math.nan, math.inf, -math.inf)):
+        guide = [Q.clone(), torch.cat([K, K[:1]])]
+        guide[i][-1, 0] = bad  # a column that is nobody's own among them
+        more = torch.cat([K, K[:1]])
+        assert info_nce(Q, more, torch.arange(N), guide=tuple(guide), **F64).loss.isnan()
+
+
+@pytest.mark.parametrize("bad", [1e38, -1e38])
+def test_a_positive_beyond_float32_shows(bad, backend):
+    """Among the other queries alone no score of its row is bad: as cross entropy in float32 has it."""
+    q, k = torch.ones(4, 3), torch.ones(4, 3)
+    k[1] = bad
+    loss = info_nce(q, k, directions=["q2q"], backend=backend).loss
+    scores = 10 * q @ q.T
+    dense = nn.functional.cross_entropy(
+        scores.masked_fill(torch.eye(4, dtype=torch.bool), 0) + torch.diag(10 * (q * k).sum(1)), torch.arange(4)
+    )
+    assert not loss.isfinite()
+    assert loss.isnan() == dense.isnan()
 
 
 ERRORS: dict[str, dict[str, Any]] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pytest
 import torch
 
 from fused_nce import (
@@ -21,6 +20,7 @@ from fused_nce import (
     mine_dv,
     npid_softmax,
 )
+from tests.refusals import unlike
 
 A, T = torch.ones(4, 3), torch.arange(4)
 ANY: Any = T
@@ -77,9 +77,5 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("case", range(len(ERRORS)))
-def test_message(case):
-    call, kind, pattern = ERRORS[case]
-    with pytest.raises(kind, match=pattern) as caught:
-        call()
-    assert "\n" not in str(caught.value)
+def test_messages():
+    assert unlike(ERRORS) == []

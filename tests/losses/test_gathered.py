@@ -12,6 +12,7 @@ import fused_nce
 from fused_nce import NPIDNCELoss, cpc_nce, gathered_scores, npid_nce, npid_softmax
 from fused_nce.backends import gathered
 from tests.losses.test_family import F64
+from tests.refusals import unlike
 
 
 @pytest.fixture(params=F64)
@@ -205,11 +206,8 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("case", range(len(ERRORS)))
-def test_message(case):
-    call, kind, pattern = ERRORS[case]
-    with pytest.raises(kind, match=pattern):
-        call()
+def test_messages():
+    assert unlike(ERRORS) == []
 
 
 def test_a_backend_that_gathers_nothing_says_so():

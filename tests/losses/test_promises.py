@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from pathlib import Path
 
@@ -119,6 +120,34 @@ def test_a_retained_graph_gives_the_same_bits_and_nothing_is_written(name, backe
     for key, (value, version) in before.items():
         assert torch.equal(tensors[key], value), key
         assert tensors[key]._version == version, key
+
+
+# What is finite of a number that is not: 1 / ∞ of a temperature, e^−∞ of a score or a variance, a column that is out.
+FINITE = {
+    *(("temperature", bad) for bad in (math.inf, -math.inf)),
+    *(("data_scores", math.inf), ("noise_scores", -math.inf), ("log_kq_data", -math.inf), ("log_kq_noise", math.inf)),
+    *(("logvar", math.inf), ("product", -math.inf), ("column_bias", -math.inf)),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_bad_number_is_never_hidden(name, backend):
+    """Of any tensor of any loss: neither in the value nor, where scores are the engine's, in the gradient."""
+    able(name, backend)
+    entry, inputs, leaves = posed(name, 0, torch.float32)
+    for key, x in inputs.items():
+        for i, y in enumerate(x if isinstance(x, tuple) else (x,)):
+            for bad in (math.nan, math.inf, -math.inf):
+                if not isinstance(y, Tensor) or not y.is_floating_point() or (key, bad) in FINITE:
+                    continue
+                z = y.detach().clone()
+                z.view(-1)[min(1, z.numel() - 1)] = bad
+                z.requires_grad_(key in leaves)
+                given = (*x[:i], z, *x[i + 1 :]) if isinstance(x, tuple) else z
+                loss = entry.function(**inputs | {key: given}, **on(entry, backend)).loss
+                assert not loss.isfinite(), (key, i, bad)
+                if key in leaves and z.dim() == 2 and not entry.closed:
+                    assert not torch.autograd.grad(loss, z)[0].isfinite().all(), (key, bad)
 
 
 # ---- threads ----------------------------------------------------------------------------------------------------

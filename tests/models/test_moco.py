@@ -93,7 +93,7 @@ def test_a_shuffle_over_processes_comes_back(monkeypatch):
     halves = x.chunk(2)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(3))
     found = []
-    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
     monkeypatch.setattr(processes.dist, "broadcast", lambda tensor, source: tensor.copy_(order))
     for rank in (0, 1):
         monkeypatch.setattr(processes.dist, "get_rank", lambda rank=rank: rank)

@@ -1,11 +1,12 @@
 """`python -m tests.mutants [all|python|family|cpp|triton|trainer|adapters] [PART]`: plant each fault, and test that.
 
-`faults.txt` has them. `JOBS` at a time, 2 by default. A fault that no test notices survives: the table says so and the
-exit status is 1.
+`faults.txt` has them. `JOBS` at a time, 2 by default, each for `TIMEOUT_S` seconds at most, 1200 by default. A fault
+that no test notices survives: the table says so and the exit status is 1.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -23,7 +24,7 @@ from fused_nce import _extension
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PARALLEL = int(os.environ.get("JOBS", "2"))
-TIMEOUT_S = 600  # a fault that hangs is noticed too
+TIMEOUT_S = int(os.environ.get("TIMEOUT_S", "1200"))  # a fault that hangs is noticed too
 # The quick part of the engine's suite, likeliest first; -x stops at the first that fails.
 TESTS = [
     *(f"tests/core/test_{name}.py" for name in ("golden", "tails", "fuzz", "contract", "nonfinite")),
@@ -88,8 +89,26 @@ def ill_fitting(faults: Sequence[Fault]) -> list[str]:
         code = MARK.sub("", path.read_text(encoding="utf-8").splitlines()[number])
         if code.count(fault.old) != 1 or fault.old == fault.new:
             wrong.append(f"{fault.name}: {path.relative_to(ROOT)}:{number + 1} has not once {fault.old!r}: {code}")
+        elif path.suffix == ".py" and not parses(planted(fault, path, number)):
+            wrong.append(f"{fault.name}: {path.relative_to(ROOT)} is no Python with it: any test would notice")
         wrong += [f"{fault.name}: no {test}" for test in fault.tests if not (ROOT / test.partition("::")[0]).is_file()]
     return wrong
+
+
+def planted(fault: Fault, path: Path, number: int) -> str:
+    """A file with the fault in its line."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines[number] = lines[number].replace(fault.old, fault.new, 1)
+    return "".join(lines)
+
+
+def parses(code: str) -> bool:
+    """Whether it is Python."""
+    try:
+        ast.parse(code)
+    except SyntaxError:
+        return False
+    return True
 
 
 def plant(fault: Fault | None, folder: Path, *, kernels: bool) -> None:
@@ -103,9 +122,7 @@ def plant(fault: Fault | None, folder: Path, *, kernels: bool) -> None:
             built.unlink()
     if fault is not None:
         ((path, number),) = marks(folder)[fault.name]
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        lines[number] = lines[number].replace(fault.old, fault.new, 1)
-        path.write_text("".join(lines), encoding="utf-8")
+        path.write_text(planted(fault, path, number), encoding="utf-8")
 
 
 def command(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -119,7 +136,7 @@ def command(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[s
 
 def suite(fault: Fault | None, *, kernels: bool = False, tests: Sequence[str] = ()) -> tuple[bool, str]:
     """Whether the tests that must notice a fault pass with it planted, and the line that says what they saw."""
-    tests = (fault.tests if fault else tests) or TESTS
+    named = fault.tests if fault else tests
     kernels = kernels or (fault is not None and fault.group == "cpp")
     with tempfile.TemporaryDirectory(prefix="mutant-") as name:
         folder = Path(name)
@@ -132,8 +149,10 @@ def suite(fault: Fault | None, *, kernels: bool = False, tests: Sequence[str] = 
             where = command(["-c", "import fused_nce; print(fused_nce.__file__)"], folder)
             if not where.returncode and Path(where.stdout.strip()).parent != folder / "fused_nce":
                 raise RuntimeError(f"the copy in {folder} is not what is imported: {where.stdout.strip()}")
-            select = f"{SELECT} and (cpu or test_cuda) and not contract_holds" if kernels else SELECT
-            done = command(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", select, *tests], folder)
+            select = SELECT if named or not kernels else f"{SELECT} and (cpu or test_cuda) and not contract_holds"
+            done = command(
+                ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", select, *(named or TESTS)], folder
+            )
         except subprocess.TimeoutExpired:
             return False, f"hangs for {TIMEOUT_S} s"
     lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]

@@ -15,6 +15,7 @@ TINY = [
     "--model.n_depth=1",
     "--batch-size=8",
     "--run.log_every=4",
+    "--run.threads=1",  # the same bits on a busy machine
 ]
 TIMES = {"time_s", "images_per_s", "loss_share", "loss_ms", "peak_memory_mb"}
 KEYS = TIMES | {"step", "epoch", "loss", "nce", "nce_minus_chance", "penalty", "top1", "linear_acc", "mlp_acc", "lr"}

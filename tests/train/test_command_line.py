@@ -1,8 +1,11 @@
 """What people type and what their files hold: the value that they mean, or one line that names file or setting."""
 
 import json
+import linecache
 import logging
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +59,15 @@ REFUSED = [
     ("optim: {lr: 1}\nseed: 1\noptim: {epochs: 3}", "optim stands twice, in lines 1 and 3"),
     ("optim: {lr: 1}\noptim.lr: 2", "optim.lr stands twice, in lines 1 and 2"),
     ("seed: one", "seed: must be int, got one"),
+    *(
+        (f"seed: {text}", f"seed: must be int, got {text}")
+        for text in ("1:30", "1_000", "0x10", "0o7", "0b1", "1e3", "٣")
+    ),
+    *((f"probes: {text}", f"probes: must be bool, got {text}") for text in ("on", "yes", "1")),
+    ("channels_last: off", "channels_last: must be bool or null, got off"),
+    ("optim: {lr: 1:30.5}", "optim.lr: must be float, got 1:30.5"),
+    ("optim: {betas: [0.5, 1_0]}", "optim.betas: must be float, got 1_0"),
+    ("run: {threads: 2024-01-31}", "run.threads: must be auto or int, got 2024-01-31"),
     ("optim: 3", "optim: must be a section, got 3"),
     ("optim: {epochss: 3}", "--optim.epochss: no such option; did you mean --optim.epochs?"),
     ("method: simclr", "method: must be amdim here, got simclr"),
@@ -75,6 +87,12 @@ def test_a_file_that_cannot_be_used_is_one_line_with_its_name(tmp_path, capsys, 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"fused-nce: {tmp_path / 'c.yaml'}: cannot be used: {words}")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_reads_values_as_a_file_does(tmp_path, capsys):
+    for words in (["--seed=1:30"], ["--seed", "1:30"]):
+        assert cli.main(["train", "amdim", *words, "--out", str(tmp_path / "run")]) == 2
+        assert capsys.readouterr().err == "fused-nce: seed: must be int, got 1:30\n"
 
 
 def test_a_missing_or_binary_file_of_settings_is_one_line(tmp_path, capsys):
@@ -140,22 +158,38 @@ def test_damaged_logs_and_classifiers_are_named(broken):
         export.load_encoder(broken)
 
 
-@pytest.mark.parametrize("kind", [ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError])
-def test_what_is_refused_is_one_line_and_status_2(monkeypatch, capsys, kind):
-    code = {"__name__": "fused_nce.train.command"}
-    exec(f"def main(argv):\n    raise {kind.__name__}('seed: must be 1,\\ngot \\x1b[2J')", code)
+def planted(monkeypatch, line, file="fused_nce/planted.py"):
+    """A command that is a line of a file."""
+    path = str(Path(cli.__file__).parents[1] / file)
+    text = f"def main(argv):\n    {line}\n"
+    monkeypatch.setitem(linecache.cache, path, (len(text), None, text.splitlines(True), path))
+    code: dict[str, Any] = {}
+    exec(compile(text, path, "exec"), code)
     monkeypatch.setattr(command, "main", code["main"])
+
+
+@pytest.mark.parametrize("kind", ["ValueError", "TypeError", "RuntimeError", "OSError", "ImportError", "MemoryError"])
+def test_what_is_refused_is_one_line_and_status_2(monkeypatch, capsys, kind):
+    planted(monkeypatch, f"raise {kind}('seed: must be 1,\\ngot \\x1b[2J')")
     assert cli.main(["train"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "seed: must be 1, got \\x1b[2J" in line
 
 
-SLIPS = {"IndexError": "[][1]", "KeyError": "{}['x']", "ValueError": "int('x')", "AssertionError": "exec('assert 0')"}
+SLIPS = {
+    "IndexError": "[][1]", "KeyError": "{}['x']", "ValueError": "int('x')", "AssertionError": "assert 0",
+    "TypeError": "len(1)", "RuntimeError": "import torch; torch.zeros(2) @ torch.zeros(3)",
+}  # fmt: skip
+
+
+def test_an_error_of_another_package_is_a_bug(monkeypatch):
+    planted(monkeypatch, "raise ValueError('x')", "elsewhere/planted.py")
+    assert cli.main(["train"]) == 1
 
 
 @pytest.mark.parametrize("kind", SLIPS)
 def test_a_bug_shows_its_traceback_and_says_so(monkeypatch, capsys, kind):
-    monkeypatch.setattr(command, "main", lambda argv: eval(SLIPS[kind]))
+    planted(monkeypatch, SLIPS[kind])
     assert cli.main(["train"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Traceback (most recent call last):"

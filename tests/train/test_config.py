@@ -188,6 +188,7 @@ BAD = [
     ("run.keep", 1, "at least 2 (a damaged checkpoint needs one before it)"),
     ("run.workers", -1, "at least 0"),
     ("run.memory_limit_mb", 0, "at least 1"),
+    ("run.threads", 0, "auto or a whole number in [1, 1024]"),
 ]
 
 

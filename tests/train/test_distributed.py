@@ -12,6 +12,7 @@ import torch
 
 from tests.marks import nightly_but
 from tests.train.runs import TINY, log, resumed, tensors, trainer, untimed
+from tests.train.test_loop import write_images
 
 
 @pytest.mark.parametrize("pairs", nightly_but(["1>5,1>7,5>5", "1>5"], ["1>5,1>7,5>5", "1>5", "7>7", "5>7", "1>1"]))
@@ -142,3 +143,53 @@ def test_processes_that_were_started_with_other_settings_say_so(tmp_path):
     assert done.returncode != 0
     assert "processes: differ in their settings, optim.lr: 0.00" in done.stderr
     assert not (tmp_path / "a").exists()
+
+
+DEAD_READER = """
+import multiprocessing, os, signal, sys
+from pathlib import Path
+from fused_nce import cli
+from fused_nce.train.loop import Trainer
+real, rank = Trainer._passes, os.environ["RANK"]
+
+def passes(self, batches):
+    if self.step == 3 and rank == "1":
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+    return real(self, batches)
+
+Trainer._passes = passes
+status = cli.main(["train", "amdim", *sys.argv[2:]])
+Path(sys.argv[1], rank).write_text(str(status))
+sys.exit(status)
+"""
+
+
+@pytest.mark.nightly
+def test_a_reader_of_one_process_that_dies_ends_all_with_the_run_saved(tmp_path):
+    write_images(tmp_path / "images", 40)
+    (tmp_path / "dead.py").write_text(DEAD_READER)
+    options = [*TINY, f"--data={tmp_path / 'images'}", "--augment.geometry=crop", "--run.workers=1"]
+    options += ["--optim.accumulate=2", "--max-steps=5"]
+    started = time.monotonic()
+    done = subprocess.run(
+        [*LAUNCH, str(tmp_path / "dead.py"), str(tmp_path), *options, f"--out={tmp_path / 'a'}"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"], done.stderr
+    for words in (
+        "data: a process that reads",
+        "data: another process cannot read",
+        "ends the run at step 3, which is",
+    ):
+        assert words in done.stderr
+    assert "a bug of fused_nce" not in done.stderr
+    assert time.monotonic() - started < 200  # not the reader's time limit
+    assert distributed(f"--resume={tmp_path / 'a'}", "--max-steps=5")[0] == 0
+    assert distributed(*options, f"--out={tmp_path / 'b'}")[0] == 0
+    ours, theirs = tensors(tmp_path / "a", 5), tensors(tmp_path / "b", 5)
+    assert [k for k in theirs if not torch.equal(ours[k], theirs[k])] == []

@@ -12,6 +12,7 @@ from fused_nce import cli
 from fused_nce.train.evaluation import dependence, fine_tune, protocols, reconstruction
 from fused_nce.train.evaluation import recordings as evaluate_audio
 from fused_nce.train.evaluation.fine_tune import Subject
+from fused_nce.train.evaluation.scoring import Asked
 from tests.train.test_eval_protocols import make_plan
 from tests.train.test_eval_run import make_run
 
@@ -215,18 +216,7 @@ def test_by_name_they_are_in_every_table(tmp_path, monkeypatch, capsys):
 
 def test_recordings_have_no_images_to_reconstruct():
     with pytest.raises(ValueError, match=r"^protocols: mine needs images; recordings have linear, knn"):
-        evaluate_audio.evaluate(
-            Channels(),
-            None,
-            taps=[],
-            protocols=["mine"],
-            labels_per_class=[],
-            draws=2,
-            tasks=2,
-            baselines=False,
-            seed=0,
-            keep=print,
-        )
+        evaluate_audio.evaluate(Channels(), None, Asked([], ["mine"], [], 2, 2, 0, False, False, print))
 
 
 def test_a_protocol_without_its_encoder_says_so():

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,13 @@ def test_every_encoder_is_measured_on_the_same_taps(evaluated):
         assert len(row["values_pct"]) == (1 if row["labels"] == "all" else 3)
     widths = {row["tap"]: row["width"] for row in result["probes"]}
     assert widths == {"f1": 16, "f7": 64, "pixels": 1024}
+
+
+def test_the_result_says_what_was_trained(evaluated):
+    encoder: Any = checkpoint.load_model(evaluated[0])[0].encoder
+    parameters = sum(p.numel() for p in encoder.parameters())
+    facts = {"title": "AMDIM", "epochs": 300, "views": 600, "parameters": parameters}
+    assert {key: evaluated[1][key] for key in facts} == facts
 
 
 def test_the_files_say_the_same(evaluated):

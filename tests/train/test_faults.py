@@ -395,6 +395,17 @@ def test_a_reader_that_dies_ends_the_run_with_all_of_it_saved(tmp_path, capsys, 
     assert same(tensors(out, 5), tensors(tmp_path / "whole", 5))
 
 
+def test_images_that_another_process_cannot_read_end_this_one_with_its_run_saved(tmp_path):
+    write_images(tmp_path / "images", 24)
+    run = trainer(tmp_path / "a", f"--data={tmp_path / 'images'}", "--augment.geometry=crop", "--run.workers=0")
+    real = run._agree
+    run._together = False
+    run._agree = lambda *flags: (run.step == 2,) if len(flags) == 1 else real(*flags)
+    with pytest.raises(RuntimeError, match=r"data: another process cannot read .*; it says why"):
+        run.run()
+    assert checkpoint.newest(tmp_path / "a").name == "step_00000002"
+
+
 def test_an_error_within_an_update_leaves_nothing_of_it(tmp_path, monkeypatch):
     trainer(tmp_path / "a", "--max-steps=4", "--optim.accumulate=2").run()
     run = trainer(tmp_path / "b", "--max-steps=4", "--optim.accumulate=2")

@@ -178,7 +178,7 @@ def test_layout_does_not_matter(layout):
 def test_runs_are_equal():
     q, k = features(40, 3, 20)
     runs = []
-    for _ in range(5):
+    for _ in range(3):
         out = tile_loss("triton", q, k, penalty=0.0)
         runs.append((out.loss, *grads_of(out.loss, q, k)))
     for other in runs[1:]:

@@ -32,29 +32,20 @@ def test_its_own_tests():
     assert "passed" in interpret("tests/triton/interpreted.py")
 
 
-@pytest.mark.parametrize(
-    ("file", "selected"),
-    [
-        pytest.param("test_golden.py", "triton", id="golden"),
-        pytest.param("test_nonfinite.py", "triton and not 0.04 and not wide", id="nonfinite"),
-        pytest.param("test_nonfinite.py", "triton", id="nonfinite, all", marks=pytest.mark.nightly),
-    ],
-)
-def test_what_every_backend_is_held_to(file, selected):
-    assert "passed" in interpret(f"tests/core/{file}", selected=selected)
-
-
-VALUES = "triton and test_value_and_gradients and (float32 or float16)"
+VALUES = "test_value_and_gradients and (float32 or float16)"
 ONE_A_LAYOUT = "moco or nt_xent or siglip or (sup_con and not in) or (info_nce and targets)"
+HELD_TO = ("tests/core/test_golden.py", "tests/core/test_nonfinite.py", "tests/losses/test_registry.py")
 
 
-def test_a_loss_of_every_layout():
-    assert "passed" in interpret("tests/losses/test_registry.py", selected=f"{VALUES} and ({ONE_A_LAYOUT})")
+def test_what_every_backend_is_held_to():
+    """Golden values, inputs that are not finite, and a loss of every layout."""
+    few = f"test_golden or (test_nonfinite and not 0.04 and not wide) or ({VALUES} and ({ONE_A_LAYOUT}))"
+    assert "passed" in interpret(*HELD_TO, selected=f"triton and ({few})")
 
 
 @pytest.mark.nightly
-def test_every_loss():
-    assert "passed" in interpret("tests/losses/test_registry.py", selected=VALUES)
+def test_all_of_what_every_backend_is_held_to():
+    assert "passed" in interpret(*HELD_TO, selected=f"triton and (test_golden or test_nonfinite or ({VALUES}))")
 
 
 @pytest.mark.nightly

@@ -11,7 +11,7 @@ from fused_nce.compat.base import inverse, number
 from fused_nce.compat.pml.base import PairLoss, Rows, block_scores, class_blocks, upstreams
 from fused_nce.core.engine import tile_stats
 from fused_nce.core.spec import Identity, Labels, Spec
-from fused_nce.core.statistics import softplus
+from fused_nce.core.statistics import deficit, softplus
 from fused_nce.core.tails import LogOut
 
 
@@ -43,7 +43,7 @@ class NTXentLoss(PairLoss, upstreams("NTXentLoss")):  # type: ignore[misc]
         losses = [lse[:0]]  # no pair at all leaves a 0 that still has its gradient
         for block in class_blocks(rows):
             s, pairs = block_scores(rows, block)
-            losses.append(softplus(lse[block[0]][:, :, None] - s * scale)[pairs])
+            losses.append(softplus(deficit(lse[block[0]][:, :, None], s * scale))[pairs])
         return self.reduced(torch.cat(losses))
 
 

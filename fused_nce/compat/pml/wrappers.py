@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.compat.pml.base import INSTALLED, Indices, PairLoss, Rows, Upstreams, upstreams
-from fused_nce.compat.processes import check_ddp_compat, gathered, gradient_times, rank, world_size
+from fused_nce.compat.processes import check_ddp_compat, gradient_times, rank
 from fused_nce.core import checks
+from fused_nce.core.group import gathered, world_size
 from fused_nce.losses.common import check_rows, widened
 
 

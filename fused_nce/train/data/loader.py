@@ -121,6 +121,11 @@ class Loader:
         """Images that could not be read so far."""
         return self.held.damaged if self.held else self.damage.count
 
+    @property
+    def streamed(self) -> bool:
+        """Whether images are read as the run goes, so that a batch may fail."""
+        return self.held is None
+
     def batches(self, position: int) -> Iterator[Batch]:
         """Endless, from a position on."""
         if self.held:

@@ -180,7 +180,7 @@ class WindowLoader:
         self.labels = held.labels(a.label, self.classes) if a.label is not None else torch.full((self.count,), -1)
         self.order = Order(self.count, local_batch, seed, rank, world, RECORDING)
 
-    kind = RECORDING
+    kind, streamed = RECORDING, False
 
     @property
     def labelled(self) -> bool:

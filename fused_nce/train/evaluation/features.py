@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fused_nce.train import threads
 from fused_nce.train.host import progress_bar
 
 Encode = Callable[[Tensor], dict[str, Tensor]]
@@ -104,6 +105,7 @@ def extract(
     cast = torch.autocast(device.type, dtype) if dtype is not None else nullcontext()
     with torch.inference_mode(), cast, progress_bar(total=len(images), desc=name, unit="img", leave=False) as bar:
         for batch in images.split(batch_size):
+            threads.look()
             maps = encode(transform(batch.to(device)).contiguous(memory_format=torch.channels_last))
             for tap in taps:
                 found[tap].append(as_vectors(maps[tap]).cpu())

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fused_nce.train import threads
 from fused_nce.train.evaluation.features import as_vectors, mean_and_sd
 
 Labels = NDArray[np.int64]
@@ -103,6 +104,7 @@ def tune(net: Tuned, images: Tensor, labels: Tensor, *, rate: float, seed: int) 
     order = torch.empty(0, dtype=torch.int64)
     with torch.enable_grad():
         for _ in range(count):
+            threads.look()
             while len(order) < min(BATCH, len(images)):
                 order = torch.cat((order, torch.randperm(len(images), generator=generator)))
             rows, order = order[:BATCH], order[BATCH:]

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fused_nce.train.evaluation.logistic import Axes, Kind, fit, principal_axes
+from fused_nce.train.threads import look
 
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -84,6 +85,7 @@ def fit_predict(
     """A linear classifier with penalty |w|²/2c on standardised features; predicts the queries."""
     names, numbers = np.unique(labels, return_inverse=True)
     x = torch.from_numpy(features)
+    look()
     # Small problems are all overhead: more threads only wait for each other on a busy machine.
     with threads(1 if len(features) < SMALL_ROWS else torch.get_num_threads()):
         model = fit(x, torch.from_numpy(numbers), c, principal_axes(x) if axes is None else axes, kind)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from fused_nce.train.data.labels import refuse_unseen
 from fused_nce.train.data.recordings import Recordings
 from fused_nce.train.evaluation import features, figures, scoring
 from fused_nce.train.evaluation.protocols import FROZEN, LEFT_OUT, PROTOCOLS, described
+from fused_nce.train.evaluation.scoring import Asked
 from fused_nce.train.host import progress_bar
 
 LOG_MEL = "log-mel mean"
@@ -28,34 +29,8 @@ class Target(NamedTuple):
     rows: Tensor  # (m,) of the test recordings that it is judged on
 
 
-def evaluate(
-    model: nn.Module,
-    config: Any,
-    *,
-    taps: Sequence[str],
-    protocols: Sequence[str],
-    labels_per_class: Sequence[int],
-    draws: int,
-    tasks: int,
-    baselines: bool,
-    seed: int,
-    keep: Callable[[list[dict[str, Any]]], None],
-    leave_out_unseen: bool = False,
-) -> tuple[dict[str, Any], figures.Figures]:
+def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any], figures.Figures]:
     """Every protocol asked for, on the mean over time of each tap, for each label.
-
-    Args:
-        model: the trained one.
-        config: of its run.
-        taps: of `encode`.
-        protocols: names, in the order of the table.
-        labels_per_class: sizes of the small label sets.
-        draws: how many of each, at least 2.
-        tasks: of few-shot, at least 2.
-        baselines: untrained encoders and log-mel spectra too.
-        seed: of the draws, the untrained encoders and the embedding.
-        keep: called with all rows so far after each feature set.
-        leave_out_unseen: leave out test recordings of classes that no training recording has, instead of refusing them.
 
     Returns:
         What `eval.json` holds of the accuracies, and the pictures. A tap has the label's name: "c_t, digit".
@@ -63,38 +38,28 @@ def evaluate(
     Raises:
         ValueError: for recordings without a label of 2 or more classes, or a class that is too small.
     """
+    taps, protocols = asked.taps, asked.protocols
     for name in protocols:
         if PROTOCOLS[name].of_encoder:
             raise ValueError(f"protocols: {name} needs images; recordings have {', '.join(FROZEN)}")
     probe, test = (recordings.load(config.data, split) for split in ("probe", "test"))
     if probe.rate != test.rate:
         raise ValueError(f"data: training recordings have {probe.rate} Hz, test recordings {test.rate}; need one rate")
-    targets, said = find_targets(probe, test, config.data, leave_out_unseen=leave_out_unseen)
-    plans = {
-        target.name: scoring.plan(
-            target.probe, target.test, classes=target.classes, protocols=protocols, labels_per_class=labels_per_class,
-            draws=draws, tasks=tasks, seed=seed,
-        )
-        for target in targets
-    }  # fmt: skip
+    targets, said = find_targets(probe, test, config.data, leave_out_unseen=asked.leave_out_unseen)
+    plans = {target.name: asked.plan(target.probe, target.test, target.classes) for target in targets}
     rows: list[dict[str, Any]] = []
     first: dict[str, Any] = {}
-    for encoder, tap, bank, queries in _feature_sets(model, config, probe, test, taps, baselines, seed):
+    for encoder, tap, bank, queries in _feature_sets(model, config, probe, test, asked):
         for target in targets:
             # The log-mel mean is no tap: it stands beside each.
             for shown in [tap] if tap is not None else taps:
                 found = scoring.score(bank, queries[target.rows], plans[target.name], protocols)
                 rows += [{"encoder": encoder, "tap": f"{shown}, {target.name}"} | row for row in found.rows]
             if not first:
-                first = {"queries": queries[targets[0].rows], "predicted": found.shown}
-        keep(rows)
+                first = {"queries": queries[targets[0].rows], "shown": found.shown}
+        asked.keep(rows)
     main = targets[0]
     names = [f"{tap}, {target.name}" for tap in taps for target in targets]
-    confusion = None
-    if first["predicted"] is not None:
-        name, predicted = first["predicted"]
-        matrix = scoring.confusion_matrix(predicted, plans[main.name].truth, len(main.classes))
-        confusion = {"tap": names[0], "probe": name, "labels": "all", "matrix": matrix}
     result = {
         "things": "recordings",
         "classes": main.classes,
@@ -102,10 +67,10 @@ def evaluate(
         "splits": {"probe": len(probe.waves), "test": len(test.waves)},
         "read": [probe.account, test.account, *said],
         "probes": sorted(rows, key=lambda row: names.index(row["tap"])),
-        "confusion": confusion,
-        "protocol": protocol(protocols, draws, tasks) + leave_out_unseen * [LEFT_OUT.format("recordings")],
+        "confusion": scoring.confusion(first["shown"], names[0], plans[main.name].truth, len(main.classes)),
+        "protocol": _protocol(asked),
     }
-    return result, figures.Figures(figures.embed(first["queries"], seed), main.test.tolist())
+    return result, figures.Figures(figures.embed(first["queries"], asked.seed), main.test.tolist())
 
 
 def find_targets(
@@ -144,26 +109,15 @@ def find_targets(
 
 
 def _feature_sets(
-    model: nn.Module,
-    config: Any,
-    probe: Recordings,
-    test: Recordings,
-    taps: Sequence[str],
-    baselines: bool,
-    seed: int,
+    model: nn.Module, config: Any, probe: Recordings, test: Recordings, asked: Asked
 ) -> Iterator[tuple[str, str | None, Tensor, Tensor]]:
     """(encoder, tap, features of the probe split, features of the test split), the trained encoder first."""
-    models = {scoring.TRAINED: model}
     level = config.augment.level
-    for name, other in config.untrained().items() if baselines else ():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            models[name] = other.build()
-    for name, encoder in models.items():
-        parts = [extract(encoder, split.waves, level, taps, name=name) for split in (probe, test)]
-        for tap in taps:
+    for name, encoder in asked.encoders(model, config):
+        parts = [extract(encoder, split.waves, level, asked.taps, name=name) for split in (probe, test)]
+        for tap in asked.taps:
             yield name, tap, parts[0][tap], parts[1][tap]
-    if baselines:
+    if asked.baselines:
         bank, queries = (
             torch.stack([log_mel.log_mel(recordings.scaled(x, level), split.rate).mean(0) for x in split.waves])
             for split in (probe, test)
@@ -202,14 +156,15 @@ def extract(
     return stacked
 
 
-def protocol(protocols: Sequence[str], draws: int, tasks: int) -> list[str]:
+def _protocol(asked: Asked) -> list[str]:
     """What a reader must know to judge the accuracies, one sentence a line."""
     return [
         "Probes are fitted on the labelled training recordings and judged on the test recordings, which nothing else "
         "sees; the speakers are the same in both where the data set's own split has it so.",
         "A recording is encoded whole and by itself, in eval mode; a tap is averaged over its frames. The paper probes "
         "every frame of c_t, Greedy InfoMax the average for speakers, as here.",
-        *described(protocols, draws, tasks, things="recordings"),
+        *described(asked.protocols, asked.draws, asked.tasks, things="recordings"),
         "Log-mel mean: 40 bands, windows of 25 ms every 10 ms, the logarithm averaged over the recording; at the level "
         "that the encoder is given.",
+        *asked.leave_out_unseen * [LEFT_OUT.format("recordings")],
     ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fused_nce.train.evaluation import episodes
 from fused_nce.train.evaluation.fine_tune import Subject
@@ -14,6 +15,48 @@ from fused_nce.train.evaluation.probes import HELD_OUT, draw, hold_out
 from fused_nce.train.evaluation.protocols import PROTOCOLS, FeatureSet, Labels, Plan, Row
 
 TRAINED, PIXELS = "trained", "pixels"  # the encoder of the run, and the tap of no encoder
+
+
+class Asked(NamedTuple):
+    """What an evaluation of a run is asked for.
+
+    Attributes:
+        taps: of `encode`.
+        protocols: names, in the order of the table.
+        labels_per_class: sizes of the small label sets.
+        draws: how many of each, at least 2.
+        tasks: of few-shot, at least 2.
+        seed: of the draws, the untrained encoders and the embedding.
+        baselines: untrained encoders and the inputs themselves too.
+        leave_out_unseen: leave out test examples of classes that no training example has, instead of refusing them.
+        keep: called with all rows so far after each feature set.
+    """
+
+    taps: list[str]
+    protocols: list[str]
+    labels_per_class: list[int]
+    draws: int
+    tasks: int
+    seed: int
+    baselines: bool
+    leave_out_unseen: bool
+    keep: Callable[[list[dict[str, Any]]], None]
+
+    def plan(self, labels: Tensor, truth: Tensor, classes: Sequence[str]) -> Plan:
+        """The draws of one labelling: see `scoring.plan`."""
+        return plan(
+            labels, truth, classes=classes, protocols=self.protocols, labels_per_class=self.labels_per_class,
+            draws=self.draws, tasks=self.tasks, seed=self.seed,
+        )  # fmt: skip
+
+    def encoders(self, model: nn.Module, config: Any) -> Iterator[tuple[str, nn.Module]]:
+        """The trained model by its name; then, as baselines, those that the method compares with, from one seed."""
+        yield TRAINED, model
+        for name, other in config.untrained().items() if self.baselines else ():
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                untrained = other.build()
+            yield name, untrained
 
 
 def plan(
@@ -101,6 +144,15 @@ def score(
         if shown is None and found.predicted is not None:
             shown = name, found.predicted
     return Scored(rows, shown, measures)
+
+
+def confusion(shown: tuple[str, Labels] | None, tap: str, truth: Labels, classes: int) -> dict[str, Any] | None:
+    """Of the probe that is shown: its name, and counts[true][predicted], classes × classes; None without one."""
+    if shown is None:
+        return None
+    name, predicted = shown
+    matrix = confusion_matrix(predicted, truth, classes)
+    return {"tap": tap, "probe": name, "labels": "all", "matrix": matrix}
 
 
 def confusion_matrix(predicted: Labels, truth: Labels, classes: int) -> list[list[int]]:

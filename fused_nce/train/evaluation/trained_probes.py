@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_nce.train.evaluation.probes import HELD_OUT, Array, Labels, hold_out, standardise
+from fused_nce.train.threads import look
 
 BATCH = 256
 # MoCo's linear protocol: momentum 0.9, no decay, 100 epochs, the rate a tenth from epochs 60 and 80. Its rate, 30, is
@@ -107,4 +108,5 @@ def _batches(n: int, epochs: int, seed: int) -> Iterator[tuple[float, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
         for rows in torch.randperm(n, generator=generator).chunk(max(1, round(n / BATCH))):
+            look()
             yield epoch / epochs, rows

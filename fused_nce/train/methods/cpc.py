@@ -17,8 +17,8 @@ from fused_nce.models.encoders.cpc import AudioEncoder
 from fused_nce.train.data.recordings import WindowConfig, WindowLoader
 from fused_nce.train.evaluation.figures import Figures
 from fused_nce.train.evaluation.recordings import evaluate as evaluate_recordings
+from fused_nce.train.evaluation.scoring import Asked
 from fused_nce.train.limits import AT_LEAST_0, AT_LEAST_1, Rule, each, setting
-from fused_nce.train.method import Method
 from fused_nce.train.methods import presets
 from fused_nce.train.settings import BACKEND, OptimConfig
 
@@ -101,12 +101,11 @@ def optimizer(**changes: Any) -> OptimConfig:
 
 
 @dataclass
-class CPCConfig(Method):
+class CPCConfig(presets.TwoInits):
     method: ClassVar[str] = "cpc"
     title: ClassVar[str] = "CPC"
     presets: ClassVar = PRESETS
     taps: ClassVar = ("c_t", "z_t")
-    view_count: ClassVar[int] = 1
 
     data: str = "speech"
     model: CPCModelConfig = field(default_factory=CPCModelConfig)
@@ -115,10 +114,7 @@ class CPCConfig(Method):
     optim: OptimConfig = field(default_factory=lambda: optimizer(epochs=674, batch_size=64))
 
     def build(self, *, images: int = 1) -> CPC:
-        settings = {name: value for name, value in vars(self.model).items() if name != "init"}
-        model = CPC.audio(**settings, negatives=self.loss.negatives, loss=self.loss.build())
-        presets.draw_(model.encoder, self.model.init)
-        return model
+        return self.drawn(CPC.audio(**self.arguments(), negatives=self.loss.negatives, loss=self.loss.build()))
 
     def check_together(self) -> None:
         m = self.model
@@ -138,8 +134,5 @@ class CPCConfig(Method):
     def sample(self) -> Tensor:
         return torch.zeros(1, self.augment.window)
 
-    def untrained(self) -> dict[str, Method]:
-        return presets.both_inits(self)
-
-    def judge(self, model: Model, **options: Any) -> tuple[dict[str, Any], Figures]:
-        return evaluate_recordings(model, self, **options)
+    def judge(self, model: Model, asked: Asked) -> tuple[dict[str, Any], Figures]:
+        return evaluate_recordings(model, self, asked)

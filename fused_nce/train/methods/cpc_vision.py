@@ -3,11 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
-
 from fused_nce.models import CPC
 from fused_nce.train.limits import AT_LEAST_0, AT_LEAST_1, Rule, optional, setting
-from fused_nce.train.method import Method
 from fused_nce.train.methods import presets
 from fused_nce.train.methods.cpc import CPCLossConfig, optimizer
 from fused_nce.train.methods.presets import CIFAR10_COLOURS, crops
@@ -96,12 +93,11 @@ def _augment() -> AugmentConfig:
 
 
 @dataclass
-class CPCVisionConfig(Method):
+class CPCVisionConfig(presets.TwoInits):
     method: ClassVar[str] = "cpc-vision"
     title: ClassVar[str] = "CPC"
     presets: ClassVar = PRESETS
     taps: ClassVar = ("c_t", "z_t")
-    view_count: ClassVar[int] = 1
 
     model: CPCVisionModelConfig = field(default_factory=CPCVisionModelConfig)
     loss: CPCLossConfig = field(default_factory=CPCLossConfig)
@@ -109,16 +105,4 @@ class CPCVisionConfig(Method):
     optim: OptimConfig = field(default_factory=lambda: optimizer(epochs=300, batch_size=512))
 
     def build(self, *, images: int = 1) -> CPC:
-        settings = {name: value for name, value in vars(self.model).items() if name != "init"}
-        model = CPC.vision(**settings, negatives=self.loss.negatives, loss=self.loss.build())
-        presets.draw_(model.encoder, self.model.init)
-        return model
-
-    def check_together(self) -> None:
-        """Refuse settings that do not fit each other: the model's own checks, on weights that nothing stores."""
-        super().check_together()
-        with torch.device("meta"):
-            self.build()
-
-    def untrained(self) -> dict[str, Method]:
-        return presets.both_inits(self)
+        return self.drawn(CPC.vision(**self.arguments(), negatives=self.loss.negatives, loss=self.loss.build()))

@@ -10,7 +10,6 @@ from fused_nce.models import DIM
 from fused_nce.models.encoders.dim import ARCHITECTURES
 from fused_nce.train import optim
 from fused_nce.train.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, one_of, optional, setting
-from fused_nce.train.method import Method
 from fused_nce.train.methods import presets
 from fused_nce.train.methods.presets import unmoved
 from fused_nce.train.methods.projected import TINY_OPTIM
@@ -120,12 +119,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class DIMConfig(Method):
+class DIMConfig(presets.TwoInits):
     method: ClassVar[str] = "dim"
     title: ClassVar[str] = "DIM"
     presets: ClassVar = PRESETS
     taps: ClassVar = ("fc", "conv", "Y")
-    view_count: ClassVar[int] = 1
     stats: ClassVar = (
         "local", "global", "prior", "discriminator", "discriminator_acc", "absolute_acc", "relative_acc", "js_bound"
     )  # fmt: skip
@@ -141,25 +139,13 @@ class DIMConfig(Method):
     )  # fmt: skip
 
     def build(self, *, images: int = 1) -> DIM:
-        settings = {name: value for name, value in vars(self.model).items() if name != "init"}
-        model = DIM(**settings, **vars(self.loss))
-        presets.draw_(model.encoder, self.model.init)
-        return model
-
-    def check_together(self) -> None:
-        """Refuse settings that do not fit each other: the model's own checks, on weights that nothing stores."""
-        super().check_together()
-        with torch.device("meta"):
-            self.build()
+        return self.drawn(DIM(**self.arguments(), **vars(self.loss)))
 
     def optimizers(self, module: nn.Module) -> dict[str, torch.optim.Optimizer]:
         """`optimizer`, and `discriminator` where there is a prior."""
         prior: nn.Module | None = module.get_submodule("model").prior  # type: ignore[assignment]
         found = {"optimizer": optim.build(module, self.optim, without=prior)}
         return found if prior is None else found | {"discriminator": optim.build(prior, self.optim)}
-
-    def untrained(self) -> dict[str, Method]:
-        return presets.both_inits(self)
 
     def leaves_some_unused(self) -> bool:
         """Several global vectors are taken before the fully connected layers, which the other parts alone train."""

@@ -1,10 +1,13 @@
 """What the methods' presets share: the data sets' own numbers, views, and the two ways to draw an encoder's weights."""
 
 import dataclasses
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 from torch import nn
 
+from fused_nce.models.base import Model
 from fused_nce.train.method import Method
 from fused_nce.train.settings import AugmentConfig
 
@@ -60,6 +63,7 @@ def unmoved() -> AugmentConfig:
 
 
 Init = Literal["torch", "kaiming"]
+Drawn = TypeVar("Drawn", bound=Model)
 
 
 def draw_(encoder: nn.Module, init: Init) -> None:
@@ -71,8 +75,31 @@ def draw_(encoder: nn.Module, init: Init) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def both_inits(config: Method) -> dict[str, Method]:
-    """A configuration with each `model.init`, by the names that an evaluation prints."""
-    model: Any = config.model
-    names = {"random, torch's init": "torch", "random, Kaiming init": "kaiming"}
-    return {name: dataclasses.replace(config, model=dataclasses.replace(model, init=i)) for name, i in names.items()}
+@dataclass
+class TwoInits(Method):
+    """A method whose `model.init` says how its encoder is drawn: an evaluation compares with both."""
+
+    view_count: ClassVar[int] = 1
+
+    def arguments(self) -> dict[str, Any]:
+        """Of the model's constructor."""
+        return {name: value for name, value in vars(self.model).items() if name != "init"}
+
+    def drawn(self, model: Drawn) -> Drawn:
+        """The model, its encoder's weights as `model.init` has them."""
+        draw_(model.encoder, self.model.init)  # type: ignore[arg-type]
+        return model
+
+    def untrained(self) -> dict[str, Method]:
+        """With each `model.init`, by the names that an evaluation prints."""
+        names = {"random, torch's init": "torch", "random, Kaiming init": "kaiming"}
+        return {
+            name: dataclasses.replace(self, model=dataclasses.replace(self.model, init=init))
+            for name, init in names.items()
+        }
+
+    def check_together(self) -> None:
+        """Refuse settings that do not fit each other: the model's own checks, on weights that nothing stores."""
+        super().check_together()
+        with torch.device("meta"):
+            self.build()

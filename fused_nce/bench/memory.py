@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Protocol
 
@@ -41,8 +41,13 @@ class Subject(Protocol):
         """Run something tiny of the same kind."""
 
 
-def peak(subject: Subject, threads: int) -> dict[str, float]:
+def peak(subject: Subject, threads: int, preload: Sequence[str] = ()) -> dict[str, float]:
     """The peak of one step, measured in a process of its own.
+
+    Args:
+        subject: what is measured.
+        threads: of torch.
+        preload: modules that take long to import, in the server that all such processes are forked from.
 
     Returns:
         `peak_memory_mib` and the parts it was computed from, all in MiB.
@@ -51,7 +56,7 @@ def peak(subject: Subject, threads: int) -> dict[str, float]:
         RuntimeError: if the process died, which for an eager loss mostly means that the memory was not there.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "fused_nce"])
+    context.set_forkserver_preload([__name__, "fused_nce", *preload])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, subject, threads))
     process.start()

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
-from bench.cases import CLIP, PENALTY
 from fused_nce import losses
-from fused_nce.measure import naive_loss
+from fused_nce.measure import CLIP, PENALTY, naive_loss
 
 Draw = Callable[..., Tensor]  # sizes → standard normal numbers
 LOGIT_SCALE = 1 / 0.07  # CLIP's initial factor

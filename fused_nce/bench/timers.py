@@ -1,9 +1,13 @@
-"""Clocks for `measure.interleave`: each takes a call, runs it once and says how many milliseconds it took."""
+"""Clocks, each of which runs a call once and says how many milliseconds it took, and interleaved rounds of them."""
 
 from __future__ import annotations
 
+import gc
+import random
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,3 +80,40 @@ class DeviceTimer:
             self._end.record()
             self._end.synchronize()
         return cycles / float(self._begin.elapsed_time(self._end))
+
+
+def interleave(
+    calls: Mapping[Any, Callable[[], Any]], rounds: int, reset: Callable[[], None], timer: Timer = wall_ms
+) -> dict[Any, list[float]]:
+    """Milliseconds of each call in each round; the order within a round is random, and the same in every run."""
+    order, shuffle = list(calls), random.Random(0).shuffle
+    times: dict[Any, list[float]] = {key: [] for key in calls}
+    for _ in range(rounds):
+        shuffle(order)
+        for key in order:
+            reset()  # freeing the last gradients belongs to nobody
+            times[key].append(timer(calls[key]))
+    return times
+
+
+def spread(times_ms: list[float], clock: str = "time") -> dict[str, float]:
+    """Median, interquartile range and minimum, the clock's name in the keys."""
+    low, median, high = statistics.quantiles(times_ms, n=4, method="inclusive")
+    return {
+        f"{clock}_ms_median": round(median, 4),
+        f"{clock}_ms_iqr": round(high - low, 4),
+        f"{clock}_ms_min": round(min(times_ms), 4),
+    }
+
+
+@contextmanager
+def without_gc() -> Iterator[None]:
+    """No garbage collection inside: its pauses would fall on whoever is being timed."""
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

@@ -1,0 +1,1 @@
+"""Measuring a loss on one's own machine: formulas as their users write them, rivals, clocks, peak memory."""

@@ -1,0 +1,214 @@
+"""The first use of a GPU backend: no number of it is believed before a small problem came out right on this very card.
+
+A card, driver, torch, Triton and build that meet for the first time were never seen together by anybody. So the first
+call of each spec, dtype and width runs a problem of a few odd rows on the GPU and in float64 on the CPU. A verdict is
+kept in memory and in the user's cache folder, a file for each such combination; a backend that failed is one that
+cannot run the call, and says so. `FUSED_NCE_FIRST_CONTACT=0` believes everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_nce import _extension
+from fused_nce._version import __version__
+from fused_nce.core import tails
+from fused_nce.core.problem import Backend, Gradients, Needs, Problem, Statistics
+from fused_nce.core.spec import Bias, Block, Index, Labels, Separate, Spec
+from fused_nce.core.tails import Tail
+
+ON = ("cuda", "triton")  # backends with code for one kind of card
+ROWS, COLUMNS = 37, 53  # odd, beyond one tile of rows, and no multiple of a vector
+# Of the largest entry of a statistic or gradient. What a wrong kernel gives is off by its own size; what rounds
+# differently, by less than this: weights enter 16-bit products in 16 bits.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+PLAYED = "cuda"  # the device type that counts as a card; a test has another
+_logger = logging.getLogger("fused_nce")
+_verdicts: dict[str, str] = {}  # by backend, dtypes, width and spec; "" is sound
+_busy = threading.local()
+
+
+def why_not(name: str, of: Callable[[str], Backend], spec: Spec, q: Tensor, k: Tensor | None) -> str | None:
+    """Why a backend is not to be believed with this spec on this card, or None. k None is q; `of` gives backends.
+
+    A call within a trial, or one that is being captured in a CUDA graph, is not tried.
+    """
+    device = q.device
+    if name not in ON or device.type != PLAYED or os.environ.get("FUSED_NCE_FIRST_CONTACT", "1") == "0":
+        return None
+    key = f"{name} {_short(q)} {'itself' if k is None else _short(k)} {q.shape[1]} {spec.code}"
+    if key not in _verdicts:
+        if getattr(_busy, "now", False) or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        _verdicts.update(_read(path(device)))
+    if key not in _verdicts:  # fault: trial-never
+        small = problem(spec, q.dtype, None if k is None else k.dtype, q.shape[1])
+        _verdicts[key], lasts = trial(of(name), of("reference"), small, device)
+        if lasts:
+            _write(path(device), key, _verdicts[key])
+    return _verdicts[key] or None
+
+
+def trial(backend: Backend, reference: Backend, small: Problem, device: torch.device) -> tuple[str, bool]:
+    """What a backend gets wrong in a small problem, in words, "" where all is right; and whether that will last.
+
+    It takes milliseconds, and the compilation of kernels that the call needs anyway. An exception, of memory that is
+    short for example, may not come again.
+    """
+    exact = _map(small, lambda x: x.double() if x.is_floating_point() else x)
+    there, needs = _map(small, lambda x: x.to(device)), Needs(True, not small.shared, True)
+    tolerance = TOLERANCE[small.q.dtype]
+    _busy.now = True
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            for tail in _tails(small.spec):
+                wanted = _run(exact, reference, tail, needs)
+                for what, found, right in _named(small.spec, _run(there, backend, tail, needs), wanted):
+                    if (off := _off(found, right)) > tolerance:
+                        return (
+                            f"its first test on this card failed: {what} of {small.spec.code} in {_short(small.q)} is "
+                            f"off by {off:.2g} of the largest, more than {tolerance:g}",
+                            True,
+                        )
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        return f"it raised {type(error).__name__} in its first test on this card: {line[:200]}", False
+    finally:
+        _busy.now = False
+    return "", True
+
+
+def problem(spec: Spec, q_dtype: torch.dtype, k_dtype: torch.dtype | None, width: int) -> Problem:
+    """A small one for a spec, on the CPU, always the same: scores of size one, repeated ids. k_dtype None: k is q."""
+    layout, g = spec.layout, torch.Generator().manual_seed(0)
+    block = layout if isinstance(layout, Block) else Block(1, 1)
+    n = -(-ROWS // block.rows_per_image) * block.rows_per_image
+    m = -(-COLUMNS // block.n_c) * block.n_c
+    shared = k_dtype is None
+    if isinstance(layout, Block):
+        images = max(n // block.rows_per_image, m // block.n_c)
+        n, m = images * block.rows_per_image, images * block.n_c
+    elif shared:
+        n = m
+    q = (torch.randn(n, width, generator=g) * width**-0.25).to(q_dtype)
+    k = q if shared else (torch.randn(m, width, generator=g) * width**-0.25).to(k_dtype)
+    if spec.unit_norm:
+        q, k = (torch.nn.functional.normalize(x.float(), dim=1).to(x.dtype) for x in (q, k))
+    labels = torch.randint(0, 4, (n,), generator=g)
+    # A row is not its own target where it is itself a column.
+    targets = (torch.arange(n) + 1 + torch.randint(0, m - 1, (n,), generator=g)) % m
+    return Problem(
+        q,
+        q if shared else k,
+        0.9,
+        spec,
+        0,
+        bias=torch.tensor(-0.5) if isinstance(spec.transform, Bias) else 0.0,
+        positives=torch.randn(n, layout.p, generator=g) if isinstance(layout, Separate) else None,
+        row_ids=labels if isinstance(layout, Labels) else targets if isinstance(layout, Index) else None,
+        column_ids=(labels if shared else torch.randint(0, 4, (m,), generator=g))
+        if isinstance(layout, Labels)
+        else None,
+        shared=shared,
+    )
+
+
+def _map(small: Problem, f: Callable[[Tensor], Tensor]) -> Problem:
+    """With f of every tensor; q that is k stays so."""
+    made: dict[str, Any] = {name: f(x) for name, x in small._asdict().items() if isinstance(x, Tensor)}
+    return small._replace(**(made | {"k": made["q"]} if small.shared else made))
+
+
+def _short(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _tails(spec: Spec) -> Iterator[Tail]:
+    """Those that a spec has the statistics for: with a penalty where it has the squares."""
+    penalty = 0.01 if "square" in spec.stats else 0.0
+    for kind in tails.KERNEL_TAILS:
+        if set(kind.READS) <= set(spec.stats) and (spec.n_pos > 0 or not kind.READS_POS):
+            yield kind(penalty)
+
+
+def _run(small: Problem, backend: Backend, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
+    """Statistics and gradients of a tail, by the way that the op takes."""
+    if not small.spec.columns or backend.BOTH_WAYS:
+        return backend.loss(small, tail, needs)
+    found = backend.stats(small)
+    unit = tail.unit(small.n * tail.per_row(small.spec))
+    return found, backend.grads(small, found, backend.slopes(small, tail, found, unit, 1.0), needs)
+
+
+def _named(
+    spec: Spec, found: tuple[Statistics, Gradients], wanted: tuple[Statistics, Gradients]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, found, wanted) of each statistic and gradient that there is."""
+    right = wanted[0]._asdict() | wanted[1]._asdict()
+    for field, x in (found[0]._asdict() | found[1]._asdict()).items():
+        names = {"rows": spec.stats, "columns": spec.columns}.get(field)
+        if names is not None and x is not None:
+            yield from ((f"{field}: {name}", x[i], right[field][i]) for i, name in enumerate(names))
+        elif x is not None and x.numel():
+            yield field, x, right[field]
+
+
+def _off(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference in units of the largest entry; inf where one is finite and the other is not."""
+    found, finite = found.detach().double().cpu(), wanted.isfinite()
+    if not torch.equal(found.isfinite(), finite):  # fault: trial-nan-unseen
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    return float((found - wanted)[finite].abs().max() / wanted[finite].abs().max().clamp_min(1e-30))
+
+
+# ---- verdicts that outlive the process --------------------------------------------------------------------------
+
+
+@cache
+def path(device: torch.device) -> Path:
+    """Where this card, driver, torch, Triton and build have their verdicts."""
+    properties = torch.cuda.get_device_properties(device)
+    module, _ = _extension.status()
+    built = "none" if module is None else json.dumps(module.build_info(), sort_keys=True, default=str)
+    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
+    driver = str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
+    seen = [__version__, torch.__version__, triton, built, driver, properties.name]
+    digest = hashlib.sha256("\n".join([*seen, f"{properties.major}.{properties.minor}"]).encode()).hexdigest()[:16]
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder, "fused_nce", f"first-contact-{digest}.json")
+
+
+def _read(file: Path) -> dict[str, str]:
+    """The verdicts on disk; none where there is no file, or one that was damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(key): str(verdict) for key, verdict in found.items()} if isinstance(found, dict) else {}
+
+
+def _write(file: Path, key: str, verdict: str) -> None:
+    """Beside what other processes wrote meanwhile; where nothing can be written, the next process tries again."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f"{file.name}.{os.getpid()}")
+        aside.write_text(json.dumps(_read(file) | {key: verdict}, indent=1) + "\n", encoding="utf-8")
+        aside.replace(file)
+    except OSError as error:
+        _logger.debug("first contact: %s", error)

@@ -1,0 +1,78 @@
+"""`fused-nce bench`: every way that can run is timed beside ours, and what cannot run says why."""
+
+import json
+
+import pytest
+import torch
+
+from fused_nce import cli
+from fused_nce.bench import command
+from fused_nce.bench.formulas import FORMULAS
+from fused_nce.bench.rivals import RIVALS, Rival
+
+
+def test_a_run_prints_a_table_and_leaves_a_picture_and_a_json(tmp_path, capsys):
+    options = [
+        "--loss",
+        "info_nce",
+        "--n",
+        "48",
+        "--d",
+        "16",
+        "--device",
+        "cpu",
+        "--no-compile",
+        "--out",
+        str(tmp_path),
+    ]
+    assert cli.main(["bench", *options]) == 0
+    said = capsys.readouterr().out
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert {"eager", "ours"} <= record["ways"].keys()
+    for row in record["ways"].values():
+        assert row["time_ms_median"] > 0
+        assert row["gradient_error"] < 1e-5
+        assert row["label"] in said
+    assert f"chosen: {record['chosen']}" in said
+    assert record["ways"]["ours"]["label"] == f"fused_nce ({record['chosen']})"
+    assert record["chosen"] not in record["ways"]  # once
+    assert "left out: fused_nce, triton: needs a GPU" in said or torch.cuda.is_available()
+    assert record["rounds"] >= 3
+    assert (tmp_path / "bench.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_a_way_that_raises_or_is_too_large_is_left_out_with_its_reason(monkeypatch):
+    def broken(problem):
+        raise RuntimeError("cannot here\nmore")
+
+    monkeypatch.setitem(RIVALS, "lightly", Rival("lightly", broken))
+    problem = command.problem_of("nt_xent", 33, 8)
+    assert problem.n == 32
+    monkeypatch.setattr(command, "_peak_mib", lambda *_: None)
+    found = command.measured(problem, "float32", torch.device("cpu"), compiling=False)
+    assert found["left_out"]["lightly"] == "RuntimeError: cannot here"
+    assert "–" in command.table(found)
+    monkeypatch.setattr(command, "_available_bytes", lambda device: 1000)
+    found = command.measured(problem, "bfloat16", torch.device("cpu"), compiling=False)
+    assert "its scores would take" in found["left_out"]["eager torch"]
+    assert 1e-4 < found["ways"]["ours"]["gradient_error"] < 3e-2
+
+
+def test_every_loss_of_the_benchmark_has_a_size():
+    for loss in FORMULAS:
+        problem = command.problem_of(loss, 8, 8)
+        value = FORMULAS[loss].ours(*problem.inputs(), "chunked")
+        assert value.isfinite(), loss
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--n", "1"], "--n: must be at least 4, got 1"),
+        (["--device", "tpu?"], "--device: must be cpu or cuda, got 'tpu?'"),
+        (["--device", "meta"], "--device: must be cpu"),
+    ],
+)
+def test_a_bad_option_is_one_line(options, said, capsys):
+    assert cli.main(["bench", *options]) == cli.USERS
+    assert said in capsys.readouterr().err
