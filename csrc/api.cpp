@@ -1,5 +1,6 @@
 // The operators, their checks, and the module that says what was built.
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -8,6 +9,7 @@
 
 #include "atoms.h"
 #include "cpu/isa.h"
+#include "cpu/prefixes.h"
 #include "cpu/sweep.h"
 #include "cuda/machines.h"
 #include "cuda/plan.h"
@@ -96,6 +98,44 @@ LossTuple cpu_loss(FUSED_NCE_SCORES, const std::string& tail, double unit, doubl
              out});
   const auto [dq, dk, dscale, dbias] = gradients(in, out);
   return {found.pos, found.rows, dq, dk, dscale, dbias, found.columns};
+}
+
+using PrefixTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Statistics (`found` empty), gradients from given ones, or, with weights, both of a sum of losses.
+PrefixTuple cpu_prefixes(FUSED_NCE_SCORES, const Tensor& of_q, const Tensor& of_k, std::vector<int64_t> widths,
+                         const std::vector<double>& weights, double unit, const std::vector<Tensor>& found,
+                         bool need_q, bool need_k, bool need_sums, int64_t workspace_bytes) {
+  const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_sums, workspace_bytes);
+  const int64_t n = in.q.size(0), m = in.k.size(0), p = in.layout.n_pos, parts = static_cast<int64_t>(widths.size());
+  const int64_t s = static_cast<int64_t>(in.wanted.rows.size());
+  TORCH_CHECK_TYPE(in.q.scalar_type() == at::kFloat, "q is ", in.q.scalar_type(), ", needed: float32");
+  TORCH_CHECK_VALUE((Wanted::mask(in.wanted.rows) & ~kFused) == 0 && !in.layout.positives.defined() && bias == 0.0,
+                    "stats are ", in.wanted.rows, ", needed: neg_lse, neg_max and square alone, of columns");
+  const auto options = floats(in.q);
+  PrefixTask task{.statistics = found.empty(),
+                  .gradients = need_q || need_k || need_sums,
+                  .widths = std::move(widths),
+                  .weights = weights,
+                  .unit = static_cast<float>(unit),
+                  .of_q = coefficients("of_q", of_q, {parts, n}),
+                  .of_k = coefficients("of_k", of_k, {parts, m})};
+  TORCH_CHECK_VALUE(!task.statistics || !task.gradients || weights.size() == task.widths.size(), "weights has ",
+                    weights.size(), " numbers, needed: one of each prefix");
+  if (task.statistics) {
+    task.pos = at::full({parts, n, p}, std::numeric_limits<float>::quiet_NaN(), options);
+    task.rows = at::empty({parts, s, n}, options);
+  } else {
+    task.pos = coefficients("pos", found.at(0), {parts, n, p});
+    task.rows = coefficients("rows", found.at(1), {parts, s, n});
+    task.d_pos = coefficients("d_pos", found.at(2), {parts, n, p});
+    task.d_rows = coefficients("d_rows", found.at(3), {parts, s, n});
+  }
+  task.out = new_gradients(in);
+  task.row_sums = at::zeros({task.gradients ? parts : 0, n}, options);
+  task.line_sums = at::zeros({task.gradients ? parts : 0, m}, options);
+  sweep_prefixes(in, task);
+  return {task.pos, task.rows, task.out.dq, task.out.dk, task.row_sums, task.line_sums};
 }
 
 // One atom over a float tensor, for the parity test with its twin in torch: (value, derivative), or (value,).
@@ -222,6 +262,10 @@ TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
         "Tensor pos, Tensor found_rows, Tensor found_columns, Tensor d_pos, Tensor d_rows, Tensor d_columns, "
         "bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
         "(Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
+  m.def("cpu_prefixes(" FUSED_NCE_SCHEMA
+        "Tensor of_q, Tensor of_k, int[] widths, float[] weights, float unit, Tensor[] found, bool need_q, "
+        "bool need_k, bool need_sums, int workspace_bytes) -> "
+        "(Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor row_sums, Tensor line_sums)");
   m.def("cpu_loss(" FUSED_NCE_SCHEMA
         "str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
         "(Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias, Tensor columns)");
@@ -231,6 +275,7 @@ TORCH_LIBRARY_IMPL(fused_nce, CPU, m) {
   m.impl("cpu_stats", &cpu_stats);
   m.impl("cpu_grads", &cpu_grads);
   m.impl("cpu_loss", &cpu_loss);
+  m.impl("cpu_prefixes", &cpu_prefixes);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -243,6 +288,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("need_q") = true, py::arg("need_k") = true, py::arg("need_scale") = false, py::arg("shared") = false,
         py::arg("labels") = false, py::arg("row_stats") = Names{kNegLse, kNegMax, kSquare},
         py::arg("column_stats") = Names{});
+  m.def("prefix_workspace_bytes", &prefix_workspace_bytes, "of the plan of several prefixes; 0 where none fits");
   m.def(
       "names",
       [] {

@@ -107,6 +107,12 @@ struct TwoSided {
   float unit, square;  // the weight is unit * the sides' sum, and square * s
 };
 
+// Inverse norms of a prefix.
+struct Norms {
+  const float* rows;   // (lanes), padding 0
+  const float* lines;  // (columns)
+};
+
 // The row kernels of one instruction set.
 struct RowKernels {
   const char* name;
@@ -136,6 +142,11 @@ struct RowKernels {
   void (*interleave)(const uint16_t* even, const uint16_t* odd, uint32_t* out, int64_t count);
   void (*widen_bf16)(const uint16_t* in, float* out, int64_t count);
   void (*widen_fp16)(const uint16_t* in, float* out, int64_t count);
+  // Of prefixes: the tile's cosines from unnormalised products (columns, lanes).
+  void (*cosines)(const Tile&, const Norms&, const float* products);
+  // Writes, or adds, dL/d product to `total` (columns, lanes), and adds w * cosine to the sums of rows and of lines.
+  void (*weigh_cosines)(const Tile&, const Scoring&, const Coefficients&, const Norms&, float* total, bool add,
+                        float* row_sums, float* line_sums);
 };
 
 }  // namespace fused_nce

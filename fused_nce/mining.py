@@ -53,12 +53,12 @@ def mine_hard_negatives(
         query_ids: (N,) int64; rows of the corpus with the query's id are left out.
         corpus_ids: (M,) int64, with `query_ids`.
         normalize: scores are cosines; otherwise dot products.
-        range_min: so many of the highest that are neither positives nor of the query's id are passed over.
-        range_max: none beyond this rank; None for no end.
+        range_min: so many of the highest that all else leaves are passed over.
+        range_max: none beyond this rank among those that are neither positives nor of the query's id; None for no end.
         min_score: none that scores less.
         max_score: none that scores more.
-        absolute_margin: none above the query's highest positive less this; needs positives.
-        relative_margin: none above the query's highest positive less this share of its magnitude; needs positives.
+        absolute_margin: none above the query's lowest positive less this; needs positives.
+        relative_margin: none above the query's lowest positive less this share of its magnitude; needs positives.
         progress: show a bar, where tqdm is installed.
 
     Returns:
@@ -103,15 +103,12 @@ def mine_hard_negatives(
             kept = kept & (scores <= ceiling[rows, None])
         return kept if min_score is None else kept & (scores >= min_score)
 
-    ranked = range_min if range_max is None else range_max
-    scores, indices = top_k(queries, corpus, min(k + ranked, m), valid=wanted, progress=progress)
-    if ranked:  # of all candidates, the ranks that count, or those to pass over
-        _, every = top_k(queries, corpus, min(ranked, m), valid=candidate, progress=progress)
-        passed = (indices[:, :, None] == every[:, None, :range_min]).any(dim=2)
-        if range_max is not None:
-            passed |= ~(indices[:, :, None] == every[:, None, range_min:]).any(dim=2)
-        scores, order = scores.masked_fill(passed, float("-inf")).sort(dim=1, descending=True, stable=True)
-        indices = indices.gather(1, order)
+    deep = min(range_min + k if range_max is None else range_max, m)
+    scores, indices = top_k(queries, corpus, deep, valid=wanted, progress=progress)
+    if range_max is not None:  # ranks are of all candidates
+        every, _ = top_k(queries, corpus, deep, valid=candidate, progress=progress)
+        scores = scores.masked_fill(scores < every[:, -1:], float("-inf"))
+    scores, indices = scores[:, range_min:], indices[:, range_min:]  # fault: mined-range-kept
     missing = max(0, k - scores.shape[1])
     scores = torch.nn.functional.pad(scores[:, :k], (0, missing), value=float("-inf"))
     indices = torch.nn.functional.pad(indices[:, :k], (0, missing), value=-1)
@@ -207,12 +204,12 @@ def _ceiling(
         checks.check_number(name, margin)
         if own is None:
             raise ValueError(f"{name}: got {margin} without positives, need some")
-        best = torch.full((queries.shape[0],), float("-inf"), dtype=wide, device=queries.device)
+        best = torch.full((queries.shape[0],), float("inf"), dtype=wide, device=queries.device)
         for column in own.T:
             scores = (queries.to(wide) * corpus[column.clamp(min=0)].to(wide)).sum(dim=1)
-            best = torch.maximum(best, scores.masked_fill(column < 0, float("-inf")))
+            best = torch.minimum(best, scores.masked_fill(column < 0, float("inf")))
         line = best - margin * (best.abs() if name == "relative_margin" else 1.0)
-        lines.append(line.masked_fill(best == float("-inf"), float("inf")))  # without a positive nothing is near it
+        lines.append(line.masked_fill(best == float("inf"), float("inf")))  # without a positive nothing is near it
     return torch.stack(lines).amin(dim=0) if lines else None
 
 

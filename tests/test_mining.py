@@ -25,8 +25,8 @@ def dense(queries, corpus, k, **options):
             j
             for j in row.argsort(descending=True).tolist()
             if j not in own and (ids is None or options["corpus_ids"][j] != ids[i])
-        ][options.get("range_min", 0) : options.get("range_max")]
-        best = max((float(row[j]) for j in own), default=None)
+        ][: options.get("range_max")]
+        best = min((float(row[j]) for j in own), default=None)
         limits = [options.get("max_score")]
         if best is not None:
             limits += [
@@ -35,7 +35,8 @@ def dense(queries, corpus, k, **options):
                 if x in options
             ]
         high = min((x for x in limits if x is not None), default=float("inf"))
-        found.append([j for j in ranked if options.get("min_score", -9) <= row[j] <= high][:k])
+        left = [j for j in ranked if options.get("min_score", -9) <= row[j] <= high]
+        found.append(left[options.get("range_min", 0) :][:k])
     return found, s
 
 
@@ -76,7 +77,7 @@ def test_memory_is_bounded(monkeypatch):
     monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", "1")
     queries, corpus = torch.randn(4000, 8), torch.randn(4000, 8)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        mine_hard_negatives(queries, corpus, 3, absolute_margin=0.1, positives=torch.arange(4000), progress=False)
+        mine_hard_negatives(queries, corpus, 3, positives=torch.arange(4000), range_min=5, range_max=20, progress=False)
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_nce import _extension
+from fused_nce.backends import cpu_prefixes
 from fused_nce.core import defaults, workspace
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
 from fused_nce.core.spec import TORCH_ALONE, VOCABULARY, Bias, Block, Index, Labels, Spec
@@ -23,7 +24,7 @@ from fused_nce.core.tails import KERNEL_TAILS, Coefficients, Tail
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BOTH_WAYS = True  # `loss` finds the statistics of columns too
-ATOMS = VOCABULARY - TORCH_ALONE - {"mixed"}
+ATOMS = (VOCABULARY - TORCH_ALONE - {"mixed"}) | {"prefixes"}
 losses = gathered_scores = gathered_grads = None
 
 
@@ -36,6 +37,8 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
         return f"its kernels run on the CPU, not on {q.device}"
     if q.dtype not in DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+    if spec.prefixes:
+        return cpu_prefixes.why_not(module, spec, q.shape[0], k.shape[0], q.shape[1], workspace.limit_bytes("cpu"))
     # fault: cpu-plan-forgets
     return _no_room(module, spec, q.shape[0], k.shape[0], q.shape[1], q.dtype, workspace.limit_bytes("cpu"), k is q)
 
@@ -58,6 +61,9 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
     dtypes = [dtype for dtype in DTYPES if dtype.itemsize == dtype_bytes]
     if not dtypes:
         raise ValueError(f"dtype: got one of {dtype_bytes} bytes, need float32, bfloat16 or float16 for 'cpu'")
+    if spec.prefixes:
+        wide = 4 * d * (n + m) if dtype_bytes < 4 else 0
+        return wide + cpu_prefixes.workspace_bytes(module, spec, n, m, d, limit_bytes)
     shared = spec.drop_self
     plans = [plan for dtype in dtypes for plan in _plans(module, spec, n, m, d, dtype, limit_bytes, shared=shared)]
     return max(int(plan["total_bytes"]) for plan in plans)
@@ -65,12 +71,16 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
 
 def stats(problem: Problem) -> Statistics:
     """One score GEMM, tile by tile."""
+    if problem.spec.prefixes:
+        return cpu_prefixes.stats(problem, _arguments(problem))
     pos, rows, columns = torch.ops.fused_nce.cpu_stats(*_arguments(problem), _limit())
     return Statistics(pos, rows, columns if problem.spec.columns else None)
 
 
 def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
     """The scores again, and one GEMM a gradient."""
+    if problem.spec.prefixes:
+        return cpu_prefixes.grads(problem, statistics, coefficients, needs, _arguments(problem))
     none = statistics.rows.new_empty(0, problem.m)
     given = (
         x if x is not None else none
@@ -87,6 +97,8 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
     not hold until then are computed twice. Symmetric scores, of one matrix in both roles, take half of it all.
     """
     spec = problem.spec
+    if spec.prefixes:
+        return cpu_prefixes.loss(problem, tail, needs, _arguments(problem))
     unit, n_scores = tail.unit(problem.n * tail.per_row(spec)), problem.n * problem.m
     if type(tail) not in KERNEL_TAILS:
         found = stats(problem)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_nce.backends import gathered
-from fused_nce.core import atoms
+from fused_nce.core import atoms, prefixes
 from fused_nce.core.defaults import slopes, summary  # noqa: F401  (handed on)
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import VOCABULARY, Bias, Separate, Spec
@@ -36,19 +36,26 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
 
 def stats(problem: Problem) -> Statistics:
     """Statistics of the whole score matrix."""
+    if problem.spec.prefixes:
+        return prefixes.joined([stats(part)[:2] for part in prefixes.problems(problem)])
     return _fold(problem, _scores(problem).x)
 
 
 def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
     """Gradients from finished statistics; the scores are computed again."""
+    if problem.spec.prefixes:
+        return _descend_prefixes(problem, statistics, coefficients, needs)
     return _descend(problem, _scores(problem), statistics, coefficients, needs)
 
 
 def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
     """Statistics, then gradients, from the same scores."""
-    scores, spec = _scores(problem), problem.spec
+    spec, unit = problem.spec, tail.unit(problem.n * tail.per_row(problem.spec))
+    if spec.prefixes:
+        found = stats(problem)
+        return found, grads(problem, found, tail.slopes(spec, *found, unit), needs)
+    scores = _scores(problem)
     found = _fold(problem, scores.x)
-    unit = tail.unit(problem.n * tail.per_row(spec))
     coefficients = tail.coefficients(spec, *found, unit, 1.0, problem.n * problem.m)
     return found, _descend(problem, scores, found, coefficients, needs)
 
@@ -114,3 +121,24 @@ def _descend(
         (w * r).sum() if needs.scale else none,
         on_t.sum() if needs.scale and isinstance(spec.transform, Bias) else None,
     )
+
+
+def _descend_prefixes(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
+    """The sum over the prefixes, each through the norms of its rows: dx = (dx̂ − ⟨dx̂, x̂⟩·x̂) / ‖x‖."""
+    p, spec, wide = problem, problem.spec, statistics.rows.dtype
+    none = statistics.rows.new_empty(0)
+    total = {"q": p.q.new_zeros(p.q.shape, dtype=wide), "k": p.k.new_zeros(p.k.shape, dtype=wide)}
+    norms = {"q": prefixes.inverse_norms(spec, p.q), "k": prefixes.inverse_norms(spec, p.k)}
+    d_scale = p.q.new_zeros((), dtype=wide)
+    given = (prefixes.split(spec, *x[:2]) for x in (statistics, coefficients))
+    of = zip(prefixes.problems(p), *given, strict=True)
+    for i, (part, found, d) in enumerate(of):
+        out = grads(part, Statistics(*found), Coefficients(*d), needs)
+        for name, x, dx in (("q", part.q, out.dq), ("k", part.k, out.dk)):
+            if dx.numel():
+                along = (dx * x).sum(dim=1, keepdim=True)
+                total[name][:, : spec.prefixes[i]] += norms[name][i][:, None] * (dx - along * x)
+        if needs.scale:
+            d_scale += out.dscale
+    dq, dk = total["q"] if needs.q else none, total["k"] if needs.k and not p.shared else none
+    return Gradients(dq, dk, d_scale if needs.scale else none)

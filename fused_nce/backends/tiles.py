@@ -7,6 +7,7 @@ made of, in three buffers that it overwrites as it goes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -18,14 +19,16 @@ from fused_nce.core.spec import FILTERS, STATISTICS, Bias, Spec
 from fused_nce.core.statistics import Scores
 from fused_nce.core.tails import Coefficients
 
-FAST = frozenset({"block", "index", "separate", "identity", "tanh_clip", "drop_self", "self", "mixed", *STATISTICS})
+FAST = frozenset(
+    {"block", "index", "separate", "identity", "tanh_clip", "drop_self", "self", "mixed", "prefixes", *STATISTICS}
+)
 
 
 def kind(spec: Spec) -> type[Tile]:
     """The cheapest tile that can run a spec."""
     if spec.atoms <= FAST:
         return LseTile
-    if spec.atoms <= FAST | set(FILTERS):
+    if spec.atoms <= FAST | {*FILTERS, "several"}:
         return FilteredTile
     return SortTile if spec.whole_rows else AtomTile
 
@@ -58,22 +61,36 @@ class Tile(ABC):
     BUFFERS: int  # score-sized tensors alive together
     HELD = 1  # of them, allocated once for all tiles
 
-    def __init__(self, problem: Problem, rows: slice, panel: slice, buffers: Tensor, lse: Tensor | None) -> None:
-        """`lse` (strip,) is neg_lse, once it is known: a shift for exponentials."""
+    def __init__(
+        self,
+        problem: Problem,
+        rows: slice,
+        panel: slice,
+        buffers: Tensor,
+        lse: Tensor | None,
+        multiply: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """`lse` (strip,) is neg_lse, once it is known: a shift for exponentials. `multiply` fills the buffer that it is
+        given with the dot products, of a prefix; None is those of q and k.
+        """
         self.p, self.spec = problem, problem.spec
         self.rows, self.columns = range(rows.start, rows.stop), range(panel.start, panel.stop)
-        q, k = problem.q[rows].to(buffers.dtype), problem.k[panel].to(buffers.dtype)  # fault: strided-input-read
         self.own = self.itself = None
         if self.spec.n_pos and problem.positives is None:
             self.own = Places(atoms.positive_columns(problem, self.rows), panel)
         if self.spec.drop_self:
             self.itself = Places(atoms.self_columns(problem, self.rows)[:, None], panel)
-        self.buffers = buffers[:, : q.shape[0] * k.shape[0]].view(-1, q.shape[0], k.shape[0])
-        # fault: scores-through-bfloat16
-        self.r = torch.mm(q, k.T, out=self.buffers[0])  # (strip, panel) ⟨q,k⟩ or −½‖q − k‖², unscaled
-        if self.spec.distance:
-            atoms.to_half_distances(self.r, q, k)
+        shape = len(self.rows), len(self.columns)
+        self.buffers = buffers[:, : shape[0] * shape[1]].view(-1, *shape)
+        # (strip, panel) ⟨q,k⟩ or −½‖q − k‖², unscaled
+        self.r = self._products(rows, panel) if multiply is None else multiply(self.buffers[0])
         self.bias_sum: Tensor | None = None  # 0-d Σ dL/dt, of a bias
+
+    def _products(self, rows: slice, panel: slice) -> Tensor:
+        wide = self.buffers.dtype
+        q, k = self.p.q[rows].to(wide), self.p.k[panel].to(wide)  # fault: strided-input-read
+        r = torch.mm(q, k.T, out=self.buffers[0])  # fault: scores-through-bfloat16
+        return atoms.to_half_distances(r, q, k) if self.spec.distance else r
 
     @abstractmethod
     def fold(self, pos: Tensor) -> Tensor:
@@ -89,8 +106,16 @@ class AtomTile(Tile):
 
     BUFFERS = 12
 
-    def __init__(self, problem: Problem, rows: slice, panel: slice, buffers: Tensor, lse: Tensor | None) -> None:
-        super().__init__(problem, rows, panel, buffers, lse)
+    def __init__(
+        self,
+        problem: Problem,
+        rows: slice,
+        panel: slice,
+        buffers: Tensor,
+        lse: Tensor | None,
+        multiply: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(problem, rows, panel, buffers, lse, multiply)
         s = self.r * problem.scale
         t = atoms.transform_value(self.spec.transform, s, problem.bias)
         self.x = Scores(s, t, atoms.sets(problem, self.rows, self.columns, self.r))
@@ -130,8 +155,16 @@ class LseTile(Tile):
 
     BUFFERS = HELD = 3  # s, t and w of a tile are alive together
 
-    def __init__(self, problem: Problem, rows: slice, panel: slice, buffers: Tensor, lse: Tensor | None) -> None:
-        super().__init__(problem, rows, panel, buffers, lse)
+    def __init__(
+        self,
+        problem: Problem,
+        rows: slice,
+        panel: slice,
+        buffers: Tensor,
+        lse: Tensor | None,
+        multiply: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(problem, rows, panel, buffers, lse, multiply)
         r, x, e, *rest = self.buffers
         clip = self.spec.clip
         self.factor = clip or 1.0

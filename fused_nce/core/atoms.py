@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from fused_nce.core.spec import Bias, Block, Dist, Identity, Index, Labels, SqDist, TanhClip, Transform
+from fused_nce.core.spec import Bias, Block, Dist, Identity, Index, Labels, Several, SqDist, TanhClip, Transform
 from fused_nce.core.statistics import STATISTIC, Scores, Sets
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ def row_ids(problem: Problem, rows: range) -> Tensor | None:
     layout = problem.spec.layout
     if isinstance(layout, Block):
         return image_of_rows(layout, rows, problem.offset, problem.q.device)
-    return None if problem.row_ids is None else problem.row_ids[rows.start : rows.stop]
+    if problem.row_ids is None or isinstance(layout, Several):
+        return None
+    return problem.row_ids[rows.start : rows.stop]
 
 
 def column_ids(problem: Problem, columns: range) -> Tensor:
@@ -69,7 +71,7 @@ def at_positives(problem: Problem, columns: Tensor | None) -> Tensor | None:
 
 
 def left_out(problem: Problem, rows: range, columns: range, r: Tensor, room: Tensor | None = None) -> Tensor | None:
-    """What the filters take out of a tile's negatives, (N, m) bool; None without a filter.
+    """What the filters, or the layout `Several`, take out of a tile's negatives, (N, m) bool; None without either.
 
     Args:
         problem: with its ceilings and, for `guide`, its guides.
@@ -79,6 +81,11 @@ def left_out(problem: Problem, rows: range, columns: range, r: Tensor, room: Ten
         room: (N, m), for those of the guides.
     """
     found: Tensor | None = None
+    if isinstance(problem.spec.layout, Several):
+        place = cast(Tensor, problem.row_ids)[rows.start : rows.stop] - columns.start
+        place = torch.where((place >= 0) & (place < len(columns)), place, len(columns))
+        room_for_none = torch.zeros(len(rows), len(columns) + 1, dtype=torch.bool, device=place.device)
+        found = room_for_none.scatter_(1, place, True)[:, :-1]  # fault: several-panels
     for name, ceilings in zip(problem.spec.filters, () if problem.ceilings is None else problem.ceilings, strict=True):
         heights = r
         if name == "guide":
@@ -184,6 +191,9 @@ def merge_two(names: Sequence[str], one: Tensor, two: Tensor) -> Tensor:
     Raises:
         TypeError: for one that needs whole rows.
     """
+    if one.shape[0] > len(names):  # of several prefixes
+        halves = (x.split(len(names)) for x in (one, two))
+        return torch.cat([merge_two(names, a, b) for a, b in zip(*halves, strict=True)])
     parts = [dict(zip(names, part, strict=True)) for part in (one, two)]
     rules = [STATISTIC[name].merge for name in names]
     if None in rules:
@@ -199,6 +209,8 @@ def merge_tiles(names: Sequence[str], parts: list[Tensor]) -> Tensor:
     while len(parts) > 1:
         pairs = [merge_two(names, a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
         parts = pairs + parts[2 * len(pairs) :]
+    if parts[0].shape[0] > len(names):
+        return torch.cat([merge_tiles(names, [part]) for part in parts[0].split(len(names))])
     named = dict(zip(names, parts[0], strict=True))
     derived = {name: rule(named) for name in names if (rule := STATISTIC[name].derive) is not None}
     return torch.stack([derived.get(name, value) for name, value in named.items()]) if derived else parts[0]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_nce.core.spec import Bias, Block, Index, Labels, Separate, Spec, TanhClip
+from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Several, Spec, TanhClip
 from fused_nce.core.statistics import STATISTIC
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -227,8 +227,25 @@ def check_scores(
         check_scale("bias", 0.0 if bias is None else bias, q.device)
     elif bias is not None:
         raise ValueError(f"bias: got one with {spec.transform.code}, need the transform Bias()")
+    _check_prefixes(q, spec)
     _check_layout(q, k, spec, offset, positives, row_ids, column_ids)
     _check_filters(q, k, spec, ceilings, guide)
+
+
+def _check_prefixes(q: Tensor, spec: Spec) -> None:
+    """Ascending widths, and what they go with."""
+    if not spec.prefixes:
+        return
+    if (
+        list(spec.prefixes) != sorted(set(spec.prefixes))
+        or not 1 <= spec.prefixes[0] <= spec.prefixes[-1] <= q.shape[1]
+    ):
+        raise ValueError(f"prefixes: got {spec.prefixes}, need ascending widths from 1 to D = {q.shape[1]}")
+    if spec.columns or spec.whole_rows or not isinstance(spec.transform, (Identity, TanhClip)):
+        seen = f"{spec.transform.code}, stats {spec.stats} and columns {spec.columns}"
+        raise ValueError(
+            f"prefixes: got them with {seen}, need an identity or a clip, and statistics of rows that merge"
+        )
 
 
 def _check_filters(
@@ -244,7 +261,7 @@ def _check_filters(
         raise ValueError(f"spec: got filters {spec.filters} with {spec.transform.code}, need scores of dot products")
     if ("guide" in spec.filters) != (guide is not None):
         raise ValueError(f"guide: got {'none' if guide is None else 'one'} with the filters {spec.filters}, need both")
-    given = [("ceilings", ceilings, (len(spec.filters), n), "(F, N)")]
+    given = [("ceilings", ceilings, (spec.parts * len(spec.filters), n), "(F, N)")]
     if guide is not None:
         width = guide[0].shape[-1]
         given += [("guide rows", guide[0], (n, width), "(N, G)"), ("guide columns", guide[1], (m, width), "(M, G)")]
@@ -266,16 +283,21 @@ def _check_layout(
 ) -> None:
     n, m, layout = q.shape[0], k.shape[0], spec.layout
     given = {"positives": positives, "row_ids": row_ids, "column_ids": column_ids}
-    wanted = {Separate: ("positives",), Index: ("row_ids",), Labels: ("row_ids", "column_ids")}.get(type(layout), ())
+    names = {Separate: ("positives",), Labels: ("row_ids", "column_ids"), Index: ("row_ids",), Several: ("row_ids",)}
+    wanted = names.get(type(layout), ())
     for name, x in given.items():
         if x is not None and name not in wanted:
             raise ValueError(f"{name}: got a tensor with the layout {layout.code}, need None")
     if isinstance(layout, Separate):
         check_tensor("positives", positives, ("N", "P"))  # type: ignore[arg-type]
-        if positives.shape != (n, layout.p) or positives.device != q.device:  # type: ignore[union-attr]
+        if positives.shape != (n, spec.parts * layout.p) or positives.device != q.device:  # type: ignore[union-attr]
             seen = f"shape {tuple(positives.shape)} on {positives.device}"  # type: ignore[union-attr]
-            raise ValueError(f"positives: got {seen}, need (N, P) = {(n, layout.p)} on {q.device}")
-    if "row_ids" in wanted:
+            raise ValueError(f"positives: got {seen}, need (N, P) = {(n, spec.parts * layout.p)} on {q.device}")
+    if isinstance(layout, Several):
+        if not isinstance(row_ids, Tensor) or row_ids.dtype != torch.int64 or row_ids.shape != (n, layout.p):
+            seen = f"{row_ids.dtype} {tuple(row_ids.shape)}" if isinstance(row_ids, Tensor) else type(row_ids).__name__
+            raise ValueError(f"row_ids: got {seen}, need int64 of (N, p) = {(n, layout.p)}")
+    elif "row_ids" in wanted:
         check_ids("targets" if isinstance(layout, Index) else "row_ids", row_ids, n, "N", q.device)
     if "column_ids" in wanted:
         check_ids("column_ids", column_ids, m, "M", q.device)

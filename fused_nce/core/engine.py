@@ -105,7 +105,7 @@ def tile_stats(
 
     Returns:
         `pos` (N, P), (N,) each of `spec.stats`, (M,) each of `spec.columns` as `column_` and its name; float32 (float64
-        for float64 inputs).
+        for float64 inputs). With K prefixes `pos` is (N, K·P) and each statistic (K, N).
 
     Raises:
         ValueError, TypeError: naming the argument, the value seen and the value needed.
@@ -122,7 +122,7 @@ def tile_stats(
         else:
             (scores,) = remote.spread(scores, spec, everyone)
     pos, rows, columns = torch.ops.fused_nce.stats(*scores, backend or "")
-    named = dict(zip(spec.stats, rows.unbind(0), strict=True))
+    named = dict(zip(spec.stats, by_statistic(spec, rows), strict=True))
     named |= {f"column_{name}": x for name, x in zip(spec.columns, columns.unbind(0), strict=True)}
     for name, x in named.items():
         if STATISTIC[name.removeprefix("column_")].weight is None:
@@ -205,9 +205,13 @@ def tile_loss(
         group=group,
         backend=backend,
     )
-    return LossParts(
-        out.loss, out.nce, out.penalty, out.report, out.pos, dict(zip(spec.stats, out.rows.unbind(0), strict=True))
-    )
+    rows = dict(zip(spec.stats, by_statistic(spec, out.rows), strict=True))
+    return LossParts(out.loss, out.nce, out.penalty, out.report, out.pos, rows)
+
+
+def by_statistic(spec: Spec, rows: Tensor) -> tuple[Tensor, ...]:
+    """(N,) of each statistic; with prefixes (K, N)."""
+    return rows.unflatten(0, (spec.parts, -1)).unbind(1) if spec.prefixes else rows.unbind(0)
 
 
 def loss_of(

@@ -10,7 +10,7 @@ All layouts are one idea: column j is a positive of row i iff their ids are equa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
@@ -35,16 +35,16 @@ MARGINS = frozenset(
 FILTERS = ("ceiling", "guide")
 """What may take a column out of a row's negatives: its dot product, or that of two guides, above the row's ceiling."""
 
-TORCH_ALONE = MARGINS | frozenset({*FILTERS, "neg_sum", "neg_count"})
-"""Atoms of torch alone so far, without twins in a kernel."""
+TORCH_ALONE = MARGINS | frozenset({*FILTERS, "several", "neg_sum", "neg_count", "prefixes"})
+"""Atoms of torch alone so far, without twins in a kernel; of prefixes the CPU's kernels have one."""
 
 VOCABULARY = TORCH_ALONE | frozenset(
     {
-        *("block", "index", "labels", "separate"),  # layouts
+        *("block", "index", "labels", "separate", "several"),  # layouts
         *("identity", "tanh_clip", "bias"),  # transforms
         *STATISTICS,
         *("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap"),
-        *("columns", "drop_self", "self", "mixed"),  # see `Spec.atoms` and `dispatch.why_not`
+        *("columns", "drop_self", "self", "mixed", "prefixes"),  # see `Spec.atoms` and `dispatch.why_not`
     }
 )
 """Every atom that a spec can name. A backend's `ATOMS` says which of them it can run; `core/statistics.py` and
@@ -111,6 +111,19 @@ class Separate:
 
 
 @dataclass(frozen=True)
+class Several:
+    """Row i's positives are the columns `row_ids[i]`, (p,), −1 for none: no negatives, and no `pos`."""
+
+    NAME: ClassVar[str] = "several"
+    p: int = 1
+
+    @property
+    def code(self) -> str:
+        """`several(4)`."""
+        return f"{self.NAME}({self.p})"
+
+
+@dataclass(frozen=True)
 class Identity:
     """t = s."""
 
@@ -155,7 +168,7 @@ class Dist:
     code = "dist()"
 
 
-Layout = Block | Index | Labels | Separate
+Layout = Block | Index | Labels | Separate | Several
 Transform = Identity | TanhClip | Bias | SqDist | Dist
 
 
@@ -172,6 +185,8 @@ class Spec:
         unit_norm: the caller guarantees ‖q_i‖ = ‖k_j‖ = 1, so |s| <= scale where that is a number, and a kernel
             needs no running maximum.
         filters: of `FILTERS`: columns that they find leave the set `neg` alone; each has a line of `ceilings`, (N,).
+        prefixes: K widths, ascending: of each the statistics of the operands' first columns, normalised anew
+            (`core/prefixes.py`); every (S, N) becomes (K·S, N), `pos` (N, K·P) and `ceilings` (K·F, N).
     """
 
     layout: Layout
@@ -181,6 +196,7 @@ class Spec:
     drop_self: bool = False
     unit_norm: bool = False
     filters: tuple[str, ...] = ()
+    prefixes: tuple[int, ...] = ()
 
     @property
     def code(self) -> str:
@@ -197,6 +213,8 @@ class Spec:
             words.append("unit_norm()")
         if self.filters:
             words.append(f"filters({','.join(self.filters)})")
+        if self.prefixes:
+            words.append(f"prefixes({','.join(map(str, self.prefixes))})")
         return " ".join(words)
 
     @property
@@ -222,8 +240,18 @@ class Spec:
         return self.layout
 
     @property
+    def parts(self) -> int:
+        """K, or 1 without prefixes."""
+        return len(self.prefixes) or 1
+
+    @property
+    def one(self) -> Spec:
+        """Of one prefix alone."""
+        return replace(self, prefixes=()) if self.prefixes else self
+
+    @property
     def n_pos(self) -> int:
-        """P, the width of `pos`: 0 where a row may have any number of positives."""
+        """P, the width of `pos` (of each prefix): 0 where a row may have any number of positives."""
         if isinstance(self.layout, Block):
             return self.layout.n_c - self.drop_self
         return self.layout.p if isinstance(self.layout, Separate) else int(isinstance(self.layout, Index))
@@ -231,12 +259,13 @@ class Spec:
     @property
     def atoms(self) -> frozenset[str]:
         """The names in `VOCABULARY` that a backend must know to run this."""
-        flags = {name for name, used in (("columns", self.columns), ("drop_self", self.drop_self)) if used}
+        given = ("columns", self.columns), ("drop_self", self.drop_self), ("prefixes", self.prefixes)
+        flags = {name for name, used in given if used}
         return frozenset({self.layout.NAME, self.transform.NAME, *self.stats, *self.columns, *flags, *self.filters})
 
 
 _code = cached(Spec._written)
-LAYOUTS: dict[str, type[Layout]] = {x.NAME: x for x in (Block, Index, Labels, Separate)}
+LAYOUTS: dict[str, type[Layout]] = {x.NAME: x for x in (Block, Index, Labels, Separate, Several)}
 TRANSFORMS: dict[str, type[Transform]] = {x.NAME: x for x in (Identity, TanhClip, Bias, SqDist, Dist)}
 
 
@@ -258,7 +287,7 @@ def parse(code: str) -> Spec:
         or transform not in TRANSFORMS
         or not VOCABULARY.issuperset((*stats, *columns))
         or not set(FILTERS).issuperset(filters)
-        or not {"columns", "drop_self", "unit_norm", "filters"}.issuperset(extra)
+        or not {"columns", "drop_self", "unit_norm", "filters", "prefixes"}.issuperset(extra)
     ):
         raise ValueError(
             f"spec: got {code!r}, need one of {', '.join(LAYOUTS)}, one of {', '.join(TRANSFORMS)}, "
@@ -272,6 +301,7 @@ def parse(code: str) -> Spec:
         "drop_self" in extra,
         "unit_norm" in extra,
         filters,
+        tuple(map(int, extra.get("prefixes", ()))),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, NamedTuple
@@ -72,6 +73,12 @@ class Tail(ABC):
 
     def _written(self) -> str:
         return f"{self.NAME}({self.penalty!r},{self.reduction},{self.weight!r})"
+
+    @classmethod
+    def read(cls, values: Sequence[str]) -> Tail:
+        """What `code` wrote between its brackets."""
+        penalty, reduction, *weight = values
+        return cls(float(penalty), reduction, *map(float, weight))
 
     @property
     def stats(self) -> tuple[str, ...]:
@@ -435,7 +442,7 @@ class SemihardTriplets(_Sums):
 
 
 MARGIN_TAILS: tuple[type[Tail], ...] = (Hardest, Pairs, AllTriplets, SemihardTriplets)
-_code = cached(Tail._written)
+_code = cached(lambda tail: tail._written())  # of its own class
 REPORT = Nce.REPORT
 KERNEL_TAILS = (Nce, LogOut, LogIn, Sigmoid)  # whose coefficients the kernels of `csrc` find, in its order
 ALL: tuple[type[Tail], ...] = (*KERNEL_TAILS, *MARGIN_TAILS)
@@ -452,5 +459,4 @@ def parse(code: str) -> Tail:
     name, _, rest = code.partition("(")
     if name not in TAILS:
         raise ValueError(f"tail: got {code!r}, need one of {', '.join(TAILS)}")
-    penalty, reduction, *weight = rest.removesuffix(")").split(",")
-    return TAILS[name](float(penalty), reduction, *map(float, weight))
+    return TAILS[name].read(rest.removesuffix(")").split(","))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fused_nce.core import atoms, workspace
+from fused_nce.core import atoms, prefixes, workspace
 from fused_nce.core.problem import Problem
 from fused_nce.core.spec import Separate
 from fused_nce.core.statistics import STATISTIC, Scores, poison
@@ -58,6 +58,9 @@ def gradients(
 
 def statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """(N, P) positives, (S, N) row and (S', M) column statistics, differentiable in what the problem is made of."""
+    if problem.spec.prefixes:
+        each = [statistics(part) for part in prefixes.problems(problem)]
+        return torch.cat([x for x, *_ in each], dim=1), torch.cat([x for _, x, _ in each]), each[0][2]
     p, wide = problem, torch.promote_types(problem.q.dtype, torch.float32)
     strip = max(1, workspace.limit_bytes(p.q.device.type) // (p.m * wide.itemsize * BUFFERS))
     if p.spec.columns:

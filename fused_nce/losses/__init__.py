@@ -15,6 +15,7 @@ from fused_nce.losses.cpc import CPCLoss, cpc_nce
 from fused_nce.losses.dim import DIMLoss, dim_mi
 from fused_nce.losses.gaussian_kl import GaussianKLLoss, gaussian_kl
 from fused_nce.losses.info_nce import InfoNCELoss, info_nce
+from fused_nce.losses.info_nce_oracle import oracle as _oracle  # noqa: F401  (and its examples)
 from fused_nce.losses.mine import MINELoss, mine_dv
 from fused_nce.losses.moco import MoCoLoss, moco_nce
 from fused_nce.losses.npid import NPIDSoftmaxLoss, npid_softmax

@@ -15,28 +15,32 @@ tile is held. What the blocks give is joined in plain torch on (N,) vectors: sof
 | a bias a column | more dimensions: ⟨(q, 1), (k, b / scale)⟩ |
 | label smoothing | the statistics `neg_sum` and `neg_count` |
 | debiasing, row weights | the tail |
-| prefixes | one call each, of operands cut and normalised anew |
+| several positives, soft targets | `losses/targets.py`: the layout `Several`, and their scores by `gathered_scores` |
+| prefixes | `Spec.prefixes`: every (N,) here is (K, N); with a bias a column one call each |
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fused_nce.core.atoms import positive_value, transform_value
-from fused_nce.core.engine import as_matmul, tile_stats
+from fused_nce.core.engine import as_matmul, loss_of, tile_stats
+from fused_nce.core.gathered import gathered_scores
 from fused_nce.core.group import Group, peers
-from fused_nce.core.spec import Block, Identity, Index, Labels, Layout, Separate, Spec, TanhClip
+from fused_nce.core.prefixes import Prefixed
+from fused_nce.core.spec import Block, Identity, Index, Labels, Layout, Separate, Several, Spec, TanhClip
 from fused_nce.core.statistics import deficit, poison, softplus
 from fused_nce.core.tails import bad, fixed_sum
 from fused_nce.losses import candidates
 from fused_nce.losses.candidates import Batch, Rules
-from fused_nce.losses.common import log_count, normalized, row_dots, widened
+from fused_nce.losses.common import log_count, normalized, widened
 from fused_nce.losses.output import NCEOutput
+from fused_nce.losses.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,35 @@ class _Negatives:
     count: float | Tensor  # of them; (N,) where ids or filters decide
 
 
+@dataclass(frozen=True)
+class _Positives:
+    """Of each row; one alone is all of it, but the count."""
+
+    lse: Tensor  # (N,)
+    mean: Tensor  # (N,), by the targets' weights
+    total: Tensor  # (N,) Σ t
+    top: Tensor  # (N,) the highest
+    count: float | Tensor = 1.0
+
+
 def contrast(
-    x: Batch, scale: float | Tensor, rules: Rules, *, group: Group = None, backend: str | None = None
+    x: Batch,
+    scale: float | Tensor,
+    rules: Rules,
+    prefixes: Sequence[int] = (),
+    weights: Sequence[float] = (),
+    *,
+    group: Group = None,
+    backend: str | None = None,
 ) -> NCEOutput:
-    """The loss of one width. `scale` is a number or a 0-d tensor."""
+    """The loss, or the weighted sum of those of the prefixes. `scale` is a number or a 0-d tensor."""
     out = None if x.column_bias is None else x.column_bias.detach() == float("-inf")
     if x.column_bias is not None and out is not None:
         x = _with_bias(x, x.column_bias, out, scale, rules)
-    blocks = _Blocks(x, scale, rules, group, backend)
+    blocks = _Blocks(x, scale, rules, prefixes, group, backend)
     p = blocks.positives()
     if out is not None:
-        p = p + torch.where(out[candidates.own(x)], float("-inf"), 0.0)  # fault: bias-own-key-left-out
+        p = _left_out(p, x, out)
     found = {direction: blocks.negatives(direction) for direction in rules.directions}
     if rules.joint:
         every = [negatives for each in found.values() for negatives in each]
@@ -68,6 +90,8 @@ def contrast(
     else:
         parts = [_row_loss(p, each, 1, scale, rules) for each in found.values()]
         losses = torch.stack(parts).mean(dim=0)
+    if prefixes:
+        losses = torch.stack([weight * each for weight, each in zip(weights, losses, strict=True)]).sum(dim=0)
     size = 1 if (everyone := peers(group)) is None else everyone.size
     n: int | Tensor = losses.shape[0]
     if x.row_weights is not None:
@@ -85,53 +109,100 @@ def contrast(
         nce = losses if rules.reduction == "none" else loss
     with torch.no_grad():
         top = torch.stack([negatives.top for each in found.values() for negatives in each]).amax(dim=0)
-        first = next(iter(found.values()))
-        stats = {
-            "top1": fixed_sum((p > top).to(p.dtype)) / p.shape[0],
-            "pos_mean": fixed_sum(p) / p.shape[0],
-            "neg_lse_mean": fixed_sum(_lse([negatives.lse for negatives in first])) / p.shape[0],
-        }
-    return NCEOutput(loss, nce, torch.zeros_like(loss), {name: y.detach() for name, y in stats.items()})
+        lse = _lse([negatives.lse for negatives in next(iter(found.values()))])
+        means = p.mean, p.top > top, lse
+        each_width = zip(prefixes, *means, strict=True) if prefixes else [(None, *means)]
+        stats = {name: y for each in each_width for name, y in _report(*each).items()}
+    return NCEOutput(loss, nce, torch.zeros_like(loss), stats)
+
+
+def _left_out(p: _Positives, x: Batch, out: Tensor) -> _Positives:
+    """With −∞ where the bias leaves out a row's own key, or one of its keys that has a weight."""
+    if x.several is None:
+        lse = p.lse + torch.where(out[candidates.own(x)], float("-inf"), 0.0)  # fault: bias-own-key-left-out
+        return _Positives(lse, lse, lse, lse)
+    gone = (out[x.several.indices.clamp(min=0)] & (x.several.weights > 0)).any(dim=1)
+    return replace(p, mean=p.mean + torch.where(gone, float("-inf"), 0.0))
+
+
+def _report(width: int | None, p: Tensor, first: Tensor, lse: Tensor) -> dict[str, Tensor]:
+    end, n = "" if width is None else f"_{width}", p.shape[0]
+    means = {"top1": first.to(p.dtype), "pos_mean": p, "neg_lse_mean": lse}
+    return {name + end: (fixed_sum(y) / n).detach() for name, y in means.items()}
 
 
 def contrast_prefixes(
     x: Batch,
     scale: float | Tensor,
     rules: Rules,
-    prefixes: Sequence[int],
-    weights: Sequence[float],
+    prefixes: tuple[int, ...],
+    weights: tuple[float, ...],
     *,
     group: Group = None,
     backend: str | None = None,
 ) -> NCEOutput:
-    """Σ weight·loss of the operands' first columns, each width normalised on its own (Kusupati et al. 2022)."""
-    found: list[Any] = []
-    for width, weight in zip(prefixes, weights, strict=True):
-        cut: dict[str, Any] = {"q": normalized(x.q[:, :width]), "k": normalized(x.k[:, :width]), "unit": True}
-        h = None if x.h is None else normalized(x.h[..., :width])
-        out = contrast(x._replace(**cut, h=h), scale, rules, group=group, backend=backend)
-        found.append((weight * out.loss, weight * out.nce, out.stats, width))  # fault: prefix-weight-dropped
-    stats = {f"{name}_{width}": y for *_, each, width in found for name, y in each.items()}
-    loss, nce = (torch.stack([each[i] for each in found]).sum(dim=0) for i in range(2))
-    return NCEOutput(loss, nce, torch.zeros_like(loss), stats)
+    """Σ weight·loss of the operands' first columns, each width normalised on its own (Kusupati et al. 2022).
+
+    Queries among keys, filtered or not, are one sweep that their gradients leave with; with more, a sweep a direction.
+    """
+    how: dict[str, Any] = {"group": group, "backend": backend}
+    if x.column_bias is not None:
+        each_width = []
+        for width, weight in zip(prefixes, weights, strict=True):
+            q, k, *h = (normalized(widened(y[..., :width])) for y in (x.q, x.k, x.h) if y is not None)
+            out = contrast(x._replace(q=q, k=k, h=h[0] if h else None, unit=True), scale, rules, **how)
+            each_width.append((weight * out.loss, weight * out.nce, out.stats, width))
+        stats = {f"{name}_{width}": y for *_, each, width in each_width for name, y in each.items()}
+        loss, nce = (torch.stack([each[i] for each in each_width]).sum(dim=0) for i in range(2))  # type: ignore[misc]
+        return NCEOutput(loss, nce, torch.zeros_like(loss), stats)
+    ways = 1 if rules.directions == ("q2k",) else 2  # or they need more than one block
+    if not candidates.one_block(x, rules, symmetric=False) or (ways == 2 and x.targets is not None):
+        return contrast(x._replace(unit=True), scale, rules, prefixes, weights, **how)
+    layout: Layout = Block(1) if x.targets is None else Index()
+    transform = Identity() if rules.clip is None else TanhClip(float(rules.clip))
+    filters, tail = candidates.filters(x, rules), Prefixed(0.0, rules.reduction, 1.0 / ways, prefixes, weights)
+    spec = Spec(layout, transform, tail.stats, unit_norm=True, filters=filters, prefixes=prefixes)
+    more = candidates.filter_arguments(x, rules, prefixes)
+    found = [loss_of(x.q, x.k, spec, tail, scale=scale, row_ids=x.targets, **more, **how)]
+    if ways == 2:
+        found.append(loss_of(x.k, x.q, spec, tail, scale=scale, **how))  # fault: prefixes-one-way
+    loss, nce, penalty = (torch.stack(each).sum(dim=0) for each in zip(*(y[:3] for y in found), strict=True))
+    return NCEOutput(loss, nce.squeeze(1) if rules.reduction == "none" else nce, penalty, found[0].report)
 
 
 class _Blocks:
     """The blocks of one batch."""
 
-    def __init__(self, x: Batch, scale: float | Tensor, rules: Rules, group: Group, backend: str | None) -> None:
-        self.x, self.scale, self.rules = x, scale, rules
+    def __init__(
+        self,
+        x: Batch,
+        scale: float | Tensor,
+        rules: Rules,
+        prefixes: Sequence[int],
+        group: Group,
+        backend: str | None,
+    ) -> None:
+        self.x, self.scale, self.rules, self.prefixes = x, scale, rules, tuple(prefixes)
         self.how: dict[str, Any] = {"group": group, "backend": backend}
         self.size = 1 if (everyone := peers(group)) is None else everyone.size
         self.transform = Identity() if rules.clip is None else TanhClip(rules.clip)
         self.filters = candidates.filters(x, rules)
         self.own_keys = x.k if x.targets is None else x.k[x.targets]
-        self.ceilings = candidates.ceilings(x, rules)
+        self.ceilings = candidates.ceilings(x, rules, prefixes)
         self.guides = candidates.guides(x)
 
-    def positives(self) -> Tensor:
-        """t of each row with its own key, (N,)."""
-        return positive_value(self.transform, self.scale * row_dots(self.x.q, self.own_keys))
+    def positives(self) -> _Positives:
+        """t of each row with its own key, or keys."""
+        x = self.x
+        if x.several is None:
+            p = positive_value(self.transform, self.scale * candidates.dots(x.q, self.own_keys, self.prefixes))
+            return _Positives(p, p, p, p)
+        indices, weights, some = *x.several, x.several.some
+        s = gathered_scores(x.q, x.k, indices.clamp(min=0), scale=self.scale)  # backend chosen: none is the tiles' own
+        t = positive_value(self.transform, s).masked_fill(~some, 0.0)
+        mean, total = (t * weights).sum(dim=1), t.sum(dim=1)
+        low = t.masked_fill(~some, float("-inf"))
+        return _Positives(_lse(low.unbind(1)), mean, total, low.detach().amax(dim=1), some.sum(dim=1).to(t.dtype))
 
     def negatives(self, direction: str) -> list[_Negatives]:
         """Of every block of a direction, of which a row always has one."""
@@ -140,6 +211,8 @@ class _Blocks:
         if guides:
             guides["own"] = guides["k"] if x.targets is None else guides["k"][x.targets]
         by_row: Layout = Block(1) if x.targets is None else Index()
+        if x.several is not None:
+            by_row = Several(x.several.indices.shape[1])
         rows, row_guide = (x.q, guides.get("q")) if direction[0] == "q" else (self.own_keys, guides.get("own"))
         if direction[2] == "k":
             itself = direction == "k2k" and x.targets is None
@@ -179,15 +252,20 @@ class _Blocks:
         ids: dict[str, Any] = {}
         if column_ids is not None:  # fault: ids-ignored
             layout, ids = Labels(), {"row_ids": x.query_ids, "column_ids": column_ids}
+        elif isinstance(layout, Several):
+            ids = {"row_ids": cast(Targets, x.several).indices}
         elif isinstance(layout, Index):
             ids = {"row_ids": x.targets}
         if rules.itself and direction in ("q2q", "k2k"):
             layout, ids = Separate(1), {"positives": rows.new_zeros(rows.shape[0], 1)}  # which nobody reads
-        spec = Spec(layout, self.transform, ("neg_lse", "neg_max", *more), unit_norm=x.unit, filters=self.filters)
+        stats = ("neg_lse", "neg_max", *more)
+        spec = Spec(layout, self.transform, stats, unit_norm=x.unit, filters=self.filters, prefixes=self.prefixes)
         guide = None if row_guide is None or column_guide is None else (row_guide, column_guide)
         how = self.how | ({"group": None} if direction in rules.local else {})
         found = tile_stats(rows, columns, spec, scale=scale, **ids, ceilings=self.ceilings, guide=guide, **how)
-        width = layout.n_c if isinstance(layout, Block) else 1 - isinstance(layout, Separate)
+        width: float | Tensor = layout.n_c if isinstance(layout, Block) else 1 - isinstance(layout, Separate)
+        if isinstance(layout, Several):
+            width = cast(Targets, x.several).some.sum(dim=1)
         every = (rows if columns is None else columns).shape[0] * (1 if direction in rules.local else self.size)
         count = found["neg_count"] if "neg_count" in found else every - width
         return _Negatives(found["neg_lse"], found["neg_max"], found.get("neg_sum"), count)
@@ -195,24 +273,25 @@ class _Blocks:
     def _own(self) -> _Negatives:
         """The row's own hard negatives."""
         x, alpha = self.x, self.rules.own_hardness
-        r = row_dots(x.q, cast(Tensor, x.h))
+        r = candidates.dots(x.q, cast(Tensor, x.h), self.prefixes)  # (N, H)
         s = self.scale * r
         t = transform_value(self.transform, s)
         if alpha:
             t = t + alpha * r.detach()
         kept = torch.ones_like(t, dtype=torch.bool)
         if self.rules.filter_own:
-            lines = iter(() if self.ceilings is None else self.ceilings)
+            found = cast(Tensor, self.ceilings)
+            lines = iter(found.unflatten(0, (-1, len(self.filters))).unbind(1) if self.prefixes else found)
             with torch.no_grad():
                 if self.rules.margin is not None:
-                    kept = ~(r > next(lines)[:, None])
+                    kept = ~(r > next(lines)[..., None])
                 if self.guides is not None:
                     guide_q, _, guide_h = self.guides
-                    kept = kept & ~((guide_q[:, None] * guide_h).sum(dim=2) > next(lines)[:, None])
-        lse = _lse([y.squeeze(1) for y in t.masked_fill(~kept, float("-inf")).split(1, dim=1)])
-        top = t.detach().masked_fill(~kept, float("-inf")).amax(dim=1)
-        lse = lse + poison(s)  # fault: own-negative-hides
-        return _Negatives(lse, top, t.masked_fill(~kept, 0.0).sum(dim=1), kept.sum(dim=1).to(t.dtype))
+                    kept = kept & ~((guide_q[:, None] * guide_h).sum(dim=2) > next(lines)[..., None])
+        lse = _lse(t.masked_fill(~kept, float("-inf")).unbind(-1))
+        top = t.detach().masked_fill(~kept, float("-inf")).amax(dim=-1)
+        lse = lse + poison(s, -1)  # fault: own-negative-hides
+        return _Negatives(lse, top, t.masked_fill(~kept, 0.0).sum(dim=-1), kept.sum(dim=-1).to(t.dtype))
 
     def _toned(self, x: Tensor, alpha: float) -> Tensor:
         """x, of whose gradient the share that scale has in scale + α gets through."""
@@ -223,21 +302,26 @@ class _Blocks:
         return self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
 
 
-def _row_loss(p: Tensor, found: Sequence[_Negatives], positives: int, scale: float | Tensor, rules: Rules) -> Tensor:
-    """−log of the positive's probability among `positives` times itself and its negatives, (N,)."""
+def _row_loss(p: _Positives, found: Sequence[_Negatives], times: int, scale: float | Tensor, rules: Rules) -> Tensor:
+    """−log of a row's positive among `times` times itself and its negatives, (N,); of several their mean."""
     lse = _lse([negatives.lse for negatives in found])
     count = sum(negatives.count for negatives in found)
     if rules.tau_plus is not None:
-        lse = _debiased(lse, p, count, scale, rules.tau_plus)
-    if positives > 1:
-        several = log_count(positives, p)
-        loss = softplus(deficit(lse, p) - several) + several
+        lse = _debiased(lse, p.lse, count, scale, rules.tau_plus)
+    if times > 1:
+        several = log_count(times, p.lse)
+        loss = softplus(deficit(lse, p.lse) - several) + several
     else:
-        loss = softplus(deficit(lse, p))
+        loss = softplus(deficit(lse, p.lse))
+    if p.mean is not p.lse:
+        loss = loss + (p.lse - p.mean)  # fault: targets-alike
     if rules.smoothing:
         total = torch.stack([cast(Tensor, negatives.total) for negatives in found]).sum(dim=0)
-        least = p.clamp(min=-1e30)  # −∞ has made the loss ∞, and ∞ − ∞ would be NaN
-        loss = loss + rules.smoothing * (count * least - total) / (positives + count)
+        least = p.mean.clamp(min=-1e30)  # −∞ has made the loss ∞, and ∞ − ∞ would be NaN
+        if p.mean is p.lse:
+            loss = loss + rules.smoothing * (count * least - total) / (times + count)
+        else:
+            loss = loss + rules.smoothing * (least - (p.total + total) / (p.count + count))
     return loss
 
 

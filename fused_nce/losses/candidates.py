@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
-from fused_nce.losses.common import normalized, row_dots
+from fused_nce.losses.common import normalized, row_dots, widened
+from fused_nce.losses.targets import Targets
 
 DIRECTIONS = ("q2k", "k2q", "q2q", "k2k")
 
@@ -68,10 +69,13 @@ class Batch(NamedTuple):
     row_weights: Tensor | None = None  # (N,)
     column_bias: Tensor | None = None  # (M,)
     unit: bool = False
+    several: Targets | None = None  # instead of one own key each
 
 
 def own(x: Batch) -> Tensor:
-    """(N,) the key of each row."""
+    """(N,) the key of each row, or one of them."""
+    if x.several is not None:
+        return x.several.indices.amax(dim=1)
     return torch.arange(x.q.shape[0], device=x.q.device) if x.targets is None else x.targets
 
 
@@ -88,7 +92,7 @@ def unit(x: Batch) -> Batch:
 
 def merged(x: Batch, rules: Rules) -> Batch:
     """Hard negatives that count as keys do, as keys."""
-    apart = (x.query_ids, x.guide, x.column_bias)
+    apart = (x.query_ids, x.guide, x.column_bias, x.several)
     if x.h is None or rules.shared[:1] != ("q2k",) or any(y is not None for y in apart):
         return x
     if rules.directions != ("q2k",) or rules.margin is not None or rules.hardness != rules.own_hardness:
@@ -98,7 +102,7 @@ def merged(x: Batch, rules: Rules) -> Batch:
 
 def one_block(x: Batch, rules: Rules, symmetric: bool) -> bool:
     """Whether the queries' positives and negatives are all among the keys, or these among those."""
-    tensors = (x.h, x.query_ids, x.row_weights, x.column_bias)
+    tensors = (x.h, x.query_ids, x.row_weights, x.column_bias, x.several)
     if any(y is not None for y in tensors) or rules.hardness or rules.tau_plus is not None or rules.smoothing:
         return False
     both = rules.directions == ("q2k", "k2q") and not rules.joint and not filters(x, rules)
@@ -117,19 +121,29 @@ def guides(x: Batch) -> tuple[Tensor, ...] | None:
     return tuple(g.detach().to(torch.promote_types(x.q.dtype, torch.float32)) for g in x.guide)
 
 
-def ceilings(x: Batch, rules: Rules) -> Tensor | None:
-    """(F, N): a candidate whose dot product is above is no negative."""
-    lines = []
+def ceilings(x: Batch, rules: Rules, prefixes: Sequence[int] = ()) -> Tensor | None:
+    """(F, N), of K prefixes (K·F, N): a candidate whose dot product is above is no negative."""
+    lines, found = [], guides(x)
     with torch.no_grad():
-        if rules.margin is not None:
-            q, k = x.q.detach(), x.k[own(x)].detach()
-            lines.append(row_dots(q, k) + rules.margin + _slack(q, k))
-        found = guides(x)
-        if found is not None:
-            height = (found[0] * found[1][own(x)]).sum(dim=1)
-            height = height + _slack(found[0], found[1][own(x)])
-            lines.append(height - rules.guide_margin * (height.abs() if rules.relative else 1.0))
+        for q, k in cut(x.q.detach(), x.k[own(x)].detach(), prefixes):
+            if rules.margin is not None:
+                lines.append(row_dots(q, k) + rules.margin + _slack(q, k))
+            if found is not None:
+                height = (found[0] * found[1][own(x)]).sum(dim=1)
+                height = height + _slack(found[0], found[1][own(x)])
+                lines.append(height - rules.guide_margin * (height.abs() if rules.relative else 1.0))
     return torch.stack(lines) if lines else None
+
+
+def cut(q: Tensor, k: Tensor, prefixes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Both, or their unit rows of each width."""
+    return [tuple(normalized(widened(y[..., :d])) for y in (q, k)) for d in prefixes] if prefixes else [(q, k)]  # type: ignore[misc]
+
+
+def dots(q: Tensor, k: Tensor, prefixes: Sequence[int]) -> Tensor:
+    """`row_dots`, (N,) or (N, H); of each prefix the cosines, (K, …)."""
+    each = [row_dots(*pair) for pair in cut(q, k, prefixes)]
+    return torch.stack(each) if prefixes else each[0]
 
 
 def _slack(q: Tensor, k: Tensor) -> Tensor:
@@ -138,10 +152,10 @@ def _slack(q: Tensor, k: Tensor) -> Tensor:
     return 2 * torch.finfo(wide).eps * (4 + q.shape[1] ** 0.5) * row_dots(q.abs(), k.abs())
 
 
-def filter_arguments(x: Batch, rules: Rules) -> dict[str, Any]:
+def filter_arguments(x: Batch, rules: Rules, prefixes: Sequence[int] = ()) -> dict[str, Any]:
     """Of `tile_loss`, for the queries among the keys."""
     found = guides(x)
-    return {"ceilings": ceilings(x, rules), "guide": None if found is None else found[:2]}
+    return {"ceilings": ceilings(x, rules, prefixes), "guide": None if found is None else found[:2]}
 
 
 # ---- checks -----------------------------------------------------------------------------------------------------
@@ -186,7 +200,7 @@ def checked_directions(directions: Sequence[str], symmetric: bool) -> tuple[str,
 def checked_prefixes(
     prefixes: Sequence[int], weights: Sequence[float] | None, d: int
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Widths and their weights.
+    """Widths, ascending, and their weights, added up of one that comes twice.
 
     Raises:
         TypeError, ValueError: for none, one that is no width of the embeddings, or another number of weights.
@@ -202,7 +216,10 @@ def checked_prefixes(
         raise ValueError(f"prefix_weights: got {len(found)}, need one for each of {len(prefixes)} prefixes")
     for weight in found:
         checks.check_number("prefix_weights", weight)
-    return tuple(prefixes), found
+    total: dict[int, float] = {}
+    for width, weight in sorted(zip(prefixes, found, strict=True)):
+        total[width] = total.get(width, 0.0) + weight
+    return tuple(total), tuple(total.values())
 
 
 def checked(x: Batch, rules: Rules) -> Batch:
@@ -278,6 +295,11 @@ def _check_rules(x: Batch, rules: Rules) -> None:
             "('q2k',), None, None and 0",
         ),
     }
+    if x.several is not None:
+        one = (x.targets, x.query_ids, x.guide, rules.margin, rules.tau_plus)
+        beside = any(y is not None for y in one) or rules.directions != ("q2k",)
+        seen = "targets, ids, a guide, a margin, tau_plus or directions, which are of one positive a row"
+        together["positives"] = (beside, seen, "none of them")
     for name, (wrong, seen, need) in together.items():
         if wrong:
             raise ValueError(f"{name}: got it with {seen}, need {need}")

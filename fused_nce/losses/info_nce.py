@@ -7,7 +7,6 @@ What else may be a candidate, and what may not, is `losses/candidates.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,12 +20,12 @@ from fused_nce.core.spec import Block, Identity, Index, Spec, TanhClip, cached
 from fused_nce.core.tails import REDUCTIONS, Nce
 from fused_nce.losses import blocks, candidates
 from fused_nce.losses.candidates import Batch, Rules
-from fused_nce.losses.common import check_rows, inverse, masked_lse
+from fused_nce.losses.common import check_rows, inverse
 from fused_nce.losses.heard import heard
 from fused_nce.losses.output import NCEOutput
-from fused_nce.losses.registry import Entry, Size, dense_scores, features, ids, places, register
+from fused_nce.losses.targets import checked as checked_targets
 
-NO_CHOICE = (None,) * 17
+NO_CHOICE = (None,) * 19
 """Of candidates: the keys alone."""
 
 
@@ -42,6 +41,8 @@ def info_nce(
     clip: float | None = None,
     penalty: float = 0.0,
     reduction: str = "mean",
+    positives: Tensor | None = None,  # (N, P) int64
+    soft_targets: tuple[Tensor, Tensor] | None = None,  # (N, P) int64 and (N, P)
     hard_negatives: Tensor | None = None,  # (N, H, D)
     share_hard_negatives: bool = False,
     query_ids: Tensor | None = None,  # (N,) int64
@@ -78,6 +79,11 @@ def info_nce(
         clip: range c of a soft clip c·tanh(s/c) of the scores; None for none.
         penalty: λ of λ·mean(s²) over all scores, before the clip. Beside the filters alone of what follows.
         reduction: of `nce`: "mean", "sum", or "none" for (N,). The penalty stays a mean.
+        positives: (N, P) int64, keys that answer each query, -1 for none, among this process's: the mean over them of
+            −log softmax, all of them in the denominator (`losses/targets.py`). For what has one positive a row
+            (targets, ids, margin, guide, tau_plus, prefixes, directions) there is none.
+        soft_targets: (N, P) int64 keys, -1 for none, and (N, P) weights >= 0 of sum 1 a row: the cross entropy with
+            that distribution, −Σ w·log softmax. No gradient to the weights; with the same exceptions.
         hard_negatives: (N, H, D), negatives of each row's own. No filter and no id takes them out.
         share_hard_negatives: they are other rows' negatives too, where keys are candidates.
         query_ids: (N,) int64; a key whose id is the row's is none of its negatives. The row's own key has the row's id.
@@ -103,12 +109,12 @@ def info_nce(
             and hardness. −∞ leaves the column out, and a row whose key it is has the loss ∞.
         max_scale: the largest 1 / temperature; a learned one has no gradient beyond it.
         prefixes: widths, each a loss of its own of that many first columns, normalised anew, and the sum of them
-            (Matryoshka, arXiv:2205.13147).
+            (Matryoshka, arXiv:2205.13147), in one sweep that reads the operands once; with a bias a column one each.
         prefix_weights: of the prefixes' losses; None is 1 each.
         group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone. Hard negatives
-            that are not shared stay where they are; filters do not go round a ring.
-        backend: a name of `fused_nce.backends()`, or None to choose the fastest. Filters and label smoothing run on
-            "chunked" and "reference".
+            that are not shared stay where they are; positives and targets are among this process's keys.
+        backend: a name of `fused_nce.backends()`, or None to choose the fastest. Filters, label smoothing and several
+            positives run on "chunked" and "reference".
 
     Returns:
         NCEOutput, float32 (float64 for float64 inputs), in nats; chance is log M. `stats` is of the queries' direction:
@@ -118,7 +124,8 @@ def info_nce(
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
     """
-    check_rows("queries", queries, "keys", keys, same_n=targets is None)
+    several = positives is not None or soft_targets is not None
+    check_rows("queries", queries, "keys", keys, same_n=targets is None and not several)
     n, m = queries.shape[0], keys.shape[0]
     if clip is not None:
         checks.check_number("clip", clip, above=0)
@@ -134,7 +141,7 @@ def info_nce(
     chosen = (
         *(hard_negatives, query_ids, key_ids, false_negative_margin, guide, tau_plus, row_weights, column_bias),
         *(max_scale, prefixes, prefix_weights, joint or None, hardness or None, label_smoothing or None),
-        *(guide_margin or None, share_hard_negatives or None, filter_hard_negatives or None),
+        *(guide_margin or None, share_hard_negatives or None, filter_hard_negatives or None, positives, soft_targets),
     )
     if chosen == NO_CHOICE and directions == ("q2k",) and guide_margin_kind == "absolute":
         spec = _spec(targets is not None, clip, tail.stats, symmetric, normalize, ())
@@ -156,10 +163,13 @@ def info_nce(
         reduction=reduction,
     )
     batch = Batch(queries, keys, targets, hard_negatives, query_ids, key_ids, guide, row_weights, column_bias)
+    batch = batch._replace(several=checked_targets(positives, soft_targets, n, m, queries))
     batch = candidates.checked(batch, rules)
     if prefixes is not None:
         widths, weights = candidates.checked_prefixes(prefixes, prefix_weights, queries.shape[1])
         _check_no_penalty(penalty)
+        if several:
+            raise ValueError("prefixes: got them with positives or soft_targets, need one of the two")
         if normalize:  # queries, keys and hard negatives are, at each width
             batch = candidates.unit_guide(batch)
         return blocks.contrast_prefixes(batch, scale, rules, widths, weights, **how)
@@ -227,7 +237,8 @@ class InfoNCELoss(nn.Module):
         queries: (N, D).
         keys: (M, D).
         targets: (N,) int64, the key of each query; i for query i if left out.
-        hard_negatives: (N, H, D); query_ids, row_weights: (N,); key_ids, column_bias: (M,); guide: as in `info_nce`.
+        positives: (N, P); soft_targets: (N, P) twice; hard_negatives: (N, H, D); query_ids, row_weights: (N,);
+            key_ids, column_bias: (M,); guide: as in `info_nce`.
 
     Example:
         ```
@@ -251,6 +262,8 @@ class InfoNCELoss(nn.Module):
         keys: Tensor,
         targets: Tensor | None = None,
         *,
+        positives: Tensor | None = None,
+        soft_targets: tuple[Tensor, Tensor] | None = None,
         hard_negatives: Tensor | None = None,
         query_ids: Tensor | None = None,
         key_ids: Tensor | None = None,
@@ -259,219 +272,9 @@ class InfoNCELoss(nn.Module):
         column_bias: Tensor | None = None,
     ) -> NCEOutput:
         """`info_nce` of the batch."""
+        names = ("positives", "soft_targets", "hard_negatives", "query_ids", "key_ids", "guide")
+        given = (positives, soft_targets, hard_negatives, query_ids, key_ids, guide)
+        more: dict[str, Any] = dict(zip(names, given, strict=True))
         temperature = self.temperature if self.log_scale is None else (-self.log_scale).exp()
-        return info_nce(
-            queries,
-            keys,
-            targets,
-            temperature=temperature,
-            hard_negatives=hard_negatives,
-            query_ids=query_ids,
-            key_ids=key_ids,
-            guide=guide,
-            row_weights=row_weights,
-            column_bias=column_bias,
-            **self.options,
-        )
-
-
-def oracle(
-    queries: Tensor,
-    keys: Tensor,
-    targets: Tensor | None = None,
-    *,
-    temperature: float | Tensor = 0.1,
-    symmetric: bool = False,
-    clip: float | None = None,
-    penalty: float = 0.0,
-    max_scale: float | None = None,
-    hard_negatives: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    """The loss, dense."""
-    scale = 1 / torch.as_tensor(temperature, dtype=queries.dtype)
-    scale = scale if max_scale is None else scale.clamp(max=max_scale)
-    if symmetric:
-        options["directions"] = ("q2k", "k2q")
-    loss = _dense(queries, keys, hard_negatives, targets, scale, clip, **options)
-    return loss + penalty * dense_scores(queries, keys, scale).square().mean() if penalty else loss
-
-
-def _dense(
-    q: Tensor,
-    k: Tensor,
-    h: Tensor | None,
-    targets: Tensor | None,
-    scale: Tensor,
-    clip: float | None,
-    *,
-    share_hard_negatives: bool = False,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    false_negative_margin: float | None = None,
-    guide: tuple[Tensor, ...] | None = None,
-    guide_margin: float = 0.0,
-    guide_margin_kind: str = "absolute",
-    filter_hard_negatives: bool = False,
-    directions: Sequence[str] = ("q2k",),
-    joint: bool = False,
-    hardness: float = 0.0,
-    tau_plus: float | None = None,
-    label_smoothing: float = 0.0,
-    row_weights: Tensor | None = None,
-    column_bias: Tensor | None = None,
-) -> Tensor:
-    """Every direction's scores whole, and a mask of the negatives beside each."""
-    rows = torch.arange(len(q))
-    own = rows if targets is None else targets
-    guides = [] if guide is None else [g.double() for g in guide]
-    names = {"q": q, "k": k, "own": k[own]} | ({} if h is None else {"h": h.flatten(0, 1)})
-    guide_of = dict(zip(("q", "k", "h"), (g.flatten(0, -2) for g in guides), strict=False))
-    if guides:
-        guide_of["own"] = guide_of["k"][own]
-        best = (guide_of["q"] * guide_of["own"]).sum(1)
-        ceiling = best - guide_margin * (best.abs() if guide_margin_kind == "relative" else 1)
-    key_ids = query_ids if key_ids is None else key_ids
-    ids_of = {"q": query_ids, "k": key_ids}
-    pairs = dense_scores(q, k, scale)
-    positive = pairs[rows, own]
-
-    def scored(a: str, b: str) -> tuple[Tensor, Tensor]:
-        """(t, who of them is kept), (N, columns)."""
-        s = pairs if (a, b) == ("q", "k") else dense_scores(names[a], names[b], scale)
-        kept = torch.ones_like(s, dtype=torch.bool)
-        if false_negative_margin is not None:
-            kept &= s <= (positive + scale * false_negative_margin)[:, None]
-        if b in guide_of:
-            kept &= guide_of[a] @ guide_of[b].T <= ceiling[:, None]
-        t = s if clip is None else clip * torch.tanh(s / clip)
-        if hardness and a == "q" and b != "q":
-            t = t + hardness / scale.detach() * s.detach()
-        return t, kept
-
-    def direction(name: str) -> list[tuple[Tensor, Tensor]]:
-        a, b = {"q2k": ("q", "k"), "k2q": ("own", "q"), "q2q": ("q", "q"), "k2k": ("own", "k")}[name]
-        t, kept = scored(a, b)
-        itself = own if b == "k" else rows
-        kept = kept & (itself[:, None] != torch.arange(t.shape[1]))
-        if query_ids is not None:
-            kept = kept & (query_ids[:, None] != ids_of[b])
-        if column_bias is not None and b == "k":
-            t = t + column_bias
-        found = [(t, kept)]
-        if h is not None and b == "k":
-            t, kept = scored(a, "h")
-            mine = rows[:, None] == torch.arange(t.shape[1]) // h.shape[1]
-            some = mine & (kept | (not filter_hard_negatives)) if name == "q2k" else torch.zeros_like(mine)
-            found.append((t, some | (~mine & kept) if share_hard_negatives else some))
-        return found
-
-    top = positive if clip is None else clip * torch.tanh(positive / clip)
-    if column_bias is not None:
-        top = top + column_bias[own]
-
-    def loss(found: list[tuple[Tensor, Tensor]], times: int) -> Tensor:
-        t, kept = (torch.cat(x, dim=1) for x in zip(*found, strict=True))
-        count, lse = kept.sum(1).to(t.dtype), masked_lse(t, kept)
-        if tau_plus is not None:
-            total = torch.where(kept, t, -1e4).exp().sum(1)
-            left = (total - count * tau_plus * top.exp()) / (1 - tau_plus)
-            lse = torch.maximum(left, count * (-scale).exp()).log()
-        value = -nn.functional.logsigmoid(top + math.log(times) - lse) + math.log(times)
-        spread = top - (times * top + (t * kept).sum(1)) / (times + count)
-        return value + label_smoothing * spread
-
-    each = {name: direction(name) for name in directions}
-    if joint:
-        times = max(1, ("q2k" in each) + ("k2q" in each))
-        losses = loss([pair for found in each.values() for pair in found], times)
-    else:
-        losses = torch.stack([loss(found, 1) for found in each.values()]).mean(0)
-    return losses.mean() if row_weights is None else (row_weights * losses).sum() / row_weights.sum()
-
-
-PLAIN = {"temperature", "symmetric", "clip", "penalty", "false_negative_margin"}
-
-
-def _lattice(x: Tensor) -> Tensor:
-    """Multiples of ½: dot products are exact in every dtype, and none lies near a margin of an odd eighth."""
-    return (2 * x).round() / 2
-
-
-def _entry(draws: Sequence[str] = (), **options: Any) -> Entry:
-    """An example with these options, and of the tensors those that `draws` names."""
-
-    def draw(seed: int, size: Size) -> dict[str, Any]:
-        n, m = size.n, size.m if "targets" in draws and not options.get("symmetric") else size.n
-        found = {"queries": features(seed, n, size.d), "keys": features(seed + 1, m, size.d), **options}
-        if "unit" in draws:
-            found |= {name: nn.functional.normalize(found[name], dim=-1) for name in ("queries", "keys")}
-        if "hard_negatives" in draws:
-            found["hard_negatives"] = features(seed + 2, n, size.p, size.d)
-        if options.get("false_negative_margin") is not None:
-            found |= {name: _lattice(x) for name, x in found.items() if isinstance(x, Tensor)}
-        if "targets" in draws:
-            permuted = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-            found["targets"] = permuted if options.get("symmetric") else places(seed, m, n)
-        if "ids" in draws:
-            found["key_ids"] = ids(seed + 3, m, 4)
-            found["query_ids"] = found["key_ids"][found["targets"] if "targets" in draws else torch.arange(n)]
-        if "guide" in draws:
-            shapes = [(n,), (m,), *([(n, size.p)] if "hard_negatives" in draws else [])]
-            found["guide"] = tuple(_lattice(features(seed + 4 + i, *shape, 3)) for i, shape in enumerate(shapes))
-        if "row_weights" in draws:
-            found["row_weights"] = features(seed + 7, n).square() + 0.5
-        if "column_bias" in draws:
-            found["column_bias"] = features(seed + 8, m)
-        if options.get("temperature") is None:
-            found["temperature"] = torch.tensor(0.7)
-        return found
-
-    one_op = set(options) <= PLAIN and set(draws) <= {"targets"}
-    return Entry(
-        "info_nce",
-        info_nce,
-        InfoNCELoss,
-        "mean_i −log(e^(s_i,t(i)) / Σ_j e^(s_ij))",
-        "van den Oord et al. 2018, arXiv:1807.03748",
-        draw,
-        oracle,
-        frozen=("row_weights",),
-        two_paths=() if one_op else ("queries", "keys", "hard_negatives", "column_bias"),
-        paths=1 if one_op else 8,
-        stopped=bool(options.get("hardness")),
-        kinked=options.get("false_negative_margin") is not None or options.get("tau_plus") is not None,
-    )
-
-
-register(_entry(temperature=0.5))
-register(_entry(), "learned temperature")
-register(_entry(["targets"], temperature=0.4, clip=5.0, penalty=0.03), "targets, clip, penalty")
-register(_entry(symmetric=True), "symmetric")
-register(_entry(["targets"], symmetric=True, temperature=0.3, penalty=0.1), "symmetric, targets, penalty")
-register(_entry(["hard_negatives", "row_weights"]), "own hard negatives, row weights")
-register(
-    _entry(["hard_negatives", "targets", "ids"], share_hard_negatives=True, hardness=0.8, directions=("q2k", "k2k")),
-    "shared hard negatives, ids, hardness",
-)
-register(_entry(["targets"], false_negative_margin=0.125, penalty=0.02), "margin")
-register(
-    _entry(
-        ["hard_negatives", "guide"],
-        share_hard_negatives=True,
-        filter_hard_negatives=True,
-        false_negative_margin=0.625,
-        guide_margin=0.125,
-        directions=candidates.DIRECTIONS,
-        joint=True,
-    ),
-    "margin, guide, joint directions",
-)
-register(
-    _entry(
-        ["ids", "guide"], guide_margin=0.3, guide_margin_kind="relative", label_smoothing=0.2, max_scale=1.2, clip=6.0
-    ),
-    "guide, smoothing",
-)
-register(_entry(["targets", "column_bias"], label_smoothing=0.1, temperature=0.6), "column bias, smoothing")
-register(_entry(["unit"], temperature=0.3, tau_plus=0.1, directions=("q2k", "q2q"), joint=True), "debiased, joint")
+        more |= {"temperature": temperature, "row_weights": row_weights, "column_bias": column_bias}
+        return info_nce(queries, keys, targets, **more, **self.options)

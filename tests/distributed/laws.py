@@ -24,8 +24,6 @@ from fused_nce.losses.candidates import DIRECTIONS
 
 BATCH, WIDE, D = 24, 6, 5  # the whole batch divides by 1, 2, 3 and 4, and each part by 2
 
-NOT_ROUND = ("info_nce/filters",)  # their guides do not go round a ring
-
 
 class Net(nn.Module):
     """An encoder that all rows share, and a scale and a bias inside the loss."""
@@ -145,6 +143,49 @@ LAWS: dict[str, Callable[[Net, Tensor, Tensor, Group], Tensor]] = {
             directions=DIRECTIONS,
             joint=True,
             label_smoothing=0.1,
+            group=g,
+        ).loss
+    ),
+    "info_nce/prefixes, filters": lambda net, z, y, g: (
+        info_nce(
+            *(z[:, 0], z[:, 1]),
+            prefixes=(2, 3, 5),
+            prefix_weights=(0.5, 1, 2),
+            temperature=1 / net.scale,
+            false_negative_margin=0.1,
+            guide=(z[:, 2], z[:, 3]),
+            group=g,
+        ).loss
+        + info_nce(
+            *(z[:, 0], z[:, 1]),
+            prefixes=(1, 5),
+            temperature=1 / net.scale,
+            query_ids=y,
+            hard_negatives=z[:, 2:],
+            share_hard_negatives=True,
+            directions=DIRECTIONS,
+            clip=3.0,
+            group=g,
+        ).loss
+    ),
+    "info_nce/several positives, soft targets": lambda net, z, y, g: (
+        info_nce(
+            *(z[:, 0], z[:, 1:3].flatten(0, 1)),
+            positives=torch.stack([2 * _swap(z), 2 * _swap(z) + 1], dim=1),
+            hard_negatives=z[:, 3:],
+            temperature=1 / net.scale,
+            label_smoothing=0.1,
+            group=g,
+        ).loss
+        + info_nce(
+            *(z[:, 0], z[:, 1]),
+            soft_targets=(
+                torch.stack([_swap(z), torch.arange(len(z))], dim=1),
+                z.new_tensor([[0.3, 0.7]]).repeat(len(z), 1),
+            ),
+            row_weights=z[:, 0, 0].detach().square(),
+            hardness=0.5,
+            reduction="sum",
             group=g,
         ).loss
     ),

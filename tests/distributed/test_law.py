@@ -16,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 import fused_nce
 from fused_nce.core.distributed import ring
 from fused_nce.core.group import Peers
-from fused_nce.core.spec import WHOLE_ROW, Block, Labels, Spec
+from fused_nce.core.spec import WHOLE_ROW, Labels, Spec
 from fused_nce.distributed import Group, Processes
 
 from .launch import run
-from .laws import BATCH, LAWS, NOT_ROUND, Net, batch
+from .laws import BATCH, LAWS, Net, batch
 
 HOW: dict[str, Callable[..., Processes]] = {"gather": Processes, "ring": functools.partial(Processes, ring=True)}
 
@@ -61,7 +61,7 @@ def obey(rank: int, groups: list[list[int]], names: list[str]) -> dict[tuple[str
             continue
         net = DistributedDataParallel(Net(), process_group=members, find_unused_parameters=True)
         for way, how in HOW.items():
-            for name in [name for name in names if way == "gather" or name not in NOT_ROUND]:
+            for name in names:
                 found[name, way, len(ranks)] = errors(net, name, how(members), members)
     return found
 
@@ -92,14 +92,8 @@ def found(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("size", SIZES)
 def test_gradients_are_those_of_one_process_on_the_whole_batch(found, size, way):
     worst = {name: errors for (name, how), errors in found(size).items() if how == way}
-    assert set(worst) == (set(LAWS) if way == "gather" else set(LAWS) - set(NOT_ROUND))
+    assert set(worst) == set(LAWS)
     assert {name: errors for name, errors in worst.items() if max(errors.values()) > 1e-12} == {}
-
-
-def test_filters_do_not_go_round():
-    spec = Spec(Block(1), filters=("ceiling",))
-    with pytest.raises(ValueError, match=r"group: got ring=True with the filters \('ceiling',\), need ring=False"):
-        ring.code(Peers("0", 0, 2, True, None, 1.0), "", spec)
 
 
 def test_every_loss_that_takes_a_group_is_held_to_the_law():

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fused_nce import CLIPLoss, InfoNCELoss, clip_loss, info_nce
+from fused_nce.losses.candidates import DIRECTIONS
 
 N, D, H = 6, 5, 2
 Q, K, HARD = (
@@ -33,6 +34,7 @@ def same(one, other, leaves, rtol=1e-12):
     for a, b in zip(*pairs, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
+            assert b is not None
             assert (a - b).abs().max() <= 100 * max(rtol, torch.finfo(a.dtype).eps) * a.abs().max()
 
 
@@ -163,19 +165,58 @@ def test_hardness_weighs_and_is_not_differentiated():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_prefixes_are_the_sum_of_their_losses(dtype):
     """Value and gradients, hard negatives and other options included."""
-    q, k, h = leaves = graded(*(x.to(dtype) for x in (Q, K, HARD)))
-    for options in (
+    leaves = graded(*(x.to(dtype) for x in (Q, K, HARD)))
+    unit = tuple(nn.functional.normalize(x, dim=-1) for x in (Q, K, HARD))
+    every: tuple[dict[str, Any], ...] = (
         {},
-        {"hard_negatives": h, "share_hard_negatives": True, "hardness": 0.5},
-        {"directions": ("q2k", "k2k")},
-    ):
-        out = info_nce(q, k, prefixes=(2, 3, 5), prefix_weights=(0.5, 1, 2), **options, backend="chunked")
-        parts = []
-        for d, weight in ((2, 0.5), (3, 1), (5, 2)):
-            cut = options | ({"hard_negatives": h[..., :d]} if "hard_negatives" in options else {})
-            parts.append(weight * info_nce(q[:, :d], k[:, :d], normalize=True, **cut, backend="chunked").loss)
-        same(out.loss, torch.stack(parts).sum(), leaves, rtol=1e-12 if dtype == torch.float64 else 1e-6)
-        assert {"top1_2", "pos_mean_3", "neg_lse_mean_5"} <= set(out.stats)
+        {"clip": 3.0, "reduction": "sum"},
+        {"targets": torch.tensor([2, 1, 1, 0, 5, 4]), "false_negative_margin": 0.1},
+        {"guide": unit[:2], "guide_margin": 0.3},
+        {"share_hard_negatives": True, "hardness": 0.5, "temperature": 0.7},
+        {"filter_hard_negatives": True, "false_negative_margin": -0.3, "guide": unit, "guide_margin": 0.2},
+        {"directions": ("q2k", "k2k"), "label_smoothing": 0.1, "query_ids": IDS, "row_weights": Q[:, 0].abs()},
+        {"directions": DIRECTIONS, "joint": True, "tau_plus": 0.1, "clip": 2.0},
+        {"column_bias": K[:, 0]},
+    )
+    for options in every:
+        more = any("hard_negatives" in name for name in options)
+        for backend in ("reference", "chunked", None):
+            how = options | {"backend": backend}
+
+            def loss(width: int | None, how: dict[str, Any] = how, more: bool = more, **others: Any):
+                # of 16 bits: the operands are theirs, and the normalised ones keep 24
+                q, k, h = (x if dtype == torch.float64 else x.float() for x in leaves)
+                given = {"hard_negatives": h[..., :width]} if more else {}
+                return info_nce(q[:, :width], k[:, :width], **given, **others, **how)
+
+            q, k, h = leaves
+            given = {"hard_negatives": h} if more else {}
+            # Widths in any order; one that comes twice counts twice.
+            out = info_nce(q, k, prefixes=(5, 2, 3, 2), prefix_weights=(2, 0.25, 1, 0.25), **given, **how)
+            parts = [weight * loss(d, normalize=True).loss for d, weight in ((2, 0.5), (3, 1), (5, 2))]
+            rtol = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-5)
+            same(out.loss, torch.stack(parts).sum(), leaves, rtol)
+            assert {"top1_2", "pos_mean_3", "neg_lse_mean_5"} <= set(out.stats)
+
+
+def test_several_positives_are_a_set_and_soft_targets_a_distribution():
+    """One alone is a target; a column named twice counts once, or with both weights; equal weights are positives."""
+    q, k = leaves = graded(Q, K)
+    twice = torch.tensor([[i, (i + 1) % N, i] for i in range(N)])
+    pairs = torch.stack([twice[:, 0], twice[:, 1]], dim=1)
+    for backend in ("reference", "chunked"):
+        how = F64 | {"backend": backend}
+        one = info_nce(q, k, positives=torch.arange(N)[:, None], **how).loss
+        same(one, info_nce(q, k, **how).loss, leaves)
+        same(info_nce(q, k, positives=twice, **how).loss, info_nce(q, k, positives=pairs, **how).loss, leaves)
+        halves, thirds = (torch.tensor([x]).double().repeat(N, 1) for x in ([0.5, 0.5], [0.25, 0.5, 0.25]))
+        for soft in ((pairs, halves), (twice, thirds)):
+            same(info_nce(q, k, soft_targets=soft, **how).loss, info_nce(q, k, positives=pairs, **how).loss, leaves)
+        # The row's own label set, as SupCon has it.
+        every = torch.stack([torch.where(IDS[i] == IDS, torch.arange(N), -1) for i in range(N)])
+        s = 2 * q @ k.T
+        exact = torch.stack([(s[i].logsumexp(0) - s[i][IDS[i] == IDS]).mean() for i in range(N)]).mean()
+        same(info_nce(q, k, positives=every, **how).loss, exact, leaves)
 
 
 def test_a_clamped_scale_has_no_gradient_beyond_its_limit():
@@ -314,6 +355,25 @@ ERRORS: dict[str, dict[str, Any]] = {
         "directions": ("k2q", "q2k"),
     },
     "penalty: got 0.1 with more than keys, clip and filters, need 0": {"penalty": 0.1, "hardness": 1.0},
+    "positives: got torch.float64, need (N, P) int64 indices": {"positives": Q},
+    "positives: got shape (6,) on cpu, need (N, P) indices of N = 6 rows on cpu": {"positives": IDS},
+    "positives: got 6, need -1 <= index < M = 6": {"positives": torch.full((6, 1), 6)},
+    "positives: got none for row 2, need at least one": {"positives": torch.tensor([[0], [1], [-1], [2], [3], [4]])},
+    "positives: got it with targets, ids, a guide, a margin, tau_plus or directions, which are of one positive a row, "
+    "need none of them": {"positives": IDS[:, None], "tau_plus": 0.1},
+    "soft_targets: got them with positives, need one of the two": {
+        "positives": IDS[:, None],
+        "soft_targets": (IDS[:, None], Q[:, :1]),
+    },
+    "soft_targets: got Tensor, need a pair (indices, weights)": {"soft_targets": Q},
+    "soft_targets: got weights torch.float64 (6, 5), need floats of (6, 1) on cpu": {"soft_targets": (IDS[:, None], Q)},
+    "soft_targets: got weights of sum 0.5 for row 0, need weights >= 0 of sum 1": {
+        "soft_targets": (IDS[:, None], torch.full((6, 1), 0.5)),
+    },
+    "prefixes: got them with positives or soft_targets, need one of the two": {
+        "positives": IDS[:, None],
+        "prefixes": (2,),
+    },
     "prefixes: got 9, need 1 <= prefix <= D = 5": {"prefixes": (2, 9)},
     "prefix_weights: got 1, need one for each of 2 prefixes": {"prefixes": (2, 5), "prefix_weights": (1.0,)},
     "prefix_weights: got some without prefixes, need None": {"prefix_weights": (1.0,)},

@@ -17,7 +17,7 @@ from fused_nce.core.distributed.collectives import gather
 from fused_nce.core.distributed.processes import dtype_number, settings
 from fused_nce.core.group import Peers
 from fused_nce.core.ops import Scores
-from fused_nce.core.spec import Block, Index, Layout, Spec
+from fused_nce.core.spec import Block, Index, Layout, Several, Spec
 
 
 def agreement(x: Scores, peers: Peers, tail: str | None) -> dict[str, int | str]:
@@ -88,6 +88,8 @@ def _shifted(x: Scores, spec: Spec, peers: Peers) -> Scores:
             checks.check_targets(targets, m, x.offset if spec.drop_self else None)
         # One that is out of this process's range must not become another process's key.
         row_ids = torch.where((targets < 0) | (targets >= m), m * peers.size, targets + before)
+    elif isinstance(spec.layout, Several):
+        row_ids = torch.where(cast(Tensor, row_ids) < 0, -1, cast(Tensor, row_ids) + before)
     return x._replace(row_ids=row_ids, offset=x.offset + before // unit)
 
 

@@ -11,6 +11,7 @@ Process by process the sums have a fixed order, so the bits are the same every t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -33,10 +34,8 @@ def code(peers: Peers, backend: str, spec: Spec) -> str:
     """The ring on a backend ("" to choose) as the ops' backend string.
 
     Raises:
-        ValueError: for statistics that no visit has a part of, and for filters, whose guides do not go round.
+        ValueError: for statistics that no visit has a part of.
     """
-    if spec.filters:
-        raise ValueError(f"group: got ring=True with the filters {spec.filters}, need ring=False")
     if spec.whole_rows:
         raise ValueError(f"group: got ring=True with stats {spec.stats}, which need whole rows, need ring=False")
     wire = "" if peers.wire_dtype is None else checks.DTYPES.index(peers.wire_dtype)
@@ -55,6 +54,7 @@ class KeyBlock(NamedTuple):
 
     k: Tensor  # (M, D), in the dtype of the wire
     column_ids: Tensor | None
+    guide: Tensor | None = None  # (M, G)
     columns: Tensor | None = None  # (S', M) finished statistics
     d_columns: Tensor | None = None  # (S', M)
 
@@ -70,7 +70,7 @@ class Ring:
         """`backend` as a caller asked for it; it must run both the own block and another's."""
         self.peers = peers
         problem = self._rounded(problem)
-        block = _visited(problem, KeyBlock(problem.k, problem.column_ids))
+        block = _visited(problem, KeyBlock(problem.k, problem.column_ids, problem.guide_k))
         self.other_name, self.other = choose(block.spec, block.q, block.k, backend)
         self.name, self.own = choose(problem.spec, problem.q, None if problem.shared else problem.k, backend)
 
@@ -78,6 +78,8 @@ class Ring:
         """Of all columns; those of the own columns over all rows. `more` is agreed on with the sizes."""
         n, d = problem.q.shape
         sizes = {"N": n, "M": problem.m, "D": d, "dtype": dtype_number(problem.k), **more}
+        if problem.guide_k is not None:
+            sizes["G"] = problem.guide_k.shape[1]
         agree(self.peers.name, self.peers.timeout_s, sizes | settings(self.peers, problem.scale, problem.spec.code))
         problem = self._rounded(problem)
         rows, spec, own = atoms.Merger(problem.spec.stats), problem.spec, []
@@ -153,7 +155,7 @@ class Ring:
 
     def _block(self, problem: Problem) -> KeyBlock:
         wire = self.peers.wire_dtype or problem.k.dtype
-        return KeyBlock(problem.k.to(wire).contiguous(), problem.column_ids)
+        return KeyBlock(problem.k.to(wire).contiguous(), problem.column_ids, problem.guide_k)
 
     def _round(
         self,
@@ -206,14 +208,17 @@ def _visited(problem: Problem, block: KeyBlock) -> Problem:
     labels = isinstance(spec.layout, Labels)
     positives = problem.positives
     if not labels and positives is None:
-        positives = problem.q.new_zeros(problem.n, p, dtype=torch.promote_types(problem.q.dtype, torch.float32))
+        positives = problem.q.new_zeros(
+            problem.n, p * spec.parts, dtype=torch.promote_types(problem.q.dtype, torch.float32)
+        )
     return problem._replace(
         k=block.k.to(problem.k.dtype),
-        spec=Spec(spec.layout if labels else Separate(p), spec.transform, spec.stats, spec.columns),
+        spec=replace(spec, layout=spec.layout if labels else Separate(p), drop_self=False, unit_norm=False),
         offset=0,
         positives=positives,
         row_ids=problem.row_ids if labels else None,
         column_ids=block.column_ids,
+        guide_k=block.guide,
         shared=False,
     )
 

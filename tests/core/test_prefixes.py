@@ -1,0 +1,192 @@
+"""Prefixes of one pair of operands: each the problem of its first columns, normalised; all at the cost of one."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fused_nce import _extension
+from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.prefixes import Prefixed
+from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Several, Spec, TanhClip
+from fused_nce.core.tails import Nce
+
+N, M, D, WIDTHS, WEIGHTS = 70, 90, 37, (3, 16, 32), (0.5, 1.0, 2.0)
+BACKENDS = [("reference", "16"), ("chunked", "16"), ("chunked", "0.05"), ("cpu", "16"), ("cpu", "0.25")]
+
+
+def operands(dtype: torch.dtype) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    q, k, scale = torch.randn(N, D, generator=g), torch.randn(M, D, generator=g), torch.tensor(3.0)
+    return [q.to(dtype).requires_grad_(), k.to(dtype).requires_grad_(), scale.to(dtype).requires_grad_()]
+
+
+def apart(q: Any, k: Any, spec: Spec, **more: Any) -> dict[str, torch.Tensor]:
+    """Each width by a call of its own, in float64."""
+    found = []
+    for width in WIDTHS:
+        q_, k_ = (None if x is None else nn.functional.normalize(x[:, :width], dim=1) for x in (q, k))
+        found.append(tile_stats(q_, k_, spec.one, **more, backend="reference"))
+    names = [name for name in found[0] if name != "pos"]
+    return {"pos": torch.cat([x["pos"] for x in found], dim=1)} | {
+        name: torch.stack([x[name] for x in found]) for name in names
+    }
+
+
+def targets_of(layout: Any, m: int) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    if isinstance(layout, Labels):
+        return {"row_ids": torch.arange(N) % 7, "column_ids": torch.arange(m) % 7}
+    if isinstance(layout, Several):
+        return {"row_ids": torch.randint(-1, m, (N, layout.p), generator=g)}
+    return {"row_ids": torch.randint(m, (N,), generator=g)} if isinstance(layout, Index) else {}
+
+
+@pytest.mark.parametrize(("backend", "workspace_mb"), BACKENDS)
+def test_statistics_and_gradients(backend, workspace_mb, monkeypatch):
+    """Layouts, a clip, a scale that needs shifts, one tensor in both roles; float64 to 1e-12."""
+    monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", workspace_mb)
+    dtype = torch.float32 if backend == "cpu" else torch.float64
+    layouts = (Index(), Block(1), Labels(), Several(3))
+    for layout, transform, shared, sharp in itertools.product(
+        layouts, (Identity(), TanhClip(2.0)), (False, True), (1, 30)
+    ):
+        drop = shared and isinstance(layout, Labels)
+        if backend == "cpu" and isinstance(layout, Several):
+            continue
+        stats = ("neg_lse", "neg_max", "square")
+        spec = Spec(layout, transform, stats, prefixes=WIDTHS, drop_self=drop, unit_norm=sharp > 1)
+        sides = []
+        for exact in (False, True):
+            q, k, scale = operands(torch.float64 if exact else dtype)
+            more = {"scale": sharp * scale, **targets_of(layout, N if shared else M)}
+            if exact:
+                found = apart(q, None if shared else k, spec, **more)
+            else:
+                found = tile_stats(q, None if shared else k, spec, **more, backend=backend)
+            g = torch.Generator().manual_seed(2)
+            terms = [found[x] for x in ("pos", "neg_lse", "square")]
+            loss = sum((x * torch.randn(x.shape, generator=g).to(x)).sum() for x in terms)
+            leaves = [q, scale] if shared else [q, k, scale]
+            sides.append([*(x.detach() for x in found.values()), *torch.autograd.grad(loss, leaves)])
+        for ours, theirs in zip(*sides, strict=True):
+            assert ours.shape == theirs.shape
+            if ours.numel():
+                error = (ours.double() - theirs).abs().max() / theirs.abs().max()
+                assert error < (3e-5 if backend == "cpu" else 1e-12), (spec.code, shared, sharp)
+
+
+@pytest.mark.parametrize(("backend", "workspace_mb"), BACKENDS)
+def test_one_sweep(backend, workspace_mb, monkeypatch):
+    """The loss, its parts and gradients, each reduction; columns beyond the widest have no gradient."""
+    monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", workspace_mb)
+    dtype = torch.float32 if backend == "cpu" else torch.float64
+    rows = targets_of(Index(), M)
+    for reduction in ("mean", "sum", "none"):
+        tail = Prefixed(0.0, reduction, 1.0, WIDTHS, WEIGHTS)
+        spec = Spec(Index(), Identity(), tail.stats, prefixes=WIDTHS)
+        q, k, scale = leaves = operands(dtype)
+        found = tile_loss(q, k, spec, tail, scale=scale, **rows, backend=backend)
+        wide = operands(torch.float64)
+        exact = torch.zeros((), dtype=torch.float64)
+        for width, weight in zip(WIDTHS, WEIGHTS, strict=True):
+            unit = (nn.functional.normalize(x[:, :width], dim=1) for x in wide[:2])
+            more = {"scale": wide[2], **rows, "backend": "reference"}
+            exact = exact + weight * tile_loss(*unit, spec.one, Nce(reduction=reduction), **more).loss
+        for upstream in (found.loss, found.nce.sum() / (N if reduction == "none" else 1)):
+            pairs = zip(
+                [upstream, *torch.autograd.grad(upstream, leaves, retain_graph=True)],
+                [exact, *torch.autograd.grad(exact, wide, retain_graph=True)],
+                strict=True,
+            )
+            for ours, theirs in pairs:
+                error = (ours.double() - theirs).abs().max() / theirs.abs().max()
+                assert error < (3e-6 if backend == "cpu" else 1e-12)
+            assert not torch.autograd.grad(upstream, leaves[0], retain_graph=True)[0][:, WIDTHS[-1] :].any()
+        assert set(found.report) == {f"{name}_{width}" for name in Nce.REPORT for width in WIDTHS}
+        assert found.rows["neg_lse"].shape == (3, N)
+
+
+def test_all_of_them_cost_the_products_of_one():
+    """FLOP of the CPU's GEMMs: the scores once, a product a gradient, whatever the number of prefixes."""
+    module = _extension.status()[0]
+    if module is None:
+        pytest.skip("no C++ kernels here")
+    q, k, _ = operands(torch.float32)
+    flop = []
+    for widths in ((D,), (3, 16, 32, D)):
+        tail = Prefixed(0.0, "mean", 1.0, widths, (1.0,) * len(widths))
+        before = module.gemm_flop()
+        tile_loss(q, k, Spec(Block(1), Identity(), tail.stats, prefixes=widths), tail, backend="cpu").loss.backward()
+        flop.append(module.gemm_flop() - before)
+    assert flop[0] == flop[1]
+
+
+def test_double_backward():
+    """By `chunked`, to what autograd says of each width by itself."""
+    found = []
+    for both in (True, False):
+        q, k, scale = operands(torch.float64)
+        spec, more = Spec(Block(1), stats=("neg_lse",), prefixes=WIDTHS), {"scale": scale}
+        if both:
+            lse = tile_stats(q, k, spec, **more, backend="chunked")["neg_lse"]
+        else:
+            unit = ([nn.functional.normalize(x[:, :d], dim=1) for x in (q, k)] for d in WIDTHS)
+            own = torch.eye(N, M, dtype=torch.bool)
+            lse = torch.stack([(scale * a @ b.T).masked_fill(own, float("-inf")).logsumexp(1) for a, b in unit])
+        (first,) = torch.autograd.grad(lse.square().sum(), q, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), (q, k, scale)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])
+def test_what_is_not_finite_shows_and_a_zero_row_does_not_hurt(backend):
+    for value in (float("nan"), float("inf")):
+        q, k, _ = (x.detach() for x in operands(torch.float32))
+        k[4, 20] = value
+        spec = Spec(Block(1), stats=Nce.READS, prefixes=WIDTHS)
+        lse = tile_stats(q, k, spec, backend=backend)["neg_lse"]
+        assert lse[0].isfinite().all()  # the narrowest does not see it
+        assert lse[2, torch.arange(N) != 4].isnan().all()
+    q, k, _ = operands(torch.float32)
+    zero = (q * (torch.arange(N) != 3)[:, None]).detach().requires_grad_()
+    tail = Prefixed(0.0, "mean", 1.0, WIDTHS, WEIGHTS)
+    loss = tile_loss(zero, k, Spec(Block(1), stats=tail.stats, prefixes=WIDTHS), tail, backend=backend).loss
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (zero, k)))
+
+
+def test_the_memory_is_what_the_formula_says(monkeypatch):
+    """Of the CPU's kernels, whose arena gives no more than the plan counted; and it stays within the limit."""
+    module = _extension.status()[0]
+    if module is None:
+        pytest.skip("no C++ kernels here")
+    for n, m, d, parts in ((1000, 5000, 384, 4), (64, 200_000, 64, 2)):
+        for both in (True, False):
+            assert 0 < module.prefix_workspace_bytes(n, m, d, 1, parts, both, True, 16 << 20) <= 16 << 20
+    assert module.prefix_workspace_bytes(1000, 5000, 384, 1, 4, True, True, 1 << 10) == 0
+    monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", "0.001")
+    q, k, _ = operands(torch.float32)
+    spec = Spec(Block(1), stats=Nce.READS, prefixes=WIDTHS)
+    with pytest.raises(
+        ValueError, match=r"the workspace of 1048 bytes is below that of the smallest plan of 3 prefixes"
+    ):
+        tile_stats(q, k, spec, backend="cpu")
+
+
+def test_messages():
+    q, k, _ = operands(torch.float64)
+    for spec, message in (
+        (Spec(Block(1), prefixes=(16, 3)), r"prefixes: got \(16, 3\), need ascending widths from 1 to D = 37"),
+        (Spec(Block(1), prefixes=(3, 38)), r"prefixes: got \(3, 38\), need ascending widths"),
+        (Spec(Block(1), prefixes=(3,), columns=("neg_lse",)), "prefixes: got them with identity.* columns"),
+        (Spec(Block(1), Bias(), prefixes=(3,)), "prefixes: got them with bias"),
+        (Spec(Separate(1), prefixes=(3, 5)), r"positives: got .*need \(N, P\) = \(70, 2\)"),
+    ):
+        more = {"positives": torch.zeros(N, 1).double()} if isinstance(spec.layout, Separate) else {}
+        with pytest.raises(ValueError, match=f"^{message}"):
+            tile_stats(q, k, spec, **more)
