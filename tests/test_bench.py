@@ -24,10 +24,10 @@ from bench import (
 )
 from bench.__main__ import main
 from bench.cases import Case
-from fused_nce.bench import memory
-from fused_nce.bench.rivals import make
 from bench.negatives import ROWS
 from fused_nce import info_nce
+from fused_nce.bench import memory
+from fused_nce.bench.rivals import make
 
 UNIT = re.compile(r"_(ms|s|bytes|kib|mib|gib|share)(_|$)|gflop_per_s|^flop$")
 UNITLESS = {

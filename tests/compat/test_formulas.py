@@ -234,9 +234,9 @@ def test_an_empty_mask_is_upstreams_sign_to_skip():
 
 
 @both
-def test_swift_infonce(seed, dtype):
+def test_swift_infonce(at):
     """Every block of the denominator, with and without the margin."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     n, size, margin = pick.randint(1, 7), pick.randint(1, 3), pick.choice((None, 0.0, 0.5))
     blocks = {name: pick.random() < 0.5 for name in ("INCLUDE_QQ", "INCLUDE_DD")}
     words = {f"INFONCE_{name}": str(on) for name, on in blocks.items()}
@@ -249,22 +249,22 @@ def test_swift_infonce(seed, dtype):
             return swift.InfonceLoss(None, None)({"last_hidden_state": sentences}, labels)
 
     def formula(q, p):
-        positive, at = (q * p[starts]).sum(1, keepdim=True), nn.functional.one_hot(starts, n * size).bool()
+        positive, own = (q * p[starts]).sum(1, keepdim=True), nn.functional.one_hot(starts, n * size).bool()
         limit = torch.inf if margin is None else positive.detach() + margin
-        parts = [(s := q @ p.T).masked_fill((s > limit) & ~at, -torch.inf)]
+        parts = [(s := q @ p.T).masked_fill((s > limit) & ~own, -torch.inf)]
         if blocks["INCLUDE_QQ"]:
             parts.append((s := q @ q.T).masked_fill((s > limit) | torch.eye(n, dtype=torch.bool), -torch.inf))
         if blocks["INCLUDE_DD"]:
-            parts.append((p[starts] @ p.T).masked_fill(at, -torch.inf))
+            parts.append((p[starts] @ p.T).masked_fill(own, -torch.inf))
         return (torch.cat(parts, dim=1) / 0.1).logsumexp(1).mean() - (positive / 0.1).mean()
 
-    agree(ours, formula, [unit(n, 8, generator=g), unit(n * size, 8, generator=g)], dtype, seed)
+    at.agree(ours, formula, [unit(n, 8, generator=g), unit(n * size, 8, generator=g)])
 
 
 @both
-def test_flagembedding(seed, dtype):
+def test_flagembedding(at):
     """Without a teacher, and with both kinds of one."""
-    g, pick = drawn(seed)
+    g, pick = at.generator, at.pick
     n, size, kind = pick.randint(1, 7), pick.randint(1, 4), pick.choice((None, "kl_div", "m3_kd_loss"))
     model = flagembedding.InBatch()
     model.temperature, model.kd_loss_type = 0.1, kind
@@ -282,6 +282,6 @@ def test_flagembedding(seed, dtype):
         return (torch.stack(losses, dim=1) * teacher).sum(1).mean()
 
     def ours(q, p):
-        return model._compute_in_batch_neg_loss(q, p, None if teacher is None else teacher.to(dtype))[1]
+        return model._compute_in_batch_neg_loss(q, p, None if teacher is None else teacher.to(at.dtype))[1]
 
-    agree(ours, formula, [unit(n, 8, generator=g), unit(n * size, 8, generator=g)], dtype, seed)
+    at.agree(ours, formula, [unit(n, 8, generator=g), unit(n * size, 8, generator=g)])
