@@ -62,11 +62,11 @@ def case_times(case: Case, names: list[str], rounds: int, budget_s: float, min_r
 
 
 def quietest(
-    calls: Mapping[Any, Callable[[], Any]], rounds: int, reset: Callable[[], None]
+    calls: Mapping[Any, Callable[[], Any]], rounds: int, reset: Callable[[], None], attempts: int = ATTEMPTS
 ) -> tuple[dict[Any, list[float]], float]:
-    """Times and the others' share of the cores; all rounds again, up to `ATTEMPTS` times, where others were busy."""
+    """Times and the others' share of the cores; all rounds again, up to so many times, where others were busy."""
     tried = []
-    for _ in range(ATTEMPTS):
+    for _ in range(attempts):
         meter = BusyMeter()
         tried.append((interleave(calls, rounds, reset), meter.share()))
         if tried[-1][1] <= NOISY_SHARE:

@@ -10,6 +10,7 @@ import torch
 
 from bench import (
     cases,
+    embedders,
     family,
     family_tables,
     host,
@@ -23,6 +24,8 @@ from bench import (
 )
 from bench.__main__ import main
 from bench.cases import Case
+from bench.negatives import ROWS
+from fused_nce import info_nce
 from fused_nce.bench import memory
 from fused_nce.bench.rivals import make
 
@@ -298,3 +301,30 @@ def test_a_rival_that_wins_is_listed_with_its_reason(family_row):
     assert "`clip_loss` none of the sizes measured" in family_tables.faster_from(record)
     rivals_["ours"]["time_ms_median"] = 0.9
     assert family_tables.slower([record]) == "None of the measured problems."
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_the_picture_of_negatives_tells_the_truth(row):
+    """What is a negative of the first row has a gradient of its loss, and nothing else beside the pair itself."""
+    direction, _, letters = ROWS[row]
+    k, h, q = (torch.randn(3, *more, 4, dtype=torch.float64, requires_grad=True) for more in ((), (1,), ()))
+    options = {"hard_negatives": h, "share_hard_negatives": True} if "s" in letters else {}
+    loss = info_nce(q, k, directions=(direction,), row_weights=torch.tensor([1.0, 0, 0]).double(), **options).loss
+    found = torch.autograd.grad(loss, (k, h, q), materialize_grads=True)
+    seen = [bool(x.any()) for each in found for x in each]
+    assert all(seen[i] == (letters[i] in "pnos") for i in range(9) if i not in (0, 6))  # the pair's own
+    assert all(seen[i] for i in (0, 6))
+
+
+def test_embedders_write_a_table_of_what_was_measured():
+    """A loss that was not run leaves a dash; what was left out is named; a larger problem is predicted by N²·D."""
+    row = {"time_ms_median": 2.0, "peak_memory_mib": 4.0, "value_error": 1e-7, "gradient_error": 2e-6}
+    slow = row | {"time_ms_median": 6.0, "peak_memory_mib": 200.0}
+    done = [{"loss": "pairs", "n": 256, "d": 384, "rivals": {embedders.OURS: row, embedders.EAGER: slow}}]
+    record = {"problems": done, "left_out": [["gist", 4096, 384]], "host": {"cpu_model": "some"}, "threads": 2}
+    record |= {"sentence_transformers": "6.2.0", "versions": {"torch": "2"}, "code": {"commit": "0" * 40}}
+    text = embedders.table(record | {"date_utc": "2026-01-01T"})
+    assert "| pairs | 256 | 384 | 2 | 3.00× | – | 4.0 | 200.0 | – | 50× | 1e-07 / 1e-07 | 2e-06 / 2e-06 / – |" in text
+    assert "Left out, for want of time: gist 4,096 × 384." in text
+    assert embedders.predicted_s(done, "pairs", 512, 768) == pytest.approx(8 * 0.008 * (3 + embedders.RUNS))
+    assert embedders.predicted_s(done, "gist", 256, 384) == 0
