@@ -108,7 +108,8 @@ class ShardSamples(Samples):
         members: list[tuple[Name, Place]] = []
         beside = BESIDE[self.kind]
         try:
-            with tarfile.open(shard, "r:gz" if zipped else "r:", tarinfo=_Member) as tar:
+            opened: Any = tarfile.open(shard, "r:gz" if zipped else "r:", tarinfo=_Member)  # noqa: SIM115
+            with opened as tar:
                 for member in tar:
                     tar.members.clear()  # of which there may be millions
                     if member.isdir():
@@ -326,7 +327,7 @@ def _uncollected() -> Iterator[None]:
 def _content(tar: Any, member: tarfile.TarInfo) -> bytes:
     """Of a member whose header was read just now. Without `extractfile`, which takes as long as the header."""
     if member.issparse():
-        return tar.extractfile(member).read()  # type: ignore[no-any-return]
+        return bytes(tar.extractfile(member).read())
     tar.fileobj.seek(member.offset_data)
     content: bytes = tar.fileobj.read(member.size)
     if len(content) < member.size:
