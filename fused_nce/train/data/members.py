@@ -32,18 +32,14 @@ class Name(NamedTuple):
     stem: str  # up to the last dot
     key: str  # up to the first dot of the file's name, as WebDataset defines it
     suffix: str  # lower case
+    kind: str | None  # of the table; None for what nothing reads
 
     @classmethod
     def of(cls, path: str) -> Name:
         folder, slash, base = path.rpartition("/")
         stem, dot, suffix = base.rpartition(".")
         stem, suffix = (stem, suffix.lower()) if dot else (base, "")
-        return cls(folder + slash + stem, folder + slash + stem.partition(".")[0], suffix)
-
-    @property
-    def kind(self) -> str | None:
-        """Of the table; None for what nothing reads."""
-        return KINDS.get(self.suffix)
+        return cls(folder + slash + stem, folder + slash + stem.partition(".")[0], suffix, KINDS.get(suffix))
 
 
 def hidden(name: str) -> bool:

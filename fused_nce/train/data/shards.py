@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import glob
 import json
 import posixpath
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fused_nce.train.data import labels
 from fused_nce.train.data.folders import SPLIT_FOLDERS
-from fused_nce.train.data.members import BESIDE, FIELDS, LABEL_SUFFIXES, Name, Samples, hidden, unread
+from fused_nce.train.data.members import BESIDE, FIELDS, KINDS, LABEL_SUFFIXES, Name, Samples, hidden, unread
 from fused_nce.train.files import printable
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -61,6 +63,8 @@ class _Member(tarfile.TarInfo):
 class _Sample:
     """Members of one stem."""
 
+    __slots__ = ("beside", "main", "main_suffix", "stem")
+
     def __init__(self, stem: str) -> None:
         self.stem = stem
         self.main: Place | None = None
@@ -88,8 +92,9 @@ class ShardSamples(Samples):
         self.class_names = labels.read_names(self.shards[0].parent)
         self.entries: list[tuple[Path, str, str, tuple[int, int] | bytes]] = []  # shard, stem, suffix, place
         found: list[dict[str, str]] = []  # of each sample, labels by suffix
-        for shard in self.shards:
-            self._index(shard, found)
+        with _uncollected():
+            for shard in self.shards:
+                self._index(shard, found)
         if not self.entries:
             left_out = f" (left out: {self.account})" if self.account.kinds else ""
             raise ValueError(f"data: no {kind[:-1]} in {', '.join(map(str, self.shards))}{left_out}")
@@ -101,29 +106,32 @@ class ShardSamples(Samples):
         zipped = not shard.name.endswith(".tar")
         places: dict[str, Place] = {}
         members: list[tuple[Name, Place]] = []
+        beside = BESIDE[self.kind]
         try:
-            with tarfile.open(shard, "r:gz" if zipped else "r:", tarinfo=_Member) as tar:
+            opened: Any = tarfile.open(shard, "r:gz" if zipped else "r:", tarinfo=_Member)  # noqa: SIM115
+            with opened as tar:
                 for member in tar:
-                    path = posixpath.normpath(member.name)
+                    tar.members.clear()  # of which there may be millions
                     if member.isdir():
                         continue
+                    path = posixpath.normpath(member.name)
                     if hidden(path):
                         self.account.leave_out("hidden members", f"{shard}:{path}")
                         continue
                     name = Name.of(path)
-                    read = name.kind == self.kind or name.kind in BESIDE[self.kind]
-                    if member.islnk():
-                        place: Place = posixpath.normpath(member.linkname)
+                    main = name.kind == self.kind
+                    read = main or name.kind in beside
+                    if member.isreg():
+                        place: Place = member.offset_data, member.size
+                        if read and (zipped or not main or member.issparse()):
+                            place = _content(tar, member) if self.hold or not main else b""
+                    elif member.islnk():
+                        place = posixpath.normpath(member.linkname)
                     elif member.issym():
                         place = posixpath.normpath(posixpath.join(posixpath.dirname(path), member.linkname))
-                    elif not member.isreg():
+                    else:
                         self.account.leave_out("members that are no file", f"{shard}:{path}")
                         continue
-                    elif read and (zipped or member.issparse() or name.kind != self.kind):
-                        wanted = self.hold or name.kind != self.kind
-                        place = tar.extractfile(member).read() if wanted else b""  # type: ignore[union-attr]
-                    else:
-                        place = member.offset_data, member.size
                     if read or not zipped:
                         places[path] = place
                     if read:
@@ -162,29 +170,31 @@ class ShardSamples(Samples):
         bare: dict[str, list[_Sample]] = {}  # without their file so far
         before = ""
         for name, place in members:
-            where = f"{shard}:{name.stem}.{name.suffix}"
-            main = name.kind == self.kind
-            if main and name.stem != name.key and name.key in plain and name.stem not in labelled:
-                self.account.leave_out(f"further {self.kind} of a key", where)  # 0.seg.png beside 0.png
+            stem, key, suffix, kind = name
+            main = kind == self.kind
+            if main and stem != key and key in plain and stem not in labelled:
+                self.account.leave_out(
+                    f"further {self.kind} of a key", f"{shard}:{stem}.{suffix}"
+                )  # 0.seg.png by 0.png
                 continue
-            sample = latest.get(name.stem)
-            again = sample is not None and (sample.main_suffix == name.suffix if main else name.suffix in sample.beside)
-            if sample is None or (again and before != name.stem):
-                sample = latest[name.stem] = _Sample(name.stem)
-                bare.setdefault(name.stem, []).append(sample)
+            sample = latest.get(stem)
+            again = sample is not None and (sample.main_suffix == suffix if main else suffix in sample.beside)
+            if sample is None or (again and before != stem):
+                sample = latest[stem] = _Sample(stem)
+                bare.setdefault(stem, []).append(sample)
                 again = False
-            before = name.stem
+            before = stem
             if main and sample.main is not None:
-                kind = "members that come twice" if again else f"further {self.kind} of a key"
-                self.account.leave_out(kind, where)
+                why = "members that come twice" if again else f"further {self.kind} of a key"
+                self.account.leave_out(why, f"{shard}:{stem}.{suffix}")
             elif main:
-                sample.main, sample.main_suffix = place, name.suffix
+                sample.main, sample.main_suffix = place, suffix
                 ordered.append(sample)
-                bare[name.stem].remove(sample)
+                bare[stem].remove(sample)
             elif again:
-                self._compare(where, sample.beside[name.suffix], place)
+                self._compare(f"{shard}:{stem}.{suffix}", sample.beside[suffix], place)
             else:
-                sample.beside[name.suffix] = place
+                sample.beside[suffix] = place
         self._inherit(shard, ordered, {stem: samples for stem, samples in bare.items() if samples})
         return ordered
 
@@ -233,7 +243,7 @@ class ShardSamples(Samples):
                 continue
             content = place if isinstance(place, bytes) else _read(shard, place)
             try:
-                if Name.of(f"x.{suffix}").kind == FIELDS:
+                if KINDS[suffix] == FIELDS:
                     fields |= self._fields(content, where)
                 else:
                     texts[suffix] = labels.of_text(content.decode("utf-8-sig"))
@@ -300,6 +310,29 @@ class ShardSamples(Samples):
     def keep(self, rows: list[int]) -> None:
         super().keep(rows)
         self.entries, self.having = [self.entries[i] for i in rows], [self.having[i] for i in rows]
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's collector of cycles, which would look through all samples again and again, and find none."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _content(tar: Any, member: tarfile.TarInfo) -> bytes:
+    """Of a member whose header was read just now. Without `extractfile`, which takes as long as the header."""
+    if member.issparse():
+        return bytes(tar.extractfile(member).read())
+    tar.fileobj.seek(member.offset_data)
+    content: bytes = tar.fileobj.read(member.size)
+    if len(content) < member.size:
+        raise tarfile.ReadError("unexpected end of data")
+    return content
 
 
 def _read(shard: Path, place: tuple[int, int]) -> bytes:
