@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +20,8 @@ SEED = "FUSED_NCE_TEST_SEED"
 KEPT = (SEED, "FUSED_NCE_BUILD")  # the second says how the package was installed, and steers nothing
 for setting in [name for name in os.environ if name.startswith("FUSED_NCE_") and name not in KEPT]:
     del os.environ[setting]  # a user's own must not steer the suite
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children
 os.environ.setdefault(SEED, str(secrets.randbelow(2**31)))  # once; test processes inherit it
 
 

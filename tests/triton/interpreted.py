@@ -126,12 +126,23 @@ def test_some_statistics(stats):
 
 
 def test_float16_weights_have_float32s_range():
-    """At an upstream of 10^6 a weight is beyond float16, the gradient of small inputs is not."""
+    """At an upstream of 10^7 a weight is beyond float16, the gradient of small inputs is not."""
     q, k = ((0.01 * x.detach()).requires_grad_() for x in features(dtype=torch.float16))
     found = [tile_stats(q, k, Spec(Block(3)), backend=name)["neg_lse"] for name in ("triton", "reference")]
-    ours, exact = (grads_of(1e6 * x.sum(), q, k) for x in found)
+    ours, exact = (grads_of(1e7 * x.sum(), q, k) for x in found)
     for a, b in zip(ours, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=1.0)
+
+
+def test_a_bias_sums_over_every_tile():
+    q, k = features(3, 50, 8)
+    assert k.shape[0] > configs.tile(configs.INTERPRETED, torch.float32, 8).y
+    bias, found = torch.tensor(-0.7, requires_grad=True), []
+    spec = Spec(Block(k.shape[0] // q.shape[0]), Bias(), Nce().stats)
+    for backend in ("triton", "reference"):
+        loss = engine_loss(q, k, spec, Nce(), bias=bias, backend=backend).loss
+        found.append(torch.autograd.grad(loss, bias)[0])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("temperature", [0.07, 1 / 42])
