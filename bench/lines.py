@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 41_420, ("tests",): 24_320}
+BUDGET = {("fused_nce", "csrc", "bench"): 41_480, ("tests",): 24_560}
 
 
 def lines(folder: str) -> int:
