@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu)
 KERNELS := setup.py pyproject.toml $(SOURCES)
 
-.PHONY: demo docs test test-compat nightly mutants bench gpu lint tidy format install clean
+.PHONY: demo docs wheel test test-compat nightly mutants bench gpu lint tidy format install clean release-check
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -61,12 +61,19 @@ docs: install  ## the site, into build/site; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
+wheel: install  ## dist/: source archive, pure wheel, and a manylinux wheel for this Python and torch
+	@PYTHON=$(PY) PATH=$(CURDIR)/$(VENV)/bin:$$PATH bash release/wheel.sh
+
+release-check: install  ## what must hold before a tag, after make wheel
+	@$(PY) release/release_check.py
+
 lint: install
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
 	@$(MAKE) --no-print-directory tidy
 	@$(PY) -m mypy
+	@$(PY) -m mypy --strict tests/typing/user.py
 	@$(PY) -m bench.lines
 
 INCLUDES = $(shell $(PY) -c 'import sysconfig, torch.utils.cpp_extension as of; print(*of.include_paths(), sysconfig.get_path("include"))')

@@ -1,3 +1,3 @@
 """The version, written once: packaging, the extension's stamp and ``fused_nce.__version__`` all read it here."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -18,6 +19,11 @@ import torch
 import fused_nce
 from fused_nce import _extension, _nvcc
 from tests.marks import nightly_but
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pytest brings it to 3.10
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,6 +56,7 @@ def test_the_kernels_are_loaded_where_they_can_be_built():
     module, reason = _extension.status()
     assert module is not None, reason
     assert reason == ""
+    assert module.build_info()["cuda_emulation"]
 
 
 @pytest.mark.parametrize("name", sorted(_extension.running()))
@@ -205,6 +212,46 @@ def test_a_pure_wheel_holds_the_package_and_no_library(tmp_path):
 
 
 @needs_build_tools
+def test_a_pure_wheel_computes_a_loss_outside_the_checkout(tmp_path):
+    wheel = wheel_of(copy_of_the_project(tmp_path), FUSED_NCE_BUILD="none")
+    version, backend, reason = release_file("release_check").computed(wheel)
+    assert (version, backend) == (fused_nce.__version__, "chunked")
+    assert "installed without C++ kernels" in reason
+
+
+def test_the_form_for_the_kernel_hub_can_be_imported(tmp_path):
+    target = release_file("kernel_hub").main(tmp_path)
+    assert tomllib.loads((tmp_path / "build.toml").read_text(encoding="utf-8"))["general"]["universal"] is True
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+        "import fused_nce; from fused_nce.backends.triton import form\n"
+        "print(fused_nce.__file__, fused_nce.nt_xent(torch.randn(8, 4), torch.randn(8, 4)).loss.isfinite().item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(target)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(target / "fused_nce/__init__.py"), "True"]
+
+
+def test_a_release_that_is_not_ready_says_what_is_missing(tmp_path, monkeypatch):
+    check = release_file("release_check")
+    monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0))
+    found = list(check.faults(tmp_path))
+    assert [line for line in found if "missing; make wheel" in line]
+    assert [line for line in found if "needs a pure and a binary wheel" in line]
+    assert not [line for line in found if line.startswith("CHANGELOG.md")]  # the version is there, with its date
+
+
+def release_file(name):
+    """A script of `release/`, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "release" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_build_tools
 @pytest.mark.nightly
 def test_a_wheel_with_kernels_holds_the_library_and_a_stamp_that_fits(tmp_path):
     wheel = wheel_of(copy_of_the_project(tmp_path), FUSED_NCE_BUILD="cpu")
@@ -214,6 +261,15 @@ def test_a_wheel_with_kernels_holds_the_library_and_a_stamp_that_fits(tmp_path):
     assert _extension.mismatch(stamp, _extension.running()) is None
     assert stamp["compiler"]
     assert "generic" in stamp["isa"]
+    archive.extractall(tmp_path / "installed")
+    code = (
+        "import torch; from fused_nce import _extension; print(_extension.status()[0].build_info()['cuda_emulation'])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"  # a checkout's has it: the tests run it
 
 
 @needs_build_tools
