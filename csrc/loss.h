@@ -1,7 +1,7 @@
 // A loss in one call of the CPU's kernels, differentiable: see loss.cpp.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
 
 namespace fused_nce {
 
