@@ -104,8 +104,8 @@ using PrefixTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Statistics (`found` empty), gradients from given ones, or, with weights, both of a sum of losses.
 PrefixTuple cpu_prefixes(FUSED_NCE_SCORES, const Tensor& of_q, const Tensor& of_k, std::vector<int64_t> widths,
-                         const std::vector<double>& weights, double unit, const std::vector<Tensor>& found,
-                         bool need_q, bool need_k, bool need_sums, int64_t workspace_bytes) {
+                         const std::vector<double>& weights, double unit, const std::vector<Tensor>& found, bool need_q,
+                         bool need_k, bool need_sums, int64_t workspace_bytes) {
   const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_sums, workspace_bytes);
   const int64_t n = in.q.size(0), m = in.k.size(0), p = in.layout.n_pos, parts = static_cast<int64_t>(widths.size());
   const int64_t s = static_cast<int64_t>(in.wanted.rows.size());

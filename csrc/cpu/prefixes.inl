@@ -55,10 +55,10 @@ void weigh_cosines_of(const Tile& tile, const Scoring& scoring, const Coefficien
 template <bool kClip, bool kShift>
 void weigh_cosines_as(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Norms& norms,
                       float* total, bool add, float* row_sums, float* line_sums) {
-  const auto weigh = tile.itself ? (add ? &weigh_cosines_of<kClip, kShift, true, true>
-                                        : &weigh_cosines_of<kClip, kShift, true, false>)
-                                 : (add ? &weigh_cosines_of<kClip, kShift, false, true>
-                                        : &weigh_cosines_of<kClip, kShift, false, false>);
+  const auto weigh =
+      tile.itself
+          ? (add ? &weigh_cosines_of<kClip, kShift, true, true> : &weigh_cosines_of<kClip, kShift, true, false>)
+          : (add ? &weigh_cosines_of<kClip, kShift, false, true> : &weigh_cosines_of<kClip, kShift, false, false>);
   weigh(tile, scoring, row, norms, total, row_sums, line_sums);
 }
 

@@ -34,11 +34,11 @@ def oracle(
     if prefixes is not None:
         found = []
         for width, weight in zip(prefixes, prefix_weights or [1.0] * len(prefixes), strict=True):
-            operands = (queries, keys, hard_negatives)
-            cut = [None if x is None else nn.functional.normalize(x[..., :width], dim=-1) for x in operands]
-            how: dict[str, Any] = {"temperature": temperature, "symmetric": symmetric, "clip": clip}
-            how |= {"max_scale": max_scale, "hard_negatives": cut[2], **options}
-            found.append(weight * oracle(*cut[:2], targets, **how))  # type: ignore[arg-type]
+            operands = {"queries": queries, "keys": keys, "hard_negatives": hard_negatives}
+            how: dict[str, Any] = {"temperature": temperature, "symmetric": symmetric, "clip": clip, **options}
+            for name, x in operands.items():
+                how[name] = None if x is None else nn.functional.normalize(x[..., :width], dim=-1)
+            found.append(weight * oracle(targets=targets, max_scale=max_scale, **how))
         return torch.stack(found).sum()
     scale = 1 / torch.as_tensor(temperature, dtype=queries.dtype)
     scale = scale if max_scale is None else scale.clamp(max=max_scale)

@@ -30,6 +30,7 @@ def apart(q: Any, k: Any, spec: Spec, **more: Any) -> dict[str, torch.Tensor]:
     found = []
     for width in WIDTHS:
         q_, k_ = (None if x is None else nn.functional.normalize(x[:, :width], dim=1) for x in (q, k))
+        assert q_ is not None
         found.append(tile_stats(q_, k_, spec.one, **more, backend="reference"))
     names = [name for name in found[0] if name != "pos"]
     return {"pos": torch.cat([x["pos"] for x in found], dim=1)} | {
@@ -37,7 +38,7 @@ def apart(q: Any, k: Any, spec: Spec, **more: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def targets_of(layout: Any, m: int) -> dict[str, torch.Tensor]:
+def targets_of(layout: Any, m: int) -> dict[str, Any]:
     g = torch.Generator().manual_seed(1)
     if isinstance(layout, Labels):
         return {"row_ids": torch.arange(N) % 7, "column_ids": torch.arange(m) % 7}
@@ -51,10 +52,9 @@ def test_statistics_and_gradients(backend, workspace_mb, monkeypatch):
     """Layouts, a clip, a scale that needs shifts, one tensor in both roles; float64 to 1e-12."""
     monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", workspace_mb)
     dtype = torch.float32 if backend == "cpu" else torch.float64
-    layouts = (Index(), Block(1), Labels(), Several(3))
-    for layout, transform, shared, sharp in itertools.product(
-        layouts, (Identity(), TanhClip(2.0)), (False, True), (1, 30)
-    ):
+    layouts: tuple[Any, ...] = (Index(), Block(1), Labels(), Several(3))
+    every: tuple[Any, ...] = (layouts, (Identity(), TanhClip(2.0)), (False, True), (1, 30))
+    for layout, transform, shared, sharp in itertools.product(*every):
         drop = shared and isinstance(layout, Labels)
         if backend == "cpu" and isinstance(layout, Several):
             continue
@@ -63,14 +63,14 @@ def test_statistics_and_gradients(backend, workspace_mb, monkeypatch):
         sides = []
         for exact in (False, True):
             q, k, scale = operands(torch.float64 if exact else dtype)
-            more = {"scale": sharp * scale, **targets_of(layout, N if shared else M)}
+            more: dict[str, Any] = {"scale": sharp * scale, **targets_of(layout, N if shared else M)}
             if exact:
                 found = apart(q, None if shared else k, spec, **more)
             else:
                 found = tile_stats(q, None if shared else k, spec, **more, backend=backend)
             g = torch.Generator().manual_seed(2)
             terms = [found[x] for x in ("pos", "neg_lse", "square")]
-            loss = sum((x * torch.randn(x.shape, generator=g).to(x)).sum() for x in terms)
+            loss = torch.stack([(x * torch.randn(x.shape, generator=g).to(x)).sum() for x in terms]).sum()
             leaves = [q, scale] if shared else [q, k, scale]
             sides.append([*(x.detach() for x in found.values()), *torch.autograd.grad(loss, leaves)])
         for ours, theirs in zip(*sides, strict=True):
@@ -94,9 +94,9 @@ def test_one_sweep(backend, workspace_mb, monkeypatch):
         wide = operands(torch.float64)
         exact = torch.zeros((), dtype=torch.float64)
         for width, weight in zip(WIDTHS, WEIGHTS, strict=True):
-            unit = (nn.functional.normalize(x[:, :width], dim=1) for x in wide[:2])
-            more = {"scale": wide[2], **rows, "backend": "reference"}
-            exact = exact + weight * tile_loss(*unit, spec.one, Nce(reduction=reduction), **more).loss
+            a, b = (nn.functional.normalize(x[:, :width], dim=1) for x in wide[:2])
+            more: dict[str, Any] = {"scale": wide[2], **rows, "backend": "reference"}
+            exact = exact + weight * tile_loss(a, b, spec.one, Nce(reduction=reduction), **more).loss
         for upstream in (found.loss, found.nce.sum() / (N if reduction == "none" else 1)):
             pairs = zip(
                 [upstream, *torch.autograd.grad(upstream, leaves, retain_graph=True)],
@@ -131,9 +131,9 @@ def test_double_backward():
     found = []
     for both in (True, False):
         q, k, scale = operands(torch.float64)
-        spec, more = Spec(Block(1), stats=("neg_lse",), prefixes=WIDTHS), {"scale": scale}
         if both:
-            lse = tile_stats(q, k, spec, **more, backend="chunked")["neg_lse"]
+            spec = Spec(Block(1), stats=("neg_lse",), prefixes=WIDTHS)
+            lse = tile_stats(q, k, spec, scale=scale, backend="chunked")["neg_lse"]
         else:
             unit = ([nn.functional.normalize(x[:, :d], dim=1) for x in (q, k)] for d in WIDTHS)
             own = torch.eye(N, M, dtype=torch.bool)
@@ -187,6 +187,6 @@ def test_messages():
         (Spec(Block(1), Bias(), prefixes=(3,)), "prefixes: got them with bias"),
         (Spec(Separate(1), prefixes=(3, 5)), r"positives: got .*need \(N, P\) = \(70, 2\)"),
     ):
-        more = {"positives": torch.zeros(N, 1).double()} if isinstance(spec.layout, Separate) else {}
+        more: dict[str, Any] = {"positives": torch.zeros(N, 1).double()} if isinstance(spec.layout, Separate) else {}
         with pytest.raises(ValueError, match=f"^{message}"):
             tile_stats(q, k, spec, **more)

@@ -170,6 +170,7 @@ def test_prefixes_are_the_sum_of_their_losses(dtype):
     every: tuple[dict[str, Any], ...] = (
         {},
         {"clip": 3.0, "reduction": "sum"},
+        {"symmetric": True},
         {"targets": torch.tensor([2, 1, 1, 0, 5, 4]), "false_negative_margin": 0.1},
         {"guide": unit[:2], "guide_margin": 0.3},
         {"share_hard_negatives": True, "hardness": 0.5, "temperature": 0.7},

@@ -121,7 +121,7 @@ def elements(q: Any, k: Any, h: Any, o: dict[str, Any], width: int | None) -> An
                 return False
             return line is None or guided is None or bool(guided <= line + 1e-12)
 
-        terms = {}
+        terms: dict[str, list[Any]] = {}
         for name in ("q2k", "k2q") if o.get("symmetric") else o.get("directions", ("q2k",)):
             row, columns = q[i] if name[0] == "q" else k[own], k if name[2] == "k" else q
             itself = set(chosen) if name[2] == "k" else {i}
@@ -179,8 +179,8 @@ def calls(options: dict[str, Any], backend: str) -> list[Any]:
             value = out.nce if options.get("reduction") == "none" else out.loss
         else:
             value = plain(q, k, h if "hard_negatives" in options else None, given)
-        grads = torch.autograd.grad(value.square().sum(), leaves, allow_unused=True)
-        grads = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
+        found = torch.autograd.grad(value.square().sum(), leaves, allow_unused=True)
+        grads = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
         sides.append([value.detach(), *grads])
     return sides
 
@@ -217,7 +217,7 @@ def test_each_option_compiles_and_is_cached(names):
         options = OPTIONS[name]
         leaves = [x.clone().requires_grad_() for x in (Q, K, HARD)]
 
-        def loss(q: Any, k: Any, h: Any, options: dict[str, Any] = options) -> Any:
+        def loss(q: Any, k: Any, h: Any, *, options: dict[str, Any] = options) -> Any:
             more = {"hard_negatives": h} if "hard_negatives" in options else {}
             return info_nce(q, k, temperature=0.5, backend="chunked", **{**options, **more}).loss
 
@@ -235,11 +235,14 @@ def test_each_option_compiles_and_is_cached(names):
             def encode(x: Any, net: nn.Module = net) -> Any:
                 return tuple(net(y) for y in x)
 
+            def whole(x: Any, loss: Any = loss) -> Any:
+                return loss(*x)
+
             if cached:
-                encoder = nn.Module()
-                encoder.net, encoder.forward = net, encode  # type: ignore[assignment]
-                GradientCache(encoder, lambda x, loss=loss: loss(*x), part=2).backward((Q, K, HARD))
+                encoder: Any = nn.Module()
+                encoder.net, encoder.forward = net, encode
+                GradientCache(encoder, whole, part=2).backward((Q, K, HARD))
             else:
-                loss(*encode((Q, K, HARD))).backward()
+                whole(encode((Q, K, HARD))).backward()
             weights.append(net.weight.grad)
         torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-13, msg=name)
