@@ -53,6 +53,7 @@ mutants: install  ## plant faults; the suite must catch every one
 
 bench: install  ## time and peak memory against the rivals, into bench/results/
 	@$(PY) -m bench
+	@$(PY) -m bench.family
 
 gpu: install  ## build, test and measure on the GPU at hand; OPTIONS="--quick" and the others of bench/gpu.sh
 	@PYTHON=$(PY) bash bench/gpu.sh $(OPTIONS)

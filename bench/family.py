@@ -31,13 +31,15 @@ Loss = Callable[..., Tensor]
 
 
 def _problems() -> Iterator[Problem]:
-    for n, d in ((32, 64), (64, 256), (256, 256), (1024, 256), (4096, 256)):
+    for n, d in ((32, 64), (64, 256), (256, 256), (1024, 64), (1024, 256), (1024, 1024), (4096, 256)):
         yield Problem("info_nce", f"InfoNCE {n:,}², D {d}", n, n, d)
-    for n in (128, 256, 1024, 2048, 4096):
+    for n, d in ((128, 64), (128, 512), (128, 1024), (256, 512), (1024, 64), (1024, 512), (1024, 1024)):
+        yield Problem("clip_loss", f"CLIP {n:,}², D {d}", n, n, d)
+    for n in (2048, 4096):
         yield Problem("clip_loss", f"CLIP {n:,}², D 512", n, n, 512)
     for n in (256, 1024, 4096):
         yield Problem("siglip_loss", f"SigLIP {n:,}², D 512", n, n, 512)
-    for n, d in ((256, 128), (1024, 128), (4096, 128), (8192, 128), (4096, 512)):
+    for n, d in ((256, 128), (1024, 64), (1024, 128), (1024, 1024), (4096, 128), (8192, 128), (4096, 512)):
         yield Problem("nt_xent", f"NT-Xent 2 × {n // 2:,}, D {d}", n, n, d)
     for n in (256, 1024, 4096):
         yield Problem("sup_con", f"SupCon {n:,}, D 128", n, n, 128)
@@ -129,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--rivals", nargs="+", choices=list(RIVALS), default=list(RIVALS))
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, cores}))
     parser.add_argument("--rounds", type=int, default=11, help="at least, interleaved")
-    parser.add_argument("--budget-s", type=float, default=3.0, help="seconds a problem may spend on more rounds")
+    parser.add_argument("--budget-s", type=float, default=2.0, help="seconds a problem may spend on more rounds")
     parser.add_argument("--quick", action="store_true", help="four problems, two threads, no compilation")
     parser.add_argument("--out", type=Path, help="default: bench/results, runs/bench with --quick or --losses")
     options = parser.parse_args(argv)
@@ -137,13 +139,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if options.quick:
         chosen, options.threads = [p for p in chosen if p.label in QUICK], [cores]
         options.rivals = [name for name in options.rivals if not RIVALS[name].compiles]
-    rows = []
-    for threads in options.threads:
-        with torch_threads(threads):
-            for problem in tqdm(chosen, desc=f"{threads} threads", unit="problem", disable=None, dynamic_ncols=True):
-                most = threads == max(options.threads)  # the peak is the same with fewer
-                times = options.rounds, options.budget_s
-                rows.append(measured(problem, options.rivals, threads, *times, with_memory=most))
+    rows: list[dict[str, Any]] = []
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "date_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -153,7 +149,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
     out = options.out or host.ROOT / ("runs/bench" if options.quick or options.losses else "bench/results")
     out.mkdir(parents=True, exist_ok=True)
     path: Path = out / f"family-{record['host']['slug']}.json"
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for threads in options.threads:
+        with torch_threads(threads):
+            for problem in tqdm(chosen, desc=f"{threads} threads", unit="problem", disable=None, dynamic_ncols=True):
+                most = threads == max(options.threads)  # the peak is the same with fewer
+                times = options.rounds, options.budget_s
+                rows.append(measured(problem, options.rivals, threads, *times, with_memory=most))
+                # A run cut short keeps what it has; its file is never half written.
+                part = path.with_suffix(".part")
+                part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                part.replace(path)
     print(family_tables.table(record), family_tables.slower([record]), f"wrote {path}", sep="\n\n")
     return path
 

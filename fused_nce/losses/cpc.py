@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
-from fused_nce.core.engine import tile_loss, tile_stats
+from fused_nce.core.engine import loss_of, tile_stats
 from fused_nce.core.gathered import gathered_scores
 from fused_nce.core.group import Group
 from fused_nce.core.spec import Block, Labels, Spec
 from fused_nce.core.statistics import deficit, softplus
 from fused_nce.core.tails import Nce
-from fused_nce.losses.common import dense_nce, exposed, fixed_mean, output, widened
+from fused_nce.losses.common import dense_nce, exposed, fixed_mean, widened
 from fused_nce.losses.heard import heard
 from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
@@ -30,6 +30,7 @@ from fused_nce.losses.registry import Entry, Size, dense_scores, features, ids, 
 BATCH = Spec(Block(1), stats=Nce().stats)
 # The columns of a row's sequence are its `pos` set: less the row itself, they are the negatives.
 NEGATIVES = ("batch", "sequence")
+Step = tuple[Tensor, dict[str, Tensor]]  # a loss and its detached stats
 SEQUENCE = Spec(Labels(), stats=("pos_lse", "pos_max"), drop_self=True)
 
 
@@ -91,10 +92,11 @@ def cpc_nce(
             predictions.unbind(0), targets.unbind(0), _shares(weights, n_steps), strict=True
         )
     ]
-    loss, nce, penalty = (torch.stack(parts).sum() for parts in zip(*(step[:3] for step in steps), strict=True))
-    stats = {name: torch.stack([step.stats[name] for step in steps]).mean() for name in steps[0].stats}
-    stats |= {f"step{i}/{name}": x for i, step in enumerate(steps) for name, x in step.stats.items()}
-    return NCEOutput(loss, nce, penalty, stats)
+    loss = torch.stack([step for step, _ in steps]).sum()
+    means = torch.stack([x for _, found in steps for x in found.values()]).view(n_steps, -1).mean(dim=0)
+    stats = dict(zip(steps[0][1], means.unbind(0), strict=True))
+    stats |= {f"step{i}/{name}": x for i, (_, found) in enumerate(steps) for name, x in found.items()}
+    return NCEOutput(loss, loss, torch.zeros_like(loss), stats)
 
 
 def _check_alone(group: Group, negatives: str, why: str) -> None:
@@ -125,7 +127,7 @@ def _step(
     columns: Tensor | None,  # (N, 1 + m), the row's own first
     group: Group,
     backend: str | None,
-) -> NCEOutput:
+) -> Step:
     """`share` times one step's loss, of (N, D) predictions and targets."""
     if columns is not None:
         s = exposed(gathered_scores(prediction, target, columns, backend=backend))
@@ -133,21 +135,21 @@ def _step(
         chance = math.log(columns.shape[1])
         return _classified(own, others.logsumexp(dim=1), others.amax(dim=1), share, chance)  # fault: cpc-sampled-own
     if groups is None:
-        parts = tile_loss(prediction, target, BATCH, Nce(weight=share), group=group, backend=backend)
-        return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
+        parts = loss_of(prediction, target, BATCH, Nce(weight=share), group=group, backend=backend)
+        return parts.loss, parts.report
     found = tile_stats(prediction, target, SEQUENCE, row_ids=groups, column_ids=groups, backend=backend)
     with torch.autocast(prediction.device.type, enabled=False):  # a score never goes through 16 bits
         own = (widened(prediction) * widened(target)).sum(dim=1)
     return _classified(own, found["pos_lse"], found["pos_max"], share)
 
 
-def _classified(own: Tensor, lse: Tensor, highest: Tensor, share: float, chance: float | None = None) -> NCEOutput:
+def _classified(own: Tensor, lse: Tensor, highest: Tensor, share: float, chance: float | None = None) -> Step:
     """Of each row's positive and two statistics of its negatives, (N,) each; chance level where all rows have one."""
     nce = fixed_mean(softplus(deficit(lse, own)))
     stats = {"top1": fixed_mean((own > highest).to(own.dtype)), "pos_mean": fixed_mean(own)}
     if chance is not None:
         stats |= {"nce_minus_chance": nce - chance, "mi_bound": chance - nce}
-    return output(share * nce, stats)
+    return share * nce, {name: x.detach() for name, x in stats.items()}
 
 
 class CPCLoss(LossModule):
