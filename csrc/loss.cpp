@@ -65,7 +65,8 @@ struct Given {
 
 std::optional<Tensor> optional_of(const Tensor& x) { return x.defined() ? std::optional<Tensor>(x) : std::nullopt; }
 
-at::ScalarType waits_in(const Tensor& x) { return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type(); }  // fault: whole-stash-half
+// fault: whole-stash-half
+at::ScalarType waits_in(const Tensor& x) { return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type(); }
 
 // One problem, from given tensors to results in the accumulation dtype.
 class Pass {
@@ -454,10 +455,8 @@ std::shared_ptr<Form> form_of(const std::string& layout, int64_t n_c, int64_t ro
 SweepInputs places_of(const Form& form, int64_t m, int64_t offset, const std::optional<Tensor>& row_ids,
                       const Tensor& pos) {
   Layout layout{pos.size(1), {}, form.drop_self ? offset * form.n_c : -1, {}, {}};
-  if (form.layout == LayoutKind::index) {
-    TORCH_CHECK_VALUE(row_ids.has_value(), "row_ids: got None, needed: the index of each row's positive");
-    layout.row_ids = row_ids->contiguous();
-  }
+  TORCH_CHECK_VALUE(row_ids.has_value() == (form.layout == LayoutKind::index), "row_ids: only an index has them");
+  if (row_ids) layout.row_ids = row_ids->contiguous();
   if (form.layout == LayoutKind::separate) layout.positives = pos;
   const Scoring scoring{1.0f, 0.0f, form.n_c, form.rows_per_image, form.layout == LayoutKind::block ? offset : 0};
   const Tensor one = at::empty({1, 1}, pos.options());

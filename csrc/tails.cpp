@@ -183,7 +183,8 @@ StatisticTensors slopes_of(const TailOf& tail, const SweepInputs& in, const Stat
       d[kNegLse][i] = static_cast<float>(sum);
     } else if (tail.name == kSigmoid) {
       const float up = given[each * i];
-      for (int64_t p = 0; p < x.n_pos; ++p) d_pos[i * x.n_pos + p] = nce_slope_positive(0.0f, x.pos[i * x.n_pos + p]) * up;
+      for (int64_t p = 0; p < x.n_pos; ++p)
+        d_pos[i * x.n_pos + p] = nce_slope_positive(0.0f, x.pos[i * x.n_pos + p]) * up;
       d[kNegSoftplus][i] = up + nan_of(of(kNegSoftplus));  // the weight of an infinite score is 1, and would look sound
     } else {
       const float up = given[each * i], count = of(kPosCount);

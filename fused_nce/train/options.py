@@ -170,8 +170,8 @@ def _value(name: str, text: str, hint: Any) -> str:
     text = _bracket(text) if _is_list(hint) else text
     kinds = _kinds(hint)
     if kinds and not kinds.isdisjoint(("int", "float", "bool")):
-        for kind, value in _scalars(text):
-            if not kinds.intersection((kind, value, *(["float"] if kind == "int" else []))):  # fault: yaml-1-1
+        for kind, value in _scalars(text):  # fault: yaml-1-1
+            if not kinds.intersection((kind, value, *(["float"] if kind == "int" else []))):
                 raise ValueError(
                     f"{name}: must be {' or '.join(sorted(sorted(kinds), key='null'.__eq__))}, got {value}"
                 )

@@ -85,12 +85,8 @@ def test_inf_cl(at):
 def vectors(at, least=1):
     """Locations and global vectors, in upstream's shapes or as maps."""
     g, pick = at.generator, at.pick
-    images, width, places, globals_ = (
-        pick.randint(least, 5),
-        pick.choice((3, 8)),
-        pick.choice((1, 4)),
-        pick.randint(1, 3),
-    )
+    images, width = pick.randint(least, 5), pick.choice((3, 8))
+    places, globals_ = pick.choice((1, 4)), pick.randint(1, 3)
     tensors = [0.7 * randn(images, width, n, generator=g) for n in (places, globals_)]
     if places == 4 and pick.random() < 0.5:
         return pick, [tensors[0], tensors[1]], [(images, width, 2, 2), tensors[1].shape]
