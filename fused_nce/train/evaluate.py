@@ -84,13 +84,11 @@ def evaluate(
     log = runlog.read_log(folder)
     features.check_taps(model, config.sample(), taps)
     settings: dict[str, Any] = {
-        "protocols": names, "labels_per_class": list(labels_per_class), "draws": draws, "tasks": tasks, "seed": seed
+        "protocols": names, "labels_per_class": list(labels_per_class), "draws": draws, "tasks": tasks, "seed": seed,
+        "leave_out_unseen": leave_out_unseen,
     }  # fmt: skip
     partial = folder / f"eval{ending}.partial.csv"
-    asked = Asked(
-        taps, **settings, baselines=baselines, leave_out_unseen=leave_out_unseen,
-        keep=lambda rows: _write_csv(partial, rows),
-    )  # fmt: skip
+    asked = Asked(taps, **settings, baselines=baselines, keep=lambda rows: _write_csv(partial, rows))
     with Threads(config.run.threads):
         judged, figures = config.judge(model, asked)
     judged |= _loss_cost(model, config) if cost else {}

@@ -102,9 +102,9 @@ def test_runs_with_one_name_are_told_apart(tmp_path):
 
 
 def test_evaluations_that_were_not_alike_are_marked(runs, tmp_path):
-    other = make_run(tmp_path / "other", 40.0, draws=3, seed=1)
+    other = make_run(tmp_path / "other", 40.0, draws=3, seed=1, leave_out_unseen=True)
     text = " ".join(parse(compare.compared.render(compare.read_runs([*runs, str(other)]))).words)
-    assert "Beware: the evaluations differ in draws, seed" in text
+    assert "Beware: the evaluations differ in draws, seed, leave_out_unseen" in text
 
 
 def test_another_data_set_is_read_by_its_name(tmp_path):

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from fused_nce import cli
@@ -26,6 +27,26 @@ def taught(tmp_path_factory):
         patch.setattr(fine_tune, "EPOCHS", 1)
         assert cli.main(["fine-tune", str(out), "--labels_per_class=10", "--tap=h"]) == 0
     return out
+
+
+def test_fine_tuning_refuses_a_class_that_training_lacks_or_leaves_it_out(taught, tmp_path, capsys, monkeypatch):
+    for split, name, count in (("train", "a", 12), ("train", "b", 12), ("test", "b", 3), ("test", "owl", 2)):
+        (tmp_path / split / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (32, 32), (9 * i, 90, 200 if name == "a" else 0)).save(
+                tmp_path / split / name / f"{i}.png"
+            )
+    run = tmp_path / "run"
+    shutil.copytree(taught, run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("data: digits", f"data: {tmp_path}"))
+    for name in ("MIN_UPDATES", "EPOCHS"):
+        monkeypatch.setattr(fine_tune, name, 1)
+    argv = ["fine-tune", str(run), "--labels_per_class=2", "--tap=h"]
+    assert cli.main(argv) == 2
+    assert "no training image has class 'owl', which 2 test images have" in capsys.readouterr().err
+    assert cli.main([*argv, "--leave_out_unseen", "true"]) == 0
+    assert "2 images of classes that training lacks" in capsys.readouterr().out
 
 
 def student(taught, out, *argv):

@@ -61,12 +61,12 @@ def _union(lists: Iterable[list[Any]]) -> list[Any]:
 
 def _note(results: list[dict[str, Any]]) -> str:
     """Caption of the accuracies, and a warning if the runs were evaluated on other images or draws."""
-    keys = ("splits", "labels_per_class", "draws", "tasks", "seed")
+    keys = ("splits", "labels_per_class", "draws", "tasks", "seed", "leave_out_unseen")
     lines = [
         f"Accuracy on the test images of {results[0]['data_name']}, each run at its own taps; charts at its first. The "
         "best trained encoder of a column is bold; below each run's tap, the better of its untrained encoders."
     ]
-    differing = [key for key in keys if any(result.get(key) != results[0].get(key) for result in results)]
+    differing = [key for key in keys if len({str(result.get(key) or None) for result in results}) > 1]
     if differing:
         lines.append(f"Beware: the evaluations differ in {', '.join(differing)}; evaluate the runs alike.")
     return " ".join(lines)
