@@ -217,7 +217,7 @@ def table(record: dict[str, Any]) -> str:
     lines += [
         "",
         "Loss and gradients of float32 embeddings. Memory: the most that a step holds beyond the embeddings and their "
-        "gradients, which all have; for fused_nce that is unit rows and gradients by them, and the workspace. "
+        "gradients, which all have; for fused_nce the unit rows, 4·N·D bytes a column, and a workspace of 16 MiB. "
         f"GIST's eager loss makes (N, N, D) tensors: not run where they are above a gigabyte. {machine['cpu_model']}, "
         f"{record['threads']} threads; sentence-transformers {record['sentence_transformers']}, torch "
         f"{versions['torch']}; commit {record['code']['commit'][:7]}, {record['date_utc'][:10]}.",
