@@ -134,7 +134,8 @@ def test_a_run_and_its_evaluation_heed_their_neighbours(tmp_path, monkeypatch, c
         assert f"run.threads: must be {words}, got {value}\n" in capsys.readouterr().err
 
 
-def test_the_busy_bench_measures_steps_and_leaves_no_loop(capsys, monkeypatch):
+@pytest.mark.nightly
+def test_the_busy_bench_measures_steps(capsys, monkeypatch):
     monkeypatch.setattr(busy, "CORES", 1)
     monkeypatch.setattr(busy, "WAYS", {"ours": "auto", "1 thread": "1"})
     options = ["--loops", "0", "1", "--steps", "2", "--rounds", "1", "--batch-size", "8"]
@@ -142,6 +143,9 @@ def test_the_busy_bench_measures_steps_and_leaves_no_loop(capsys, monkeypatch):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| 0", "| 1"))]
     assert [row.split("|")[1].strip() for row in rows] == ["0", "1"]
     assert all(float(cell) > 0 for row in rows for cell in row.strip("| ").split("|")[1:])
+
+
+def test_no_loop_of_the_busy_bench_is_left():
     with busy.busy(2) as loops:
         assert [loop.poll() for loop in loops] == [None, None]
     assert all(loop.poll() is not None for loop in loops)
