@@ -83,7 +83,7 @@ def test_memory_is_bounded(monkeypatch):
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    assert peak <= 2 << 20  # 64 MB for the matrix
+    assert peak <= 4 << 20  # 1 MB, and lists of (4000, range_max) in several copies; the matrix is 64 MB
 
 
 def test_16_bits_are_summed_in_32():

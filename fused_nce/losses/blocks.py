@@ -62,6 +62,7 @@ class _Positives:
     total: Tensor  # (N,) Σ t
     top: Tensor  # (N,) the highest
     count: float | Tensor = 1.0
+    gap: Tensor | None = None  # (N,) lse − mean; None where they are the same
 
 
 def contrast(
@@ -122,7 +123,8 @@ def _left_out(p: _Positives, x: Batch, out: Tensor) -> _Positives:
         lse = p.lse + torch.where(out[candidates.own(x)], float("-inf"), 0.0)  # fault: bias-own-key-left-out
         return _Positives(lse, lse, lse, lse)
     gone = (out[x.several.indices.clamp(min=0)] & (x.several.weights > 0)).any(dim=1)
-    return replace(p, mean=p.mean + torch.where(gone, float("-inf"), 0.0))
+    less = torch.where(gone, float("-inf"), 0.0)
+    return replace(p, mean=p.mean + less, gap=cast(Tensor, p.gap) - less)
 
 
 def _report(width: int | None, p: Tensor, first: Tensor, lse: Tensor) -> dict[str, Tensor]:
@@ -198,11 +200,16 @@ class _Blocks:
             p = positive_value(self.transform, self.scale * candidates.dots(x.q, self.own_keys, self.prefixes))
             return _Positives(p, p, p, p)
         indices, weights, some = *x.several, x.several.some
-        s = gathered_scores(x.q, x.k, indices.clamp(min=0), scale=self.scale)  # backend chosen: none is the tiles' own
+        s = gathered_scores(x.q, x.k, indices.clamp(min=0), scale=self.scale, backend=self.how["backend"])
         t = positive_value(self.transform, s).masked_fill(~some, 0.0)
         mean, total = (t * weights).sum(dim=1), t.sum(dim=1)
         low = t.masked_fill(~some, float("-inf"))
-        return _Positives(_lse(low.unbind(1)), mean, total, low.detach().amax(dim=1), some.sum(dim=1).to(t.dtype))
+        # lse − mean as the lse of t − mean, by one product: its gradient, softmax − w, is a term of its own. Added up
+        # with that of the negatives one by one, 1 and −1 of a sure row would leave the negatives' rounded.
+        less_mean = torch.eye(t.shape[1], dtype=t.dtype, device=t.device) - weights[:, :, None]
+        gap = _lse((t[:, None, :] @ less_mean).squeeze(1).masked_fill(~some, float("-inf")).unbind(1))
+        count = some.sum(dim=1).to(t.dtype)
+        return _Positives(_lse(low.unbind(1)), mean, total, low.detach().amax(dim=1), count, gap)
 
     def negatives(self, direction: str) -> list[_Negatives]:
         """Of every block of a direction, of which a row always has one."""
@@ -313,12 +320,12 @@ def _row_loss(p: _Positives, found: Sequence[_Negatives], times: int, scale: flo
         loss = softplus(deficit(lse, p.lse) - several) + several
     else:
         loss = softplus(deficit(lse, p.lse))
-    if p.mean is not p.lse:
-        loss = loss + (p.lse - p.mean)  # fault: targets-alike
+    if p.gap is not None:
+        loss = loss + p.gap  # fault: targets-alike
     if rules.smoothing:
         total = torch.stack([cast(Tensor, negatives.total) for negatives in found]).sum(dim=0)
         least = p.mean.clamp(min=-1e30)  # −∞ has made the loss ∞, and ∞ − ∞ would be NaN
-        if p.mean is p.lse:
+        if p.gap is None:
             loss = loss + rules.smoothing * (count * least - total) / (times + count)
         else:
             loss = loss + rules.smoothing * (least - (p.total + total) / (p.count + count))

@@ -174,11 +174,12 @@ def _entry(draws: Sequence[str] = (), **options: Any) -> Entry:
     def draw(seed: int, size: Size) -> dict[str, Any]:
         free = not {"targets", "several", "soft"}.isdisjoint(draws) and not options.get("symmetric")
         n, m = size.n, size.m if free else size.n
-        found = {"queries": features(seed, n, size.d), "keys": features(seed + 1, m, size.d), **options}
+        d = max(size.d, *options.get("prefixes", (1,)))  # at least as wide as the widest prefix
+        found = {"queries": features(seed, n, d), "keys": features(seed + 1, m, d), **options}
         if "unit" in draws:
             found |= {name: nn.functional.normalize(found[name], dim=-1) for name in ("queries", "keys")}
         if "hard_negatives" in draws:
-            found["hard_negatives"] = features(seed + 2, n, size.p, size.d)
+            found["hard_negatives"] = features(seed + 2, n, size.p, d)
         if options.get("false_negative_margin") is not None:
             found |= {name: _lattice(x) for name, x in found.items() if isinstance(x, Tensor)}
         if "targets" in draws:
@@ -221,6 +222,7 @@ def _entry(draws: Sequence[str] = (), **options: Any) -> Entry:
     )
 
 
+# Candidates take wide clips: torch's own tanh, of which their positives are made, has no digits of a slope near 0.
 register(_entry(temperature=0.5))
 register(_entry(), "learned temperature")
 register(_entry(["targets"], temperature=0.4, clip=5.0, penalty=0.03), "targets, clip, penalty")
@@ -246,12 +248,12 @@ register(
 )
 register(
     _entry(
-        ["ids", "guide"], guide_margin=0.3, guide_margin_kind="relative", label_smoothing=0.2, max_scale=1.2, clip=6.0
+        ["ids", "guide"], guide_margin=0.3, guide_margin_kind="relative", label_smoothing=0.2, max_scale=1.2, clip=30.0
     ),
     "guide, smoothing",
 )
 register(_entry(["targets", "column_bias"], label_smoothing=0.1, temperature=0.6), "column bias, smoothing")
-register(_entry(["several", "hard_negatives"], label_smoothing=0.1, clip=5.0), "several positives, hard negatives")
+register(_entry(["several", "hard_negatives"], label_smoothing=0.1, clip=30.0), "several positives, hard negatives")
 register(_entry(["soft", "row_weights"], temperature=0.5, hardness=0.4), "soft targets, hardness")
 register(_entry(["targets"], prefixes=(2, 5, 3), prefix_weights=(0.5, 1.0, 2.0)), "prefixes")
 register(

@@ -59,7 +59,8 @@ def checked(
             )
     wide = torch.promote_types(like.dtype, torch.float32)
     some = indices >= 0
-    w = some.to(wide) if weights is None else weights.detach().to(wide).masked_fill(~some, 0.0)
+    w = some.to(wide) if weights is None else weights.detach().to(wide)
+    w = w.masked_fill(~some & w.isfinite(), 0.0)  # padding counts for nothing, unless it is no number
     if like.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (int(x) for x in torch.aminmax(indices))
         if low < -1 or high >= m:

@@ -144,7 +144,11 @@ def test_a_bad_number_is_never_hidden(name, backend):
                 z.view(-1)[min(1, z.numel() - 1)] = bad
                 z.requires_grad_(key in leaves)
                 given = (*x[:i], z, *x[i + 1 :]) if isinstance(x, tuple) else z
-                loss = entry.function(**inputs | {key: given}, **on(entry, backend)).loss
+                try:
+                    loss = entry.function(**inputs | {key: given}, **on(entry, backend)).loss
+                except ValueError as refusal:  # of weights, which are read
+                    assert str(refusal).startswith(f"{key}: got"), refusal  # noqa: PT017
+                    continue
                 assert not loss.isfinite(), (key, i, bad)
                 if key in leaves and z.dim() == 2 and not entry.closed:
                     assert not torch.autograd.grad(loss, z)[0].isfinite().all(), (key, bad)

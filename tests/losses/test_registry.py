@@ -7,7 +7,6 @@ import inspect
 import io
 import pickle
 import re
-import sys
 from typing import Any
 
 import pytest
@@ -193,14 +192,14 @@ def test_module_twin(name):
 
 
 def test_registry_covers_the_public_functions():
-    """Each loss of the package has an entry, an oracle beside it, and a public name."""
+    """Each loss of the package has an entry, an oracle in its file or the one beside it, and a public name."""
     functions = {entry.function for entry in LOSSES.values()}
     public: dict[str, Any] = {key: getattr(fused_nce, key) for key in fused_nce.__all__}
     named = {f for key, f in public.items() if inspect.isfunction(f) and f.__module__.startswith("fused_nce.losses")}
     assert functions == named
     for entry in LOSSES.values():
         assert public[entry.name] is entry.function
-        assert sys.modules[entry.oracle.__module__] is sys.modules[entry.function.__module__]
+        assert entry.oracle.__module__.removesuffix("_oracle") == entry.function.__module__
 
 
 def test_a_modules_settings_are_shown_and_may_be_changed():
