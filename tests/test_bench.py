@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -308,7 +309,7 @@ def test_the_picture_of_negatives_tells_the_truth(row):
     """What is a negative of the first row has a gradient of its loss, and nothing else beside the pair itself."""
     direction, _, letters = ROWS[row]
     k, h, q = (torch.randn(3, *more, 4, dtype=torch.float64, requires_grad=True) for more in ((), (1,), ()))
-    options = {"hard_negatives": h, "share_hard_negatives": True} if "s" in letters else {}
+    options: dict[str, Any] = {"hard_negatives": h, "share_hard_negatives": True} if "s" in letters else {}
     loss = info_nce(q, k, directions=(direction,), row_weights=torch.tensor([1.0, 0, 0]).double(), **options).loss
     found = torch.autograd.grad(loss, (k, h, q), materialize_grads=True)
     seen = [bool(x.any()) for each in found for x in each]

@@ -246,6 +246,8 @@ def test_a_release_that_is_not_ready_says_what_is_missing(tmp_path, monkeypatch)
 def release_file(name):
     """A script of `release/`, as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "release" / f"{name}.py")
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
