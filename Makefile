@@ -74,7 +74,7 @@ lint: install
 	@$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
 	@$(MAKE) --no-print-directory tidy
 	@$(PY) -m mypy
-	@$(PY) -m mypy --strict tests/typing/user.py
+	@$(PY) -m mypy --strict --follow-imports silent tests/typing/user.py
 	@$(PY) -m bench.lines
 
 INCLUDES = $(shell $(PY) -c 'import sysconfig, torch.utils.cpp_extension as of; print(*of.include_paths(), sysconfig.get_path("include"))')
