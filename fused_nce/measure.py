@@ -36,9 +36,18 @@ def processor() -> str:
     return cpuinfo("model name") or platform.processor() or platform.machine()
 
 
-def cores() -> int:
-    """The cores that this process may use."""
+def affinity() -> int:
+    """The cores that the system may run this process on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """The cores that this process may use: those that it may run on, or fewer where a container limits its time."""
+    try:
+        most, period = quota.read_text(encoding="ascii").split()
+        return max(1, min(affinity(), int(most) // int(period)))
+    except (OSError, ValueError):  # no control group, or "max"
+        return affinity()
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The notebooks run from their first cell to their last, and show what they print."""
+"""The notebooks run from their first cell to their last, and are kept with output where a cell prints."""
 
 import json
 

@@ -96,7 +96,7 @@ def measured(problem: Problem, dtype: str, device: torch.device, compiling: bool
                     left_out[rival.label] = ABSENT
                     continue
                 call = partial(step, loss, on())
-                rows[name] = {"label": rival.label, **errors([x.float() for x in call()], [x.float() for x in exact])}
+                rows[name] = {"label": rival.label, **errors([x.double() for x in call()], exact)}
             except Exception as error:  # another project's code, or a compiler that is not there
                 left_out[rival.label] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
                 continue
@@ -165,7 +165,11 @@ def _ways(problem: Problem, inputs: Sequence[Tensor], compiling: bool, left_out:
 def _available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        words = Path("/proc/meminfo").read_text(encoding="ascii").split()
+        return int(words[words.index("MemAvailable:") + 1]) << 10
+    except (OSError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _peak_mib(name: str, problem: Problem, dtype: str, device: torch.device, call: Callable[[], Any]) -> float | None:

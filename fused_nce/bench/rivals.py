@@ -78,7 +78,7 @@ def _linear_cross_entropy(problem: Problem) -> Loss | None:
 
     def loss(q: Tensor, k: Tensor) -> Tensor:
         rows = normalize(q, dim=1) / 0.1
-        value: Tensor = found(rows, normalize(k, dim=1), torch.arange(len(q)), options=options())
+        value: Tensor = found(rows, normalize(k, dim=1), torch.arange(len(q), device=q.device), options=options())
         return value
 
     return loss

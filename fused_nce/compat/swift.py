@@ -104,6 +104,8 @@ def _groups(labels: list[Any], rows: int) -> tuple[list[int], list[list[int]]]:
     groups = [list(range(a + 1, b)) for a, b in itertools.pairwise(starts)]
     kept = os.environ.get("INFONCE_HARD_NEGATIVES")
     if kept is not None:
+        if not kept.isdecimal():
+            raise ValueError(f"INFONCE_HARD_NEGATIVES: got {kept!r}, need a whole number >= 0")
         groups = [_resized(x, int(kept)) for x in groups]
     return starts[:-1], groups
 

@@ -79,6 +79,7 @@ def contrast(
     out = None if x.column_bias is None else x.column_bias.detach() == float("-inf")
     if x.column_bias is not None and out is not None:
         x = _with_bias(x, x.column_bias, out, scale, rules)
+        x = _less_weightless(x, out)
     blocks = _Blocks(x, scale, rules, prefixes, group, backend)
     p = blocks.positives()
     if out is not None:
@@ -115,6 +116,15 @@ def contrast(
         each_width = zip(prefixes, *means, strict=True) if prefixes else [(None, *means)]
         stats = {name: y for each in each_width for name, y in _report(*each).items()}
     return NCEOutput(loss, nce, torch.zeros_like(loss), stats)
+
+
+def _less_weightless(x: Batch, out: Tensor) -> Batch:
+    """A target of weight 0 whose column the bias leaves out is no column of the row."""
+    if x.several is None:
+        return x
+    indices, weights = x.several
+    gone = out[indices.clamp(min=0)] & (weights == 0)
+    return x._replace(several=x.several._replace(indices=indices.masked_fill(gone, -1)))
 
 
 def _left_out(p: _Positives, x: Batch, out: Tensor) -> _Positives:
@@ -204,10 +214,10 @@ class _Blocks:
         t = positive_value(self.transform, s).masked_fill(~some, 0.0)
         mean, total = (t * weights).sum(dim=1), t.sum(dim=1)
         low = t.masked_fill(~some, float("-inf"))
-        # lse − mean as the lse of t − mean, by one product: its gradient, softmax − w, is a term of its own. Added up
-        # with that of the negatives one by one, 1 and −1 of a sure row would leave the negatives' rounded.
-        less_mean = torch.eye(t.shape[1], dtype=t.dtype, device=t.device) - weights[:, :, None]
-        gap = _lse((t[:, None, :] @ less_mean).squeeze(1).masked_fill(~some, float("-inf")).unbind(1))
+        # lse − mean as the lse of t − mean, of a view whose gradient, softmax − w, is added up before it meets the
+        # others: 1 and −1 of a sure row, one after the other, would leave the negatives' rounded.
+        own = t.view_as(t)
+        gap = _lse((own - (own * weights).sum(dim=1, keepdim=True)).masked_fill(~some, float("-inf")).unbind(1))
         count = some.sum(dim=1).to(t.dtype)
         return _Positives(_lse(low.unbind(1)), mean, total, low.detach().amax(dim=1), count, gap)
 
@@ -379,7 +389,7 @@ def _with_bias(x: Batch, bias: Tensor, out: Tensor, scale: float | Tensor, rules
     q = torch.cat([x.q, c.expand(x.q.shape[0], len(parts)), x.q.new_full((x.q.shape[0], 1), FAR)], dim=1)
     h = None if x.h is None else torch.cat([x.h, x.h.new_zeros(*x.h.shape[:2], len(parts) + 1)], dim=2)
     if rules.smoothing or rules.tau_plus is not None:
-        guide = x.guide or (x.q[:, :0], x.k[:, :0])
+        guide = x.guide or (x.q[:, :0], x.k[:, :0], *(() if x.h is None else (x.h[..., :0],)))
         further = (FAR * torch.ones_like(q[:, :1]), FAR * away[:, None], None if h is None else h[..., -1:])
         guide = tuple(
             torch.cat([g, y.to(g.dtype)], dim=-1) for g, y in zip(guide, further, strict=False) if y is not None

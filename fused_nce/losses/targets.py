@@ -76,10 +76,13 @@ def checked(
             )
             raise ValueError(f"{name}: got {seen} for row {row}, need {need}")
     # A column that comes twice is one, of both weights.
-    same = (indices[:, :, None] == indices[:, None, :]) & some[:, None, :]
-    again = same.tril(-1).any(dim=2) & some  # fault: target-twice
+    ordered, order = indices.sort(dim=1, stable=True)
+    later = torch.nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0)) & (ordered >= 0)  # fault: target-twice
     if weights is not None:
-        w = (same * w[:, None, :]).sum(dim=2)
+        column = (~later).cumsum(dim=1) - 1  # of a row's different ones
+        w = torch.zeros_like(w).scatter_add(1, column, w.gather(1, order)).gather(1, column)
+        w = torch.empty_like(w).scatter(1, order, w)
+    again = torch.empty_like(later).scatter(1, order, later)
     w = w.masked_fill(again, 0.0)
     return Targets(indices.masked_fill(again, -1), w / w.sum(dim=1, keepdim=True))
 

@@ -39,12 +39,18 @@ def usage(proc: Path = Path("/proc")) -> Usage | None:
         rows = [line.split() for line in (proc / "stat").read_text().splitlines() if line.startswith("cpu")]
         # user, nice, system, (idle, waiting for disks,) interrupts, soft interrupts, stolen by other virtual machines
         busy = sum(int(ticks) for row in rows if row[0] in ours for ticks in (*row[1:4], *row[6:9]))
-        own = _ticks(proc / "self/stat")
-        for child in (proc / f"self/task/{os.getpid()}/children").read_text().split():
-            own += _ticks(proc / child / "stat")
+        own, ours_too = 0, [str(os.getpid())]
+        for process in ours_too:  # grandchildren too: a fork server's readers
+            own += _ticks(proc / process / "stat")
+            ours_too += [child for thread in _threads(proc / process) for child in thread.read_text().split()]
     except (OSError, AttributeError, ValueError):
         return None
     return Usage(time.monotonic(), busy / os.sysconf("SC_CLK_TCK"), own / os.sysconf("SC_CLK_TCK"))
+
+
+def _threads(process: Path) -> list[Path]:
+    """The files that name the children of each of its threads; none if it has ended."""
+    return [path for path in process.glob("task/*/children") if path.exists()]
 
 
 def _ticks(path: Path) -> int:
@@ -69,7 +75,9 @@ class Threads:
     def __init__(self, setting: int | str) -> None:
         self.setting, self.cores = setting, measure.cores()
         self.most = torch.get_num_threads()
-        self.seen = usage() if setting == "auto" and self.most > 1 else None
+        # Under a quota of CPU time the host's other cores are none of this process's.
+        limited = self.cores < measure.affinity()
+        self.seen = usage() if setting == "auto" and self.most > 1 and not limited else None
         self.patience = 1  # looks that find too few cores before a thread goes; one may have met a burst
         self.scarce = 0  # looks in a row
         self.free_since: float | None = None

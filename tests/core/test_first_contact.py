@@ -25,6 +25,8 @@ SPECS = {
     "pairs": Spec(Block(1), Bias(), stats=Sigmoid().stats),
     "labels": Spec(Labels(), stats=tuple(dict.fromkeys(LogOut.READS + LogIn.READS))),
     "views": Spec(Block(2, 2), stats=Nce().stats, drop_self=True),
+    "one statistic, no tail": Spec(Block(1), stats=("neg_lse",)),
+    "a sequence, no tail": Spec(Labels(), stats=("pos_lse", "pos_max")),
     "labels of one tensor": Spec(Labels(), stats=LogOut.READS, drop_self=True),
 }
 needs_kernels = pytest.mark.skipif(_extension.status()[0] is None, reason="no C++ kernels on this machine")
@@ -78,6 +80,11 @@ class Faulty:
 
 def first_to_zero(x):
     return torch.cat([x.reshape(-1)[:1] * 0, x.reshape(-1)[1:]]).reshape(x.shape)
+
+
+def test_a_spec_without_a_tail_is_tried_too():
+    for field in ("rows", "dq", "dk", "dscale"):
+        assert field in trial(Faulty(field, first_to_zero), "one statistic, no tail", torch.float32)[0]
 
 
 @pytest.mark.parametrize("field", ["pos", "rows", "dq", "dk", "dscale"])

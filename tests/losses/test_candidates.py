@@ -295,6 +295,37 @@ def test_a_bias_keeps_its_bits_at_every_temperature_and_minus_infinity_is_out(dt
         assert not info_nce(q, k, column_bias=torch.tensor([0.0, bad, *[0.0] * (N - 2)])).loss.isfinite()
 
 
+def test_a_bias_beside_shared_hard_negatives():
+    """Where candidates are counted, which the bias does by a guide of its own."""
+    h = torch.randn(N, 2, Q.shape[1], generator=torch.Generator().manual_seed(3), dtype=Q.dtype)
+    for options in ({"label_smoothing": 0.1}, {"tau_plus": 0.1}):
+        for shared in (False, True):
+            more: dict[str, Any] = {**options, "hard_negatives": h, "share_hard_negatives": shared, **F64}
+            found = info_nce(Q, K, column_bias=torch.zeros(N).double(), **more).loss
+            torch.testing.assert_close(found, info_nce(Q, K, **more).loss)
+
+
+def test_targets_keep_their_bits_under_autocast_and_drop_what_weighs_nothing():
+    q, k = (x.bfloat16().float() for x in (Q, K))  # what autocast would round is rounded already
+    columns = torch.stack([torch.arange(N), (torch.arange(N) + 1) % N], dim=1)
+    weights = torch.tensor([0.75, 0.25]).expand(N, 2)
+    for targets in ({"positives": columns}, {"soft_targets": (columns, weights)}):
+        plain = info_nce(q, k, **targets).loss
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(info_nce(q, k, **targets).loss, plain)
+    bias = torch.zeros(N).double()
+    bias[1] = -math.inf
+    rest = columns.clone()
+    rest[0, 1] = -1
+    one = torch.tensor([1.0, 0.0]).expand(N, 2).double()
+    found, wanted = (
+        info_nce(Q, K, soft_targets=(x, one), column_bias=bias, label_smoothing=0.1, reduction="none", **F64).nce
+        for x in (columns, rest)
+    )
+    torch.testing.assert_close(found[0], wanted[0])
+    assert found[0].isfinite().all()
+
+
 @pytest.mark.parametrize("tau_plus", [None, 0.1])
 def test_a_column_that_is_out_is_no_candidate_of_a_debiased_loss(tau_plus):
     more = torch.cat([K, K[:2] + 1])

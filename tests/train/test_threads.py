@@ -91,19 +91,35 @@ def test_a_number_is_kept_and_the_one_before_put_back(monkeypatch):
         assert set(machine.steps(5, 4)) == {1}
 
 
+def test_under_a_quota_of_time_the_hosts_cores_say_nothing(tmp_path, monkeypatch):
+    quota = tmp_path / "cpu.max"
+    for text, cores in (
+        ("50000 100000\n", 1),
+        ("max 100000\n", measure.affinity()),
+        ("9900000 100000\n", measure.affinity()),
+    ):
+        quota.write_text(text)
+        assert measure.cores(quota) == cores
+    monkeypatch.setattr(measure, "cores", lambda: 1)
+    monkeypatch.setattr(measure, "affinity", lambda: 2)
+    torch.set_num_threads(2)
+    assert Threads("auto").seen is None
+
+
 def test_what_linux_says(tmp_path):
     pid, core = os.getpid(), min(os.sched_getaffinity(0))
     (tmp_path / "stat").write_text(
         f"cpu  9 9 9 9 9 9 9 9 9 9\ncpu{core} 100 20 3 4000 5000 600 70 8 0 0\ncpu999 1 1 1 1\nx 1\n"
     )
-    for name, ticks in (("self", "30 12 5 3"), ("77", "1 2 0 0")):
-        (tmp_path / name / "task" / str(pid)).mkdir(parents=True)
+    below = {str(pid): "77 78 ", "77": "79", "79": ""}  # a fork server's child is a child; 78 has ended meanwhile
+    for (name, children), ticks in zip(below.items(), ("30 12 5 3", "1 2 0 0", "4 0 0 0"), strict=True):
+        (tmp_path / name / "task" / name).mkdir(parents=True)
+        (tmp_path / name / "task" / name / "children").write_text(children)
         (tmp_path / name / "stat").write_text(f"{name} (a) b (c) S 1 1 1 1 1 1 1 1 1 1 {ticks} 20 0 9 0\n")
-    (tmp_path / "self" / "task" / str(pid) / "children").write_text("77 78 ")  # the second has ended meanwhile
     tick = os.sysconf("SC_CLK_TCK")
     seen = usage(tmp_path)
     assert seen is not None
-    assert seen[1:] == (801 / tick, 53 / tick)
+    assert seen[1:] == (801 / tick, 57 / tick)
     (tmp_path / "stat").unlink()
     assert usage(tmp_path) is None
     seen = usage()
