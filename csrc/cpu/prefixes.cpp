@@ -98,8 +98,10 @@ PrefixPlan plan_prefixes(const Shape& s, int64_t workspace_bytes) {
         p.strips = ceil_div(s.rows, p.lanes);
         p.tile_columns = std::min(columns, round_up(ceil_div(s.columns, 4), 2));
         p.tiles = ceil_div(s.columns, p.tile_columns);
-        for (p.groups = std::min(p.tiles, kMostGroups); p.groups > 0; --p.groups)
-          if ((p.bytes = bytes_of(s, p)) <= limit) return p;
+        for (p.groups = std::min(p.tiles, kMostGroups); p.groups > 0; --p.groups) {
+          p.bytes = bytes_of(s, p);
+          if (p.bytes <= limit) return p;
+        }
         if (p.lanes == kLaneBlock) break;
       }
   }
@@ -132,6 +134,7 @@ class PrefixSweep {
         for_each_group([this](PrefixGroup& group, int64_t begin, int64_t end) { fold(group, begin, end); });
         for (int64_t i = 0; i < parts_; ++i) {
           std::vector<Accumulators> found;
+          found.reserve(groups_.size());
           for (const PrefixGroup& group : groups_) found.push_back(group.of[i]);
           finish_strip(strip_, scoring_, found, stats(i), space_.coefficients[i]);
         }
@@ -151,7 +154,7 @@ class PrefixSweep {
   }
 
  private:
-  const PrefixPlan& checked(const PrefixPlan& plan) const {
+  PrefixPlan checked(PrefixPlan plan) const {
     TORCH_CHECK_VALUE(plan.lanes > 0, "workspace_bytes is ", in_.workspace_bytes, ", needed: more for ", parts_,
                       " prefixes of ", n_, " rows and ", m_, " columns of width ", width_);
     return plan;

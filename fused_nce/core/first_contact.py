@@ -81,10 +81,11 @@ def trial(backend: Backend, reference: Backend, small: Problem, device: torch.de
     exact = _map(small, lambda x: x.double() if x.is_floating_point() else x)
     there, needs = _map(small, lambda x: x.to(device)), Needs(True, not small.shared, True)
     tolerance = TOLERANCE[small.q.dtype]
+    fitting: list[Tail | None] = [*_tails(small.spec)]
     _busy.now = True
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            for tail in [*_tails(small.spec)] or [None]:
+            for tail in fitting or [None]:
                 wanted = _run(exact, reference, tail, needs)
                 for what, found, right in _named(small.spec, _run(there, backend, tail, needs), wanted):
                     if (off := _off(found, right)) > tolerance:
