@@ -188,3 +188,15 @@ def test_what_a_separate_positive_leaves_undone():
     spec, given = Spec(Separate(2)), torch.randn(5, 2)
     found = tile_stats(torch.randn(5, 3), torch.randn(7, 3), spec, positives=given, backend="cuda")
     assert torch.equal(found["pos"], given)
+
+
+def test_a_small_softplus_keeps_its_digits():
+    """e^-20 is below the rounding of 1: log(1 + e) would be 0."""
+    torch.manual_seed(2)
+    q, k = torch.randn(9, D), torch.randn(9, D)
+    spec = Spec(Block(1), Bias(), stats=("neg_softplus",))
+    exact, found = (
+        tile_stats(x, y, spec, scale=0.05, bias=-20.0, backend=backend)["neg_softplus"]
+        for x, y, backend in ((q.double(), k.double(), "reference"), (q, k, "cuda"))
+    )
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
