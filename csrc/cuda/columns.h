@@ -60,7 +60,7 @@ FUSED_NCE_HD Column column_of(const Strip& strip, const Rules& rules, int64_t co
 // A turn of kRowsAtOnce rows. kMasked: see `Column::masked`.
 template <bool kClip, bool kShift, bool kMasked>
 FUSED_NCE_HD void fold_column_turn(const Column& column, int r, Fold& fold) {
-  float t[kRowsAtOnce], e[kRowsAtOnce], square = 0.0f, bad = 0.0f, top = fold.part.max;
+  float t[kRowsAtOnce], square = 0.0f, bad = 0.0f, top = fold.part.max;
   bool negative[kRowsAtOnce];
   const float* scores = column.scores + r * column.stride;
   FUSED_NCE_UNROLL
@@ -74,22 +74,7 @@ FUSED_NCE_HD void fold_column_turn(const Column& column, int r, Fold& fold) {
     bad += s * 0.0f;
     top = negative[u] && t[u] > top ? t[u] : top;
   }
-  RowPart& part = fold.part;
-  if (kShift && top > part.max) {
-    const float factor = part.sum == 0.0f ? 0.0f : exp_value(shift_of(part.max) - top);
-    part.sum *= factor;
-    fold.sum_error *= factor;
-  }
-  part.max = top;
-  const float shift = kShift ? shift_of(top) : 0.0f;
-  FUSED_NCE_UNROLL
-  for (int u = 0; u < kRowsAtOnce; ++u) {
-    const float x = exp_shifted<kShift>(t[u], shift);
-    e[u] = negative[u] ? x : 0.0f;
-  }
-  add_exactly(part.sum, fold.sum_error, (e[0] + e[1]) + (e[2] + e[3]));
-  add_exactly(part.square, fold.square_error, square);
-  part.bad += bad;
+  add_turn<kShift>(fold, t, negative, top, square, bad);
 }
 
 // One warp's share of the rows of a column.

@@ -212,6 +212,8 @@ FUSED_NCE_HD Eight load(const float* at, float scale) {
   return out;
 }
 
+FUSED_NCE_HD float sum_of(const float (&x)[4]) { return (x[0] + x[1]) + (x[2] + x[3]); }
+
 FUSED_NCE_HD float sum_of(const float (&x)[kColumns]) {
   return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
 }
@@ -253,11 +255,34 @@ FUSED_NCE_HD RowPart found(const Fold& fold) {
   return out;
 }
 
+// A turn's transformed scores into the fold; `top` is the new maximum, square and bad are the turn's own sums.
+template <bool kShift, int kTerms>
+FUSED_NCE_HD void add_turn(Fold& fold, const float (&t)[kTerms], const bool (&negative)[kTerms], float top,
+                           float square, float bad) {
+  RowPart& part = fold.part;
+  if (kShift && top > part.max) {
+    const float factor = part.sum == 0.0f ? 0.0f : exp_value(shift_of(part.max) - top);
+    part.sum *= factor;
+    fold.sum_error *= factor;
+  }
+  part.max = top;
+  const float shift = kShift ? shift_of(top) : 0.0f;
+  float e[kTerms];
+  FUSED_NCE_UNROLL
+  for (int u = 0; u < kTerms; ++u) {
+    const float x = exp_shifted<kShift>(t[u], shift);
+    e[u] = negative[u] ? x : 0.0f;
+  }
+  add_exactly(part.sum, fold.sum_error, sum_of(e));
+  add_exactly(part.square, fold.square_error, square);
+  part.bad += bad;
+}
+
 // A turn of eight columns. kMasked: see `Row::masked`.
 template <bool kClip, bool kShift, bool kBiasOrLabels, bool kMasked>
 FUSED_NCE_HD void fold_turn(const Row& row, int c, float* pos, Fold& fold) {
   const Eight eight = load(row.scores + c, row.scale);
-  float t[kColumns], e[kColumns], top = fold.part.max, square[2] = {0.0f, 0.0f}, bad[2] = {0.0f, 0.0f};
+  float t[kColumns], top = fold.part.max, square[2] = {0.0f, 0.0f}, bad[2] = {0.0f, 0.0f};
   bool negative[kColumns];
   FUSED_NCE_UNROLL
   for (int u = 0; u < kColumns; ++u) {
@@ -273,22 +298,7 @@ FUSED_NCE_HD void fold_turn(const Row& row, int c, float* pos, Fold& fold) {
     if (own && !(kBiasOrLabels && row.column_ids)) pos[row.pos_index(column)] = t[u];
     top = negative[u] && t[u] > top ? t[u] : top;
   }
-  RowPart& part = fold.part;
-  if (kShift && top > part.max) {
-    const float factor = part.sum == 0.0f ? 0.0f : exp_value(shift_of(part.max) - top);
-    part.sum *= factor;
-    fold.sum_error *= factor;
-  }
-  part.max = top;
-  const float shift = kShift ? shift_of(top) : 0.0f;
-  FUSED_NCE_UNROLL
-  for (int u = 0; u < kColumns; ++u) {
-    const float x = exp_shifted<kShift>(t[u], shift);
-    e[u] = negative[u] ? x : 0.0f;
-  }
-  add_exactly(part.sum, fold.sum_error, sum_of(e));
-  add_exactly(part.square, fold.square_error, square[0] + square[1]);
-  part.bad += bad[0] + bad[1];
+  add_turn<kShift>(fold, t, negative, top, square[0] + square[1], bad[0] + bad[1]);
 }
 
 // One thread's columns into a part; their positives go to `pos`.
