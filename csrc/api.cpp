@@ -34,11 +34,12 @@ StatisticTensors checked(const char* pos_name, const Tensor& pos, const char* ro
           coefficients(columns_name, columns, {static_cast<int64_t>(in.wanted.columns.size()), m})};
 }
 
-// The arguments that the three operators begin with, and end with.
-#define FUSED_NCE_SCORES                                                                                            \
-  const Tensor &q, const Tensor &k, double scale, int64_t n_c, int64_t rows_per_image, int64_t offset, double clip, \
-      const OptionalTensor &row_ids, int64_t itself, const OptionalTensor &positives,                               \
-      const OptionalTensor &column_ids, double bias, Names stats, Names columns
+// The arguments that the operators begin with.
+#define FUSED_NCE_SCORES \
+  const Tensor &q, const Tensor &k, double scale, FUSED_NCE_LAYOUT, double bias, Names stats, Names columns
+#define FUSED_NCE_SCORES_GIVEN q, k, scale, FUSED_NCE_LAYOUT_GIVEN, bias, std::move(stats), std::move(columns)
+#define FUSED_NCE_SCORES_SCHEMA \
+  "Tensor q, Tensor k, float scale, " FUSED_NCE_LAYOUT_SCHEMA "float bias, int[] stats, int[] columns, "
 
 SweepInputs score_inputs(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes) {
   check_names("stats", stats);
@@ -50,10 +51,6 @@ SweepInputs score_inputs(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_s
   in.wanted = {std::move(stats), std::move(columns)};
   return in;
 }
-
-#define FUSED_NCE_SCORES_GIVEN                                                                                    \
-  q, k, scale, n_c, rows_per_image, offset, clip, row_ids, itself, positives, column_ids, bias, std::move(stats), \
-      std::move(columns)
 
 StatisticTuple cpu_stats(FUSED_NCE_SCORES, int64_t workspace_bytes) {
   const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, false, false, false, workspace_bytes);
@@ -252,21 +249,17 @@ pybind11::dict build_info() {
 
 }  // namespace
 
-#define FUSED_NCE_SCHEMA                                                                                    \
-  "Tensor q, Tensor k, float scale, int n_c, int rows_per_image, int offset, float clip, Tensor? row_ids, " \
-  "int itself, Tensor? positives, Tensor? column_ids, float bias, int[] stats, int[] columns, "
-
 TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
-  m.def("cpu_stats(" FUSED_NCE_SCHEMA "int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor columns)");
-  m.def("cpu_grads(" FUSED_NCE_SCHEMA
+  m.def("cpu_stats(" FUSED_NCE_SCORES_SCHEMA "int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor columns)");
+  m.def("cpu_grads(" FUSED_NCE_SCORES_SCHEMA
         "Tensor pos, Tensor found_rows, Tensor found_columns, Tensor d_pos, Tensor d_rows, Tensor d_columns, "
         "bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
         "(Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
-  m.def("cpu_prefixes(" FUSED_NCE_SCHEMA
+  m.def("cpu_prefixes(" FUSED_NCE_SCORES_SCHEMA
         "Tensor of_q, Tensor of_k, int[] widths, float[] weights, float unit, Tensor[] found, bool need_q, "
         "bool need_k, bool need_sums, int workspace_bytes) -> "
         "(Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor row_sums, Tensor line_sums)");
-  m.def("cpu_loss(" FUSED_NCE_SCHEMA
+  m.def("cpu_loss(" FUSED_NCE_SCORES_SCHEMA
         "str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
         "(Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias, Tensor columns)");
 }

@@ -97,11 +97,7 @@ FUSED_NCE_HD Score tanh_clip(float s, float clip, float inverse_clip) {
 
 template <bool kClip>
 FUSED_NCE_HD Score transform(float s, float clip, float inverse_clip) {
-  if (kClip) return tanh_clip(s, clip, inverse_clip);
-  Score t;
-  t.value = s;
-  t.slope = 1.0f;
-  return t;
+  return kClip ? tanh_clip(s, clip, inverse_clip) : Score{s, 1.0f};
 }
 
 // The clip bounds t, so up to this value exp(t) itself lies in [e^-43, e^43] and 1e9 terms add up to less than 1e28:

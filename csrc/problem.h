@@ -81,6 +81,14 @@ inline void check_matrix(const char* name, const at::Tensor& x) {
                    ", needed: float32, bfloat16 or float16");
 }
 
+// The arguments of every operator that say which columns are a row's own, in C++, handed on, and in a schema.
+#define FUSED_NCE_LAYOUT                                                                                     \
+  int64_t n_c, int64_t rows_per_image, int64_t offset, double clip, const std::optional<at::Tensor>&row_ids, \
+      int64_t itself, const std::optional<at::Tensor>&positives, const std::optional<at::Tensor>&column_ids
+#define FUSED_NCE_LAYOUT_GIVEN n_c, rows_per_image, offset, clip, row_ids, itself, positives, column_ids
+#define FUSED_NCE_LAYOUT_SCHEMA \
+  "int n_c, int rows_per_image, int offset, float clip, Tensor? row_ids, int itself, Tensor? positives, Tensor? column_ids, "
+
 inline SweepInputs inputs(const at::Tensor& q, const at::Tensor& k, double scale, int64_t n_c, int64_t rows_per_image,
                           int64_t offset, double clip, bool need_q, bool need_k, bool need_scale,
                           int64_t workspace_bytes, Layout layout) {

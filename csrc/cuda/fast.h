@@ -62,11 +62,7 @@ FUSED_NCE_HD Score tanh_clip(float s, float clip, float inverse_clip) {
 
 template <bool kClip>
 FUSED_NCE_HD Score transform(float s, float clip, float inverse_clip) {
-  if (kClip) return tanh_clip(s, clip, inverse_clip);
-  Score t;
-  t.value = s;
-  t.slope = 1.0f;
-  return t;
+  return kClip ? tanh_clip(s, clip, inverse_clip) : Score{s, 1.0f};
 }
 
 }  // namespace cuda

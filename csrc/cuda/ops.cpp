@@ -53,12 +53,11 @@ float peak_of(const SweepInputs& in, const TailRule& tail) {
 }
 
 // The arguments that the three operators begin with. k null: q, and one gradient for both roles.
-#define FUSED_NCE_SCORES                                                                                         \
-  const Tensor &q, const Maybe &k, double scale, const Maybe &scale_tensor, int64_t n_c, int64_t rows_per_image, \
-      int64_t offset, double clip, const Maybe &row_ids, int64_t itself, const Maybe &positives,                 \
-      const Maybe &column_ids, const Maybe &bias
-#define FUSED_NCE_SCORES_GIVEN \
-  q, k, scale, scale_tensor, n_c, rows_per_image, offset, clip, row_ids, itself, positives, column_ids, bias
+#define FUSED_NCE_SCORES \
+  const Tensor &q, const Maybe &k, double scale, const Maybe &scale_tensor, FUSED_NCE_LAYOUT, const Maybe &bias
+#define FUSED_NCE_SCORES_GIVEN q, k, scale, scale_tensor, FUSED_NCE_LAYOUT_GIVEN, bias
+#define FUSED_NCE_SCORES_SCHEMA \
+  "Tensor q, Tensor? k, float scale, Tensor? scale_tensor, " FUSED_NCE_LAYOUT_SCHEMA "Tensor? bias, "
 
 struct Call {
   SweepInputs in;
@@ -319,19 +318,15 @@ void implement(torch::Library& m) {
 
 }  // namespace
 
-#define FUSED_NCE_SCHEMA                                                                                          \
-  "Tensor q, Tensor? k, float scale, Tensor? scale_tensor, int n_c, int rows_per_image, int offset, float clip, " \
-  "Tensor? row_ids, int itself, Tensor? positives, Tensor? column_ids, Tensor? bias, "
-
 TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
-  m.def("cuda_stats(" FUSED_NCE_SCHEMA
+  m.def("cuda_stats(" FUSED_NCE_SCORES_SCHEMA
         "bool optional, bool column_stats, int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor columns)");
-  m.def("cuda_grads(" FUSED_NCE_SCHEMA
+  m.def("cuda_grads(" FUSED_NCE_SCORES_SCHEMA
         "Tensor pos, Tensor neg_lse, Tensor d_pos, Tensor d_neg_lse, Tensor d_square, Tensor? optional, "
         "Tensor? d_optional, Tensor? column_neg_lse, Tensor? d_column_neg_lse, Tensor? d_column_square, bool need_q, "
         "bool need_k, bool need_scale, int workspace_bytes) -> "
         "(Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
-  m.def("cuda_loss(" FUSED_NCE_SCHEMA
+  m.def("cuda_loss(" FUSED_NCE_SCORES_SCHEMA
         "bool optional, str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, "
         "int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
   m.def(
