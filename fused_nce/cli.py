@@ -1,5 +1,6 @@
 """`fused-nce COMMAND …`: each command is a function of its own arguments, imported when it is used."""
 
+import argparse
 import importlib
 import logging
 import os
@@ -156,13 +157,19 @@ def _of_arguments(function: Callable[..., int], usage: str, argv: Sequence[str])
 
 
 def doctor(argv: Sequence[str]) -> int:
-    """`fused-nce doctor`."""
-    if argv:
-        raise ValueError(f"doctor: takes no arguments, got {' '.join(argv)}")
+    """`fused-nce doctor [--gpu]`."""
+    parser = argparse.ArgumentParser(prog="fused-nce doctor", description="What this installation can do.")
+    parser.add_argument("--gpu", action="store_true", help="try every loss on the GPU's backends; minutes")
+    options = parser.parse_args(argv)
     from fused_nce import doctor as report
 
     print(report())
-    return 0
+    if not options.gpu:
+        return 0
+    from fused_nce.bench import card
+
+    print(flush=True)
+    return card.main()
 
 
 if __name__ == "__main__":

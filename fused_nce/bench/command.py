@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,6 +21,7 @@ from torch import Tensor
 from fused_nce import last_path
 from fused_nce.bench import memory, timers
 from fused_nce.bench.formulas import FORMULAS
+from fused_nce.bench.progress import Progress
 from fused_nce.bench.rivals import RIVALS, Problem, Rival, Subject, errors, ours, step
 from fused_nce.core import dispatch
 from fused_nce.measure import environment
@@ -84,7 +84,7 @@ def measured(problem: Problem, dtype: str, device: torch.device, compiling: bool
     rows: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], Any]] = {}
     path = None
-    with _progress(2 * len(ways) + 1) as tick:
+    with Progress(2 * len(ways) + 1) as tick:
         for name, rival in ways.items():
             tick(f"{rival.label}: warm-up")
             if rival.compiles and time.perf_counter() - begin > LIMIT_S / 2:
@@ -186,38 +186,6 @@ def _peak_mib(name: str, problem: Problem, dtype: str, device: torch.device, cal
         return max(0.0, memory.peak(Subject(name, problem, DTYPES[dtype]), torch.get_num_threads())["peak_memory_mib"])
     except (RuntimeError, OSError, AttributeError):
         return None
-
-
-class _progress:
-    """A bar where tqdm is installed, else a line a step; nothing where stderr is no terminal."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.bar = total, 0, None
-
-    def __enter__(self) -> Callable[[str], None]:
-        if sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-
-                self.bar = tqdm(
-                    total=self.total, leave=False, dynamic_ncols=True, bar_format="{percentage:3.0f}% {bar} {desc}"
-                )
-            except ImportError:
-                pass
-        return self.tick
-
-    def tick(self, what: str) -> None:
-        """One step begins."""
-        if self.bar is not None:
-            self.bar.set_description_str(what, refresh=False)
-            self.bar.update(1)
-        elif sys.stderr.isatty():
-            self.done += 1
-            print(f"[{self.done}/{self.total}] {what}", file=sys.stderr)
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def table(record: dict[str, Any]) -> str:

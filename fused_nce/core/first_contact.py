@@ -17,6 +17,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -82,24 +83,31 @@ def trial(backend: Backend, reference: Backend, small: Problem, device: torch.de
     there, needs = _map(small, lambda x: x.to(device)), Needs(True, not small.shared, True)
     tolerance = TOLERANCE[small.q.dtype]
     fitting: list[Tail | None] = [*_tails(small.spec)]
-    _busy.now = True
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with believing(), torch.no_grad(), torch.autocast(device.type, enabled=False):
             for tail in fitting or [None]:
                 wanted = _run(exact, reference, tail, needs)
                 for what, found, right in _named(small.spec, _run(there, backend, tail, needs), wanted):
-                    if (off := _off(found, right)) > tolerance:
+                    if (difference := off(found, right)) > tolerance:
                         return (
                             f"its first test on this card failed: {what} of {small.spec.code} in {_short(small.q)} is "
-                            f"off by {off:.2g} of the largest, more than {tolerance:g}",
+                            f"off by {difference:.2g} of the largest, more than {tolerance:g}",
                             True,
                         )
     except Exception as error:
         line = (str(error).strip().splitlines() or [""])[0]
         return f"it raised {type(error).__name__} in its first test on this card: {line[:200]}", False
+    return "", True
+
+
+@contextmanager
+def believing() -> Iterator[None]:
+    """No trial within, in this thread: what runs is one itself."""
+    _busy.now = True
+    try:
+        yield
     finally:
         _busy.now = False
-    return "", True
 
 
 def problem(spec: Spec, q_dtype: torch.dtype, k_dtype: torch.dtype | None, width: int) -> Problem:
@@ -185,9 +193,10 @@ def _named(
             yield field, x, right[field]
 
 
-def _off(found: Tensor, wanted: Tensor) -> float:
+def off(found: Tensor, wanted: Tensor) -> float:
     """The largest difference in units of the largest entry; inf where one is finite and the other is not."""
-    found, finite = found.detach().double().cpu(), wanted.isfinite()
+    found, wanted = found.detach().double().cpu(), wanted.detach()
+    finite = wanted.isfinite()
     if not torch.equal(found.isfinite(), finite):  # fault: trial-nan-unseen
         return float("inf")
     if not finite.any():

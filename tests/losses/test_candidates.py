@@ -213,6 +213,9 @@ def test_several_positives_are_a_set_and_soft_targets_a_distribution():
         halves, thirds = (torch.tensor([x]).double().repeat(N, 1) for x in ([0.5, 0.5], [0.25, 0.5, 0.25]))
         for soft in ((pairs, halves), (twice, thirds)):
             same(info_nce(q, k, soft_targets=soft, **how).loss, info_nce(q, k, positives=pairs, **how).loss, leaves)
+        # Weights in 16 bits round, and are none the less of sum 1.
+        narrow = torch.tensor([[1 / 3, 2 / 3]]).repeat(N, 1).to(torch.bfloat16)
+        assert info_nce(q, k, soft_targets=(pairs, narrow), **how).loss.isfinite()
         # The row's own label set, as SupCon has it.
         every = torch.stack([torch.where(IDS[i] == IDS, torch.arange(N), -1) for i in range(N)])
         s = 2 * q @ k.T

@@ -1,0 +1,135 @@
+"""`fused-nce doctor --gpu`: every loss on the backends of this card against float64 on the CPU, as a report to send.
+
+The first call of a kind tries its own kernel (`core/first_contact.py`); this tries all that a card may ever be asked
+for, and keeps no verdict.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_nce.bench.progress import Progress
+from fused_nce.core import first_contact
+from fused_nce.losses.registry import LOSSES, Entry, Size
+
+WIDTHS = (16, 72, 200, 256, 1024)  # of a tile and between; beyond 256 kernels read them in panels
+DTYPES = tuple(first_contact.TOLERANCE)
+
+
+class Trial(NamedTuple):
+    """One loss on one backend."""
+
+    backend: str
+    dtype: str
+    loss: str
+    width: int
+    wrong: str  # what is, in words; "": nothing
+    refused: str  # why the backend does not run it; "": it does
+    off: float  # the largest difference, in units of the largest entry
+    seconds: float  # the compilation of what was not compiled yet included
+
+
+def trials(device: torch.device, backends: Sequence[str], widths: Sequence[int] = WIDTHS) -> Iterator[Trial]:
+    """Every loss × width × dtype × backend, one after the other; a failure ends none of the others."""
+    for name, width, dtype, backend in cases(backends, widths):
+        begin = time.perf_counter()
+        wrong = refused = ""
+        off = 0.0
+        try:
+            wrong, off = compared(LOSSES[name], width, dtype, backend, device)
+        except Exception as error:
+            line = (str(error).strip().splitlines() or [""])[0][:200]
+            _, cannot, why = line.partition("which cannot run this: ")
+            wrong, refused = ("", why) if cannot else (f"it raised {type(error).__name__}: {line}", "")
+        short = str(dtype).removeprefix("torch.")
+        yield Trial(backend, short, name, width, wrong, refused, off, time.perf_counter() - begin)
+
+
+def cases(backends: Sequence[str], widths: Sequence[int]) -> list[tuple[str, int, torch.dtype, str]]:
+    """(loss, width, dtype, backend) of each trial; losses without scores of pairs have no kernel."""
+    names = [name for name, entry in LOSSES.items() if not entry.closed]
+    return [(name, w, dtype, b) for b in backends for dtype in DTYPES for w in widths for name in names]
+
+
+def compared(entry: Entry, width: int, dtype: torch.dtype, backend: str, device: torch.device) -> tuple[str, float]:
+    """What is wrong, in words, "" where nothing is; and the largest difference."""
+    drawn = entry.example(0, Size(first_contact.ROWS, first_contact.COLUMNS, width))
+    narrow = {  # tuples are weights and guides, which have a dtype of their own
+        name: _each(x, lambda x: x.to(dtype) if x.dim() else x) if isinstance(x, Tensor) else x
+        for name, x in drawn.items()
+    }
+    exact = _gradients(entry, {name: _each(x, Tensor.double) for name, x in narrow.items()}, "reference")
+    there = {name: _each(x, lambda x: x.to(device), floating=False) for name, x in narrow.items()}
+    with first_contact.believing():
+        found = _gradients(entry, there, backend)
+    worst = max((first_contact.off(found[name], exact[name]), name) for name in exact)
+    allowed = first_contact.TOLERANCE[dtype]
+    if not worst[0] <= allowed:
+        return f"{worst[1]} is off by {worst[0]:.2g} of the largest, more than {allowed:g}", worst[0]
+    return "", worst[0]
+
+
+def _each(x: Any, change: Callable[[Tensor], Tensor], floating: bool = True) -> Any:
+    """A change of a tensor, or of every tensor of a tuple; of the floating ones alone, or of all."""
+    if isinstance(x, tuple):
+        return tuple(_each(part, change, floating) for part in x)
+    return change(x) if isinstance(x, Tensor) and (x.is_floating_point() or not floating) else x
+
+
+def _gradients(entry: Entry, inputs: dict[str, Any], backend: str) -> dict[str, Tensor]:
+    """The loss and the gradient of each input that has one."""
+    leaves = {
+        name: x.detach().requires_grad_()
+        for name, x in inputs.items()
+        if isinstance(x, Tensor) and x.is_floating_point() and name not in entry.frozen
+    }
+    loss = entry.function(**inputs | leaves, backend=backend).loss
+    made = torch.autograd.grad(loss, list(leaves.values()))
+    return {"loss": loss, **{f"the gradient of {name}": x for name, x in zip(leaves, made, strict=True)}}
+
+
+def report(found: Sequence[Trial]) -> str:
+    """A line for each backend and dtype, and one for each trial that failed."""
+    lines = []
+    for backend, dtype in dict.fromkeys((x.backend, x.dtype) for x in found):
+        ran = [x for x in found if (x.backend, x.dtype) == (backend, dtype)]
+        sound = [x for x in ran if not x.wrong and not x.refused]
+        failed, refused = [x for x in ran if x.wrong], [x for x in ran if x.refused]
+        worst = max(sound, key=lambda x: x.off, default=None)
+        lines.append(
+            f"{backend:8} {dtype:9} {len(sound)} of {len(ran)} right"
+            + (f", worst {worst.off:.1e} of the largest entry ({worst.loss}, width {worst.width})" if worst else "")
+            + (f", {len(refused)} not its own: {refused[0].refused}" if refused else "")
+            + f", {sum(x.seconds for x in ran):.0f} s"
+        )
+        lines += [f"  WRONG  {x.loss}, width {x.width}: {x.wrong}" for x in failed]
+    wrong = sum(bool(x.wrong) for x in found)
+    lines.append(f"{len(found)} trials, {wrong} wrong" + ("; please send this report" if wrong else ""))
+    return "\n".join(lines)
+
+
+def main(backends: Sequence[str] = first_contact.ON, widths: Sequence[int] = WIDTHS) -> int:
+    """Print the report of each card; 1 where something is wrong.
+
+    Raises:
+        ValueError: torch sees no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("--gpu: torch sees no GPU here, needed: at least one")
+    return max(shown(torch.device("cuda", i), backends, widths) for i in range(torch.cuda.device_count()))
+
+
+def shown(device: torch.device, backends: Sequence[str], widths: Sequence[int]) -> int:
+    """One device's report, printed; 1 where something is wrong."""
+    with Progress(len(cases(backends, widths))) as tick:
+        found = []
+        for trial in trials(device, backends, widths):
+            found.append(trial)
+            tick(f"{trial.backend} {trial.dtype} {trial.loss}")
+    print(f"every loss on {device} against float64\n{report(found)}")
+    return int(any(trial.wrong for trial in found))

@@ -1,0 +1,63 @@
+"""The long trial of a card's backends, with the CPU as the card."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fused_nce import _extension, cli
+from fused_nce.backends import chunked, cuda
+from fused_nce.bench import card
+from fused_nce.losses.registry import LOSSES
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    """`cuda` runs where there is no GPU too."""
+    module, _ = _extension.status()
+    monkeypatch.setattr(
+        cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k) if module else "no kernels"
+    )
+
+
+def test_sound_backends_pass(capsys):
+    """`chunked` runs every loss; the GPU's rows, emulated, those that they know, and name why not for the rest."""
+    backends = ("chunked", "cuda") if _extension.status()[0] else ("chunked",)
+    assert card.shown(CPU, backends, (24,)) == 0
+    printed = capsys.readouterr().out
+    scored = sum(not entry.closed for entry in LOSSES.values())
+    assert f"chunked  float32   {scored} of {scored} right, worst " in printed
+    assert printed.endswith(f"{len(backends) * 3 * scored} trials, 0 wrong\n")
+    assert "WRONG" not in printed
+
+
+@pytest.mark.skipif(_extension.status()[0] is None, reason="no C++ kernels on this machine")
+def test_a_wrong_kernel_is_named(monkeypatch, capsys):
+    sound = cuda.loss
+
+    def spoilt(*args):
+        found, out = sound(*args)
+        return found, out._replace(dk=None if out.dk is None else out.dk * 1.2)
+
+    monkeypatch.setattr(cuda, "loss", spoilt)
+    assert card.shown(CPU, ("cuda",), (24,)) == 1
+    printed = capsys.readouterr().out
+    assert "  WRONG  amdim_nce, width 24: the gradient of consequents is off by 0.2 of the largest" in printed
+    assert "please send this report" in printed
+
+
+def test_an_exception_is_a_result(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no kernel image is available\nfor this device")
+
+    monkeypatch.setattr(chunked, "loss", broken)
+    found = [x.wrong for x in card.trials(CPU, ("chunked",), (24,)) if x.loss == "amdim_nce"]
+    assert found == ["it raised RuntimeError: no kernel image is available"] * 3
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["doctor", "--gpu"]) == cli.USERS
+    assert "fused-nce: --gpu: torch sees no GPU here, needed: at least one" in capsys.readouterr().err
