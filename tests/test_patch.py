@@ -123,8 +123,12 @@ def test_at_once_and_of_a_loss_itself():
 def test_autocast_is_judged_in_its_own_roundings():
     """Upstream's scores in bfloat16 are off by hundreds of float32's: no difference of formulas."""
     model = patch(Model(), verify_steps=1, show=False)
+    views = nn.functional.normalize(torch.randn(8, 2, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(*batch())
+        patch(nn.Sequential(SupConLoss()), verify_steps=1, show=False)(
+            views.requires_grad_()
+        )  # float32, scored in 16 bits
     assert "forward" not in vars(model.criterion)
 
 

@@ -113,7 +113,7 @@ def parses(code: str) -> bool:
 
 def plant(fault: Fault | None, folder: Path, *, kernels: bool) -> None:
     """A copy of what the tests need, with the fault in it; `kernels` to be built from the copy's own sources."""
-    for name in ("fused_nce", "tests", "docs", "csrc"):
+    for name in ("fused_nce", "tests", "docs", "csrc", "bench"):
         shutil.copytree(ROOT / name, folder / name, ignore=IGNORE)
     shutil.copy(ROOT / "pyproject.toml", folder)
     if kernels:
