@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fused_nce.train import checkpoint, config, journal, lock, methods
+from fused_nce.train import checkpoint, config, journal, lock, methods, slurm
 from fused_nce.train.files import printable
 from fused_nce.train.method import Method
 
@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(f"usage: fused-nce train {{{','.join(methods.METHODS)}}} [options]; add --help for the options")
         return 0
+    slurm.join()
     start = _parse(argv[0] if argv else None, argv[1:])
     settings, run_dir, resume = start[:3]
     first = _first_process()
@@ -64,7 +65,9 @@ def main(argv: Sequence[str]) -> int:
         lock.release(run_dir, refused=trainer is None)
     if first:
         done = f"{reason} at step {trainer.step} after {trainer.time_s:.0f} s{lost(trainer)}"
-        print(printable(f"{done}; run saved in {run_dir}"))
+        print(printable(f"{done}; run saved in {run_dir}"), flush=True)
+    if trainer.preempted:
+        slurm.queue_again(first)
     return 0
 
 
@@ -131,7 +134,8 @@ def _parse(name: str | None, argv: Sequence[str]) -> Start:
     values = parser.parse_args(argv)
     settings = config.instantiate(method, parser, values)
     run_dir = Path(values.out or f"runs/{method.method}-{settings.preset}")
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun, after a process was lost
+    # By torchrun after a process was lost, or by SLURM after the job was preempted.
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or slurm.restarted()
     if again and any((run_dir / "checkpoints").glob("step_*")):
         return _resumed(method, parser, [word for word in argv if word != "--overwrite"], run_dir, [])
     if not _first_process():
@@ -186,7 +190,7 @@ def _resumed(method: type[Method], parser: Any, argv: Sequence[str], run_dir: Pa
 
 
 def _first_process() -> bool:
-    """Whether this process looks after the folder; torchrun and accelerate set RANK."""
+    """Whether this process looks after the folder; torchrun, accelerate and `slurm.join` set RANK."""
     return os.environ.get("RANK", "0") == "0"
 
 

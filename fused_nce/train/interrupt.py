@@ -11,20 +11,22 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from fused_nce.train.slurm import PREEMPTION
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *PREEMPTION)
 SAME_S = 1.0  # two signals within it are one: Ctrl-C reaches a process from its terminal and from torchrun
 
 
 class Interrupt:
-    """The first of Ctrl-C, SIGTERM and SIGHUP asks the loop to finish its step and save; a second ends the process.
+    """The first signal of `ENDING` asks the loop to finish its step and save; a second ends the process.
 
-    A context manager; `requested` turns true at the first signal. Within `held`, which a save is, a second one changes
-    nothing. A SIGHUP that is ignored already (nohup) stays so. Outside the main thread, where Python allows no
-    handlers, it does nothing.
+    A context manager; `requested` turns true at the first signal, and `preempted` where it announces the job's end.
+    Within `held`, which a save is, a second one changes nothing. A SIGHUP that is ignored already (nohup) stays so.
+    Outside the main thread, where Python allows no handlers, it does nothing.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.preempted = False
         self._at, self._held, self._active = 0.0, False, False
         self._before: dict[int, Any] = {}
         self._child: Callable[[int, FrameType | None], Any] | None = None
@@ -77,3 +79,4 @@ class Interrupt:
             os.kill(os.getpid(), number)
         if not self.requested:
             self.requested, self._at = True, now
+            self.preempted = number in PREEMPTION

@@ -111,7 +111,7 @@ class Trainer:
         host.keep_memory()
         self.step, self.logged, self.time_s = 0, 0, 0.0
         self.skipped, self.skipped_in_a_row, self.probes_skipped = 0, 0, 0
-        self.interrupt = Interrupt()
+        self.interrupt, self.preempted = Interrupt(), False
         self._steady = True  # between updates, so that what a checkpoint holds belongs together
         self._together = world == 1  # all processes know of the error that ends the run
         self.made_anew: int | None = None  # the step at which the run's folder was found deleted
@@ -154,7 +154,8 @@ class Trainer:
                         self.logged, window = self.step, (now, self.step)
                     out_of_time = config.run.max_minutes is not None and now - started > 60 * config.run.max_minutes
                     due = now - saved_at > 60 * config.run.save_minutes
-                    stop, out_of_time, due = self._agree(interrupt.requested, out_of_time, due)
+                    wishes = (interrupt.requested, interrupt.preempted, out_of_time, due)
+                    stop, self.preempted, out_of_time, due = self._agree(*wishes)
                     if stop or out_of_time:
                         reason = "interrupted" if stop else f"reached {config.run.max_minutes} minutes"
                         break

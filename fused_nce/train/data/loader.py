@@ -18,6 +18,7 @@ from fused_nce.train.data.images import (
     load_split,
 )
 from fused_nce.train.data.sources import Damage, ImageSource, fit
+from fused_nce.train.interrupt import ENDING
 from fused_nce.train.settings import AugmentConfig
 
 WORKER_TIMEOUT_S = 300  # a stuck reader is an error, not a wait for ever
@@ -159,7 +160,7 @@ class Loader:
 
 def _ignore_interrupts(worker: int) -> None:
     """A signal may reach every process of the terminal or job: the readers must live until the loop has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
 
 
