@@ -48,6 +48,12 @@ def facts() -> dict[str, Any]:
     }
 
 
+def narrowed() -> bool:
+    """Whether torch was told to leave this CPU's AVX-512 alone: a stand-in for a CPU that has AVX2."""
+    found = facts()
+    return found["torch_cpu_capability"] == "AVX2" and "avx512f" in found["isa_flags"]
+
+
 def slug() -> str:
     """A stable name for the host: maker and family, cores, best instruction set."""
     found = facts()

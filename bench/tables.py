@@ -18,8 +18,9 @@ from bench.gpu import model as gpu_model
 from bench.gpu import tables as gpu_tables
 from bench.host import ROOT
 from bench.rivals import RIVALS
+from bench.rivals.bound import LIBRARIES
 from bench.text import markdown
-from bench.verdict import LIBRARY_LABELS, cells, judged, linear_fit, time_ms
+from bench.verdict import cells, judged, linear_fit, time_ms
 
 PUBLISHED = ROOT / "bench/results/cpu-amd-epyc-2c-avx512.json"  # the host that the documents quote
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
@@ -95,11 +96,11 @@ def _left_out(record: Record) -> str:
         lines.append("- fp32 / bf16: not judged, for this CPU has no bf16 instructions.\n")
     for dtype in (cases.FLOAT32, cases.BFLOAT16):
         gemms = [gemm for row in judged(record, dtype) for gemm in row["bound"]["gemms"].values()]
-        for library, label in LIBRARY_LABELS.items():
-            if library == "openblas":  # a package that may be absent, of float32 alone
-                continue
+        for library in ("mm", "onednn"):  # the others are packages that may be absent
             if any(library not in gemm["gflop_per_s"] for gemm in gemms):
-                lines.append(f"- {dtype}: {label} has no such product on this CPU, and is not in the bound.\n")
+                lines.append(
+                    f"- {dtype}: {LIBRARIES[library].label} has no such product on this CPU, and is not in the bound.\n"
+                )
     return "".join(lines)
 
 
@@ -115,7 +116,7 @@ def bound_table(record: Record) -> str:
             cells = {name: f"{rates[name]:.0f}" if name in rates else "not here" for name in libraries}
             line.append(" / ".join(f"**{x}**" if name == found["winner"] else x for name, x in cells.items()))
         rows.append([*line, f"{time_ms(row, 'bound'):.1f}", f"{row['bound']['time_ms_iqr']:.1f}"])
-    labels = " / ".join(LIBRARY_LABELS[name] for name in libraries)
+    labels = " / ".join(LIBRARIES[name].label for name in libraries)
     gemms = ["S = q·kᵀ", "dq = W·k", "dk = Wᵀ·q"]
     text = markdown(["images × locations, width", *gemms, "bound, ms", "spread, ms"], rows)
     return f"{text}\n\nGFLOP/s of {labels}; the faster one counts."

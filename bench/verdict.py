@@ -8,7 +8,6 @@ from bench import cases
 from bench.cases import Case, Target
 
 Row = dict[str, Any]
-LIBRARY_LABELS = {"mm": "torch.mm", "onednn": "oneDNN", "openblas": "OpenBLAS"}
 
 
 class Cell(NamedTuple):

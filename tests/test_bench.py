@@ -45,6 +45,7 @@ UNITLESS = {
     "mm",
     "onednn",
     "openblas",
+    "zendnn",
 }
 SHAPES = [(8, 4, 16), (16, 4, 16), (24, 4, 16), (32, 4, 16)]
 
