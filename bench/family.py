@@ -137,7 +137,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--budget-s", type=float, default=2.0, help="seconds a problem may spend on more rounds")
     parser.add_argument("--quick", action="store_true", help="four problems, two threads, no compilation")
     parser.add_argument("--out", type=Path, help="default: bench/results, runs/bench with --quick or --losses")
+    host.add_isa(parser)
     options = parser.parse_args(argv)
+    host.restart_with(options.isa, "bench.family", argv)
     chosen = [p for p in PROBLEMS if (not options.losses or p.loss in options.losses)]
     if options.quick:
         chosen, options.threads = [p for p in chosen if p.label in QUICK], [cores]

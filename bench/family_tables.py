@@ -43,6 +43,8 @@ def host_line(record: Record) -> str:
 def isa(record: Record) -> str:
     """The instruction set that torch used, and whether the CPU has a wider one that was turned off."""
     used, flags = record["host"]["torch_cpu_capability"], record["host"]["isa_flags"]
+    if "amx_bf16" in flags and used == "AVX512":
+        return "AVX-512 with AMX"
     return f"{used} (AVX-512 turned off)" if used == "AVX2" and "avx512f" in flags else str(used)
 
 

@@ -35,7 +35,7 @@ def shape(row: Record) -> str:
 def host_line(record: Record) -> str:
     """The machine, the versions and the commit in one sentence."""
     host, code = record["host"], record["code"]
-    isa = "AVX-512 with AMX" if "amx_bf16" in host["isa_flags"] else host["torch_cpu_capability"]
+    isa = family_tables.isa(record)
     dirty = " with local changes" if code["dirty"] else ""
     quiet = max(row["others_cpu_share"] for row in record["cases"])
     return (
@@ -174,6 +174,15 @@ def family(text: Callable[[Record], str], isa: str = "AVX512") -> str:
     return text(found[0]) if found else f"No run with {isa} is committed yet: `python -m bench.family` makes one."
 
 
+def amdim(text: Callable[[Record], str], isa: str) -> str:
+    """A text of the newest run of AMDIM's shapes with an instruction set."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in PUBLISHED.parent.glob("cpu-*.json")]
+    found = [record for record in records if record["host"]["torch_cpu_capability"] == isa]
+    if not found:
+        return f"No run with {isa} is committed yet: `python -m bench --isa {isa.lower()}` makes one."
+    return text(max(found, key=lambda record: str(record["date_utc"])))
+
+
 BLOCKS: dict[str, Callable[[Record], str]] = {
     "cpu-table": main_table,
     "cpu-targets": targets_table,
@@ -181,6 +190,10 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "cpu-spread": spread_table,
     "cpu-memory-fit": memory_fit,
     "cpu-host": host_line,
+    **{
+        f"cpu-{name}-avx2": lambda record, text=text: amdim(text, "AVX2")
+        for name, text in (("table", main_table), ("targets", targets_table), ("bound", bound_table))
+    },
     "family-table": lambda record: family(family_tables.table),
     "family-largest": lambda record: family(family_tables.largest),
     "family-table-avx2": lambda record: family(family_tables.table, "AVX2"),

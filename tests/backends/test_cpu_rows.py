@@ -1,7 +1,7 @@
-"""The generic row kernels, which every CPU but x86 with AVX2 runs, against plain formulas: here, and as aarch64 has them.
+"""The generic row kernels, of any CPU but x86 with AVX2, against plain formulas: here, and as aarch64 has them.
 
-The aarch64 build runs under qemu-user (Debian: g++-aarch64-linux-gnu, qemu-user-static). It has no torch, so brgemm, the
-plan's threads and any speed are not tested there.
+The aarch64 build runs under qemu-user (Debian: g++-aarch64-linux-gnu, qemu-user-static). It has no torch, so brgemm,
+the driver's threads and any speed are not tested there.
 """
 
 from __future__ import annotations
