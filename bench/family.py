@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench import host, measure
+from bench.rivals import bound
 from fused_nce import last_path
 from fused_nce.bench import memory, timers
 from fused_nce.bench.formulas import FORMULAS
@@ -55,12 +56,13 @@ PROBLEMS = tuple(_problems())
 QUICK = ("InfoNCE 256², D 256", "CLIP 256², D 512", "NT-Xent 2 × 512, D 128", "SupCon 1,024, D 128")
 
 
-def bound(problem: Problem) -> list[Callable[[], Tensor]]:
-    """The least GEMMs, by `torch.mm`: scores into a buffer that is there, gradients into fresh memory."""
-    q, k, w = torch.randn(problem.n, problem.d), torch.randn(problem.m, problem.d), torch.randn(problem.n, problem.m)
-    scores = torch.empty_like(w)
-    calls = [lambda: torch.mm(q, k.T, out=scores), lambda: torch.mm(w, k), lambda: torch.mm(w.T, q)]
-    return calls[: problem.gemms]
+def least_gemms(problem: Problem) -> dict[tuple[str, str], Callable[[], Tensor]]:
+    """(GEMM, library) → a call: each of the least GEMMs by the library that was the fastest in three rounds."""
+    found = bound.gemms(torch.randn(problem.n, problem.d), torch.randn(problem.m, problem.d))
+    calls = {key: call for key, call in found.items() if key[0] in bound.GEMMS[: problem.gemms]}
+    times = timers.interleave(calls, 3, lambda: None)
+    fastest = {key[0]: key for key in sorted(times, key=lambda key: -min(times[key]))}
+    return {fastest[gemm]: calls[fastest[gemm]] for gemm in bound.GEMMS[: problem.gemms]}
 
 
 def measured(
@@ -83,9 +85,9 @@ def measured(
         if name == "ours":
             path = last_path()
     del exact
-    gemms = bound(problem)
-    calls = {**steps, "bound": lambda: [gemm() for gemm in gemms]}
     with timers.without_gc():
+        gemms = least_gemms(problem)
+        calls = {**steps, "bound": lambda: [gemm() for gemm in gemms.values()]}
         begin = time.perf_counter()
         timers.interleave(calls, 1, lambda: None)
         once = time.perf_counter() - begin
@@ -106,6 +108,7 @@ def measured(
         "others_cpu_share": round(busy, 4),
         "ours_backend": path.backend if path else None,
         "bound_ms": timers.spread(times["bound"])["time_ms_median"] * problem.steps,
+        "bound_libraries": dict(gemms.keys()),
         "rivals": rows,
     }
 
@@ -134,7 +137,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--budget-s", type=float, default=2.0, help="seconds a problem may spend on more rounds")
     parser.add_argument("--quick", action="store_true", help="four problems, two threads, no compilation")
     parser.add_argument("--out", type=Path, help="default: bench/results, runs/bench with --quick or --losses")
+    host.add_isa(parser)
     options = parser.parse_args(argv)
+    host.restart_with(options.isa, "bench.family", argv)
     chosen = [p for p in PROBLEMS if (not options.losses or p.loss in options.losses)]
     if options.quick:
         chosen, options.threads = [p for p in chosen if p.label in QUICK], [cores]

@@ -8,6 +8,7 @@ from typing import Any
 
 from bench.family import RIVALS
 from bench.host import ROOT
+from bench.rivals.bound import LIBRARIES
 from bench.text import markdown, number
 
 Record = dict[str, Any]
@@ -42,6 +43,8 @@ def host_line(record: Record) -> str:
 def isa(record: Record) -> str:
     """The instruction set that torch used, and whether the CPU has a wider one that was turned off."""
     used, flags = record["host"]["torch_cpu_capability"], record["host"]["isa_flags"]
+    if "amx_bf16" in flags and used == "AVX512":
+        return "AVX-512 with AMX"
     return f"{used} (AVX-512 turned off)" if used == "AVX2" and "avx512f" in flags else str(used)
 
 
@@ -70,14 +73,28 @@ def table(record: Record, threads: int | None = None) -> str:
         ]
         wrong = [f"{names[n]['gradient_error']:.0e}" if n in names else "–" for n in ("ours", "eager")]
         rows.append(
-            [row["label"], number(ours), *ratios, other, f"{ours / row['bound_ms']:.2f}×", *peaks, " / ".join(wrong)]
+            [
+                row["label"],
+                number(ours),
+                *ratios,
+                other,
+                f"{ours / row['bound_ms']:.2f}× ({_libraries(row)})",
+                *peaks,
+                " / ".join(wrong),
+            ]
         )
     header = [
         "problem", "fused_nce, ms", "eager ÷ ours", "torch.compile ÷ ours", "best other ÷ ours",
         "of the least GEMMs", "fused_nce, MiB", "eager, MiB", "gradient error: ours / eager",
     ]  # fmt: skip
-    note = f"Loss and gradients, float32, {threads} threads; memory above inputs and gradients; GEMMs by `torch.mm`."
+    note = f"Loss and gradients, float32, {threads} threads; memory above inputs and gradients; GEMMs by the named."
     return f"{markdown(header, rows)}\n\n{note} {host_line(record)}"
+
+
+def _libraries(row: Row) -> str:
+    """Whose GEMMs are the least: one name, or one for each of the scores and the gradients."""
+    names = [LIBRARIES[name].label for name in row.get("bound_libraries", {"": "mm"}).values()]
+    return " / ".join(names if len(set(names)) > 1 else names[:1])
 
 
 def faster_from(record: Record) -> str:
@@ -131,5 +148,5 @@ def _why(row: Row, other: float) -> str:
     if row["n"] * row["m"] <= SMALL_SCORES:
         return f"the call, not the scores: {ours - floor:.2f} ms of {ours:.2f} are no GEMM"
     if other < floor:
-        return f"the rival's GEMMs beat `torch.mm`'s {number(floor)} ms; ours takes {ours / floor:.2f}× them"
+        return f"the rival beats the least GEMMs by themselves, {number(floor)} ms; ours takes {ours / floor:.2f}× them"
     return f"ours takes {ours / floor:.2f}× the least GEMMs, the rival {other / floor:.2f}×"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import platform
 import re
 import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,29 @@ def facts() -> dict[str, Any]:
         "virtual": "hypervisor" in flags,
         "kernel": platform.release(),
     }
+
+
+def narrowed() -> bool:
+    """Whether torch was told to leave this CPU's AVX-512 alone: a stand-in for a CPU that has AVX2."""
+    found = facts()
+    return found["torch_cpu_capability"] == "AVX2" and "avx512f" in found["isa_flags"]
+
+
+# A CPU with AVX-512 stands in for one without: torch, oneDNN and ours read these as they load, and the compiler's
+# vectors follow torch's.
+AVX2_ALONE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "FUSED_NCE_ISA": "avx2"}
+
+
+def add_isa(parser: argparse.ArgumentParser) -> None:
+    """The option `--isa` of a benchmark."""
+    parser.add_argument("--isa", choices=["avx2"], help="leave AVX-512 alone; the results have a file of their own")
+
+
+def restart_with(isa: str | None, module: str, argv: Sequence[str] | None) -> None:
+    """The same program from the start with AVX2 alone, where that was asked for and the CPU has more."""
+    if isa == "avx2" and torch.backends.cpu.get_cpu_capability() != "AVX2":
+        arguments = sys.argv[1:] if argv is None else argv
+        os.execve(sys.executable, [sys.executable, "-m", module, *arguments], {**os.environ, **AVX2_ALONE})
 
 
 def slug() -> str:

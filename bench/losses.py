@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import pictures
+from fused_nce.core import flop
+from fused_nce.core.cost import Call
+from fused_nce.core.ops import COUNT, Scores
 from fused_nce.losses.registry import LOSSES, Entry, Size
 
 MICRO = Size(n=512, m=16384, d=128, p=4)  # a batch beside a queue, of the width that projection heads have
@@ -49,6 +54,20 @@ def api() -> str:
     return "\n\n".join(f"::: {x.__module__}.{x.__qualname__}" for x in found)
 
 
+class _Asked(TorchDispatchMode):
+    """What the losses below ask of a backend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.fused_nce.loss.default:
+            tail, needs = args[COUNT : COUNT + 2]
+            self.calls.append(flop.call_of("loss", Scores(*args[:COUNT]), tail, needs))
+        return func(*args, **(kwargs or {}))
+
+
 def cost(entry: Entry) -> str:
     """How often its score GEMM's work is done, forward and backward together, as torch's counter counts it."""
     if entry.closed:
@@ -60,7 +79,14 @@ def cost(entry: Entry) -> str:
         torch.autograd.grad(entry.function(**inputs, backend="chunked").loss, leaves)
     with torch.no_grad(), FlopCounterMode(display=False) as scores:
         entry.function(**inputs, backend="chunked")
-    return f"Costs {both.get_total_flops() / scores.get_total_flops():g} GEMMs of its scores' size."
+    with _Asked() as asked:
+        entry.function(**inputs, backend="chunked")
+    text = f"Costs {both.get_total_flops() / scores.get_total_flops():g} GEMMs of its scores' size"
+    call = asked.calls[0] if len(asked.calls) == 1 else Call()
+    if call.columns or call.symmetric:
+        kept, streamed = (call.gemms("cpu", call.tiles(kept=kept)) for kept in (True, False))
+        text += f"; on a CPU {kept:g} where the workspace keeps the scores, {streamed:g} where it does not"
+    return f"{text}."
 
 
 def signature(entry: Entry) -> str:

@@ -18,8 +18,9 @@ from bench.gpu import model as gpu_model
 from bench.gpu import tables as gpu_tables
 from bench.host import ROOT
 from bench.rivals import RIVALS
+from bench.rivals.bound import LIBRARIES
 from bench.text import markdown
-from bench.verdict import LIBRARY_LABELS, cells, judged, linear_fit, time_ms
+from bench.verdict import cells, judged, linear_fit, time_ms
 
 PUBLISHED = ROOT / "bench/results/cpu-amd-epyc-2c-avx512.json"  # the host that the documents quote
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
@@ -34,7 +35,7 @@ def shape(row: Record) -> str:
 def host_line(record: Record) -> str:
     """The machine, the versions and the commit in one sentence."""
     host, code = record["host"], record["code"]
-    isa = "AVX-512 with AMX" if "amx_bf16" in host["isa_flags"] else host["torch_cpu_capability"]
+    isa = family_tables.isa(record)
     dirty = " with local changes" if code["dirty"] else ""
     quiet = max(row["others_cpu_share"] for row in record["cases"])
     return (
@@ -95,11 +96,11 @@ def _left_out(record: Record) -> str:
         lines.append("- fp32 / bf16: not judged, for this CPU has no bf16 instructions.\n")
     for dtype in (cases.FLOAT32, cases.BFLOAT16):
         gemms = [gemm for row in judged(record, dtype) for gemm in row["bound"]["gemms"].values()]
-        for library, label in LIBRARY_LABELS.items():
-            if library == "openblas":  # a package that may be absent, of float32 alone
-                continue
+        for library in ("mm", "onednn"):  # the others are packages that may be absent
             if any(library not in gemm["gflop_per_s"] for gemm in gemms):
-                lines.append(f"- {dtype}: {label} has no such product on this CPU, and is not in the bound.\n")
+                lines.append(
+                    f"- {dtype}: {LIBRARIES[library].label} has no such product on this CPU, and is not in the bound.\n"
+                )
     return "".join(lines)
 
 
@@ -115,7 +116,7 @@ def bound_table(record: Record) -> str:
             cells = {name: f"{rates[name]:.0f}" if name in rates else "not here" for name in libraries}
             line.append(" / ".join(f"**{x}**" if name == found["winner"] else x for name, x in cells.items()))
         rows.append([*line, f"{time_ms(row, 'bound'):.1f}", f"{row['bound']['time_ms_iqr']:.1f}"])
-    labels = " / ".join(LIBRARY_LABELS[name] for name in libraries)
+    labels = " / ".join(LIBRARIES[name].label for name in libraries)
     gemms = ["S = q·kᵀ", "dq = W·k", "dk = Wᵀ·q"]
     text = markdown(["images × locations, width", *gemms, "bound, ms", "spread, ms"], rows)
     return f"{text}\n\nGFLOP/s of {labels}; the faster one counts."
@@ -173,6 +174,15 @@ def family(text: Callable[[Record], str], isa: str = "AVX512") -> str:
     return text(found[0]) if found else f"No run with {isa} is committed yet: `python -m bench.family` makes one."
 
 
+def amdim(text: Callable[[Record], str], isa: str) -> str:
+    """A text of the newest run of AMDIM's shapes with an instruction set."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in PUBLISHED.parent.glob("cpu-*.json")]
+    found = [record for record in records if record["host"]["torch_cpu_capability"] == isa]
+    if not found:
+        return f"No run with {isa} is committed yet: `python -m bench --isa {isa.lower()}` makes one."
+    return text(max(found, key=lambda record: str(record["date_utc"])))
+
+
 BLOCKS: dict[str, Callable[[Record], str]] = {
     "cpu-table": main_table,
     "cpu-targets": targets_table,
@@ -180,6 +190,10 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "cpu-spread": spread_table,
     "cpu-memory-fit": memory_fit,
     "cpu-host": host_line,
+    **{
+        f"cpu-{name}-avx2": lambda record, text=text: amdim(text, "AVX2")
+        for name, text in (("table", main_table), ("targets", targets_table), ("bound", bound_table))
+    },
     "family-table": lambda record: family(family_tables.table),
     "family-largest": lambda record: family(family_tables.largest),
     "family-table-avx2": lambda record: family(family_tables.table, "AVX2"),

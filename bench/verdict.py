@@ -8,7 +8,6 @@ from bench import cases
 from bench.cases import Case, Target
 
 Row = dict[str, Any]
-LIBRARY_LABELS = {"mm": "torch.mm", "onednn": "oneDNN", "openblas": "OpenBLAS"}
 
 
 class Cell(NamedTuple):
@@ -45,7 +44,8 @@ def judged(record: Row, dtype: str = cases.FLOAT32) -> list[Row]:
 
 def cells(record: Row, row: Row) -> list[Cell]:
     """Every target of one float32 row whose rivals were measured."""
-    target = cases.TABLE.get(case_of(row), Target(float("inf"), 0.0))
+    table = cases.AVX2_TABLE if record["host"]["torch_cpu_capability"] == "AVX2" else cases.TABLE
+    target = table.get(case_of(row), Target(float("inf"), 0.0))
     have = row["rivals"]
     if "ours" not in have:
         return []

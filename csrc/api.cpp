@@ -165,12 +165,14 @@ std::vector<Tensor> atom(const std::string& name, const Tensor& x, double parame
 
 pybind11::dict plan(int64_t rows, int64_t columns, int64_t width, at::ScalarType dtype, int64_t workspace_bytes,
                     int64_t image, bool statistics, bool need_q, bool need_k, bool need_scale, bool shared, bool labels,
-                    const Names& row_stats, const Names& column_stats) {
+                    bool symmetric, const Names& row_stats, const Names& column_stats) {
   const bool gradients = need_q || need_k || need_scale;
-  const Work work{rows,   columns, width,  image,  elements_of(dtype, width), statistics && gradients,   gradients,
-                  need_q, need_k,  shared, labels, Wanted::mask(row_stats),   Wanted::mask(column_stats)};
+  Work work{rows,   columns, width,  image,  elements_of(dtype, width), statistics && gradients,   gradients,
+            need_q, need_k,  shared, labels, Wanted::mask(row_stats),   Wanted::mask(column_stats)};
+  work.symmetric = symmetric && work.both;
   Plan p = make_plan(work, workspace_bytes);
-  if (shared && work.both) {  // the values of ids decide whether scores are symmetric
+  const Shares shares = shares_of(work, p);
+  if (shared && work.both && !symmetric) {  // the values of ids decide whether scores are symmetric
     Work mirrored = work;
     mirrored.symmetric = true;
     const Plan other = make_plan(mirrored, workspace_bytes);
@@ -186,6 +188,7 @@ pybind11::dict plan(int64_t rows, int64_t columns, int64_t width, at::ScalarType
   out["scores_stored"] = p.stored;
   out["strips_kept"] = p.kept_strips;
   out["total_bytes"] = p.bytes;
+  out["shares"] = pybind11::make_tuple(shares.seen, shares.again, shares.for_keys);
   return out;
 }
 
@@ -279,8 +282,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("plan", &plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("dtype"),
         py::arg("workspace_bytes"), py::kw_only(), py::arg("image") = 1, py::arg("statistics") = true,
         py::arg("need_q") = true, py::arg("need_k") = true, py::arg("need_scale") = false, py::arg("shared") = false,
-        py::arg("labels") = false, py::arg("row_stats") = Names{kNegLse, kNegMax, kSquare},
-        py::arg("column_stats") = Names{});
+        py::arg("labels") = false, py::arg("symmetric") = false,
+        py::arg("row_stats") = Names{kNegLse, kNegMax, kSquare}, py::arg("column_stats") = Names{});
   m.def("prefix_workspace_bytes", &prefix_workspace_bytes, "of the plan of several prefixes; 0 where none fits");
   m.def(
       "names",

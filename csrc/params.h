@@ -36,10 +36,12 @@ struct ByStatistic {
 // A tile of the transposed scores: line `c` of the array holds column `first_column + c` of S, its lanes are the rows
 // of the strip. Statistics of rows then need no horizontal reduction; those of columns come from the same kernels over
 // the tile turned around, lines and lanes having changed their roles.
+constexpr int kMostLanes = 256;
+
 struct Tile {
   float* scores;  // (columns, lanes), <q, k> before the scale
   int64_t columns;
-  int64_t lanes;            // lanes from `rows` on are padding, their products are 0
+  int64_t lanes;            // at most kMostLanes; lanes from `rows` on are padding, their products are 0
   int64_t rows;             // rows of the strip
   int64_t first_column;     // of S
   int64_t first_row;        // of S

@@ -45,6 +45,7 @@ UNITLESS = {
     "mm",
     "onednn",
     "openblas",
+    "zendnn",
 }
 SHAPES = [(8, 4, 16), (16, 4, 16), (24, 4, 16), (32, 4, 16)]
 
@@ -190,14 +191,39 @@ def made_up_row(ours, naive, bound, case):
 def test_verdict_passes_misses_and_explains():
     case = Case(128, 49, 1024)
     row = made_up_row(ours=12.0, naive=18.0, bound=10.0, case=case)
-    found = {cell.name: cell for cell in verdict.cells({"cases": [row], "host": {"isa_flags": []}}, row)}
+    found = {
+        cell.name: cell
+        for cell in verdict.cells({"cases": [row], "host": {"isa_flags": [], "torch_cpu_capability": "AVX512"}}, row)
+    }
     assert found["ours / bound"].passed
     assert not found["naive / ours"].passed
     assert "naive itself runs at 1.80× the bound" in found["naive / ours"].why
     assert not found["peak MiB"].passed
     assert found["peak MiB"].text == "**20.00** ✗ (≤ 16)"
-    slow = verdict.cells({"cases": [row], "host": {"isa_flags": []}}, made_up_row(13.0, 40.0, 10.0, case))
+    slow = verdict.cells(
+        {"cases": [row], "host": {"isa_flags": [], "torch_cpu_capability": "AVX512"}},
+        made_up_row(13.0, 40.0, 10.0, case),
+    )
     assert [cell.passed for cell in slow] == [False, True, False]
+    avx2 = {"cases": [row], "host": {"isa_flags": [], "torch_cpu_capability": "AVX2"}}
+    for width, ours, passes in ((512, 12.1, False), (512, 11.9, True), (128, 13.4, True), (128, 13.6, False)):
+        found = verdict.cells(avx2, made_up_row(ours, 20.0, 10.0, Case(256 if width == 128 else 128, 49, width)))
+        assert [cell.passed for cell in found[:2]] == [passes, True]
+
+
+def test_a_cpu_stands_in_for_one_with_avx2(monkeypatch):
+    """The program starts anew with what torch, oneDNN and ours read as they load; once is enough."""
+    started = []
+    monkeypatch.setattr(host.os, "execve", lambda *arguments: started.append(arguments))
+    for capability, times in (("AVX512", 1), ("AVX2", 0)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        started.clear()
+        host.restart_with("avx2", "bench.family", ["--quick"])
+        host.restart_with(None, "bench.family", ["--quick"])
+        assert len(started) == times
+        for _, command, environment in started:
+            assert command[1:] == ["-m", "bench.family", "--quick"]
+            assert environment.items() >= host.AVX2_ALONE.items()
 
 
 def test_linear_fit_recovers_a_line():

@@ -9,7 +9,6 @@ namespace fused_nce {
 namespace {
 
 constexpr int64_t kLaneBlock = 16;
-constexpr int64_t kMostLanes = 256;
 constexpr int64_t kLeastStoredLanes = 64;
 // Each group holds a share of dq, so there are few; even, or one of two threads would wait for the odd one's end.
 constexpr int64_t kGroups[] = {16, 12, 8, 6, 4, 2, 1};
@@ -100,6 +99,22 @@ bool try_all_kept(const Work& w, Plan& p, int64_t workspace_bytes) {
 }
 
 }  // namespace
+
+Shares shares_of(Work w, const Plan& p) {
+  Shares found{0.0, 0.0, 0.0};
+  const double all = static_cast<double>(w.rows * w.columns);
+  w.symmetric = p.symmetric;
+  for (int64_t strip = 0; strip < p.strips; ++strip) {
+    const int64_t first = strip * p.lanes, rows = std::min(p.lanes, w.rows - first);
+    const bool kept = !w.both || (w.two_sided() ? strip >= p.strips - p.kept_strips : p.stored);
+    const double scores = static_cast<double>(rows * (w.columns - first_column(w, p, strip))) / all;
+    found.seen += scores;
+    if (!kept) found.again += scores;
+    found.for_keys += scores;
+    if (w.symmetric) found.for_keys -= static_cast<double>(rows * rows) / all;  // fault: shares-diagonal
+  }
+  return found;
+}
 
 // One sixteenth of the workspace is left to the GEMM library's own scratch.
 Plan make_plan(const Work& w, int64_t workspace_bytes) {

@@ -77,6 +77,14 @@ inline int64_t tiles_of(const Work& w, const Plan& p, int64_t strip) {
   return diagonal_tiles(p, rows) + ceil_div(left - rows, p.tile_columns);
 }
 
+// Which scores the plan's tiles compute, in parts of all.
+struct Shares {
+  double seen;      // at all
+  double again;     // a second time
+  double for_keys;  // with a product of their own for dk: those off the diagonal of symmetric ones
+};
+Shares shares_of(Work w, const Plan& p);
+
 // `lanes` is 0 if nothing fits; `bytes` is then what the smallest plan needs.
 Plan make_plan(const Work& w, int64_t workspace_bytes);
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from fused_nce import _extension
 from fused_nce.backends import cpu_prefixes
 from fused_nce.core import defaults, workspace
+from fused_nce.core.cost import Call, Tiles
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
 from fused_nce.core.spec import TORCH_ALONE, VOCABULARY, Bias, Block, Index, Labels, Spec
 from fused_nce.core.statistics import KERNEL_STATISTICS
-from fused_nce.core.tails import KERNEL_TAILS, Coefficients, Tail
+from fused_nce.core.tails import KERNEL_TAILS, Coefficients, LogIn, LogOut, Nce, Tail
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BOTH_WAYS = True  # `loss` finds the statistics of columns too
@@ -67,6 +68,37 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
     shared = spec.drop_self
     plans = [plan for dtype in dtypes for plan in _plans(module, spec, n, m, d, dtype, limit_bytes, shared=shared)]
     return max(int(plan["total_bytes"]) for plan in plans)
+
+
+def mirrored(spec: Spec, tail: Tail, offset: int) -> bool:
+    """Whether a tile of scores, of one matrix in both roles, counts for its rows and its columns.
+
+    As `is_symmetric` and `has_sides` in `csrc/cpu/work.cpp` have it; labels count as those of both roles.
+    """
+    layout = spec.layout
+    pairs = isinstance(layout, Block) and layout.n_c == layout.rows_per_image
+    sides = type(tail) in (Nce, LogOut, LogIn) and "neg_softplus" not in spec.stats and not spec.columns
+    return sides and offset == 0 and not spec.prefixes and (pairs or isinstance(layout, Labels))
+
+
+def tiles(spec: Spec, call: Call, n: int, m: int, d: int, dtype: torch.dtype) -> Tiles:
+    """What a call computes by the plan of `csrc/cpu/plan.h`."""
+    module, _ = _extension.status()
+    if module is None or spec.prefixes:
+        return call.tiles(kept=False)
+    plan = module.plan(
+        n,
+        m,
+        d,
+        dtype,
+        _limit(),
+        statistics=call.op != "grads",
+        need_q=call.q and call.op != "stats",
+        need_k=(call.q if call.shared else call.k) and call.op != "stats",
+        symmetric=call.symmetric,
+        **_plan_options(spec, call.shared),
+    )
+    return Tiles(*plan["shares"])
 
 
 def stats(problem: Problem) -> Statistics:
@@ -218,14 +250,18 @@ def _plans(
     module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype: torch.dtype, limit_bytes: int, *, shared: bool
 ) -> list[dict[str, Any]]:
     """Of `loss`, `stats` and `grads`."""
-    options = {
+    options = _plan_options(spec, shared)
+    return [
+        module.plan(n, m, d, dtype, limit_bytes, statistics=statistics, need_q=gradients, need_k=gradients, **options)
+        for statistics, gradients in ((True, True), (True, False), (False, True))
+    ]
+
+
+def _plan_options(spec: Spec, shared: bool) -> dict[str, Any]:
+    return {
         "image": spec.layout.n_c if isinstance(spec.layout, Block) else max(1, spec.n_pos),
         "shared": shared,
         "labels": isinstance(spec.layout, Labels),
         "row_stats": _numbers(spec.stats),
         "column_stats": _numbers(spec.columns),
     }
-    return [
-        module.plan(n, m, d, dtype, limit_bytes, statistics=statistics, need_q=gradients, need_k=gradients, **options)
-        for statistics, gradients in ((True, True), (True, False), (False, True))
-    ]

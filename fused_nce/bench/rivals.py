@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,9 @@ def _library(module: str, makers: dict[str, Callable[[Any], Loss]], problem: Pro
         return None
     try:
         return makers[problem.loss](importlib.import_module(module))
-    except (ImportError, RuntimeError, OSError):  # not installed, or it does not load beside this torch
+    except (ImportError, RuntimeError, OSError) as error:
+        if importlib.util.find_spec(module.partition(".")[0]) is not None:  # it is here, but does not load
+            logging.getLogger("fused_nce").warning("%s is left out: %s", module, error)
         return None
 
 

@@ -22,6 +22,14 @@ from fused_nce.core.problem import Needs
 PATH = Path(__file__).with_name("cost.json")
 
 
+class Tiles(NamedTuple):
+    """Which of a call's scores are computed, in parts of N·M."""
+
+    seen: float = 1.0  # at all: of symmetric scores, the tiles on and above the diagonal
+    again: float = 0.0  # a second time, because they were not kept
+    for_keys: float = 1.0  # with a product of their own for the keys: of symmetric scores, those off the diagonal
+
+
 class Call(NamedTuple):
     """What is asked of a backend, as far as its time depends on it."""
 
@@ -31,19 +39,32 @@ class Call(NamedTuple):
     shared: bool = False  # one tensor in both roles
     columns: bool = False  # has column statistics: no weight before all of them are there
     penalised: bool = False
+    symmetric: bool = False  # and so are the scores, which the CPU's tiles then see once
 
     @classmethod
     def of(cls, op: str, needs: Needs, penalised: bool = False) -> Call:
         """One that wants these gradients."""
         return cls(op, needs.q or (needs.scale and not needs.k), needs.k, penalised=penalised)
 
-    def gemms(self, backend: str) -> int:
-        """N·M·D products that a backend computes: the scores and, of each gradient, w·y."""
+    def tiles(self, *, kept: bool) -> Tiles:
+        """Of large problems, with all scores kept from statistics to weights, or none that both sides' must precede."""
+        share = 0.5 if self.symmetric else 1.0
+        two_sided = self.op == "loss" and (self.columns or self.symmetric) and (self.q or self.k)
+        return Tiles(share, share if two_sided and not kept else 0.0, share)
+
+    def gemms(self, backend: str, tiles: Tiles | None = None) -> float:
+        """N·M·D products that a backend computes: the scores and, of each gradient, w·y.
+
+        Args:
+            backend: its name.
+            tiles: where they are known better than from what is asked: those of a plan.
+        """
         first = self.op != "grads"  # statistics are to be made
         if backend != "triton":  # holds a strip of scores for all that is made of it
-            wanted = 2 * self.q if self.shared else self.q + self.k
-            again = self.op == "loss" and self.columns and wanted > 0
-            return (0 if self.op == "stats" else wanted) + 1 + again
+            tiles = tiles or self._replace(symmetric=False).tiles(kept=False)
+            for_keys = self.q if self.shared else self.k
+            of_gradients = 0.0 if self.op == "stats" else self.q * tiles.seen + for_keys * tiles.for_keys
+            return tiles.seen + tiles.again + of_gradients
         passes = first * (1 + self.columns)
         if self.op == "stats":
             return passes
@@ -60,7 +81,7 @@ class Cost:
     launch_us: float
     gemm_ps: dict[int, float]  # a score and GEMM by D; linear between the entries, constant below, proportional above
 
-    def time_us(self, gemms: int, n: int, m: int, d: int) -> float:
+    def time_us(self, gemms: float, n: int, m: int, d: int) -> float:
         """What a call takes."""
         return self.launch_us + gemms * n * m * self._gemm_ps_at(d) * 1e-6
 

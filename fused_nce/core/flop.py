@@ -1,43 +1,61 @@
-"""FLOP formulas of the ops, so that profilers count them. One score GEMM is u = 2·N·M·D."""
+"""FLOP formulas of the ops, so that profilers count what is executed. One score GEMM is u = 2·N·M·D."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from fused_nce.core import dispatch, tails
 from fused_nce.core import spec as specs
-from fused_nce.core.ops import COUNT
+from fused_nce.core.cost import Call
+from fused_nce.core.ops import COUNT, Scores
 
 
-def _score_gemm(q_shape: Any, k_shape: Any) -> int:
-    return int(2 * q_shape[0] * (k_shape or q_shape)[0] * q_shape[1])
+def call_of(op: str, x: Scores, tail: str = "", needs: list[bool] | None = None) -> Call:
+    """What an op asks of a backend."""
+    spec, (q, k) = specs.parse(x.spec), (needs or [False] * 2)[:2]
+    mirrored = getattr(dispatch.backend_module("cpu"), "mirrored")  # noqa: B009  (of this backend alone)
+    symmetric = bool(tail) and x.k is None and q and mirrored(spec, tails.parse(tail), x.offset)
+    return Call(op, q, k and x.k is not None, x.k is None, bool(spec.columns), symmetric=symmetric)
 
 
-def _gemms(q_shape: Any, k_shape: Any, needs: list[bool]) -> int:
-    """The scores, and a GEMM a gradient; of one tensor in both roles, two."""
-    return 1 + (sum(needs[:2]) if k_shape else 2 * needs[0])
+def executed(call: Call, x: Scores, requested: str) -> int:
+    """FLOP of the products that a backend computes for these shapes: the CPU's, by the tiles of its plan."""
+    spec, (n, d), m = specs.parse(x.spec), x.q.shape, x.keys.shape[0]
+    name = requested or os.environ.get("FUSED_NCE_BACKEND", "")
+    if name not in dispatch.BACKENDS:  # one is to be chosen, or the ring's
+        able = (name for name in dispatch.automatic(x.q, x.k, call) if not dispatch.why_not(name, spec, x.q, x.k))
+        name = next(able, "chunked")
+    tiles = getattr(dispatch.backend_module(name), "tiles", None)
+    return round(2 * n * m * d * call.gemms(name, tiles and tiles(spec, call, n, m, d, x.q.dtype)))
 
 
-@register_flop_formula(torch.ops.fused_nce.stats)
-def _stats_flop(q_shape: Any, k_shape: Any, *_: Any, **__: Any) -> int:
-    return _score_gemm(q_shape, k_shape)
+@register_flop_formula(torch.ops.fused_nce.stats, get_raw=True)
+def _stats_flop(*args: Any, **_: Any) -> int:
+    x = Scores(*args[:COUNT])
+    return executed(call_of("stats", x), x, args[-1])
 
 
-@register_flop_formula(torch.ops.fused_nce.grads)
-def _grads_flop(q_shape: Any, k_shape: Any, *args: Any, **__: Any) -> int:
-    return _score_gemm(q_shape, k_shape) * _gemms(q_shape, k_shape, args[-2])
+@register_flop_formula(torch.ops.fused_nce.grads, get_raw=True)
+def _grads_flop(*args: Any, **_: Any) -> int:
+    x = Scores(*args[:COUNT])
+    return executed(call_of("grads", x, needs=args[-2]), x, args[-1])
 
 
-@register_flop_formula(torch.ops.fused_nce.loss)
-def _loss_flop(q_shape: Any, k_shape: Any, *args: Any, **__: Any) -> int:
-    again = bool(specs.parse(args[COUNT - 4]).columns and any(args[-4]))  # weights need the columns' statistics first
-    return _score_gemm(q_shape, k_shape) * (_gemms(q_shape, k_shape, args[-4]) + again)
+@register_flop_formula(torch.ops.fused_nce.loss, get_raw=True)
+def _loss_flop(*args: Any, **_: Any) -> int:
+    x, (tail, needs, *_, backend) = Scores(*args[:COUNT]), args[COUNT:]
+    return executed(call_of("loss", x, tail, needs), x, backend)
 
 
 @register_flop_formula(torch.ops.fused_nce.losses)
 def _losses_flop(q_shapes: Any, k_shapes: Any, *args: Any, **__: Any) -> int:
-    needs = args[-2]
-    each = enumerate(zip(q_shapes, k_shapes, strict=True))
-    return sum(_score_gemm(q, k) * _gemms(q, k, needs[2 * i : 2 * i + 2]) for i, (q, k) in each)
+    """Of one column statistic or none; the kernels that take several problems keep a strip of scores."""
+    needs, total = args[-2], 0.0
+    for i, (q, k) in enumerate(zip(q_shapes, k_shapes, strict=True)):
+        call = Call("loss", *needs[2 * i : 2 * i + 2], shared=k is None)
+        total += 2 * q[0] * (k or q)[0] * q[1] * call.gemms("cuda")
+    return int(total)

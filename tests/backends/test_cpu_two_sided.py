@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fused_nce import _extension, tile_loss, tile_stats
 from fused_nce.core.spec import Bias, Block, Index, Labels, Spec, TanhClip
@@ -132,6 +133,9 @@ def test_the_gemms_are_counted(case, n, workspace_mb, units, monkeypatch):
         torch.autograd.grad(tile_loss(leaves[0], keys, spec, tail, backend="cpu", **arguments).loss, leaves)
 
     assert flop(step) == units * 2 * n * n * 8
+    with FlopCounterMode(display=False) as counter:  # and the formulas say what was computed
+        step()
+    assert counter.get_total_flops() == flop(step)
 
 
 def test_scores_that_are_the_workspace_itself_are_kept():
