@@ -2,7 +2,8 @@
 
     python -m tests.compat.suites PACKAGES WORK [NAME ...]
 
-PACKAGES holds upstream's packages and what their suites import; the suites are fetched into WORK, at the commits below.
+PACKAGES holds upstream's packages and what their suites import; the suites are fetched into WORK, at the commits below,
+and test those packages (open_clip's and solo-learn's the code that they lie beside).
 A test that passes alone and not with ours must be in `DIFFERENT`, and each that is there must be one: else exit 1.
 SUITES_FROM is where the repositories are, by owner and name.
 """
@@ -101,6 +102,7 @@ def fetch(suite: Suite, work: Path) -> Path:
 def outcomes(suite: Suite, folder: Path, packages: Path, report: Path, alone: bool) -> dict[str, bool]:
     """Of each test that was not skipped, whether it passed; the log lies beside the report."""
     variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "UPSTREAM_ALONE": "1" if alone else ""}
+    variables["PYTHONSAFEPATH"] = "1"  # the packages, not those of the checkout's version
     variables |= dict(suite.variables)
     path = [variables.get("PYTHONPATH"), ROOT, ROOT / "tests" / "compat", packages]
     variables["PYTHONPATH"] = os.pathsep.join(str(x) for x in path if x)
