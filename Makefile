@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu)
 KERNELS := setup.py pyproject.toml $(SOURCES)
 
-.PHONY: demo docs wheel test test-compat nightly mutants bench gpu lint tidy format install clean release-check
+.PHONY: demo docs wheel test test-compat test-upstream nightly mutants bench gpu lint tidy format install clean release-check
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -44,6 +44,9 @@ $(UPSTREAM)/.installed: tests/compat/upstream.txt | install
 
 test-compat: install $(UPSTREAM)/.installed  ## the adapters against the packages themselves
 	@OMP_NUM_THREADS=1 PYTHONPATH=$(UPSTREAM) $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not demo" tests/compat
+
+test-upstream: install $(UPSTREAM)/.installed  ## upstream's own suites, fetched at pinned commits, with the adapters in place
+	@$(PY) -m tests.compat.suites $(UPSTREAM) build/suites
 
 nightly: install  ## the long fuzz too
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not demo"

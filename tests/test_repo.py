@@ -250,20 +250,22 @@ NAMED = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|cpp|h|inl|cu|md|json|toml|yam
 
 def test_links_and_named_files_and_make_targets_exist():
     wrong = []
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
         links = [(x, [path.parent]) for x in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if not re.match(r"\w+:", x)]
         places = [path.parent, ROOT, ROOT / "fused_nce"]
         named = [(x, places) for x in NAMED.findall(text) if x.partition("/")[0] not in ("runs", "RUN")]  # of a run
         wrong += [f"{name_of(path)}: {x}" for x, near in (*links, *named) if not any((p / x).exists() for p in near)]
-        for words in re.findall(r"^\s*make ([a-z][a-z ]*?)\s*(?:#|$)|`make ([a-z ]+)`", text, re.M):
+        for words in re.findall(r"^\s*make ([a-z][a-z -]*?)\s*(?:#|$)|`make ([a-z -]+)`", text, re.M):
             wrong += [f"{name_of(path)}: make {x}" for x in set(" ".join(words).split()) - targets]
     assert not wrong, "\n".join(wrong)
 
 
 def test_the_makefile_runs_what_exists():
-    for module in re.findall(r"\$\(PY\) -m (fused_nce\.\w+|bench|tests\.\w+)", (ROOT / "Makefile").read_text("utf-8")):
+    for module in re.findall(
+        r"\$\(PY\) -m (fused_nce\.\w+|bench|tests(?:\.\w+)+)", (ROOT / "Makefile").read_text("utf-8")
+    ):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"make runs python -m {module}"
 

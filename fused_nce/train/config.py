@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from fused_nce.train import files, methods
 from fused_nce.train.method import Method
 
 CONFIG_NAME = "config.yaml"
+MAX_NAMED = 4  # settings in a warning
+log = logging.getLogger("fused_nce")
 FIRST = "amdim"  # the only method there was before runs named theirs
 
 
@@ -62,7 +65,7 @@ def save(config: Method, run_dir: str | Path) -> Path:
 
 
 def load(run_dir: str | Path) -> Method:
-    """The configuration of a run.
+    """The configuration of a run; a setting that its file lacks has its default, with a warning.
 
     Raises:
         ValueError: if the folder holds no run, or a file that cannot be used.
@@ -72,12 +75,18 @@ def load(run_dir: str | Path) -> Method:
     path = Path(run_dir) / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"run: {run_dir} holds no {CONFIG_NAME}; it must be the folder of a training run")
-    name = options.read(path).get("method", FIRST)
+    written = options.read(path)
     with files.reading(path):
-        method, parser = _parser(name)
+        method, parser = _parser(written.get("method", FIRST))
     values = parser.parse_file(path)
     with files.reading(path):
-        return instantiate(method, parser, values)
+        found = instantiate(method, parser, values)
+    # fault: config-lacks
+    lacking = [f"{k} {v}" for k, v in flatten(to_dict(found)).items() if k not in written and k != "method"]
+    if lacking:  # the run of an older version, or a file that has lost lines
+        more = f" and {len(lacking) - MAX_NAMED} more" if len(lacking) > MAX_NAMED else ""
+        log.warning("%s lacks settings, which have their defaults: %s", path, ", ".join(lacking[:MAX_NAMED]) + more)
+    return found
 
 
 def differences(saved: Method, wanted: Method) -> list[str]:

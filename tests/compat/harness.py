@@ -1,4 +1,4 @@
-"""What the tests of the adapters share: 50 random configurations, in two dtypes, against a dense formula.
+"""What the tests of the adapters share: random configurations, in two dtypes, against a dense formula: 50, nightly 200.
 
 float64 shows a wrong formula: within 1e-10 of the largest gradient. float32, on whatever backend is chosen, is held to
 5e-5 of it: 2^-24·(4 + √D)·|s| for the scores, whose largest here is 1/0.07, with a factor of ten to spare.
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-CONFIGURATIONS = 50
+CONFIGURATIONS, NIGHTLY = 50, 200
 WITHIN = {torch.float64: 1e-10, torch.float32: 5e-5}
 
 
@@ -52,11 +52,14 @@ def unit(*shape, generator):
 
 
 def both(test):
-    """Run `test(at)` on every configuration, in both dtypes."""
+    """Run `test(at)` on every configuration, in both dtypes; the later ones nightly."""
 
     @pytest.mark.parametrize("dtype", WITHIN)
-    def every(dtype):
-        for seed in range(CONFIGURATIONS):
+    @pytest.mark.parametrize(
+        ("first", "end"), [(0, CONFIGURATIONS), pytest.param(CONFIGURATIONS, NIGHTLY, marks=pytest.mark.nightly)]
+    )
+    def every(dtype, first, end):
+        for seed in range(first, end):
             test(Configuration(seed, dtype))
 
     every.__doc__ = test.__doc__

@@ -186,6 +186,8 @@ def test_supcontrast_with_a_mask(at):
     mask = torch.rand(images, images, generator=g) * (torch.rand(images, images, generator=g) < 0.5)
     if pick.random() < 0.3:
         mask = mask > 0
+    if images * views == 2:
+        return  # the gradient is 0: the next test
     loss = supcontrast.SupConLoss(0.2, mode, 0.1)
     at.agree(
         lambda x: loss(x, mask=mask),
@@ -194,11 +196,11 @@ def test_supcontrast_with_a_mask(at):
     )
 
 
-@pytest.mark.parametrize("views", [1, 2])
-def test_supcontrast_with_a_mask_of_a_lone_image(views):
+@pytest.mark.parametrize(("images", "views"), [(1, 1), (1, 2), (2, 1)])
+def test_supcontrast_with_a_mask_of_at_most_two_rows(images, views):
     """0: no other row, or one, which is the positive. Off by no more than 2^-24·(4 + √D)·|s|, times the weight of s."""
-    x = unit(1, views, 12, generator=torch.Generator().manual_seed(0)).float().requires_grad_()
-    loss = supcontrast.SupConLoss(0.2, "all", 0.1)(x, mask=torch.full((1, 1), 0.3))
+    x = unit(images, views, 12, generator=torch.Generator().manual_seed(0)).float().requires_grad_()
+    loss = supcontrast.SupConLoss(0.2, "all", 0.1)(x, mask=torch.full((images, images), 0.3))
     (gradient,) = torch.autograd.grad(loss, x)
     assert max(abs(loss), gradient.abs().max()) <= 2**-24 * (4 + 12**0.5) * 5 * 2
 

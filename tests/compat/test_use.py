@@ -294,7 +294,7 @@ def test_what_was_not_moved_to_the_rows_device():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_a_batch_of_another_dtype_than_the_memory(dtype):
-    """Float64 rows enter whole; 16-bit ones fit."""
+    """Float64 rows enter whole; 16-bit ones fit, and a memory of them alone has their dtype, as a miner needs it."""
     dots = stand_in("DotProductSimilarity", "distances.x", normalize_embeddings=False, p=2, power=1)
     for words in ({}, {"distance": dots}):
         memory, exact = (pml.CrossBatchMemory(pml.SupConLoss(**words), 4, 16) for _ in range(2))
@@ -305,7 +305,10 @@ def test_a_batch_of_another_dtype_than_the_memory(dtype):
             value.backward()
             assert x.grad is not None
             assert x.grad.dtype == dtype
+            assert memory.embedding_memory.dtype == dtype
         assert torch.equal(memory.embedding_memory.double(), exact.embedding_memory)
+        memory(X.float(), LABELS)
+        assert memory.embedding_memory.dtype == torch.promote_types(dtype, torch.float32)
 
 
 def saved(module):

@@ -11,6 +11,7 @@ import pytest
 
 from fused_nce import cli
 from fused_nce.train import command, config, files, options
+from fused_nce.train.methods.amdim import AMDIMConfig
 from fused_nce.train.report import runlog
 
 
@@ -111,6 +112,17 @@ def test_a_run_reads_back_as_it_was_saved(tmp_path):
     )[0]
     assert again == saved
     assert not list((tmp_path / "run").glob(".tmp*"))
+
+
+def test_settings_that_a_runs_file_lacks_are_said(tmp_path, caplog):
+    saved = parsed(tmp_path, "optim: {lr: 0.25}")
+    path = tmp_path / "run" / "config.yaml"
+    kept = [line for line in path.read_text().splitlines(keepends=True) if not line.startswith("  lr:")]
+    assert config.load(path.parent) == saved
+    assert not caplog.records
+    path.write_text("".join(kept))
+    assert config.load(path.parent).optim.lr == AMDIMConfig().optim.lr != 0.25
+    assert caplog.messages == [f"{path} lacks settings, which have their defaults: optim.lr {AMDIMConfig().optim.lr}"]
 
 
 @pytest.fixture

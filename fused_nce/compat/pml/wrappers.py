@@ -17,7 +17,7 @@ from fused_nce.losses.common import check_rows, widened
 class CrossBatchMemory(Upstreams, upstreams("CrossBatchMemory")):  # type: ignore[misc]
     """A loss of a batch with the rows of past batches, its own included; a row and its own copy are no pair.
 
-    The memory follows the batches to their device, and to their dtype where that is wider.
+    The memory follows the batches to their device, and has the widest of their dtypes.
 
     Args:
         loss: one of this module, or one of upstream's.
@@ -133,9 +133,11 @@ class CrossBatchMemory(Upstreams, upstreams("CrossBatchMemory")):  # type: ignor
     @torch.no_grad()
     def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int) -> None:
         """Put rows in, over the oldest; of more than K the last K stay."""
+        empty = not (self.queue_idx or self.has_been_filled)
         for name, new in (("embedding_memory", embeddings), ("label_memory", labels)):
             old = getattr(self, name)
-            setattr(self, name, old.to(new.device, torch.promote_types(old.dtype, new.dtype)))
+            dtype = new.dtype if empty else torch.promote_types(old.dtype, new.dtype)  # fault: pml-memory-dtype
+            setattr(self, name, old.to(new.device, dtype))
         slots = (self.queue_idx + torch.arange(batch_size, device=labels.device)) % self.memory_size
         kept = slots[-self.memory_size :]
         self.embedding_memory.index_copy_(0, kept, embeddings[batch_size - len(kept) :].to(self.embedding_memory.dtype))
