@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 44_600, ("tests",): 26_500}
+BUDGET = {("fused_nce", "csrc", "bench"): 44_640, ("tests",): 26_680}
 
 
 def lines(folder: str) -> int:
