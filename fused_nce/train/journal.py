@@ -64,9 +64,10 @@ class Journal:
             log.warning("TensorBoard: the last events are lost (%s)", error)
 
     def _open(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        """The new one first: a number that is closed belongs to whoever opens a file next."""
+        old, self._file = self._file, os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        if old >= 0:
+            os.close(old)
 
     def _append(self, line: bytes) -> None:
         """All of a line or none."""

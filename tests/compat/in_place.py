@@ -10,6 +10,7 @@ random ones.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import os
@@ -107,9 +108,9 @@ def _on_gloo(case: Any, module: Any, tester: Callable[..., None], *settings: Any
 
 
 def _process(rank: int, function: Callable[..., None], *args: Any) -> None:
-    """One of several, with the adapters in place as in the first."""
+    """One of several, with the adapters in place, and a model of its own: on a CPU they would share one."""
     pytest_configure()
-    function(rank, *args)
+    function(rank, *copy.deepcopy(args))
 
 
 def _tiny_models() -> None:

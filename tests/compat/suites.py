@@ -91,7 +91,7 @@ def fetch(suite: Suite, work: Path) -> Path:
             "init --quiet",
             f"remote add origin {source}",
             f"fetch --quiet --depth 1 --filter=blob:none origin {suite.commit}",
-            "sparse-checkout set tests src lightly solo sentence_transformers",  # no data, no notebooks
+            f"sparse-checkout set tests solo {dict(suite.variables).get('PYTHONPATH', '')}",  # no packages, no notebooks
             "checkout --quiet --force FETCH_HEAD",
         ):
             subprocess.run(["git", *words.split()], cwd=folder, check=True)

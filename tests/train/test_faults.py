@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,6 +228,25 @@ def test_a_log_that_cannot_be_written_is_said_and_the_lines_after_it_are_whole(t
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 3, "loss": null}\n'
     assert "a line could not be written ([Errno 28]" in caplog.text
     assert "lacks 2 lines" in caplog.text
+
+
+def test_a_log_without_its_folder_closes_no_file_of_others(tmp_path):
+    """A descriptor that is closed twice is by then that of a reader's pipe, say, and the run hangs at its end."""
+    (tmp_path / "a").mkdir()
+    book = journal.Journal(tmp_path / "a", 0, tensorboard=False)
+    shutil.rmtree(tmp_path / "a")
+    book.write({"step": 1})
+    with (tmp_path / "other").open("w") as other:
+        for step in (2, 3):
+            book.write({"step": step})
+        other.write("whole")
+        other.flush()
+    assert (tmp_path / "other").read_text() == "whole"
+    (tmp_path / "a").mkdir()
+    book.write({"step": 4})
+    book.close()
+    assert book.lost == 3
+    assert log(tmp_path / "a") == [{"step": 4}]
 
 
 def test_tensorboard_that_fails_is_left_out(tmp_path, caplog, monkeypatch):
