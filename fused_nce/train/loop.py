@@ -172,6 +172,7 @@ class Trainer:
                 if self.step > window[1]:  # after the save: a resumed run takes the open window up where it was
                     self._log(book, bar, window, update_s)
         finally:
+            batches.close()  # its readers end: an error that somebody keeps would hold this frame, and them
             bar.close()
             if book is not None:
                 book.close()

@@ -58,7 +58,7 @@ def pytest_configure() -> None:
         _tiny_models()
     if ALONE:
         return
-    register_module_forward_hook(_narrowed, with_kwargs=True)  # type: ignore[call-overload]
+    register_module_forward_hook(_narrowed, with_kwargs=True)
     for name, (project, things) in ADAPTERS.items():
         try:
             theirs = importlib.import_module(name)
@@ -100,7 +100,7 @@ def _on_gloo(case: Any, module: Any, tester: Callable[..., None], *settings: Any
     def spawn(function: Callable[..., None], args: tuple[Any, ...], **options: Any) -> Any:
         return kept[2](_process, args=(function, *args), **options)
 
-    torch.multiprocessing.spawn = spawn
+    torch.multiprocessing.spawn = spawn  # type: ignore[assignment]
     try:
         tester(case, *settings, **named)
     finally:

@@ -91,7 +91,7 @@ def fetch(suite: Suite, work: Path) -> Path:
             "init --quiet",
             f"remote add origin {source}",
             f"fetch --quiet --depth 1 --filter=blob:none origin {suite.commit}",
-            f"sparse-checkout set tests solo {dict(suite.variables).get('PYTHONPATH', '')}",  # no packages, no notebooks
+            f"sparse-checkout set tests solo {dict(suite.variables).get('PYTHONPATH', '')}",  # no packages
             "checkout --quiet --force FETCH_HEAD",
         ):
             subprocess.run(["git", *words.split()], cwd=folder, check=True)
@@ -143,7 +143,7 @@ def main(packages: str, work: str, *names: str) -> int:
         print(f"{name}: of {len(runs[0])} tests {passed[0]} pass alone, {passed[1]} with ours", flush=True)
         for test, reason in listed.items():
             print(f"  listed: {test}: {reason}")
-        wrong = differences(*runs, listed)
+        wrong = differences(runs[0], runs[1], listed)
         bad += len(wrong)
         for line in wrong:
             print(f"  {line} ({report.with_suffix('.log')})")

@@ -41,9 +41,9 @@ def test_a_suite_is_fetched_run_and_compared(tmp_path, monkeypatch, capsys):
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=source, check=True, capture_output=True, text=True).stdout
     monkeypatch.setenv("SUITES_FROM", f"file://{tmp_path}")
     monkeypatch.setitem(suites.SUITES, "it", suites.Suite("owner/name", head.strip(), "tests/test_{}.py", ("it",)))
-    words = (str(tmp_path), str(tmp_path / "work"), "it")
-    assert suites.main(*words) == 1
+    places = (str(tmp_path), str(tmp_path / "work"))
+    assert suites.main(*places, "it") == 1
     assert "test_alone: passes alone only" in capsys.readouterr().out
     monkeypatch.setitem(suites.DIFFERENT, "it", {"test_alone": "because"})
-    assert suites.main(*words) == 0
+    assert suites.main(*places, "it") == 0
     assert "it: of 3 tests 2 pass alone, 2 with ours" in capsys.readouterr().out

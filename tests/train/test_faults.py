@@ -249,6 +249,24 @@ def test_a_log_without_its_folder_closes_no_file_of_others(tmp_path):
     assert log(tmp_path / "a") == [{"step": 4}]
 
 
+def test_the_readers_end_with_the_run_whoever_keeps_its_frame(tmp_path, monkeypatch):
+    """As an error of TensorBoard's thread does, whose traceback has the loop's frame."""
+    write_images(tmp_path / "images", 24)
+    words = ("--max-steps=1", "--run.workers=1", "--augment.geometry=crop", "--probes=false")
+    run = trainer(tmp_path / "a", f"--data={tmp_path / 'images'}", *words)
+    opened = run.loader.batches
+    kept = []
+
+    def batches(position):
+        kept.append(opened(position))
+        return kept[-1]
+
+    monkeypatch.setattr(run.loader, "batches", batches)
+    run.run()
+    with pytest.raises(StopIteration):
+        next(kept[0])
+
+
 def test_tensorboard_that_fails_is_left_out(tmp_path, caplog, monkeypatch):
     run = trainer(tmp_path / "a", "--max-steps=8")
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", lambda *args: (_ for _ in ()).throw(FULL))

@@ -1,7 +1,7 @@
 """Batches of uint8 images in an order that depends on seed and position alone, so that a run resumes exactly."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -127,7 +127,7 @@ class Loader:
         """Whether images are read as the run goes, so that a batch may fail."""
         return self.held is None
 
-    def batches(self, position: int) -> Iterator[Batch]:
+    def batches(self, position: int) -> Generator[Batch, None, None]:
         """Endless, from a position on."""
         if self.held:
             while True:

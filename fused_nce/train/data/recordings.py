@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
 import torch
@@ -187,7 +187,7 @@ class WindowLoader:
         """Whether there is anything for a classifier to learn."""
         return len(self.classes) > 1
 
-    def batches(self, position: int) -> Iterator[Batch]:
+    def batches(self, position: int) -> Generator[Batch, None, None]:
         """Endless, from a position on: windows (B, window) float32."""
         while True:
             chosen = self.order.indices(position)
