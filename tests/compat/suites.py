@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_S = 1800
+LIMIT_S = 3600
 
 
 class Suite(NamedTuple):
