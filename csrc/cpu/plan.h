@@ -16,6 +16,8 @@
 
 namespace fused_nce {
 
+constexpr int64_t kLaneBlock = 16;  // the lanes of a strip are a multiple of it
+
 enum class Elements {
   float32,   // float, used in place
   bfloat16,  // bfloat16 with hardware support: bfloat16 GEMMs
