@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -43,8 +44,10 @@ def reference() -> str:
     for entry in entries():
         drawings = [name for name in pictures.drawn() if name.partition("/")[0] == entry.name]
         shown = [f"![{name}: {pictures.KEY}](pictures/{pictures.file_of(name)})" for name in drawings]
-        text = f"```text\n{signature(entry)}\n\n{inspect.getdoc(entry.function)}\n```"
-        parts += [f"## {entry.name}", f"`{entry.formula}`, {entry.source}. {cost(entry)}", *shown, text]
+        about, _, example = (inspect.getdoc(entry.function) or "").partition("\n\nExample:\n")
+        text = f"```text\n{signature(entry)}\n\n{about}\n```"
+        code = textwrap.dedent(example).replace("```", "```python", 1)
+        parts += [f"## {entry.name}", f"`{entry.formula}`, {entry.source}. {cost(entry)}", *shown, text, code]
     return "\n\n".join(parts)
 
 

@@ -66,6 +66,12 @@ def mine_hard_negatives(
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
+
+    Example:
+        ```
+        queries, corpus = torch.randn(8, 16), torch.randn(100, 16)
+        hard = corpus[mine_hard_negatives(queries, corpus, 3, progress=False).indices]
+        ```
     """
     checks.check_tensor("queries", queries, ("N", "D"))
     checks.check_tensor("corpus", corpus, ("M", "D"))

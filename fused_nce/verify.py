@@ -94,6 +94,13 @@ def verify(
     Raises:
         ValueError: for no float tensor among the inputs, repeats < 1, or under `within` for a difference above it.
         TypeError: for a loss that returns no float tensor.
+
+    Example:
+        ```
+        q, k = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
+        plain = lambda q, k: torch.nn.functional.cross_entropy(q @ k.T / 0.1, torch.arange(8))
+        verify(plain, info_nce, q, k)
+        ```
     """
     if repeats < 1:
         raise ValueError(f"repeats: got {repeats}, need >= 1")

@@ -1,8 +1,8 @@
 """`make release-check`: what must hold before a tag; exits 1 with a line for each thing that does not.
 
 The version is in the changelog with a date, documents and pictures are up to date, archives hold what they must, and
-every wheel computes a loss outside the checkout with each torch that is here: with its kernels where they were built for
-that torch, and elsewhere without them and with a line that names both torches.
+every wheel computes a loss outside the checkout with each torch that is here: with its kernels where they were built
+for that torch, and elsewhere without them and with a line that names both torches.
 """
 
 from __future__ import annotations

@@ -236,7 +236,7 @@ def test_the_linters_have_one_version_everywhere():
 
 def test_the_lock_covers_what_the_project_asks_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = ("train", "eval", "plots", "shards", "bench", "docs", "release", "dev")  # the others' parts come with their losses
+    extras = ("train", "eval", "plots", "shards", "bench", "docs", "release", "dev")  # the others' are optional
     asked = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
     names = {re.split(r"[^\w-]", line)[0].lower() for line in asked} - {"fused-nce"}
     assert names <= {name.lower() for name in locked()}

@@ -109,6 +109,12 @@ def tile_stats(
 
     Raises:
         ValueError, TypeError: naming the argument, the value seen and the value needed.
+
+    Example:
+        ```
+        rows = tile_stats(torch.randn(8, 16), torch.randn(8, 16), Spec(Block(1)), scale=0.1)
+        margin = (rows["neg_lse"] - rows["pos"].squeeze(1)).relu().mean()
+        ```
     """
     scores = _prepare(q, k, spec, scale, offset, bias, positives, row_ids, column_ids, ceilings, guide)
     everyone = peers(group)
@@ -179,6 +185,11 @@ def tile_loss(
 
     Raises:
         ValueError, TypeError: naming the argument, the value seen and the value needed.
+
+    Example:
+        ```
+        tile_loss(torch.randn(8, 16), torch.randn(8, 16), Spec(Block(1)), Nce(), scale=0.1).loss
+        ```
     """
     _check_tail(spec, tail)
     q, k = as_matmul(q), k if k is None else as_matmul(k)

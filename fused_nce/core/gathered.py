@@ -79,6 +79,11 @@ def gathered_scores(
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
+
+    Example:
+        ```
+        gathered_scores(torch.randn(8, 16), torch.randn(100, 16), torch.randint(100, (8, 5)), scale=10.0)
+        ```
     """
     q, k = as_matmul(q), as_matmul(k)
     for name, x, letter in (("q", q, "N"), ("k", k, "M")):

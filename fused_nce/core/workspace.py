@@ -51,5 +51,10 @@ def workspace_bytes(
 
     Raises:
         ValueError: for an unknown backend, or a dtype that it does not run.
+
+    Example:
+        ```
+        workspace_bytes(Spec(Block(1)), 4096, 4096, 256, backend="chunked")
+        ```
     """
     return backend_module(backend).workspace_bytes(spec, n, m, d, dtype.itemsize, limit_bytes(device))

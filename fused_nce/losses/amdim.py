@@ -62,6 +62,11 @@ def amdim_nce(
     Raises:
         TypeError: another dtype than a float one, two dtypes outside autocast, or something that is not a dense tensor.
         ValueError: wrong rank, sizes that do not fit, an empty batch, two devices, clip <= 0, penalty < 0, a NaN.
+
+    Example:
+        ```
+        amdim_nce(torch.randn(8, 16), torch.randn(8, 49, 16)).loss
+        ```
     """
     check_features(antecedents, consequents, offset)
     check_settings(scale, clip, penalty, antecedents.device)

@@ -62,6 +62,11 @@ def amdim_mixture_nce(
 
     Raises:
         TypeError, ValueError: as `amdim_nce`; tau <= 0.
+
+    Example:
+        ```
+        amdim_mixture_nce(torch.randn(8, 4, 16), torch.randn(8, 49, 16), tau=1.0).loss
+        ```
     """
     check_features(antecedents, consequents, offset)
     if antecedents.dim() != 3:

@@ -38,6 +38,12 @@ def binary_nce(
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
+
+    Example:
+        ```
+        data, noise = torch.randn(8), torch.randn(8, 5)
+        binary_nce(data, noise, torch.zeros(8), torch.zeros(8, 5)).loss
+        ```
     """
     checks.check_tensor("data_scores", data_scores, ("N",))
     checks.check_tensor("noise_scores", noise_scores, ("N", "k"))

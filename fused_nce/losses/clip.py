@@ -71,6 +71,12 @@ def clip_loss(
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
+
+    Example:
+        ```
+        image, text = (torch.nn.functional.normalize(torch.randn(8, 16), dim=1) for _ in range(2))
+        clip_loss(image, text, logit_scale=1 / 0.07).loss
+        ```
     """
     check_rows("image", image, "text", text, same_n=True)
     checks.check_scale("logit_scale", logit_scale, image.device)

@@ -40,6 +40,11 @@ def club(
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
+
+    Example:
+        ```
+        club(torch.randn(8, 4), mu=torch.zeros(8, 4), logvar=torch.zeros(8, 4)).loss
+        ```
     """
     for name, x in (("y", y), ("mu", mu), ("logvar", logvar)):
         checks.check_tensor(name, x, ("N", "D"))

@@ -65,6 +65,11 @@ def cpc_nce(
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
+
+    Example:
+        ```
+        cpc_nce(torch.randn(3, 32, 16), torch.randn(3, 32, 16)).loss
+        ```
     """
     checks.check_tensor("predictions", predictions, ("S", "N", "D"))
     checks.check_tensor("targets", targets, ("S", "N", "D"))

@@ -64,6 +64,11 @@ def dim_mi(
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed. One image has no product pairs:
             "jsd" and "dv" refuse it, of "nce" it costs 0, with a warning.
+
+    Example:
+        ```
+        dim_mi(torch.randn(8, 49, 16), torch.randn(8, 16), estimator="nce").loss
+        ```
     """
     checks.check_tensor("local", local, ("B", "L", "D"))
     several = isinstance(global_, Tensor) and global_.dim() == 3

@@ -32,6 +32,11 @@ def gaussian_kl(
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
+
+    Example:
+        ```
+        gaussian_kl(torch.randn(8, 4), torch.zeros(8, 4)).loss
+        ```
     """
     checks.check_tensor("mu", mu, ("N", "D"))
     checks.check_tensor("logvar", logvar, ("N", "D"))

@@ -90,9 +90,9 @@ def info_nce(
         key_ids: (M,) int64; None is `query_ids`, without targets.
         false_negative_margin: m in units of ⟨q,k⟩: a candidate with ⟨q,k⟩ > ⟨q,k⁺⟩ + m is no negative; in the other
             directions likewise (Qwen3-Embedding, arXiv:2506.05176). What equals that within rounding stays.
-        guide: another model's embeddings of the queries, keys and, where hard negatives meet them, hard negatives: a
-            candidate whose dot product there is above the positive's less the margin is no negative (GISTEmbed,
-            arXiv:2402.16829). They have no gradient.
+        guide: (N, G), (M, G) and, where hard negatives meet it, (N, H, G), another model's embeddings of queries, keys
+            and hard negatives: a candidate whose dot product there is above the positive's less the margin is no
+            negative (GISTEmbed, arXiv:2402.16829). They have no gradient.
         guide_margin: that margin.
         guide_margin_kind: "absolute", or "relative": times the magnitude of the positive's dot product.
         filter_hard_negatives: margin and guide look at a row's own hard negatives too.
@@ -123,6 +123,12 @@ def info_nce(
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
+
+    Example:
+        ```
+        queries, keys, hard = torch.randn(8, 16), torch.randn(8, 16), torch.randn(8, 3, 16)
+        info_nce(queries, keys, normalize=True, temperature=0.05, hard_negatives=hard).loss
+        ```
     """
     several = positives is not None or soft_targets is not None
     check_rows("queries", queries, "keys", keys, same_n=targets is None and not several)
@@ -237,8 +243,12 @@ class InfoNCELoss(nn.Module):
         queries: (N, D).
         keys: (M, D).
         targets: (N,) int64, the key of each query; i for query i if left out.
-        positives: (N, P); soft_targets: (N, P) twice; hard_negatives: (N, H, D); query_ids, row_weights: (N,);
-            key_ids, column_bias: (M,); guide: as in `info_nce`.
+        positives: (N, P) int64.
+        soft_targets: (N, P) int64 and (N, P).
+        hard_negatives: (N, H, D).
+        query_ids, row_weights: (N,).
+        key_ids, column_bias: (M,).
+        guide: as in `info_nce`.
 
     Example:
         ```

@@ -35,6 +35,11 @@ def mine_dv(
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
+
+    Example:
+        ```
+        mine_dv(torch.randn(8), torch.randn(64)).loss
+        ```
     """
     checks.check_tensor("joint", joint, ("P",))
     checks.check_tensor("product", product, ("Q",))

@@ -49,6 +49,12 @@ def moco_nce(
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
+
+    Example:
+        ```
+        queue = torch.nn.functional.normalize(torch.randn(64, 16), dim=1)
+        moco_nce(torch.randn(8, 16), torch.randn(8, 16), queue).loss
+        ```
     """
     check_rows("queries", queries, "keys", keys, same_n=True)
     checks.check_tensor("queue", queue, ("K", "D"))

@@ -52,6 +52,12 @@ def npid_softmax(
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
+
+    Example:
+        ```
+        features, bank = (torch.nn.functional.normalize(torch.randn(n, 16), dim=1) for n in (8, 100))
+        npid_softmax(features, bank, torch.arange(8)).loss
+        ```
     """
     check_bank(features, bank, indices)
     scale = inverse("temperature", temperature, features.device)

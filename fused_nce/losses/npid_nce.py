@@ -52,6 +52,12 @@ def npid_nce(
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
+
+    Example:
+        ```
+        features, bank = (torch.nn.functional.normalize(torch.randn(n, 16), dim=1) for n in (8, 100))
+        npid_nce(features, bank, torch.arange(8), torch.randint(100, (8, 20)), z=1000.0).loss
+        ```
     """
     s = _scores(features, bank, indices, noise, temperature, backend)
     if isinstance(z, Tensor):

@@ -52,6 +52,11 @@ def nt_xent(
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
+
+    Example:
+        ```
+        nt_xent(torch.randn(8, 16), torch.randn(8, 16), temperature=0.1).loss
+        ```
     """
     check_rows("view0", view0, "view1", view1, same_n=True)
     z = torch.stack((view0, view1), dim=1).flatten(0, 1)

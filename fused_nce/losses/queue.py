@@ -26,6 +26,14 @@ class MemoryQueue(nn.Module):
         labels: (K,) int64, or None.
         pointer: 0-d int64, where the next key goes.
         fill: 0-d int64, how many real keys there are. All four are saved in the state.
+
+    Example:
+        ```
+        queue = MemoryQueue(64, 16)
+        queries, keys = torch.randn(8, 16), torch.randn(8, 16)
+        loss = moco_nce(queries, keys, queue.keys).loss
+        queue.update(keys)
+        ```
     """
 
     keys: Tensor

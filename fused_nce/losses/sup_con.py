@@ -58,6 +58,11 @@ def sup_con(
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
+
+    Example:
+        ```
+        sup_con(torch.randn(8, 16), torch.arange(8) % 3).loss
+        ```
     """
     checks.check_tensor("features", features, ("N", "D"))
     checks.check_ids("labels", labels, features.shape[0], "N", features.device)

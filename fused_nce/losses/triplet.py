@@ -63,6 +63,11 @@ def triplet_margin(
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.
+
+    Example:
+        ```
+        triplet_margin(torch.randn(8, 16), torch.arange(8) % 3).loss
+        ```
     """
     checks.check_tensor("features", features, ("N", "D"))
     checks.check_ids("labels", labels, features.shape[0], "N", features.device)

@@ -36,6 +36,9 @@ class AMDIM(Model):
         loss: called with the tap dictionaries of the two views, which with a mixture have its components "m1" (B, m,
             n_rkhs) too; `AMDIMLoss()`, with a mixture `MultiscaleMixtureLoss()`, if left out.
 
+    Shape:
+        batch: (B, 2, 3, H, H), or two tensors (B, 3, H, H), H = `image_size`.
+
     Raises:
         ValueError: for a size outside these.
     """

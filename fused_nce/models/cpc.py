@@ -106,6 +106,9 @@ class CPC(Model):
         loss: called with predictions and targets (1, N, D), and in "sequence" the sequence of each (N,), once a step;
             `CPCLoss` or `SampledCPCLoss` if left out. The model's `loss` wraps it.
 
+    Shape:
+        batch: (B, samples), (B, 1, samples) or (B, C, H, H), alone or as the one view.
+
     Raises:
         TypeError, ValueError: for a setting outside these.
     """

@@ -94,6 +94,9 @@ class DIM(Model):
         loss: called with what a critic returns: of "dot" two embeddings (B, L, D) and (B, G, D), of "concat" the scores
             (1 + K, B, L); `DIMLoss` or `PairLoss` of the estimator if left out. The model's `loss` wraps it.
 
+    Shape:
+        batch: (B, 3, H, H), alone or as the one view of a batch.
+
     Raises:
         TypeError, ValueError: for a setting outside these, or without any information to maximise.
     """

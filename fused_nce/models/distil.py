@@ -59,6 +59,9 @@ class Distilled(Projected):
         init: "kaiming" or "zero" (residual branches start at zero).
         loss: called with both logits; `DistillationLoss()` if left out.
 
+    Shape:
+        batch: (B, 3, H, W), alone or as the one view of a batch.
+
     Raises:
         ValueError: for a backbone that is none, or a size below 1.
     """

@@ -48,6 +48,9 @@ class MoCo(Projected):
         symmetric: the mean of both directions, each view once the query.
         loss: called with `(queries, keys, queue)`; `MoCoLoss()` if left out.
 
+    Shape:
+        batch: (B, 2, 3, H, W), or two tensors (B, 3, H, W): queries' and keys' views.
+
     Raises:
         ValueError: for a backbone that is none, or a number out of its range.
     """

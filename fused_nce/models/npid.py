@@ -71,6 +71,9 @@ class NPID(Projected):
         momentum: of the bank.
         loss: called with `(features, bank, indices)`; `NPIDSoftmaxLoss()` if left out, `NPIDNCELoss()` for the paper's.
 
+    Shape:
+        batch: (B, 3, H, W) images, and (B,) int64, their numbers.
+
     Raises:
         ValueError: for a backbone that is none, or a number out of its range.
     """

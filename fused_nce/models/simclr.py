@@ -35,6 +35,9 @@ class SimCLR(TwoViews):
         norm: BatchNorm in the head.
         loss: called with the projections of the two views; `NTXentLoss()` if left out.
 
+    Shape:
+        batch: (B, 2, 3, H, W), or two tensors (B, 3, H, W).
+
     Raises:
         ValueError: for a backbone that is none, or a size below 1.
     """

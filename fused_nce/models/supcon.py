@@ -34,6 +34,9 @@ class SupCon(TwoViews):
         norm: BatchNorm in the head.
         loss: called with the projections `(2B, dim)` and labels `(2B,)`; `SupConLoss()` if left out.
 
+    Shape:
+        batch: two tensors (B, 3, H, W), and (B,) int64 labels.
+
     Raises:
         ValueError: for a backbone that is none, or a size below 1.
     """
