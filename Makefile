@@ -44,7 +44,7 @@ $(UPSTREAM)/.installed: tests/compat/upstream.txt | install
 	@touch $@
 
 test-compat: install $(UPSTREAM)/.installed  ## the adapters against the packages themselves
-	@OMP_NUM_THREADS=1 PYTHONPATH=$(UPSTREAM) $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not demo" tests/compat
+	@OMP_NUM_THREADS=1 PYTHONPATH=$(UPSTREAM) $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not demo" tests/compat tests/test_build.py
 
 nightly: install  ## the long fuzz too
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not demo"

@@ -36,6 +36,6 @@ archive=$(echo "$OUT"/fused_nce-*.tar.gz)
 FUSED_NCE_BUILD=none quietly "$PYTHON" -m pip wheel --no-deps -w "$OUT" "$archive"
 kernels ""
 for folder in "$@"; do
-  kernels "$folder" --no-build-isolation  # isolation would hide what this torch needs beside itself
+  kernels "$(realpath "$folder")" --no-build-isolation  # isolation would hide what this torch needs beside itself
 done
 find "$OUT" -name 'fused_nce-*' -printf '%s\t%p\n' | sort -k2

@@ -20,11 +20,6 @@ import fused_nce
 from fused_nce import _extension, _nvcc
 from tests.marks import nightly_but
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pytest brings it to 3.10
-    import tomli as tomllib
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -219,19 +214,28 @@ def test_a_pure_wheel_computes_a_loss_outside_the_checkout(tmp_path):
     assert "installed without C++ kernels" in reason
 
 
-def test_the_form_for_the_kernel_hub_can_be_imported(tmp_path):
-    target = release_file("kernel_hub").main(tmp_path)
-    assert tomllib.loads((tmp_path / "build.toml").read_text(encoding="utf-8"))["general"]["universal"] is True
-    code = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
-        "import fused_nce; from fused_nce.backends.triton import form\n"
-        "print(fused_nce.__file__, fused_nce.nt_xent(torch.randn(8, 4), torch.randn(8, 4)).loss.isfinite().item())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(target)], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+def test_the_form_for_the_kernel_hub_can_be_loaded(tmp_path):
+    """By `kernels` itself where it is installed (`make test-compat`), else as `kernels` imports it, by its id."""
+    folder = release_file("kernel_hub").main(tmp_path)
+    code = """if True:
+        import importlib.util, json, pathlib, sys, torch
+        folder = pathlib.Path(sys.argv[1])
+        if importlib.util.find_spec("kernels"):
+            import kernels
+            from kernels._rust import Build
+            assert sorted(map(str, Build.open(folder).general.backends)) == ["cpu", "cuda"]
+            kernel = kernels.get_local_kernel(folder, backend="cpu")
+        else:
+            name = json.loads((folder / "build/torch-cpu/metadata.json").read_text())["id"]
+            spec = importlib.util.spec_from_file_location(name, folder / "build/torch-cpu/fused_nce/__init__.py")
+            kernel = sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(kernel)
+        from fused_nce.backends.triton import form
+        print(kernel.__file__, kernel.nt_xent(torch.randn(8, 4), torch.randn(8, 4)).loss.isfinite().item())"""
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(target / "fused_nce/__init__.py"), "True"]
+    assert done.stdout.split() == [str(folder / "build/torch-cpu/fused_nce/__init__.py"), "True"]
 
 
 def test_a_release_that_is_not_ready_says_what_is_missing(tmp_path, monkeypatch):

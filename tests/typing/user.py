@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_nce
+from fused_nce import distributed, models
 from fused_nce.core.spec import Block, Spec
 from fused_nce.core.tails import Nce
 from fused_nce.losses import NCEOutput
@@ -99,7 +100,36 @@ def tools() -> None:
     torch.autograd.grad(loss, q)
 
 
+def networks() -> list[nn.Module]:
+    """Each model; a batch in, losses out."""
+    tiny = models.SimCLR(backbone="tiny", dim=8)
+    loss: Tensor = tiny((torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32))).loss
+    assert loss.isfinite()
+    return [
+        tiny,
+        models.AMDIM(image_size=32, ndf=4, n_rkhs=16, n_depth=1),
+        models.CPC.vision(image_size=64, patch_size=16),
+        models.DIM(architecture="tiny32"),
+        models.Distilled(teacher=lambda: nn.Identity(), classes=10, backbone="tiny"),
+        models.MoCo(backbone="tiny", dim=8, queue_size=16),
+        models.NPID(size=10, backbone="tiny", dim=8),
+        models.SupCon(backbone="tiny", dim=8),
+    ]
+
+
+def processes(group: distributed.Group = None) -> None:
+    """What a loss's `group` may be, and what stands beside it; of one process here."""
+    ring = distributed.Processes(ring=True)
+    assert ring.ring
+    size: int = distributed.world_size(group)
+    everyone: Tensor = distributed.all_gather(q, group)
+    assert everyone.shape == (size * N, D)
+    assert issubclass(distributed.ProcessLostError, Exception)
+
+
 if __name__ == "__main__":
+    networks()
+    processes()
     assert all(out.loss.isfinite() for out in functions())
     modules()
     tools()
