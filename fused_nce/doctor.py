@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import time
+from typing import Any
 
 import torch
 
@@ -64,10 +65,16 @@ def doctor() -> str:
         f"fused_nce {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         f"system    {platform.platform()}",
         f"cpu       {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
-        f"kernels   {'built: ' + _facts(module.build_info()) if module else 'none: ' + reason}",
-        *(f"gpu       {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())),
+        f"kernels   {'built ' + _facts(module.build_info()) if module else 'none: ' + reason}",
+        *(
+            [f"gpu       {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+            or ["gpu       none"]
+        ),
         f"compiler  C++ {_compiler()}, nvcc {_toolkit()}",
-        *(f"backend   {name:10} {'ready' if why is None else 'no: ' + why}" for name, why in backends().items()),
+        *(
+            f"backend   {name:10} {'ready' if why is None else 'no: ' + why}"  # fault: doctor-ready
+            for name, why in backends().items()
+        ),
         f"workspace {workspace.limit_bytes('cpu') >> 20} MiB on a CPU",
         f"call      {_call()}, info_nce of 32 rows and both gradients",
         *(f"missing   for {extra}; add: pip install {' '.join(x)}" for extra, x in missing().items()),
@@ -94,5 +101,9 @@ def _toolkit() -> str:
     return ".".join(map(str, found.release)) if found else "none"
 
 
-def _facts(info: dict[str, object]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in info.items())
+def _facts(built: dict[str, Any]) -> str:
+    """What `_C.build_info` tells, in words."""
+    halves = "" if built["bf16_hardware"] else ", bfloat16 widened to float32"
+    cuda = f"CUDA for {built['cuda_architectures']}" if built["cuda"] else "no CUDA"
+    isa = f"{built['isa_active']} (of {', '.join(built['isa_compiled'])})"
+    return f"by {built['compiler']} for torch {built['torch_version']}; uses {isa}{halves}; {cuda}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A wheel with the CUDA kernels too, for the torch that is installed; needs nvcc of torch's CUDA, and no GPU.
+# dist/cuda/: as wheel.sh, with the CUDA kernels too, for the torch that is installed; needs nvcc of torch's CUDA, no GPU.
 # TORCH_CUDA_ARCH_LIST picks the architectures; unset, those that nvcc and the kernels know (sm_80, sm_90, sm_100).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-FUSED_NCE_BUILD=cpu,cuda exec bash release/wheel.sh "$@"
+OUT=${OUT:-dist/cuda} FUSED_NCE_BUILD=cpu,cuda exec bash release/wheel.sh "$@"

@@ -1,10 +1,12 @@
 """`fused-nce bench`: every way that can run is timed beside ours, and what cannot run says why."""
 
 import json
+import re
 
 import pytest
 import torch
 
+import fused_nce
 from fused_nce import cli
 from fused_nce.bench import command
 from fused_nce.bench.formulas import FORMULAS
@@ -56,6 +58,34 @@ def test_a_way_that_raises_or_is_too_large_is_left_out_with_its_reason(monkeypat
     found = command.measured(problem, "bfloat16", torch.device("cpu"), compiling=False)
     assert "its scores would take" in found["left_out"]["eager torch"]
     assert 1e-4 < found["ways"]["ours"]["gradient_error"] < 3e-2
+
+
+def test_errors_and_ratios_are_what_they_say(monkeypatch):
+    """Of a rival whose loss is 1 % too large; without time for memory, which is said."""
+    naive = FORMULAS["info_nce"].naive
+    monkeypatch.setitem(RIVALS, "lightly", Rival("too large", lambda problem: lambda *x: 1.01 * naive(*x)))
+    monkeypatch.setattr(command, "MEMORY_S", command.LIMIT_S)
+    found = command.measured(command.problem_of("info_nce", 32, 8), "float32", torch.device("cpu"), compiling=False)
+    assert found["ways"]["lightly"]["value_error"] == pytest.approx(0.01, rel=1e-3)
+    assert found["ways"]["lightly"]["gradient_error"] == pytest.approx(0.01, rel=1e-3)
+    assert found["chosen"] == ("cpu" if fused_nce.backends()["cpu"] is None else "chunked")
+    found["ways"]["eager"]["time_ms_median"] = 3 * found["ways"]["ours"]["time_ms_median"]
+    text = command.table(found)
+    assert re.search(r"\| eager torch \| [^|]+\| [^|]+\| 3.00 \| – \|", text)
+    assert "left out: eager torch, its peak memory: no time left within 110 s" in text
+
+
+def test_what_takes_too_long_is_left_out(monkeypatch):
+    monkeypatch.setattr(command, "CALL_S", 0.0)
+    monkeypatch.setattr(command, "_peak_mib", lambda *_: None)
+    found = command.measured(command.problem_of("info_nce", 32, 8), "float32", torch.device("cpu"), compiling=False)
+    assert set(found["ways"]) == {"ours"}
+    assert found["left_out"]["eager torch"] == "one call takes 0.0 s"
+    monkeypatch.setattr(command, "LIMIT_S", 0.0)
+    found = command.measured(command.problem_of("info_nce", 32, 8), "float32", torch.device("cpu"), compiling=False)
+    assert set(found["ways"]) == {"ours"}
+    assert found["rounds"] == 2
+    assert found["left_out"]["eager torch"] == "no time left within 0 s"
 
 
 def test_every_loss_of_the_benchmark_has_a_size():
