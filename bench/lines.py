@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 44_800, ("tests",): 26_600}
+BUDGET = {("fused_nce", "csrc", "bench"): 44_840, ("tests",): 26_780}
 
 
 def lines(folder: str) -> int:
