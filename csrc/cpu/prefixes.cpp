@@ -20,7 +20,7 @@
 namespace fused_nce {
 namespace {
 
-constexpr int64_t kTileColumns = 256, kMostPrefixLanes = 128, kLeastStored = 64, kMostGroups = 4;
+constexpr int64_t kTileColumns = 256, kFewLanes = 128, kLeastStored = 64, kMostGroups = 4;
 constexpr float kBound = 40.0f;  // of a scale that cosines need no shift under
 
 struct Shape {
