@@ -92,7 +92,7 @@ PrefixPlan plan_prefixes(const Shape& s, int64_t workspace_bytes) {
     const int64_t whole = round_up(s.rows, kLaneBlock);
     const int64_t least = stored ? std::min(whole, kLeastStored) : kLaneBlock;
     for (int64_t columns = kTileColumns; columns >= 16; columns /= 2)
-      for (int64_t strips = ceil_div(s.rows, kMostPrefixLanes);; ++strips) {
+      for (int64_t strips = ceil_div(s.rows, kFewLanes);; ++strips) {
         p.lanes = round_up(ceil_div(s.rows, strips), kLaneBlock);
         if (p.lanes < least) break;
         p.strips = ceil_div(s.rows, p.lanes);
