@@ -3,6 +3,7 @@
 import inspect
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_every_loss_is_among_them():
 
 @pytest.mark.parametrize("name", [*NAMES, *models.__all__])
 def test_arguments_and_shapes(name):
-    thing = getattr(fused_nce, name, None) or getattr(models, name)
+    thing: Any = getattr(fused_nce, name, None) or getattr(models, name)
     found = sections(thing)
     args = explained(found.get("Args", ""))
     entered = parameters(thing.__init__ if inspect.isclass(thing) else thing)
@@ -94,7 +95,7 @@ class Both(torch.nn.Linear):
 
 
 def test_the_gradient_caches_example_runs():
-    scope = {
+    scope: dict[str, Any] = {
         "GradientCache": fused_nce.GradientCache,
         "encoder": Both(3, 2),
         "loss": lambda views: fused_nce.nt_xent(*views),

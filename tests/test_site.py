@@ -38,6 +38,9 @@ async function look(page, width) {
 </script>"""
 
 
+FOUND: queue.Queue[list[object]] = queue.Queue()
+
+
 class Site(http.server.SimpleHTTPRequestHandler):
     """Serves a folder, says nothing, and takes what the page has found."""
 
@@ -45,7 +48,7 @@ class Site(http.server.SimpleHTTPRequestHandler):
         pass
 
     def do_POST(self):
-        self.server.found.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        FOUND.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self.send_response(204)
         self.end_headers()
 
@@ -54,13 +57,12 @@ def seen(site, pages, profile):
     """What a browser finds wrong with the pages: how many it saw, and a line for each fault."""
     (site / "check.html").write_text(CHECK.replace("PAGES", json.dumps(pages)), encoding="utf-8")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Site, directory=str(site))) as server:
-        server.found = queue.Queue()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}/check.html"
         options = [*FLAGS, f"--user-data-dir={profile}", "--remote-debugging-port=0", address]  # the port keeps it open
-        browser = subprocess.Popen([CHROMIUM, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        browser = subprocess.Popen([CHROMIUM or "", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            return server.found.get(timeout=600)
+            return FOUND.get(timeout=600)
         finally:
             browser.terminate()
             browser.wait()
