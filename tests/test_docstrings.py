@@ -66,6 +66,7 @@ def test_arguments_and_shapes(name):
         shaped = [x.name for x in entered if re.match(r"(Tensor|tuple\[Tensor)", str(x.annotation))]
         assert not [x for x in shaped if not re.match(r"\(\w", args[x])]
     elif name not in ("GradientCache", "MemoryQueue"):  # any inputs; Attributes and methods
+        assert issubclass(thing, torch.nn.Module)
         shapes = explained(found.get("Shape", ""))
         entered = parameters(thing.forward)
         assert entered
