@@ -25,7 +25,6 @@ namespace {
 template <class E>
 class Sweep {
   static constexpr bool kBf16 = kPaired<E>;
-  static constexpr float kBound = 40.0f;        // below kMaxShiftFreeClip, by what a computed norm may be off
   static constexpr int64_t kLeastToBound = 64;  // rows and columns, or the norms would take as long as the scores
 
  public:
@@ -164,7 +163,7 @@ class Sweep {
     const float of_q = largest_square(rows_, elements_, half_, q_, q_stride_, n_, width_);
     const float of_k = shared_ ? of_q : largest_square(rows_, elements_, half_, k_, k_stride_, m_, width_);
     // fault: bounded-queries-alone
-    return std::abs(scoring_.scale) * std::sqrt(of_q) * std::sqrt(of_k) <= kBound;
+    return std::abs(scoring_.scale) * std::sqrt(of_q) * std::sqrt(of_k) <= kMostUnshifted;
   }
 
   Plan checked_plan(int64_t workspace_bytes) {

@@ -7,6 +7,9 @@
 
 namespace fused_nce {
 
+// Up to e^64 a sum of 1e9 exponentials and its inverse are ordinary floats, with room for the error of a norm.
+constexpr float kMostUnshifted = 64.0f;  // fault: bound-beyond-floats
+
 Work work_for(const SweepInputs& in, const Task& task);
 
 // Row `row` of a 16-bit matrix, as float.

@@ -50,7 +50,7 @@ class Call(NamedTuple):
         """Of large problems, with all scores kept from statistics to weights, or none that both sides' must precede."""
         share = 0.5 if self.symmetric else 1.0
         two_sided = self.op == "loss" and (self.columns or self.symmetric) and (self.q or self.k)
-        return Tiles(share, share if two_sided and not kept else 0.0, share)
+        return Tiles(share, share if two_sided and not kept else 0.0, share)  # fault: flop-kept-again
 
     def gemms(self, backend: str, tiles: Tiles | None = None) -> float:
         """N·M·D products that a backend computes: the scores and, of each gradient, w·y.

@@ -67,6 +67,15 @@ def test_gemms_of_a_call(call):
     assert (call.gemms("triton"), call.gemms("cuda")) == GEMMS[call]
 
 
+def test_the_cpu_sees_symmetric_scores_once_and_keeps_what_fits():
+    """Of large problems: 1.5u and 2u, against 3u on other backends; both ways 3u and 4u."""
+    both_ways, alike = Call(columns=True), Call(k=False, shared=True, symmetric=True)
+    for call, kept, streamed in ((both_ways, 3, 4), (alike, 1.5, 2), (TWO, 3, 3)):
+        assert call.gemms("cpu", call.tiles(kept=True)) == kept
+        assert call.gemms("cpu", call.tiles(kept=False)) == streamed
+    assert alike.gemms("chunked") == alike.gemms("cuda") == 3
+
+
 def test_a_scale_alone_takes_the_rows_pass():
     assert Call.of("loss", Needs(False, False, True)) == Call("loss", True, False)
     assert Call.of("grads", Needs(False, True, True)) == Call("grads", False, True)
