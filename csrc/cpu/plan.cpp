@@ -31,12 +31,22 @@ Bytes count(const Work& w, const Plan& p) {
   return w.elements == Elements::bfloat16 ? count<at::BFloat16>(w, p) : count<float>(w, p);
 }
 
+// Few scores are one tile: for 12 MFLOP of GEMMs, 50 us of a core, a second thread would gain no more than groups of
+// narrow tiles and their shares of dq cost, 6 % of a call.
+constexpr int64_t kFewProducts = 1 << 21, kFewColumns = 128, kLeastRows = 32;
+
+// Of `columns` in a strip: the most that a tile has so that there are four, for as many threads.
+int64_t quarter(const Work& w, int64_t columns) {
+  const bool few = w.rows >= kLeastRows && columns <= kFewColumns && w.rows * w.columns * w.width <= kFewProducts;
+  return few ? columns : round_up(ceil_div(columns, 4), 2);
+}
+
 // Cuts rows and columns evenly; false if even that does not fit.
 bool try_plan(const Work& w, Plan& p, int64_t strips, int64_t most_columns, int64_t least_groups, int64_t limit) {
   p.lanes = round_up(ceil_div(w.rows, strips), kLaneBlock);
   p.strips = ceil_div(w.rows, p.lanes);
   p.dk_rounded = w.need_k && !w.shared && p.strips == 1 && w.elements == Elements::bfloat16;
-  p.tiles = ceil_div(w.columns, std::min(most_columns, round_up(ceil_div(w.columns, 4), 2)));
+  p.tiles = ceil_div(w.columns, std::min(most_columns, quarter(w, w.columns)));
   p.tile_columns = round_up(ceil_div(w.columns, p.tiles), 2);
   p.tiles = ceil_div(w.columns, p.tile_columns);
   const Bytes bytes = count(w, p);
@@ -61,7 +71,7 @@ bool try_two_sided(const Work& w, Plan& p, int64_t strips, int64_t most_columns,
   p.strips = ceil_div(w.rows, p.lanes);
   p.dk_rounded = w.need_k && !w.shared && p.strips == 1 && w.elements == Elements::bfloat16;
   const int64_t columns = w.symmetric ? std::min(p.lanes, w.rows) : w.columns;
-  p.tile_columns = std::min(most_columns, round_up(ceil_div(columns, 4), 2));
+  p.tile_columns = std::min(most_columns, quarter(w, columns));
   p.tile_columns = round_up(ceil_div(columns, ceil_div(columns, p.tile_columns)), 2);
   p.tiles = ceil_div(w.columns, p.tile_columns);
   p.tiles = tiles_of(w, p, 0);
