@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from bench import cases, family_tables, losses, roofline, training
@@ -174,7 +175,7 @@ def family(text: Callable[[Record], str], isa: str = "AVX512") -> str:
     return text(found[0]) if found else f"No run with {isa} is committed yet: `python -m bench.family` makes one."
 
 
-def amdim(text: Callable[[Record], str], isa: str) -> str:
+def amdim(text: Callable[[Record], str], isa: str, _: Record) -> str:
     """A text of the newest run of AMDIM's shapes with an instruction set."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in PUBLISHED.parent.glob("cpu-*.json")]
     found = [record for record in records if record["host"]["torch_cpu_capability"] == isa]
@@ -191,7 +192,7 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "cpu-memory-fit": memory_fit,
     "cpu-host": host_line,
     **{
-        f"cpu-{name}-avx2": lambda record, text=text: amdim(text, "AVX2")
+        f"cpu-{name}-avx2": partial(amdim, text, "AVX2")
         for name, text in (("table", main_table), ("targets", targets_table), ("bound", bound_table))
     },
     "family-table": lambda record: family(family_tables.table),

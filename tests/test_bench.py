@@ -207,8 +207,8 @@ def test_verdict_passes_misses_and_explains():
     assert [cell.passed for cell in slow] == [False, True, False]
     avx2 = {"cases": [row], "host": {"isa_flags": [], "torch_cpu_capability": "AVX2"}}
     for width, ours, passes in ((512, 12.1, False), (512, 11.9, True), (128, 13.4, True), (128, 13.6, False)):
-        found = verdict.cells(avx2, made_up_row(ours, 20.0, 10.0, Case(256 if width == 128 else 128, 49, width)))
-        assert [cell.passed for cell in found[:2]] == [passes, True]
+        cells = verdict.cells(avx2, made_up_row(ours, 20.0, 10.0, Case(256 if width == 128 else 128, 49, width)))
+        assert [cell.passed for cell in cells[:2]] == [passes, True]
 
 
 def test_a_cpu_stands_in_for_one_with_avx2(monkeypatch):

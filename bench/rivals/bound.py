@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -111,11 +111,11 @@ def gemms(q: Tensor, k: Tensor) -> dict[tuple[str, str], Callable[[], Tensor]]:
     calls: dict[tuple[str, str], Callable[[], Tensor]] = {}
     for name, library in LIBRARIES.items():
         product = library.load()
-        if product is None or not runs(lambda product=product: product(q, k.T)):
+        if product is None or not runs(partial(product, q, k.T)):
             continue
-        calls["scores", name] = lambda product=product: product(q, k.T, out=scores)
-        calls["grad_antecedents", name] = lambda product=product: product(w, k)
-        calls["grad_consequents", name] = lambda product=product: product(w.T, q)
+        calls["scores", name] = partial(product, q, k.T, out=scores)
+        calls["grad_antecedents", name] = partial(product, w, k)
+        calls["grad_consequents", name] = partial(product, w.T, q)
     return calls
 
 

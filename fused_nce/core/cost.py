@@ -102,7 +102,7 @@ class Measured(NamedTuple):
 
     backend: str
     element_bytes: int
-    gemms: int
+    gemms: float
     n: int
     m: int
     d: int

@@ -47,8 +47,8 @@ def _grads_flop(*args: Any, **_: Any) -> int:
 
 @register_flop_formula(torch.ops.fused_nce.loss, get_raw=True)
 def _loss_flop(*args: Any, **_: Any) -> int:
-    x, (tail, needs, *_, backend) = Scores(*args[:COUNT]), args[COUNT:]
-    return executed(call_of("loss", x, tail, needs), x, backend)
+    x, (tail, needs) = Scores(*args[:COUNT]), args[COUNT : COUNT + 2]
+    return executed(call_of("loss", x, tail, needs), x, args[-1])
 
 
 @register_flop_formula(torch.ops.fused_nce.losses)
@@ -56,6 +56,6 @@ def _losses_flop(q_shapes: Any, k_shapes: Any, *args: Any, **__: Any) -> int:
     """Of one column statistic or none; the kernels that take several problems keep a strip of scores."""
     needs, total = args[-2], 0.0
     for i, (q, k) in enumerate(zip(q_shapes, k_shapes, strict=True)):
-        call = Call("loss", *needs[2 * i : 2 * i + 2], shared=k is None)
+        call = Call("loss", needs[2 * i], needs[2 * i + 1], k is None)
         total += 2 * q[0] * (k or q)[0] * q[1] * call.gemms("cuda")
     return int(total)
