@@ -121,7 +121,12 @@ def test_a_handler_that_stood_before_queues_the_job_itself(tmp_path, scontrol):
     try:
         run = trainer(tmp_path / "a", "--max-steps=9")
         update = run._update
-        run._update = lambda *given: (signal.raise_signal(signal.SIGUSR2), update(*given))[1]
+
+        def signalled(*given):
+            signal.raise_signal(signal.SIGUSR2)
+            return update(*given)
+
+        run._update = signalled
         assert (run.run(), run.preempted, heard) == ("interrupted", True, [])
         slurm.queue_again()
     finally:
