@@ -101,8 +101,7 @@ inline void fold_columns(const Tile& tile, int64_t first, const Transform& f, co
   const int* id = tile.line_ids + first;
   const int i0 = id[0], i1 = id[kColumns > 1], i2 = id[kColumns > 1 ? 2 : 0], i3 = id[kColumns > 1 ? 3 : 0];
   Line clipped[kColumns];
-  for (int u = 0; u < kColumns; ++u)
-    clip_line<kClip, false>(scores + u * tile.lanes, lanes, f, clipped[u], nullptr);
+  for (int u = 0; u < kColumns; ++u) clip_line<kClip, false>(scores + u * tile.lanes, lanes, f, clipped[u], nullptr);
 #pragma omp simd
   for (int l = 0; l < lanes; ++l) {
     float top = max[l], e[kColumns], s[kColumns];
