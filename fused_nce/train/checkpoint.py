@@ -127,7 +127,7 @@ def newest(run_dir: str | Path) -> Path:
         if problem is None:
             return path
         log.warning("checkpoint %s is damaged (%s); trying the one before it", path, problem)
-    what = f"no whole checkpoint (of {len(found)})" if found else "no checkpoint"
+    what = f"no whole checkpoint, {len(found)} damaged" if found else "no checkpoint"
     raise CheckpointError(f"run: {run_dir} has {what}; it must be the folder of a training run that saved one")
 
 
