@@ -45,6 +45,7 @@ struct Work {
   bool labels = false;                            // ids are ranks among the rows' labels
   unsigned row_stats = kFused, column_stats = 0;  // bits of statistics
   bool symmetric = false;  // and the scores are: one above the diagonal counts for its row and for its column
+  bool marked = false, guided = false;  // filters mark columns of each row, by the dot products of guides too
 
   // Whether GEMMs read copies of rows, widened or further apart.
   bool copies_rows() const {

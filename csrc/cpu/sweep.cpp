@@ -36,7 +36,7 @@ class Sweep {
         columns_(arrays_of(task.stats.columns, in.wanted.columns)), n_pos_(in.layout.n_pos),
         own_columns_(n_pos_ > 0 && !in.layout.positives.defined()), work_(work_for(in, task)),
         plan_(checked_plan(in.workspace_bytes)), arena_(plan_.bytes), space_(work_, plan_, arena_),
-        ids_(in, space_.labels, space_.ranks) {
+        ids_(in, space_.labels, space_.ranks), marks_(in.filters) {
     bounded_ = is_bounded();
     scoring_.no_shift = bounded_ || portable::needs_no_shift(scoring_.clip);
     if (task.statistics) {
@@ -253,7 +253,8 @@ class Sweep {
             .first_row = strip_.first,
             .ids = strip_.ids,
             .itself = strip_.itself,
-            .line_ids = ids_.name_columns(first, columns, group.line_ids)};
+            .line_ids = ids_.name_columns(first, columns, group.line_ids),
+            .marks = space_.marks ? space_.marks + (first - first_column_) * plan_.lanes : group.marks.own};
   }
 
   // The same tile with columns for lanes, where it lies: a line's scores are then `lanes` of the tile apart.
@@ -292,15 +293,16 @@ class Sweep {
     return {reinterpret_cast<const E*>(group.key_rows), padded(width_)};
   }
 
-  void score(const Tile& tile, const Operand& keys) const {
+  void score(const Group<E>& group, const Tile& tile, const Operand& keys) const {
     score_gemm(keys.data, keys.stride, space_.packed, tile.columns, tile.lanes, width_, tile.scores);
+    if (tile.marks) marks_.write(rows_, tile, group.marks);
   }
 
   void fold(Group<E>& group, int64_t begin, int64_t end) {
     clear(group.acc, work_.row_stats, plan_.lanes);
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tile_of(group, t);
-      score(tile, keys_of(group, tile));
+      score(group, tile, keys_of(group, tile));
       rows_.fold(tile, scoring_, group.acc);
       if (own_columns_) rows_.positives(tile, scoring_, tile.lanes, 1, n_pos_, stats_.pos);
       if (finds_columns())
@@ -313,7 +315,7 @@ class Sweep {
     clear(group.acc, work_.row_stats, plan_.lanes);
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tile_of(group, t);
-      score(tile, keys_of(group, tile));
+      score(group, tile, keys_of(group, tile));
       const bool rows_alone = is_diagonal(tile);
       const Accumulators columns = from(space_.columns, column_stats(), tile.first_column);
       if (fast) {
@@ -343,7 +345,7 @@ class Sweep {
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tile_of(group, t);
       const Operand keys = strip_scores_ && !need_q_ ? Operand{nullptr, 0} : keys_of(group, tile);
-      if (!strip_scores_) score(tile, keys);
+      if (!strip_scores_) score(group, tile, keys);
       const TwoSided both{.rows = from(space_.row_side, strip_.first),
                           .columns = from(space_.column_side, tile.first_column),
                           .d_pos = space_.coefficients.d_pos,
@@ -389,16 +391,12 @@ class Sweep {
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tile_of(group, t);
       const Operand keys = strip_scores_ && !need_q_ ? Operand{nullptr, 0} : keys_of(group, tile);
-      if (!strip_scores_) score(tile, keys);
+      if (!strip_scores_) score(group, tile, keys);
       std::fill_n(group.d_scale_lanes, plan_.lanes, 0.0f);
-      if (work_.further()) {
-        const Further further = weigh_further(group, tile);
-        rows_.weigh(tile, scoring_, space_.coefficients, &further, group.rounded, group.d_scale_lanes);
-        for (int64_t l = 0; l < strip_.rows; ++l) group.d_bias += group.d_bias_lanes[l];
-      } else {
-        rows_.weigh(tile, scoring_, space_.coefficients, nullptr, group.rounded,
-                    need_scale_ ? group.d_scale_lanes : nullptr);
-      }
+      const Further further = work_.further() ? weigh_further(group, tile) : Further{};
+      rows_.weigh(tile, scoring_, space_.coefficients, work_.further() ? &further : nullptr, group.rounded,
+                  need_scale_ || work_.further() ? group.d_scale_lanes : nullptr);
+      for (int64_t l = 0; work_.further() && l < strip_.rows; ++l) group.d_bias += group.d_bias_lanes[l];
       for (int64_t l = 0; l < strip_.rows; ++l) group.d_scale += group.d_scale_lanes[l];
       if (need_k_) write_dk(group, tile);
       if (need_q_) add_dq(group, tile, keys, t > begin);
@@ -476,6 +474,7 @@ class Sweep {
   Arena arena_;
   const Workspace<E> space_;
   const Ids ids_;
+  const Marks marks_;
   ByStatistic d_further_;  // (lanes), of those that the tail reads
   StatisticArrays upstream_{};
   ByStatistic d_columns_;

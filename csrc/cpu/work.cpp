@@ -17,7 +17,7 @@ namespace {
 // Whether the score of row i and column j is that of row j and column i, and a positive of both or of neither.
 bool is_symmetric(const SweepInputs& in) {
   const Layout& layout = in.layout;
-  if (!in.shared || !in.need_q || layout.positives.defined() || layout.itself > 0) return false;
+  if (!in.shared || !in.need_q || in.filters.any() || layout.positives.defined() || layout.itself > 0) return false;
   // fault: symmetric-labels-stand
   if (layout.column_ids.defined()) return layout.row_ids.equal(layout.column_ids);
   return !layout.row_ids.defined() && in.scoring.offset == 0 && in.scoring.rows_per_image == in.scoring.n_c;
@@ -39,7 +39,9 @@ Work work_of(const SweepInputs& in, bool statistics, bool gradients) {
           .shared = in.shared,
           .labels = in.layout.column_ids.defined(),
           .row_stats = Wanted::mask(in.wanted.rows),
-          .column_stats = Wanted::mask(in.wanted.columns)};
+          .column_stats = Wanted::mask(in.wanted.columns),
+          .marked = in.filters.any(),
+          .guided = in.filters.guide_ceiling.defined()};
 }
 
 }  // namespace

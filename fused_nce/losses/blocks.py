@@ -210,7 +210,9 @@ class _Blocks:
             p = positive_value(self.transform, self.scale * candidates.dots(x.q, self.own_keys, self.prefixes))
             return _Positives(p, p, p, p)
         indices, weights, some = *x.several, x.several.some
-        s = gathered_scores(x.q, x.k, indices.clamp(min=0), scale=self.scale, backend=self.how["backend"])
+        # As the dot products of one positive each, they are plain torch on every backend.
+        torch_alone = "reference" if self.how["backend"] == "reference" else "chunked"
+        s = gathered_scores(x.q, x.k, indices.clamp(min=0), scale=self.scale, backend=torch_alone)
         t = positive_value(self.transform, s).masked_fill(~some, 0.0)
         mean, total = (t * weights).sum(dim=1), t.sum(dim=1)
         low = t.masked_fill(~some, float("-inf"))
