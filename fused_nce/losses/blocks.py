@@ -233,6 +233,9 @@ class _Blocks:
         if x.several is not None:
             by_row = Several(x.several.indices.shape[1])
         rows, row_guide = (x.q, guides.get("q")) if direction[0] == "q" else (self.own_keys, guides.get("own"))
+        if direction == "q2k" and candidates.as_keys(x, self.rules):
+            every = torch.cat([x.k, cast(Tensor, x.h).flatten(0, 1)])
+            return [self._block(direction, rows, every, Index(), None, None, None, candidates.own(x))]
         if direction[2] == "k":
             itself = direction == "k2k" and x.targets is None
             columns = None if itself else x.k
@@ -258,6 +261,7 @@ class _Blocks:
         column_ids: Tensor | None,
         row_guide: Tensor | None,
         column_guide: Tensor | None,
+        targets: Tensor | None = None,
     ) -> _Negatives:
         x, rules = self.x, self.rules
         counted = bool(self.filters) or (x.query_ids is not None and column_ids is not None)
@@ -267,14 +271,15 @@ class _Blocks:
         scale: float | Tensor = self.scale
         if rules.hardness and direction == "q2k":
             scale = self.scale + rules.hardness
-            rows, columns = (self._toned(y, rules.hardness) for y in (rows, rows if columns is None else columns))
+            if isinstance(scale, Tensor):
+                rows, columns = (self._toned(y, rules.hardness) for y in (rows, rows if columns is None else columns))
         ids: dict[str, Any] = {}
         if column_ids is not None:  # fault: ids-ignored
             layout, ids = Labels(), {"row_ids": x.query_ids, "column_ids": column_ids}
         elif isinstance(layout, Several):
             ids = {"row_ids": cast(Targets, x.several).indices}
         elif isinstance(layout, Index):
-            ids = {"row_ids": x.targets}
+            ids = {"row_ids": x.targets if targets is None else targets}
         if rules.itself and direction in ("q2q", "k2k"):
             layout, ids = Separate(1), {"positives": rows.new_zeros(rows.shape[0], 1)}  # which nobody reads
         stats = ("neg_lse", "neg_max", *more)
@@ -282,6 +287,8 @@ class _Blocks:
         guide = None if row_guide is None or column_guide is None else (row_guide, column_guide)
         how = self.how | ({"group": None} if direction in rules.local else {})
         found = tile_stats(rows, columns, spec, scale=scale, **ids, ceilings=self.ceilings, guide=guide, **how)
+        if rules.hardness and direction == "q2k" and not isinstance(scale, Tensor):  # by q and k alone, and so by row
+            found |= {name: self._toned(found[name], rules.hardness) for name in ("neg_lse", *more[:1])}
         width: float | Tensor = layout.n_c if isinstance(layout, Block) else 1 - isinstance(layout, Separate)
         if isinstance(layout, Several):
             width = cast(Targets, x.several).some.sum(dim=1)
@@ -313,9 +320,11 @@ class _Blocks:
         return _Negatives(lse, top, t.masked_fill(~kept, 0.0).sum(dim=-1), kept.sum(dim=-1).to(t.dtype))
 
     def _toned(self, x: Tensor, alpha: float) -> Tensor:
-        """x, of whose gradient the share that scale has in scale + α gets through."""
-        still = self._still()
-        return x.detach() + (still / (still + alpha)) * (x - x.detach())  # fault: hardness-moves-gradient
+        """x, of whose gradient the share that scale has in scale + α gets through; of an empty set's −inf nothing."""
+        still, steady = self._still(), x.detach()
+        none = steady == float("-inf")
+        # fault: hardness-moves-gradient
+        return steady + (still / (still + alpha)) * (x - steady).masked_fill(none, 0.0)
 
     def _still(self) -> float | Tensor:
         return self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
