@@ -144,6 +144,8 @@ struct RowKernels {
   void (*weigh_both)(const Tile&, const Scoring&, const TwoSided&, uint16_t* rounded, float* d_scale);
   // The largest squared norm of `count` rows; NaN where a number is not finite.
   float (*largest_square)(const float* rows, int64_t stride, int64_t count, int64_t width);
+  // in / divisor.
+  void (*divide)(const float* in, float divisor, float* out, int64_t count);
   // (columns, lanes) -> (rows, out_stride).
   void (*transpose)(const Tile&, float* out, int64_t out_stride);
   // The same of bfloat16 weights, in pairs of columns: (rows, out_stride) words, an odd last column paired with zeros.

@@ -57,6 +57,7 @@ struct SweepInputs {
   bool shared;  // q is k
   Wanted wanted = {};
   Filters filters = {};
+  at::Tensor q_norms = {}, k_norms = {};  // (N), (M) float: rows count divided by these; undefined: as they are
 };
 
 // Statistics, written by stats and loss and read by grads; and dL/d statistic in the same shapes.

@@ -94,7 +94,7 @@ struct Group {
     if (w.two_sided() || (w.further() && (w.gradients || w.column_stats))) side = arena.take<float>(tile);
     if (!p.stored) scores = arena.take<float>(tile);
     if (w.marked) marks.take(w.guided, !p.stored, columns, p.lanes, arena);
-    if (w.elements == Elements::widened || (w.copies_rows() && w.gradients && w.need_q))
+    if (w.changes_rows() || (w.copies_rows() && w.gradients && w.need_q))
       key_rows = arena.take<float>(columns * padded(w.width));
     if (!w.gradients) return;
     if (kPaired<E>) rounded = arena.take<uint16_t>(tile);
@@ -132,7 +132,7 @@ struct Workspace {
     if (w.symmetric) columns = new_accumulators(w.row_stats, w.columns, arena);
     else if (w.column_stats && (!w.gradients || w.both)) columns = new_accumulators(w.column_stats, w.columns, arena);
     packed = arena.take<E>(lanes * w.width);
-    if (w.elements == Elements::widened || (w.need_k && (kPaired<E> || w.copies_rows())))
+    if (w.changes_rows() || (w.need_k && (kPaired<E> || w.copies_rows())))
       query_rows = arena.take<E>(lanes * padded(w.width));
     if (p.stored || p.kept_scores) scores = arena.take<float>(p.stored ? w.columns * lanes : p.kept_scores);
     if (w.marked && p.stored) marks = arena.take<int32_t>(w.columns * lanes);

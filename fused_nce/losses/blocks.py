@@ -51,6 +51,7 @@ class _Negatives:
     top: Tensor  # (N,) the highest, detached
     total: Tensor | None  # (N,) Σ t, where label smoothing reads it
     count: float | Tensor  # of them; (N,) where ids or filters decide
+    pos: Tensor | None = None  # (N,) t of the row's own key, where it is the block's one positive
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ def contrast(
         x = _with_bias(x, x.column_bias, out, scale, rules)
         x = _less_weightless(x, out)
     blocks = _Blocks(x, scale, rules, prefixes, group, backend)
-    p = blocks.positives()
+    found = {direction: blocks.negatives(direction) for direction in rules.directions}
+    p = blocks.positives(found["q2k"][0].pos if "q2k" in found else None)
     if out is not None:
         p = _left_out(p, x, out)
-    found = {direction: blocks.negatives(direction) for direction in rules.directions}
     if rules.joint:
         every = [negatives for each in found.values() for negatives in each]
         times = max(1, len({"q2k", "k2q"}.intersection(rules.directions)))  # fault: joint-positive-once
@@ -203,9 +204,11 @@ class _Blocks:
         self.ceilings = candidates.ceilings(x, rules, prefixes)
         self.guides = candidates.guides(x)
 
-    def positives(self) -> _Positives:
-        """t of each row with its own key, or keys."""
+    def positives(self, p: Tensor | None) -> _Positives:
+        """t of each row with its own key, or keys; `p` where a block has found it."""
         x = self.x
+        if p is not None:
+            return _Positives(p, p, p, p)
         if x.several is None:
             p = positive_value(self.transform, self.scale * candidates.dots(x.q, self.own_keys, self.prefixes))
             return _Positives(p, p, p, p)
@@ -294,7 +297,12 @@ class _Blocks:
             width = cast(Targets, x.several).some.sum(dim=1)
         every = (rows if columns is None else columns).shape[0] * (1 if direction in rules.local else self.size)
         count = found["neg_count"] if "neg_count" in found else every - width
-        return _Negatives(found["neg_lse"], found["neg_max"], found.get("neg_sum"), count)
+        pos = None
+        if spec.n_pos == 1 and not isinstance(layout, Separate):
+            pos = found["pos"].T if self.prefixes else found["pos"].squeeze(1)
+            if rules.hardness and direction == "q2k":  # fault: hardness-of-positive
+                pos = None if isinstance(scale, Tensor) else pos * (self.scale / scale)
+        return _Negatives(found["neg_lse"], found["neg_max"], found.get("neg_sum"), count, pos)
 
     def _own(self) -> _Negatives:
         """The row's own hard negatives."""

@@ -88,8 +88,9 @@ def clip_loss(
     check_rows("image", image, "text", text, same_n=True)
     checks.check_scale("logit_scale", logit_scale, image.device)
     chosen = (max_scale, ids, false_negative_margin, guide, tau_plus, row_weights, prefixes, prefix_weights)
-    chosen = (*chosen, positives, soft_targets)
-    if chosen == (None,) * 10 and not (label_smoothing or guide_margin) and guide_margin_kind == "absolute":
+    several = positives is not None or soft_targets is not None
+    plain = chosen == (None,) * 8 and not (several or label_smoothing or guide_margin)
+    if plain and guide_margin_kind == "absolute":
         parts = loss_of(image, text, SPEC, TAIL, scale=logit_scale, group=group, backend=backend)
         return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
     scale = candidates.clamped(logit_scale, max_scale)
@@ -103,14 +104,14 @@ def clip_loss(
     )
     if ids is not None:
         checks.check_ids("ids", ids, image.shape[0], "N", image.device)
-    if positives is not None or soft_targets is not None:
+    if several:
         if prefixes is not None:
             raise ValueError("prefixes: got them with positives or soft_targets, need one of the two")
         pairs, n = (_both("positives", positives), _both("soft_targets", soft_targets)), image.shape[0]
         rules, ways = replace(rules, directions=("q2k",)), []
         for q, k, hard, soft in zip((image, text), (text, image), *pairs, strict=True):
-            several = targets.checked(hard, soft, n, n, q)
-            x = candidates.checked(Batch(q, k, None, None, ids, ids, guide, row_weights, several=several), rules)
+            of_rows = targets.checked(hard, soft, n, n, q)
+            x = candidates.checked(Batch(q, k, None, None, ids, ids, guide, row_weights, several=of_rows), rules)
             ways.append(blocks.contrast(x, scale, rules, group=group, backend=backend))
         loss = torch.stack([part.loss for part in ways]).mean()  # fault: clip-targets-one-way
         return ways[0]._replace(loss=loss, nce=loss)
