@@ -76,7 +76,6 @@ void widen_row(const RowKernels& kernels, bool half, const void* base, int64_t s
 
 namespace {
 
-constexpr float kMostExponent = 40.0f;  // below kMaxShiftFreeClip, by what a computed norm may be off
 constexpr int64_t kLeastToBound = 64;  // rows and columns, or the norms would take as long as the scores
 
 // Of the rows' squared norms; NaN if one is, or holds an infinity.
@@ -132,7 +131,7 @@ bool is_bounded(const RowKernels& kernels, const SweepInputs& in) {
   };
   const float of_q = largest(in.q, in.q_norms), of_k = in.shared ? of_q : largest(in.k, in.k_norms);
   // fault: bounded-queries-alone
-  return std::abs(in.scoring.scale) * std::sqrt(of_q) * std::sqrt(of_k) <= kMostExponent;
+  return std::abs(in.scoring.scale) * std::sqrt(of_q) * std::sqrt(of_k) <= kMostUnshifted;
 }
 
 }  // namespace fused_nce
