@@ -100,7 +100,7 @@ def as_keys(x: Batch, rules: Rules) -> bool:
 
 def merged(x: Batch, rules: Rules) -> Batch:
     """Hard negatives that count as keys do, as keys."""
-    if rules.directions != ("q2k",) or not as_keys(x, rules) or rules.hardness:
+    if x.h is None or rules.directions != ("q2k",) or not as_keys(x, rules) or rules.hardness:
         return x
     return x._replace(k=torch.cat([x.k, x.h.flatten(0, 1)]), targets=own(x), h=None)
 
