@@ -76,8 +76,8 @@ def compare(ours, exact):
         if not y.numel():  # labels hold no scores of positives
             continue
         assert torch.equal(x.isinf(), y.isinf()), name
-        error, least = torch.where(finite, x - y, 0.0).abs().max(), 50.0 if name == "dscale" else 1.0
-        # dscale is a sum of thousands that may cancel
+        error, least = torch.where(finite, x - y, 0.0).abs().max(), 300.0 if name == "dscale" else 1.0
+        # of dscale, terms of 18,000 in all may cancel
         assert error <= TOLERANCE * torch.where(finite, y, 0.0).abs().max().clamp(min=least), name
 
 
