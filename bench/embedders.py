@@ -93,8 +93,8 @@ def loss_of(kind: str, name: str, n: int, d: int) -> Callable[[Sequence[Tensor]]
 
 
 def fits(kind: str, name: str, n: int, d: int) -> bool:
-    """GIST's (N, N, D) tensors, or a cached loss's (32, N, D) ones, within a gigabyte and some minutes."""
-    limit = {EAGER: 2**27, CACHED: 2**29}.get(name, n * n * d)
+    """GIST's (N, N, D) tensors within a gigabyte, and the time that a cached loss takes over (32, N, D) ones."""
+    limit = {EAGER: 2**27, CACHED: 2**26}.get(name, n * n * d)
     return kind != "gist" or n * n * d <= limit
 
 
@@ -162,9 +162,13 @@ RUNS = 2  # of a step beside the timed ones: a first, and that of the process wh
 PRELOAD = ("sentence_transformers.sentence_transformer.losses",)
 
 
-def measured(kind: str, n: int, d: int, threads: int, rounds: int, budget_s: float) -> dict[str, Any]:
+SLOWEST_S = {EAGER: 20.0, CACHED: 2.5}  # of a rival's step; a slower one is left out
+
+
+def measured(
+    names: Sequence[str], kind: str, n: int, d: int, threads: int, rounds: int, budget_s: float
+) -> dict[str, Any]:
     """One problem: time, memory and, where float64 is quick, errors."""
-    names = [name for name in NAMES if fits(kind, name, n, d)]
     rows: dict[str, dict[str, Any]] = {name: {} for name in names}
     if n * n * d <= (2**26 if kind == "gist" else 2**30):
         rows = errors(kind, names, n, d)
@@ -184,14 +188,19 @@ def measured(kind: str, n: int, d: int, threads: int, rounds: int, budget_s: flo
     return shape | {"ours_backend": path.backend if path else None, "rivals": rows}
 
 
-def predicted_s(done: Sequence[dict[str, Any]], kind: str, n: int, d: int) -> float:
-    """Seconds of a problem: what its losses took on the largest smaller one of its kind, by N²·D."""
-    smaller = [x for x in done if x["loss"] == kind]
-    if not smaller:
-        return 0.0
-    best = max(smaller, key=lambda x: float(x["n"] ** 2 * x["d"]))
-    times = [x["time_ms_median"] for name, x in best["rivals"].items() if fits(kind, name, n, d)]
-    return float(sum(times) / 1e3 * n * n * d / (best["n"] ** 2 * best["d"]) * (3 + RUNS))
+def steps_s(done: Sequence[dict[str, Any]], kind: str, n: int, d: int) -> dict[str, float]:
+    """Seconds of a step of each loss that is to run: what it took on its largest smaller problem, by N²·D."""
+    found = {}
+    for name in NAMES:
+        smaller = [x for x in done if x["loss"] == kind and name in x["rivals"]]
+        best = max(smaller, key=lambda x: float(x["n"] ** 2 * x["d"]), default=None)
+        if not fits(kind, name, n, d):
+            continue
+        growth = 0.0 if best is None else n * n * d / (best["n"] ** 2 * best["d"])
+        seconds = 0.0 if best is None else best["rivals"][name]["time_ms_median"] / 1e3 * growth
+        if seconds <= SLOWEST_S.get(name, seconds):
+            found[name] = seconds
+    return found
 
 
 def table(record: dict[str, Any]) -> str:
@@ -217,8 +226,9 @@ def table(record: dict[str, Any]) -> str:
     lines += [
         "",
         "Loss and gradients of float32 embeddings. Memory: the most that a step holds beyond the embeddings and their "
-        "gradients, which all have; for fused_nce the unit rows, 4·N·D bytes a column, and a workspace of 16 MiB. "
-        f"GIST's eager loss makes (N, N, D) tensors: not run where they are above a gigabyte. {machine['cpu_model']}, "
+        "gradients, which all have; for fused_nce a workspace of 16 MiB, and, of more than pairs, unit rows. "
+        f"GIST's eager loss makes (N, N, D) tensors: not run where they are above a gigabyte, nor a rival's step above "
+        f"{SLOWEST_S[CACHED]:g} s (eager: {SLOWEST_S[EAGER]:g} s). {machine['cpu_model']}, "
         f"{record['threads']} threads; sentence-transformers {record['sentence_transformers']}, torch "
         f"{versions['torch']}; commit {record['code']['commit'][:7]}, {record['date_utc'][:10]}.",
     ]
@@ -236,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--kinds", nargs="+", choices=list(COLUMNS), default=list(COLUMNS))
     parser.add_argument("--rounds", type=int, default=15, help="at most, interleaved; 3 at least")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--budget-s", type=float, default=480.0, help="for all problems")
+    parser.add_argument("--budget-s", type=float, default=660.0, help="for all problems")
     parser.add_argument("--quick", action="store_true", help="small problems alone, into runs/bench")
     parser.add_argument("--out", type=Path, help="folder; default: bench/results, runs/bench with --quick or --kinds")
     given = parser.parse_args(arguments)
@@ -257,11 +267,12 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     end, shown = time.monotonic() + given.budget_s, tqdm(chosen, unit="problem", disable=None, dynamic_ncols=True)
     for kind, n, d in shown:
         shown.set_postfix_str(f"{kind} {n:,} × {d:,}")
-        left = end - time.monotonic()
-        if predicted_s(record["problems"], kind, n, d) > left or left <= 0:
+        left, steps = end - time.monotonic(), steps_s(record["problems"], kind, n, d)
+        if sum(steps.values()) * (3 + RUNS) > left or left <= 0:
             record["left_out"].append([kind, n, d])
         else:
-            record["problems"].append(measured(kind, n, d, given.threads, given.rounds, min(5.0, left / 20)))
+            problem = measured(list(steps), kind, n, d, given.threads, given.rounds, min(5.0, left / 20))
+            record["problems"].append(problem)
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(table(record), encoding="utf-8")
     print(table(record), f"wrote {path}", sep="\n")

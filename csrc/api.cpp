@@ -35,20 +35,29 @@ StatisticTensors checked(const char* pos_name, const Tensor& pos, const char* ro
 }
 
 // The arguments that the operators begin with.
-#define FUSED_NCE_SCORES \
-  const Tensor &q, const Tensor &k, double scale, FUSED_NCE_LAYOUT, double bias, Names stats, Names columns
-#define FUSED_NCE_SCORES_GIVEN q, k, scale, FUSED_NCE_LAYOUT_GIVEN, bias, std::move(stats), std::move(columns)
-#define FUSED_NCE_SCORES_SCHEMA \
-  "Tensor q, Tensor k, float scale, " FUSED_NCE_LAYOUT_SCHEMA "float bias, int[] stats, int[] columns, "
+#define FUSED_NCE_SCORES                                                                                     \
+  const Tensor &q, const Tensor &k, double scale, FUSED_NCE_LAYOUT, double bias, FUSED_NCE_FILTERS, Names stats, \
+      Names columns
+#define FUSED_NCE_SCORES_GIVEN \
+  q, k, scale, FUSED_NCE_LAYOUT_GIVEN, bias, FUSED_NCE_FILTERS_GIVEN, std::move(stats), std::move(columns)
+#define FUSED_NCE_SCORES_SCHEMA                                                                     \
+  "Tensor q, Tensor k, float scale, " FUSED_NCE_LAYOUT_SCHEMA "float bias, " FUSED_NCE_FILTERS_SCHEMA \
+  "int[] stats, int[] columns, "
 
-SweepInputs score_inputs(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes) {
+SweepInputs score_inputs(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes,
+                         int64_t parts = 1) {
   check_names("stats", stats);
   check_names("columns", columns);
   TORCH_CHECK_VALUE(bias == 0.0 || clip == 0.0, "bias is ", bias, ", needed: 0 beside a clip");
+  Layout layout = layout_of(q, k, n_c, row_ids, itself, positives, column_ids);
+  if (several) layout.n_pos = 0, layout.by_marks = true;
   SweepInputs in = inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k || (q.is_same(k) && need_q),
-                          need_scale, workspace_bytes, layout_of(q, k, n_c, row_ids, itself, positives, column_ids));
+                          need_scale, workspace_bytes, std::move(layout));
   in.scoring.bias = static_cast<float>(bias);
   in.wanted = {std::move(stats), std::move(columns)};
+  in.filters = filters_of(q, k, FUSED_NCE_FILTERS_GIVEN, parts);
+  TORCH_CHECK_VALUE(!in.filters.any() || in.wanted.columns.empty(), "columns are ", in.wanted.columns,
+                    ", needed: none beside filters");
   return in;
 }
 
@@ -103,7 +112,8 @@ using PrefixTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 PrefixTuple cpu_prefixes(FUSED_NCE_SCORES, const Tensor& of_q, const Tensor& of_k, std::vector<int64_t> widths,
                          const std::vector<double>& weights, double unit, const std::vector<Tensor>& found, bool need_q,
                          bool need_k, bool need_sums, int64_t workspace_bytes) {
-  const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_sums, workspace_bytes);
+  const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_sums, workspace_bytes,
+                               static_cast<int64_t>(widths.size()));
   const int64_t n = in.q.size(0), m = in.k.size(0), p = in.layout.n_pos, parts = static_cast<int64_t>(widths.size());
   const int64_t s = static_cast<int64_t>(in.wanted.rows.size());
   TORCH_CHECK_TYPE(in.q.scalar_type() == at::kFloat, "q is ", in.q.scalar_type(), ", needed: float32");
@@ -165,14 +175,16 @@ std::vector<Tensor> atom(const std::string& name, const Tensor& x, double parame
 
 pybind11::dict plan(int64_t rows, int64_t columns, int64_t width, at::ScalarType dtype, int64_t workspace_bytes,
                     int64_t image, bool statistics, bool need_q, bool need_k, bool need_scale, bool shared, bool labels,
-                    bool symmetric, const Names& row_stats, const Names& column_stats) {
+                    bool symmetric, bool marked, bool guided, const Names& row_stats, const Names& column_stats) {
   const bool gradients = need_q || need_k || need_scale;
   Work work{rows,   columns, width,  image,  elements_of(dtype, width), statistics && gradients,   gradients,
             need_q, need_k,  shared, labels, Wanted::mask(row_stats),   Wanted::mask(column_stats)};
   work.symmetric = symmetric && work.both;
+  work.marked = marked;
+  work.guided = guided;
   Plan p = make_plan(work, workspace_bytes);
   const Shares shares = shares_of(work, p);
-  if (shared && work.both && !symmetric) {  // the values of ids decide whether scores are symmetric
+  if (shared && work.both && !symmetric && !marked) {  // the values of ids decide whether scores are symmetric
     Work mirrored = work;
     mirrored.symmetric = true;
     const Plan other = make_plan(mirrored, workspace_bytes);
@@ -282,7 +294,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("plan", &plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("dtype"),
         py::arg("workspace_bytes"), py::kw_only(), py::arg("image") = 1, py::arg("statistics") = true,
         py::arg("need_q") = true, py::arg("need_k") = true, py::arg("need_scale") = false, py::arg("shared") = false,
-        py::arg("labels") = false, py::arg("symmetric") = false,
+        py::arg("labels") = false, py::arg("symmetric") = false, py::arg("marked") = false, py::arg("guided") = false,
         py::arg("row_stats") = Names{kNegLse, kNegMax, kSquare}, py::arg("column_stats") = Names{});
   m.def("prefix_workspace_bytes", &prefix_workspace_bytes, "of the plan of several prefixes; 0 where none fits");
   m.def(

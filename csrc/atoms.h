@@ -199,6 +199,15 @@ struct NegSoftplus {
   }
 };
 
+struct NegSum {
+  static constexpr Statistic kName = kNegSum;
+  static constexpr bool kPositives = false;
+  template <class Found>
+  static FUSED_NCE_HD float weight(float, const Found&) {
+    return 1.0f;
+  }
+};
+
 struct PosLse {
   static constexpr Statistic kName = kPosLse;
   static constexpr bool kPositives = true;

@@ -22,7 +22,7 @@
 #include <string>
 
 #include "results.h"
-#include "tails.h"
+#include "served.h"
 #include "unit_rows.h"
 
 namespace fused_nce {
@@ -31,37 +31,6 @@ namespace {
 namespace py = pybind11;
 using at::Tensor;
 using torch::autograd::variable_list;
-
-enum class LayoutKind { block, index, labels, separate };
-
-// A spec and a tail, read once.
-struct Form {
-  LayoutKind layout;
-  int64_t n_c, rows_per_image, positives;  // Block's, Separate's
-  bool drop_self, biased;
-  double clip;  // 0: none
-  Wanted wanted;
-  TailOf tail;
-  std::vector<std::string> report;  // the names of its numbers
-};
-
-// What a call is told beside tensors.
-struct Call : torch::CustomClassHolder {
-  std::shared_ptr<const Form> form;
-  double scale;
-  int64_t offset, report_groups, workspace_bytes;
-  bool normalize, parts;
-  std::array<bool, 5> needs;  // of q, k, scale_tensor, bias, positives
-  std::array<at::ScalarType, 5> dtypes;
-};
-
-// The tensors, in the order of the saved ones; those that are not given are undefined.
-struct Given {
-  Tensor q, k, scale_tensor, bias, positives, own_keys, row_ids, column_ids;
-
-  const Tensor& keys() const { return k.defined() ? k : q; }
-  std::array<const Tensor*, 5> leaves() const { return {&q, &k, &scale_tensor, &bias, &positives}; }
-};
 
 std::optional<Tensor> optional_of(const Tensor& x) { return x.defined() ? std::optional<Tensor>(x) : std::nullopt; }
 
@@ -72,12 +41,19 @@ at::ScalarType waits_in(const Tensor& x) { return x.scalar_type() == at::kHalf ?
 class Pass {
  public:
   Pass(const Call& call, const Given& x) : call_(call), form_(*call.form), x_(x) {
-    if (call.normalize) {
+    Tensor q = x.q, k = x.k.defined() ? x.k : x.q;
+    const bool on_the_way = divides(call, x);
+    if (on_the_way) {
+      q = with_rows(q);
+      k = x.k.defined() ? with_rows(k) : q;
+      unit_q_.norms = norms_of(q);
+      unit_k_.norms = x.k.defined() ? norms_of(k) : unit_q_.norms;
+    } else if (call.normalize) {
       unit_q_ = unit_rows(x.q);
       if (x.k.defined() && !x.own_keys.defined()) unit_k_ = unit_rows(x.k);
+      q = unit_q_.wide.to(x.q.scalar_type());
+      k = !x.k.defined() ? q : unit_k_.wide.defined() ? unit_k_.wide.to(x.k.scalar_type()) : x.k;
     }
-    const Tensor q = call.normalize ? unit_q_.wide.to(x.q.scalar_type()) : x.q;
-    const Tensor k = !x.k.defined() ? q : unit_k_.wide.defined() ? unit_k_.wide.to(x.k.scalar_type()) : x.k;
     scale_ = static_cast<float>(call.scale);
     if (x.scale_tensor.defined()) scale_ *= x.scale_tensor.to(at::kFloat).item<float>();
     const float bias = x.bias.defined() ? x.bias.to(at::kFloat).item<float>() : 0.0f;
@@ -107,6 +83,7 @@ class Pass {
     in_->scoring.bias = bias;
     in_->wanted = form_.wanted;
     in_->shared = shared;
+    if (on_the_way) in_->q_norms = unit_q_.norms, in_->k_norms = unit_k_.norms;
   }
 
   const SweepInputs& in() const { return *in_; }
@@ -154,12 +131,12 @@ class Pass {
     if (needs[0]) {
       Tensor dq = out.dq;
       if (own_.defined()) dq.add_((through * scale_) * own_);
-      if (call_.normalize) through_unit_rows(dq, unit_q_);  // fault: whole-normalised-gradient
+      if (call_.normalize) through_unit_rows(dq, unit_q_, in_->q);  // fault: whole-normalised-gradient
       g[0] = dq.to(waits_in(x_.q));
     }
     if (needs[1] && x_.k.defined()) {
       Tensor dk = out.dk;
-      if (unit_k_.wide.defined()) through_unit_rows(dk = dk.to(at::kFloat), unit_k_);
+      if (unit_k_.norms.defined()) through_unit_rows(dk = dk.to(at::kFloat), unit_k_, in_->k);
       g[1] = dk.to(waits_in(x_.k));
     }
     if (needs[2]) {
@@ -295,84 +272,6 @@ bool watched() {
   return c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::PythonTorchFunctionTLS::stack_len() > 0 ||
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
          torch::jit::tracer::isTracing() || at::autocast::is_autocast_enabled(at::kCPU);
-}
-
-bool in_range(const Tensor& ids, int64_t least, int64_t most) {
-  const Tensor all = ids.contiguous();
-  const int64_t* at = all.const_data_ptr<int64_t>();
-  return std::all_of(at, at + all.numel(), [&](int64_t id) { return id >= least && id < most; });
-}
-
-bool is_number(const Tensor& x) { return !x.defined() || (x.dim() == 0 && x.is_floating_point()); }
-
-bool are_ids(const Tensor& ids, bool wanted, int64_t count) {
-  if (!wanted) return !ids.defined();
-  return ids.defined() && ids.scalar_type() == at::kLong && ids.dim() == 1 && ids.size(0) == count;
-}
-
-// What the checks in Python would let through, and this call serves.
-bool sound(const Form& form, const Call& call, const Given& x) {
-  const auto dtype = x.q.scalar_type();
-  if (x.q.dim() != 2 || x.q.numel() == 0 || (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf))
-    return false;
-  const Tensor& k = x.keys();
-  if (k.dim() != 2 || k.size(0) == 0 || k.size(1) != x.q.size(1) || k.scalar_type() != dtype) return false;
-  const int64_t n = x.q.size(0), m = k.size(0), n_c = form.n_c, per_image = form.rows_per_image;
-  if (!std::isfinite(call.scale) || !is_number(x.scale_tensor) || !is_number(x.bias) ||
-      (x.bias.defined() && !form.biased))
-    return false;
-  const bool apart = form.layout == LayoutKind::separate, index = form.layout == LayoutKind::index;
-  if (apart != (x.positives.defined() || x.own_keys.defined()) || (x.positives.defined() && x.own_keys.defined()))
-    return false;
-  if (x.positives.defined() && (x.positives.dim() != 2 || x.positives.size(0) != n ||
-                                x.positives.size(1) != form.positives || !x.positives.is_floating_point()))
-    return false;
-  if (x.own_keys.defined() && (x.own_keys.sizes() != x.q.sizes() || x.own_keys.scalar_type() != dtype ||
-                               x.own_keys.requires_grad() || form.positives != 1 || form.clip > 0.0 || form.biased))
-    return false;
-  const bool labels = form.layout == LayoutKind::labels;
-  if (!are_ids(x.row_ids, index || labels, n) || !are_ids(x.column_ids, labels, m)) return false;
-  if (form.layout == LayoutKind::block) {
-    if (n_c < 1 || m % n_c || per_image < 1 || n % per_image || (form.drop_self && n_c != per_image)) return false;
-    if (call.offset < 0 || call.offset + n / per_image > m / n_c) return false;
-  } else if (form.drop_self && (call.offset < 0 || call.offset > m - n)) {
-    return false;
-  }
-  if (index && !in_range(x.row_ids, 0, m)) return false;
-  if (index && form.drop_self &&
-      (x.row_ids == at::arange(call.offset, call.offset + n, x.row_ids.options())).any().item<bool>())
-    return false;
-  if (call.report_groups < 1 || n % call.report_groups) return false;
-  return m != (form.layout == LayoutKind::block ? n_c : apart ? 0 : 1);  // no negatives: worth a warning
-}
-
-// Whether the workspace holds a plan for every sweep of the call and its backward; the last answer is kept.
-bool fits(const Form& form, const Call& call, const Given& x) {
-  const Tensor& k = x.keys();
-  const bool shared = !x.k.defined(), labels = form.layout == LayoutKind::labels;
-  const unsigned rows = Wanted::mask(form.wanted.rows), columns = Wanted::mask(form.wanted.columns);
-  const int64_t image = std::max<int64_t>(form.n_c, form.positives);
-  const Elements elements = elements_of(x.q.scalar_type(), x.q.size(1));
-  const std::array<int64_t, 10> key{x.q.size(0), k.size(0), x.q.size(1), image,   static_cast<int64_t>(elements),
-                                    shared,      labels,    rows,        columns, call.workspace_bytes};
-  static thread_local std::array<int64_t, 10> last{};
-  if (key == last) return true;
-  for (const auto& [statistics, gradients] : {std::pair{true, true}, {true, false}, {false, true}}) {
-    const Work work{x.q.size(0), k.size(0), x.q.size(1), image, elements, statistics && gradients, gradients, gradients,
-                    gradients,   shared,    labels,      rows,  columns};
-    if (make_plan(work, call.workspace_bytes).lanes == 0) return false;
-  }
-  last = key;
-  return true;
-}
-
-// The limit of core/workspace.py in bytes; 0 where it cannot be read.
-int64_t workspace_limit() {
-  const char* text = std::getenv("FUSED_NCE_WORKSPACE_MB");
-  if (!text) return int64_t{16} << 20;
-  char* end = nullptr;
-  const double mb = std::strtod(text, &end);
-  return end != text && *end == 0 && mb > 0.0 && mb < 1e12 ? static_cast<int64_t>(mb * (1 << 20)) : 0;
 }
 
 variable_list run(const c10::intrusive_ptr<Call>& call, const Given& x) {

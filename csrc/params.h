@@ -48,7 +48,11 @@ struct Tile {
   const int32_t* ids;       // (lanes): a line with the same id is a positive; -1: none is
   const int32_t* itself;    // (lanes): the column that the row itself is, left out of every set; null: no row is
   const int32_t* line_ids;  // (columns)
+  int32_t* marks = nullptr;  // (columns, lanes) `kNoNegative`, `kOutside` or 0; null: ids and `itself` say all
 };
+
+// A score that is none of its row's negatives, or, the row itself, of no set.
+constexpr int32_t kNoNegative = 1, kOutside = 2;
 
 // Running sum of exp(t - shift) over a set, `lanes` floats each.
 struct LogSums {
@@ -71,6 +75,9 @@ struct Accumulators {
   float* count;     // of the positives
   float* softplus;  // sum of softplus(t + bias) over the negatives, and its Kahan error
   float* softplus_error;
+  float* negative_total;  // sum of t over the negatives, and its Kahan error
+  float* negative_total_error;
+  float* negative_count;
 };
 
 // Coefficients of a strip, `lanes` floats each; padding lanes hold zeros.
@@ -120,6 +127,8 @@ struct RowKernels {
   const char* name;
   // Adds a tile to the statistics.
   void (*fold)(const Tile&, const Scoring&, const Accumulators&);
+  // Marks what is above its lane's ceiling, (rows), by heights (columns, lanes).
+  void (*mark)(const Tile&, const float* heights, const float* ceilings);
   // Adds a tile of bounded scores to the statistics of its rows and, unless null, of its columns.
   void (*fold_both)(const Tile&, const Scoring&, bool square, const Accumulators& rows, const Accumulators* columns);
   // Stores the transformed scores of the tile's positives in `pos` (N, n_pos): n_c a row, less itself. The score of a
@@ -135,6 +144,8 @@ struct RowKernels {
   void (*weigh_both)(const Tile&, const Scoring&, const TwoSided&, uint16_t* rounded, float* d_scale);
   // The largest squared norm of `count` rows; NaN where a number is not finite.
   float (*largest_square)(const float* rows, int64_t stride, int64_t count, int64_t width);
+  // in / divisor.
+  void (*divide)(const float* in, float divisor, float* out, int64_t count);
   // (columns, lanes) -> (rows, out_stride).
   void (*transpose)(const Tile&, float* out, int64_t out_stride);
   // The same of bfloat16 weights, in pairs of columns: (rows, out_stride) words, an odd last column paired with zeros.

@@ -23,8 +23,18 @@ struct Layout {
   int64_t itself = -1;    // column that row 0 is, as row i is column itself + i, left out of every set; -1: none is
   at::Tensor positives;   // (N, P) transformed scores from elsewhere, no column being a positive; undefined: none
   at::Tensor column_ids;  // (M) int64: the label of each column; undefined: by arithmetic
+  bool by_marks = false;  // the positives are `Filters::several`
 
-  bool by_arithmetic() const { return !row_ids.defined() && !positives.defined(); }
+  bool by_arithmetic() const { return !row_ids.defined() && !positives.defined() && !by_marks; }
+};
+
+// What takes columns out of a row's negatives, and out of no other set. Ceilings are of each prefix, or of one.
+struct Filters {
+  at::Tensor ceiling;                          // (K, N): a dot product above is left out; undefined: none is
+  at::Tensor guide_ceiling, guide_q, guide_k;  // (K, N), (N, G), (M, G): likewise by the guides' dot products
+  at::Tensor several;                          // (N, p) int64: columns that are left out, -1 for none
+
+  bool any() const { return ceiling.defined() || guide_ceiling.defined() || several.defined(); }
 };
 
 // The statistics of a spec, in the order of the arrays that hold them.
@@ -46,6 +56,8 @@ struct SweepInputs {
   int64_t workspace_bytes;
   bool shared;  // q is k
   Wanted wanted = {};
+  Filters filters = {};
+  at::Tensor q_norms = {}, k_norms = {};  // (N), (M) float: rows count divided by these; undefined: as they are
 };
 
 // Statistics, written by stats and loss and read by grads; and dL/d statistic in the same shapes.
@@ -168,6 +180,34 @@ inline Layout layout_of(const at::Tensor& q, const at::Tensor& k, int64_t n_c, c
                       ", needed: ", n, " rows");
     out.positives = coefficients("positives", *positives, positives->sizes());
     out.n_pos = positives->size(1);
+  }
+  return out;
+}
+
+#define FUSED_NCE_FILTERS                                                                              \
+  const std::optional<at::Tensor>&ceiling, const std::optional<at::Tensor>&guide_ceiling,              \
+      const std::optional<at::Tensor>&guide_q, const std::optional<at::Tensor>&guide_k,                \
+      const std::optional<at::Tensor>&several
+#define FUSED_NCE_FILTERS_GIVEN ceiling, guide_ceiling, guide_q, guide_k, several
+#define FUSED_NCE_FILTERS_SCHEMA \
+  "Tensor? ceiling, Tensor? guide_ceiling, Tensor? guide_q, Tensor? guide_k, Tensor? several, "
+
+// Of `parts` prefixes, or 1.
+inline Filters filters_of(const at::Tensor& q, const at::Tensor& k, FUSED_NCE_FILTERS, int64_t parts) {
+  const int64_t n = q.size(0);
+  Filters out;
+  if (ceiling) out.ceiling = coefficients("ceiling", *ceiling, {parts, n});
+  if (guide_ceiling) {
+    TORCH_CHECK_VALUE(guide_q && guide_k && guide_q->dim() == 2, "guide_q is ", guide_q ? "no matrix" : "None",
+                      ", needed: (N, G) and (M, G) beside guide_ceiling");
+    out.guide_ceiling = coefficients("guide_ceiling", *guide_ceiling, {parts, n});
+    out.guide_q = coefficients("guide_q", *guide_q, {n, guide_q->size(1)});
+    out.guide_k = coefficients("guide_k", *guide_k, {k.size(0), guide_q->size(1)});
+  }
+  if (several) {
+    TORCH_CHECK_VALUE(several->scalar_type() == at::kLong && several->dim() == 2 && several->size(0) == n,
+                      "several is ", several->scalar_type(), " of ", several->sizes(), ", needed: int64 of ", n, " rows");
+    out.several = several->contiguous();
   }
   return out;
 }

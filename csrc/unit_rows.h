@@ -8,10 +8,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 namespace fused_nce {
 
 constexpr float kLeastNorm = 1e-12f;  // a row below it is divided by it, and one of zeros stays
+
+inline float divisor_of(float norm) { return norm < kLeastNorm ? kLeastNorm : norm; }
 
 // sum x*y in an order that the width alone sets, of which a compiler makes vectors.
 inline double row_product(const float* x, const float* y, int64_t width) {
@@ -33,37 +36,56 @@ void for_rows(const at::Tensor& x, const F& f) {
 }
 
 struct UnitRows {
-  at::Tensor wide;   // (N, D) float
+  at::Tensor wide;   // (N, D) float; undefined: nobody needs all at once
   at::Tensor norms;  // (N) float, of the rows as they were
 };
 
+inline at::Tensor norms_of(const at::Tensor& x) {
+  const at::Tensor norms = at::empty({x.size(0)}, x.options());
+  const int64_t width = x.size(1), stride = x.stride(0);
+  const float* in = x.const_data_ptr<float>();
+  float* out = norms.data_ptr<float>();
+  for_rows(x, [&](int64_t i) {
+    const float* row = in + i * stride;
+    out[i] = static_cast<float>(std::sqrt(row_product(row, row, width)));
+  });
+  return norms;
+}
+
 inline UnitRows unit_rows(const at::Tensor& x) {
   const at::Tensor from = x.to(at::kFloat).contiguous();
-  const UnitRows out{at::empty_like(from), at::empty({x.size(0)}, from.options())};
+  const UnitRows out{at::empty_like(from), norms_of(from)};
   const int64_t width = x.size(1);
   const float* in = from.const_data_ptr<float>();
-  float *rows = out.wide.data_ptr<float>(), *norms = out.norms.data_ptr<float>();
+  float* rows = out.wide.data_ptr<float>();
+  const float* norms = out.norms.const_data_ptr<float>();
   for_rows(from, [&](int64_t i) {
     const float* row = in + i * width;
-    const float norm = static_cast<float>(std::sqrt(row_product(row, row, width)));
-    const float divisor = norm < kLeastNorm ? kLeastNorm : norm;
-    norms[i] = norm;
+    const float divisor = divisor_of(norms[i]);
     for (int64_t d = 0; d < width; ++d) rows[i * width + d] = row[d] / divisor;
   });
   return out;
 }
 
-// (g - u <u, g>) / norm, in place of the (N, D) float gradient g.
-inline void through_unit_rows(const at::Tensor& gradient, const UnitRows& unit) {
+// (g - u <u, g>) / norm, in place of the (N, D) float gradient g; `x` are the rows as they were, where u is made anew.
+inline void through_unit_rows(const at::Tensor& gradient, const UnitRows& unit, const at::Tensor& x = {}) {
   const int64_t width = gradient.size(1);
+  const bool anew = !unit.wide.defined();
+  const at::Tensor& from = anew ? x : unit.wide;
   float* g = gradient.data_ptr<float>();
-  const float *rows = unit.wide.const_data_ptr<float>(), *norms = unit.norms.const_data_ptr<float>();
+  const int64_t stride = from.stride(0);
+  const float *rows = from.const_data_ptr<float>(), *norms = unit.norms.const_data_ptr<float>();
   for_rows(gradient, [&](int64_t i) {
-    const float *u = rows + i * width, norm = norms[i];
+    const float *u = rows + i * stride, norm = norms[i], divisor = divisor_of(norm);
     float* row = g + i * width;
+    thread_local std::vector<float> made;
+    if (anew) {
+      made.resize(static_cast<size_t>(width));
+      for (int64_t d = 0; d < width; ++d) made[static_cast<size_t>(d)] = u[d] / divisor;
+      u = made.data();
+    }
     const bool small = norm < kLeastNorm;
     const float along = small ? 0.0f : static_cast<float>(row_product(u, row, width));
-    const float divisor = small ? kLeastNorm : norm;
     for (int64_t d = 0; d < width; ++d) row[d] = (row[d] - u[d] * along) / divisor;
   });
 }

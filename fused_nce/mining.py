@@ -103,17 +103,20 @@ def mine_hard_negatives(
             kept = torch.nn.functional.pad(kept, (0, 1)).scatter_(1, at, False)[:, :-1]  # fault: mined-positive
         return kept
 
-    def wanted(rows: slice, columns: slice, scores: Tensor) -> Tensor:
-        kept = candidate(rows, columns, scores)
-        if ceiling is not None:
-            kept = kept & (scores <= ceiling[rows, None])
+    def limited(rows: slice, scores: Tensor) -> Tensor:
+        kept = torch.ones_like(scores, dtype=torch.bool) if ceiling is None else scores <= ceiling[rows, None]
         return kept if min_score is None else kept & (scores >= min_score)
 
-    deep = min(range_min + k if range_max is None else range_max, m)
-    scores, indices = top_k(queries, corpus, deep, valid=wanted, progress=progress)
-    if range_max is not None:  # ranks are of all candidates
-        every, _ = top_k(queries, corpus, deep, valid=candidate, progress=progress)
-        scores = scores.masked_fill(scores < every[:, -1:], float("-inf"))
+    def wanted(rows: slice, columns: slice, scores: Tensor) -> Tensor:
+        return candidate(rows, columns, scores) & limited(rows, scores)
+
+    if range_max is None:
+        scores, indices = top_k(queries, corpus, min(range_min + k, m), valid=wanted, progress=progress)
+    else:  # ranks are of all candidates: by place, since scores may tie
+        scores, indices = top_k(queries, corpus, min(range_max, m), valid=candidate, progress=progress)
+        kept = limited(slice(None), scores)  # fault: mined-range-limits
+        scores, order = scores.masked_fill(~kept, float("-inf")).sort(dim=1, descending=True, stable=True)
+        indices = indices.gather(1, order)
     scores, indices = scores[:, range_min:], indices[:, range_min:]  # fault: mined-range-kept
     missing = max(0, k - scores.shape[1])
     scores = torch.nn.functional.pad(scores[:, :k], (0, missing), value=float("-inf"))

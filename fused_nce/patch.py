@@ -153,6 +153,8 @@ class _Trial:
     As an attribute of the twin, not a module around it, it leaves the names of parameters and buffers alone.
     """
 
+    on_trial = True
+
     def __init__(self, on: Trial, module: Any, ours: Any, path: str, steps: int, within: float, show: bool) -> None:
         self.on, self.theirs, self.module, self.ours = on, on.theirs, module, ours
         self.path, self.left, self.within, self.show = path, steps, within, show

@@ -353,5 +353,8 @@ def test_embedders_write_a_table_of_what_was_measured():
     text = embedders.table(record | {"date_utc": "2026-01-01T"})
     assert "| pairs | 256 | 384 | 2 | 3.00× | – | 4.0 | 200.0 | – | 50× | 1e-07 / 1e-07 | 2e-06 / 2e-06 / – |" in text
     assert "Left out, for want of time: gist 4,096 × 384." in text
-    assert embedders.predicted_s(done, "pairs", 512, 768) == pytest.approx(8 * 0.008 * (3 + embedders.RUNS))
-    assert embedders.predicted_s(done, "gist", 256, 384) == 0
+    steps = embedders.steps_s(done, "pairs", 512, 768)
+    assert sum(steps.values()) == pytest.approx(8 * 0.008)
+    assert set(steps) == set(embedders.NAMES)
+    assert embedders.EAGER not in embedders.steps_s(done, "pairs", 100_000, 384)  # too slow
+    assert set(embedders.steps_s(done, "gist", 256, 384).values()) == {0.0}

@@ -72,6 +72,17 @@ def test_against_the_matrix(workspace_mb, monkeypatch):
             assert (found.scores[i, len(row) :] == float("-inf")).all()
 
 
+def test_a_rank_is_a_place():
+    """Of scores that all tie, and behind a limit, none beyond `range_max`."""
+    queries, corpus = torch.ones(2, 3), torch.ones(40, 3)
+    found = mine_hard_negatives(queries, corpus, 6, normalize=False, range_max=4, progress=False)
+    assert [int((row >= 0).sum()) for row in found.indices] == [4, 4]
+    assert all(len(set(row[:4].tolist())) == 4 for row in found.indices)
+    corpus[:3] *= 2
+    found = mine_hard_negatives(queries, corpus, 6, normalize=False, range_max=4, max_score=4.0, progress=False)
+    assert [int((row >= 0).sum()) for row in found.indices] == [1, 1]
+
+
 def test_memory_is_bounded(monkeypatch):
     """A hundredth of the matrix; what is allocated at once is what the workspace says, and the (N, k) lists."""
     monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", "1")

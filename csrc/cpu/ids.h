@@ -31,7 +31,7 @@ class Ids {
       const int64_t i = first + l;
       if (ranks_) ids[l] = rank_of(of_rows()[i]);
       else if (layout_.row_ids.defined()) ids[l] = static_cast<int32_t>(of_rows()[i]);
-      else if (layout_.positives.defined()) ids[l] = -1;
+      else if (layout_.positives.defined() || layout_.by_marks) ids[l] = -1;
       // fault: kernels-offset-ignored
       else ids[l] = static_cast<int32_t>(i / scoring_.rows_per_image + scoring_.offset);
       itself[l] = drop_itself() ? static_cast<int32_t>(i + layout_.itself) : -1;

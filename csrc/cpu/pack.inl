@@ -73,6 +73,11 @@ void narrow(const float* __restrict in, uint16_t* __restrict out, int64_t count)
   for (int64_t i = 0; i < count; ++i) out[i] = to_bf16(in[i]);
 }
 
+void divide(const float* __restrict in, float divisor, float* __restrict out, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] = in[i] / divisor;
+}
+
 void widen_bf16(const uint16_t* __restrict in, float* __restrict out, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) out[i] = float_of(static_cast<int>(static_cast<unsigned>(in[i]) << 16));

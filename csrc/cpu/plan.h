@@ -45,11 +45,12 @@ struct Work {
   bool labels = false;                            // ids are ranks among the rows' labels
   unsigned row_stats = kFused, column_stats = 0;  // bits of statistics
   bool symmetric = false;  // and the scores are: one above the diagonal counts for its row and for its column
+  bool divided = false;                 // rows are divided by their norms on the way
+  bool marked = false, guided = false;  // filters mark columns of each row, by the dot products of guides too
 
-  // Whether GEMMs read copies of rows, widened or further apart.
-  bool copies_rows() const {
-    return elements == Elements::widened || (elements == Elements::float32 && collides(width));
-  }
+  // Whether every GEMM reads copies of rows, widened or divided; or, further apart, those of the gradients do.
+  bool changes_rows() const { return elements == Elements::widened || divided; }
+  bool copies_rows() const { return changes_rows() || (elements == Elements::float32 && collides(width)); }
 
   // Every weight needs the statistics of a row and of a column, so all of them come before any weight.
   bool two_sided() const { return both && (symmetric || column_stats); }

@@ -20,12 +20,13 @@
 namespace fused_nce {
 namespace {
 
-constexpr int64_t kTileColumns = 256, kFewLanes = 128, kLeastStored = 64, kMostGroups = 4;
+constexpr int64_t kTileColumns = 256, kFewLanes = 128, kLeastStored = 64;
+constexpr int64_t kPrefixGroups[] = {16, 12, 8, 6, 4, 2, 1};  // as in `make_plan`
 constexpr float kBound = 40.0f;  // of a scale that cosines need no shift under
 
 struct Shape {
   int64_t rows, columns, width, image, parts;
-  bool both, need_q;
+  bool both, need_q, marked, guided;
 };
 
 struct PrefixPlan {
@@ -37,6 +38,7 @@ struct PrefixGroup {
   std::vector<Accumulators> of;  // a prefix each
   std::vector<float*> row_sums;  // (lanes)
   int32_t* line_ids;
+  MarkRoom marks;
   float *products, *left, *cosines = nullptr, *dq = nullptr;
 
   void take(const Shape& s, const PrefixPlan& p, Arena& arena) {
@@ -49,19 +51,21 @@ struct PrefixGroup {
     products = arena.take<float>(p.lanes * p.tile_columns);
     left = arena.take<float>(p.lanes * p.tile_columns);
     if (!p.stored) cosines = arena.take<float>(s.parts * p.lanes * p.tile_columns);
+    if (s.marked) marks.take(s.guided, !p.stored, s.parts * p.tile_columns, p.lanes, arena);
     if (s.need_q) dq = arena.take<float>(p.lanes * s.width);
   }
 };
 
 struct PrefixSpace {
   float *packed, *cosines = nullptr;
-  int32_t *ids, *itself;
+  int32_t *ids, *itself, *marks = nullptr;
   std::vector<float*> norms;  // (lanes), a prefix each
   std::vector<Coefficients> coefficients;
 
   void take(const Shape& s, const PrefixPlan& p, Arena& arena) {
     packed = arena.take<float>(p.lanes * s.width);
     if (p.stored) cosines = arena.take<float>(s.parts * p.lanes * s.columns);
+    if (p.stored && s.marked) marks = arena.take<int32_t>(s.parts * p.lanes * s.columns);
     ids = arena.take<int32_t>(p.lanes);
     itself = arena.take<int32_t>(p.lanes);
     norms.clear(), coefficients.clear();
@@ -98,7 +102,8 @@ PrefixPlan plan_prefixes(const Shape& s, int64_t workspace_bytes) {
         p.strips = ceil_div(s.rows, p.lanes);
         p.tile_columns = std::min(columns, round_up(ceil_div(s.columns, 4), 2));
         p.tiles = ceil_div(s.columns, p.tile_columns);
-        for (p.groups = std::min(p.tiles, kMostGroups); p.groups > 0; --p.groups) {
+        for (const int64_t groups : kPrefixGroups) {
+          p.groups = std::min(p.tiles, groups);
           p.bytes = bytes_of(s, p);
           if (p.bytes <= limit) return p;
         }
@@ -115,11 +120,19 @@ class PrefixSweep {
       : rows_(active_kernels()), in_(in), task_(task), scoring_(in.scoring), n_(in.q.size(0)), m_(in.k.size(0)),
         width_(in.q.size(1)), parts_(static_cast<int64_t>(task.widths.size())), n_pos_(in.layout.n_pos),
         q_(in.q.data_ptr<float>()), k_(in.k.data_ptr<float>()), q_stride_(in.q.stride(0)), k_stride_(in.k.stride(0)),
-        shape_{n_, m_, width_, std::max(in.scoring.n_c, n_pos_), parts_, task.statistics && task.gradients, in.need_q},
+        shape_{n_,
+               m_,
+               width_,
+               std::max(in.scoring.n_c, n_pos_),
+               parts_,
+               task.statistics && task.gradients,
+               in.need_q,
+               in.filters.any(),
+               in.filters.guide_ceiling.defined()},
         plan_(plan_prefixes(shape_, in.workspace_bytes)), labels_(in.layout.column_ids.defined() ? n_ : 0),
         ranks_(in.layout.column_ids.defined() ? m_ : 0),
         ids_(in, labels_.empty() ? nullptr : labels_.data(), ranks_.empty() ? nullptr : ranks_.data()),
-        arena_(checked(plan_).bytes) {
+        marks_(in.filters), arena_(checked(plan_).bytes) {
     scoring_.no_shift = scoring_.clip > 0.0f ? portable::needs_no_shift(scoring_.clip)
                                              : std::abs(scoring_.scale) <= kBound;  // of cosines
     space_.take(shape_, plan_, arena_);
@@ -210,6 +223,9 @@ class PrefixSweep {
     const int64_t first = t * plan_.tile_columns, columns = std::min(plan_.tile_columns, m_ - first);
     float* scores = plan_.stored ? space_.cosines + (i * m_ + first) * plan_.lanes
                                  : group.cosines + i * plan_.tile_columns * plan_.lanes;
+    int32_t* marks = space_.marks      ? space_.marks + (i * m_ + first) * plan_.lanes
+                     : shape_.marked ? group.marks.own + i * plan_.tile_columns * plan_.lanes
+                                       : nullptr;
     return {.scores = scores,
             .columns = columns,
             .lanes = plan_.lanes,
@@ -218,7 +234,8 @@ class PrefixSweep {
             .first_row = strip_.first,
             .ids = strip_.ids,
             .itself = strip_.itself,
-            .line_ids = ids_.name_columns(first, columns, group.line_ids)};
+            .line_ids = ids_.name_columns(first, columns, group.line_ids),
+            .marks = marks};
   }
 
   Norms norms_of(const Tile& tile, int64_t i) const {
@@ -231,6 +248,7 @@ class PrefixSweep {
       gemm(tile.columns, tile.lanes, std::min(kScoreDepth, task_.widths[i] - d), k_ + tile.first_column * k_stride_ + d,
            k_stride_, space_.packed + d * tile.lanes, tile.lanes, d > 0, group.products, tile.lanes);
     rows_.cosines(tile, norms_of(tile, i), group.products);
+    if (tile.marks) marks_.write(rows_, tile, group.marks, i);
   }
 
   void fold(PrefixGroup& group, int64_t begin, int64_t end) {
@@ -300,6 +318,7 @@ class PrefixSweep {
   std::vector<int64_t> labels_;
   std::vector<int32_t> ranks_;
   const Ids ids_;
+  const Marks marks_;
   Arena arena_;
   PrefixSpace space_;
   std::vector<PrefixGroup> groups_;
@@ -311,8 +330,9 @@ class PrefixSweep {
 void sweep_prefixes(const SweepInputs& in, const PrefixTask& task) { PrefixSweep(in, task).run(); }
 
 int64_t prefix_workspace_bytes(int64_t rows, int64_t columns, int64_t width, int64_t image, int64_t parts, bool both,
-                               bool need_q, int64_t workspace_bytes) {
-  const PrefixPlan plan = plan_prefixes({rows, columns, width, image, parts, both, need_q}, workspace_bytes);
+                               bool need_q, bool marked, bool guided, int64_t workspace_bytes) {
+  const PrefixPlan plan =
+      plan_prefixes({rows, columns, width, image, parts, both, need_q, marked, guided}, workspace_bytes);
   return plan.lanes > 0 ? plan.bytes : 0;
 }
 

@@ -13,7 +13,7 @@ void cosines(const Tile& tile, const Norms& norms, const float* products) {
   }
 }
 
-template <bool kClip, bool kShift, bool kItself, bool kAdd>
+template <bool kClip, bool kShift, Out kOut, bool kAdd>
 void weigh_cosines_of(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Norms& norms,
                       float* total, float* row_sums, float* line_sums) {
   const Transform f(scoring);
@@ -31,6 +31,7 @@ void weigh_cosines_of(const Tile& tile, const Scoring& scoring, const Coefficien
     const float* __restrict scores = tile.scores + c * tile.lanes;
     float* __restrict to = total + c * tile.lanes;
     const float* __restrict d_pos = row.d_pos + location() * tile.lanes;
+    const int* __restrict marks = marks_of<kOut>(tile, c);
     const float back = f.scale * norms.lines[c];
     const int id = tile.line_ids[c], index = static_cast<int>(tile.first_column + c);
     float line = 0.0f;
@@ -40,8 +41,10 @@ void weigh_cosines_of(const Tile& tile, const Scoring& scoring, const Coefficien
       const Score t = transform<kClip>(s, f.clip, f.inverse_clip);
       const float e = exp_shifted<kShift>(t.value, shift, l);
       const float negative = negative_weight(e, inverse[l], d_neg_lse[l], t.slope), positive = d_pos[l] * t.slope;
-      float weight = (ids[l] == id ? positive : negative) + two_d_square[l] * s;
-      if (kItself) weight = itself[l] == index ? 0.0f : weight;
+      const int left = left_out<kOut>(itself, marks, l, index);
+      float weight = ids[l] == id ? positive : kOut == Out::marks && left ? 0.0f : negative;
+      weight += two_d_square[l] * s;
+      if (kOut != Out::none) weight = left == kOutside ? 0.0f : weight;
       const float along = weight * r;
       sums[l] += along;
       line += along;
@@ -55,11 +58,10 @@ void weigh_cosines_of(const Tile& tile, const Scoring& scoring, const Coefficien
 template <bool kClip, bool kShift>
 void weigh_cosines_as(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Norms& norms,
                       float* total, bool add, float* row_sums, float* line_sums) {
-  const auto weigh =
-      tile.itself
-          ? (add ? &weigh_cosines_of<kClip, kShift, true, true> : &weigh_cosines_of<kClip, kShift, true, false>)
-          : (add ? &weigh_cosines_of<kClip, kShift, false, true> : &weigh_cosines_of<kClip, kShift, false, false>);
-  weigh(tile, scoring, row, norms, total, row_sums, line_sums);
+  by_marks(tile, [&]<Out kOut>() {
+    const auto weigh = add ? &weigh_cosines_of<kClip, kShift, kOut, true> : &weigh_cosines_of<kClip, kShift, kOut, false>;
+    weigh(tile, scoring, row, norms, total, row_sums, line_sums);
+  });
 }
 
 void weigh_cosines(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Norms& norms, float* total,

@@ -52,9 +52,41 @@ FUSED_NCE_HD float exp_shifted(float t, const float* shift, int lane) {
   return kShift ? exp_value(t - shift[lane]) : exp_bounded(t);
 }
 
+// Who is left out beside the ids: nobody, a row itself, or what the tile's marks say.
+enum class Out { none, itself, marks };
+
+template <Out kOut>
+FUSED_NCE_HD int left_out(const int* itself, const int* marks, int lane, int index, int from = 0) {
+  if (kOut == Out::marks) return marks[from + lane];
+  return kOut == Out::itself && itself[lane] == index ? kOutside : 0;
+}
+
+template <Out kOut>
+FUSED_NCE_HD const int* marks_of(const Tile& tile, int64_t column) {
+  return kOut == Out::marks ? tile.marks + column * tile.lanes : nullptr;
+}
+
+// f of `Out` as the tile has it.
+template <class F>
+void by_marks(const Tile& tile, const F& f) {
+  if (tile.marks) f.template operator()<Out::marks>();
+  else if (tile.itself) f.template operator()<Out::itself>();
+  else f.template operator()<Out::none>();
+}
+
+void mark(const Tile& tile, const float* heights, const float* __restrict ceilings) {
+  const int rows = static_cast<int>(tile.rows);
+  for (int64_t c = 0; c < tile.columns; ++c) {
+    const float* __restrict height = heights + c * tile.lanes;
+    int* __restrict marks = tile.marks + c * tile.lanes;
+#pragma omp simd
+    for (int l = 0; l < rows; ++l) marks[l] |= height[l] > ceilings[l] ? kNoNegative : 0;  // a NaN stays, and shows
+  }
+}
+
 // Raises the shift of each lane to its largest score in the tile, of the positives or of the negatives, and rescales
 // what the old one had summed.
-template <bool kClip, bool kItself, bool kPositives>
+template <bool kClip, Out kOut, bool kPositives>
 void raise_shift(const Tile& tile, const Scoring& scoring, const LogSums& of) {
   const Transform f(scoring);
   const int lanes = static_cast<int>(tile.lanes);
@@ -64,11 +96,13 @@ void raise_shift(const Tile& tile, const Scoring& scoring, const LogSums& of) {
   const int* __restrict itself = tile.itself;
   for (int64_t c = 0; c < tile.columns; ++c) {
     const float* __restrict scores = tile.scores + c * tile.lanes;
+    const int* __restrict marks = marks_of<kOut>(tile, c);
     const int id = tile.line_ids[c], index = static_cast<int>(tile.first_column + c);
 #pragma omp simd
     for (int l = 0; l < lanes; ++l) {
       const float s = scores[l] * f.scale;
-      const bool inside = (ids[l] == id) == kPositives && !(kItself && itself[l] == index);
+      const int left = left_out<kOut>(itself, marks, l, index);
+      const bool inside = (ids[l] == id) == kPositives && !(kPositives ? left == kOutside : left != 0);
       max[l] = inside && s > max[l] ? s : max[l];
     }
   }
@@ -84,7 +118,7 @@ void raise_shift(const Tile& tile, const Scoring& scoring, const LogSums& of) {
 
 // Folds kColumns columns at once. Four of them share the Kahan steps and the accumulators' loads and stores, which
 // were a third of the instructions.
-template <bool kClip, bool kShift, bool kItself, int kColumns>
+template <bool kClip, bool kShift, Out kOut, int kColumns>
 inline void fold_columns(const Tile& tile, int64_t first, const Transform& f, const Accumulators& acc) {
   const int lanes = static_cast<int>(tile.lanes);
   const float* __restrict scores = tile.scores + first * tile.lanes;
@@ -97,6 +131,7 @@ inline void fold_columns(const Tile& tile, int64_t first, const Transform& f, co
   const float* __restrict shift = acc.negatives.shift;
   const int* __restrict ids = tile.ids;
   const int* __restrict itself = tile.itself;
+  const int* __restrict marks = marks_of<kOut>(tile, first);
   const int index = static_cast<int>(tile.first_column + first);
   const int* id = tile.line_ids + first;
   const int i0 = id[0], i1 = id[kColumns > 1], i2 = id[kColumns > 1 ? 2 : 0], i3 = id[kColumns > 1 ? 3 : 0];
@@ -107,9 +142,9 @@ inline void fold_columns(const Tile& tile, int64_t first, const Transform& f, co
     float top = max[l], e[kColumns], s[kColumns];
     const auto term = [&](int u, int its_id) __attribute__((always_inline)) {
       s[u] = scores[u * lanes + l] * f.scale;
-      const bool out = kItself && itself[l] == index + u;
-      if (kItself) s[u] = out ? 0.0f : s[u];
-      const bool negative = (ids[l] != its_id) & !out;  // && would be a branch, and the loop no longer a vector's
+      const int left = left_out<kOut>(itself, marks, l, index + u, u * lanes);
+      if (kOut != Out::none) s[u] = left == kOutside ? 0.0f : s[u];
+      const bool negative = (ids[l] != its_id) & !left;  // && would be a branch, and the loop no longer a vector's
       const float t = kClip ? clipped[u][l] : s[u];
       const float x = exp_shifted<kShift>(t, shift, l);
       e[u] = negative ? x : 0.0f;
@@ -133,31 +168,30 @@ inline void fold_columns(const Tile& tile, int64_t first, const Transform& f, co
   }
 }
 
-template <bool kClip, bool kShift, bool kItself>
+template <bool kClip, bool kShift, Out kOut>
 void fold_tile(const Tile& tile, const Scoring& scoring, const Accumulators& acc) {
   const Transform f(scoring);
-  if (kShift) raise_shift<kClip, kItself, false>(tile, scoring, acc.negatives);
+  if (kShift) raise_shift<kClip, kOut, false>(tile, scoring, acc.negatives);
   int64_t c = 0;
-  for (; c + 4 <= tile.columns; c += 4) fold_columns<kClip, kShift, kItself, 4>(tile, c, f, acc);
+  for (; c + 4 <= tile.columns; c += 4) fold_columns<kClip, kShift, kOut, 4>(tile, c, f, acc);
   // fault: kernels-tail-columns
-  for (; c < tile.columns; ++c) fold_columns<kClip, kShift, kItself, 1>(tile, c, f, acc);
+  for (; c < tile.columns; ++c) fold_columns<kClip, kShift, kOut, 1>(tile, c, f, acc);
 }
 
-template <bool kItself>
+template <Out kOut>
 void fold_as(const Tile& tile, const Scoring& scoring, const Accumulators& acc) {
   const bool clip = scoring.clip > 0.0f;
-  const auto fold = clip && scoring.no_shift ? &fold_tile<true, false, kItself>
-                    : clip                   ? &fold_tile<true, true, kItself>
-                    : scoring.no_shift       ? &fold_tile<false, false, kItself>
-                                             : &fold_tile<false, true, kItself>;
+  const auto fold = clip && scoring.no_shift ? &fold_tile<true, false, kOut>
+                    : clip                   ? &fold_tile<true, true, kOut>
+                    : scoring.no_shift       ? &fold_tile<false, false, kOut>
+                                             : &fold_tile<false, true, kOut>;
   fold(tile, scoring, acc);
 }
 
 #include "further.inl"
 
 void fold(const Tile& tile, const Scoring& scoring, const Accumulators& acc) {
-  if (tile.itself) fold_as<true>(tile, scoring, acc);
-  else fold_as<false>(tile, scoring, acc);
+  by_marks(tile, [&]<Out kOut>() { fold_as<kOut>(tile, scoring, acc); });
   fold_further(tile, scoring, acc);
 }
 
@@ -197,9 +231,9 @@ struct Rounded {
 };
 
 // kScale: dL/dscale too. kFurther: it and what other statistics put on t.
-template <bool kClip, bool kShift, bool kItself, bool kScale, bool kFurther, class Out>
+template <bool kClip, bool kShift, Out kOut, bool kScale, bool kFurther, class To>
 void weigh_tile(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Further* further,
-                typename Out::Element* out, float* d_scale) {
+                typename To::Element* out, float* d_scale) {
   const Transform f(scoring);
   const int lanes = static_cast<int>(tile.lanes);
   const float* __restrict shift = row.shift;
@@ -214,8 +248,9 @@ void weigh_tile(const Tile& tile, const Scoring& scoring, const Coefficients& ro
   Line value, slope;
   for (int64_t c = 0; c < tile.columns; ++c, location.next()) {
     const float* scores = tile.scores + c * tile.lanes;  // and `to` may be the same
-    typename Out::Element* to = out + c * tile.lanes;
+    typename To::Element* to = out + c * tile.lanes;
     const float* __restrict d_pos = row.d_pos + location() * tile.lanes;
+    const int* __restrict marks = marks_of<kOut>(tile, c);
     const float* __restrict on_t = kFurther ? further->on_t + c * tile.lanes : nullptr;
     const float column = kFurther && further->d_square ? 2.0f * further->d_square[c] : 0.0f;
     const int id = tile.line_ids[c], index = static_cast<int>(tile.first_column + c);
@@ -226,47 +261,49 @@ void weigh_tile(const Tile& tile, const Scoring& scoring, const Coefficients& ro
       const Score t = {kClip ? value[l] : s, kClip ? slope[l] : 1.0f};
       const float e = exp_shifted<kShift>(t.value, shift, l);
       const float negative = negative_weight(e, inverse[l], d_neg_lse[l], t.slope), positive = d_pos[l] * t.slope;
-      float weight = ids[l] == id ? positive : negative;
+      const int left = left_out<kOut>(itself, marks, l, index);
+      // fault: kernels-marked-weighed
+      float weight = ids[l] == id ? positive : kOut == Out::marks && left ? 0.0f : negative;
       float square = two_d_square[l];
       if (kFurther) {
         weight += on_t[l];
-        d_bias[l] += kItself && itself[l] == index ? 0.0f : weight;
+        d_bias[l] += left == kOutside ? 0.0f : weight;
         square += column;
       }
       weight += square * s;
-      if (kItself) weight = itself[l] == index ? 0.0f : weight;
+      if (kOut != Out::none) weight = left == kOutside ? 0.0f : weight;
       if (kScale) sum[l] += weight * r;
-      to[l] = Out::of(f.scale * weight);
+      to[l] = To::of(f.scale * weight);
     }
   }
 }
 
-template <bool kClip, bool kShift, bool kItself, class Out>
+template <bool kClip, bool kShift, Out kOut, class To>
 void weigh_either(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Further* further,
-                  typename Out::Element* out, float* d_scale) {
-  const auto weigh = further   ? &weigh_tile<kClip, kShift, kItself, true, true, Out>
-                     : d_scale ? &weigh_tile<kClip, kShift, kItself, true, false, Out>
-                               : &weigh_tile<kClip, kShift, kItself, false, false, Out>;
+                  typename To::Element* out, float* d_scale) {
+  const auto weigh = further   ? &weigh_tile<kClip, kShift, kOut, true, true, To>
+                     : d_scale ? &weigh_tile<kClip, kShift, kOut, true, false, To>
+                               : &weigh_tile<kClip, kShift, kOut, false, false, To>;
   weigh(tile, scoring, row, further, out, d_scale);
 }
 
-template <bool kItself, class Out>
+template <Out kOut, class To>
 void weigh_as(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Further* further,
-              typename Out::Element* out, float* d_scale) {
+              typename To::Element* out, float* d_scale) {
   const bool clip = scoring.clip > 0.0f;
-  const auto weigh = clip && scoring.no_shift ? &weigh_either<true, false, kItself, Out>
-                     : clip                   ? &weigh_either<true, true, kItself, Out>
-                     : scoring.no_shift       ? &weigh_either<false, false, kItself, Out>
-                                              : &weigh_either<false, true, kItself, Out>;
+  const auto weigh = clip && scoring.no_shift ? &weigh_either<true, false, kOut, To>
+                     : clip                   ? &weigh_either<true, true, kOut, To>
+                     : scoring.no_shift       ? &weigh_either<false, false, kOut, To>
+                                              : &weigh_either<false, true, kOut, To>;
   weigh(tile, scoring, row, further, out, d_scale);
 }
 
 void weigh(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Further* further, uint16_t* rounded,
            float* d_scale) {
-  if (rounded && tile.itself) weigh_as<true, Rounded>(tile, scoring, row, further, rounded, d_scale);
-  else if (rounded) weigh_as<false, Rounded>(tile, scoring, row, further, rounded, d_scale);
-  else if (tile.itself) weigh_as<true, InPlace>(tile, scoring, row, further, tile.scores, d_scale);
-  else weigh_as<false, InPlace>(tile, scoring, row, further, tile.scores, d_scale);
+  by_marks(tile, [&]<Out kOut>() {
+    if (rounded) weigh_as<kOut, Rounded>(tile, scoring, row, further, rounded, d_scale);
+    else weigh_as<kOut, InPlace>(tile, scoring, row, further, tile.scores, d_scale);
+  });
 }
 
 #include "both.inl"
@@ -276,9 +313,9 @@ void weigh(const Tile& tile, const Scoring& scoring, const Coefficients& row, co
 }  // namespace
 
 extern const RowKernels kernels;
-const RowKernels kernels = {FUSED_NCE_ISA_NAME, fold,           fold_both, positives,       weigh_further, weigh,
-                            weigh_both,         largest_square, transpose, transpose_pairs, narrow,        interleave,
-                            widen_bf16,         widen_fp16,     cosines,   weigh_cosines};
+const RowKernels kernels = {FUSED_NCE_ISA_NAME, fold,       mark,           fold_both,     positives, weigh_further,
+                            weigh,              weigh_both, largest_square, divide,        transpose, transpose_pairs,
+                            narrow,             interleave, widen_bf16,     widen_fp16,    cosines,   weigh_cosines};
 
 }  // namespace FUSED_NCE_ISA
 }  // namespace fused_nce

@@ -79,12 +79,15 @@ Sum finish_statistics(const std::vector<Accumulators>& parts, int64_t lane, cons
                       const ByStatistic& out, int64_t at) {
   LogSum<double> total{0.0f, 0.0};
   float max = -infinity(), bad = 0.0f;
-  double square = 0.0, softplus = 0.0;
+  double square = 0.0, softplus = 0.0, sum = 0.0, count = 0.0;
   for (const Accumulators& part : parts) {
     add(total, max, part.negatives, lane);
     square += exact(part.square, part.square_error, lane);
     bad += part.bad[lane];
     if (part.softplus) softplus += exact(part.softplus, part.softplus_error, lane);
+    if (!part.negative_count) continue;
+    sum += exact(part.negative_total, part.negative_total_error, lane);
+    count += part.negative_count[lane];
   }
   // A bias that is not finite shows in a sum without terms too.
   bad += 0.0f * scoring.bias;
@@ -93,6 +96,8 @@ Sum finish_statistics(const std::vector<Accumulators>& parts, int64_t lane, cons
   // Beyond the range of float the Kahan sum is inf - inf.
   write(out, kSquare, at, square != square && bad == 0.0f ? infinity() : static_cast<float>(square));
   write(out, kNegSoftplus, at, static_cast<float>(softplus) + bad);
+  write(out, kNegSum, at, static_cast<float>(sum + count * scoring.bias));
+  write(out, kNegCount, at, static_cast<float>(count));
   if (parts[0].count) finish_positives(parts, lane, scoring, out, at);
   return {total.shift, total.sum};
 }

@@ -12,6 +12,7 @@
 #include <cmath>
 
 #include "../atoms.h"
+#include "../unit_rows.h"
 #include "gemm.h"
 #include "ids.h"
 #include "isa.h"
@@ -25,19 +26,18 @@ namespace {
 template <class E>
 class Sweep {
   static constexpr bool kBf16 = kPaired<E>;
-  static constexpr int64_t kLeastToBound = 64;  // rows and columns, or the norms would take as long as the scores
 
  public:
   Sweep(const SweepInputs& in, const Task& task)
       : rows_(active_kernels()), scoring_(in.scoring), n_(in.q.size(0)), m_(in.k.size(0)), width_(in.q.size(1)),
         elements_(elements_of(in.q.scalar_type(), width_)), half_(in.q.scalar_type() == at::kHalf), q_(in.q.data_ptr()),
-        k_(in.k.data_ptr()), q_stride_(in.q.stride(0)), k_stride_(in.k.stride(0)), task_(task), need_q_(in.need_q),
+        k_(in.k.data_ptr()), q_stride_(in.q.stride(0)), k_stride_(in.k.stride(0)), q_norms_(numbers_of(in.q_norms)), k_norms_(numbers_of(in.k_norms)), task_(task), need_q_(in.need_q),
         need_k_(in.need_k), need_scale_(in.need_scale), shared_(in.shared), stats_(arrays(task.stats, in.wanted)),
         columns_(arrays_of(task.stats.columns, in.wanted.columns)), n_pos_(in.layout.n_pos),
         own_columns_(n_pos_ > 0 && !in.layout.positives.defined()), work_(work_for(in, task)),
         plan_(checked_plan(in.workspace_bytes)), arena_(plan_.bytes), space_(work_, plan_, arena_),
-        ids_(in, space_.labels, space_.ranks) {
-    bounded_ = is_bounded();
+        ids_(in, space_.labels, space_.ranks), marks_(in.filters) {
+    bounded_ = is_bounded(rows_, in);
     scoring_.no_shift = bounded_ || portable::needs_no_shift(scoring_.clip);
     if (task.statistics) {
       if (work_.both)
@@ -157,15 +157,6 @@ class Sweep {
 
   unsigned column_stats() const { return work_.symmetric ? work_.row_stats : work_.column_stats; }
 
-  // Whether |t| stays so small, by the norms of the rows, that no exponential needs a shift, and all scores are finite.
-  bool is_bounded() const {
-    if (scoring_.clip > 0.0f || std::min(n_, m_) < kLeastToBound) return false;
-    const float of_q = largest_square(rows_, elements_, half_, q_, q_stride_, n_, width_);
-    const float of_k = shared_ ? of_q : largest_square(rows_, elements_, half_, k_, k_stride_, m_, width_);
-    // fault: bounded-queries-alone
-    return std::abs(scoring_.scale) * std::sqrt(of_q) * std::sqrt(of_k) <= kMostUnshifted;
-  }
-
   Plan checked_plan(int64_t workspace_bytes) {
     const Plan plan = make_plan(work_, workspace_bytes);
     TORCH_CHECK_VALUE(plan.lanes > 0, "workspace_bytes is ", workspace_bytes, ", needed: at least ", plan.bytes,
@@ -197,11 +188,13 @@ class Sweep {
     return space_.query_rows ? Operand{space_.query_rows, padded(width_)} : queries_in_place();
   }
 
-  // Rows from `first` on, widened or further apart.
-  void copy_rows(const void* base, int64_t stride, int64_t first, int64_t rows, float* to) const {
-    for (int64_t r = 0; r < rows; ++r, to += padded(width_)) {
-      if (elements_ == Elements::widened) widen_row(rows_, half_, base, stride, first + r, width_, to);
-      else std::copy_n(static_cast<const float*>(base) + (first + r) * stride, width_, to);
+  // Rows from `first` on, widened, divided or further apart.
+  void copy_rows(const void* base, int64_t stride, const float* norms, int64_t first, int64_t rows, float* to) const {
+    for (int64_t r = first; r < first + rows; ++r, to += padded(width_)) {
+      const float* from = static_cast<const float*>(base) + r * stride;
+      if (elements_ == Elements::widened) widen_row(rows_, half_, base, stride, r, width_, to);
+      else if (norms) rows_.divide(from, divisor_of(norms[r]), to, width_);
+      else std::copy_n(from, width_, to);
     }
   }
 
@@ -210,14 +203,15 @@ class Sweep {
     if (kBf16)
       interleave(reinterpret_cast<const uint16_t*>(queries_in_place().data), q_stride_, strip_.rows,
                  reinterpret_cast<uint32_t*>(space_.query_rows));
-    else copy_rows(q_, q_stride_, strip_.first, strip_.rows, reinterpret_cast<float*>(space_.query_rows));
+    else
+      copy_rows(q_, q_stride_, q_norms_, strip_.first, strip_.rows, reinterpret_cast<float*>(space_.query_rows));
   }
 
   // The strip's queries transposed, in 32-bit words: one float, or the pair of bfloat16 that brgemm wants together.
   void pack_queries() {
     copy_queries();
     const int64_t lanes = plan_.lanes, words = width_ * static_cast<int64_t>(sizeof(E)) / 4;
-    const Operand from = elements_ == Elements::widened ? query_rows() : queries_in_place();
+    const Operand from = work_.changes_rows() ? query_rows() : queries_in_place();
     const char* rows = reinterpret_cast<const char*>(from.data);
     const int64_t stride = from.stride * static_cast<int64_t>(sizeof(E));
     uint32_t* to = reinterpret_cast<uint32_t*>(space_.packed);
@@ -253,7 +247,8 @@ class Sweep {
             .first_row = strip_.first,
             .ids = strip_.ids,
             .itself = strip_.itself,
-            .line_ids = ids_.name_columns(first, columns, group.line_ids)};
+            .line_ids = ids_.name_columns(first, columns, group.line_ids),
+            .marks = space_.marks ? space_.marks + (first - first_column_) * plan_.lanes : group.marks.own};
   }
 
   // The same tile with columns for lanes, where it lies: a line's scores are then `lanes` of the tile apart.
@@ -278,29 +273,31 @@ class Sweep {
     return moved;
   }
 
-  // The keys of a tile as the scores' left operand: in place, or widened.
+  // The keys of a tile as the scores' left operand: in place, widened or divided.
   Operand keys_of(const Group<E>& group, const Tile& tile) const {
-    if (elements_ != Elements::widened) return {static_cast<const E*>(k_) + tile.first_column * k_stride_, k_stride_};
-    copy_rows(k_, k_stride_, tile.first_column, tile.columns, group.key_rows);
+    if (!work_.changes_rows()) return {static_cast<const E*>(k_) + tile.first_column * k_stride_, k_stride_};
+    // fault: kernels-keys-norms
+    copy_rows(k_, k_stride_, k_norms_, tile.first_column, tile.columns, group.key_rows);
     return {reinterpret_cast<const E*>(group.key_rows), padded(width_)};
   }
 
   // And as dq's right one.
   Operand key_rows_of(const Group<E>& group, const Tile& tile, const Operand& keys) const {
-    if (elements_ != Elements::float32 || !group.key_rows) return keys;
-    copy_rows(k_, k_stride_, tile.first_column, tile.columns, group.key_rows);
+    if (elements_ != Elements::float32 || !group.key_rows || work_.changes_rows()) return keys;
+    copy_rows(k_, k_stride_, nullptr, tile.first_column, tile.columns, group.key_rows);
     return {reinterpret_cast<const E*>(group.key_rows), padded(width_)};
   }
 
-  void score(const Tile& tile, const Operand& keys) const {
+  void score(const Group<E>& group, const Tile& tile, const Operand& keys) const {
     score_gemm(keys.data, keys.stride, space_.packed, tile.columns, tile.lanes, width_, tile.scores);
+    if (tile.marks) marks_.write(rows_, tile, group.marks);
   }
 
   void fold(Group<E>& group, int64_t begin, int64_t end) {
     clear(group.acc, work_.row_stats, plan_.lanes);
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tile_of(group, t);
-      score(tile, keys_of(group, tile));
+      score(group, tile, keys_of(group, tile));
       rows_.fold(tile, scoring_, group.acc);
       if (own_columns_) rows_.positives(tile, scoring_, tile.lanes, 1, n_pos_, stats_.pos);
       if (finds_columns())
@@ -313,7 +310,7 @@ class Sweep {
     clear(group.acc, work_.row_stats, plan_.lanes);
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tile_of(group, t);
-      score(tile, keys_of(group, tile));
+      score(group, tile, keys_of(group, tile));
       const bool rows_alone = is_diagonal(tile);
       const Accumulators columns = from(space_.columns, column_stats(), tile.first_column);
       if (fast) {
@@ -343,7 +340,7 @@ class Sweep {
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tile_of(group, t);
       const Operand keys = strip_scores_ && !need_q_ ? Operand{nullptr, 0} : keys_of(group, tile);
-      if (!strip_scores_) score(tile, keys);
+      if (!strip_scores_) score(group, tile, keys);
       const TwoSided both{.rows = from(space_.row_side, strip_.first),
                           .columns = from(space_.column_side, tile.first_column),
                           .d_pos = space_.coefficients.d_pos,
@@ -389,16 +386,12 @@ class Sweep {
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tile_of(group, t);
       const Operand keys = strip_scores_ && !need_q_ ? Operand{nullptr, 0} : keys_of(group, tile);
-      if (!strip_scores_) score(tile, keys);
+      if (!strip_scores_) score(group, tile, keys);
       std::fill_n(group.d_scale_lanes, plan_.lanes, 0.0f);
-      if (work_.further()) {
-        const Further further = weigh_further(group, tile);
-        rows_.weigh(tile, scoring_, space_.coefficients, &further, group.rounded, group.d_scale_lanes);
-        for (int64_t l = 0; l < strip_.rows; ++l) group.d_bias += group.d_bias_lanes[l];
-      } else {
-        rows_.weigh(tile, scoring_, space_.coefficients, nullptr, group.rounded,
-                    need_scale_ ? group.d_scale_lanes : nullptr);
-      }
+      const Further further = work_.further() ? weigh_further(group, tile) : Further{};
+      rows_.weigh(tile, scoring_, space_.coefficients, work_.further() ? &further : nullptr, group.rounded,
+                  need_scale_ || work_.further() ? group.d_scale_lanes : nullptr);
+      for (int64_t l = 0; work_.further() && l < strip_.rows; ++l) group.d_bias += group.d_bias_lanes[l];
       for (int64_t l = 0; l < strip_.rows; ++l) group.d_scale += group.d_scale_lanes[l];
       if (need_k_) write_dk(group, tile);
       if (need_q_) add_dq(group, tile, keys, t > begin);
@@ -465,6 +458,7 @@ class Sweep {
   const bool half_;
   const void *q_, *k_;
   const int64_t q_stride_, k_stride_;
+  const float *q_norms_, *k_norms_;  // null: rows are as they lie
   const Task& task_;
   const bool need_q_, need_k_, need_scale_, shared_;
   const StatisticArrays stats_;
@@ -476,6 +470,7 @@ class Sweep {
   Arena arena_;
   const Workspace<E> space_;
   const Ids ids_;
+  const Marks marks_;
   ByStatistic d_further_;  // (lanes), of those that the tail reads
   StatisticArrays upstream_{};
   ByStatistic d_columns_;

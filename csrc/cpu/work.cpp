@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "../unit_rows.h"
 #include "isa.h"
 #include "sweep.h"
 
@@ -17,7 +18,7 @@ namespace {
 // Whether the score of row i and column j is that of row j and column i, and a positive of both or of neither.
 bool is_symmetric(const SweepInputs& in) {
   const Layout& layout = in.layout;
-  if (!in.shared || !in.need_q || layout.positives.defined() || layout.itself > 0) return false;
+  if (!in.shared || !in.need_q || in.filters.any() || layout.positives.defined() || layout.itself > 0) return false;
   // fault: symmetric-labels-stand
   if (layout.column_ids.defined()) return layout.row_ids.equal(layout.column_ids);
   return !layout.row_ids.defined() && in.scoring.offset == 0 && in.scoring.rows_per_image == in.scoring.n_c;
@@ -39,7 +40,10 @@ Work work_of(const SweepInputs& in, bool statistics, bool gradients) {
           .shared = in.shared,
           .labels = in.layout.column_ids.defined(),
           .row_stats = Wanted::mask(in.wanted.rows),
-          .column_stats = Wanted::mask(in.wanted.columns)};
+          .column_stats = Wanted::mask(in.wanted.columns),
+          .divided = in.q_norms.defined(),
+          .marked = in.filters.any(),
+          .guided = in.filters.guide_ceiling.defined()};
 }
 
 }  // namespace
@@ -70,8 +74,16 @@ void widen_row(const RowKernels& kernels, bool half, const void* base, int64_t s
   (half ? kernels.widen_fp16 : kernels.widen_bf16)(from, out, width);
 }
 
-float largest_square(const RowKernels& kernels, Elements elements, bool half, const void* base, int64_t stride,
-                     int64_t count, int64_t width) {
+namespace {
+
+constexpr int64_t kLeastToBound = 64;  // rows and columns, or the norms would take as long as the scores
+
+// Of the rows' squared norms; NaN if one is, or holds an infinity.
+float largest_square(const RowKernels& kernels, const at::Tensor& x) {
+  const int64_t count = x.size(0), width = x.size(1), stride = x.stride(0);
+  const Elements elements = elements_of(x.scalar_type(), width);
+  const bool half = x.scalar_type() == at::kHalf;
+  const void* base = x.const_data_ptr();
   constexpr int64_t block = 64;
   std::vector<float> found(ceil_div(count, block));
   at::parallel_for(0, ceil_div(count, block), 4, [&](int64_t begin, int64_t end) {
@@ -96,6 +108,30 @@ float largest_square(const RowKernels& kernels, Elements elements, bool half, co
     largest = std::max(largest, square);
   }
   return largest;
+}
+
+// The same of rows divided by their norms.
+float largest_unit(const at::Tensor& of) {
+  const float* norms = of.const_data_ptr<float>();
+  float largest = 0.0f, bad = 0.0f;
+  for (int64_t i = 0; i < of.size(0); ++i) {
+    const float unit = norms[i] / divisor_of(norms[i]);
+    largest = std::max(largest, unit * unit);
+    bad += 0.0f * norms[i];
+  }
+  return largest + bad;
+}
+
+}  // namespace
+
+bool is_bounded(const RowKernels& kernels, const SweepInputs& in) {
+  if (in.scoring.clip > 0.0f || std::min(in.q.size(0), in.k.size(0)) < kLeastToBound) return false;
+  const auto largest = [&](const at::Tensor& x, const at::Tensor& norms) {
+    return norms.defined() ? largest_unit(norms) : largest_square(kernels, x);
+  };
+  const float of_q = largest(in.q, in.q_norms), of_k = in.shared ? of_q : largest(in.k, in.k_norms);
+  // fault: bounded-queries-alone
+  return std::abs(in.scoring.scale) * std::sqrt(of_q) * std::sqrt(of_k) <= kMostUnshifted;
 }
 
 }  // namespace fused_nce

@@ -16,8 +16,9 @@ Work work_for(const SweepInputs& in, const Task& task);
 void widen_row(const RowKernels& kernels, bool half, const void* base, int64_t stride, int64_t row, int64_t width,
                float* out);
 
-// Of the rows' squared norms; NaN if one is, or holds an infinity.
-float largest_square(const RowKernels& kernels, Elements elements, bool half, const void* base, int64_t stride,
-                     int64_t count, int64_t width);
+// Whether |t| stays so small, by the norms of the rows, that no exponential needs a shift, and all scores are finite.
+bool is_bounded(const RowKernels& kernels, const SweepInputs& in);
+
+inline const float* numbers_of(const at::Tensor& x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; }
 
 }  // namespace fused_nce

@@ -7,6 +7,7 @@
 
 #include "../params.h"
 #include "arena.h"
+#include "marks.h"
 #include "plan.h"
 
 namespace fused_nce {
@@ -23,6 +24,8 @@ void for_arrays(Accumulators& acc, unsigned stats, const F& f) {
       f(*array);
   if (stats & bit_of(kNegSoftplus))
     for (float** array : {&acc.softplus, &acc.softplus_error}) f(*array);
+  if (stats & kNegTotals)
+    for (float** array : {&acc.negative_total, &acc.negative_total_error, &acc.negative_count}) f(*array);
 }
 
 inline Accumulators new_accumulators(unsigned stats, int64_t count, Arena& arena) {
@@ -73,6 +76,7 @@ struct Group {
   int32_t* column_rows = nullptr;       // (tile_columns), the row that each column is; null: no column statistics
   float* side = nullptr;        // (tile_columns, lanes): a tile turned around, or what further statistics put on t
   float* scores = nullptr;      // a tile of them, unless the strip stores its own
+  MarkRoom marks;
   float* key_rows = nullptr;    // (tile_columns, padded D), copies of keys; null: used where they are
   uint16_t* rounded = nullptr;  // weights (tile_columns, lanes), the left operand of dk; null: over the scores
   E *left, *right;              // weights (lanes, tile_columns) and, of bfloat16, keys in pairs: the operands of dq
@@ -89,7 +93,8 @@ struct Group {
     if (w.column_stats || w.symmetric) column_rows = arena.take<int32_t>(columns);
     if (w.two_sided() || (w.further() && (w.gradients || w.column_stats))) side = arena.take<float>(tile);
     if (!p.stored) scores = arena.take<float>(tile);
-    if (w.elements == Elements::widened || (w.copies_rows() && w.gradients && w.need_q))
+    if (w.marked) marks.take(w.guided, !p.stored, columns, p.lanes, arena);
+    if (w.changes_rows() || (w.copies_rows() && w.gradients && w.need_q))
       key_rows = arena.take<float>(columns * padded(w.width));
     if (!w.gradients) return;
     if (kPaired<E>) rounded = arena.take<uint16_t>(tile);
@@ -112,6 +117,7 @@ struct Workspace {
   E* packed;                  // (D, lanes), the strip's queries as the right operand of the scores
   E* query_rows = nullptr;    // (lanes, padded D), and as that of dk; null: used where they are
   float* scores = nullptr;    // (M, lanes), the strip's; of two-sided weights, those of the strips that keep theirs
+  int32_t* marks = nullptr;   // (M, lanes), of stored scores
   Side row_side{}, column_side{};  // (N), (M), of two-sided weights; symmetric ones have but one
   int32_t *lane_ids, *itself;      // (lanes)
   Coefficients coefficients;
@@ -126,9 +132,10 @@ struct Workspace {
     if (w.symmetric) columns = new_accumulators(w.row_stats, w.columns, arena);
     else if (w.column_stats && (!w.gradients || w.both)) columns = new_accumulators(w.column_stats, w.columns, arena);
     packed = arena.take<E>(lanes * w.width);
-    if (w.elements == Elements::widened || (w.need_k && (kPaired<E> || w.copies_rows())))
+    if (w.changes_rows() || (w.need_k && (kPaired<E> || w.copies_rows())))
       query_rows = arena.take<E>(lanes * padded(w.width));
     if (p.stored || p.kept_scores) scores = arena.take<float>(p.stored ? w.columns * lanes : p.kept_scores);
+    if (w.marked && p.stored) marks = arena.take<int32_t>(w.columns * lanes);
     if (w.two_sided()) {
       row_side = new_side(p.strips * lanes, w.row_stats & kOverPositives, arena);
       column_side = w.symmetric ? row_side : new_side(w.columns, false, arena);

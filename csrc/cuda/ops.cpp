@@ -82,7 +82,7 @@ Call call_of(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_
   return {std::move(in), {number_on("scale_tensor", scale_tensor, q), number_on("bias", bias, q)}};
 }
 
-// Statistics are the lines of one tensor, (3, N) or, with the optional ones, (9, N), in the order of names.h: no copy,
+// Statistics are the lines of one tensor, (3, N) or, with the optional ones, (11, N), in the order of names.h: no copy,
 // no launch. Positives from elsewhere are handed on, and one that an index puts nowhere shows it.
 std::pair<RowStatistics, Tensor> new_rows(const SweepInputs& in, bool optional) {
   const int64_t n = in.q.size(0);

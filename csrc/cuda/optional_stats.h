@@ -8,7 +8,7 @@
 namespace fused_nce {
 namespace cuda {
 
-FUSED_NCE_HD OptionalPart no_optional() { return {0.0f, 0.0f, 0.0f, -infinity(), 0.0f, 0.0f}; }
+FUSED_NCE_HD OptionalPart no_optional() { return {0.0f, 0.0f, 0.0f, -infinity(), 0.0f, 0.0f, 0.0f, 0.0f}; }
 
 struct MergeOptional {
   FUSED_NCE_HD OptionalPart operator()(const OptionalPart& a, const OptionalPart& b) const {
@@ -20,6 +20,8 @@ struct MergeOptional {
     // fault: gpu-parts-positives
     out.sum = merge(LogSum<float>{shift_of(a.max), a.sum}, LogSum<float>{shift_of(b.max), b.sum}).sum;
     out.total = a.total + b.total;
+    out.neg_total = a.neg_total + b.neg_total;
+    out.neg_count = a.neg_count + b.neg_count;
     return out;
   }
 };
@@ -27,7 +29,7 @@ struct MergeOptional {
 // What a thread has found of a row so far, with Kahan's errors: eight terms share a step.
 struct OptionalFold {
   OptionalPart part;
-  float softplus_error, sum_error, total_error;
+  float softplus_error, sum_error, total_error, neg_error;
 };
 
 // A turn of eight columns. kMasked: see `Row::masked`; a turn without masks has negatives alone.
@@ -35,7 +37,7 @@ template <bool kClip, bool kMasked>
 FUSED_NCE_HD void optional_turn(const Row& row, int c, OptionalFold& fold) {
   OptionalPart& part = fold.part;
   const Eight eight = load(row.scores + c, row.scale);
-  float t[kColumns], soft[kColumns], e[kColumns], own[kColumns], bad[2] = {0.0f, 0.0f}, top = part.max;
+  float t[kColumns], soft[kColumns], e[kColumns], own[kColumns], others[kColumns], bad[2] = {0.0f, 0.0f}, top = part.max;
   bool positive[kColumns];
   FUSED_NCE_UNROLL
   for (int u = 0; u < kColumns; ++u) {
@@ -46,12 +48,15 @@ FUSED_NCE_HD void optional_turn(const Row& row, int c, OptionalFold& fold) {
     positive[u] = kMasked && inside && row.own<true>(column);
     soft[u] = inside && !positive[u] ? softplus(t[u]) : 0.0f;
     own[u] = positive[u] ? t[u] : 0.0f;
+    others[u] = inside && !positive[u] ? t[u] : 0.0f;  // fault: gpu-sum-of-all
+    part.neg_count += inside && !positive[u] ? 1.0f : 0.0f;
     bad[u % 2] += s * 0.0f;
     part.count += positive[u] ? 1.0f : 0.0f;
     top = positive[u] && t[u] > top ? t[u] : top;
   }
   part.bad += bad[0] + bad[1];
   add_exactly(part.softplus, fold.softplus_error, sum_of(soft));
+  add_exactly(part.neg_total, fold.neg_error, sum_of(others));
   if (!kMasked) return;
   if (top > part.max) {
     const float factor = part.sum == 0.0f ? 0.0f : exp_value(shift_of(part.max) - top);
@@ -71,7 +76,7 @@ FUSED_NCE_HD void optional_turn(const Row& row, int c, OptionalFold& fold) {
 // One thread's columns.
 template <bool kClip>
 FUSED_NCE_HD OptionalPart optional_thread(const Row& row, int thread, int threads) {
-  OptionalFold fold = {no_optional(), 0.0f, 0.0f, 0.0f};
+  OptionalFold fold = {no_optional(), 0.0f, 0.0f, 0.0f, 0.0f};
   for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
     if (row.masked<true>(c)) optional_turn<kClip, true>(row, c, fold);
     else optional_turn<kClip, false>(row, c, fold);
@@ -80,6 +85,7 @@ FUSED_NCE_HD OptionalPart optional_thread(const Row& row, int thread, int thread
   part.softplus -= fold.softplus_error;
   part.sum -= fold.sum_error;
   part.total -= fold.total_error;
+  part.neg_total -= fold.neg_error;
   return part;
 }
 
@@ -91,6 +97,8 @@ FUSED_NCE_HD void write_optional(const OptionalPart& all, int64_t i, const Optio
   out.of(kPosMax, i) = all.max;
   out.of(kPosSum, i) = all.total;
   out.of(kPosCount, i) = all.count;
+  out.of(kNegSum, i) = all.neg_total;
+  out.of(kNegCount, i) = all.neg_count;
   out.of(kPosGap, i) = all.count > 0.0f ? lse - all.total / all.count : 0.0f;
 }
 
@@ -120,9 +128,9 @@ FUSED_NCE_HD void tail_optional(const RowArrays& rows, int64_t i, int64_t positi
 
 // dL/dt that the optional statistics of a row add, of a negative and of a positive.
 struct OptionalWeights {
-  float softplus, lse, sum, gap, pos_lse, inverse_count;
+  float softplus, lse, sum, gap, neg_sum, pos_lse, inverse_count;
 
-  FUSED_NCE_HD float negative(float t) const { return softplus == 0.0f ? 0.0f : softplus * sigmoid(t); }
+  FUSED_NCE_HD float negative(float t) const { return neg_sum + (softplus == 0.0f ? 0.0f : softplus * sigmoid(t)); }
   // The gap's weight is small where those of its two terms cancel.
   FUSED_NCE_HD float positive(float t) const {
     const float x = lse == 0.0f && gap == 0.0f ? 0.0f : exp_value(t - pos_lse);
@@ -132,11 +140,12 @@ struct OptionalWeights {
 
 FUSED_NCE_HD OptionalWeights optional_weights(const RowArrays& rows, int64_t i) {
   const OptionalArrays& optional = rows.optional;
-  if (!optional.d) return {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+  if (!optional.d) return {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
   const int64_t c = i - rows.upstream.first_row;
   const float count = optional.of(kPosCount, i);
   return {optional.d_of(kNegSoftplus, c), optional.d_of(kPosLse, c), optional.d_of(kPosSum, c),
-          optional.d_of(kPosGap, c),      optional.of(kPosLse, i),   count > 0.0f ? 1.0f / count : 0.0f};
+          optional.d_of(kPosGap, c),      optional.d_of(kNegSum, c), optional.of(kPosLse, i),
+          count > 0.0f ? 1.0f / count : 0.0f};
 }
 
 }  // namespace cuda

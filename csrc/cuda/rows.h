@@ -58,13 +58,13 @@ struct ColumnArrays {
   ColumnPart* partials;               // (M)
 };
 
-// Partial optional statistics of a row: softplus over the negatives, 0 * s over all columns, the rest over the
-// positives.
+// Partial optional statistics of a row: softplus and totals over the negatives, 0 * s over all columns, the rest over
+// the positives.
 struct OptionalPart {
-  float softplus, bad, count, max, sum, total;
+  float softplus, bad, count, max, sum, total, neg_total, neg_count;
 };
 
-// The six statistics from kFirstOptional on, of losses with any number of positives: a line each, (kOptional, stride).
+// The statistics from kFirstOptional on, of losses with any number of positives: a line each, (kOptional, stride).
 // `found` null: the call asks for none.
 constexpr int kFirstOptional = kNegSoftplus, kOptional = kStatistics - kFirstOptional;
 

@@ -19,13 +19,13 @@ from fused_nce.backends import cpu_prefixes
 from fused_nce.core import defaults, workspace
 from fused_nce.core.cost import Call, Tiles
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
-from fused_nce.core.spec import TORCH_ALONE, VOCABULARY, Bias, Block, Index, Labels, Spec
+from fused_nce.core.spec import FILTERS, MARGINS, VOCABULARY, Bias, Block, Index, Labels, Several, Spec
 from fused_nce.core.statistics import KERNEL_STATISTICS
 from fused_nce.core.tails import KERNEL_TAILS, Coefficients, LogIn, LogOut, Nce, Tail
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BOTH_WAYS = True  # `loss` finds the statistics of columns too
-ATOMS = (VOCABULARY - TORCH_ALONE - {"mixed"}) | {"prefixes"}
+ATOMS = VOCABULARY - MARGINS - {"mixed"}
 losses = gathered_scores = gathered_grads = None
 
 
@@ -38,6 +38,8 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
         return f"its kernels run on the CPU, not on {q.device}"
     if q.dtype not in DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+    if spec.columns and _marked(spec):
+        return "its kernels leave no column of a row out beside statistics of columns"
     if spec.prefixes:
         return cpu_prefixes.why_not(module, spec, q.shape[0], k.shape[0], q.shape[1], workspace.limit_bytes("cpu"))
     # fault: cpu-plan-forgets
@@ -186,7 +188,7 @@ def whole_loss(
 @lru_cache(maxsize=256)
 def _form(spec: Spec, tail: Tail) -> Any:
     """Both as the kernels know them; None for what they do not know."""
-    if type(tail) not in KERNEL_TAILS or not spec.atoms <= ATOMS:
+    if type(tail) not in KERNEL_TAILS or not spec.atoms <= ATOMS or isinstance(spec.layout, Several):
         return None
     block = spec.layout if isinstance(spec.layout, Block) else Block()
     return _module().Form(
@@ -234,7 +236,17 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     itself = problem.offset * block[0] if spec.drop_self else -1
     names = (_numbers(of) for of in (spec.stats, spec.columns))
     bias = float(problem.bias) if isinstance(spec.transform, Bias) else 0.0
-    return *scores, row_ids, itself, problem.positives, column_ids, bias, *names
+    filters: dict[str, Tensor | None] = dict.fromkeys(FILTERS)
+    if problem.ceilings is not None:
+        lines = problem.ceilings.unflatten(0, (spec.parts, -1)).unbind(1)
+        filters |= zip(spec.filters, lines, strict=True)  # (K, N) each  # fault: cpu-ceilings-another
+    several = problem.row_ids if isinstance(layout, Several) else None
+    marks = *(filters[name] for name in FILTERS), problem.guide_q, problem.guide_k, several
+    return *scores, row_ids, itself, problem.positives, column_ids, bias, *marks, *names
+
+
+def _marked(spec: Spec) -> bool:
+    return bool(spec.filters) or isinstance(spec.layout, Several)
 
 
 def _gradients(problem: Problem, found: Sequence[Tensor]) -> Gradients:
@@ -262,6 +274,8 @@ def _plan_options(spec: Spec, shared: bool) -> dict[str, Any]:
         "image": spec.layout.n_c if isinstance(spec.layout, Block) else max(1, spec.n_pos),
         "shared": shared,
         "labels": isinstance(spec.layout, Labels),
+        "marked": _marked(spec),
+        "guided": "guide" in spec.filters,
         "row_stats": _numbers(spec.stats),
         "column_stats": _numbers(spec.columns),
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_nce.core import prefixes, workspace
 from fused_nce.core.prefixes import Prefixed
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
-from fused_nce.core.spec import STATISTICS, Separate, Spec
+from fused_nce.core.spec import STATISTICS, Separate, Several, Spec
 from fused_nce.core.tails import Coefficients, Tail
 
 NO_NEEDS = Needs(False, False, False)
@@ -19,7 +19,7 @@ NO_NEEDS = Needs(False, False, False)
 
 def why_not(module: Any, spec: Spec, n: int, m: int, d: int, limit: int) -> str | None:
     """Positives that are columns, the statistics that are folded at once, and a plan that fits."""
-    if isinstance(spec.layout, Separate) or not set(spec.stats) <= set(STATISTICS):
+    if isinstance(spec.layout, (Separate, Several)) or not set(spec.stats) <= set(STATISTICS):
         return f"its prefixes have positives among the columns and {', '.join(STATISTICS)} alone"
     if not workspace_bytes(module, spec, n, m, d, limit):
         return f"the workspace of {limit} bytes is below that of the smallest plan of {spec.parts} prefixes"
@@ -28,8 +28,8 @@ def why_not(module: Any, spec: Spec, n: int, m: int, d: int, limit: int) -> str 
 
 def workspace_bytes(module: Any, spec: Spec, n: int, m: int, d: int, limit: int) -> int:
     """The larger of both plans, norms and their sums beside; 0 where one does not fit."""
-    image = max(1, spec.n_pos)
-    plans = [module.prefix_workspace_bytes(n, m, d, image, spec.parts, both, True, limit) for both in (True, False)]
+    sizes, filters = (n, m, d, max(1, spec.n_pos), spec.parts), (bool(spec.filters), "guide" in spec.filters)
+    plans = [module.prefix_workspace_bytes(*sizes, both, True, *filters, limit) for both in (True, False)]
     return max(plans) + 8 * spec.parts * (n + m) if all(plans) else 0
 
 

@@ -20,7 +20,7 @@ from fused_nce import _extension
 from fused_nce.core import defaults, workspace
 from fused_nce.core.defaults import slopes  # noqa: F401  (handed on)
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
-from fused_nce.core.spec import TORCH_ALONE, VOCABULARY, Bias, Block, Index, Labels, Separate, Spec
+from fused_nce.core.spec import NOT_ON_GPU, VOCABULARY, Bias, Block, Index, Labels, Separate, Spec
 from fused_nce.core.statistics import KERNEL_STATISTICS
 from fused_nce.core.tails import KERNEL_TAILS, Coefficients, Nce, Tail
 
@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = KERNEL_STATISTICS[:3]  # of rows and of columns
 OPTIONAL_ROW_STATISTICS = KERNEL_STATISTICS[3:]  # of rows; a second kernel computes them if the spec asks for one
 BOTH_WAYS = False
-ATOMS = VOCABULARY - TORCH_ALONE - {"mixed"}
+ATOMS = VOCABULARY - NOT_ON_GPU - {"mixed"}
 whole_loss = gathered_scores = gathered_grads = None
 
 

@@ -35,15 +35,15 @@ MARGINS = frozenset(
 FILTERS = ("ceiling", "guide")
 """What may take a column out of a row's negatives: its dot product, or that of two guides, above the row's ceiling."""
 
-TORCH_ALONE = MARGINS | frozenset({*FILTERS, "several", "neg_sum", "neg_count", "prefixes"})
-"""Atoms of torch alone so far, without twins in a kernel; of prefixes the CPU's kernels have one."""
+NOT_ON_GPU = MARGINS | frozenset({*FILTERS, "several", "prefixes"})
+"""Atoms without a twin in a GPU's kernels; those of the CPU lack `MARGINS` alone."""
 
-VOCABULARY = TORCH_ALONE | frozenset(
+VOCABULARY = NOT_ON_GPU | frozenset(
     {
         *("block", "index", "labels", "separate", "several"),  # layouts
         *("identity", "tanh_clip", "bias"),  # transforms
         *STATISTICS,
-        *("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap"),
+        *("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap", "neg_sum", "neg_count"),
         *("columns", "drop_self", "self", "mixed", "prefixes"),  # see `Spec.atoms` and `dispatch.why_not`
     }
 )

@@ -280,7 +280,16 @@ def _triplets(mining: str) -> dict[str, Statistic]:
 KERNEL_STATISTICS = (
     # fault: cpu-statistics-another
     *("neg_lse", "neg_max", "square"),  # which the kernels compute at once
-    *("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap"),  # and each of these where it is wanted
+    *(
+        "neg_softplus",
+        "pos_lse",
+        "pos_max",
+        "pos_sum",
+        "pos_count",
+        "pos_gap",
+        "neg_sum",
+        "neg_count",
+    ),  # and each of these where it is wanted
 )
 """What the kernels of `csrc` know, in the order of their numbers there: a test compares it with `names.h`."""
 

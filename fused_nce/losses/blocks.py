@@ -51,6 +51,7 @@ class _Negatives:
     top: Tensor  # (N,) the highest, detached
     total: Tensor | None  # (N,) Σ t, where label smoothing reads it
     count: float | Tensor  # of them; (N,) where ids or filters decide
+    pos: Tensor | None = None  # (N,) t of the row's own key, where it is the block's one positive
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ def contrast(
         x = _with_bias(x, x.column_bias, out, scale, rules)
         x = _less_weightless(x, out)
     blocks = _Blocks(x, scale, rules, prefixes, group, backend)
-    p = blocks.positives()
+    found = {direction: blocks.negatives(direction) for direction in rules.directions}
+    p = blocks.positives(found["q2k"][0].pos if "q2k" in found else None)
     if out is not None:
         p = _left_out(p, x, out)
-    found = {direction: blocks.negatives(direction) for direction in rules.directions}
     if rules.joint:
         every = [negatives for each in found.values() for negatives in each]
         times = max(1, len({"q2k", "k2q"}.intersection(rules.directions)))  # fault: joint-positive-once
@@ -203,14 +204,18 @@ class _Blocks:
         self.ceilings = candidates.ceilings(x, rules, prefixes)
         self.guides = candidates.guides(x)
 
-    def positives(self) -> _Positives:
-        """t of each row with its own key, or keys."""
+    def positives(self, p: Tensor | None) -> _Positives:
+        """t of each row with its own key, or keys; `p` where a block has found it."""
         x = self.x
+        if p is not None:
+            return _Positives(p, p, p, p)
         if x.several is None:
             p = positive_value(self.transform, self.scale * candidates.dots(x.q, self.own_keys, self.prefixes))
             return _Positives(p, p, p, p)
         indices, weights, some = *x.several, x.several.some
-        s = gathered_scores(x.q, x.k, indices.clamp(min=0), scale=self.scale, backend=self.how["backend"])
+        # As the dot products of one positive each, they are plain torch on every backend.
+        torch_alone = "reference" if self.how["backend"] == "reference" else "chunked"
+        s = gathered_scores(x.q, x.k, indices.clamp(min=0), scale=self.scale, backend=torch_alone)
         t = positive_value(self.transform, s).masked_fill(~some, 0.0)
         mean, total = (t * weights).sum(dim=1), t.sum(dim=1)
         low = t.masked_fill(~some, float("-inf"))
@@ -231,6 +236,9 @@ class _Blocks:
         if x.several is not None:
             by_row = Several(x.several.indices.shape[1])
         rows, row_guide = (x.q, guides.get("q")) if direction[0] == "q" else (self.own_keys, guides.get("own"))
+        if direction == "q2k" and candidates.as_keys(x, self.rules):
+            every = torch.cat([x.k, cast(Tensor, x.h).flatten(0, 1)])
+            return [self._block(direction, rows, every, Index(), None, None, None, candidates.own(x))]
         if direction[2] == "k":
             itself = direction == "k2k" and x.targets is None
             columns = None if itself else x.k
@@ -256,6 +264,7 @@ class _Blocks:
         column_ids: Tensor | None,
         row_guide: Tensor | None,
         column_guide: Tensor | None,
+        targets: Tensor | None = None,
     ) -> _Negatives:
         x, rules = self.x, self.rules
         counted = bool(self.filters) or (x.query_ids is not None and column_ids is not None)
@@ -265,14 +274,15 @@ class _Blocks:
         scale: float | Tensor = self.scale
         if rules.hardness and direction == "q2k":
             scale = self.scale + rules.hardness
-            rows, columns = (self._toned(y, rules.hardness) for y in (rows, rows if columns is None else columns))
+            if isinstance(scale, Tensor):
+                rows, columns = (self._toned(y, rules.hardness) for y in (rows, rows if columns is None else columns))
         ids: dict[str, Any] = {}
         if column_ids is not None:  # fault: ids-ignored
             layout, ids = Labels(), {"row_ids": x.query_ids, "column_ids": column_ids}
         elif isinstance(layout, Several):
             ids = {"row_ids": cast(Targets, x.several).indices}
         elif isinstance(layout, Index):
-            ids = {"row_ids": x.targets}
+            ids = {"row_ids": x.targets if targets is None else targets}
         if rules.itself and direction in ("q2q", "k2k"):
             layout, ids = Separate(1), {"positives": rows.new_zeros(rows.shape[0], 1)}  # which nobody reads
         stats = ("neg_lse", "neg_max", *more)
@@ -280,12 +290,19 @@ class _Blocks:
         guide = None if row_guide is None or column_guide is None else (row_guide, column_guide)
         how = self.how | ({"group": None} if direction in rules.local else {})
         found = tile_stats(rows, columns, spec, scale=scale, **ids, ceilings=self.ceilings, guide=guide, **how)
+        if rules.hardness and direction == "q2k" and not isinstance(scale, Tensor):  # by q and k alone, and so by row
+            found |= {name: self._toned(found[name], rules.hardness) for name in ("neg_lse", *more[:1])}
         width: float | Tensor = layout.n_c if isinstance(layout, Block) else 1 - isinstance(layout, Separate)
         if isinstance(layout, Several):
             width = cast(Targets, x.several).some.sum(dim=1)
         every = (rows if columns is None else columns).shape[0] * (1 if direction in rules.local else self.size)
         count = found["neg_count"] if "neg_count" in found else every - width
-        return _Negatives(found["neg_lse"], found["neg_max"], found.get("neg_sum"), count)
+        pos = None
+        if spec.n_pos == 1 and not isinstance(layout, Separate):
+            pos = found["pos"].T if self.prefixes else found["pos"].squeeze(1)
+            if rules.hardness and direction == "q2k":  # fault: hardness-of-positive
+                pos = None if isinstance(scale, Tensor) else pos * (self.scale / scale)
+        return _Negatives(found["neg_lse"], found["neg_max"], found.get("neg_sum"), count, pos)
 
     def _own(self) -> _Negatives:
         """The row's own hard negatives."""
@@ -311,9 +328,11 @@ class _Blocks:
         return _Negatives(lse, top, t.masked_fill(~kept, 0.0).sum(dim=-1), kept.sum(dim=-1).to(t.dtype))
 
     def _toned(self, x: Tensor, alpha: float) -> Tensor:
-        """x, of whose gradient the share that scale has in scale + α gets through."""
-        still = self._still()
-        return x.detach() + (still / (still + alpha)) * (x - x.detach())  # fault: hardness-moves-gradient
+        """x, of whose gradient the share that scale has in scale + α gets through; of an empty set's −inf nothing."""
+        still, steady = self._still(), x.detach()
+        none = steady == float("-inf")
+        # fault: hardness-moves-gradient
+        return steady + (still / (still + alpha)) * (x - steady).masked_fill(none, 0.0)
 
     def _still(self) -> float | Tensor:
         return self.scale.detach() if isinstance(self.scale, Tensor) else self.scale

@@ -90,12 +90,17 @@ def unit(x: Batch) -> Batch:
     return unit_guide(x)._replace(q=normalized(x.q), k=normalized(x.k), h=h, unit=True)
 
 
-def merged(x: Batch, rules: Rules) -> Batch:
-    """Hard negatives that count as keys do, as keys."""
+def as_keys(x: Batch, rules: Rules) -> bool:
+    """Whether hard negatives count as keys do."""
     apart = (x.query_ids, x.guide, x.column_bias, x.several)
     if x.h is None or rules.shared[:1] != ("q2k",) or any(y is not None for y in apart):
-        return x
-    if rules.directions != ("q2k",) or rules.margin is not None or rules.hardness != rules.own_hardness:
+        return False
+    return rules.margin is None and rules.hardness == rules.own_hardness
+
+
+def merged(x: Batch, rules: Rules) -> Batch:
+    """Hard negatives that count as keys do, as keys."""
+    if x.h is None or rules.directions != ("q2k",) or not as_keys(x, rules) or rules.hardness:
         return x
     return x._replace(k=torch.cat([x.k, x.h.flatten(0, 1)]), targets=own(x), h=None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fused_nce.core.engine import loss_of
 from fused_nce.core.group import Group
 from fused_nce.core.spec import Block, Spec
 from fused_nce.core.tails import Nce
-from fused_nce.losses import blocks, candidates
+from fused_nce.losses import blocks, candidates, targets
 from fused_nce.losses.candidates import Batch, Rules
 from fused_nce.losses.common import check_rows, dense_nce
 from fused_nce.losses.heard import heard
@@ -23,6 +24,7 @@ from fused_nce.losses.registry import Entry, Size, dense_scores, features, regis
 
 SPEC = Spec(Block(1), stats=Nce().stats, columns=("neg_lse",))
 TAIL = Nce()
+SoftTargets = tuple[Tensor, Tensor]
 
 
 @heard
@@ -40,6 +42,8 @@ def clip_loss(
     tau_plus: float | None = None,
     label_smoothing: float = 0.0,
     row_weights: Tensor | None = None,  # (N,)
+    positives: tuple[Tensor, Tensor] | None = None,  # (N, P) and (N, P') int64
+    soft_targets: tuple[SoftTargets, SoftTargets] | None = None,
     prefixes: Sequence[int] | None = None,
     prefix_weights: Sequence[float] | None = None,
     group: Group = None,
@@ -60,6 +64,9 @@ def clip_loss(
         tau_plus: the share of false negatives.
         label_smoothing: ε.
         row_weights: (N,), of the pairs.
+        positives: of each image its texts and of each text its images, -1 for none, as in `info_nce`: two, since one
+            is not the other's transpose where weights or numbers differ.
+        soft_targets: likewise, of each direction (indices, weights).
         prefixes: widths, each a loss of its own.
         prefix_weights: of the prefixes' losses.
         group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone.
@@ -81,7 +88,9 @@ def clip_loss(
     check_rows("image", image, "text", text, same_n=True)
     checks.check_scale("logit_scale", logit_scale, image.device)
     chosen = (max_scale, ids, false_negative_margin, guide, tau_plus, row_weights, prefixes, prefix_weights)
-    if chosen == (None,) * 8 and not (label_smoothing or guide_margin) and guide_margin_kind == "absolute":
+    several = positives is not None or soft_targets is not None
+    plain = chosen == (None,) * 8 and not (several or label_smoothing or guide_margin)
+    if plain and guide_margin_kind == "absolute":
         parts = loss_of(image, text, SPEC, TAIL, scale=logit_scale, group=group, backend=backend)
         return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
     scale = candidates.clamped(logit_scale, max_scale)
@@ -95,6 +104,17 @@ def clip_loss(
     )
     if ids is not None:
         checks.check_ids("ids", ids, image.shape[0], "N", image.device)
+    if several:
+        if prefixes is not None:
+            raise ValueError("prefixes: got them with positives or soft_targets, need one of the two")
+        pairs, n = (_both("positives", positives), _both("soft_targets", soft_targets)), image.shape[0]
+        rules, ways = replace(rules, directions=("q2k",)), []
+        for q, k, hard, soft in zip((image, text), (text, image), *pairs, strict=True):
+            of_rows = targets.checked(hard, soft, n, n, q)
+            x = candidates.checked(Batch(q, k, None, None, ids, ids, guide, row_weights, several=of_rows), rules)
+            ways.append(blocks.contrast(x, scale, rules, group=group, backend=backend))
+        loss = torch.stack([part.loss for part in ways]).mean()  # fault: clip-targets-one-way
+        return ways[0]._replace(loss=loss, nce=loss)
     x = candidates.checked(Batch(image, text, None, None, ids, ids, guide, row_weights), rules)
     if prefixes is not None:
         widths, weights = candidates.checked_prefixes(prefixes, prefix_weights, image.shape[1])
@@ -107,6 +127,14 @@ def clip_loss(
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 
+def _both(name: str, given: Any) -> tuple[Any, Any]:
+    """Of images and of texts."""
+    if given is not None and (not isinstance(given, (tuple, list)) or len(given) != 2):
+        seen = f"{len(given)} of them" if isinstance(given, (tuple, list)) else type(given).__name__
+        raise ValueError(f"{name}: got {seen}, need a pair: of the images and of the texts")
+    return (None, None) if given is None else (given[0], given[1])
+
+
 class CLIPLoss(LossModule):
     """CLIP's loss (`clip_loss`). The scale belongs to the model, as in CLIP, and comes with each call.
 
@@ -116,7 +144,7 @@ class CLIPLoss(LossModule):
     Shape:
         image, text: (N, D), rows of norm 1.
         logit_scale: a number or 0-d, the factor itself, not its log.
-        ids, guide, row_weights: as in `clip_loss`.
+        ids, guide, row_weights, positives, soft_targets: as in `clip_loss`.
 
     Example:
         ```
@@ -137,9 +165,13 @@ class CLIPLoss(LossModule):
         ids: Tensor | None = None,
         guide: tuple[Tensor, ...] | None = None,
         row_weights: Tensor | None = None,
+        positives: tuple[Tensor, Tensor] | None = None,
+        soft_targets: tuple[SoftTargets, SoftTargets] | None = None,
     ) -> NCEOutput:
         """`clip_loss` of the batch."""
-        return clip_loss(image, text, logit_scale, ids=ids, guide=guide, row_weights=row_weights, **self.kept())
+        given: dict[str, Any] = {"ids": ids, "guide": guide, "row_weights": row_weights}
+        given |= {"positives": positives, "soft_targets": soft_targets}
+        return clip_loss(image, text, logit_scale, **given, **self.kept())
 
 
 def oracle(image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:

@@ -62,19 +62,19 @@ def checked(
     w = some.to(wide) if weights is None else weights.detach().to(wide)
     slack = 0.0 if weights is None else ROUNDING + torch.finfo(weights.dtype).eps / 2
     w = w.masked_fill(~some & w.isfinite(), 0.0)  # padding counts for nothing, unless it is no number
-    if like.device.type == "cpu" and not torch.compiler.is_compiling():
+    sums = w.sum(dim=1)
+    wrong = ~some.any(dim=1) if weights is None else ~((sums - 1).abs() <= slack) | (w < 0).any(dim=1)
+    need = "at least one" if weights is None else "weights >= 0 of sum 1"
+    if like.device.type != "cpu" or torch.compiler.is_compiling():  # without a wait
+        sound = (indices >= -1).all() & (indices < m).all() & ~wrong.any()
+        torch._assert_async(sound, f"{name}: got others, need -1 <= index < M = {m}, and of each row {need}")
+    else:
         low, high = (int(x) for x in torch.aminmax(indices))
         if low < -1 or high >= m:
             raise ValueError(f"{name}: got {low if low < -1 else high}, need -1 <= index < M = {m}")
-        sums = w.sum(dim=1)
-        wrong = ~some.any(dim=1) if weights is None else ~((sums - 1).abs() <= slack) | (w < 0).any(dim=1)
         if bool(wrong.any()):
             row = int(wrong.to(torch.int64).argmax())
-            seen, need = (
-                (f"weights of sum {float(sums[row]):.4g}", "weights >= 0 of sum 1")
-                if weights is not None
-                else ("none", "at least one")
-            )
+            seen = "none" if weights is None else f"weights of sum {float(sums[row]):.4g}"
             raise ValueError(f"{name}: got {seen} for row {row}, need {need}")
     # A column that comes twice is one, of both weights.
     ordered, order = indices.sort(dim=1, stable=True)

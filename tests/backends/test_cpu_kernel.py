@@ -30,7 +30,8 @@ def arguments(n, n_c, d, dtype=torch.float32, clip=20.0, extra_images=0, offset=
     torch.manual_seed(n * n_c + d)
     images = -(-n // rows_per_image) + offset + extra_images
     q, k = torch.randn(n, d).to(dtype), torch.randn(images * n_c, d).to(dtype)
-    return q, k, 1 / math.sqrt(d), n_c, rows_per_image, offset, clip, None, -1, None, None, 0.0, [0, 1, 2], []
+    layout = n_c, rows_per_image, offset, clip, None, -1, None, None
+    return q, k, 1 / math.sqrt(d), *layout, 0.0, *[None] * 5, [0, 1, 2], []
 
 
 def loss(args, needs=(True, True, True), workspace=16 * MIB):
@@ -191,8 +192,12 @@ BAD_ARGUMENTS = [
     ({"positives": torch.zeros(4, 1)}, r"positives has shape \[4, 1\], needed: 5 rows"),
     ({"column_ids": torch.zeros(15, dtype=torch.int64)}, "row_ids is None, needed: the rows' labels"),
     ({"bias": 1.0}, "bias is 1, needed: 0 beside a clip"),
-    ({"stats": [0, 9]}, "stats has 9, needed: each of 0 to 8 at most once"),
-    ({"columns": [3, 3]}, "columns has 3, needed: each of 0 to 8 at most once"),
+    ({"ceiling": torch.zeros(1, 4)}, r"ceiling has shape \[1, 4\], needed: \[1, 5\]"),
+    ({"guide_ceiling": torch.zeros(1, 5)}, r"guide_q is None, needed: \(N, G\) and \(M, G\)"),
+    ({"several": torch.zeros(5, 2)}, r"several is Float of \[5, 2\], needed: int64 of 5 rows"),
+    ({"ceiling": torch.zeros(1, 5), "columns": [0]}, "columns are 0, needed: none beside filters"),
+    ({"stats": [0, 11]}, "stats has 11, needed: each of 0 to 10 at most once"),
+    ({"columns": [3, 3]}, "columns has 3, needed: each of 0 to 10 at most once"),
     ({"workspace_bytes": 0}, "workspace_bytes is 0, needed: a positive number"),
 ]
 
@@ -200,7 +205,7 @@ BAD_ARGUMENTS = [
 @pytest.mark.parametrize(("change", "message"), BAD_ARGUMENTS)
 def test_bad_arguments_are_named(change, message):
     names = ["q", "k", "scale", "n_c", "rows_per_image", "offset", "clip", "row_ids", "itself", "positives"]
-    names += ["column_ids", "bias", "stats", "columns"]
+    names += ["column_ids", "bias", "ceiling", "guide_ceiling", "guide_q", "guide_k", "several", "stats", "columns"]
     values = dict(zip(names, arguments(5, 3, 8), strict=True)) | {"workspace_bytes": MIB}
     with pytest.raises((ValueError, TypeError), match=message):
         torch.ops.fused_nce.cpu_stats(**(values | change))

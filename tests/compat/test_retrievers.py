@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
+import pickle
 import random
 import sys
 import types
@@ -323,6 +325,46 @@ def obey(rank: int) -> dict[str, float]:
     return worst
 
 
+def gather(rank: int) -> dict[str, float]:
+    """The same of PyLate's, with negatives from every process, in tiles of few queries."""
+    packages.load("pylate.losses")
+    from pylate import losses as upstream
+
+    from fused_nce.compat import pylate
+
+    os.environ["FUSED_NCE_WORKSPACE_MB"] = "0.002"
+    torch.manual_seed(rank)
+    leaves = [torch.randn(5, tokens, 4, dtype=torch.float64, requires_grad=True) for tokens in (3, 6, 6)]
+    columns = [
+        {"given": x, "input_ids": torch.randint(0, 9, x.shape[:2]), "attention_mask": torch.ones(x.shape[:2])}
+        for x in leaves
+    ]
+    worst = {}
+    for mean in (True, False):
+        words: dict[str, Any] = {"gather_across_devices": True, "temperature": 0.3, "size_average": mean}
+        theirs = upstream.Contrastive(ColBERT(True, [1, 2]), **words)
+        both = theirs, known.adapter(theirs)
+        assert isinstance(both[1], pylate.Contrastive)
+        found = [(x := loss(columns), *torch.autograd.grad(x, leaves)) for loss in both]
+        worst[f"plain, {mean}"] = max(float((x - y).abs().max() / x.abs().max()) for x, y in zip(*found, strict=True))
+        found = []
+        for module in (upstream, pylate):
+            loss = module.CachedContrastive(ColBERT(True, [1, 2]), mini_batch_size=2, **words)
+            parts = [[y.detach().requires_grad_() for y in nn.functional.normalize(x, dim=-1).split(2)] for x in leaves]
+            value = loss.calculate_loss(parts, [x["attention_mask"] for x in columns], with_backward=True)
+            found.append((value.detach(), *[torch.cat([y.grad for y in x]) for x in parts]))
+        worst[f"cached, {mean}"] = max(float((x - y).abs().max() / x.abs().max()) for x, y in zip(*found, strict=True))
+    return worst
+
+
+def test_pylate_gathers_among_two_processes(tmp_path):
+    """Upstream's value on each, and upstream's gradients of its own rows."""
+    packages.or_skip("pylate.losses")
+    for worst in launch.run(tmp_path, 2, gather):
+        assert len(worst) == 4
+        assert max(worst.values()) <= 1e-12, worst
+
+
 def test_among_three_processes(tmp_path):
     """Every process has upstream's value, and upstream's gradients of its own rows."""
     for project in ("tevatron.loss", "FlagEmbedding", "swift"):
@@ -373,6 +415,20 @@ def test_patched_in_a_trainer(name, capsys):
     assert capsys.readouterr().out.count("both agree") == 1
     torch.testing.assert_close(losses[0], losses[2])
     torch.testing.assert_close(step(theirs), losses[2])
+
+
+@pytest.mark.parametrize("name", ["tevatron", "flagembedding"])
+def test_a_patched_model_is_saved_whole(name):
+    """Pickled or copied, on trial or past it, it has the losses of before, and no trial."""
+    place, theirs, step = held()[name]
+    trainer = types.SimpleNamespace(**{place: theirs})
+    ours = getattr(patch(trainer, verify_steps=2, show=False), place)
+    for _ in range(4):
+        for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert type(twin) is type(ours)
+            assert "loss_of" not in vars(twin)
+            torch.testing.assert_close(step(twin), step(theirs))
+        step(ours)
 
 
 def test_a_model_with_a_hook_of_its_own_is_refused():

@@ -167,8 +167,8 @@ def test_the_memory_is_what_the_formula_says(monkeypatch):
         pytest.skip("no C++ kernels here")
     for n, m, d, parts in ((1000, 5000, 384, 4), (64, 200_000, 64, 2)):
         for both in (True, False):
-            assert 0 < module.prefix_workspace_bytes(n, m, d, 1, parts, both, True, 16 << 20) <= 16 << 20
-    assert module.prefix_workspace_bytes(1000, 5000, 384, 1, 4, True, True, 1 << 10) == 0
+            assert 0 < module.prefix_workspace_bytes(n, m, d, 1, parts, both, True, True, True, 16 << 20) <= 16 << 20
+    assert module.prefix_workspace_bytes(1000, 5000, 384, 1, 4, True, True, True, True, 1 << 10) == 0
     monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", "0.001")
     q, k, _ = operands(torch.float32)
     spec = Spec(Block(1), stats=Nce.READS, prefixes=WIDTHS)

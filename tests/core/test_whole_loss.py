@@ -292,3 +292,31 @@ def test_a_call_passes_at_most_eighty_functions():
         finally:
             sys.setprofile(None)
     assert 5 < len(calls) <= 80, calls
+
+
+def test_rows_that_are_divided_on_the_way(monkeypatch, served):
+    """Where unit rows of all would be more than the workspace's fourth: the same numbers, within a few roundings."""
+    cases = (
+        (200, 40, "1.2", {"temperature": 0.1}),
+        (200, 40, "1.2", {"temperature": 0.01, "penalty": 0.1, "symmetric": True}),
+        (333, 1024, "8", {"temperature": 0.1, "symmetric": True}),
+        (333, 1024, "3", {"clip": 5.0, "targets": torch.arange(333).flip(0)}),
+    )
+    for n, d, workspace_mb, options in cases:
+        g = torch.Generator().manual_seed(n)
+        q, k = (3 * torch.randn(n, d + 3, generator=g))[:, 1 : d + 1], torch.randn(n, d, generator=g)
+        q[3], k[5] = 0.0, 1e-15 * k[5]  # a norm of 0, and one below the least
+        found = []
+        for dtype, mb in ((torch.float64, "16"), (torch.float32, "256"), (torch.float32, workspace_mb)):
+            monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", mb)
+            leaves = [x.to(dtype).requires_grad_() for x in (q, k)]
+            out = info_nce(*leaves, normalize=True, **options)
+            found.append([out.loss, *torch.autograd.grad(out.loss, leaves), *out.stats.values()])
+        assert served() == [False, True, True]  # no float64
+        for exact, whole, divided in zip(*found, strict=True):
+            for x in (whole, divided):
+                finite = exact.isfinite()
+                assert torch.equal(x.isfinite(), finite)
+                error = torch.where(finite, x - exact, 0.0).abs()
+                # a norm below the least makes a gradient that much larger, row by row
+                assert (error <= 4e-6 * torch.where(finite, exact, 0.0).abs().amax(-1, keepdim=True) + 1e-9).all()

@@ -152,6 +152,50 @@ def test_clip_loss_is_info_nce_both_ways():
         clip_loss(q, k, 2.0, ids=IDS[:5])
 
 
+def test_clip_loss_of_several_positives():
+    """Half of each direction's `info_nce`, with the rows' weights and smoothing of both."""
+    q, k, scale = leaves = graded(*(nn.functional.normalize(x, dim=1) for x in (Q, K)), torch.tensor(2.0).double())
+    texts, images = torch.tensor([[0, 1], [1, -1], [2, 0], [3, 4], [5, 4], [5, -1]]), torch.arange(N)[:, None]
+    weights = tuple(torch.rand(x.shape, dtype=torch.float64).masked_fill(x < 0, 0.0) for x in (texts, images))
+    shares = [w / w.sum(1, keepdim=True) for w in weights]
+    soft = tuple(zip((texts, images), shares, strict=True))
+    cases: list[tuple[dict[str, Any], str, Any]] = [
+        ({}, "positives", (texts, images)),
+        ({"label_smoothing": 0.1, "row_weights": torch.linspace(0, 1, N).double()}, "positives", [texts, images]),
+        ({"max_scale": 1.5}, "soft_targets", soft),
+    ]
+    for options, name, pair in cases:
+        found = clip_loss(q, k, scale, **{name: pair}, **options, backend="chunked")
+        ways = [
+            info_nce(x, y, temperature=1 / scale, **{name: z}, **options, backend="chunked").loss
+            for x, y, z in ((q, k, pair[0]), (k, q, pair[1]))
+        ]
+        same(found.loss, (ways[0] + ways[1]) / 2, leaves)
+        assert found.nce == found.loss
+        module = CLIPLoss(backend="chunked", **{x: y for x, y in options.items() if x not in TENSORS})
+        given = {name: pair} | {x: y for x, y in options.items() if x in TENSORS}
+        assert torch.equal(module(q, k, scale, **given).loss, found.loss)
+    for options, message in (
+        ({"positives": texts}, r"positives: got Tensor, need a pair: of the images and of the texts"),
+        ({"soft_targets": soft[0] + soft[1]}, r"soft_targets: got 4 of them, need a pair"),
+        ({"positives": (texts, images), "ids": IDS}, r"positives: got it with targets, ids, .*, need none of them"),
+        ({"positives": (texts, images), "prefixes": (2,)}, r"prefixes: got them with positives or soft_targets"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            clip_loss(q, k, scale, **options)
+
+
+@pytest.mark.nightly  # compiled
+def test_targets_are_looked_at_in_a_compiled_graph():
+    """Where no message can be made of values, a wrong sum or index still stops the call."""
+    compiled = torch.compile(lambda t, w: info_nce(Q, K, soft_targets=(t, w), backend="chunked").loss)
+    at, half = torch.tensor([[0, 1]] * N), torch.full((N, 2), 0.5).double()
+    assert compiled(at, half).isfinite()
+    for t, w in ((at, half * 1.5), (at + N, half), (at, torch.tensor([[1.5, -0.5]] * N).double())):
+        with pytest.raises(RuntimeError, match="soft_targets: got others, need -1 <= index < M = 6"):
+            compiled(t, w)
+
+
 def test_hardness_weighs_and_is_not_differentiated():
     """t = s + α·sg(r) of the negatives: the gradient holds the second part still, by the temperature too."""
     q, k, t = leaves = graded(Q, K, torch.tensor(0.5).double())

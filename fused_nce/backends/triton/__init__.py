@@ -20,11 +20,11 @@ from torch import Tensor
 from fused_nce.backends.triton import configs, plan
 from fused_nce.core.defaults import slopes, summary  # noqa: F401  (handed on)
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
-from fused_nce.core.spec import TORCH_ALONE, VOCABULARY, Spec
+from fused_nce.core.spec import NOT_ON_GPU, VOCABULARY, Spec
 from fused_nce.core.tails import Coefficients, Tail
 
 BOTH_WAYS = False
-ATOMS = VOCABULARY - TORCH_ALONE  # each has its twin in `atoms.py`
+ATOMS = VOCABULARY - NOT_ON_GPU - {"neg_sum", "neg_count"}  # each has its twin in `atoms.py`
 losses = whole_loss = gathered_scores = gathered_grads = None
 MOST_ROWS = 2**31 - 2**16  # a row's number is a 32-bit integer, a tile or a split beyond the last row too
 
