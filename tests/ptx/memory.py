@@ -1,0 +1,173 @@
+"""A GPU's two memories: the process' own as the global one, and the shared one of CTAs with what its rules forbid.
+
+Between two barriers, nothing may be touched by two warps if one of them writes. Each 2-byte granule remembers who wrote
+and who read it last, so a missing barrier is reported whichever order the threads happened to run in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .parse import Fault
+
+Array = NDArray[Any]
+FIRST, LAST = 4096, 1 << 47  # of the addresses that a process may have
+WORDS = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
+
+
+class _Process:
+    """All of this process' memory, as an array of words."""
+
+    def __init__(self, size: int) -> None:
+        self.__array_interface__ = {
+            "data": (FIRST, False),
+            "shape": ((LAST - FIRST) // size,),
+            "typestr": f"<u{size}",
+            "version": 3,
+        }
+
+
+PROCESS: dict[int, Array] = {size: np.asarray(_Process(size)) for size in WORDS}
+
+
+def check_alignment(at: Array, size: int) -> None:
+    """A vector of `size` bytes lies at a multiple of them."""
+    if (at % size).any():
+        raise Fault(f"{int(at[at % size != 0][0]):#x} is no multiple of the access' {size} bytes")
+
+
+class Global:
+    """Addresses are pointers of this process, within `ranges` of (first, bytes); None: whoever calls knows none."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]] | None) -> None:
+        self.ranges = ranges
+        self.touched: list[
+            tuple[Array, Array, bool]
+        ] = []  # since the last barrier: granules, their warps, and whether written
+        if ranges is not None:
+            parts = sorted(set(ranges))
+            self.first = np.array([first for first, _ in parts] or [0], np.int64)
+            self.end = np.maximum.accumulate(np.array([first + size for first, size in parts] or [0], np.int64))
+
+    def check(self, at: Array, size: int) -> None:
+        """Raise where an access leaves what it may touch."""
+        check_alignment(at, size)
+        if self.ranges is not None:
+            part = np.searchsorted(self.first, at, "right") - 1
+            bad = (part < 0) | (at + size > self.end[part])
+            if bad.any():
+                raise Fault(f"{int(at[bad][0]):#x} is outside every tensor, by thread {int(np.flatnonzero(bad)[0])}")
+
+    def load(self, at: Array, size: int, count: int, warps: Array) -> list[Array]:
+        """`count` words that lie side by side, for each address."""
+        self.check(at, size * count)
+        self.touched.append((*Shared.granules(at, size * count, warps), False))
+        index = (at - FIRST) // size
+        return [PROCESS[size][index + word] for word in range(count)]
+
+    def store(self, at: Array, values: Sequence[Array], warps: Array) -> None:
+        """The other way."""
+        size = values[0].dtype.itemsize
+        self.check(at, size * len(values))
+        self.touched.append((*Shared.granules(at, size * len(values), warps), True))
+        index = (at - FIRST) // size
+        for word, value in enumerate(values):
+            PROCESS[size][index + word] = value
+
+    def settle(self) -> None:
+        """At a barrier: raise where since the last one a warp wrote what another one touched."""
+        touched, self.touched = self.touched, []
+        if not any(write for _, _, write in touched):
+            return
+        cells, warps = (np.concatenate([part[n] for part in touched]) for n in (0, 1))
+        order = np.argsort(cells, kind="stable")
+        writes = np.concatenate([np.full(len(part[0]), part[2]) for part in touched])[order]
+        cells, warps = cells[order], warps[order]
+        starts = np.flatnonzero(np.diff(cells, prepend=-1))
+        low, top = np.minimum.reduceat(warps, starts), np.maximum.reduceat(warps, starts)
+        bad = np.logical_or.reduceat(writes, starts) & (low != top)
+        if bad.any():
+            at = int(cells[starts[bad][0]]) * 2
+            raise Fault(
+                f"hazard: warps {low[bad][0]} and {top[bad][0]} at global address {at:#x}, with no barrier between"
+            )
+
+
+class Shared:
+    """The shared memory of several CTAs, one after the other: `at` counts from the start of the first one's.
+
+    A stamp is epoch·W + warp; epochs are counted by barriers. `everyone` stands for several readers.
+    """
+
+    def __init__(self, ctas: int, size: int, warps: int) -> None:
+        self.size = -(-size // 1024) * 1024 if size else 0
+        self.used, self.everyone, self.w, self.epoch = size, warps, warps + 1, 0
+        data = np.zeros(ctas * self.size, np.uint8)
+        self.words = {n: data.view(word) for n, word in WORDS.items()}
+        self.written = np.full(len(data) // 2, -1, np.int64)
+        self.read = np.full(len(data) // 2, -1, np.int64)
+        self.busy = np.zeros(len(data) // 2, np.int16)  # granules that a running matrix instruction reads
+
+    def check(self, at: Array, size: int) -> None:
+        """Alignment and bounds."""
+        check_alignment(at, size)
+        bad = (at < 0) | (at % max(self.size, 1) + size > self.used)
+        if bad.any():
+            raise Fault(f"shared address {int(at[bad][0])} of {self.used} bytes")
+
+    @staticmethod
+    def granules(at: Array, size: int, warps: Array) -> tuple[Array, Array]:
+        """Those of each access, and its warp beside each."""
+        cells = (at // 2)[:, None] + np.arange(max(1, size // 2))
+        return cells.ravel(), np.repeat(warps, cells.shape[1])
+
+    def will_read(self, cells: Array, warps: Array) -> None:
+        """Note who reads; raise for what nothing wrote, or another warp since the last barrier."""
+        before, mine, now = self.written[cells], self.epoch * self.w + warps, self.epoch * self.w
+        if (before < 0).any():
+            raise Fault("reads shared memory that nothing wrote")
+        if (bad := (before >= now) & (before != mine)).any():
+            raise Fault(self._hazard("reads", warps[bad][0], "wrote", before[bad][0]))
+        readers = self.read[cells]
+        self.read[cells] = np.where((readers >= now) & (readers != mine), now + self.everyone, mine)
+        several = self.read[cells] != mine
+        self.read[cells[several]] = now + self.everyone
+
+    def will_write(self, cells: Array, warps: Array, note: bool = True) -> None:
+        """Note who writes; raise for what another warp read or wrote since the last barrier."""
+        mine, now = self.epoch * self.w + warps, self.epoch * self.w
+        for what, before in (("wrote", self.written[cells]), ("read", self.read[cells])):
+            if (bad := (before >= now) & (before != mine)).any():
+                raise Fault(self._hazard("writes", warps[bad][0], what, before[bad][0]))
+        if self.busy[cells].any():
+            raise Fault("writes what a matrix instruction still reads")
+        if note:
+            self.written[cells] = mine
+            self.written[cells[self.written[cells] != mine]] = now + self.everyone
+
+    def _hazard(self, does: str, warp: int, did: str, stamp: int) -> str:
+        other = int(stamp % self.w)
+        who = "several warps" if other == self.everyone else f"warp {other}"
+        return f"hazard: warp {int(warp)} {does} what {who} {did} in shared memory, with no barrier between"
+
+    def load(self, at: Array, size: int, count: int, warps: Array) -> list[Array]:
+        """`count` words side by side, for each address."""
+        self.check(at, size * count)
+        self.will_read(*self.granules(at, size * count, warps))
+        return [self.words[size][at // size + word] for word in range(count)]
+
+    def store(self, at: Array, values: Sequence[Array], warps: Array) -> None:
+        """The other way."""
+        size = values[0].dtype.itemsize
+        self.check(at, size * len(values))
+        self.will_write(*self.granules(at, size * len(values), warps))
+        for word, value in enumerate(values):
+            self.words[size][at // size + word] = value
+            # Lanes of one warp may: Triton's sums differ by a rounding from lane to lane, and a GPU takes one of them.
+            lost = at[self.words[size][at // size + word] != value] + word * size
+            if (self.written[lost // 2] % self.w == self.everyone).any():
+                raise Fault("two warps write different values to one place")

@@ -1,0 +1,80 @@
+"""Triton's kernels as compiled for a card, run by the interpreter and held to the error budget."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cases import Case
+from tests.cases import run as run_case
+from tests.gpu.losses import OPEN, etas_of
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def hold(names, dtype, record_eta) -> int:
+    """Losses within their budget; how many of them the backend takes."""
+    taken, failures = 0, []
+    for name in names:
+        try:
+            etas = etas_of(name, "cpu", "triton", getattr(torch, dtype), 0, -2.5)
+        except ValueError as error:
+            if "which cannot run this: " not in str(error):
+                raise
+            continue
+        taken += 1
+        record_eta("triton ptx", dtype, etas)
+        if not max(etas.values()) <= 1:
+            failures.append(f"{name}: {etas}")
+    assert not failures, "\n".join(failures)
+    return taken
+
+
+def test_two_losses(monkeypatch, record_eta):
+    """What they compile, as a first call on a card would: sets of positives and one tensor in both roles; a learnable
+    bias and gathered positives. And what that computes.
+    """
+    from tests.ptx.compiled import pose
+
+    compiled = pose(monkeypatch, 90)
+    assert hold(("sup_con", "siglip_loss"), "bfloat16", record_eta) == 2
+    assert len(compiled) == 12
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_every_loss(architecture, dtype, monkeypatch, record_eta):
+    from tests.ptx.compiled import pose
+
+    pose(monkeypatch, architecture)
+    assert hold(OPEN, dtype, record_eta) >= 28
+
+
+# Wide rows; a last tile of one row, column or word; several tiles, splits, slices; rows that lie apart; no clip.
+WIDE: tuple[dict[str, Any], ...] = (
+    {"images": 20, "n_k": 20, "n_c": 5, "d": 1024},
+    {"images": 20, "n_k": 24, "n_c": 5, "d": 600, "offset": 2, "penalty": 0.0},
+    {"images": 17, "n_k": 17, "n_c": 3, "d": 65, "layouts": ("sliced", "stepped_rows")},
+    {"images": 3, "n_k": 60, "n_c": 9, "d": 129, "clip": None},
+    {"images": 140, "n_k": 140, "n_c": 2, "d": 33, "clip": None, "tensor_scale": True},
+    {"images": 5, "n_k": 9, "n_c": 31, "d": 257, "rows_per_image": 3, "offset": 4, "entry": "stats"},
+    {"images": 40, "n_k": 300, "n_c": 9, "d": 16, "clip": 60.0, "workspace_mb": 0.5},
+)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("number", range(len(WIDE)))
+def test_a_case(number, dtype, monkeypatch, record_eta):
+    from tests.ptx.compiled import pose
+
+    pose(monkeypatch, 90)
+    case = Case("triton", dtype, 0, scale=0.1, **WIDE[number])
+    etas = run_case(case)
+    record_eta("triton ptx", dtype, etas)
+    assert max(etas.values()) <= 1, (case.line, etas)

@@ -1,0 +1,144 @@
+"""Missing barriers and waits are reported, and matrices lie where the instruction set's manual has them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.ptx.convert import to_bf16, wide
+from tests.ptx.machine import launch
+from tests.ptx.memory import Array
+from tests.ptx.parse import Fault, Module
+
+HEAD = """.extern .shared .align 16 .b8 smem[];
+.visible .entry k(.param .u64 p0, .param .u64 p1) {
+.reg .pred %p<9>; .reg .b32 %r<199>; .reg .b64 %w<9>;
+mov.u32 %r0, %tid.x; ld.param.u64 %w0, [p0]; ld.param.u64 %w1, [p1];
+mul.wide.u32 %w2, %r0, 16; add.s64 %w3, %w0, %w2; add.s64 %w4, %w1, %w2;
+mov.u32 %r1, smem; shl.b32 %r2, %r0, 4; add.s32 %r3, %r1, %r2; xor.b32 %r4, %r2, 512; add.s32 %r5, %r1, %r4;
+"""
+
+
+def run(body: str, x: Array, y: Array, threads: int = 128) -> None:
+    """One CTA. %w3 and %w4 are its threads' 16 bytes of x and y, %r3 of shared memory, and %r5 another warp's."""
+    ranges = [(a.ctypes.data, a.nbytes) for a in (x, y)]
+    code = Module(f"{HEAD}{body}\nret;\n}}\n")["k"]
+    launch(code, (1, 1, 1), threads, b"".join(at.to_bytes(8, "little") for at, _ in ranges), 1 << 15, ranges)
+
+
+GET = "ld.global.v4.b32 {%r10, %r11, %r12, %r13}, [%w3];"
+PUT = "st.shared.v4.b32 [%r3], {%r10, %r11, %r12, %r13};"
+OTHER = "ld.shared.v4.b32 {%r20, %r21, %r22, %r23}, [%r5];"
+COPY = "cp.async.cg.shared.global [%r3], [%w3], 16; cp.async.commit_group;"
+OUT = "st.global.v4.b32 [%w4], {%r20, %r21, %r22, %r23};"
+BAR, WAIT = "bar.sync 0;", "cp.async.wait_group 0;"
+RIGHT = ((GET, PUT, BAR, OTHER, BAR, PUT, OUT), (COPY, WAIT, BAR, OTHER, OUT))
+THROUGH = f"{GET} st.global.v4.b32 [%w4], {{%r10, %r11, %r12, %r13}};"  # global memory, read by another warp
+ACROSS = "xor.b64 %w5, %w2, 512; add.s64 %w6, %w1, %w5; ld.global.v4.b32 {%r20, %r21, %r22, %r23}, [%w6];"
+WRONG = {
+    "a write after which another warp reads": ((GET, PUT, BAR, PUT, OTHER), "reads what warp"),
+    "a read before which another warp writes": ((GET, PUT, BAR, OTHER, PUT), "writes what warp"),
+    "a read that nothing wrote": ((OTHER,), "nothing wrote"),
+    "a copy without a wait": ((COPY, BAR, OTHER), "nothing wrote"),
+    "a copy without a barrier": ((COPY, WAIT, OTHER), "reads what warp"),
+    "a copy over what is read": ((GET, PUT, BAR, OTHER, COPY), "writes what warp"),
+    "global memory": ((THROUGH, ACROSS), "global address"),
+}
+
+
+def test_what_is_ordered_passes():
+    x = np.arange(512, dtype=np.uint32)
+    for parts in (*RIGHT, (THROUGH, BAR, ACROSS, OUT.replace("%w4", "%w3"))):
+        y = np.zeros_like(x)
+        run(" ".join(parts), x.copy(), y)
+        assert y.any()
+    run(" ".join(RIGHT[0]), x, y)
+    assert (y == x.reshape(4, 128)[[1, 0, 3, 2]].ravel()).all()
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_not_ordered_is_told(name):
+    parts, what = WRONG[name]
+    x = np.arange(512, dtype=np.uint32)
+    with pytest.raises(Fault, match=what):
+        run(" ".join(parts), x, np.zeros_like(x))
+
+
+# ---- matrices ---------------------------------------------------------------------------------------------------
+
+
+def bf16(*shape: int, seed: int = 0) -> tuple[Array, Array]:
+    """Bits, and their values."""
+    bits = to_bf16(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+    return bits, wide(bits, "bf16").astype(np.float64)
+
+
+def test_mma_has_its_elements_where_the_manual_says():
+    """m16n8k16, lane by lane; the matrices come by ldmatrix, transposed for B, and C is one."""
+    (a, left), (b, right) = bf16(16, 16, seed=1), bf16(16, 8, seed=2)
+    shared = np.zeros(1024, np.uint16)
+    shared[:256], shared[256:384] = a.ravel(), b.ravel()
+    out = np.zeros(512, np.float32)
+    body = f"""{GET} {PUT} {BAR} and.b32 %r6, %r0, 15; and.b32 %r7, %r0, 16;
+    shl.b32 %r8, %r6, 5; add.s32 %r8, %r8, %r7; add.s32 %r8, %r8, %r1;
+    ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r30, %r31, %r32, %r33}}, [%r8];
+    shl.b32 %r9, %r6, 4; add.s32 %r9, %r9, %r1;
+    ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {{%r34, %r35}}, [%r9+512];
+    mov.b32 %r40, 0f3F800000;
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{%r20, %r21, %r22, %r23}}, {{%r30, %r31, %r32, %r33}},
+     {{%r34, %r35}}, {{%r40, %r40, %r40, %r40}}; {OUT}"""
+    run(body, shared, out)
+    wanted = left @ right + 1
+    for lane in range(32):
+        for i in range(4):
+            row, column = lane // 4 + 8 * (i // 2), 2 * (lane % 4) + i % 2
+            assert out[4 * lane + i] == np.float32(wanted[row, column])
+
+
+@pytest.mark.parametrize("width", [128, 64, 32])
+@pytest.mark.parametrize("turned", [False, True])
+def test_wgmma_reads_swizzled_shared_memory(width, turned):
+    """m64n16k16: a row of `width` bytes after the other, and 16 bytes of it exchanged by the row's number.
+
+    Turned, B lies as (k, n): where n fills no row of `width` bytes, the rest is padding.
+    """
+    (a, left), (b, right) = bf16(64, 16, seed=3), bf16(16, 16, seed=4)
+    mode, mask = {128: (1, 7), 64: (2, 3), 32: (3, 1)}[width]
+    shared = np.zeros(1 << 14, np.uint8)
+
+    def place(matrix: Array, at: int) -> None:
+        for (r, c), word in np.ndenumerate(matrix):
+            to = at + r * width + 2 * c
+            to ^= (to >> 7 & mask) << 4
+            shared[to : to + 2] = np.frombuffer(word.tobytes(), np.uint8)
+
+    place(a, 0)
+    place(b.T.copy() if turned else b, 8192)
+    out = np.zeros(128 * 8, np.float32)
+    stride = 8 * width >> 4
+    descriptor = [mode << 62 | stride << 32 | stride << 16 | at >> 4 for at in (0, 8192)]
+    fill = "".join(
+        f"ld.global.v4.b32 {{%r10, %r11, %r12, %r13}}, [%w3+{n}]; "
+        f"st.shared.v4.b32 [%r3+{n}], {{%r10, %r11, %r12, %r13}};\n"
+        for n in range(0, 1 << 14, 2048)
+    )
+    sums = ", ".join(f"%r{n}" for n in range(30, 38))
+    body = f"""{fill} fence.proxy.async.shared::cta; <bar> wgmma.fence.sync.aligned;
+    mov.b64 %w5, {descriptor[0]}; mov.b64 %w6, {descriptor[1]};
+    wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {{{sums}}}, %w5, %w6, 0, 1, 1, 0, {int(turned)};
+    wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {{{sums}}}, %w5, %w6, 1, 1, 1, 0, {int(turned)};
+    wgmma.commit_group.sync.aligned; <wait> shl.b32 %r6, %r0, 5; cvt.u64.u32 %w7, %r6; add.s64 %w8, %w1, %w7;
+    st.global.v4.b32 [%w8], {{%r30, %r31, %r32, %r33}}; st.global.v4.b32 [%w8+16], {{%r34, %r35, %r36, %r37}};
+    bar.sync 0; st.shared.b32 [%r3], %r0;"""
+    wait = "wgmma.wait_group.sync.aligned 0;"
+    run(body.replace("<bar>", BAR).replace("<wait>", wait), shared, out)
+    wanted = 2 * (left @ right.T)
+    for thread in range(128):
+        for i in range(8):
+            row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (i // 2 % 2)
+            column = 8 * (i // 4) + 2 * (thread % 4) + i % 2
+            assert abs(out[8 * thread + i] - wanted[row, column]) <= 2e-6 * abs(wanted).max()
+    with pytest.raises(Fault, match="still reads"):
+        run(body.replace("<bar>", BAR).replace("<wait>", ""), shared, out)
+    with pytest.raises(Fault, match="reads what"):
+        run(body.replace("<bar>", "").replace("<wait>", wait), shared, out)
