@@ -308,6 +308,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #ifdef FUSED_NCE_EMULATION
   m.def("cuda_emulated_launches", &cuda::emulated_launches,
         "launches that a GPU would have made for what this process has emulated");
+  m.def(
+      "cuda_emulate_by", [](uintptr_t make) { cuda::emulate_by(reinterpret_cast<cuda::MakeMachine>(make)); },
+      "the address of a function that makes the machine to emulate a GPU by; 0: the package's own again");
 #endif
   m.def("cuda_plan", &cuda_plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("positives"),
         py::arg("element_bytes"), py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true,

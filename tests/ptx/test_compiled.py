@@ -78,3 +78,38 @@ def test_a_case(number, dtype, monkeypatch, record_eta):
     etas = run_case(case)
     record_eta("triton ptx", dtype, etas)
     assert max(etas.values()) <= 1, (case.line, etas)
+
+
+@pytest.mark.nightly
+def test_a_barrier_less_is_a_hazard(monkeypatch):
+    """Each barrier of each kernel is taken out in turn. Two a kernel at most order nothing: Triton begins with one."""
+    from tests.ptx import compiled
+    from tests.ptx.parse import Fault
+
+    reported: dict[str, list[bool]] = {}
+
+    def run(found: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        kernel = compiled.kernel_of(found)
+        text = found.asm["ptx"]
+        for at, whole in enumerate(kernel.code if text not in reported else []):
+            if whole.name != "bar":
+                continue
+            kernel.code[at] = whole._replace(name="membar", flags=("cta",), operands=())
+            try:
+                compiled.execute(found, grid, arguments)
+                seen = False
+            except Fault as fault:
+                if "hazard" not in str(fault):
+                    raise
+                seen = True
+            kernel.code[at] = whole
+            reported.setdefault(text, []).append(seen)
+        compiled.execute(found, grid, arguments)
+
+    compiled.pose(monkeypatch, 90, run)
+    for name in ("sup_con", "siglip_loss", "amdim_nce"):
+        etas_of(name, "cpu", "triton", torch.bfloat16)
+    assert len(reported) >= 10
+    for text, seen in reported.items():
+        assert any(seen), text
+        assert seen.count(False) <= 2, text

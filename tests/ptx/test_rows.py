@@ -1,0 +1,187 @@
+"""`csrc/cuda/rows.cu` as nvcc compiled it, run by the interpreter under the package's own driver."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fused_nce import _extension, _nvcc
+from fused_nce.backends import cuda
+from fused_nce.core.spec import Block, Spec, TanhClip
+from fused_nce.core.tails import Nce
+from tests.backends.test_cuda_on_host import ROUTES, statistics, summarize
+from tests.cases import Case, draw
+from tests.cases import run as run_case
+from tests.gpu.losses import OPEN, etas_of
+from tests.ptx import rows as ptx_rows
+from tests.ptx.machine import launch
+
+MODULE: Any
+MODULE, REASON = _extension.status()
+EMULATES = hasattr(MODULE, "cuda_emulate_by")
+pytestmark = [
+    pytest.mark.skipif(not EMULATES, reason=REASON or "built without the emulation of a GPU"),
+    pytest.mark.skipif(_nvcc.find() is None, reason="no nvcc on this machine"),
+]
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """Compiled once."""
+    return ptx_rows.Rows(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture
+def launched(library, monkeypatch):
+    """CPU tensors count as a GPU's; the kernels that were launched."""
+    monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(MODULE, spec, q, k))
+    with library.in_place() as names:
+        yield names
+
+
+def hold(names, dtype, record_eta) -> int:
+    """Losses within their budget; how many of them the backend takes."""
+    taken, failures = 0, []
+    for name in names:
+        try:
+            etas = etas_of(name, "cpu", "cuda", getattr(torch, dtype), 0, -2.5)
+        except ValueError as error:
+            if "which cannot run this: " not in str(error):
+                raise
+            continue
+        taken += 1
+        record_eta("cuda ptx", dtype, etas)
+        if not max(etas.values()) <= 1:
+            failures.append(f"{name}: {etas}")
+    assert not failures, "\n".join(failures)
+    return taken
+
+
+def test_a_loss_of_each_kind(launched, record_eta):
+    """Rows in one kernel; both ways; optional statistics; a bias."""
+    for dtype in DTYPES:
+        assert hold(("amdim_nce", "clip_loss", "sup_con", "siglip_loss"), dtype, record_eta) == 4
+    kernels = "loss summary fold finish weigh fold_columns finish_columns fold_optional finish_optional"
+    assert set(kernels.split()) == set(launched)
+
+
+def test_a_summary_of_many_and_a_product(launched):
+    """What no example launches: a summary by several CTAs, and the upstream gradient's product."""
+    pos, rows = statistics(9000, 4)
+    loss, nce, penalty, report = summarize(pos, rows, 4, 9000, 0.05, reports=3)
+    tail, spec = Nce(0.05), Spec(Block(4), TanhClip(20.0))
+    values = tail.values(spec, pos.double(), rows.double(), None, 36000)
+    for x, y in zip((loss, nce, penalty), values, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=2e-6, atol=2e-6)
+    wanted = tail.reports(spec, pos.double(), rows.double(), None, 36000, 3)
+    torch.testing.assert_close(report.double(), wanted, rtol=2e-6, atol=2e-6)
+    for dtype in DTYPES:
+        x = torch.linspace(-3, 3, 1000).to(getattr(torch, dtype))
+        for factor in (1.0, 0.7):
+            out = x.clone()
+            torch.ops.fused_nce.cuda_multiply_(out, torch.tensor(factor))
+            assert torch.equal(out, (x.float() * torch.tensor(factor)).to(x.dtype))
+    assert launched == ["summary", "last_summary", *["multiply"] * 6]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_loss(dtype, launched, record_eta):
+    assert hold(OPEN, dtype, record_eta) >= 28
+
+
+WIDE: tuple[dict[str, Any], ...] = (
+    {"images": 20, "n_k": 20, "n_c": 5, "d": 1024},
+    {"images": 20, "n_k": 24, "n_c": 5, "d": 600, "offset": 2, "penalty": 0.0},
+    {"images": 17, "n_k": 17, "n_c": 3, "d": 65, "layouts": ("sliced", "stepped_rows")},
+    {"images": 5, "n_k": 9, "n_c": 31, "d": 257, "rows_per_image": 3, "offset": 4, "entry": "stats"},
+)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_route(dtype, launched, record_eta):
+    """Each way through the driver: strips, blocks, panels, parts of a row; wide rows; rows that lie apart; clips."""
+    for case in [*(case for case, _ in ROUTES.values()), *(Case("cuda", "", 7, scale=0.1, **wide) for wide in WIDE)]:
+        for clip in (20.0, 60.0, None):
+            one = dataclasses.replace(case, dtype=dtype, clip=clip)
+            etas = run_case(one)
+            record_eta("cuda ptx", dtype, etas)
+            assert max(etas.values()) <= 1, one.line
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fresh_cases(dtype, launched, fresh_seed, record_eta):
+    rng = np.random.default_rng(fresh_seed)
+    for _ in range(40):
+        case = draw(rng, "cuda", dtype)
+        case = dataclasses.replace(case, penalty=0.0) if case.plant == "huge_row" else case
+        etas = run_case(case)
+        record_eta("cuda ptx", dtype, etas)
+        assert max(etas.values()) <= 1, case.line
+
+
+# Barriers whose removal no test may see, and why: nothing is wrong without them.
+NOT_NEEDED = {
+    # The last of a `reduce` whose result only the thread that wrote it takes.
+    "fold": {1},
+    "fold_optional": {1},
+    "loss": {1, 4},
+    # One warp, whose lanes go together.
+    "finish": {0, 1, 2, 3, 4, 5},
+    "finish_optional": {0, 1},
+}
+
+
+@pytest.mark.nightly
+def test_a_barrier_less_is_a_hazard(launched, monkeypatch):
+    """Each barrier of each kernel is taken out in turn: the interpreter reports all but those that are not needed."""
+    removed: tuple[str, int] = ("", 0)
+    kernels: dict[str, int] = {}
+
+    def start(kernel: Any, *arguments: Any) -> None:
+        name = re.search(r"\d+([a-z_]+)_kernel", kernel.name)[1]  # type: ignore[index]
+        barriers = [n for n, i in enumerate(kernel.code) if i.name == "bar"]
+        kernels[name] = len(barriers)
+        if removed[0] != name:
+            return launch(kernel, *arguments)
+        at = barriers[removed[1]]
+        whole = kernel.code[at]
+        kernel.code[at] = whole._replace(name="membar", flags=("cta",), operands=())
+        try:
+            launch(kernel, *arguments)
+        finally:
+            kernel.code[at] = whole
+
+    monkeypatch.setattr(ptx_rows, "launch", start)
+    wide = Case("cuda", "bfloat16", 1, images=3, n_k=6, n_c=300, d=8, scale=0.3)
+    runs = [lambda: run_case(wide)]
+    runs += [lambda n=n: etas_of(n, "cpu", "cuda", torch.bfloat16) for n in ("clip_loss", "sup_con", "amdim_nce")]
+    seen: dict[str, set[int]] = defaultdict(set)
+    for run in runs:
+        removed = ("", 0)
+        kernels.clear()
+        run()
+        for name, count in dict(kernels).items():
+            for number in set(range(count)) - seen[name]:
+                removed = (name, number)
+                try:
+                    run()
+                except RuntimeError as error:
+                    if "hazard" not in str(error):
+                        raise
+                    seen[name].add(number)
+    # `finish` has those of a tail in one of its two forms; kernels of one thread a column have none.
+    needed = {name: set(range(count)) - NOT_NEEDED.get(name, set()) for name, count in BARRIERS.items()}
+    assert {name: seen[name] for name in needed} == needed
+
+
+BARRIERS = {"fold": 2, "fold_optional": 2, "loss": 8, "finish": 6, "weigh": 2, "fold_columns": 3, "summary": 2}
