@@ -28,7 +28,7 @@ class Cta {
     for (unsigned offset = 16; offset > 0; offset /= 2) x = merge(x, from_lane_below(x, offset));
     // The last slot is for the answer. Writing the others cannot race with a thread that still reads it.
     if (lane == 0) *slot<T>(warp) = x;
-    __syncthreads();
+    __syncthreads();  // fault: gpu-barrier-missing
     if (warp == 0) {
       if (lane < warps) x = *slot<T>(lane);
 #pragma unroll

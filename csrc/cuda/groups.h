@@ -36,7 +36,7 @@ FUSED_NCE_HD void finish_tail(Group& group, const Rules& rules, const RowArrays&
   const float slopes = group.reduce(
       [&](int thread, int threads) { return tail_thread(rows, i, rules.positives, thread, threads); }, Add());
   if (group.first()) rows.upstream.d_neg_lse[i - rows.upstream.first_row] = -rows.upstream.tail.unit * slopes;
-  group.barrier();
+  group.barrier();  // fault: gpu-weights-early
 }
 
 // The slots of row i, merged.

@@ -33,6 +33,7 @@ class StoreAs {
   __device__ void operator()(int column, const float (&w)[kColumns]) const {
     E* at = row_ + column;
     *reinterpret_cast<uint4*>(at) =
+        // fault: gpu-pair-exchanged
         make_uint4(pack(at, w[0], w[1]), pack(at, w[2], w[3]), pack(at, w[4], w[5]), pack(at, w[6], w[7]));
   }
 
@@ -141,6 +142,7 @@ __global__ void __launch_bounds__(256) multiply_kernel(E* x, int64_t count, cons
   const float by = *factor;
   if (by == 1.0f) return;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  // fault: gpu-product-last
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step)
     x[i] = times(x[i], by);
 }
@@ -238,6 +240,7 @@ void Device::finish_optional(int64_t first_row, int64_t count, const Rules& rule
 }
 
 void Device::fold_columns(const Strip& strip, const Rules& rules, const ColumnArrays& columns) const {
+  // fault: gpu-last-columns
   const auto blocks = static_cast<unsigned>((strip.columns + kColumnLanes - 1) / kColumnLanes);
   with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
     fold_columns_kernel<decltype(clip)::value, decltype(shift)::value>

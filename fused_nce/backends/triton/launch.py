@@ -67,7 +67,7 @@ class Sweep:
         """Of products of float32: TF32 where torch allows it, and where it holds both 16-bit types exactly."""
         wide = torch.float32 in (self.p.q.dtype, self.p.k.dtype)
         allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        return "tf32" if (wide and allowed) or (self.form.mixed and not wide) else "ieee"
+        return "tf32" if (wide and allowed) or (self.form.mixed and not wide) else "ieee"  # fault: triton-tf32
 
     def device(self) -> AbstractContextManager[Any]:
         """Launches go to the tensors' device, whichever is current."""

@@ -34,7 +34,7 @@ def hold(names, dtype, record_eta) -> int:
     return taken
 
 
-def test_two_losses(monkeypatch, record_eta):
+def test_three_losses(monkeypatch, record_eta):
     """What they compile, as a first call on a card would: sets of positives and one tensor in both roles; a learnable
     bias and gathered positives. And what that computes.
     """
@@ -43,6 +43,7 @@ def test_two_losses(monkeypatch, record_eta):
     compiled = pose(monkeypatch, 90)
     assert hold(("sup_con", "siglip_loss"), "bfloat16", record_eta) == 2
     assert len(compiled) == 12
+    assert hold(("moco_nce",), "float32", record_eta) == 1
 
 
 @pytest.mark.nightly
