@@ -71,8 +71,8 @@ def execute(compiled: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> 
         else:
             data = int(value).to_bytes(slot.size, "little", signed=True)
         packed[slot.offset : slot.offset + slot.size] = data
-    whole = (*grid, 1, 1)[:3]
-    launch(code, whole, 32 * compiled.metadata.num_warps, bytes(packed), compiled.metadata.shared, ranges)
+    x, y, z = (*grid, 1, 1)[:3]
+    launch(code, (x, y, z), 32 * compiled.metadata.num_warps, bytes(packed), compiled.metadata.shared, ranges)
 
 
 def pose(patch: pytest.MonkeyPatch, architecture: int, run: Run | None = execute) -> set[Any]:

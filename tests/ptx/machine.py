@@ -109,7 +109,7 @@ class Machine:
         """An operand as an array of that type, one element a thread or one for all."""
         dtype = TYPES[type]
         if isinstance(operand, Register):
-            bits = self.registers[operand.index]
+            bits = self.registers[operand.place]
             if bits is None:
                 raise Fault("reads a register that nothing wrote")
             if bits.dtype.itemsize < dtype.itemsize:
@@ -137,9 +137,9 @@ class Machine:
         else:
             raise Fault(f"writes {value.dtype} into a register of {operand.type}")
         if self.mask is not None:
-            before = self.registers[operand.index]
+            before = self.registers[operand.place]
             value = np.where(self.mask, value, value.dtype.type(0) if before is None else before)
-        self.registers[operand.index] = value if len(value) == self.n else np.broadcast_to(value, self.n).copy()
+        self.registers[operand.place] = value if len(value) == self.n else np.broadcast_to(value, self.n).copy()
 
     def active(self) -> Array:
         """Numbers of the threads that execute."""

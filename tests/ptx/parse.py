@@ -15,9 +15,9 @@ class Fault(Exception):
 
 
 class Register(NamedTuple):
-    """One of a thread's registers; `type` is that of its declaration, the index counts a kernel's."""
+    """One of a thread's registers; `type` is that of its declaration, the place is among its kernel's."""
 
-    index: int
+    place: int
     type: str
 
 

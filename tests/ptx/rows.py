@@ -93,7 +93,8 @@ class Rows:
 
     def _guarded(self, f: Callable[[], None]) -> int:
         try:
-            f()
+            with np.errstate(all="ignore"):
+                f()
         except Exception as error:  # the driver in C++ carries it on
             self.fault.value = f"{type(error).__name__}: {error}".encode()[:500]
             return 1

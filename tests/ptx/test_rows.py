@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -163,8 +164,8 @@ def test_a_barrier_less_is_a_hazard(launched, monkeypatch):
 
     monkeypatch.setattr(ptx_rows, "launch", start)
     wide = Case("cuda", "bfloat16", 1, images=3, n_k=6, n_c=300, d=8, scale=0.3)
-    runs = [lambda: run_case(wide)]
-    runs += [lambda n=n: etas_of(n, "cpu", "cuda", torch.bfloat16) for n in ("clip_loss", "sup_con", "amdim_nce")]
+    runs = [partial(run_case, wide)]
+    runs += [partial(etas_of, n, "cpu", "cuda", torch.bfloat16) for n in ("clip_loss", "sup_con", "amdim_nce")]
     seen: dict[str, set[int]] = defaultdict(set)
     for run in runs:
         removed = ("", 0)

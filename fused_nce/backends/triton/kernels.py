@@ -75,7 +75,7 @@ def add_product(sums, w, y, PRECISION: tl.constexpr):
     if y.dtype == tl.float16:  # fault: triton-float16-weights
         return tl.dot(w, y.to(tl.float32), sums, input_precision="tf32")
     else:
-        return tl.dot(w.to(y.dtype), y, sums, input_precision=PRECISION)  # fault: triton-weights-eighths
+        return tl.dot(w.to(y.dtype), y, sums, input_precision=PRECISION)
 
 
 @triton.jit
