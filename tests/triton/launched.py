@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from bench.static import target_of
 from fused_nce.backends import triton
 from fused_nce.backends.triton import configs
 from fused_nce.losses.registry import LOSSES
@@ -25,8 +26,8 @@ from fused_nce.losses.registry import LOSSES
 class Card:
     """A GPU, as far as the compiler asks."""
 
-    def __init__(self, architecture: int) -> None:
-        self.target = GPUTarget("cuda", architecture, 32)
+    def __init__(self, architecture: str) -> None:
+        self.target = target_of(architecture)
 
     def get_current_device(self) -> int:
         """The only one."""
@@ -41,7 +42,7 @@ class Card:
         return self.target
 
 
-def pose(architecture: int) -> set[Any]:
+def pose(architecture: str) -> set[Any]:
     """Make every launch a compilation; the set that the compiled kernels will be in."""
     compiled: set[Any] = set()
 
@@ -60,7 +61,7 @@ def pose(architecture: int) -> set[Any]:
 
 def main(architecture: str, dtype: str, *names: str) -> None:
     """Forward and backward of each loss's example."""
-    compiled = pose(int(architecture))
+    compiled = pose(architecture)
     warnings.simplefilter("ignore")  # what nothing was written to may be NaN
     for name in names or [name for name, entry in LOSSES.items() if not entry.closed]:
         entry = LOSSES[name]

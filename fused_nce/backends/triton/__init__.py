@@ -42,7 +42,7 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
     if not _installed():
         return "triton is not installed"
     if configs.architecture_of(q.device) is None:
-        return f"has no tiles for {q.device}, only for sm_{', sm_'.join(map(str, configs.ARCHITECTURES))}"
+        return f"has no tiles for {q.device}, only for {', '.join(configs.ARCHITECTURES)}"
     if max(q.shape[0], k.shape[0]) > MOST_ROWS:
         return f"numbers at most {MOST_ROWS} rows, not {max(q.shape[0], k.shape[0])}"
     return None
