@@ -279,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (variant, architecture, dtype, width)
         for architecture in ([options.architecture] if options.architecture else configs.ARCHITECTURES)
         for dtype in (DTYPES if options.all else [torch.bfloat16])
+        if (architecture, dtype) in configs.TABLE
         for width in ([options.width] if options.width else WIDTHS)
         for variant in (VARIANTS if options.all else DEFAULT)
     ]

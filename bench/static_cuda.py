@@ -50,7 +50,7 @@ class Kernel(NamedTuple):
 
     @property
     def clean(self) -> bool:
-        """Everything is in registers; sm_120 keeps where a problem lies out of the loop over scores, and out of them."""
+        """Everything is in registers; sm_120 keeps a problem's place elsewhere, outside the loop over scores."""
         few = 96 if self.architecture == "sm_120" and self.name.endswith("together") else 0
         return max(self.stack_bytes, self.spill_bytes) <= few
 

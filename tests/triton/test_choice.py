@@ -87,6 +87,8 @@ def test_reasons(capability, monkeypatch):
     for name, able in (("gfx942:sramecc+:xnack-", True), ("gfx90a", True), ("gfx1100", False)):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d, n=name: SimpleNamespace(gcnArchName=n))
         assert (triton.why_not(SPEC, *posed()) is None) == able, name
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(gcnArchName="gfx90a"))
+    assert triton.why_not(SPEC, *posed(dtype=torch.float16)) == "has no tiles for float16 on gfx90a"
     monkeypatch.setattr(triton, "_installed", lambda: False)
     assert triton.why_not(SPEC, *posed()) == "triton is not installed"
 

@@ -49,6 +49,8 @@ def test_what_two_losses_launch():
 @pytest.mark.parametrize("dtype", static.DTYPES, ids=str)
 @pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
 def test_what_every_loss_launches(architecture, dtype):
+    if (architecture, dtype) not in configs.TABLE:
+        pytest.skip(f"{architecture} has no tiles for {dtype}")
     assert launched(architecture, str(dtype).removeprefix("torch.")) > 50
 
 

@@ -82,11 +82,21 @@ _NARROW = (
     Tile(64, 32, 64, 512, 8, 2),
     Tile(64, 32, 64, 512, 8, 2),
 )
-_CDNA = {torch.bfloat16: _NARROW, torch.float16: _NARROW, torch.float32: _FLOAT32}
+_CDNA = {
+    torch.bfloat16: _NARROW,
+    torch.float16: (
+        _NARROW[0],
+        Tile(64, 32, 128, 128, 8, 1, both=16),
+        _NARROW[2],
+        *2 * (Tile(64, 16, 64, 512, 8, 2),),
+    ),
+    torch.float32: _FLOAT32,
+}
 # 128 rows where they fit: half the traffic of 64. At D >= 256 the sums, X·SLICE float32, take most of the registers.
 TABLE: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
     **{("sm_80", dtype): tiles for dtype, tiles in _SM80.items()},
     **{(card, dtype): tiles for card in CONSUMER for dtype, tiles in _SM80.items()},
+    ("sm_120", torch.bfloat16): (*_SM80[torch.bfloat16][:4], Tile(64, 32, 64, 512, 8, 2)),
     **{(card, torch.float32): tuple(tile._replace(registers=ALL) for tile in _FLOAT32) for card in CONSUMER},
     ("sm_90", torch.bfloat16): (
         Tile(128, 64, 64, 64, 8, 3),
@@ -121,7 +131,9 @@ TABLE: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
         Tile(32, 32, 32, 64, 8, 2, ALL),
         *(tile._replace(registers=ALL) for tile in _FLOAT32[1:]),
     ),
-    **{(card, dtype): tiles for card in ("gfx942", "gfx90a") for dtype, tiles in _CDNA.items()},
+    **{("gfx942", dtype): tiles for dtype, tiles in _CDNA.items()},
+    # Sums of float16 go through TF32, which an MI200 has not.
+    **{("gfx90a", dtype): tiles for dtype, tiles in _CDNA.items() if dtype != torch.float16},
     (INTERPRETED, torch.float16): _INTERPRETED,
     (INTERPRETED, torch.float32): _INTERPRETED,
 }
