@@ -34,8 +34,14 @@ from .tables import markdown
 TABLE = ROOT / "bench/results/static-triton.json"
 WIDTHS = (*configs.WIDTHS, 1024)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-SHARED_LIMIT_BYTES = {80: 166912, 90: 232448, 100: 232448}
-MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}  # what 16-bit products compile to
+SHARED_LIMIT_BYTES = {
+    "sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536, "gfx90a": 65536,
+    **dict.fromkeys(configs.CONSUMER, 101376),
+}  # fmt: skip
+MATRIX = {  # what 16-bit products compile to
+    **dict.fromkeys(configs.ARCHITECTURES, "HMMA"),
+    "sm_90": "HGMMA", "sm_100": "UTC[A-Z]*MMA", **dict.fromkeys(("gfx942", "gfx90a"), r"v_mfma\w+"),
+}  # fmt: skip
 REGISTERS_MAY_GROW_BY = 8
 
 
@@ -55,7 +61,7 @@ class Variant:
         form = Form.of(Problem(x, x, 1.0, self.spec, 0))
         return form if self.penalised else form.without_square()
 
-    def tile(self, architecture: int, dtype: torch.dtype, width: int) -> configs.Tile:
+    def tile(self, architecture: str, dtype: torch.dtype, width: int) -> configs.Tile:
         """What a launch takes."""
         found = configs.tile(architecture, dtype, width)
         if self.kernel == "fold_kernel":
@@ -99,7 +105,7 @@ class Build:
     """One compiled kernel."""
 
     variant: str
-    architecture: int
+    architecture: str
     dtype: str
     width: int
     tile: tuple[int | None, ...]  # as `configs.Tile`
@@ -119,7 +125,7 @@ class Build:
     def place(self) -> tuple[int, ...]:
         """Where it stands in the table."""
         return (
-            self.architecture,
+            configs.ARCHITECTURES.index(self.architecture),
             list(DTYPES.values()).index(self.dtype),
             self.width,
             list(VARIANTS).index(self.variant),
@@ -144,10 +150,9 @@ class Build:
             yield f"matrix_instructions: {before.matrix_instructions} became {self.matrix_instructions}"
 
 
-def build(variant: str, architecture: int, dtype: torch.dtype, width: int) -> Build:
+def build(variant: str, architecture: str, dtype: torch.dtype, width: int) -> Build:
     """Compile one kernel for an architecture that need not be here, and take its binary apart."""
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from fused_nce.backends.triton import kernels, memory
@@ -175,18 +180,11 @@ def build(variant: str, architecture: int, dtype: torch.dtype, width: int) -> Bu
         if signature[name].startswith("*") or name.startswith("stride"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", architecture, 32),
-        options=tile.options,
+        ASTSource(kernel, signature, constants, attributes), target=target_of(architecture), options=tile.options
     )
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
-        code = _output(tools / "nvdisasm", "-c", file.name)
-    registers, stack = (int(re.findall(rf"{field}:(\d+)", usage)[0]) for field in ("REG", "STACK"))
-    scores = tile.x * tile.y / (32 * tile.warps)
+    amd = architecture.startswith("gfx")
+    registers, stack, spills, code, special = (_of_amd if amd else _of_nvidia)(compiled.asm)
+    scores = tile.x * tile.y / (target_of(architecture).warp_size * tile.warps)
     return Build(
         variant,
         architecture,
@@ -196,10 +194,40 @@ def build(variant: str, architecture: int, dtype: torch.dtype, width: int) -> Bu
         registers,
         int(compiled.metadata.shared),
         stack,
-        len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        spills,
         len(re.findall(rf"\b{MATRIX[architecture]}\b", code)),
-        round(len(re.findall(r"\bMUFU\b", code)) / scores, 2),
+        round(special / scores, 2),
     )
+
+
+def target_of(architecture: str) -> Any:
+    """What Triton compiles for: `sm_90` is CUDA's 90, all else AMD's."""
+    from triton.backends.compiler import GPUTarget
+
+    brand, _, number = architecture.partition("_")
+    return GPUTarget("cuda", int(number), 32) if brand == "sm" else GPUTarget("hip", architecture, 64)
+
+
+def _of_nvidia(asm: Any) -> tuple[int, int, int, str, int]:
+    """Registers, bytes of stack, spilling instructions, the code, and its special functions, of a cubin."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        code = _output(tools / "nvdisasm", "-c", file.name)
+    registers, stack = (int(re.findall(rf"{field}:(\d+)", usage)[0]) for field in ("REG", "STACK"))
+    return registers, stack, len(re.findall(r"\b(?:LDL|STL)\b", code)), code, len(re.findall(r"\bMUFU\b", code))
+
+
+def _of_amd(asm: Any) -> tuple[int, int, int, str, int]:
+    """The same of AMD's assembly, whose metadata counts them; scalars that spill lie in vector registers."""
+    code = asm["amdgcn"]
+    fields = (".vgpr_count", ".private_segment_fixed_size", ".vgpr_spill_count")
+    registers, stack, spills = (int(re.findall(rf"{re.escape(field)}:\s*(\d+)", code)[0]) for field in fields)
+    return registers, stack, spills, code, len(re.findall(r"\bv_(?:exp|log|rcp|rsq|sqrt)_f32", code))
 
 
 def _output(*command: str | Path) -> str:
@@ -229,9 +257,9 @@ def judge(found: Sequence[Build]) -> list[str]:
 
 def report(found: Sequence[Build]) -> str:
     """A Markdown table."""
-    header = ["kernel", "sm", "dtype", "D", "tile", "registers", "shared KiB", "spills", "matrix", "MUFU/score"]
+    header = ["kernel", "for", "dtype", "D", "tile", "registers", "shared KiB", "spills", "matrix", "MUFU/score"]
     rows = [
-        [one.variant, f"{one.architecture}", one.dtype, f"{one.width}", "×".join(map(str, filter(None, one.tile))),
+        [one.variant, one.architecture, one.dtype, f"{one.width}", "×".join(map(str, filter(None, one.tile))),
          f"{one.registers}", f"{one.shared_bytes / 1024:.0f}", f"{one.spill_instructions}",
          f"{one.matrix_instructions}", f"{one.mufu_per_score:.2f}"]
         for one in found
@@ -243,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print, judge; the number of faults."""
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__)
     parser.add_argument("--all", action="store_true", help="every kernel and dtype")
-    parser.add_argument("--architecture", type=int, choices=configs.ARCHITECTURES, help="one alone")
+    parser.add_argument("--architecture", choices=configs.ARCHITECTURES, help="one alone")
     parser.add_argument("--width", type=int, choices=WIDTHS, help="one alone")
     parser.add_argument("--write", action="store_true", help=f"what was built into {TABLE.relative_to(ROOT)}")
     options = parser.parse_args(argv)
@@ -251,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (variant, architecture, dtype, width)
         for architecture in ([options.architecture] if options.architecture else configs.ARCHITECTURES)
         for dtype in (DTYPES if options.all else [torch.bfloat16])
+        if (architecture, dtype) in configs.TABLE
         for width in ([options.width] if options.width else WIDTHS)
         for variant in (VARIANTS if options.all else DEFAULT)
     ]

@@ -28,7 +28,7 @@ from fused_nce import _nvcc
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 TABLE = ROOT / "bench/results/static-cuda.json"
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")  # 8.6 and 8.9 run sm_80's code
 TYPES = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
 
 
@@ -50,8 +50,9 @@ class Kernel(NamedTuple):
 
     @property
     def clean(self) -> bool:
-        """Everything is in registers."""
-        return self.stack_bytes == 0 and self.spill_bytes == 0
+        """Everything is in registers; sm_120 keeps a problem's place elsewhere, outside the loop over scores."""
+        few = 96 if self.architecture == "sm_120" and self.name.endswith("together") else 0
+        return max(self.stack_bytes, self.spill_bytes) <= few
 
 
 def parse(text: str) -> list[Kernel]:
@@ -180,11 +181,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sizes = (k.registers, k.shared_bytes, k.stack_bytes, k.spill_bytes)
         print(f"{k.name:32} {k.architecture:7} {' '.join([*(f'{x:9}' for x in sizes), *counts])}")
     if options.write:
-        issued: dict[str, dict[str, float]] = {}
+        same = json.loads(TABLE.read_text(encoding="utf-8"))["nvcc"] == list(nvcc.release)
+        issued = {a: x for a, x in committed().items() if same and a not in options.architectures}
         for k in found:
             if k.issued is not None:
                 issued.setdefault(k.architecture, {})[k.name] = k.issued
-        text = json.dumps({"nvcc": nvcc.release, "issued": issued}, indent=1)
+        text = json.dumps({"nvcc": nvcc.release, "issued": dict(sorted(issued.items()))}, indent=1)
         TABLE.write_text(text + "\n", encoding="utf-8")
         committed.cache_clear()
     worse = regressions(nvcc, found)

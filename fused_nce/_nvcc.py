@@ -26,8 +26,8 @@ class Nvcc(NamedTuple):
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        """What to build for where no GPU is visible: A100, H100 and, from CUDA 12.8 on, B200."""
-        return ("8.0", "9.0", "10.0") if self.release >= (12, 8) else ("8.0", "9.0")
+        """What to build for where no GPU is visible: A100 (and all 8.x), H100; from CUDA 12.8 on, B200, RTX 50."""
+        return ("8.0", "9.0", "10.0", "12.0") if self.release >= (12, 8) else ("8.0", "9.0")
 
 
 def find() -> Nvcc | None:

@@ -60,7 +60,16 @@ def test_a_gpu_tensor_is_taken(capability, dtype):
 
 
 @pytest.mark.parametrize(
-    ("found", "able"), [((7, 5), False), ((8, 0), True), ((8, 6), False), ((9, 0), True), ((10, 3), True)]
+    ("found", "able"),
+    [
+        ((7, 5), False),
+        ((8, 0), True),
+        ((8, 6), True),
+        ((9, 0), True),
+        ((10, 3), True),
+        ((12, 1), True),
+        ((11, 0), False),
+    ],
 )
 def test_the_card_must_be_in_the_table(capability, found, able):
     capability(*found)
@@ -75,7 +84,11 @@ def test_reasons(capability, monkeypatch):
     q, k = posed()[0], posed(dtype=torch.float64)[1]
     assert "not float64" in str(triton.why_not(SPEC, q, k))
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert "has no tiles" in str(triton.why_not(SPEC, *posed()))
+    for name, able in (("gfx942:sramecc+:xnack-", True), ("gfx90a", True), ("gfx1100", False)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d, n=name: SimpleNamespace(gcnArchName=n))
+        assert (triton.why_not(SPEC, *posed()) is None) == able, name
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(gcnArchName="gfx90a"))
+    assert triton.why_not(SPEC, *posed(dtype=torch.float16)) == "has no tiles for float16 on gfx90a"
     monkeypatch.setattr(triton, "_installed", lambda: False)
     assert triton.why_not(SPEC, *posed()) == "triton is not installed"
 

@@ -22,11 +22,11 @@ TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="
 
 
 @TRITON
-@pytest.mark.parametrize("architecture", nightly_but([90], configs.ARCHITECTURES))
+@pytest.mark.parametrize("architecture", nightly_but(["sm_90"], configs.ARCHITECTURES))
 def test_the_kernels_of_a_step(architecture, capsys):
     """bfloat16 at D = 128 and 512: the narrow heads this backend is for, and the largest sums that one tile holds."""
-    assert static.main(["--architecture", str(architecture), "--width", "128"]) == 0, capsys.readouterr().err
-    assert static.main(["--architecture", str(architecture), "--width", "512"]) == 0, capsys.readouterr().err
+    assert static.main(["--architecture", architecture, "--width", "128"]) == 0, capsys.readouterr().err
+    assert static.main(["--architecture", architecture, "--width", "512"]) == 0, capsys.readouterr().err
 
 
 def launched(*arguments: str) -> int:
@@ -39,11 +39,22 @@ def launched(*arguments: str) -> int:
 
 
 @TRITON
+<<<<<<< HEAD
+=======
+def test_what_two_losses_launch():
+    """Sets of positives and one tensor in both roles; a learnable bias and gathered positives."""
+    assert launched("sm_90", "bfloat16", "sup_con", "siglip_loss") == 12
+
+
+@TRITON
+>>>>>>> cards
 @pytest.mark.nightly
 @pytest.mark.parametrize("dtype", static.DTYPES, ids=str)
 @pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
 def test_what_every_loss_launches(architecture, dtype):
-    assert launched(str(architecture), str(dtype).removeprefix("torch.")) > 50
+    if (architecture, dtype) not in configs.TABLE:
+        pytest.skip(f"{architecture} has no tiles for {dtype}")
+    assert launched(architecture, str(dtype).removeprefix("torch.")) > 50
 
 
 @TRITON
@@ -56,8 +67,8 @@ def test_every_kernel(capsys):
 def test_a_tile_too_large_is_told(monkeypatch):
     """The check itself: 128 x 128 scores and as many sums do not fit the registers."""
     tiles = (configs.Tile(128, 128, 128, 128, 8, 2),) * 5
-    monkeypatch.setitem(configs.TABLE, (90, torch.bfloat16), tiles)
-    (fault, *_) = static.judge([static.build(static.DEFAULT[0], 90, torch.bfloat16, 128)])
+    monkeypatch.setitem(configs.TABLE, ("sm_90", torch.bfloat16), tiles)
+    (fault, *_) = static.judge([static.build(static.DEFAULT[0], "sm_90", torch.bfloat16, 128)])
     assert "spills" in fault
 
 
@@ -88,7 +99,7 @@ def test_a_split_is_whole_tiles(key):
 
 
 def test_regressions_are_told():
-    old: Any = static.Build("rows", 90, "bf16", 64, (1, 2), 100, 1000, 0, 0, 8, 3.0)
+    old: Any = static.Build("rows", "sm_90", "bf16", 64, (1, 2), 100, 1000, 0, 0, 8, 3.0)
     assert not list(dataclasses.replace(old, registers=108).regressions(old))
     for change in ({"registers": 109}, {"shared_bytes": 1001}, {"mufu_per_score": 3.1}, {"matrix_instructions": 7}):
         assert list(dataclasses.replace(old, **change).regressions(old)), change

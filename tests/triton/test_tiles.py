@@ -10,24 +10,24 @@ import torch
 from fused_nce.backends.triton import configs, tune
 from fused_nce.backends.triton.configs import Tile
 
-KEY = (90, torch.bfloat16, configs.column_of(128))
-SHIPPED = configs.TABLE[90, torch.bfloat16][KEY[2]]
+KEY = ("sm_90", torch.bfloat16, configs.column_of(128))
+SHIPPED = configs.TABLE["sm_90", torch.bfloat16][KEY[2]]
 OTHER = Tile(64, 128, 128, 128, 4, 3)
 
 
 def test_a_file_is_asked_for_by_name(tmp_path, monkeypatch):
     path = str(tmp_path / "tiles.json")
     configs.write({KEY: OTHER}, path)
-    assert configs.tile(90, torch.bfloat16, 128) == SHIPPED
+    assert configs.tile("sm_90", torch.bfloat16, 128) == SHIPPED
     monkeypatch.setenv("FUSED_NCE_TILES", path)
-    assert configs.tile(90, torch.bfloat16, 128) == OTHER
-    assert configs.tile(90, torch.bfloat16, 100) == OTHER  # the same column
-    assert configs.tile(90, torch.float16, 128) == configs.TABLE[90, torch.float16][KEY[2]]
+    assert configs.tile("sm_90", torch.bfloat16, 128) == OTHER
+    assert configs.tile("sm_90", torch.bfloat16, 100) == OTHER  # the same column
+    assert configs.tile("sm_90", torch.float16, 128) == configs.TABLE["sm_90", torch.float16][KEY[2]]
 
 
-ENTRY = {"architecture": 90, "dtype": "bfloat16", "column": 1, "tile": list(OTHER)}
+ENTRY = {"architecture": "sm_90", "dtype": "bfloat16", "column": 1, "tile": list(OTHER)}
 WRONG = {
-    "architecture": 75, "dtype": "int8", "column": 9, "tile": [64, 48, 128, 128, 4, 3, None],
+    "architecture": "sm_75", "dtype": "int8", "column": 9, "tile": [64, 48, 128, 128, 4, 3, None],
 }  # fmt: skip
 
 

@@ -41,8 +41,12 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
         return "Triton's interpreter multiplies bfloat16 wrongly"
     if not _installed():
         return "triton is not installed"
-    if configs.architecture_of(q.device) is None:
-        return f"has no tiles for {q.device}, only for sm_{', sm_'.join(map(str, configs.ARCHITECTURES))}"
+    architecture = configs.architecture_of(q.device)
+    if architecture is None:
+        return f"has no tiles for {q.device}, only for {', '.join(configs.ARCHITECTURES)}"
+    wide = torch.promote_types(q.dtype, k.dtype)
+    if (architecture, wide) not in configs.TABLE and not interpreted:
+        return f"has no tiles for {str(wide).removeprefix('torch.')} on {architecture}"
     if max(q.shape[0], k.shape[0]) > MOST_ROWS:
         return f"numbers at most {MOST_ROWS} rows, not {max(q.shape[0], k.shape[0])}"
     return None

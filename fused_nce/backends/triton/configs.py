@@ -32,6 +32,8 @@ class Tile(NamedTuple):
         None  # a thread's limit; without one ptxas may spill to have two programs on a multiprocessor
     )
 
+    both: int | None = None  # y of a pass that weighs each score in both roles; None: as `weights_tile` has it
+
     @property
     def options(self) -> dict[str, int]:
         """What Triton compiles it with."""
@@ -49,61 +51,93 @@ _FLOAT32 = (
 )
 # The interpreter's: small, so that small problems have many tiles, chunks and slices.
 _INTERPRETED = (Tile(16, 64, 64, 64, 4, 1), *4 * (Tile(32, 64, 32, 64, 4, 1),))
-INTERPRETED = 0
+INTERPRETED = "interpreter"
 
 ALL = 255  # registers of a thread: one program of eight warps has the multiprocessor to itself
 WIDTHS = (64, 128, 256, 512)  # the bounds of the table's columns; the last entry is for anything wider
-# 128 rows where they fit: half the traffic of 64. At D >= 256 the sums, X·SLICE float32, take most of the registers.
-TABLE: dict[tuple[int, torch.dtype], tuple[Tile, ...]] = {
-    (80, torch.bfloat16): (
+# 8.6, 8.9 and 12.0 have sm_80's matrix instructions and 99 KiB of shared memory, of which its tiles take 75 at most.
+CONSUMER = ("sm_86", "sm_89", "sm_120")
+_SM80 = {
+    torch.bfloat16: (
         Tile(128, 64, 64, 64, 8, 3),
         Tile(128, 32, 128, 128, 8, 3),
         Tile(64, 64, 256, 256, 8, 2),
         Tile(64, 32, 64, 512, 8, 2),
         Tile(64, 32, 64, 512, 8, 3),
     ),
-    (80, torch.float16): (
+    torch.float16: (
         Tile(128, 64, 64, 64, 8, 3),
         Tile(128, 32, 128, 128, 8, 3),
         Tile(64, 32, 256, 256, 8, 2),
         Tile(64, 32, 64, 256, 8, 2),
         Tile(64, 32, 64, 256, 8, 2),
     ),
-    (80, torch.float32): _FLOAT32,
-    (90, torch.bfloat16): (
+    torch.float32: _FLOAT32,
+}
+# AMD's MI300 and MI200: 64 threads a warp, 64 KiB of local memory, and registers that hold no second stage.
+_NARROW = (
+    Tile(128, 64, 64, 64, 8, 1, both=16),
+    Tile(64, 64, 128, 128, 8, 1, both=16),
+    Tile(64, 32, 64, 256, 8, 2, both=16),
+    Tile(64, 32, 64, 512, 8, 2),
+    Tile(64, 32, 64, 512, 8, 2),
+)
+_CDNA = {
+    torch.bfloat16: _NARROW,
+    torch.float16: (
+        _NARROW[0],
+        Tile(64, 32, 128, 128, 8, 1, both=16),
+        _NARROW[2],
+        *2 * (Tile(64, 16, 64, 512, 8, 2),),
+    ),
+    torch.float32: _FLOAT32,
+}
+# 128 rows where they fit: half the traffic of 64. At D >= 256 the sums, X·SLICE float32, take most of the registers.
+TABLE: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
+    **{("sm_80", dtype): tiles for dtype, tiles in _SM80.items()},
+    **{(card, dtype): tiles for card in CONSUMER for dtype, tiles in _SM80.items()},
+    ("sm_120", torch.bfloat16): (*_SM80[torch.bfloat16][:4], Tile(64, 32, 64, 512, 8, 2)),
+    **{(card, torch.float32): tuple(tile._replace(registers=ALL) for tile in _FLOAT32) for card in CONSUMER},
+    ("sm_90", torch.bfloat16): (
         Tile(128, 64, 64, 64, 8, 3),
         Tile(128, 64, 128, 128, 8, 3),
         Tile(128, 32, 256, 256, 8, 2),
         Tile(64, 32, 512, 512, 8, 2),
         Tile(64, 32, 64, 512, 8, 3),
     ),
-    (90, torch.float16): (
+    ("sm_90", torch.float16): (
         Tile(128, 64, 64, 64, 8, 3),
         Tile(128, 32, 128, 128, 8, 2),
         Tile(64, 32, 256, 256, 8, 2),
         Tile(64, 32, 64, 512, 8, 3),
         Tile(64, 32, 64, 512, 8, 3),
     ),
-    (90, torch.float32): (Tile(32, 32, 32, 64, 8, 2), *_FLOAT32[1:]),
-    (100, torch.bfloat16): (
+    ("sm_90", torch.float32): (Tile(32, 32, 32, 64, 8, 2), *_FLOAT32[1:]),
+    ("sm_100", torch.bfloat16): (
         Tile(128, 64, 64, 64, 8, 3),
         Tile(128, 64, 128, 128, 8, 3, ALL),
         Tile(128, 32, 256, 256, 8, 2),
         Tile(64, 32, 512, 512, 8, 2, ALL),
         Tile(64, 32, 64, 512, 8, 3),
     ),
-    (100, torch.float16): (
+    ("sm_100", torch.float16): (
         Tile(128, 64, 64, 64, 8, 3),
         Tile(128, 32, 128, 128, 8, 2),
         Tile(128, 32, 256, 256, 8, 2),
         Tile(64, 32, 64, 512, 8, 2),
         Tile(64, 32, 64, 512, 8, 2),
     ),
-    (100, torch.float32): (Tile(32, 32, 32, 64, 8, 2, ALL), *(tile._replace(registers=ALL) for tile in _FLOAT32[1:])),
+    ("sm_100", torch.float32): (
+        Tile(32, 32, 32, 64, 8, 2, ALL),
+        *(tile._replace(registers=ALL) for tile in _FLOAT32[1:]),
+    ),
+    **{("gfx942", dtype): tiles for dtype, tiles in _CDNA.items()},
+    # Sums of float16 go through TF32, which an MI200 has not.
+    **{("gfx90a", dtype): tiles for dtype, tiles in _CDNA.items() if dtype != torch.float16},
     (INTERPRETED, torch.float16): _INTERPRETED,
     (INTERPRETED, torch.float32): _INTERPRETED,
 }
-ARCHITECTURES = sorted({architecture for architecture, _ in TABLE} - {INTERPRETED})
+ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _ in TABLE if architecture != INTERPRETED))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -117,7 +151,7 @@ def column_of(d: int) -> int:
     return sum(d > width for width in WIDTHS)
 
 
-def tile(architecture: int, dtype: torch.dtype, d: int) -> Tile:
+def tile(architecture: str, dtype: torch.dtype, d: int) -> Tile:
     """The tile for width D: of the file that FUSED_NCE_TILES names, else the shipped one."""
     column = column_of(d)
     found = own_tiles().get((architecture, dtype, column)) or TABLE[architecture, dtype][column]
@@ -133,7 +167,7 @@ def fold_tile(tile: Tile, parts: Partials) -> Tile:
 def weights_tile(tile: Tile, both: bool) -> Tile:
     """The tile of a pass for a gradient: half the scores where each is weighed in both roles and registers are few."""
     crowded = tile.slice == SLICE or tile.x < 64  # the widest sums; float32, whose tiles no tensor core holds
-    return tile._replace(y=max(16, tile.y // 2)) if both and crowded else tile
+    return tile._replace(y=tile.both or max(16, tile.y // 2)) if both and (crowded or tile.both) else tile
 
 
 class Gather(NamedTuple):
@@ -151,21 +185,23 @@ def gather_tile(d: int, partners: int) -> Gather:
     return Gather(4096 // (width * count), count, width)
 
 
-def architecture_of(device: torch.device) -> int | None:
+def architecture_of(device: torch.device) -> str | None:
     """The table's architecture for a device, None where it has none. The interpreter runs on the CPU."""
     if device.type == "cpu":
         return INTERPRETED
-    if torch.version.hip is not None:
-        return None  # an MI200 calls itself 9.0 too
+    if torch.version.hip is not None:  # an MI200 calls itself 9.0 too, and says gfx90a:sramecc+:xnack-
+        found = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        return found if found in ARCHITECTURES else None
     major, minor = torch.cuda.get_device_capability(device)
-    found = 10 * major + minor
-    # 8.6, 8.9 and 12.0 have 99 KiB of shared memory and tiles of their own to find; 10.3 is 10.0 with another clock.
-    return {80: 80, 87: 80, 90: 90, 100: 100, 103: 100}.get(found)
+    found = f"sm_{major}{minor}"
+    # 8.7 is 8.0 in a smaller chip; 10.3 is 10.0, and 12.1 is 12.0, with another clock.
+    found = {"sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120"}.get(found, found)
+    return found if found in ARCHITECTURES else None
 
 
 # ---- tiles of one's own -----------------------------------------------------------------------------------------
 
-Tiles = dict[tuple[int, torch.dtype, int], Tile]  # by architecture, dtype and column of the table
+Tiles = dict[tuple[str, torch.dtype, int], Tile]  # by architecture, dtype and column of the table
 
 
 def own_tiles() -> Tiles:

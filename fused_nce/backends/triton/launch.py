@@ -64,7 +64,12 @@ class Sweep:
         return {"D": self.d, "PRECISION": self._precision(), **sizes, **tile.options}
 
     def _precision(self) -> str:
-        """Of products of float32: TF32 where torch allows it, and where it holds both 16-bit types exactly."""
+        """Of products of float32: TF32 where torch allows it, and where it holds both 16-bit types exactly.
+
+        AMD's cards have none, or round it otherwise.
+        """
+        if torch.version.hip is not None:
+            return "ieee"
         wide = torch.float32 in (self.p.q.dtype, self.p.k.dtype)
         allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
         return "tf32" if (wide and allowed) or (self.form.mixed and not wide) else "ieee"  # fault: triton-tf32

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = fastest(candidates(shipped, options.width), clock)
     Path(trial).unlink()
     configs.write({**before, key: found}, options.out)
-    print(f"sm_{architecture}, {options.dtype}, D {options.width}: {found}")
+    print(f"{architecture}, {options.dtype}, D {options.width}: {found}")
     print(f"wrote {options.out}: FUSED_NCE_TILES={options.out}")
     return 0
 
