@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from bench.static import target_of
 from fused_nce.backends import triton
 from fused_nce.backends.triton import configs
 from fused_nce.core.spec import Spec
@@ -22,8 +23,8 @@ from tests.ptx.parse import Kernel, Module
 class Card:
     """A GPU, as far as the compiler asks."""
 
-    def __init__(self, architecture: int) -> None:
-        self.target = GPUTarget("cuda", architecture, 32)
+    def __init__(self, architecture: str) -> None:
+        self.target = target_of(architecture)
 
     def get_current_device(self) -> int:
         """The only one."""
@@ -75,7 +76,7 @@ def execute(compiled: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> 
     launch(code, (x, y, z), 32 * compiled.metadata.num_warps, bytes(packed), compiled.metadata.shared, ranges)
 
 
-def pose(patch: pytest.MonkeyPatch, architecture: int, run: Run | None = execute) -> set[Any]:
+def pose(patch: pytest.MonkeyPatch, architecture: str, run: Run | None = execute) -> set[Any]:
     """Make every launch a compilation and, but for None, a run; the set that the compiled kernels will be in."""
     compiled: set[Any] = set()
 

@@ -40,7 +40,7 @@ def test_three_losses(monkeypatch, record_eta):
     """
     from tests.ptx.compiled import pose
 
-    compiled = pose(monkeypatch, 90)
+    compiled = pose(monkeypatch, "sm_90")
     assert hold(("sup_con", "siglip_loss"), "bfloat16", record_eta) == 2
     assert len(compiled) == 12
     assert hold(("moco_nce",), "float32", record_eta) == 1
@@ -48,7 +48,7 @@ def test_three_losses(monkeypatch, record_eta):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_every_loss(architecture, dtype, monkeypatch, record_eta):
     from tests.ptx.compiled import pose
 
@@ -74,7 +74,7 @@ WIDE: tuple[dict[str, Any], ...] = (
 def test_a_case(number, dtype, monkeypatch, record_eta):
     from tests.ptx.compiled import pose
 
-    pose(monkeypatch, 90)
+    pose(monkeypatch, "sm_90")
     case = Case("triton", dtype, 0, scale=0.1, **WIDE[number])
     etas = run_case(case)
     record_eta("triton ptx", dtype, etas)
@@ -107,7 +107,7 @@ def test_a_barrier_less_is_a_hazard(monkeypatch):
             reported.setdefault(text, []).append(seen)
         compiled.execute(found, grid, arguments)
 
-    compiled.pose(monkeypatch, 90, run)
+    compiled.pose(monkeypatch, "sm_90", run)
     for name in ("sup_con", "siglip_loss", "amdim_nce"):
         etas_of(name, "cpu", "triton", torch.bfloat16)
     assert len(reported) >= 10

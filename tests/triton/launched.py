@@ -14,61 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
 from fused_nce.losses.registry import LOSSES
 from tests.ptx.compiled import pose
 
 
 def main(architecture: str, dtype: str, *names: str) -> None:
     """Forward and backward of each loss's example; without names, of all that the backend takes."""
-    compiled = pose(pytest.MonkeyPatch(), int(architecture), None)
-=======
-from bench.static import target_of
-from fused_nce.backends import triton
-from fused_nce.backends.triton import configs
-from fused_nce.losses.registry import LOSSES
-
-
-class Card:
-    """A GPU, as far as the compiler asks."""
-
-    def __init__(self, architecture: str) -> None:
-        self.target = target_of(architecture)
-
-    def get_current_device(self) -> int:
-        """The only one."""
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        """The default one."""
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        """What the kernels are compiled for."""
-        return self.target
-
-
-def pose(architecture: str) -> set[Any]:
-    """Make every launch a compilation; the set that the compiled kernels will be in."""
-    compiled: set[Any] = set()
-
-    def launch(kernel: Any, grid: tuple[int, ...]) -> Any:
-        def compile_for(*arguments: Any, **options: Any) -> None:
-            compiled.add(kernel.run(*arguments, grid=grid, warmup=True, **options))
-
-        return compile_for
-
-    driver.set_active(Card(architecture))
-    JITFunction.__getitem__ = launch
-    configs.architecture_of = lambda device: architecture
-    triton.why_not = lambda spec, q, k: None
-    return compiled
-
-
-def main(architecture: str, dtype: str, *names: str) -> None:
-    """Forward and backward of each loss's example."""
-    compiled = pose(architecture)
->>>>>>> cards
+    compiled = pose(pytest.MonkeyPatch(), architecture, None)
     warnings.simplefilter("ignore")  # what nothing was written to may be NaN
     for name in names or [name for name, entry in LOSSES.items() if not entry.closed]:
         entry = LOSSES[name]

@@ -39,15 +39,6 @@ def launched(*arguments: str) -> int:
 
 
 @TRITON
-<<<<<<< HEAD
-=======
-def test_what_two_losses_launch():
-    """Sets of positives and one tensor in both roles; a learnable bias and gathered positives."""
-    assert launched("sm_90", "bfloat16", "sup_con", "siglip_loss") == 12
-
-
-@TRITON
->>>>>>> cards
 @pytest.mark.nightly
 @pytest.mark.parametrize("dtype", static.DTYPES, ids=str)
 @pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
