@@ -43,7 +43,7 @@ def test_three_losses(monkeypatch, record_eta):
     compiled = pose(monkeypatch, "sm_90")
     assert hold(("sup_con", "siglip_loss"), "bfloat16", record_eta) == 2
     assert len(compiled) == 12
-    assert hold(("moco_nce",), "float32", record_eta) == 1
+    assert hold(("amdim_nce",), "float32", record_eta) == 1
 
 
 @pytest.mark.nightly

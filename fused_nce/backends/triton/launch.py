@@ -173,7 +173,9 @@ class Sweep:
             out, dots, on_bias, n_x, n_y, self.first, self.itself, splits, side.x.stride(0), side.y.stride(0),
             FORM=form, PARTIALS=Partials.of(form.rows), NORMALISE=sums.partial is not None, AS_ROW=side.as_row,
             AS_COLUMN=side.as_column, DOTS=scale, D=self.d,
-            X=shape.x, PARTNERS=shape.partners, WIDTH=shape.width,
+            # Lanes that share a sum must hold one number; a fused multiply-add would round it anew on each.
+            # fault: triton-lanes-differ
+            X=shape.x, PARTNERS=shape.partners, WIDTH=shape.width, enable_fp_fusion=False,
         )  # fmt: skip
         # fault: triton-one-tensor
         share = 0.5 if side.as_row and side.as_column else 1.0  # each score was met twice
