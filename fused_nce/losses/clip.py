@@ -64,8 +64,8 @@ def clip_loss(
         tau_plus: the share of false negatives.
         label_smoothing: ε.
         row_weights: (N,), of the pairs.
-        positives: of each image its texts and of each text its images, -1 for none, as in `info_nce`: two, since one
-            is not the other's transpose where weights or numbers differ.
+        positives: (N, P) and (N, P') int64, of each image its texts and of each text its images, -1 for none, as in
+            `info_nce`: two, since one is not the other's transpose where weights or numbers differ.
         soft_targets: likewise, of each direction (indices, weights).
         prefixes: widths, each a loss of its own.
         prefix_weights: of the prefixes' losses.
