@@ -87,7 +87,8 @@ def table(record: Record, threads: int | None = None) -> str:
         "problem", "fused_nce, ms", "eager ÷ ours", "torch.compile ÷ ours", "best other ÷ ours",
         "of the least GEMMs", "fused_nce, MiB", "eager, MiB", "gradient error: ours / eager",
     ]  # fmt: skip
-    note = f"Loss and gradients, float32, {threads} threads; memory above inputs and gradients; the least GEMMs are those of the library named."
+    note = f"Loss and gradients, float32, {threads} threads; memory above inputs and gradients; "
+    note += "the least GEMMs are those of the library named."
     return f"{markdown(header, rows)}\n\n{note} {host_line(record)}"
 
 

@@ -35,7 +35,7 @@ class Step:
     width: int
     dtype: torch.dtype
 
-    def clock(self, key: tuple[int, torch.dtype, int], path: str) -> Clock:
+    def clock(self, key: tuple[str, torch.dtype, int], path: str) -> Clock:
         """A step's median time in ms on the current GPU, the tile being read from `path`."""
         from triton.runtime.errors import OutOfResources, PTXASError
         from triton.testing import do_bench
