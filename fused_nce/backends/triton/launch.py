@@ -96,6 +96,7 @@ class Sweep:
                 side.x, side.y, *self.scores, self.row_ids, pos, p.n, p.m, self.first, self.itself,
                 side.x.stride(0), side.y.stride(0),
                 FORM=form, D=self.d, X=shape.x, PARTNERS=shape.partners, WIDTH=shape.width,
+                enable_fp_fusion=False,  # as in `finish`
             )  # fmt: skip
         return pos
 
