@@ -35,12 +35,12 @@ StatisticTensors checked(const char* pos_name, const Tensor& pos, const char* ro
 }
 
 // The arguments that the operators begin with.
-#define FUSED_NCE_SCORES                                                                                     \
+#define FUSED_NCE_SCORES                                                                                         \
   const Tensor &q, const Tensor &k, double scale, FUSED_NCE_LAYOUT, double bias, FUSED_NCE_FILTERS, Names stats, \
       Names columns
 #define FUSED_NCE_SCORES_GIVEN \
   q, k, scale, FUSED_NCE_LAYOUT_GIVEN, bias, FUSED_NCE_FILTERS_GIVEN, std::move(stats), std::move(columns)
-#define FUSED_NCE_SCORES_SCHEMA                                                                     \
+#define FUSED_NCE_SCORES_SCHEMA                                                                       \
   "Tensor q, Tensor k, float scale, " FUSED_NCE_LAYOUT_SCHEMA "float bias, " FUSED_NCE_FILTERS_SCHEMA \
   "int[] stats, int[] columns, "
 

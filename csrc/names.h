@@ -20,8 +20,9 @@ enum Statistic : int {
   kStatistics,
 };
 
-constexpr const char* kStatisticNames[kStatistics] = {"neg_lse", "neg_max", "square",    "neg_softplus", "pos_lse", "pos_max",
-                                                      "pos_sum", "pos_count", "pos_gap", "neg_sum",      "neg_count"};
+constexpr const char* kStatisticNames[kStatistics] = {"neg_lse", "neg_max", "square",   "neg_softplus",
+                                                      "pos_lse", "pos_max", "pos_sum",  "pos_count",
+                                                      "pos_gap", "neg_sum", "neg_count"};
 
 constexpr unsigned bit_of(Statistic name) { return 1u << name; }
 

@@ -41,13 +41,13 @@ constexpr int kMostLanes = 256;
 struct Tile {
   float* scores;  // (columns, lanes), <q, k> before the scale
   int64_t columns;
-  int64_t lanes;            // at most kMostLanes; lanes from `rows` on are padding, their products are 0
-  int64_t rows;             // rows of the strip
-  int64_t first_column;     // of S
-  int64_t first_row;        // of S
-  const int32_t* ids;       // (lanes): a line with the same id is a positive; -1: none is
-  const int32_t* itself;    // (lanes): the column that the row itself is, left out of every set; null: no row is
-  const int32_t* line_ids;  // (columns)
+  int64_t lanes;             // at most kMostLanes; lanes from `rows` on are padding, their products are 0
+  int64_t rows;              // rows of the strip
+  int64_t first_column;      // of S
+  int64_t first_row;         // of S
+  const int32_t* ids;        // (lanes): a line with the same id is a positive; -1: none is
+  const int32_t* itself;     // (lanes): the column that the row itself is, left out of every set; null: no row is
+  const int32_t* line_ids;   // (columns)
   int32_t* marks = nullptr;  // (columns, lanes) `kNoNegative`, `kOutside` or 0; null: ids and `itself` say all
 };
 

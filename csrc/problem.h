@@ -184,9 +184,9 @@ inline Layout layout_of(const at::Tensor& q, const at::Tensor& k, int64_t n_c, c
   return out;
 }
 
-#define FUSED_NCE_FILTERS                                                                              \
-  const std::optional<at::Tensor>&ceiling, const std::optional<at::Tensor>&guide_ceiling,              \
-      const std::optional<at::Tensor>&guide_q, const std::optional<at::Tensor>&guide_k,                \
+#define FUSED_NCE_FILTERS                                                                 \
+  const std::optional<at::Tensor>&ceiling, const std::optional<at::Tensor>&guide_ceiling, \
+      const std::optional<at::Tensor>&guide_q, const std::optional<at::Tensor>&guide_k,   \
       const std::optional<at::Tensor>&several
 #define FUSED_NCE_FILTERS_GIVEN ceiling, guide_ceiling, guide_q, guide_k, several
 #define FUSED_NCE_FILTERS_SCHEMA \
@@ -206,7 +206,8 @@ inline Filters filters_of(const at::Tensor& q, const at::Tensor& k, FUSED_NCE_FI
   }
   if (several) {
     TORCH_CHECK_VALUE(several->scalar_type() == at::kLong && several->dim() == 2 && several->size(0) == n,
-                      "several is ", several->scalar_type(), " of ", several->sizes(), ", needed: int64 of ", n, " rows");
+                      "several is ", several->scalar_type(), " of ", several->sizes(), ", needed: int64 of ", n,
+                      " rows");
     out.several = several->contiguous();
   }
   return out;

@@ -119,7 +119,7 @@ inline bool fits(const Form& form, const Call& call, const Given& x) {
   if (key == last) return true;
   for (const auto& [statistics, gradients] : {std::pair{true, true}, {true, false}, {false, true}}) {
     Work work{x.q.size(0), k.size(0), x.q.size(1), image, elements, statistics && gradients, gradients, gradients,
-                    gradients,   shared,    labels,      rows,  columns};
+              gradients,   shared,    labels,      rows,  columns};
     work.divided = divided;
     if (make_plan(work, call.workspace_bytes).lanes == 0) return false;
   }

@@ -45,7 +45,7 @@ struct Work {
   bool labels = false;                            // ids are ranks among the rows' labels
   unsigned row_stats = kFused, column_stats = 0;  // bits of statistics
   bool symmetric = false;  // and the scores are: one above the diagonal counts for its row and for its column
-  bool divided = false;                 // rows are divided by their norms on the way
+  bool divided = false;    // rows are divided by their norms on the way
   bool marked = false, guided = false;  // filters mark columns of each row, by the dot products of guides too
 
   // Whether every GEMM reads copies of rows, widened or divided; or, further apart, those of the gradients do.

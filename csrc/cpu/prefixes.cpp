@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kTileColumns = 256, kFewLanes = 128, kLeastStored = 64;
 constexpr int64_t kPrefixGroups[] = {16, 12, 8, 6, 4, 2, 1};  // as in `make_plan`
-constexpr float kBound = 40.0f;  // of a scale that cosines need no shift under
+constexpr float kBound = 40.0f;                               // of a scale that cosines need no shift under
 
 struct Shape {
   int64_t rows, columns, width, image, parts;
@@ -223,9 +223,9 @@ class PrefixSweep {
     const int64_t first = t * plan_.tile_columns, columns = std::min(plan_.tile_columns, m_ - first);
     float* scores = plan_.stored ? space_.cosines + (i * m_ + first) * plan_.lanes
                                  : group.cosines + i * plan_.tile_columns * plan_.lanes;
-    int32_t* marks = space_.marks      ? space_.marks + (i * m_ + first) * plan_.lanes
+    int32_t* marks = space_.marks    ? space_.marks + (i * m_ + first) * plan_.lanes
                      : shape_.marked ? group.marks.own + i * plan_.tile_columns * plan_.lanes
-                                       : nullptr;
+                                     : nullptr;
     return {.scores = scores,
             .columns = columns,
             .lanes = plan_.lanes,

@@ -22,6 +22,7 @@ struct PrefixTask {
 void sweep_prefixes(const SweepInputs& in, const PrefixTask& task);
 
 int64_t prefix_workspace_bytes(int64_t rows, int64_t columns, int64_t width, int64_t image, int64_t parts, bool both,
-                               bool need_q, bool marked, bool guided, int64_t workspace_bytes);  // 0: not even the smallest plan fits
+                               bool need_q, bool marked, bool guided,
+                               int64_t workspace_bytes);  // 0: not even the smallest plan fits
 
 }  // namespace fused_nce

@@ -31,8 +31,9 @@ class Sweep {
   Sweep(const SweepInputs& in, const Task& task)
       : rows_(active_kernels()), scoring_(in.scoring), n_(in.q.size(0)), m_(in.k.size(0)), width_(in.q.size(1)),
         elements_(elements_of(in.q.scalar_type(), width_)), half_(in.q.scalar_type() == at::kHalf), q_(in.q.data_ptr()),
-        k_(in.k.data_ptr()), q_stride_(in.q.stride(0)), k_stride_(in.k.stride(0)), q_norms_(numbers_of(in.q_norms)), k_norms_(numbers_of(in.k_norms)), task_(task), need_q_(in.need_q),
-        need_k_(in.need_k), need_scale_(in.need_scale), shared_(in.shared), stats_(arrays(task.stats, in.wanted)),
+        k_(in.k.data_ptr()), q_stride_(in.q.stride(0)), k_stride_(in.k.stride(0)), q_norms_(numbers_of(in.q_norms)),
+        k_norms_(numbers_of(in.k_norms)), task_(task), need_q_(in.need_q), need_k_(in.need_k),
+        need_scale_(in.need_scale), shared_(in.shared), stats_(arrays(task.stats, in.wanted)),
         columns_(arrays_of(task.stats.columns, in.wanted.columns)), n_pos_(in.layout.n_pos),
         own_columns_(n_pos_ > 0 && !in.layout.positives.defined()), work_(work_for(in, task)),
         plan_(checked_plan(in.workspace_bytes)), arena_(plan_.bytes), space_(work_, plan_, arena_),
@@ -203,8 +204,7 @@ class Sweep {
     if (kBf16)
       interleave(reinterpret_cast<const uint16_t*>(queries_in_place().data), q_stride_, strip_.rows,
                  reinterpret_cast<uint32_t*>(space_.query_rows));
-    else
-      copy_rows(q_, q_stride_, q_norms_, strip_.first, strip_.rows, reinterpret_cast<float*>(space_.query_rows));
+    else copy_rows(q_, q_stride_, q_norms_, strip_.first, strip_.rows, reinterpret_cast<float*>(space_.query_rows));
   }
 
   // The strip's queries transposed, in 32-bit words: one float, or the pair of bfloat16 that brgemm wants together.

@@ -6,8 +6,8 @@
 #include <cmath>
 #include <vector>
 
-#include "gemm.h"
 #include "../unit_rows.h"
+#include "gemm.h"
 #include "isa.h"
 #include "sweep.h"
 

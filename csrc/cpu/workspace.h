@@ -74,8 +74,8 @@ struct Group {
   float *d_scale_lanes, *d_bias_lanes;  // (lanes), of a tile
   int32_t* line_ids;                    // (tile_columns)
   int32_t* column_rows = nullptr;       // (tile_columns), the row that each column is; null: no column statistics
-  float* side = nullptr;        // (tile_columns, lanes): a tile turned around, or what further statistics put on t
-  float* scores = nullptr;      // a tile of them, unless the strip stores its own
+  float* side = nullptr;    // (tile_columns, lanes): a tile turned around, or what further statistics put on t
+  float* scores = nullptr;  // a tile of them, unless the strip stores its own
   MarkRoom marks;
   float* key_rows = nullptr;    // (tile_columns, padded D), copies of keys; null: used where they are
   uint16_t* rounded = nullptr;  // weights (tile_columns, lanes), the left operand of dk; null: over the scores

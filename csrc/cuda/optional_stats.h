@@ -37,7 +37,8 @@ template <bool kClip, bool kMasked>
 FUSED_NCE_HD void optional_turn(const Row& row, int c, OptionalFold& fold) {
   OptionalPart& part = fold.part;
   const Eight eight = load(row.scores + c, row.scale);
-  float t[kColumns], soft[kColumns], e[kColumns], own[kColumns], others[kColumns], bad[2] = {0.0f, 0.0f}, top = part.max;
+  float t[kColumns], soft[kColumns], e[kColumns], own[kColumns], others[kColumns], bad[2] = {0.0f, 0.0f},
+                                                                                   top = part.max;
   bool positive[kColumns];
   FUSED_NCE_UNROLL
   for (int u = 0; u < kColumns; ++u) {
@@ -143,8 +144,8 @@ FUSED_NCE_HD OptionalWeights optional_weights(const RowArrays& rows, int64_t i) 
   if (!optional.d) return {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
   const int64_t c = i - rows.upstream.first_row;
   const float count = optional.of(kPosCount, i);
-  return {optional.d_of(kNegSoftplus, c), optional.d_of(kPosLse, c), optional.d_of(kPosSum, c),
-          optional.d_of(kPosGap, c),      optional.d_of(kNegSum, c), optional.of(kPosLse, i),
+  return {optional.d_of(kNegSoftplus, c),    optional.d_of(kPosLse, c), optional.d_of(kPosSum, c),
+          optional.d_of(kPosGap, c),         optional.d_of(kNegSum, c), optional.of(kPosLse, i),
           count > 0.0f ? 1.0f / count : 0.0f};
 }
 
