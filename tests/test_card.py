@@ -48,6 +48,26 @@ def test_a_wrong_kernel_is_named(monkeypatch, capsys):
     assert "please send this report" in printed
 
 
+def test_nothing_that_ran_is_no_success(monkeypatch, capsys):
+    monkeypatch.setattr(cuda, "why_not", lambda *call: "no card of its kind")
+    assert card.shown(CPU, ("cuda",), (24,)) == 1
+    printed = capsys.readouterr().out
+    assert "  not its own: " in printed
+    assert " of 45: no card of its kind\n" in printed
+    assert printed.endswith("cuda ran nothing: its kernels are not tested\n")
+
+
+def test_a_broken_context_ends_the_trials(monkeypatch, capsys):
+    def broken(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(chunked, "loss", broken)
+    assert card.shown(CPU, ("chunked",), (24,)) == 1
+    printed = capsys.readouterr().out
+    assert "stopped: cpu is of no use any more to this process" in printed
+    assert ", 1 wrong; please send this report" in printed
+
+
 def test_an_exception_is_a_result(monkeypatch):
     def broken(*args):
         raise RuntimeError("no kernel image is available\nfor this device")

@@ -7,6 +7,7 @@ for, and keeps no verdict.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -94,27 +95,34 @@ def _gradients(entry: Entry, inputs: dict[str, Any], backend: str) -> dict[str, 
 
 
 def report(found: Sequence[Trial]) -> str:
-    """A line for each backend and dtype, and one for each trial that failed."""
+    """A line for each backend and dtype, and one for each trial that failed and each reason why some did not run."""
     lines = []
     for backend, dtype in dict.fromkeys((x.backend, x.dtype) for x in found):
         ran = [x for x in found if (x.backend, x.dtype) == (backend, dtype)]
-        sound = [x for x in ran if not x.wrong and not x.refused]
-        failed, refused = [x for x in ran if x.wrong], [x for x in ran if x.refused]
-        worst = max(sound, key=lambda x: x.off, default=None)
+        right = [x for x in ran if not x.wrong and not x.refused]
+        worst = max(right, key=lambda x: x.off, default=None)
         lines.append(
-            f"{backend:8} {dtype:9} {len(sound)} of {len(ran)} right"
+            f"{backend:8} {dtype:9} {len(right)} of {len(ran)} right"
             + (f", worst {worst.off:.1e} of the largest entry ({worst.loss}, width {worst.width})" if worst else "")
-            + (f", {len(refused)} not its own: {refused[0].refused}" if refused else "")
             + f", {sum(x.seconds for x in ran):.0f} s"
         )
-        lines += [f"  WRONG  {x.loss}, width {x.width}: {x.wrong}" for x in failed]
+        lines += [f"  WRONG  {x.loss}, width {x.width}: {x.wrong}" for x in ran if x.wrong]
+        refused = Counter(x.refused for x in ran if x.refused)
+        lines += [f"  not its own: {count} of {len(ran)}: {reason}" for reason, count in refused.items()]
     wrong = sum(bool(x.wrong) for x in found)
     lines.append(f"{len(found)} trials, {wrong} wrong" + ("; please send this report" if wrong else ""))
+    idle = [name for name in dict.fromkeys(x.backend for x in found) if not ran_any(found, name)]
+    lines += [f"{name} ran nothing: its kernels are not tested" for name in idle]
     return "\n".join(lines)
 
 
+def ran_any(found: Sequence[Trial], backend: str) -> bool:
+    """Whether a backend took any trial."""
+    return any(not x.refused for x in found if x.backend == backend)
+
+
 def main(backends: Sequence[str] = first_contact.ON, widths: Sequence[int] = WIDTHS) -> int:
-    """Print the report of each card; 1 where something is wrong.
+    """Print the report of each card; 1 where something is wrong, or nothing ran.
 
     Raises:
         ValueError: torch sees no GPU.
@@ -125,11 +133,17 @@ def main(backends: Sequence[str] = first_contact.ON, widths: Sequence[int] = WID
 
 
 def shown(device: torch.device, backends: Sequence[str], widths: Sequence[int]) -> int:
-    """One device's report, printed; 1 where something is wrong."""
+    """One device's report, printed; 1 where something is wrong, or nothing ran.
+
+    What breaks the card's context would make everything after it look wrong: the first such error is the last trial.
+    """
     with Progress(len(cases(backends, widths))) as tick:
         found = []
         for trial in trials(device, backends, widths):
             found.append(trial)
             tick(f"{trial.backend} {trial.dtype} {trial.loss}")
+            if "CUDA error" in trial.wrong or "HIP error" in trial.wrong:
+                print(f"stopped: {device} is of no use any more to this process")
+                break
     print(f"every loss on {device} against float64\n{report(found)}")
-    return int(any(trial.wrong for trial in found))
+    return int(any(trial.wrong for trial in found) or not any(ran_any(found, name) for name in backends))

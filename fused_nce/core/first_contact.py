@@ -194,10 +194,12 @@ def _named(
 
 
 def off(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference in units of the largest entry; inf where one is finite and the other is not."""
-    found, wanted = found.detach().double().cpu(), wanted.detach()
+    """The largest difference in units of the largest entry; inf where not the same entries are finite, or others infinite."""
+    found, wanted = found.detach().double().cpu(), wanted.detach().double()
     finite = wanted.isfinite()
     if not torch.equal(found.isfinite(), finite):  # fault: trial-nan-unseen
+        return float("inf")
+    if not torch.equal(found[~finite].nan_to_num(0.0), wanted[~finite].nan_to_num(0.0)):  # infinities have a sign
         return float("inf")
     if not finite.any():
         return 0.0

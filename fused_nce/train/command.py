@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         done = f"{reason} at step {trainer.step} after {trainer.time_s:.0f} s{lost(trainer)}"
         print(printable(f"{done}; run saved in {run_dir}"), flush=True)
     if trainer.preempted:
-        slurm.queue_again(first)
+        slurm.queue_again(trainer.interrupt.preempted, first)
     return 0
 
 
@@ -135,7 +135,7 @@ def _parse(name: str | None, argv: Sequence[str]) -> Start:
     settings = config.instantiate(method, parser, values)
     run_dir = Path(values.out or f"runs/{method.method}-{settings.preset}")
     # By torchrun after a process was lost, or by SLURM after the job was preempted.
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or slurm.restarted()
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or slurm.goes_on(run_dir)
     if again and any((run_dir / "checkpoints").glob("step_*")):
         return _resumed(method, parser, [word for word in argv if word != "--overwrite"], run_dir, [])
     if not _first_process():
@@ -156,6 +156,7 @@ def _parse(name: str | None, argv: Sequence[str]) -> Start:
         run_dir.mkdir(parents=True)
         lock.take(run_dir)
     config.save(settings, run_dir)
+    slurm.began(run_dir)
     return Start(settings, run_dir, False, [], made)
 
 

@@ -13,20 +13,20 @@ from typing import Any
 
 from fused_nce.train.slurm import PREEMPTION
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *PREEMPTION)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME_S = 1.0  # two signals within it are one: Ctrl-C reaches a process from its terminal and from torchrun
 
 
 class Interrupt:
     """The first signal of `ENDING` asks the loop to finish its step and save; a second ends the process.
 
-    A context manager; `requested` turns true at the first signal, and `preempted` where it announces the job's end.
-    Within `held`, which a save is, a second one changes nothing. A SIGHUP that is ignored already (nohup) stays so.
-    Outside the main thread, where Python allows no handlers, it does nothing.
+    A context manager; `requested` turns true at the first signal. In a SLURM job those of `slurm.PREEMPTION` ask too;
+    `preempted` is the one that came. Within `held`, which a save is, a second one changes nothing. A SIGHUP that is
+    ignored already (nohup) stays so. Outside the main thread, where Python allows no handlers, it does nothing.
     """
 
     def __init__(self) -> None:
-        self.requested = self.preempted = False
+        self.requested, self.preempted = False, None
         self._at, self._held, self._active = 0.0, False, False
         self._before: dict[int, Any] = {}
         self._child: Callable[[int, FrameType | None], Any] | None = None
@@ -34,8 +34,9 @@ class Interrupt:
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
             self._active = True
-            for number in ENDING:
-                if signal.getsignal(number) is not signal.SIG_IGN:
+            in_job = "SLURM_JOB_ID" in os.environ and os.environ.get("FUSED_NCE_SLURM") != "0"
+            for number in (*ENDING, *PREEMPTION) if in_job else ENDING:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: set in C, it could not be set back
                     self._before[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -79,4 +80,4 @@ class Interrupt:
             os.kill(os.getpid(), number)
         if not self.requested:
             self.requested, self._at = True, now
-            self.preempted = number in PREEMPTION
+            self.preempted = number if number in PREEMPTION else None

@@ -154,7 +154,7 @@ class Trainer:
                         self.logged, window = self.step, (now, self.step)
                     out_of_time = config.run.max_minutes is not None and now - started > 60 * config.run.max_minutes
                     due = now - saved_at > 60 * config.run.save_minutes
-                    wishes = (interrupt.requested, interrupt.preempted, out_of_time, due)
+                    wishes = (interrupt.requested, interrupt.preempted is not None, out_of_time, due)
                     stop, self.preempted, out_of_time, due = self._agree(*wishes)
                     if stop or out_of_time:
                         reason = "interrupted" if stop else f"reached {config.run.max_minutes} minutes"

@@ -2,7 +2,8 @@
 
 `srun` starts every process and tells each its place; what torch reads is set from that. Where a job asks for a signal
 before its time is up (`#SBATCH --signal=USR1@120`), the run saves and its job is queued again; the same command then
-goes on from the newest checkpoint. Variables: SLURM's documentation of `srun`, "output environment variables".
+goes on from the newest checkpoint. `FUSED_NCE_SLURM=0` leaves all that alone: each task is a run of its own. Variables:
+SLURM's documentation of `srun`, "output environment variables".
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import re
 import signal
 import subprocess
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 
 PREEMPTION = (signal.SIGUSR1, signal.SIGUSR2)  # sent ahead of the end: the first by habit, the second is submitit's
+JOB_NAME = "slurm_job"  # in a run's folder: the job that began it
 log = logging.getLogger(__name__)
 
 
@@ -29,6 +32,8 @@ def join(environment: MutableMapping[str, str] = os.environ, devices: int | None
     Raises:
         ValueError: for a variable of SLURM's that is missing or no number.
     """
+    if environment.get("FUSED_NCE_SLURM") == "0":
+        return False
     size = number(environment, "SLURM_STEP_NUM_TASKS", 1)  # of the step: a batch script outside of srun is one process
     if "RANK" in environment or size <= 1:
         return False
@@ -39,17 +44,19 @@ def join(environment: MutableMapping[str, str] = os.environ, devices: int | None
         devices = torch.cuda.device_count()
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
     job, step = number(environment, "SLURM_JOB_ID"), number(environment, "SLURM_STEP_ID", 0)
-    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", str(size))
+    tasks = tasks_of_nodes(environment.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
     made = {
         "RANK": number(environment, "SLURM_PROCID"),
         "WORLD_SIZE": size,
         "LOCAL_RANK": 0 if devices == 1 else local,
-        "LOCAL_WORLD_SIZE": re.split(r"[(,]", tasks)[0],
+        "LOCAL_WORLD_SIZE": tasks[min(number(environment, "SLURM_NODEID", 0), len(tasks) - 1)],
         "MASTER_ADDR": first_host(nodes),
         "MASTER_PORT": 20000 + (job * 31 + step) % 10000,  # the same for all tasks, another for another step
     }
     for name, value in made.items():
         environment.setdefault(name, str(value))
+    if environment["RANK"] == "0":
+        log.warning("SLURM: one run of %d tasks (FUSED_NCE_SLURM=0: a run of each)", size)
     return True
 
 
@@ -67,6 +74,18 @@ def number(environment: Mapping[str, str], name: str, missing: int | None = None
     return int(value)
 
 
+def tasks_of_nodes(text: str) -> list[int]:
+    """`8(x2),4` → 8, 8, 4.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    found = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
+    if None in found:
+        raise ValueError(f"SLURM_STEP_TASKS_PER_NODE: got {text!r}, need counts, such as 8(x2),4")
+    return [int(part[1]) for part in found if part is not None for _ in range(int(part[2] or 1))]
+
+
 def first_host(nodes: str) -> str:
     """`gpu[003-005,9],cpu1` → gpu003; no list is this machine.
 
@@ -75,27 +94,38 @@ def first_host(nodes: str) -> str:
     """
     if not nodes:
         return "127.0.0.1"
-    found = re.match(r"([\w.-]+)(?:\[(\d+)[^\]]*\]([\w.-]*))?(?:,|$)", nodes)
-    if found is None:
+    host = re.sub(r"\[(\d+)[^\]]*\]", r"\1", nodes).split(",")[0]
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", host) or nodes[0] == "[":
         raise ValueError(f"SLURM_STEP_NODELIST: got {nodes!r}, need a list of hosts, such as gpu[01-04]")
-    return "".join(part or "" for part in found.groups())
+    return host
 
 
-def restarted() -> bool:
-    """Whether this job was queued again, so that the same command is to go on."""
-    return number(os.environ, "SLURM_RESTART_COUNT", 0) > 0
+def began(run_dir: Path) -> None:
+    """Remember the job that begins a run."""
+    if "SLURM_JOB_ID" in os.environ:
+        (run_dir / JOB_NAME).write_text(os.environ["SLURM_JOB_ID"], encoding="utf-8")
 
 
-def queue_again(first: bool = True) -> None:
+def goes_on(run_dir: Path) -> bool:
+    """Whether the job that began a run was queued again, so that the same command is to go on."""
+    file, job = run_dir / JOB_NAME, os.environ.get("SLURM_JOB_ID", "")
+    again = number(os.environ, "SLURM_RESTART_COUNT", 0) > 0
+    return again and file.is_file() and file.read_text(encoding="utf-8") == job
+
+
+def queue_again(signalled: int | None, first: bool) -> None:
     """After a save that a signal of `PREEMPTION` asked for: the job is run anew.
 
-    A handler that stood before the run's own, such as submitit's, queues it; else `scontrol` does, asked by the first
-    process, and a line says so where it cannot.
+    The handler that stood before the run's own, such as submitit's, queues it; without one `scontrol` does, asked by
+    the first process, and a line says so where it cannot.
+
+    Args:
+        signalled: the signal that this process got, None where another did.
+        first: whether this is the first process.
     """
-    for preemption in PREEMPTION:
-        if callable(signal.getsignal(preemption)):
-            signal.raise_signal(preemption)
-            return
+    if signalled is not None and callable(signal.getsignal(signalled)):
+        signal.raise_signal(signalled)
+        return
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or not first:
         return

@@ -98,6 +98,13 @@ def test_one_wrong_number_is_seen(field):
     assert trial(Faulty(field, lambda x: x), "amdim", torch.float32) == ("", True)
 
 
+def test_infinities_have_a_sign():
+    x = torch.tensor([1.0, torch.inf, torch.nan])
+    assert first_contact.off(x, x) == 0
+    assert first_contact.off(x, torch.tensor([1.0, -torch.inf, torch.nan])) == float("inf")
+    assert first_contact.off(x, torch.tensor([1.0, 2.0, torch.nan])) == float("inf")
+
+
 def test_an_exception_is_a_verdict_that_does_not_last():
     def out_of_memory(x):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from fused_nce.train import command, slurm
+from fused_nce.train.interrupt import Interrupt
 from fused_nce.train.loop import Trainer
 from tests.train.runs import TINY, log, resumed, trainer
 
@@ -34,6 +35,8 @@ def test_a_task_of_a_step_knows_its_place():
     place = {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "gpu007"}
     assert joined() == joined(devices=8) == place
     assert joined(devices=1) == place | {"LOCAL_RANK": "0"}  # each task has a GPU of its own
+    assert joined(SLURM_STEP_TASKS_PER_NODE="9,7", SLURM_NODEID="1") == place | {"LOCAL_WORLD_SIZE": "7"}
+    assert joined(FUSED_NCE_SLURM="0") == dict.fromkeys(place)
     assert joined(MASTER_ADDR="other") == place | {"MASTER_ADDR": "other"}
     outside = dict.fromkeys(place)
     assert joined(SLURM_STEP_NUM_TASKS=None) == joined(SLURM_STEP_NUM_TASKS="1") == outside  # the batch script itself
@@ -52,6 +55,7 @@ def test_a_task_of_a_step_knows_its_place():
         ("gpu[003-005,9],cpu1", "gpu003"),
         ("a-1.b,c", "a-1.b"),
         ("n[1-2]-ib", "n1-ib"),
+        ("rack[1-2]n[03-04]", "rack1n03"),
         ("node7", "node7"),
         ("", "127.0.0.1"),
     ],
@@ -65,6 +69,8 @@ def test_what_is_not_slurms_is_refused():
         joined(SLURM_PROCID=None)
     with pytest.raises(ValueError, match=r"^SLURM_LOCALID: got 'x', need a number"):
         joined(SLURM_LOCALID="x")
+    with pytest.raises(ValueError, match=r"^SLURM_STEP_TASKS_PER_NODE: got '8x2', need counts, such as 8\(x2\),4"):
+        joined(SLURM_STEP_TASKS_PER_NODE="8x2")
     with pytest.raises(ValueError, match=r"^SLURM_STEP_NODELIST: got '\[1-2\]', need a list of hosts"):
         joined(SLURM_STEP_NODELIST="[1-2]")
 
@@ -90,7 +96,7 @@ def test_a_preempted_job_is_saved_queued_and_goes_on_by_the_same_command(tmp_pat
     own = Trainer._update
 
     def signalled(self, *given):
-        if self.step == 2 and not slurm.restarted():
+        if self.step == 2 and "SLURM_RESTART_COUNT" not in os.environ:
             signal.raise_signal(getattr(signal, way))
         return own(self, *given)
 
@@ -102,16 +108,19 @@ def test_a_preempted_job_is_saved_queued_and_goes_on_by_the_same_command(tmp_pat
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert command.main(["amdim", *argv]) == 0
     assert resumed(tmp_path / "a").step == 9
+    monkeypatch.setenv("SLURM_JOB_ID", "78")  # another job, queued again too, does not take the folder for its own
+    with pytest.raises(ValueError, match="holds a run already"):
+        command.parse("amdim", argv)
     assert (scontrol / "asked").read_text() == "requeue 77\n"
 
 
 def test_a_job_that_cannot_be_queued_says_so(scontrol, caplog, monkeypatch):
     (scontrol / "status").write_text("1")
-    slurm.queue_again()
+    slurm.queue_again(signal.SIGUSR1, first=True)
     assert "SLURM: job 77 is not queued again (no such job); --resume goes on by hand" in caplog.text
-    slurm.queue_again(first=False)
+    slurm.queue_again(signal.SIGUSR1, first=False)
     monkeypatch.delenv("SLURM_JOB_ID")
-    slurm.queue_again()
+    slurm.queue_again(None, first=True)
     assert (scontrol / "asked").read_text() == "requeue 77\n"
 
 
@@ -128,11 +137,28 @@ def test_a_handler_that_stood_before_queues_the_job_itself(tmp_path, scontrol):
 
         run._update = signalled
         assert (run.run(), run.preempted, heard) == ("interrupted", True, [])
-        slurm.queue_again()
+        slurm.queue_again(run.interrupt.preempted, first=True)
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert heard == ["submitit"]
     assert not (scontrol / "asked").exists()
+
+
+def test_outside_of_a_job_its_signals_are_somebody_elses(tmp_path, monkeypatch):
+    """A user's handler, for dumping stacks say, stands; one set in C, which could not be set back, does everywhere."""
+    heard = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: heard.append("user"))
+    try:
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGUSR1)
+        assert (interrupt.requested, heard) == (False, ["user"])
+        monkeypatch.setenv("SLURM_JOB_ID", "77")
+        monkeypatch.setattr(signal, "getsignal", lambda number: None)
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGUSR1)
+        assert (interrupt.requested, heard) == (False, ["user", "user"])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.nightly  # launches two processes

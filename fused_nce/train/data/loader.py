@@ -18,7 +18,7 @@ from fused_nce.train.data.images import (
     load_split,
 )
 from fused_nce.train.data.sources import Damage, ImageSource, fit
-from fused_nce.train.interrupt import ENDING
+from fused_nce.train.interrupt import ENDING, PREEMPTION
 from fused_nce.train.settings import AugmentConfig
 
 WORKER_TIMEOUT_S = 300  # a stuck reader is an error, not a wait for ever
@@ -160,7 +160,7 @@ class Loader:
 
 def _ignore_interrupts(worker: int) -> None:
     """A signal may reach every process of the terminal or job: the readers must live until the loop has saved."""
-    for number in ENDING:
+    for number in (*ENDING, *PREEMPTION):
         signal.signal(number, signal.SIG_IGN)
 
 
