@@ -76,7 +76,7 @@ $(OLDEST_TORCH)/.installed: | $(VENV)/.locked
 wheel: install $(OLDEST_TORCH)/.installed  ## dist/: source archive, pure wheel, manylinux wheels for the oldest and the newest torch
 	@PYTHON=$(PY) bash release/wheel.sh $(OLDEST_TORCH)
 
-release-check: install  ## what must hold before a tag, after make wheel
+release-check: wheel  ## what must hold before a tag
 	@$(PY) release/release_check.py
 
 lint: install

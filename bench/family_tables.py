@@ -78,7 +78,7 @@ def table(record: Record, threads: int | None = None) -> str:
                 number(ours),
                 *ratios,
                 other,
-                f"{ours / row['bound_ms']:.2f}× ({_libraries(row)})",
+                f"{ours / row['bound_ms']:.2f}×{_libraries(row)}",
                 *peaks,
                 " / ".join(wrong),
             ]
@@ -88,14 +88,15 @@ def table(record: Record, threads: int | None = None) -> str:
         "of the least GEMMs", "fused_nce, MiB", "eager, MiB", "gradient error: ours / eager",
     ]  # fmt: skip
     note = f"Loss and gradients, float32, {threads} threads; memory above inputs and gradients; "
-    note += "the least GEMMs are those of the library named."
+    named = any("bound_libraries" in row for row in record["problems"])
+    note += f"the least GEMMs are those of {'the library named' if named else 'torch.mm'}."
     return f"{markdown(header, rows)}\n\n{note} {host_line(record)}"
 
 
 def _libraries(row: Row) -> str:
-    """Whose GEMMs are the least: one name, or one for each of the scores and the gradients."""
-    names = [LIBRARIES[name].label for name in row.get("bound_libraries", {"": "mm"}).values()]
-    return " / ".join(names if len(set(names)) > 1 else names[:1])
+    """Whose GEMMs are the least: one name, or one for each of the scores and the gradients; torch.mm alone before."""
+    names = [LIBRARIES[name].label for name in row.get("bound_libraries", {}).values()]
+    return f" ({' / '.join(names if len(set(names)) > 1 else names[:1])})" if names else ""
 
 
 def faster_from(record: Record) -> str:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # dist/: the source archive; the pure-Python wheel; and in dist/torch-RELEASE/ a manylinux wheel for this Python and the
-# torch installed in it, and one for each folder given that holds another torch (`release/older_torch.sh`).
+# torch installed in it, and one for each folder given that holds another torch (`make wheel` installs the oldest that is supported).
 # All are built from the archive; pip builds it in an environment of its own, whose torch is the one installed here.
 # PYTHON picks the interpreter; it needs the `release` extra of pyproject.toml.
 set -euo pipefail

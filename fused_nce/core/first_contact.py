@@ -194,7 +194,7 @@ def _named(
 
 
 def off(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference in units of the largest entry; inf where not the same entries are finite, or others infinite."""
+    """The largest difference in units of the largest entry; inf where other entries are finite, or other infinities."""
     found, wanted = found.detach().double().cpu(), wanted.detach().double()
     finite = wanted.isfinite()
     if not torch.equal(found.isfinite(), finite):  # fault: trial-nan-unseen

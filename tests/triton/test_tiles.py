@@ -31,6 +31,12 @@ WRONG = {
 }  # fmt: skip
 
 
+def test_a_number_is_an_architecture_of_cudas(tmp_path):
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps({"tiles": [ENTRY | {"architecture": 90}]}))
+    assert configs.read(str(path)) == {KEY: OTHER}
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_entry_is_named(name, tmp_path):
     path = tmp_path / "tiles.json"
@@ -46,6 +52,7 @@ def test_candidates_fit_the_kernels(key):
         assert found[0] == shipped
         assert len(set(found)) == len(found) > 20
         assert all(map(configs.fits, found))
+        assert {(tile.registers, tile.both) for tile in found} == {(shipped.registers, shipped.both)}
 
 
 def test_the_fastest_wins_if_it_is_worth_it():

@@ -219,7 +219,9 @@ def read(path: str) -> Tiles:
     """
     found: Tiles = {}
     for row in json.loads(Path(path).read_text(encoding="utf-8"))["tiles"]:
-        key, one = (row["architecture"], getattr(torch, row["dtype"]), row["column"]), Tile(*row["tile"])
+        written = row["architecture"]
+        architecture = f"sm_{written}" if isinstance(written, int) else written  # a number before 0.2.0
+        key, one = (architecture, getattr(torch, row["dtype"]), row["column"]), Tile(*row["tile"])
         if key[:2] not in TABLE or key[2] not in range(len(WIDTHS) + 1):
             raise ValueError(f"FUSED_NCE_TILES: got {row}, need an architecture, a dtype and a column of the table")
         if not fits(one):

@@ -19,16 +19,17 @@ import torch
 from fused_nce.backends.triton import configs
 from fused_nce.backends.triton.configs import Tile
 from fused_nce.core.engine import tile_loss
-from fused_nce.core.spec import Index, Spec, TanhClip
+from fused_nce.core.spec import Block, Index, Spec, TanhClip
 from fused_nce.core.tails import Nce
 
 SPEC = Spec(Index(), TanhClip(20.0), Nce().stats)
+VIEWS = Spec(Block(2, 2), stats=Nce().stats, drop_self=True)  # one tensor in both roles, as NT-Xent has it
 Clock = Callable[[Tile], float]  # a step's time; infinite for a tile that does not run
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is timed: InfoNCE with a clip and both gradients, which runs both kernels."""
+    """What is timed: InfoNCE with a clip and NT-Xent, with their gradients: every form of both kernels."""
 
     rows: int
     columns: int
@@ -43,10 +44,12 @@ class Step:
         q, k = (torch.randn(n, self.width, device="cuda", dtype=self.dtype) for n in (self.rows, self.columns))
         q, k = (x.mul_(self.width**-0.25).requires_grad_() for x in (q, k))
         targets = torch.arange(self.rows, device="cuda") % self.columns
+        views = q[: len(q) // 2 * 2].detach().requires_grad_()
 
         def step() -> None:
             loss = tile_loss(q, k, SPEC, Nce(), row_ids=targets, backend="triton").loss
             torch.autograd.grad(loss, (q, k))
+            torch.autograd.grad(tile_loss(views, None, VIEWS, Nce(), backend="triton").loss, views)
 
         def time_ms(tile: Tile) -> float:
             configs.write({key: tile}, path)
@@ -62,7 +65,7 @@ def candidates(shipped: Tile, width: int) -> list[Tile]:
     """The shipped tile, then those around it."""
     most = configs.power_of_two(width)
     found = [
-        Tile(x, y, chunk, shipped.slice, warps, stages)
+        shipped._replace(x=x, y=y, chunk=chunk, warps=warps, stages=stages)
         for x, y, chunk, warps, stages in product((64, 128), (32, 64, 128), {64, shipped.chunk}, (4, 8), (2, 3, 4))
         if chunk <= most
     ]
@@ -90,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("tune: got no GPU that the table of tiles knows, need one", file=sys.stderr)
         return 1
     dtype = getattr(torch, options.dtype)
+    if (architecture, dtype) not in configs.TABLE:
+        print(f"tune: got {options.dtype} on {architecture}, which has no tiles for it", file=sys.stderr)
+        return 1
     key = (architecture, dtype, configs.column_of(options.width))
     before = configs.read(options.out) if Path(options.out).exists() else {}
     os.environ["FUSED_NCE_TILES"] = trial = f"{options.out}.trial"
