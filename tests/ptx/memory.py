@@ -104,7 +104,7 @@ class Shared:
     """
 
     def __init__(self, ctas: int, size: int, warps: int) -> None:
-        self.size = -(-size // 1024) * 1024 if size else 0
+        self.size, self.warps = -(-size // 1024) * 1024 if size else 0, warps // ctas
         self.used, self.everyone, self.w, self.epoch = size, warps, warps + 1, 0
         data = np.zeros(ctas * self.size, np.uint8)
         self.words = {n: data.view(word) for n, word in WORDS.items()}
@@ -112,12 +112,13 @@ class Shared:
         self.read = np.full(len(data) // 2, -1, np.int64)
         self.busy = np.zeros(len(data) // 2, np.int16)  # granules that a running matrix instruction reads
 
-    def check(self, at: Array, size: int) -> None:
-        """Alignment and bounds."""
+    def check(self, at: Array, size: int, warps: Array) -> None:
+        """Alignment, and the bounds of the CTA whose warp it is: the next one's memory is not this one's."""
         check_alignment(at, size)
-        bad = (at < 0) | (at % max(self.size, 1) + size > self.used)
+        own = at - warps // self.warps * self.size
+        bad = (own < 0) | (own + size > self.used)
         if bad.any():
-            raise Fault(f"shared address {int(at[bad][0])} of {self.used} bytes")
+            raise Fault(f"shared address {int(own[bad][0])} of {self.used} bytes")
 
     @staticmethod
     def granules(at: Array, size: int, warps: Array) -> tuple[Array, Array]:
@@ -156,14 +157,14 @@ class Shared:
 
     def load(self, at: Array, size: int, count: int, warps: Array) -> list[Array]:
         """`count` words side by side, for each address."""
-        self.check(at, size * count)
+        self.check(at, size * count, warps)
         self.will_read(*self.granules(at, size * count, warps))
         return [self.words[size][at // size + word] for word in range(count)]
 
     def store(self, at: Array, values: Sequence[Array], warps: Array) -> None:
         """The other way."""
         size = values[0].dtype.itemsize
-        self.check(at, size * len(values))
+        self.check(at, size * len(values), warps)
         self.will_write(*self.granules(at, size * len(values), warps))
         for word, value in enumerate(values):
             self.words[size][at // size + word] = value

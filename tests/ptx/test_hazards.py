@@ -19,11 +19,11 @@ mov.u32 %r1, smem; shl.b32 %r2, %r0, 4; add.s32 %r3, %r1, %r2; xor.b32 %r4, %r2,
 """
 
 
-def run(body: str, x: Array, y: Array, threads: int = 128) -> None:
-    """One CTA. %w3 and %w4 are its threads' 16 bytes of x and y, %r3 of shared memory, and %r5 another warp's."""
+def run(body: str, x: Array, y: Array, ctas: int = 1, threads: int = 128) -> None:
+    """Of each CTA, %w3 and %w4 are its threads' 16 bytes of x and y, %r3 of shared memory, and %r5 another warp's."""
     ranges = [(a.ctypes.data, a.nbytes) for a in (x, y)]
     code = Module(f"{HEAD}{body}\nret;\n}}\n")["k"]
-    launch(code, (1, 1, 1), threads, b"".join(at.to_bytes(8, "little") for at, _ in ranges), 1 << 15, ranges)
+    launch(code, (ctas, 1, 1), threads, b"".join(at.to_bytes(8, "little") for at, _ in ranges), 1 << 15, ranges)
 
 
 GET = "ld.global.v4.b32 {%r10, %r11, %r12, %r13}, [%w3];"
@@ -63,6 +63,30 @@ def test_what_is_not_ordered_is_told(name):
     x = np.arange(512, dtype=np.uint32)
     with pytest.raises(Fault, match=what):
         run(" ".join(parts), x, np.zeros_like(x))
+
+
+SUMS = "{%r20, %r21, %r22, %r23}"
+ACCESSES = (
+    f"ld.shared.v4.b32 {SUMS}, [%r6];",
+    f"st.shared.v4.b32 [%r6], {SUMS};",
+    "cp.async.cg.shared.global [%r6], [%w3], 16;",
+    f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {SUMS}, [%r6];",
+    f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r6], {SUMS};",
+    f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {SUMS}, %w5, %w5, 0, 1, 1, 0, 0;",
+)
+
+
+def test_another_ctas_shared_memory_is_told():
+    """It lies beside one's own in the interpreter: what is past the end, or before the start, is nobody's."""
+    x = np.arange(512, dtype=np.uint32)
+    zeros = " ".join(f"mov.b32 %r{n}, 0;" for n in range(20, 24))
+    fill = f"{zeros} {GET} {PUT} st.shared.v4.b32 [%r3+30720], {{%r10, %r11, %r12, %r13}}; {BAR}"
+    for access in ACCESSES:
+        for cta, offset in ((0, 32768), (1, -2048)):
+            at = f"add.s32 %r6, %r3, {offset}; mov.b64 %w5, {offset >> 4 & 0x3FFF};"
+            body = f"{fill} {at} mov.u32 %r7, %ctaid.x; setp.eq.u32 %p1, %r7, {cta}; @%p1 {access}"
+            with pytest.raises(Fault, match="shared address"):
+                run(body, x, x.copy(), ctas=2)
 
 
 # ---- matrices ---------------------------------------------------------------------------------------------------
