@@ -91,6 +91,7 @@ class Machine:
         self.warp, self.lane, self.cta = thread // 32, thread % 32, thread // threads
         self.shared = Shared(len(ctas), kernel.shared_bytes + dynamic_bytes, self.n // 32)
         number = np.asarray(ctas)[self.cta]
+        self.number = number[::32]  # of each warp's CTA
         places = (number % grid[0], number // grid[0] % grid[1], number // (grid[0] * grid[1]))
         self.special = {"%tid.x": thread % threads, "%laneid": self.lane, "%ntid.x": np.full(1, threads)}
         self.special |= {f"%ctaid.{axis}": place for axis, place in zip("xyz", places, strict=True)}
@@ -187,7 +188,7 @@ class Machine:
                     self._release()
                 place = min(self.fronts)
                 self._advance(place, self.fronts.pop(place))
-            self.memory.settle()
+            self.memory.settle(self.number)
         except Fault as fault:
             raise Fault(f"{self.kernel.name}: {fault}: {self.text}") from None
 
@@ -199,7 +200,7 @@ class Machine:
             )
             if where.max() > 1:
                 raise Fault("threads of a CTA wait at different barriers")
-        self.memory.settle()
+        self.memory.settle(self.number)
         self.fronts, self.waiting = self.waiting, {}
         self.shared.epoch += 1
 
@@ -252,3 +253,4 @@ def launch(
     with np.errstate(all="ignore"):
         for first in range(0, len(ctas), step):
             Machine(kernel, grid, threads, ctas[first : first + step], parameters, dynamic_bytes, memory).run()
+        memory.finish(kernel.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.ptx import memory
 from tests.ptx.convert import to_bf16, wide
 from tests.ptx.machine import launch
 from tests.ptx.memory import Array
@@ -63,6 +64,26 @@ def test_what_is_not_ordered_is_told(name):
     x = np.arange(512, dtype=np.uint32)
     with pytest.raises(Fault, match=what):
         run(" ".join(parts), x, np.zeros_like(x))
+
+
+def test_no_barrier_orders_two_ctas(monkeypatch):
+    """One writes before it and one reads or writes after it, side by side or, as the 41st of 128 threads, later."""
+    x = np.arange(512, dtype=np.uint32)
+    first, last = (
+        "st.global.v4.b32 [%w4], {%r10, %r11, %r12, %r13};",
+        "ld.global.v4.b32 {%r20, %r21, %r22, %r23}, [%w4];",
+    )
+    for many in (memory.MANY, 0):
+        monkeypatch.setattr(memory, "MANY", many)
+        for one, two in ((first, last), (last, first), (first, first), (last, last)):
+            for a, b in ((0, 1), (0, 40), (0, 0), (40, 3)):
+                guards = f"mov.u32 %r7, %ctaid.x; setp.eq.u32 %p1, %r7, {a}; setp.eq.u32 %p2, %r7, {b};"
+                body = f"{guards} {GET} @%p1 {one} {BAR} {BAR} @%p2 {two} {BAR}"
+                if a == b or one == two == last:
+                    run(body, x, x.copy(), ctas=41)
+                else:
+                    with pytest.raises(Fault, match="hazard: CTAs of k: "):
+                        run(body, x, x.copy(), ctas=41)
 
 
 SUMS = "{%r20, %r21, %r22, %r23}"
