@@ -70,7 +70,7 @@ def add(x: Machine, to: Operand, before: Operand, product: Array, keep: Array | 
         if keep is None:
             found = x.read(old, "f32") + found
         elif keep.any():  # else nothing may have been there
-            found = np.where(keep, x.read(old, "f32"), np.float32(0)) + found
+            found = np.where(keep, x.read(old, "f32", keep), np.float32(0)) + found
         x.write(register, found.astype(np.float32))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
@@ -84,6 +86,29 @@ def test_no_barrier_orders_two_ctas(monkeypatch):
                 else:
                     with pytest.raises(Fault, match="hazard: CTAs of k: "):
                         run(body, x, x.copy(), ctas=41)
+
+
+def test_a_register_that_not_every_thread_wrote_is_told():
+    """Each reads what it wrote itself; which others did, and whether by a branch or a predicate, is nothing to it."""
+    x = np.arange(512, dtype=np.uint32)
+    some, others = "@%p1 mov.b32 %r20, 1;", "@!%p1 mov.b32 %r20, 2;"
+    branch = "@%p1 bra $L; mov.b32 %r20, 1; bra $M; $L: mov.b32 %r21, 2; $M:"
+    read, both, out = "add.u32 %r22, %r20, 1;", f"{some} {others}", "st.global.b32 [%w4], %r20;"
+    for body, told in (
+        (f"{some} {read}", True),
+        (f"{some} @!%p1 {read}", True),
+        (f"{some} {out}", True),
+        (f"{branch} {read}", True),
+        (f"{some} @%p1 {read}", False),
+        (f"{both} {read}", False),
+        (f"{branch} @!%p1 {read}", False),
+        (f"mov.b32 %r20, 3; {some} {read}", False),
+        (f"{some} mov.b32 %r20, 3; {read}", False),
+        ("@%p1 setp.eq.u32 %p2, %r0, 0; @%p2 mov.b32 %r20, 1;", True),
+        ("@%p1 setp.eq.u32 %p2, %r0, 0; @!%p1 bra $L; @%p2 mov.b32 %r20, 1; $L:", False),
+    ):
+        with pytest.raises(Fault, match="not each of the threads wrote") if told else nullcontext():
+            run(f"setp.lt.u32 %p1, %r0, 40; {body}", x, x.copy())
 
 
 SUMS = "{%r20, %r21, %r22, %r23}"
