@@ -42,6 +42,13 @@ def check_alignment(at: Array, size: int) -> None:
         raise Fault(f"{int(at[at % size != 0][0]):#x} is no multiple of the access' {size} bytes")
 
 
+def put(words: Array, index: Array, value: Array) -> None:
+    """Of threads that store together; raise where two different numbers have one place."""
+    words[index] = value
+    if (words[index] != value).any():
+        raise Fault("two threads write different values to one place")
+
+
 Touched = tuple[Array, Array, Array, Array]  # granules; the lowest and the highest of those who touched; if one wrote
 
 
@@ -100,7 +107,7 @@ class Global:
         self.now.append((*Shared.granules(at, size * len(values), warps), True))
         index = (at - FIRST) // size
         for word, value in enumerate(values):
-            PROCESS[size][index + word] = value
+            put(PROCESS[size], index + word, value)
 
     def settle(self, ctas: Array) -> None:
         """At a barrier, which orders the warps of a CTA: their CTAs' numbers. Raise for what had no order before it."""
@@ -192,6 +199,4 @@ class Shared:
         self.check(at, size * len(values), warps)
         self.will_write(*self.granules(at, size * len(values), warps))
         for word, value in enumerate(values):
-            self.words[size][at // size + word] = value
-            if (self.words[size][at // size + word] != value).any():
-                raise Fault("two threads write different values to one place")
+            put(self.words[size], at // size + word, value)

@@ -46,6 +46,7 @@ WRONG = {
     "a copy without a barrier": ((COPY, WAIT, OTHER), "reads what warp"),
     "a copy over what is read": ((GET, PUT, BAR, OTHER, COPY), "writes what warp"),
     "a place for two numbers": ((GET, "st.shared.b32 [%r1], %r10;"), "different values"),
+    "a global place for two numbers": ((GET, "st.global.b32 [%w1], %r10;"), "different values"),
     "global memory": ((THROUGH, ACROSS), "global address"),
 }
 
