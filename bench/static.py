@@ -4,6 +4,7 @@ No GPU is needed. For every kernel, architecture, dtype and width: no spill, no 
 architecture's limit, matrix instructions where the inputs have 16 bits. And no regression against the committed table:
 with the Triton that wrote it, registers may grow by 8 (they are handed out eight at a time), all else by nothing.
 By default the two kernels that carry a training step, for bfloat16; `--all` for everything, `--write` for a new table.
+PRECISION is "ieee" alone: what q and k of two dtypes, or torch's own setting of TF32, would compile is not seen here.
 """
 
 from __future__ import annotations

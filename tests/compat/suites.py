@@ -5,6 +5,7 @@
 PACKAGES holds upstream's packages and what their suites import; the suites are fetched into WORK, at the commits below,
 and test those packages (open_clip's and solo-learn's the code that they lie beside).
 A test that passes alone and not with ours must be in `DIFFERENT`, and each that is there must be one: else exit 1.
+So must each adapter have been called whose original the suite calls alone: else nothing of ours was tested.
 SUITES_FROM is where the repositories are, by owner and name.
 """
 
@@ -65,7 +66,7 @@ SUITES = {
 }
 SCORES = "reads the scores off a cross entropy: none are held"
 ROUNDED = "asks 16-bit losses for equality with upstream's code, which rounds each step: 1e-2 off in float16, ours 1e-4"
-DIFFERENT = {
+DIFFERENT = {  # by their names, or those after a dot; without its parameters, a test with any
     "pytorch-metric-learning, 16 bits": {
         "TestCrossBatchMemory.test_all_losses": ROUNDED,
         "TestCrossBatchMemory.test_loss": ROUNDED,
@@ -73,7 +74,7 @@ DIFFERENT = {
     },
     "sentence-transformers": {
         "test_positive_mask_protects_ce_target_column": SCORES,
-        "test_relative_margin_negative_positive_score": SCORES,
+        "test_relative_margin_negative_positive_score_suppresses_closer_negative": SCORES,
         "test_cmnrl_gather_across_devices_offset": "puts a function in the place of upstream's gathering",
         "test_gradcache_under_autocast": "the loss of 16-bit embeddings is float32",
     },
@@ -99,9 +100,14 @@ def fetch(suite: Suite, work: Path) -> Path:
     return folder
 
 
-def outcomes(suite: Suite, folder: Path, packages: Path, report: Path, alone: bool) -> dict[str, bool]:
-    """Of each test that was not skipped, whether it passed; the log lies beside the report."""
-    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "UPSTREAM_ALONE": "1" if alone else ""}
+def outcomes(suite: Suite, folder: Path, packages: Path, report: Path, alone: bool) -> tuple[dict[str, bool], set[str]]:
+    """Of each test that was not skipped, whether it passed; which of `ADAPTERS` were called. The log lies beside."""
+    called = report.with_suffix(".called")
+    variables = {"ADAPTERS_CALLED": str(called)} | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "UPSTREAM_ALONE": "1" if alone else "",
+    }
     variables["PYTHONSAFEPATH"] = "1"  # the packages, not those of the checkout's version
     variables |= dict(suite.variables)
     path = [variables.get("PYTHONPATH"), ROOT, ROOT / "tests" / "compat", packages]
@@ -109,6 +115,7 @@ def outcomes(suite: Suite, folder: Path, packages: Path, report: Path, alone: bo
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "in_place", "-p", "no:cacheprovider"]
     command += ["--tb=short", f"--junitxml={report}", *map(suite.files.format, suite.parts)]
     report.unlink(missing_ok=True)
+    called.write_text("")
     with report.with_suffix(".log").open("w") as log:
         subprocess.run(
             command, cwd=folder, env=os.environ | variables, stdout=log, stderr=log, check=False, timeout=LIMIT_S
@@ -118,7 +125,12 @@ def outcomes(suite: Suite, folder: Path, packages: Path, report: Path, alone: bo
         kinds = {x.tag for x in case}
         if "skipped" not in kinds:
             found[f"{case.get('classname')}.{case.get('name')}"] = not kinds & {"failure", "error"}
-    return found
+    return found, set(called.read_text().split())
+
+
+def is_named(test: str, listed: str) -> bool:
+    """Whether an entry of `DIFFERENT` is this test's."""
+    return any(f".{name}".endswith(f".{listed}") for name in (test, test.partition("[")[0]))
 
 
 def differences(alone: dict[str, bool], ours: dict[str, bool], listed: Collection[str]) -> list[str]:
@@ -126,8 +138,15 @@ def differences(alone: dict[str, bool], ours: dict[str, bool], listed: Collectio
     if not any(alone.values()):
         return ["no test passes alone"]
     seen = [test for test, passed in alone.items() if passed and not ours.get(test)]
-    new = [f"{test}: passes alone only" for test in seen if not any(x in test for x in listed)]
-    return new + [f"{x}: is listed, and does not differ" for x in listed if not any(x in test for test in seen)]
+    new = [f"{test}: passes alone only" for test in seen if not any(is_named(test, x) for x in listed)]
+    return new + [f"{x}: is listed, and does not differ" for x in listed if not any(is_named(test, x) for test in seen)]
+
+
+def not_in_place(alone: Collection[str], ours: Collection[str]) -> list[str]:
+    """What the suite calls, and did not call of ours."""
+    if not alone:
+        return ["calls nothing that ours replaces"]
+    return [f"{name}: called alone, and never ours in its place" for name in sorted({*alone} - {*ours})]
 
 
 def main(packages: str, work: str, *names: str) -> int:
@@ -139,11 +158,12 @@ def main(packages: str, work: str, *names: str) -> int:
         for kind in ("alone", "ours"):
             report = place / f"{name.replace(', ', '-').replace(' ', '-')}-{kind}.xml"
             runs.append(outcomes(suite, folder, Path(packages).resolve(), report, kind == "alone"))
-        passed = [sum(found.values()) for found in runs]
-        print(f"{name}: of {len(runs[0])} tests {passed[0]} pass alone, {passed[1]} with ours", flush=True)
+        (alone, originals), (ours, adapters) = runs
+        counts = f"of {len(alone)} tests {sum(alone.values())} pass alone, {sum(ours.values())} with ours"
+        print(f"{name}: {counts}: {', '.join(sorted(adapters)) or 'none called'}", flush=True)
         for test, reason in listed.items():
             print(f"  listed: {test}: {reason}")
-        wrong = differences(runs[0], runs[1], listed)
+        wrong = differences(alone, ours, listed) + not_in_place(originals, adapters)
         bad += len(wrong)
         for line in wrong:
             print(f"  {line} ({report.with_suffix('.log')})")

@@ -91,12 +91,14 @@ class Machine:
         self.warp, self.lane, self.cta = thread // 32, thread % 32, thread // threads
         self.shared = Shared(len(ctas), kernel.shared_bytes + dynamic_bytes, self.n // 32)
         number = np.asarray(ctas)[self.cta]
+        self.number = number[::32]  # of each warp's CTA
         places = (number % grid[0], number // grid[0] % grid[1], number // (grid[0] * grid[1]))
         self.special = {"%tid.x": thread % threads, "%laneid": self.lane, "%ntid.x": np.full(1, threads)}
         self.special |= {f"%ctaid.{axis}": place for axis, place in zip("xyz", places, strict=True)}
         self.special |= {f"%nctaid.{axis}": np.full(1, size) for axis, size in zip("xyz", grid, strict=True)}
         self.handlers = [handler_of(i) for i in kernel.code]
         self.registers: list[Array | None] = [None] * len(kernel.indices)
+        self.partly: dict[int, Array] = {}  # registers that only some threads have written: which
         self.mask: Array | None = None  # threads that execute the current instruction; None: all
         self.copies: list[Any] = []  # of cp.async, not yet there
         self.groups = np.zeros(self.n, np.int64)  # that a thread has committed
@@ -105,11 +107,15 @@ class Machine:
 
     # ---- operands -----------------------------------------------------------------------------------------------
 
-    def read(self, operand: Operand, type: str) -> Array:
-        """An operand as an array of that type, one element a thread or one for all."""
+    def read(self, operand: Operand, type: str, where: Array | None = None) -> Array:
+        """An operand as an array of that type, one element a thread or one for all; `where`: the others need none."""
         dtype = TYPES[type]
         if isinstance(operand, Register):
-            bits = self.registers[operand.place]
+            bits, wrote = self.registers[operand.place], self.partly.get(operand.place)
+            if wrote is not None:
+                missing = ~wrote if self.mask is None else self.mask & ~wrote
+                if (missing if where is None else missing & where).any():
+                    raise Fault("reads a register that not each of the threads wrote")
             if bits is None:
                 raise Fault("reads a register that nothing wrote")
             if bits.dtype.itemsize < dtype.itemsize:
@@ -136,8 +142,12 @@ class Machine:
             value = value.astype(BITS[size])
         else:
             raise Fault(f"writes {value.dtype} into a register of {operand.type}")
-        if self.mask is not None:
-            before = self.registers[operand.place]
+        if self.mask is None:
+            self.partly.pop(operand.place, None)
+        else:
+            before, wrote = self.registers[operand.place], self.partly.get(operand.place)
+            if before is None or wrote is not None:
+                self.partly[operand.place] = self.mask if wrote is None else wrote | self.mask
             value = np.where(self.mask, value, value.dtype.type(0) if before is None else before)
         self.registers[operand.place] = value if len(value) == self.n else np.broadcast_to(value, self.n).copy()
 
@@ -187,7 +197,7 @@ class Machine:
                     self._release()
                 place = min(self.fronts)
                 self._advance(place, self.fronts.pop(place))
-            self.memory.settle()
+            self.memory.settle(self.number)
         except Fault as fault:
             raise Fault(f"{self.kernel.name}: {fault}: {self.text}") from None
 
@@ -199,7 +209,7 @@ class Machine:
             )
             if where.max() > 1:
                 raise Fault("threads of a CTA wait at different barriers")
-        self.memory.settle()
+        self.memory.settle(self.number)
         self.fronts, self.waiting = self.waiting, {}
         self.shared.epoch += 1
 
@@ -219,6 +229,7 @@ class Machine:
             self.text = i.text
             execute, rest = mask, None
             if i.guard is not None:
+                self.mask = None if whole else mask
                 guard = self.read(i.guard, "pred")
                 execute = mask & (~guard if i.negated else guard)
                 rest = mask & ~execute
@@ -252,3 +263,4 @@ def launch(
     with np.errstate(all="ignore"):
         for first in range(0, len(ctas), step):
             Machine(kernel, grid, threads, ctas[first : first + step], parameters, dynamic_bytes, memory).run()
+        memory.finish(kernel.name)

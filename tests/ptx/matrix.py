@@ -70,7 +70,7 @@ def add(x: Machine, to: Operand, before: Operand, product: Array, keep: Array | 
         if keep is None:
             found = x.read(old, "f32") + found
         elif keep.any():  # else nothing may have been there
-            found = np.where(keep, x.read(old, "f32"), np.float32(0)) + found
+            found = np.where(keep, x.read(old, "f32", keep), np.float32(0)) + found
         x.write(register, found.astype(np.float32))
 
 
@@ -153,7 +153,7 @@ def described(
         part = 16 // size
         at = start + r % 8 * 16 + r // 8 * far + c // part * near + c % part * size
     at = (at ^ (at >> 7 & SWIZZLE[mode]) << 4) + x.some(x.cta)[::128, None, None] * x.shared.size
-    x.shared.check(at.reshape(-1), size)
+    x.shared.check(at.reshape(-1), size, np.repeat(x.some(x.warp)[::128], rows * k))
     cells = [np.unique(np.concatenate([one.ravel() // 2 + word for word in range(size // 2)])) for one in at]
     return x.shared.words[size][at // size], cells
 

@@ -1,7 +1,8 @@
 """A GPU's two memories: the process' own as the global one, and the shared one of CTAs with what its rules forbid.
 
-Between two barriers, nothing may be touched by two warps if one of them writes. Each 2-byte granule remembers who wrote
-and who read it last, so a missing barrier is reported whichever order the threads happened to run in.
+Between two barriers, nothing may be touched by two warps if one of them writes; in one launch, nor may global memory by
+two CTAs, which no barrier orders. Each 2-byte granule remembers who wrote and who read it, so a missing barrier is
+reported whichever order the threads happened to run in.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .parse import Fault
 
 Array = NDArray[Any]
 FIRST, LAST = 4096, 1 << 47  # of the addresses that a process may have
+MANY = 1 << 22  # granules of a launch that are kept before each is kept once
 WORDS = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 
 
@@ -40,14 +42,43 @@ def check_alignment(at: Array, size: int) -> None:
         raise Fault(f"{int(at[at % size != 0][0]):#x} is no multiple of the access' {size} bytes")
 
 
+def put(words: Array, index: Array, value: Array) -> None:
+    """Of threads that store together; raise where two different numbers have one place."""
+    words[index] = value
+    if (words[index] != value).any():
+        raise Fault("two threads write different values to one place")
+
+
+Touched = tuple[Array, Array, Array, Array]  # granules; the lowest and the highest of those who touched; if one wrote
+
+
+def merged(parts: Sequence[Touched]) -> Touched:
+    """Each granule once."""
+    cells, low, top, wrote = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(cells)
+    cells = cells[order]
+    starts = np.flatnonzero(np.diff(cells, prepend=-1))
+    low, top = np.minimum.reduceat(low[order], starts), np.maximum.reduceat(top[order], starts)
+    return cells[starts], low, top, np.logical_or.reduceat(wrote[order], starts)
+
+
+def check_order(touched: Touched, who: str, what: str) -> None:
+    """Raise for a granule that one of several wrote."""
+    cells, low, top, wrote = touched
+    bad = wrote & (low != top)
+    if bad.any():
+        at = int(cells[bad][0]) * 2
+        raise Fault(f"hazard: {who} {low[bad][0]} and {top[bad][0]} at global address {at:#x}, {what}")
+
+
 class Global:
     """Addresses are pointers of this process, within `ranges` of (first, bytes); None: whoever calls knows none."""
 
     def __init__(self, ranges: Sequence[tuple[int, int]] | None) -> None:
         self.ranges = ranges
-        self.touched: list[
-            tuple[Array, Array, bool]
-        ] = []  # since the last barrier: granules, their warps, and whether written
+        self.now: list[tuple[Array, Array, bool]] = []  # since the last barrier: granules, their warps, if they wrote
+        self.launch: list[Touched] = []  # since the launch: by CTAs
+        self.merged = 0  # granules of the first part, which holds each once
         if ranges is not None:
             parts = sorted(set(ranges))
             self.first = np.array([first for first, _ in parts] or [0], np.int64)
@@ -65,7 +96,7 @@ class Global:
     def load(self, at: Array, size: int, count: int, warps: Array) -> list[Array]:
         """`count` words that lie side by side, for each address."""
         self.check(at, size * count)
-        self.touched.append((*Shared.granules(at, size * count, warps), False))
+        self.now.append((*Shared.granules(at, size * count, warps), False))
         index = (at - FIRST) // size
         return [PROCESS[size][index + word] for word in range(count)]
 
@@ -73,28 +104,29 @@ class Global:
         """The other way."""
         size = values[0].dtype.itemsize
         self.check(at, size * len(values))
-        self.touched.append((*Shared.granules(at, size * len(values), warps), True))
+        self.now.append((*Shared.granules(at, size * len(values), warps), True))
         index = (at - FIRST) // size
         for word, value in enumerate(values):
-            PROCESS[size][index + word] = value
+            put(PROCESS[size], index + word, value)
 
-    def settle(self) -> None:
-        """At a barrier: raise where since the last one a warp wrote what another one touched."""
-        touched, self.touched = self.touched, []
-        if not any(write for _, _, write in touched):
+    def settle(self, ctas: Array) -> None:
+        """At a barrier, which orders the warps of a CTA: their CTAs' numbers. Raise for what had no order before it."""
+        now, self.now = self.now, []
+        if not now:
             return
-        cells, warps = (np.concatenate([part[n] for part in touched]) for n in (0, 1))
-        order = np.argsort(cells, kind="stable")
-        writes = np.concatenate([np.full(len(part[0]), part[2]) for part in touched])[order]
-        cells, warps = cells[order], warps[order]
-        starts = np.flatnonzero(np.diff(cells, prepend=-1))
-        low, top = np.minimum.reduceat(warps, starts), np.maximum.reduceat(warps, starts)
-        bad = np.logical_or.reduceat(writes, starts) & (low != top)
-        if bad.any():
-            at = int(cells[starts[bad][0]]) * 2
-            raise Fault(
-                f"hazard: warps {low[bad][0]} and {top[bad][0]} at global address {at:#x}, with no barrier between"
-            )
+        cells, warps = (np.concatenate([part[n] for part in now]) for n in (0, 1))
+        wrote = np.repeat([part[2] for part in now], [len(part[0]) for part in now])
+        if wrote.any():
+            check_order(merged([(cells, warps, warps, wrote)]), "warps", "with no barrier between")
+        self.launch.append((cells, ctas[warps], ctas[warps], wrote))
+        if sum(len(part[0]) for part in self.launch) > 2 * self.merged + MANY:
+            self.launch = [merged(self.launch)]
+            self.merged = len(self.launch[0][0])
+
+    def finish(self, kernel: str) -> None:
+        """At its launch's end."""
+        if self.launch:
+            check_order(merged(self.launch), f"CTAs of {kernel}:", "whose order is not defined")
 
 
 class Shared:
@@ -104,7 +136,7 @@ class Shared:
     """
 
     def __init__(self, ctas: int, size: int, warps: int) -> None:
-        self.size = -(-size // 1024) * 1024 if size else 0
+        self.size, self.warps = -(-size // 1024) * 1024 if size else 0, warps // ctas
         self.used, self.everyone, self.w, self.epoch = size, warps, warps + 1, 0
         data = np.zeros(ctas * self.size, np.uint8)
         self.words = {n: data.view(word) for n, word in WORDS.items()}
@@ -112,12 +144,13 @@ class Shared:
         self.read = np.full(len(data) // 2, -1, np.int64)
         self.busy = np.zeros(len(data) // 2, np.int16)  # granules that a running matrix instruction reads
 
-    def check(self, at: Array, size: int) -> None:
-        """Alignment and bounds."""
+    def check(self, at: Array, size: int, warps: Array) -> None:
+        """Alignment, and the bounds of the CTA whose warp it is: the next one's memory is not this one's."""
         check_alignment(at, size)
-        bad = (at < 0) | (at % max(self.size, 1) + size > self.used)
+        own = at - warps // self.warps * self.size
+        bad = (own < 0) | (own + size > self.used)
         if bad.any():
-            raise Fault(f"shared address {int(at[bad][0])} of {self.used} bytes")
+            raise Fault(f"shared address {int(own[bad][0])} of {self.used} bytes")
 
     @staticmethod
     def granules(at: Array, size: int, warps: Array) -> tuple[Array, Array]:
@@ -156,16 +189,14 @@ class Shared:
 
     def load(self, at: Array, size: int, count: int, warps: Array) -> list[Array]:
         """`count` words side by side, for each address."""
-        self.check(at, size * count)
+        self.check(at, size * count, warps)
         self.will_read(*self.granules(at, size * count, warps))
         return [self.words[size][at // size + word] for word in range(count)]
 
     def store(self, at: Array, values: Sequence[Array], warps: Array) -> None:
         """The other way."""
         size = values[0].dtype.itemsize
-        self.check(at, size * len(values))
+        self.check(at, size * len(values), warps)
         self.will_write(*self.granules(at, size * len(values), warps))
         for word, value in enumerate(values):
-            self.words[size][at // size + word] = value
-            if (self.words[size][at // size + word] != value).any():
-                raise Fault("two threads write different values to one place")
+            put(self.words[size], at // size + word, value)

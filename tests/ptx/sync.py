@@ -35,7 +35,7 @@ def _issue(x: Machine, i: Instruction) -> None:
         values, x.memory.load(source[there], word, size // word, x.warp[threads[there]]), strict=True
     ):
         value[there] = found
-    x.shared.check(to, size)
+    x.shared.check(to, size, x.warp[threads])
     x.shared.will_write(*x.shared.granules(to, size, x.warp[threads]), note=False)
     x.copies.append((threads, x.groups[threads], to, values))
 

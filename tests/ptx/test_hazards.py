@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
+from tests.ptx import memory
 from tests.ptx.convert import to_bf16, wide
 from tests.ptx.machine import launch
 from tests.ptx.memory import Array
@@ -19,11 +22,11 @@ mov.u32 %r1, smem; shl.b32 %r2, %r0, 4; add.s32 %r3, %r1, %r2; xor.b32 %r4, %r2,
 """
 
 
-def run(body: str, x: Array, y: Array, threads: int = 128) -> None:
-    """One CTA. %w3 and %w4 are its threads' 16 bytes of x and y, %r3 of shared memory, and %r5 another warp's."""
+def run(body: str, x: Array, y: Array, ctas: int = 1, threads: int = 128) -> None:
+    """Of each CTA, %w3 and %w4 are its threads' 16 bytes of x and y, %r3 of shared memory, and %r5 another warp's."""
     ranges = [(a.ctypes.data, a.nbytes) for a in (x, y)]
     code = Module(f"{HEAD}{body}\nret;\n}}\n")["k"]
-    launch(code, (1, 1, 1), threads, b"".join(at.to_bytes(8, "little") for at, _ in ranges), 1 << 15, ranges)
+    launch(code, (ctas, 1, 1), threads, b"".join(at.to_bytes(8, "little") for at, _ in ranges), 1 << 15, ranges)
 
 
 GET = "ld.global.v4.b32 {%r10, %r11, %r12, %r13}, [%w3];"
@@ -43,6 +46,7 @@ WRONG = {
     "a copy without a barrier": ((COPY, WAIT, OTHER), "reads what warp"),
     "a copy over what is read": ((GET, PUT, BAR, OTHER, COPY), "writes what warp"),
     "a place for two numbers": ((GET, "st.shared.b32 [%r1], %r10;"), "different values"),
+    "a global place for two numbers": ((GET, "st.global.b32 [%w1], %r10;"), "different values"),
     "global memory": ((THROUGH, ACROSS), "global address"),
 }
 
@@ -63,6 +67,73 @@ def test_what_is_not_ordered_is_told(name):
     x = np.arange(512, dtype=np.uint32)
     with pytest.raises(Fault, match=what):
         run(" ".join(parts), x, np.zeros_like(x))
+
+
+def test_no_barrier_orders_two_ctas(monkeypatch):
+    """One writes before it and one reads or writes after it, side by side or, as the 41st of 128 threads, later."""
+    x = np.arange(512, dtype=np.uint32)
+    first, last = (
+        "st.global.v4.b32 [%w4], {%r10, %r11, %r12, %r13};",
+        "ld.global.v4.b32 {%r20, %r21, %r22, %r23}, [%w4];",
+    )
+    for many in (memory.MANY, 0):
+        monkeypatch.setattr(memory, "MANY", many)
+        for one, two in ((first, last), (last, first), (first, first), (last, last)):
+            for a, b in ((0, 1), (0, 40), (0, 0), (40, 3)):
+                guards = f"mov.u32 %r7, %ctaid.x; setp.eq.u32 %p1, %r7, {a}; setp.eq.u32 %p2, %r7, {b};"
+                body = f"{guards} {GET} @%p1 {one} {BAR} {BAR} @%p2 {two} {BAR}"
+                if a == b or one == two == last:
+                    run(body, x, x.copy(), ctas=41)
+                else:
+                    with pytest.raises(Fault, match="hazard: CTAs of k: "):
+                        run(body, x, x.copy(), ctas=41)
+
+
+def test_a_register_that_not_every_thread_wrote_is_told():
+    """Each reads what it wrote itself; which others did, and whether by a branch or a predicate, is nothing to it."""
+    x = np.arange(512, dtype=np.uint32)
+    some, others = "@%p1 mov.b32 %r20, 1;", "@!%p1 mov.b32 %r20, 2;"
+    branch = "@%p1 bra $L; mov.b32 %r20, 1; bra $M; $L: mov.b32 %r21, 2; $M:"
+    read, both, out = "add.u32 %r22, %r20, 1;", f"{some} {others}", "st.global.b32 [%w4], %r20;"
+    for body, told in (
+        (f"{some} {read}", True),
+        (f"{some} @!%p1 {read}", True),
+        (f"{some} {out}", True),
+        (f"{branch} {read}", True),
+        (f"{some} @%p1 {read}", False),
+        (f"{both} {read}", False),
+        (f"{branch} @!%p1 {read}", False),
+        (f"mov.b32 %r20, 3; {some} {read}", False),
+        (f"{some} mov.b32 %r20, 3; {read}", False),
+        ("@%p1 setp.eq.u32 %p2, %r0, 0; @%p2 mov.b32 %r20, 1;", True),
+        ("@%p1 setp.eq.u32 %p2, %r0, 0; @!%p1 bra $L; @%p2 mov.b32 %r20, 1; $L:", False),
+    ):
+        with pytest.raises(Fault, match="not each of the threads wrote") if told else nullcontext():
+            run(f"setp.lt.u32 %p1, %r0, 40; {body}", x, x.copy())
+
+
+SUMS = "{%r20, %r21, %r22, %r23}"
+ACCESSES = (
+    f"ld.shared.v4.b32 {SUMS}, [%r6];",
+    f"st.shared.v4.b32 [%r6], {SUMS};",
+    "cp.async.cg.shared.global [%r6], [%w3], 16;",
+    f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {SUMS}, [%r6];",
+    f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r6], {SUMS};",
+    f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {SUMS}, %w5, %w5, 0, 1, 1, 0, 0;",
+)
+
+
+def test_another_ctas_shared_memory_is_told():
+    """It lies beside one's own in the interpreter: what is past the end, or before the start, is nobody's."""
+    x = np.arange(512, dtype=np.uint32)
+    zeros = " ".join(f"mov.b32 %r{n}, 0;" for n in range(20, 24))
+    fill = f"{zeros} {GET} {PUT} st.shared.v4.b32 [%r3+30720], {{%r10, %r11, %r12, %r13}}; {BAR}"
+    for access in ACCESSES:
+        for cta, offset in ((0, 32768), (1, -2048)):
+            at = f"add.s32 %r6, %r3, {offset}; mov.b64 %w5, {offset >> 4 & 0x3FFF};"
+            body = f"{fill} {at} mov.u32 %r7, %ctaid.x; setp.eq.u32 %p1, %r7, {cta}; @%p1 {access}"
+            with pytest.raises(Fault, match="shared address"):
+                run(body, x, x.copy(), ctas=2)
 
 
 # ---- matrices ---------------------------------------------------------------------------------------------------
