@@ -119,6 +119,13 @@ def test_a_million_columns_fit():
     assert plan["total_bytes"] <= 16 * MIB
 
 
+def test_few_scores_are_one_tile_whatever_the_width():
+    """As many as 256 × 128: beyond them there is work for several threads, also where a score is one product."""
+    for n, d, tiles in ((256, 64, 1), (256, 1, 1), (257, 1, 4), (16_384, 1, 4), (128, 128, 1), (256, 128, 4)):
+        plan = MODULE.plan(n, 128, d, torch.float32, 16 * MIB)
+        assert (plan["tiles"], plan["groups"]) == (tiles, tiles), (n, d)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grads_repeat_what_loss_found(dtype):
     args = arguments(75, 4, 40, dtype, extra_images=1, rows_per_image=3)
