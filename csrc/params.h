@@ -72,12 +72,12 @@ struct Accumulators {
   LogSums positives;
   float* total;  // sum of t over the positives, and its Kahan error
   float* total_error;
-  float* count;     // of the positives
+  int32_t* count;   // of the positives
   float* softplus;  // sum of softplus(t + bias) over the negatives, and its Kahan error
   float* softplus_error;
   float* negative_total;  // sum of t over the negatives, and its Kahan error
   float* negative_total_error;
-  float* negative_count;
+  int32_t* negative_count;
 };
 
 // Coefficients of a strip, `lanes` floats each; padding lanes hold zeros.

@@ -2,7 +2,8 @@
 
 // What one score adds to the sums of its row and of its column; nothing to those of the set that it is not of.
 struct Share {
-  float negative, negative_top, positive, positive_top, total, count, square;
+  float negative, negative_top, positive, positive_top, total, square;
+  int count;
 };
 
 // Folds kLines columns at once, whose Kahan steps and accumulators of rows are shared, as in `fold_columns`. The scores
@@ -24,16 +25,16 @@ inline void fold_lines(const Tile& tile, int64_t first, float scale, const Accum
   float* __restrict positive_error = row.positives.error;
   float* __restrict total = row.total;
   float* __restrict total_error = row.total_error;
-  float* __restrict count = row.count;
+  int* __restrict count = row.count;
   const int* __restrict ids = tile.ids;
   const int* __restrict itself = tile.itself;
   const int i0 = tile.line_ids[first], i1 = tile.line_ids[first + kLines - 1];
   const int index = static_cast<int>(tile.first_column + first);
-  const Share none = {0.0f, -infinity(), 0.0f, -infinity(), 0.0f, 0.0f, 0.0f};
+  const Share none = {0.0f, -infinity(), 0.0f, -infinity(), 0.0f, 0.0f, 0};
   Share x = none, y = none;
   float x_sum = 0.0f, y_sum = 0.0f, x_max = -infinity(), y_max = -infinity(), x_square = 0.0f, y_square = 0.0f;
-  float x_positive = 0.0f, y_positive = 0.0f, x_top = -infinity(), y_top = -infinity(), x_total = 0.0f, y_total = 0.0f,
-        x_count = 0.0f, y_count = 0.0f;
+  float x_positive = 0.0f, y_positive = 0.0f, x_top = -infinity(), y_top = -infinity(), x_total = 0.0f, y_total = 0.0f;
+  int x_count = 0, y_count = 0;
 #pragma omp simd reduction(+ : x_sum, y_sum, x_square, y_square, x_positive, y_positive, x_total, y_total, x_count, \
                                y_count) reduction(max : x_max, y_max, x_top, y_top)
   for (int l = 0; l < rows; ++l) {
@@ -46,7 +47,7 @@ inline void fold_lines(const Tile& tile, int64_t first, float scale, const Accum
       found.positive = own && !out ? e : 0.0f;
       found.positive_top = own && !out ? s : -infinity();
       found.total = own && !out ? s : 0.0f;
-      found.count = own && !out ? 1.0f : 0.0f;
+      found.count = own && !out;
       found.square = out ? 0.0f : s * s;
       return found;
     };
@@ -82,8 +83,8 @@ inline void fold_lines(const Tile& tile, int64_t first, float scale, const Accum
     }
   }
   if (!kColumns) return;
-  x = {x_sum, x_max, x_positive, x_top, x_total, x_count, x_square};
-  y = {y_sum, y_max, y_positive, y_top, y_total, y_count, y_square};
+  x = {x_sum, x_max, x_positive, x_top, x_total, x_square, x_count};
+  y = {y_sum, y_max, y_positive, y_top, y_total, y_square, y_count};
   for (int line = 0; line < kLines; ++line) {
     const Share& found = line ? y : x;
     const int64_t c = first + line;

@@ -10,7 +10,7 @@ void fold_positives(const Tile& tile, const Scoring& scoring, const Accumulators
   float* __restrict sum_error = acc.positives.error;
   float* __restrict total = acc.total;
   float* __restrict total_error = acc.total_error;
-  float* __restrict count = acc.count;
+  int* __restrict count = acc.count;
   const float* __restrict shift = acc.positives.shift;
   const int* __restrict ids = tile.ids;
   const int* __restrict itself = tile.itself;
@@ -25,7 +25,7 @@ void fold_positives(const Tile& tile, const Scoring& scoring, const Accumulators
       const float e = exp_value(t - shift[l]);
       add_exactly(sum[l], sum_error[l], inside ? e : 0.0f);
       add_exactly(total[l], total_error[l], inside ? t : 0.0f);
-      count[l] += inside ? 1.0f : 0.0f;
+      count[l] += inside;
     }
   }
 }
@@ -59,7 +59,7 @@ void fold_negatives(const Tile& tile, const Scoring& scoring, const Accumulators
   const int lanes = static_cast<int>(tile.lanes);
   float* __restrict total = acc.negative_total;
   float* __restrict error = acc.negative_total_error;
-  float* __restrict count = acc.negative_count;
+  int* __restrict count = acc.negative_count;
   const int* __restrict ids = tile.ids;
   const int* __restrict itself = tile.itself;
   for (int64_t c = 0; c < tile.columns; ++c) {
@@ -71,7 +71,7 @@ void fold_negatives(const Tile& tile, const Scoring& scoring, const Accumulators
       const bool inside = (ids[l] != id) & !left_out<kOut>(itself, marks, l, index);
       const float t = transform<kClip>(scores[l] * f.scale, f.clip, f.inverse_clip).value;
       add_exactly(total[l], error[l], inside ? t : 0.0f);
-      count[l] += inside ? 1.0f : 0.0f;
+      count[l] += inside;
     }
   }
 }

@@ -2,6 +2,8 @@
 // products of guides, or by their columns.
 #pragma once
 
+#include <ATen/ops/sort.h>
+
 #include <algorithm>
 
 #include "../problem.h"
@@ -27,21 +29,32 @@ struct MarkRoom {
 
 class Marks {
  public:
-  explicit Marks(const Filters& filters) : filters_(filters) {}
+  // Every tile looks its own columns up, so a row's positives are in order: P = M of them in M / 128 tiles would
+  // otherwise be M * M / 128 steps a row.
+  explicit Marks(const Filters& filters) : filters_(filters), several_(filters.several) {
+    if (!several_.defined()) return;
+    const int64_t *columns = several_.const_data_ptr<int64_t>(), p = several_.size(1);
+    for (int64_t row = 0; row < several_.size(0); ++row)
+      if (!std::is_sorted(columns + row * p, columns + (row + 1) * p)) {
+        several_ = std::get<0>(at::sort(several_, 1));  // fault: marks-unsorted
+        return;
+      }
+  }
 
   // Those of prefix `part`. `tile.scores` are before the scale.
   void write(const RowKernels& kernels, const Tile& tile, const MarkRoom& room, int64_t part = 0) const {
     std::fill_n(tile.marks, tile.columns * tile.lanes, 0);
     if (filters_.ceiling.defined()) kernels.mark(tile, tile.scores, line(filters_.ceiling, tile, part));
     if (filters_.guide_ceiling.defined()) {
-      measure(tile, room);  // fault: kernels-guide-forgotten
+      if (part == 0) measure(tile, room);  // else still there  // fault: kernels-guide-forgotten
       kernels.mark(tile, room.heights, line(filters_.guide_ceiling, tile, part));
     }
     for (int64_t l = 0; l < tile.rows; ++l) {
-      if (filters_.several.defined()) {
-        const int64_t p = filters_.several.size(1);
-        const int64_t* columns = filters_.several.const_data_ptr<int64_t>() + (tile.first_row + l) * p;
-        for (int64_t i = 0; i < p; ++i) put(tile, l, columns[i], kNoNegative);
+      if (several_.defined()) {
+        const int64_t p = several_.size(1);
+        const int64_t* columns = several_.const_data_ptr<int64_t>() + (tile.first_row + l) * p;
+        const int64_t* own = std::lower_bound(columns, columns + p, tile.first_column);
+        for (; own < columns + p && *own < tile.first_column + tile.columns; ++own) put(tile, l, *own, kNoNegative);
       }
       if (tile.itself) put(tile, l, tile.itself[l], kOutside);  // fault: kernels-marks-itself
     }
@@ -73,6 +86,7 @@ class Marks {
   }
 
   const Filters& filters_;
+  at::Tensor several_;  // (N, P), each row in ascending order
 };
 
 }  // namespace fused_nce

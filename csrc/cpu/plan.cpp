@@ -32,13 +32,16 @@ Bytes count(const Work& w, const Plan& p) {
 }
 
 // Few scores are one tile: for 12 MFLOP of GEMMs, 50 us of a core, a second thread would gain no more than groups of
-// narrow tiles and their shares of dq cost, 6 % of a call.
-constexpr int64_t kFewProducts = 1 << 21, kFewColumns = 128, kLeastRows = 32;
+// narrow tiles and their shares of dq cost, 6 % of a call. Below D = 64 exponentials take longer than products, and
+// there are no more scores than at it.
+constexpr int64_t kFewProducts = 1 << 21, kFewScores = kFewProducts / 64, kFewColumns = 128, kLeastRows = 32;
 
 // Of `columns` in a strip: the most that a tile has so that there are four, for as many threads.
 int64_t quarter(const Work& w, int64_t columns) {
-  const bool few = w.rows >= kLeastRows && columns <= kFewColumns && w.rows * w.columns * w.width <= kFewProducts;
-  return few ? columns : round_up(ceil_div(columns, 4), 2);
+  const int64_t scores = w.rows * w.columns;
+  // fault: few-scores-of-any-width
+  const bool few = w.rows >= kLeastRows && columns <= kFewColumns && scores <= kFewScores;
+  return few && scores * w.width <= kFewProducts ? columns : round_up(ceil_div(columns, 4), 2);
 }
 
 // Cuts rows and columns evenly; false if even that does not fit.

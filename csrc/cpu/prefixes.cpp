@@ -15,6 +15,7 @@
 #include "ids.h"
 #include "isa.h"
 #include "strip.h"
+#include "work.h"
 #include "workspace.h"
 
 namespace fused_nce {
@@ -22,7 +23,6 @@ namespace {
 
 constexpr int64_t kTileColumns = 256, kFewLanes = 128, kLeastStored = 64;
 constexpr int64_t kPrefixGroups[] = {16, 12, 8, 6, 4, 2, 1};  // as in `make_plan`
-constexpr float kBound = 40.0f;                               // of a scale that cosines need no shift under
 
 struct Shape {
   int64_t rows, columns, width, image, parts;
@@ -134,7 +134,7 @@ class PrefixSweep {
         ids_(in, labels_.empty() ? nullptr : labels_.data(), ranks_.empty() ? nullptr : ranks_.data()),
         marks_(in.filters), arena_(checked(plan_).bytes) {
     scoring_.no_shift = scoring_.clip > 0.0f ? portable::needs_no_shift(scoring_.clip)
-                                             : std::abs(scoring_.scale) <= kBound;  // of cosines
+                                             : std::abs(scoring_.scale) <= kMostUnshifted;  // of cosines
     space_.take(shape_, plan_, arena_);
     groups_.resize(plan_.groups);
     for (PrefixGroup& group : groups_) group.take(shape_, plan_, arena_);

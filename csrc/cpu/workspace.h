@@ -18,30 +18,34 @@ void for_arrays(Accumulators& acc, unsigned stats, const F& f) {
   for (float** array : {&acc.negatives.max, &acc.negatives.shift, &acc.negatives.sum, &acc.negatives.error, &acc.square,
                         &acc.square_error, &acc.bad})
     f(*array);
-  if (stats & kOverPositives)
+  if (stats & kOverPositives) {
     for (float** array : {&acc.positives.max, &acc.positives.shift, &acc.positives.sum, &acc.positives.error,
-                          &acc.total, &acc.total_error, &acc.count})
+                          &acc.total, &acc.total_error})
       f(*array);
+    f(acc.count);
+  }
   if (stats & bit_of(kNegSoftplus))
     for (float** array : {&acc.softplus, &acc.softplus_error}) f(*array);
-  if (stats & kNegTotals)
-    for (float** array : {&acc.negative_total, &acc.negative_total_error, &acc.negative_count}) f(*array);
+  if (stats & kNegTotals) {
+    for (float** array : {&acc.negative_total, &acc.negative_total_error}) f(*array);
+    f(acc.negative_count);
+  }
 }
 
 inline Accumulators new_accumulators(unsigned stats, int64_t count, Arena& arena) {
   Accumulators acc{};
-  for_arrays(acc, stats, [&](float*& array) { array = arena.take<float>(count); });
+  for_arrays(acc, stats, [&]<class T>(T*& array) { array = arena.take<T>(count); });
   return acc;
 }
 
 // Those that begin with row, or column, `first`.
 inline Accumulators from(Accumulators acc, unsigned stats, int64_t first) {
-  for_arrays(acc, stats, [&](float*& array) { array += first; });
+  for_arrays(acc, stats, [&](auto*& array) { array += first; });
   return acc;
 }
 
 inline void clear(Accumulators acc, unsigned stats, int64_t count) {
-  for_arrays(acc, stats, [&](float*& array) { std::fill_n(array, count, 0.0f); });
+  for_arrays(acc, stats, [&]<class T>(T*& array) { std::fill_n(array, count, T{}); });
   for (float* max : {acc.negatives.max, acc.positives.max})
     if (max) std::fill_n(max, count, -std::numeric_limits<float>::infinity());
 }

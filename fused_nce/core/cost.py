@@ -52,6 +52,10 @@ class Call(NamedTuple):
         two_sided = self.op == "loss" and (self.columns or self.symmetric) and (self.q or self.k)
         return Tiles(share, share if two_sided and not kept else 0.0, share)  # fault: flop-kept-again
 
+    def strip_tiles(self) -> Tiles:
+        """Of a backend that holds a strip of scores for all that is made of it, and says no more of its plan."""
+        return self._replace(symmetric=False).tiles(kept=False)
+
     def gemms(self, backend: str, tiles: Tiles | None = None) -> float:
         """N·M·D products that a backend computes: the scores and, of each gradient, w·y.
 
@@ -60,8 +64,8 @@ class Call(NamedTuple):
             tiles: where they are known better than from what is asked: those of a plan.
         """
         first = self.op != "grads"  # statistics are to be made
-        if backend != "triton":  # holds a strip of scores for all that is made of it
-            tiles = tiles or self._replace(symmetric=False).tiles(kept=False)
+        if backend != "triton":
+            tiles = tiles or self.strip_tiles()
             for_keys = self.q if self.shared else self.k
             of_gradients = 0.0 if self.op == "stats" else self.q * tiles.seen + for_keys * tiles.for_keys
             return tiles.seen + tiles.again + of_gradients

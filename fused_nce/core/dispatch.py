@@ -23,6 +23,7 @@ BACKENDS = ("cpu", "triton", "cuda", "chunked", "reference")
 AUTOMATIC = ("cpu", "chunked")  # beside a GPU, where `core/cost.py` puts those of its own first
 ANY_CALL = Call()
 RING = "ring|"  # begins the backend string of a ring of processes (`core/distributed/ring.py`)
+ASIDE = "aside|"  # begins that of a small part of a call, whose path is that of the rest
 
 _logger = logging.getLogger("fused_nce")
 _logged: set[tuple[str, str]] = set()
@@ -127,12 +128,14 @@ def choose_by(
     why_not: Callable[[str], str | None], names: tuple[str, ...], requested: str, what: str
 ) -> tuple[str, Backend]:
     """The requested backend, else the first of `names` that can; `what` is for a message. Raises as `choose` does."""
-    requested = requested or os.environ.get("FUSED_NCE_BACKEND", "")
+    aside = requested.startswith(ASIDE)
+    requested = requested.removeprefix(ASIDE) or os.environ.get("FUSED_NCE_BACKEND", "")
     if requested:
         reason = why_not(requested)
         if reason is not None:
             raise ValueError(f"backend: got {requested!r}, which cannot run this: {reason}")
-        _local.path = Path(requested, "requested")
+        if not aside:  # fault: path-of-a-part
+            _local.path = Path(requested, "requested")
         return requested, backend_module(requested)
     reasons: list[str] = []
     for name in names:

@@ -287,8 +287,11 @@ def widened(x: Tensor) -> Tensor:
 
 
 def normalized(x: Tensor) -> Tensor:
-    """Rows of unit norm, in x's dtype; the norm in float32 at least. A zero row stays zero."""
-    return torch.nn.functional.normalize(widened(x), dim=-1).to(x.dtype)
+    """Rows of unit norm, in x's dtype; the norm in float32 at least, NaN if beyond it. A zero row stays zero."""
+    wide = widened(x)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    norm = norm + 0 * norm  # x / ∞ would be zeros like any others  # fault: norm-overflows
+    return (wide / norm.clamp(min=1e-12)).to(x.dtype)
 
 
 def tile_losses(

@@ -23,14 +23,19 @@ def call_of(op: str, x: Scores, tail: str = "", needs: list[bool] | None = None)
 
 
 def executed(call: Call, x: Scores, requested: str) -> int:
-    """FLOP of the products that a backend computes for these shapes: the CPU's, by the tiles of its plan."""
+    """FLOP of the products that a backend computes for these shapes: the CPU's, by the tiles of its plan.
+
+    Those of guides come with the scores, as often as those are made; the CPU's kernels have one for all prefixes.
+    """
     spec, (n, d), m = specs.parse(x.spec), x.q.shape, x.keys.shape[0]
     name = requested or os.environ.get("FUSED_NCE_BACKEND", "")
     if name not in dispatch.BACKENDS:  # one is to be chosen, or the ring's
         able = (name for name in dispatch.automatic(x.q, x.k, call) if not dispatch.why_not(name, spec, x.q, x.k))
         name = next(able, "chunked")
-    tiles = getattr(dispatch.backend_module(name), "tiles", None)
-    return round(2 * n * m * d * call.gemms(name, tiles and tiles(spec, call, n, m, d, x.q.dtype)))
+    of_plan = getattr(dispatch.backend_module(name), "tiles", None)
+    tiles = of_plan(spec, call, n, m, d, x.q.dtype) if of_plan else call.strip_tiles()
+    guides = 0 if x.guide_q is None else x.guide_q.shape[1] * (1 if name == "cpu" else spec.parts)
+    return round(2 * n * m * (d * call.gemms(name, tiles) + guides * (tiles.seen + tiles.again)))  # fault: flop-guides
 
 
 @register_flop_formula(torch.ops.fused_nce.stats, get_raw=True)

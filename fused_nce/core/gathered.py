@@ -164,7 +164,7 @@ def _backward(ctx: Any, d: Tensor | None) -> tuple[Any, ...]:
     if d is None:
         return None, None, None, None, *rest
     if torch.is_grad_enabled():
-        twice.check_asked_for(ctx.backend, True)
+        twice.check_asked_for(ctx.backend.removeprefix(dispatch.ASIDE), True)
         leaf = None if scale_tensor is None else scale_tensor.view_as(scale_tensor)
         views = x._replace(q=q.view_as(q), k=k.view_as(k), scale_tensor=leaf)  # none is a function of another
         dq, dk, dscale = twice.gradients([_differentiable(views)], [d], views.differentiable, ctx.needs)

@@ -29,10 +29,11 @@ def blocks(spec: Spec) -> list[slice]:
 
 
 def inverse_norms(spec: Spec, x: Tensor) -> Tensor:
-    """(K, N) ρ of each prefix of (N, D) rows, in the accumulation dtype."""
+    """(K, N) ρ of each prefix of (N, D) rows, in the accumulation dtype; NaN where the norm's square is beyond it."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     squares = torch.stack([wide[:, block].square().sum(dim=1) for block in blocks(spec)])
-    return 1 / squares.cumsum(dim=0).sqrt().clamp(min=EPS)
+    norms = squares.cumsum(dim=0).sqrt().clamp(min=EPS)
+    return 1 / norms + 0 * norms  # 0 would be a cosine like any other  # fault: prefix-norm-overflows
 
 
 def problems(problem: Problem) -> list[Problem]:
@@ -41,7 +42,9 @@ def problems(problem: Problem) -> list[Problem]:
     wide = torch.promote_types(p.q.dtype, torch.float32)
 
     def cut(x: Tensor, width: int) -> Tensor:
-        return torch.nn.functional.normalize(x[:, :width].to(wide), dim=1, eps=EPS)
+        rows = x[:, :width].to(wide)
+        unit = torch.nn.functional.normalize(rows, dim=1, eps=EPS)
+        return unit + 0 * rows.detach().square().sum(dim=1, keepdim=True)  # NaN, as of `inverse_norms`
 
     found = []
     for width, part in zip(spec.prefixes, parts(problem), strict=True):

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from fused_nce.core.atoms import positive_value, transform_value
+from fused_nce.core.dispatch import ASIDE
 from fused_nce.core.engine import as_matmul, loss_of, tile_stats
 from fused_nce.core.gathered import gathered_scores
 from fused_nce.core.group import Group, peers
@@ -214,7 +215,7 @@ class _Blocks:
             return _Positives(p, p, p, p)
         indices, weights, some = *x.several, x.several.some
         # As the dot products of one positive each, they are plain torch on every backend.
-        torch_alone = "reference" if self.how["backend"] == "reference" else "chunked"
+        torch_alone = ASIDE + ("reference" if self.how["backend"] == "reference" else "chunked")
         s = gathered_scores(x.q, x.k, indices.clamp(min=0), scale=self.scale, backend=torch_alone)
         t = positive_value(self.transform, s).masked_fill(~some, 0.0)
         mean, total = (t * weights).sum(dim=1), t.sum(dim=1)

@@ -34,11 +34,12 @@ using Floats = std::vector<float>;
 struct Check {
   int lanes, rows, columns, n_c;
   float scale, clip;
-  bool drop_itself;
+  bool drop_itself, marked;
   static constexpr int kFirst = 5;  // column of the first line
 
   Floats scores = Floats(lanes * columns);
   std::vector<int32_t> ids = std::vector<int32_t>(lanes, -1), itself = ids, line_ids = std::vector<int32_t>(columns);
+  std::vector<int32_t> marks = std::vector<int32_t>(lanes * columns), counts = std::vector<int32_t>(lanes);
   Scoring scoring{scale, clip, n_c, 1, 0};
   Tile tile{};
 
@@ -47,6 +48,7 @@ struct Check {
   double slope(int c, int l) const { return clip > 0 ? 1 - std::pow(std::tanh(s(c, l) / clip), 2) : 1; }
   bool out(int c, int l) const { return drop_itself && itself[l] == kFirst + c; }
   bool own(int c, int l) const { return ids[l] == line_ids[c]; }
+  bool negative(int c, int l) const { return !own(c, l) && !out(c, l) && !marks[c * lanes + l]; }
 
   void draw() {
     for (int i = 0; i < lanes * columns; ++i)
@@ -55,6 +57,19 @@ struct Check {
     for (int c = 0; c < columns; ++c) line_ids[c] = (kFirst + c) / n_c;
     tile = {scores.data(),  columns, lanes, rows, kFirst, 0, ids.data(), drop_itself ? itself.data() : nullptr,
             line_ids.data()};
+    if (marked) mark();
+  }
+
+  // What a driver marks: scores above 10 and, where a row is itself a column, that.
+  void mark() {
+    const Floats ceilings(lanes, 10.0f);
+    tile.marks = marks.data();
+    kernels.mark(tile, scores.data(), ceilings.data());
+    for (int i = 0; i < lanes * columns; ++i)
+      expect("mark", marks[i], i % lanes < rows && scores[i] > 10.0f ? kNoNegative : 0, 0);
+    for (int l = 0; l < rows; ++l)
+      for (int c = 0; c < columns; ++c)
+        if (out(c, l)) marks[c * lanes + l] = kOutside;
   }
 
   void run() {
@@ -64,28 +79,33 @@ struct Check {
       fold();
       weigh();
     }
-    if (clip == 0) both();
+    if (clip == 0 && !marked) both();
     move();
   }
 
   // Arrays for `count` rows or columns, cleared.
-  static Accumulators cleared(int count, std::vector<Floats>& memory, bool softplus) {
+  Accumulators cleared(int count, std::vector<Floats>& memory, bool further) {
     Accumulators acc{};
     const auto take = [&](float value) { return memory.emplace_back(count, value).data(); };
     acc.negatives = {take(static_cast<float>(-kInfinity)), take(0), take(0), take(0)};
     acc.square = take(0), acc.square_error = take(0), acc.bad = take(0);
-    if (softplus) acc.softplus = take(0), acc.softplus_error = take(0);
+    if (!further) return acc;
+    acc.softplus = take(0), acc.softplus_error = take(0);
+    acc.negative_total = take(0), acc.negative_total_error = take(0);
+    counts.assign(count, 0);
+    acc.negative_count = counts.data();
     return acc;
   }
 
   // Of one row over its columns, or of one column over the rows.
   void compare(const char* what, const Accumulators& acc, int at, bool of_rows) const {
-    double sum = 0, square = 0, top = -kInfinity, softplus = 0;
+    double sum = 0, square = 0, top = -kInfinity, softplus = 0, total = 0, count = 0;
     for (int i = 0; i < (of_rows ? columns : rows); ++i) {
       const int c = of_rows ? i : at, l = of_rows ? at : i;
       if (out(c, l)) continue;
       square += s(c, l) * s(c, l);
-      if (own(c, l)) continue;
+      if (!negative(c, l)) continue;
+      total += t(c, l), ++count;
       sum += std::exp(t(c, l) - acc.negatives.shift[at]);
       top = std::fmax(top, s(c, l));
       softplus += std::log1p(std::exp(t(c, l) + scoring.bias));
@@ -94,10 +114,13 @@ struct Check {
     expect(what, acc.negatives.max[at], top);
     expect(what, acc.square[at], square);
     expect(what, acc.bad[at], 0);
-    if (acc.softplus) expect(what, acc.softplus[at], softplus);
+    if (!acc.softplus) return;
+    expect(what, acc.softplus[at], softplus);
+    expect(what, acc.negative_total[at], total, 2e-5);
+    expect(what, acc.negative_count[at], count, 0);
   }
 
-  void fold() const {
+  void fold() {
     std::vector<Floats> memory;
     memory.reserve(32);
     const Accumulators acc = cleared(lanes, memory, true);
@@ -132,9 +155,10 @@ struct Check {
     for (int l = 0; l < rows; ++l) {
       double sum = 0;
       for (int c = 0; c < columns; ++c) {
-        const double negative = std::exp(t(c, l) - shift[l]) * inverse[l] * d[l] * slope(c, l);
+        const double e = negative(c, l) ? std::exp(t(c, l) - shift[l]) : 0,
+                     on_negative = e * inverse[l] * d[l] * slope(c, l);
         const double positive = d_pos[(kFirst + c) % n_c * lanes + l] * slope(c, l);
-        const double w = out(c, l) ? 0 : (own(c, l) ? positive : negative) + square[l] * s(c, l);
+        const double w = out(c, l) ? 0 : (own(c, l) ? positive : on_negative) + square[l] * s(c, l);
         sum += w * scores[c * lanes + l];
         expect("weigh", out_tile[c * lanes + l], scale * w);
         Floats wide(1);
@@ -192,14 +216,16 @@ int main() {
   for (const auto& [lanes, rows, columns] : {std::array{16, 16, 8}, {16, 5, 7}, {256, 250, 13}, {48, 33, 1}})
     for (const float clip : {0.0f, 20.0f, 50.0f})
       for (const bool drop_itself : {false, true})
-        Check{.lanes = lanes,
-              .rows = rows,
-              .columns = columns,
-              .n_c = 3,
-              .scale = 0.4f,
-              .clip = clip,
-              .drop_itself = drop_itself}
-            .run();
+        for (const bool marked : {false, true})
+          Check{.lanes = lanes,
+                .rows = rows,
+                .columns = columns,
+                .n_c = 3,
+                .scale = 0.4f,
+                .clip = clip,
+                .drop_itself = drop_itself,
+                .marked = marked}
+              .run();
   halves();
   std::printf("%d numbers compared, %d differ\n", compared, wrong);
   return wrong > 0;

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fused_nce import _extension
+from fused_nce.core.statistics import KERNEL_STATISTICS
 from tests.marks import nightly_but
 
 MODULE: Any
@@ -117,6 +118,25 @@ def test_a_million_columns_fit():
     assert plan["fits"]
     assert not plan["scores_stored"]
     assert plan["total_bytes"] <= 16 * MIB
+
+
+def test_few_scores_are_one_tile_whatever_the_width():
+    """As many as 256 × 128: beyond them there is work for several threads, also where a score is one product."""
+    for n, d, tiles in ((256, 64, 1), (256, 1, 1), (257, 1, 4), (16_384, 1, 4), (128, 128, 1), (256, 128, 4)):
+        plan = MODULE.plan(n, 128, d, torch.float32, 16 * MIB)
+        assert (plan["tiles"], plan["groups"]) == (tiles, tiles), (n, d)
+
+
+def test_negatives_are_counted_beyond_the_integers_of_float32():
+    """Of one task: 2**24 + 1 is no float32."""
+    m, names = (1 << 24) + 1001, [KERNEL_STATISTICS.index("neg_count")]
+    plan = {"need_q": False, "need_k": False, "row_stats": names}
+    smallest = MODULE.plan(1, m, 1, torch.float32, 1, **plan)["total_bytes"]
+    assert MODULE.plan(1, m, 1, torch.float32, smallest, **plan)["groups"] == 1
+    q, k = torch.ones(1, 1), torch.zeros(m, 1)
+    given = q, k, 1.0, 1, 1, 0, 0.0, None, -1, None, None, 0.0, *[None] * 5, names, []
+    _, rows, _ = torch.ops.fused_nce.cpu_stats(*given, smallest)
+    assert int(rows[0, 0]) == m - 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fused_nce
-from fused_nce import amdim_nce, tile_stats, workspace_bytes
+from fused_nce import amdim_nce, info_nce, tile_stats, workspace_bytes
 from fused_nce.core import dispatch
 from fused_nce.core.spec import Bias, Block, Labels, Spec, TanhClip
 from tests.conftest import why_not
@@ -61,6 +61,20 @@ def test_a_fallback_is_told_once_and_refused_when_strict(monkeypatch, caplog):
     with pytest.raises(RuntimeError, match=r"^FUSED_NCE_STRICT=1 forbids the fallback to 'chunked': cpu: "):
         amdim_nce(A.double(), C.double())
     amdim_nce(A.double(), C.double(), backend="chunked")  # asked for: no fallback
+
+
+def test_last_path_of_several_positives_is_that_of_their_negatives(backend):
+    """Whose scores are gathered in plain torch on every backend, forward and backward."""
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(9, 8, generator=g).requires_grad_() for _ in range(2))
+    positives, weights = torch.stack([torch.arange(9), torch.arange(9).roll(1)], dim=1), torch.full((9, 2), 0.5)
+    first = next(name for name in dispatch.AUTOMATIC if why_not(name) is None)
+    for targets in ({"positives": positives}, {"soft_targets": (positives, weights)}):
+        for asked, path in ((backend, backend), (None, first)):
+            loss = info_nce(q, k, **targets, backend=asked).loss
+            assert last_path().backend == path
+            loss.backward()
+            assert last_path().backend == path
 
 
 def test_last_path_belongs_to_the_thread():

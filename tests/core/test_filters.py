@@ -6,13 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from fused_nce import tile_stats
+from fused_nce import _extension, tile_stats
+from fused_nce.backends import cpu
+from fused_nce.core import workspace
 from fused_nce.core.engine import tile_loss
 from fused_nce.core.spec import FILTERS, Block, Identity, Index, Labels, Spec, SqDist, TanhClip
 from fused_nce.core.tails import LogOut, Nce
 from tests.conftest import why_not
 
-N, M, D, G = 40, 52, 7, 3
+N, M, D, G = 40, 150, 7, 3
+TILES_MB = {"cpu": "0.03"}  # of the kernels: several strips, tiles and groups, as `cut_up` sees to
 KERNELS = pytest.param("cpu", marks=pytest.mark.skipif(bool(why_not("cpu")), reason="kernels not built"))
 BACKENDS = ["reference", "chunked", KERNELS]
 
@@ -22,6 +25,13 @@ def close(ours, theirs, rtol, atol):
     if ours.dtype == torch.float32:
         rtol, atol = 1e-5, max(1e-6, atol)
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=rtol, atol=atol)
+
+
+def cut_up(spec, **asked):
+    """Fails where the kernels' plan has one strip, tile or group of the problem below."""
+    sizes = N, M, D, torch.float32, workspace.limit_bytes("cpu")
+    plan = _extension.status()[0].plan(*sizes, **asked, **cpu._plan_options(spec, shared=False))
+    assert min(plan["strips"], plan["tiles"], plan["groups"]) > 1, plan
 
 
 def problem(backend="reference"):
@@ -49,7 +59,8 @@ def dense(q, k, guide, ceilings, own, clip, filters):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_value_and_gradients(backend, workspace_mb, monkeypatch):
     """Every layout with a fixed positive, a clip or none, each filter alone and both."""
-    monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", "0.3" if backend == "cpu" and workspace_mb != "16" else workspace_mb)
+    small = workspace_mb != "16"
+    monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", TILES_MB.get(backend, workspace_mb) if small else workspace_mb)
     q, k, guide, both, targets = problem(backend)
     for filters in (("ceiling",), ("guide",), FILTERS):
         ceilings = both[[FILTERS.index(name) for name in filters]]
@@ -65,6 +76,8 @@ def test_value_and_gradients(backend, workspace_mb, monkeypatch):
                 assert out.any()
                 assert out[3].sum() == M - 1
                 spec = Spec(layout, transform, Nce().stats, filters=filters)
+                if small and backend == "cpu":
+                    cut_up(spec)
                 found = tile_loss(q, k, spec, Nce(), scale=0.7, **more, **given, backend=backend)
                 pairs = zip(*(torch.autograd.grad(x, (q, k)) for x in (found.loss, exact)), strict=True)
                 close(found.loss, exact, rtol=1e-12, atol=0)
@@ -75,10 +88,13 @@ def test_value_and_gradients(backend, workspace_mb, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_counts_and_sums(backend, monkeypatch):
     """Of labelled columns, cut into tiles; positives keep their place whatever their height."""
-    monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", "0.3" if backend == "cpu" else "0.004")
+    monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", TILES_MB.get(backend, "0.004"))
     q, k, _, ceilings, _ = problem(backend)
     rows, columns = torch.arange(N) % 5, torch.arange(M) % 5
     spec = Spec(Labels(), stats=(*LogOut.READS, "neg_sum", "neg_count"), filters=("ceiling",))
+    if backend == "cpu":
+        cut_up(spec, need_q=False, need_k=False)
+        cut_up(spec, statistics=False)
     found = tile_stats(q, k, spec, row_ids=rows, column_ids=columns, ceilings=ceilings[:1], backend=backend)
     s, same = q @ k.T, rows[:, None] == columns
     kept = ~same & (s <= ceilings[0][:, None])
@@ -89,7 +105,7 @@ def test_counts_and_sums(backend, monkeypatch):
     for ours, theirs in zip(
         *(torch.autograd.grad(x.square().sum(), (q, k)) for x in (found["neg_sum"], exact)), strict=True
     ):
-        close(ours, theirs, rtol=1e-10, atol=1e-12 if q.dtype == torch.float64 else 1e-4)
+        close(ours, theirs, rtol=1e-10, atol=1e-12 if q.dtype == torch.float64 else 1e-3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_nce import AMDIMLoss, _extension, amdim_nce, tile_loss, tile_stats
 from fused_nce.core import dispatch
+from fused_nce.core.prefixes import Prefixed
 from fused_nce.core.spec import STATISTICS, Block, Identity, Spec, TanhClip
 from fused_nce.core.tails import Nce
 from tests.marks import nightly_but
@@ -227,6 +228,30 @@ def test_gemm_count(backend, name):
 def test_flop_formula(backend, name):
     build, units = COSTS[name]
     assert formula_flop(build(backend)) == units * UNIT
+
+
+def test_a_guide_is_counted(backend, monkeypatch):
+    """Its products come with the scores', once more where those are made once more, which the CPU's plan says."""
+    n, d, width, unit = 256, 64, 16, 2 * 256 * 256
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(n, d, generator=g).requires_grad_() for _ in range(2))
+    guide = tuple(torch.randn(n, width, generator=g) for _ in range(2))
+
+    def step(prefixes):
+        spec = Spec(Block(1), Identity(), Nce.READS, filters=("guide",), prefixes=prefixes)
+        tail = Prefixed(0.0, "mean", 1.0, prefixes, (1.0, 1.0)) if prefixes else Nce()
+        ceilings = torch.full((spec.parts, n), 3.0)
+        tile_loss(q, k, spec, tail, ceilings=ceilings, guide=guide, backend=backend).loss.backward()
+
+    cases = [("16", (), 3 * d + width)]
+    if backend == "cpu":
+        cases += [("16", (16, d), 3 * d + width), ("0.1", (), 4 * d + 2 * width)]
+    if backend == "chunked":
+        cases += [("16", (16, d), 3 * d + 2 * width)]
+    for workspace_mb, prefixes, products in cases:
+        monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", workspace_mb)
+        assert formula_flop(lambda: step(prefixes)) == products * unit  # noqa: B023  (runs at once)
+        assert gemm_flop(lambda: step(prefixes)) == products * unit  # noqa: B023
 
 
 def test_learnable_scale_costs_no_gemm():

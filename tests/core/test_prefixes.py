@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_nce import _extension
+from fused_nce import _extension, info_nce
 from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.prefixes import Prefixed
 from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Several, Spec, TanhClip
@@ -49,11 +49,11 @@ def targets_of(layout: Any, m: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("backend", "workspace_mb"), BACKENDS)
 def test_statistics_and_gradients(backend, workspace_mb, monkeypatch):
-    """Layouts, a clip, a scale that needs shifts, one tensor in both roles; float64 to 1e-12."""
+    """Layouts, a clip, scales of 60 and 90, which needs shifts, one tensor in both roles; float64 to 1e-12."""
     monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", workspace_mb)
     dtype = torch.float32 if backend == "cpu" else torch.float64
     layouts: tuple[Any, ...] = (Index(), Block(1), Labels(), Several(3))
-    every: tuple[Any, ...] = (layouts, (Identity(), TanhClip(2.0)), (False, True), (1, 30))
+    every: tuple[Any, ...] = (layouts, (Identity(), TanhClip(2.0)), (False, True), (1, 20, 30))
     for layout, transform, shared, sharp in itertools.product(*every):
         drop = shared and isinstance(layout, Labels)
         if backend == "cpu" and isinstance(layout, Several):
@@ -158,6 +158,37 @@ def test_what_is_not_finite_shows_and_a_zero_row_does_not_hurt(backend):
     tail = Prefixed(0.0, "mean", 1.0, WIDTHS, WEIGHTS)
     loss = tile_loss(zero, k, Spec(Block(1), stats=tail.stats, prefixes=WIDTHS), tail, backend=backend).loss
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (zero, k)))
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])
+@pytest.mark.parametrize("large", [0, 1])
+def test_a_norm_beyond_float32_shows(backend, large):
+    """1e20 squared is ∞, and 1 / ∞ would be cosines of 0; also where the other rows keep the products finite."""
+    sides = [x.detach().clone() for x in operands(torch.float32)[:2]]
+    sides[large][4, :16] = 1e20
+    sides[1 - large] *= 1e-12
+    q, k = (x.requires_grad_() for x in sides)
+    tail = Prefixed(0.0, "none", 1.0, WIDTHS, WEIGHTS)
+    found = tile_loss(q, k, Spec(Block(1), stats=tail.stats, prefixes=WIDTHS), tail, backend=backend)
+    assert found.nce.isnan().sum() == (1 if large == 0 else N)
+    (dq,) = torch.autograd.grad(found.nce.sum(), q)
+    assert dq[4].isnan().any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])
+def test_of_one_width_it_shows_or_is_no_norm_too_large(backend):
+    """The C++ loss finds norms in float64; plain torch, and with it what takes more than one block, cannot."""
+    q, k, _ = (x.detach() for x in operands(torch.float32))
+    large = q.clone()
+    large[4] *= 2.0**70
+    for more in ({}, {"false_negative_margin": 0.1}, {"directions": ("q2k", "k2q", "q2q")}):
+        small, found = (
+            info_nce(x, k[:N], normalize=True, reduction="none", **more, backend=backend).nce for x in (q, large)
+        )
+        if backend == "cpu" and not more:
+            torch.testing.assert_close(found, small)
+        else:
+            assert found[4].isnan()
 
 
 def test_the_memory_is_what_the_formula_says(monkeypatch):
