@@ -95,6 +95,9 @@ def test_a_register_that_not_every_thread_wrote_is_told():
     some, others = "@%p1 mov.b32 %r20, 1;", "@!%p1 mov.b32 %r20, 2;"
     branch = "@%p1 bra $L; mov.b32 %r20, 1; bra $M; $L: mov.b32 %r21, 2; $M:"
     read, both, out = "add.u32 %r22, %r20, 1;", f"{some} {others}", "st.global.b32 [%w4], %r20;"
+    sums = f"{GET} {PUT} {BAR} setp.eq.u32 %p3, %r6, 0; @%p3 mov.b32 %r30, 0; @%p3 mov.b32 %r31, 0;"
+    sums = f"mov.u32 %r6, %ctaid.x; {sums} @%p3 mov.b32 %r32, 0; @%p3 mov.b32 %r33, 0; mov.b64 %w5, 0;"
+    wgmma = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r30, %r31, %r32, %r33}, %w5, %w5, <add>, 1, 1, 0, 0;"
     for body, told in (
         (f"{some} {read}", True),
         (f"{some} @!%p1 {read}", True),
@@ -107,9 +110,11 @@ def test_a_register_that_not_every_thread_wrote_is_told():
         (f"{some} mov.b32 %r20, 3; {read}", False),
         ("@%p1 setp.eq.u32 %p2, %r0, 0; @%p2 mov.b32 %r20, 1;", True),
         ("@%p1 setp.eq.u32 %p2, %r0, 0; @!%p1 bra $L; @%p2 mov.b32 %r20, 1; $L:", False),
+        (f"{sums} {wgmma.replace('<add>', '1')}", True),
+        (f"{sums} {wgmma.replace('<add>', '%p3')}", False),  # no sum is read where nothing is added to it
     ):
         with pytest.raises(Fault, match="not each of the threads wrote") if told else nullcontext():
-            run(f"setp.lt.u32 %p1, %r0, 40; {body}", x, x.copy())
+            run(f"setp.lt.u32 %p1, %r0, 40; {body}", x, x.copy(), ctas=2)
 
 
 SUMS = "{%r20, %r21, %r22, %r23}"
