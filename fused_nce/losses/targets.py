@@ -18,7 +18,7 @@ ROUNDING = 1e-3  # what a sum of weights may be off 1 by, beyond what their own 
 class Targets(NamedTuple):
     """Of each row, its columns once each."""
 
-    indices: Tensor  # (N, P) int64, −1 for none
+    indices: Tensor  # (N, P) int64 in ascending order, −1 for none
     weights: Tensor  # (N, P), 0 for none, of sum 1
 
     @property
@@ -76,16 +76,15 @@ def checked(
             row = int(wrong.to(torch.int64).argmax())
             seen = "none" if weights is None else f"weights of sum {float(sums[row]):.4g}"
             raise ValueError(f"{name}: got {seen} for row {row}, need {need}")
-    # A column that comes twice is one, of both weights.
+    # In ascending order, as the kernels look them up. A column that comes twice is one, of both weights.
     ordered, order = indices.sort(dim=1, stable=True)
     later = torch.nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0)) & (ordered >= 0)  # fault: target-twice
+    w = w.gather(1, order)
     if weights is not None:
         column = (~later).cumsum(dim=1) - 1  # of a row's different ones
-        w = torch.zeros_like(w).scatter_add(1, column, w.gather(1, order)).gather(1, column)
-        w = torch.empty_like(w).scatter(1, order, w)
-    again = torch.empty_like(later).scatter(1, order, later)
-    w = w.masked_fill(again, 0.0)
-    return Targets(indices.masked_fill(again, -1), w / w.sum(dim=1, keepdim=True))
+        w = torch.zeros_like(w).scatter_add(1, column, w).gather(1, column)
+    w = w.masked_fill(later, 0.0)
+    return Targets(ordered.masked_fill(later, -1), w / w.sum(dim=1, keepdim=True))
 
 
 def _checked_indices(name: str, indices: Tensor | None, n: int, device: torch.device) -> Tensor:

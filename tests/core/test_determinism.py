@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def everything(backend, q, k):
 def test_fifty_runs_are_equal(backend, dtype):
     n, n_c, d = 65, 3, 33
     if backend == "cpu":  # several tasks, whose sums are merged
-        module = _extension.status()[0]
+        module: Any = _extension.status()[0]
         assert module.plan(n, n * n_c, d, dtype, 16 << 20, image=n_c)["groups"] > 1
     first = everything(backend, *features(n, n_c, d, dtype))
     for _ in range(50):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -30,7 +32,8 @@ def close(ours, theirs, rtol, atol):
 def cut_up(spec, **asked):
     """Fails where the kernels' plan has one strip, tile or group of the problem below."""
     sizes = N, M, D, torch.float32, workspace.limit_bytes("cpu")
-    plan = _extension.status()[0].plan(*sizes, **asked, **cpu._plan_options(spec, shared=False))
+    module: Any = _extension.status()[0]
+    plan = module.plan(*sizes, **asked, **cpu._plan_options(spec, shared=False))
     assert min(plan["strips"], plan["tiles"], plan["groups"]) > 1, plan
 
 

@@ -235,7 +235,7 @@ def test_a_guide_is_counted(backend, monkeypatch):
     n, d, width, unit = 256, 64, 16, 2 * 256 * 256
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(n, d, generator=g).requires_grad_() for _ in range(2))
-    guide = tuple(torch.randn(n, width, generator=g) for _ in range(2))
+    guide = torch.randn(n, width, generator=g), torch.randn(n, width, generator=g)
 
     def step(prefixes):
         spec = Spec(Block(1), Identity(), Nce.READS, filters=("guide",), prefixes=prefixes)
@@ -243,7 +243,7 @@ def test_a_guide_is_counted(backend, monkeypatch):
         ceilings = torch.full((spec.parts, n), 3.0)
         tile_loss(q, k, spec, tail, ceilings=ceilings, guide=guide, backend=backend).loss.backward()
 
-    cases = [("16", (), 3 * d + width)]
+    cases: list[tuple[str, tuple[int, ...], int]] = [("16", (), 3 * d + width)]
     if backend == "cpu":
         cases += [("16", (16, d), 3 * d + width), ("0.1", (), 4 * d + 2 * width)]
     if backend == "chunked":
