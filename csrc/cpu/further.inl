@@ -77,12 +77,12 @@ void fold_negatives(const Tile& tile, const Scoring& scoring, const Accumulators
 }
 
 void fold_further(const Tile& tile, const Scoring& scoring, const Accumulators& acc) {
-  const auto fold = [&]<bool kClip, Out kOut>() {
+  const auto fold = [&]<bool kClip, Out kOut> {
     if (acc.count) fold_positives<kClip, kOut>(tile, scoring, acc);
     if (acc.softplus) fold_softplus<kClip, kOut>(tile, scoring, acc);
     if (acc.negative_count) fold_negatives<kClip, kOut>(tile, scoring, acc);
   };
-  by_marks(tile, [&]<Out kOut>() {
+  by_marks(tile, [&]<Out kOut> {
     if (scoring.clip > 0.0f) fold.template operator()<true, kOut>();
     else fold.template operator()<false, kOut>();
   });

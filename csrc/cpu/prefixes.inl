@@ -58,7 +58,7 @@ void weigh_cosines_of(const Tile& tile, const Scoring& scoring, const Coefficien
 template <bool kClip, bool kShift>
 void weigh_cosines_as(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Norms& norms,
                       float* total, bool add, float* row_sums, float* line_sums) {
-  by_marks(tile, [&]<Out kOut>() {
+  by_marks(tile, [&]<Out kOut> {
     const auto weigh =
         add ? &weigh_cosines_of<kClip, kShift, kOut, true> : &weigh_cosines_of<kClip, kShift, kOut, false>;
     weigh(tile, scoring, row, norms, total, row_sums, line_sums);

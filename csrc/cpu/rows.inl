@@ -191,7 +191,7 @@ void fold_as(const Tile& tile, const Scoring& scoring, const Accumulators& acc) 
 #include "further.inl"
 
 void fold(const Tile& tile, const Scoring& scoring, const Accumulators& acc) {
-  by_marks(tile, [&]<Out kOut>() { fold_as<kOut>(tile, scoring, acc); });
+  by_marks(tile, [&]<Out kOut> { fold_as<kOut>(tile, scoring, acc); });
   fold_further(tile, scoring, acc);
 }
 
@@ -300,7 +300,7 @@ void weigh_as(const Tile& tile, const Scoring& scoring, const Coefficients& row,
 
 void weigh(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Further* further, uint16_t* rounded,
            float* d_scale) {
-  by_marks(tile, [&]<Out kOut>() {
+  by_marks(tile, [&]<Out kOut> {
     if (rounded) weigh_as<kOut, Rounded>(tile, scoring, row, further, rounded, d_scale);
     else weigh_as<kOut, InPlace>(tile, scoring, row, further, tile.scores, d_scale);
   });

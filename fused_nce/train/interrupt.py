@@ -26,7 +26,8 @@ class Interrupt:
     """
 
     def __init__(self) -> None:
-        self.requested, self.preempted = False, None
+        self.requested = False
+        self.preempted: int | None = None
         self._at, self._held, self._active = 0.0, False, False
         self._before: dict[int, Any] = {}
         self._child: Callable[[int, FrameType | None], Any] | None = None
