@@ -199,14 +199,19 @@ struct NegSoftplus {
   }
 };
 
-struct NegSum {
-  static constexpr Statistic kName = kNegSum;
-  static constexpr bool kPositives = false;
+// A plain sum of t.
+template <Statistic kSum, bool kOfPositives>
+struct Sum {
+  static constexpr Statistic kName = kSum;
+  static constexpr bool kPositives = kOfPositives;
   template <class Found>
   static FUSED_NCE_HD float weight(float, const Found&) {
     return 1.0f;
   }
 };
+
+using NegSum = Sum<kNegSum, false>;
+using PosSum = Sum<kPosSum, true>;
 
 struct PosLse {
   static constexpr Statistic kName = kPosLse;
@@ -214,15 +219,6 @@ struct PosLse {
   template <class Found>
   static FUSED_NCE_HD float weight(float t, const Found& found) {
     return exp_value(t - found(kPosLse));
-  }
-};
-
-struct PosSum {
-  static constexpr Statistic kName = kPosSum;
-  static constexpr bool kPositives = true;
-  template <class Found>
-  static FUSED_NCE_HD float weight(float, const Found&) {
-    return 1.0f;
   }
 };
 

@@ -21,6 +21,7 @@ from tests.cases import Case, draw
 from tests.cases import run as run_case
 from tests.gpu.losses import OPEN, etas_of
 from tests.ptx import rows as ptx_rows
+from tests.ptx.held import hold
 from tests.ptx.machine import launch
 
 MODULE: Any
@@ -47,28 +48,10 @@ def launched(library, monkeypatch):
         yield names
 
 
-def hold(names, dtype, record_eta) -> int:
-    """Losses within their budget; how many of them the backend takes."""
-    taken, failures = 0, []
-    for name in names:
-        try:
-            etas = etas_of(name, "cpu", "cuda", getattr(torch, dtype), 0, -2.5)
-        except ValueError as error:
-            if "which cannot run this: " not in str(error):
-                raise
-            continue
-        taken += 1
-        record_eta("cuda ptx", dtype, etas)
-        if not max(etas.values()) <= 1:
-            failures.append(f"{name}: {etas}")
-    assert not failures, "\n".join(failures)
-    return taken
-
-
 def test_a_loss_of_each_kind(launched, record_eta):
     """Rows in one kernel; both ways; optional statistics; a bias."""
     for dtype in DTYPES:
-        assert hold(("amdim_nce", "clip_loss", "sup_con", "siglip_loss"), dtype, record_eta) == 4
+        assert hold(("amdim_nce", "clip_loss", "sup_con", "siglip_loss"), dtype, "cuda", record_eta) == 4
     kernels = "loss summary fold finish weigh fold_columns finish_columns fold_optional finish_optional"
     assert set(kernels.split()) == set(launched)
 
@@ -95,7 +78,7 @@ def test_a_summary_of_many_and_a_product(launched):
 @pytest.mark.nightly
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_loss(dtype, launched, record_eta):
-    assert hold(OPEN, dtype, record_eta) >= 28
+    assert hold(OPEN, dtype, "cuda", record_eta) >= 28
 
 
 WIDE: tuple[dict[str, Any], ...] = (

@@ -11,27 +11,10 @@ import torch
 from tests.cases import Case
 from tests.cases import run as run_case
 from tests.gpu.losses import OPEN, etas_of
+from tests.ptx.held import hold
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 DTYPES = ("bfloat16", "float16", "float32")
-
-
-def hold(names, dtype, record_eta) -> int:
-    """Losses within their budget; how many of them the backend takes."""
-    taken, failures = 0, []
-    for name in names:
-        try:
-            etas = etas_of(name, "cpu", "triton", getattr(torch, dtype), 0, -2.5)
-        except ValueError as error:
-            if "which cannot run this: " not in str(error):
-                raise
-            continue
-        taken += 1
-        record_eta("triton ptx", dtype, etas)
-        if not max(etas.values()) <= 1:
-            failures.append(f"{name}: {etas}")
-    assert not failures, "\n".join(failures)
-    return taken
 
 
 def test_three_losses(monkeypatch, record_eta):
@@ -41,9 +24,9 @@ def test_three_losses(monkeypatch, record_eta):
     from tests.ptx.compiled import pose
 
     compiled = pose(monkeypatch, "sm_90")
-    assert hold(("sup_con", "siglip_loss"), "bfloat16", record_eta) == 2
+    assert hold(("sup_con", "siglip_loss"), "bfloat16", "triton", record_eta) == 2
     assert len(compiled) == 12
-    assert hold(("amdim_nce",), "float32", record_eta) == 1
+    assert hold(("amdim_nce",), "float32", "triton", record_eta) == 1
 
 
 @pytest.mark.nightly
@@ -53,7 +36,7 @@ def test_every_loss(architecture, dtype, monkeypatch, record_eta):
     from tests.ptx.compiled import pose
 
     pose(monkeypatch, architecture)
-    assert hold(OPEN, dtype, record_eta) >= 28
+    assert hold(OPEN, dtype, "triton", record_eta) >= 28
 
 
 # Wide rows; a last tile of one row, column or word; several tiles, splits, slices; rows that lie apart; no clip.
