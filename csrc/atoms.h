@@ -201,7 +201,7 @@ struct NegSoftplus {
 
 // A plain sum of t.
 template <Statistic kSum, bool kOfPositives>
-struct Sum {
+struct PlainSum {
   static constexpr Statistic kName = kSum;
   static constexpr bool kPositives = kOfPositives;
   template <class Found>
@@ -210,8 +210,8 @@ struct Sum {
   }
 };
 
-using NegSum = Sum<kNegSum, false>;
-using PosSum = Sum<kPosSum, true>;
+using NegSum = PlainSum<kNegSum, false>;
+using PosSum = PlainSum<kPosSum, true>;
 
 struct PosLse {
   static constexpr Statistic kName = kPosLse;
