@@ -88,9 +88,10 @@ class PrefixSweep(Sweep):
                 has, on = each[i]
                 w, block = here[i].weights(Statistics(*has), Coefficients(*on)), self.blocks[i]
                 along = here[i].r.mul_(w)
+                along_rows = along.sum(dim=1)
                 if needs.scale:
-                    out.dscale.add_(along.sum())
-                self.row_sums[i, rows] += along.sum(dim=1) * p.scale
+                    out.dscale.add_(along_rows.sum())
+                self.row_sums[i, rows] += along_rows * p.scale
                 self.column_sums[i, panel] += along.sum(dim=0) * p.scale
                 w.mul_((self.of_q[i, rows] * p.scale)[:, None]).mul_(self.of_k[i, panel])
                 total = total.copy_(w) if i == spec.parts - 1 else total.add_(w)  # fault: prefix-weights-apart

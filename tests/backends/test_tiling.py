@@ -55,3 +55,12 @@ def test_tilings_agree(backend):
     for other in losses[1:]:
         for x, y in zip(losses[0], other, strict=True):
             torch.testing.assert_close(x, y, rtol=2e-5, atol=1e-6 * float(x.abs().max()))
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])
+def test_gradient_of_scale_is_a_sum_of_few_roundings(backend):
+    """A million products of one sign; a few running sums, as a BLAS dot has, exceeded the budget at 57,000."""
+    skip_unless_ready(backend)
+    case = Case(backend, "float32", 1, images=1024, n_k=1024, n_c=1, d=4, scale=100.0, tensor_scale=True, clip=4.0)
+    for fields in ({"penalty": 3.0, "entry": "stats", "upstream": "ones"}, {"penalty": 0.04}):
+        assert run(dataclasses.replace(case, **fields))["dscale"] <= 0.5
