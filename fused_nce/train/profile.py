@@ -89,8 +89,12 @@ class Profile:
             return f"profile: no table, it takes {self.count} updates, got {self.seen}"
         whose = "GPU" if self.on_gpu else "wall"
         heads = (f"part of an update ({whose} time)", f"operator, itself ({whose} time)")
-        lines = [line for head, rows in zip(heads, (self.parts, self.operators), strict=True) for line in _lines(head, rows)]
-        return "\n".join([*lines, f"mean of {UPDATES} updates; the trace is in {self.path} (open it in ui.perfetto.dev)"])
+        lines = [
+            line for head, rows in zip(heads, (self.parts, self.operators), strict=True) for line in _lines(head, rows)
+        ]
+        return "\n".join(
+            [*lines, f"mean of {UPDATES} updates; the trace is in {self.path} (open it in ui.perfetto.dev)"]
+        )
 
 
 def _lines(head: str, rows: Sequence[Row]) -> list[str]:
