@@ -206,7 +206,7 @@ pybind11::dict plan(int64_t rows, int64_t columns, int64_t width, at::ScalarType
 
 pybind11::dict cuda_plan(int64_t rows, int64_t columns, int64_t width, int64_t positives, int64_t element_bytes,
                          int64_t workspace_bytes, bool statistics, bool gradients, int64_t sums, bool column_stats,
-                         bool optional) {
+                         bool optional, bool marked) {
   const cuda::Work work{.rows = rows,
                         .columns = columns,
                         .width = width,
@@ -216,7 +216,8 @@ pybind11::dict cuda_plan(int64_t rows, int64_t columns, int64_t width, int64_t p
                         .gradients = gradients,
                         .sums = sums,
                         .column_stats = column_stats,
-                        .optional = optional};
+                        .optional = optional,
+                        .marked = marked};
   const cuda::Plan p = cuda::make_plan(work, workspace_bytes);
   pybind11::dict out;
   out["fits"] = p.fits;
@@ -314,7 +315,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #endif
   m.def("cuda_plan", &cuda_plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("positives"),
         py::arg("element_bytes"), py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true,
-        py::arg("gradients") = true, py::arg("sums") = 1, py::arg("column_stats") = false, py::arg("optional") = false);
+        py::arg("gradients") = true, py::arg("sums") = 1, py::arg("column_stats") = false, py::arg("optional") = false,
+        py::arg("marked") = false);
 }
 
 }  // namespace fused_nce

@@ -13,6 +13,7 @@ class Device final : public Machine {
  public:
   explicit Device(CUstream_st* stream) : stream_(stream) {}
   void gemm(const Gemm&) const override;
+  void mark(const Strip&, const Rules&, const Marking&) const override;
   void fold(const Strip&, const Rules&, const RowArrays&, int64_t first_slot) const override;
   void finish(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const override;
   void weigh(const Strip&, const Rules&, const RowArrays&, Element) const override;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "columns.h"
+#include "marks.h"
 #include "summary.h"
 #include "weights.h"
 
@@ -31,6 +32,8 @@ class Machine {
  public:
   virtual ~Machine() = default;
   virtual void gemm(const Gemm&) const = 0;
+  // That of marks.h, of the same CTAs.
+  virtual void mark(const Strip&, const Rules&, const Marking&) const = 0;
   // The four row kernels of groups.h: ctas_per_row CTAs a row.
   virtual void fold(const Strip&, const Rules&, const RowArrays&, int64_t first_slot) const = 0;
   virtual void finish(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const = 0;
@@ -64,7 +67,8 @@ void with_transform(float clip, const F& f) {
 inline bool has_bias_or_labels(const Rules& rules) { return rules.bias || rules.column_ids; }
 
 // The `loss` kernel has none of them.
-inline Extras extras_of(const Rules& rules, const RowArrays& rows) {
+inline Extras extras_of(const Strip& strip, const Rules& rules, const RowArrays& rows) {
+  if (strip.marks) return Extras::marks;
   if (has_bias_or_labels(rules) || rows.optional.found) return Extras::all;
   return rows.columns.neg_lse ? Extras::columns : Extras::none;
 }
@@ -78,7 +82,22 @@ template <class F>
 void with_extras(Extras extras, const F& f) {
   if (extras == Extras::none) return f(ConstantExtras<Extras::none>());
   if (extras == Extras::columns) return f(ConstantExtras<Extras::columns>());
+  if (extras == Extras::marks) return f(ConstantExtras<Extras::marks>());
   f(ConstantExtras<Extras::all>());
+}
+
+// Of a fold of the optional statistics, which may always have labels.
+template <class F>
+void with_optional_extras(const Strip& strip, const F& f) {
+  if (strip.marks) return f(ConstantExtras<Extras::marks>());
+  f(ConstantExtras<Extras::all>());
+}
+
+// Of a fold, which takes no statistics of columns.
+template <class F>
+void with_fold_extras(const Strip& strip, const Rules& rules, const F& f) {
+  if (!strip.marks && !has_bias_or_labels(rules)) return f(ConstantExtras<Extras::none>());
+  with_optional_extras(strip, f);
 }
 
 template <class F>

@@ -14,6 +14,8 @@
 // 16-bit gradients that several GEMMs add to are float until the last of them. That is beyond `bytes`, but where it is
 // at most half of the limit, it and the workspace share the limit; a sixteenth is left to what the tail computes.
 //
+// Marks of a strip are two bytes for eight scores.
+//
 // float weights take the place of their scores; then strip and block share one buffer.
 #pragma once
 
@@ -33,14 +35,16 @@ struct Work {
   int64_t sums;       // a row: 1 where dscale is wanted, 2 with dbias
   bool column_stats;  // statistics of columns too
   bool optional;      // those of optional_stats.h too
+  bool marked;        // columns that marks.h takes out of their rows' negatives
 };
 
 struct Plan {
   bool fits = false;
   int64_t strip = 0, block = 0, panel = 0;  // rows, rows, columns
   int64_t panels = 0, ctas_per_row = 0;
-  int64_t threads = 0;      // of one CTA
-  int64_t score_bytes = 0;  // of the buffers, in the order in which the driver takes them
+  int64_t threads = 0;     // of one CTA
+  int64_t mark_bytes = 0;  // of the buffers, in the order in which the driver takes them
+  int64_t score_bytes = 0;
   int64_t weight_bytes = 0;
   int64_t partial_bytes = 0;
   int64_t row_bytes = 0;
@@ -77,6 +81,7 @@ inline void account(const Work& w, Plan& p) {
   // As many turns for each thread: 784 vectors are two turns of 416 threads, not one of 768 and one of 16.
   const int64_t turns = ceil_div(vectors, most);
   p.threads = std::max<int64_t>(64, round_up(ceil_div(vectors, turns), 32));
+  p.mark_bytes = w.marked ? round_up(p.strip * (stride_of(p.panel) / kColumns) * 2, kAllocation) : 0;
   p.score_bytes = in_place ? 0 : round_up(p.strip * stride_of(p.panel) * 4, kAllocation);
   p.weight_bytes = w.gradients ? round_up(p.block * stride_of(p.panel) * w.element_bytes, kAllocation) : 0;
   const int64_t part = static_cast<int64_t>(sizeof(RowPart) + (w.optional ? sizeof(OptionalPart) : 0));
@@ -86,7 +91,7 @@ inline void account(const Work& w, Plan& p) {
   const int64_t coefficients = w.statistics ? p.block * coefficients_of(w.positives, w.optional) : 0;
   p.row_bytes = w.gradients ? round_up((coefficients + w.sums * w.rows * p.ctas_per_row) * 4, kAllocation) : 0;
   p.column_bytes = w.column_stats ? round_up(w.columns * static_cast<int64_t>(sizeof(ColumnPart)), kAllocation) : 0;
-  p.bytes = p.score_bytes + p.weight_bytes + p.partial_bytes + p.row_bytes + p.column_bytes;
+  p.bytes = p.mark_bytes + p.score_bytes + p.weight_bytes + p.partial_bytes + p.row_bytes + p.column_bytes;
   const int64_t sums = (p.block < w.rows ? w.columns : 0) + (p.panels > 1 ? w.rows : 0);
   p.sum_bytes = w.gradients && !in_place ? sums * w.width * 4 : 0;
 }

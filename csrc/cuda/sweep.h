@@ -12,6 +12,9 @@ namespace cuda {
 
 Element element_of(at::ScalarType type);
 
+// Of the ceilings of one prefix, or undefined; `several` undefined: no columns by their numbers.
+Marking marking_of(const at::Tensor& ceilings, int64_t part, const at::Tensor& several, bool add);
+
 // The power of two that puts weights of at most `peak` near 2^8: float16 has 24 binary orders below that, and 2^8 of
 // room above. 1 for the types that have float's exponents.
 float fp16_gain_of(Element element, float peak);

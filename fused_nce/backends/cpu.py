@@ -19,7 +19,7 @@ from fused_nce.backends import cpu_prefixes
 from fused_nce.core import defaults, workspace
 from fused_nce.core.cost import Call, Tiles
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
-from fused_nce.core.spec import FILTERS, MARGINS, VOCABULARY, Bias, Block, Index, Labels, Several, Spec
+from fused_nce.core.spec import MARGINS, VOCABULARY, Bias, Block, Index, Labels, Several, Spec
 from fused_nce.core.statistics import KERNEL_STATISTICS
 from fused_nce.core.tails import KERNEL_TAILS, Coefficients, LogIn, LogOut, Nce, Tail
 
@@ -38,7 +38,7 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
         return f"its kernels run on the CPU, not on {q.device}"
     if q.dtype not in DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
-    if spec.columns and _marked(spec):
+    if spec.columns and spec.marked:
         return "its kernels leave no column of a row out beside statistics of columns"
     if spec.prefixes:
         return cpu_prefixes.why_not(module, spec, q.shape[0], k.shape[0], q.shape[1], workspace.limit_bytes("cpu"))
@@ -236,17 +236,7 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     itself = problem.offset * block[0] if spec.drop_self else -1
     names = (_numbers(of) for of in (spec.stats, spec.columns))
     bias = float(problem.bias) if isinstance(spec.transform, Bias) else 0.0
-    filters: dict[str, Tensor | None] = dict.fromkeys(FILTERS)
-    if problem.ceilings is not None:
-        lines = problem.ceilings.unflatten(0, (spec.parts, -1)).unbind(1)
-        filters |= zip(spec.filters, lines, strict=True)  # (K, N) each  # fault: cpu-ceilings-another
-    several = problem.row_ids if isinstance(layout, Several) else None
-    marks = *(filters[name] for name in FILTERS), problem.guide_q, problem.guide_k, several
-    return *scores, row_ids, itself, problem.positives, column_ids, bias, *marks, *names
-
-
-def _marked(spec: Spec) -> bool:
-    return bool(spec.filters) or isinstance(spec.layout, Several)
+    return *scores, row_ids, itself, problem.positives, column_ids, bias, *problem.marks, *names
 
 
 def _gradients(problem: Problem, found: Sequence[Tensor]) -> Gradients:
@@ -274,7 +264,7 @@ def _plan_options(spec: Spec, shared: bool) -> dict[str, Any]:
         "image": spec.layout.n_c if isinstance(spec.layout, Block) else max(1, spec.n_pos),
         "shared": shared,
         "labels": isinstance(spec.layout, Labels),
-        "marked": _marked(spec),
+        "marked": spec.marked,
         "guided": "guide" in spec.filters,
         "row_stats": _numbers(spec.stats),
         "column_stats": _numbers(spec.columns),

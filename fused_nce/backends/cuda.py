@@ -20,7 +20,7 @@ from fused_nce import _extension
 from fused_nce.core import defaults, workspace
 from fused_nce.core.defaults import slopes  # noqa: F401  (handed on)
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
-from fused_nce.core.spec import NOT_ON_GPU, VOCABULARY, Bias, Block, Index, Labels, Separate, Spec
+from fused_nce.core.spec import MARGINS, VOCABULARY, Bias, Block, Index, Labels, Separate, Spec
 from fused_nce.core.statistics import KERNEL_STATISTICS
 from fused_nce.core.tails import KERNEL_TAILS, Coefficients, Nce, Tail
 
@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = KERNEL_STATISTICS[:3]  # of rows and of columns
 OPTIONAL_ROW_STATISTICS = KERNEL_STATISTICS[3:]  # of rows; a second kernel computes them if the spec asks for one
 BOTH_WAYS = False
-ATOMS = VOCABULARY - NOT_ON_GPU - {"mixed"}
+ATOMS = VOCABULARY - MARGINS - {"mixed", "prefixes"}
 whole_loss = gathered_scores = gathered_grads = None
 
 
@@ -75,6 +75,8 @@ def _unable(module: ModuleType, spec: Spec, q: Tensor, k: Tensor) -> str | None:
     """What neither its kernels nor the CPU emulation of the tests can do."""
     if q.dtype not in DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+    if spec.columns and spec.marked:
+        return "its kernels leave no column of a row out beside statistics of columns"
     missing = [name for name in spec.columns if name not in NAMES]
     if missing:
         return f"it has no {', '.join(missing)} of columns"
@@ -248,7 +250,8 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     if isinstance(spec.transform, Bias):
         bias = torch.as_tensor(problem.bias, dtype=torch.float32, device=problem.q.device)
     k = None if problem.shared else problem.k
-    return problem.q, k, *factors, *block, spec.clip or 0.0, row_ids, itself, problem.positives, column_ids, bias
+    scores = problem.q, k, *factors, *block, spec.clip or 0.0, row_ids, itself, problem.positives, column_ids, bias
+    return *scores, *problem.marks
 
 
 def _wants_optional(spec: Spec) -> bool:
@@ -290,6 +293,7 @@ def _total_bytes(module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype_b
                 sums=gradients * (2 if isinstance(spec.transform, Bias) else 1),
                 column_stats=statistics and bool(spec.columns),
                 optional=statistics and _wants_optional(spec),
+                marked=spec.marked,
             )["total_bytes"]
         )
         for statistics, gradients in tasks

@@ -48,11 +48,17 @@ def launched(library, monkeypatch):
         yield names
 
 
+KINDS = (
+    *("amdim_nce", "clip_loss", "sup_con", "siglip_loss"),
+    *(f"info_nce/{options}" for options in ("margin", "guide, smoothing", "several positives, hard negatives")),
+)
+
+
 def test_a_loss_of_each_kind(launched, record_eta):
-    """Rows in one kernel; both ways; optional statistics; a bias."""
+    """Rows in one kernel; both ways; optional statistics; a bias; marks by scores, by guides and by numbers."""
     for dtype in DTYPES:
-        assert hold(("amdim_nce", "clip_loss", "sup_con", "siglip_loss"), dtype, "cuda", record_eta) == 4
-    kernels = "loss summary fold finish weigh fold_columns finish_columns fold_optional finish_optional"
+        assert hold(KINDS, dtype, "cuda", record_eta) == len(KINDS)
+    kernels = "mark loss summary fold finish weigh fold_columns finish_columns fold_optional finish_optional"
     assert set(kernels.split()) == set(launched)
 
 
