@@ -78,6 +78,7 @@ class Variant:
 
 NCE = Nce().stats
 CLIPPED, WIDELY, FREE = (Spec(Block(49), transform) for transform in (TanhClip(20.0), TanhClip(300.0), Identity()))
+MARGIN = Spec(Labels(), stats=("neg_lse", "neg_sum", "neg_count"), filters=("ceiling",))
 ROWS, ROWS_DQ = ({"BY_COLUMN": False, "GRADIENT": gradient} for gradient in (False, True))
 DQ, DK, SELF = ({"AS_ROW": row, "AS_COLUMN": column} for row, column in ((True, False), (False, True), (True, True)))
 VARIANTS = {
@@ -97,6 +98,8 @@ VARIANTS = {
     "pairs: dk": Variant("weights_kernel", Spec(Block(1), Bias(), stats=Sigmoid().stats), DK),
     "labels: rows": Variant("fold_kernel", Spec(Labels(), stats=LogOut.READS, drop_self=True), ROWS),
     "labels: both roles": Variant("weights_kernel", Spec(Labels(), stats=LogOut.READS, drop_self=True), SELF),
+    "margin: rows, dq": Variant("fold_kernel", Spec(Index(), stats=NCE, filters=("ceiling",)), ROWS_DQ),
+    "margin, smoothing: dk": Variant("weights_kernel", MARGIN, DK),
 }
 DEFAULT = ("rows, dq, clip", "dk, clip, penalty")
 

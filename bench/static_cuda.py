@@ -33,7 +33,7 @@ TYPES = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
 
 
 # Kernels with a loop over scores, and how many scores a turn has: kColumns of rows.h, kRowsAtOnce of columns.h.
-TURNS = {"fold": 8, "fold_optional": 8, "weigh": 8, "loss": 8, "fold_columns": 4}
+TURNS = {"fold": 8, "fold_optional": 8, "weigh": 8, "weigh_prefix": 8, "loss": 8, "fold_columns": 4}
 
 
 class Kernel(NamedTuple):
@@ -79,16 +79,16 @@ def parse(text: str) -> list[Kernel]:
 def label(mangled: str) -> str:
     """`loss clip shift bfloat16 together` of a kernel's mangled name: which template it is."""
     name = re.search(
-        r"\d+([a-z_]+)_kernel(?:I((?:Lb[01]E)*)(?:LNS0_6ExtrasE([012])E)?(f|13__nv_bfloat16|6__half)?(?:Li(\d)E)?E)?",
+        r"\d+([a-z_]+)_kernel(?:I((?:Lb[01]E)*)(?:LNS0_6ExtrasE([0-3])E)?(f|13__nv_bfloat16|6__half)?(?:Li(\d)E)?E)?",
         mangled,
     )
     if name is None:
         return mangled
     flags = re.findall(r"Lb([01])E", name[2] or "")
     lone = "clip" if name[1] == "fold_optional" else "shift"
-    names = (lone,) if len(flags) == 1 else ("clip", "shift", "bias or labels")
+    names = (lone,) if len(flags) == 1 else ("clip", "shift")
     words = [name[1], *(word for word, flag in zip(names, flags, strict=False) if flag == "1")]
-    extras = ("", "columns", "extras")[int(name[3] or 0)]
+    extras = ("", "columns", "extras", "marks")[int(name[3] or 0)]
     several = "together" if name[5] not in (None, "1") else ""
     return " ".join(filter(None, [*words, extras, TYPES.get(name[4] or "", ""), several]))
 

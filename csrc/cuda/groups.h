@@ -8,20 +8,19 @@
 #pragma once
 
 #include "columns.h"
-#include "weights.h"
+#include "marks.h"
+#include "prefixes.h"
 
 namespace fused_nce {
 namespace cuda {
 
 // One CTA's share of a row's statistics into its slot.
-template <bool kClip, bool kShift, bool kBiasOrLabels, class Group>
+template <bool kClip, bool kShift, Extras kExtras, class Group>
 FUSED_NCE_HD void fold_row(Group& group, const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t r,
                            int part, int64_t slot) {
   const Row row = row_of(strip, rules, r, part);
   const RowPart found = group.reduce(
-      [&](int thread, int threads) {
-        return fold_thread<kClip, kShift, kBiasOrLabels>(row, rules, rows, thread, threads);
-      },
+      [&](int thread, int threads) { return fold_thread<kClip, kShift, kExtras>(row, rules, rows, thread, threads); },
       MergeParts<kShift>());
   if (group.first()) rows.scratch.partials[(row.index - rows.scratch.first_row) * rows.scratch.slots + slot] = found;
 }
@@ -61,12 +60,12 @@ FUSED_NCE_HD void finish_row(Group& group, const Rules& rules, const RowArrays& 
 }
 
 // One CTA's share of a row's optional statistics into its slot.
-template <bool kClip, class Group>
+template <bool kClip, Extras kExtras, class Group>
 FUSED_NCE_HD void fold_optional_row(Group& group, const Strip& strip, const Rules& rules, const RowArrays& rows,
                                     int64_t r, int part, int64_t slot) {
   const Row row = row_of(strip, rules, r, part);
   const OptionalPart found = group.reduce(
-      [&](int thread, int threads) { return optional_thread<kClip>(row, thread, threads); }, MergeOptional());
+      [&](int thread, int threads) { return optional_thread<kClip, kExtras>(row, thread, threads); }, MergeOptional());
   if (group.first()) rows.optional.partials[(row.index - rows.scratch.first_row) * rows.scratch.slots + slot] = found;
 }
 
@@ -79,12 +78,13 @@ FUSED_NCE_HD void finish_optional_row(Group& group, const Rules& rules, const Ro
   if (tail) tail_optional(rows, i, rules.positives);
 }
 
-// A share of a row from scores to weights. Panels add to dscale and dbias one after the other.
-template <bool kClip, bool kShift, Extras kExtras, class Store, class Group>
+// A share of a row from scores to weights, which a `Store` made with `beside` takes. Panels add to dscale and dbias one
+// after the other.
+template <bool kClip, bool kShift, Extras kExtras, class Store, class Group, class... Beside>
 FUSED_NCE_HD void weigh_row(Group& group, const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t r,
-                            int part) {
+                            int part, const Beside&... beside) {
   const Row row = row_of(strip, rules, r, part);
-  const Store store(strip, r);
+  const Store store(strip, r, beside...);
   const Slopes found = group.reduce(
       [&](int thread, int threads) {
         return weigh_thread<kClip, kShift, kExtras>(row, rules, rows, rows.d_scale != nullptr, store, thread, threads);
@@ -96,7 +96,7 @@ FUSED_NCE_HD void weigh_row(Group& group, const Strip& strip, const Rules& rules
     sum = strip.first_column > 0 ? sum + x : x;
   };
   add(rows.d_scale, found.scale);
-  if (kExtras == Extras::all && rows.d_bias) add(rows.d_bias, found.bias);
+  if (kExtras >= Extras::all && rows.d_bias) add(rows.d_bias, found.bias);
 }
 
 // A whole row from scores to statistics to weights, in one go.
@@ -104,7 +104,9 @@ template <bool kClip, bool kShift, class Store, class Group>
 FUSED_NCE_HD void loss_row(Group& group, const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t r) {
   const Row row = row_of(strip, rules, r, 0);
   const RowPart all = group.reduce(
-      [&](int thread, int threads) { return fold_thread<kClip, kShift, false>(row, rules, rows, thread, threads); },
+      [&](int thread, int threads) {
+        return fold_thread<kClip, kShift, Extras::none>(row, rules, rows, thread, threads);
+      },
       MergeParts<kShift>());
   finish_tail<kShift>(group, rules, rows, all, row.index, true);
   weigh_row<kClip, kShift, Extras::none, Store>(group, strip, rules, rows, r, 0);

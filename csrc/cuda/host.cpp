@@ -86,6 +86,14 @@ std::atomic<int64_t> launches{0};
 MakeMachine another = nullptr;
 
 class Emulator final : public Machine {
+  template <class F>
+  static void for_each_thread(const Strip& strip, const Rules& rules, const F& f) {
+    ++launches;
+    for (int64_t r = 0; r < strip.rows; ++r)
+      for (int part = 0; part < rules.ctas_per_row; ++part)
+        for (int thread = 0; thread < rules.threads; ++thread) f(r, part, thread, rules.threads);
+  }
+
  public:
   void gemm(const Gemm& g) const override {
     ++launches;
@@ -97,14 +105,39 @@ class Emulator final : public Machine {
     out.copy_(g.add ? product.add_(out) : product);
   }
 
+  void mark(const Strip& strip, const Rules& rules, const Marking& by) const override {
+    for_each_thread(strip, rules, [&](auto... place) { mark_thread(strip, rules, by, place...); });
+  }
+
+  void cosines(const Strip& strip, const Rules& rules, const PrefixStrip& by) const override {
+    for_each_thread(strip, rules, [&](auto... place) { cosines_thread(strip, rules, by, place...); });
+  }
+
+  void weigh_prefix(const Strip& strip, const Rules& rules, const RowArrays& rows, const PrefixStrip& by,
+                    Element element) const override {
+    ++launches;
+    CtaEmulator group{rules.threads};
+    with_store(element, [&](auto* store) {
+      with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
+        with_fold_extras(strip, rules, [&](auto extras) {
+          using Whole = std::decay_t<decltype(*store)>;
+          using Store = StorePrefix<Whole, !std::is_same_v<Whole, StoreAs<float>>>;
+          for (int64_t r = 0; r < strip.rows; ++r)
+            for (int part = 0; part < rules.ctas_per_row; ++part)
+              weigh_row<clip.value, shift.value, extras.value, Store>(group, strip, rules, rows, r, part, rules, by);
+        });
+      });
+    });
+  }
+
   void fold(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const override {
     ++launches;
     CtaEmulator group{rules.threads};
     with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-      with_flag(has_bias_or_labels(rules), [&](auto extra) {
+      with_fold_extras(strip, rules, [&](auto extras) {
         for (int64_t r = 0; r < strip.rows; ++r)
           for (int part = 0; part < rules.ctas_per_row; ++part)
-            fold_row<clip.value, shift.value, extra.value>(group, strip, rules, rows, r, part, first_slot + part);
+            fold_row<clip.value, shift.value, extras.value>(group, strip, rules, rows, r, part, first_slot + part);
       });
     });
   }
@@ -113,9 +146,11 @@ class Emulator final : public Machine {
     ++launches;
     CtaEmulator group{rules.threads};
     with_flag(rules.scoring.clip > 0.0f, [&](auto clip) {
-      for (int64_t r = 0; r < strip.rows; ++r)
-        for (int part = 0; part < rules.ctas_per_row; ++part)
-          fold_optional_row<clip.value>(group, strip, rules, rows, r, part, first_slot + part);
+      with_optional_extras(strip, [&](auto extras) {
+        for (int64_t r = 0; r < strip.rows; ++r)
+          for (int part = 0; part < rules.ctas_per_row; ++part)
+            fold_optional_row<clip.value, extras.value>(group, strip, rules, rows, r, part, first_slot + part);
+      });
     });
   }
 
@@ -139,7 +174,7 @@ class Emulator final : public Machine {
     CtaEmulator group{rules.threads};
     with_store(element, [&](auto* store) {
       with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-        with_extras(extras_of(rules, rows), [&](auto extras) {
+        with_extras(extras_of(strip, rules, rows), [&](auto extras) {
           using Store = std::decay_t<decltype(*store)>;
           for (int64_t r = 0; r < strip.rows; ++r)
             for (int part = 0; part < rules.ctas_per_row; ++part)

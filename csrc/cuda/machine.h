@@ -3,8 +3,9 @@
 #pragma once
 
 #include "columns.h"
+#include "marks.h"
+#include "prefixes.h"
 #include "summary.h"
-#include "weights.h"
 
 namespace fused_nce {
 namespace cuda {
@@ -31,6 +32,8 @@ class Machine {
  public:
   virtual ~Machine() = default;
   virtual void gemm(const Gemm&) const = 0;
+  // That of marks.h, of the same CTAs.
+  virtual void mark(const Strip&, const Rules&, const Marking&) const = 0;
   // The four row kernels of groups.h: ctas_per_row CTAs a row.
   virtual void fold(const Strip&, const Rules&, const RowArrays&, int64_t first_slot) const = 0;
   virtual void finish(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const = 0;
@@ -40,6 +43,9 @@ class Machine {
   // The same for optional_stats.h: a second pass, run only if the call asks for one of them.
   virtual void fold_optional(const Strip&, const Rules&, const RowArrays&, int64_t first_slot) const = 0;
   virtual void finish_optional(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const = 0;
+  // Those of prefixes.h, of the same CTAs as a row kernel's.
+  virtual void cosines(const Strip&, const Rules&, const PrefixStrip&) const = 0;
+  virtual void weigh_prefix(const Strip&, const Rules&, const RowArrays&, const PrefixStrip&, Element) const = 0;
   // Those of columns.h: a CTA for 32 columns, then a thread a column.
   virtual void fold_columns(const Strip&, const Rules&, const ColumnArrays&) const = 0;
   virtual void finish_columns(int64_t count, const Rules&, const ColumnArrays&) const = 0;
@@ -64,7 +70,8 @@ void with_transform(float clip, const F& f) {
 inline bool has_bias_or_labels(const Rules& rules) { return rules.bias || rules.column_ids; }
 
 // The `loss` kernel has none of them.
-inline Extras extras_of(const Rules& rules, const RowArrays& rows) {
+inline Extras extras_of(const Strip& strip, const Rules& rules, const RowArrays& rows) {
+  if (strip.marks) return Extras::marks;
   if (has_bias_or_labels(rules) || rows.optional.found) return Extras::all;
   return rows.columns.neg_lse ? Extras::columns : Extras::none;
 }
@@ -78,7 +85,22 @@ template <class F>
 void with_extras(Extras extras, const F& f) {
   if (extras == Extras::none) return f(ConstantExtras<Extras::none>());
   if (extras == Extras::columns) return f(ConstantExtras<Extras::columns>());
+  if (extras == Extras::marks) return f(ConstantExtras<Extras::marks>());
   f(ConstantExtras<Extras::all>());
+}
+
+// Of a fold of the optional statistics, which may always have labels.
+template <class F>
+void with_optional_extras(const Strip& strip, const F& f) {
+  if (strip.marks) return f(ConstantExtras<Extras::marks>());
+  f(ConstantExtras<Extras::all>());
+}
+
+// Of a fold, which takes no statistics of columns.
+template <class F>
+void with_fold_extras(const Strip& strip, const Rules& rules, const F& f) {
+  if (!strip.marks && !has_bias_or_labels(rules)) return f(ConstantExtras<Extras::none>());
+  with_optional_extras(strip, f);
 }
 
 template <class F>

@@ -1,6 +1,7 @@
 // The operators of the `cuda` backend. Their CPU kernels emulate the GPU (host.cpp), for the tests; the GPU's own are
 // in device.cpp, built where nvcc is there.
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/sort.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
@@ -53,11 +54,13 @@ float peak_of(const SweepInputs& in, const TailRule& tail) {
 }
 
 // The arguments that the three operators begin with. k null: q, and one gradient for both roles.
-#define FUSED_NCE_SCORES \
-  const Tensor &q, const Maybe &k, double scale, const Maybe &scale_tensor, FUSED_NCE_LAYOUT, const Maybe &bias
-#define FUSED_NCE_SCORES_GIVEN q, k, scale, scale_tensor, FUSED_NCE_LAYOUT_GIVEN, bias
-#define FUSED_NCE_SCORES_SCHEMA \
-  "Tensor q, Tensor? k, float scale, Tensor? scale_tensor, " FUSED_NCE_LAYOUT_SCHEMA "Tensor? bias, "
+#define FUSED_NCE_SCORES                                                                                         \
+  const Tensor &q, const Maybe &k, double scale, const Maybe &scale_tensor, FUSED_NCE_LAYOUT, const Maybe &bias, \
+      FUSED_NCE_FILTERS
+#define FUSED_NCE_SCORES_GIVEN q, k, scale, scale_tensor, FUSED_NCE_LAYOUT_GIVEN, bias, FUSED_NCE_FILTERS_GIVEN
+#define FUSED_NCE_SCORES_SCHEMA                                                      \
+  "Tensor q, Tensor? k, float scale, Tensor? scale_tensor, " FUSED_NCE_LAYOUT_SCHEMA \
+  "Tensor? bias, " FUSED_NCE_FILTERS_SCHEMA
 
 struct Call {
   SweepInputs in;
@@ -72,13 +75,17 @@ Tensor number_on(const char* name, const Maybe& x, const Tensor& q) {
   return *x;
 }
 
-Call call_of(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes) {
+Call call_of(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes, int64_t parts = 1) {
   check_matrix("q", q);
   const Tensor& keys = k ? *k : q;
   TORCH_CHECK_VALUE(!bias || clip == 0.0, "clip is ", clip, ", needed: 0 beside a bias");
+  Layout layout = layout_of(q, keys, n_c, row_ids, itself, positives, column_ids);
+  if (several) layout.n_pos = 0, layout.by_marks = true;
   auto in = inputs(q, keys, scale, n_c, rows_per_image, offset, clip, need_q, need_k && k, need_scale, workspace_bytes,
-                   layout_of(q, keys, n_c, row_ids, itself, positives, column_ids));
+                   std::move(layout));
   in.shared = !k;
+  in.filters = filters_of(q, keys, FUSED_NCE_FILTERS_GIVEN, parts);
+  if (several) in.filters.several = std::get<0>(at::sort(in.filters.several, 1));  // fault: gpu-several-unsorted
   return {std::move(in), {number_on("scale_tensor", scale_tensor, q), number_on("bias", bias, q)}};
 }
 
@@ -105,8 +112,13 @@ ColumnStatistics columns_in(const Tensor& columns) {
           .square = columns.select(0, kSquare)};
 }
 
+void check_columns(const SweepInputs& in, bool wanted) {
+  TORCH_CHECK_VALUE(!wanted || !in.filters.any(), "statistics of columns are wanted, needed: none beside filters");
+}
+
 Statistics stats(FUSED_NCE_SCORES, bool optional, bool column_stats, int64_t workspace_bytes) {
   const Call call = call_of(FUSED_NCE_SCORES_GIVEN, false, false, false, workspace_bytes);
+  check_columns(call.in, column_stats);
   const auto [found, rows] = new_rows(call.in, optional);
   const Tensor columns = at::empty({3, column_stats ? call.in.k.size(0) : 0}, floats(q));
   sweep(*MachineOnDevice(q), call.in, call.numbers,
@@ -123,6 +135,7 @@ GradientTuple grads(FUSED_NCE_SCORES, const Tensor& pos, const Tensor& neg_lse, 
                     bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes) {
   const Call call = call_of(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes);
   const SweepInputs& in = call.in;
+  check_columns(in, column_neg_lse.has_value());
   const int64_t n = q.size(0), m = in.k.size(0), n_pos = in.layout.n_pos;
   const auto numbers = [](const char* name, const Maybe& x, at::IntArrayRef shape) {
     return x ? coefficients(name, *x, shape) : Tensor();
@@ -164,6 +177,16 @@ LossTuple loss(FUSED_NCE_SCORES, bool optional, const std::string& tail, double 
   return {found.pos, rows, task.out.dq, task.out.dk, task.out.dscale, task.out.dbias};
 }
 
+PrefixTuple prefixes(FUSED_NCE_SCORES, FUSED_NCE_PREFIXES) {
+  const Call call =
+      call_of(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_sums, workspace_bytes, static_cast<int64_t>(widths.size()));
+  TORCH_CHECK_TYPE(q.scalar_type() != at::kHalf, "q is Half, needed: float32 or bfloat16");
+  TORCH_CHECK_VALUE(!positives && !bias, "positives or a bias are given, needed: neither beside prefixes");
+  const PrefixTask task = prefix_task(call.in, kFirstOptional, of_q, of_k, std::move(widths), weights, unit, found);
+  sweep_prefixes(*MachineOnDevice(q), call.in, call.numbers, task);
+  return results_of(task);
+}
+
 // x *= factor, a float on x's device that the host need not know.
 void multiply(const Tensor& x, const Tensor& factor) {
   TORCH_CHECK_VALUE(x.is_non_overlapping_and_dense(), "x has strides ", x.strides(), ", needed: dense memory");
@@ -179,8 +202,8 @@ Job job_of(const Tensor& q, const Tensor& k, double scale, const Maybe& scale_te
            int64_t rows_per_image, int64_t offset, double clip, bool need_q, bool need_k, bool need_scale,
            int64_t workspace_bytes) {
   const Maybe none;
-  Call call = call_of(q, k, scale, scale_tensor, n_c, rows_per_image, offset, clip, none, -1, none, none, none, need_q,
-                      need_k, need_scale, workspace_bytes);
+  Call call = call_of(q, k, scale, scale_tensor, n_c, rows_per_image, offset, clip, none, -1, none, none, none, none,
+                      none, none, none, none, need_q, need_k, need_scale, workspace_bytes);
   return {std::move(call.in), std::move(call.numbers), {}};
 }
 
@@ -311,6 +334,7 @@ void implement(torch::Library& m) {
   m.impl("cuda_stats", &stats);
   m.impl("cuda_grads", &grads);
   m.impl("cuda_loss", &loss);
+  m.impl("cuda_prefixes", &prefixes);
   m.impl("cuda_losses", &losses);
   m.impl("cuda_summary", &summary);
   m.impl("cuda_multiply_", &multiply);
@@ -329,6 +353,7 @@ TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
   m.def("cuda_loss(" FUSED_NCE_SCORES_SCHEMA
         "bool optional, str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, "
         "int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
+  m.def("cuda_prefixes(" FUSED_NCE_SCORES_SCHEMA FUSED_NCE_PREFIXES_SCHEMA);
   m.def(
       "cuda_losses(Tensor[] q, Tensor[] k, float scale, Tensor? scale_tensor, int[] n_c, int[] rows_per_image, "
       "int[] offset, float clip, float[] unit, float[] square_weight, Tensor(a!)[] gradients, bool need_scale, "

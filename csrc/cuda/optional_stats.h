@@ -33,7 +33,7 @@ struct OptionalFold {
 };
 
 // A turn of eight columns. kMasked: see `Row::masked`; a turn without masks has negatives alone.
-template <bool kClip, bool kMasked>
+template <bool kClip, Extras kExtras, bool kMasked>
 FUSED_NCE_HD void optional_turn(const Row& row, int c, OptionalFold& fold) {
   OptionalPart& part = fold.part;
   const Eight eight = load(row.scores + c, row.scale);
@@ -47,10 +47,15 @@ FUSED_NCE_HD void optional_turn(const Row& row, int c, OptionalFold& fold) {
     const float s = inside ? eight.s[u] : 0.0f;
     t[u] = transform<kClip>(s, row.clip, row.inverse_clip).value + row.bias;
     positive[u] = kMasked && inside && row.own<true>(column);
-    soft[u] = inside && !positive[u] ? softplus(t[u]) : 0.0f;
+    const auto negative = [&] {
+      if constexpr (kMasked && kExtras == Extras::marks)
+        if (row.marked(column)) return false;  // fault: gpu-mark-summed
+      return inside && !positive[u];
+    };
+    soft[u] = negative() ? softplus(t[u]) : 0.0f;
     own[u] = positive[u] ? t[u] : 0.0f;
-    others[u] = inside && !positive[u] ? t[u] : 0.0f;  // fault: gpu-sum-of-all
-    part.neg_count += inside && !positive[u] ? 1.0f : 0.0f;
+    others[u] = negative() ? t[u] : 0.0f;  // fault: gpu-sum-of-all
+    part.neg_count += negative() ? 1.0f : 0.0f;
     bad[u % 2] += s * 0.0f;
     part.count += positive[u] ? 1.0f : 0.0f;
     top = positive[u] && t[u] > top ? t[u] : top;
@@ -75,12 +80,12 @@ FUSED_NCE_HD void optional_turn(const Row& row, int c, OptionalFold& fold) {
 }
 
 // One thread's columns.
-template <bool kClip>
+template <bool kClip, Extras kExtras>
 FUSED_NCE_HD OptionalPart optional_thread(const Row& row, int thread, int threads) {
   OptionalFold fold = {no_optional(), 0.0f, 0.0f, 0.0f, 0.0f};
   for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
-    if (row.masked<true>(c)) optional_turn<kClip, true>(row, c, fold);
-    else optional_turn<kClip, false>(row, c, fold);
+    if (row.masked<kExtras>(c)) optional_turn<kClip, kExtras, true>(row, c, fold);
+    else optional_turn<kClip, kExtras, false>(row, c, fold);
   }
   OptionalPart part = fold.part;
   part.softplus -= fold.softplus_error;

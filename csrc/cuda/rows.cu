@@ -56,13 +56,18 @@ struct Place {
       : row(blockIdx.x / rules.ctas_per_row), part(static_cast<int>(blockIdx.x % rules.ctas_per_row)) {}
 };
 
-template <bool kClip, bool kShift, bool kBiasOrLabels>
+__global__ void __launch_bounds__(kMostThreads, 1) mark_kernel(const Strip strip, const Rules rules, const Marking by) {
+  const Place at(rules);
+  mark_thread(strip, rules, by, at.row, at.part, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
+}
+
+template <bool kClip, bool kShift, Extras kExtras>
 __global__ void __launch_bounds__(kMostThreads, 1)
     fold_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   const Place at(rules);
-  fold_row<kClip, kShift, kBiasOrLabels>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
+  fold_row<kClip, kShift, kExtras>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
 }
 
 template <bool kShift>
@@ -73,13 +78,13 @@ __global__ void __launch_bounds__(32)
   finish_row<kShift>(cta, rules, rows, first_row + blockIdx.x, tail);
 }
 
-template <bool kClip>
+template <bool kClip, Extras kExtras>
 __global__ void __launch_bounds__(kMostThreads, 1)
     fold_optional_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   const Place at(rules);
-  fold_optional_row<kClip>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
+  fold_optional_row<kClip, kExtras>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
 }
 
 __global__ void __launch_bounds__(32)
@@ -96,6 +101,22 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   Cta cta(shared);
   const Place at(rules);
   weigh_row<kClip, kShift, kExtras, StoreAs<E>>(cta, strip, rules, rows, at.row, at.part);
+}
+
+__global__ void __launch_bounds__(kMostThreads, 1)
+    cosines_kernel(const Strip strip, const Rules rules, const PrefixStrip by) {
+  const Place at(rules);
+  cosines_thread(strip, rules, by, at.row, at.part, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
+}
+
+template <bool kClip, bool kShift, Extras kExtras, class E>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    weigh_prefix_kernel(const Strip strip, const Rules rules, const RowArrays rows, const PrefixStrip by) {
+  __shared__ Slot shared[33];
+  Cta cta(shared);
+  const Place at(rules);
+  weigh_row<kClip, kShift, kExtras, StorePrefix<StoreAs<E>, sizeof(E) == 2>>(cta, strip, rules, rows, at.row, at.part,
+                                                                             rules, by);
 }
 
 // By value: a launch that is captured in a graph keeps its arguments.
@@ -179,10 +200,36 @@ unsigned grid_of(const Strip& strip, const Rules& rules) {
 
 }  // namespace
 
+void Device::mark(const Strip& strip, const Rules& rules, const Marking& by) const {
+  mark_kernel<<<grid_of(strip, rules), rules.threads, 0, stream_>>>(strip, rules, by);
+  check(cudaGetLastError());
+}
+
+void Device::cosines(const Strip& strip, const Rules& rules, const PrefixStrip& by) const {
+  cosines_kernel<<<grid_of(strip, rules), rules.threads, 0, stream_>>>(strip, rules, by);
+  check(cudaGetLastError());
+}
+
+// float16 operands are widened before.
+void Device::weigh_prefix(const Strip& strip, const Rules& rules, const RowArrays& rows, const PrefixStrip& by,
+                          Element element) const {
+  const auto launch = [&](auto* e) {
+    with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
+      with_fold_extras(strip, rules, [&](auto extras) {
+        weigh_prefix_kernel<decltype(clip)::value, decltype(shift)::value, decltype(extras)::value,
+                            typename Pointee<decltype(e)>::type>
+            <<<grid_of(strip, rules), rules.threads, 0, stream_>>>(strip, rules, rows, by);
+      });
+    });
+  };
+  element == Element::bfloat16 ? launch(static_cast<__nv_bfloat16*>(nullptr)) : launch(static_cast<float*>(nullptr));
+  check(cudaGetLastError());
+}
+
 void Device::fold(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const {
   with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-    with_flag(has_bias_or_labels(rules), [&](auto extra) {
-      fold_kernel<decltype(clip)::value, decltype(shift)::value, decltype(extra)::value>
+    with_fold_extras(strip, rules, [&](auto extras) {
+      fold_kernel<decltype(clip)::value, decltype(shift)::value, decltype(extras)::value>
           <<<grid_of(strip, rules), rules.threads, 0, stream_>>>(strip, rules, rows, first_slot);
     });
   });
@@ -198,7 +245,7 @@ void Device::finish(int64_t first_row, int64_t count, const Rules& rules, const 
 void Device::weigh(const Strip& strip, const Rules& rules, const RowArrays& rows, Element element) const {
   with_element(element, [&](auto* e) {
     with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
-      with_extras(extras_of(rules, rows), [&](auto extras) {
+      with_extras(extras_of(strip, rules, rows), [&](auto extras) {
         weigh_kernel<decltype(clip)::value, decltype(shift)::value, decltype(extras)::value,
                      typename Pointee<decltype(e)>::type>
             <<<grid_of(strip, rules), rules.threads, 0, stream_>>>(strip, rules, rows);
@@ -227,8 +274,10 @@ void Device::loss(const RowTask* tasks, int count, Element element) const {
 
 void Device::fold_optional(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const {
   with_flag(rules.scoring.clip > 0.0f, [&](auto clip) {
-    fold_optional_kernel<decltype(clip)::value>
-        <<<grid_of(strip, rules), rules.threads, 0, stream_>>>(strip, rules, rows, first_slot);
+    with_optional_extras(strip, [&](auto extras) {
+      fold_optional_kernel<decltype(clip)::value, decltype(extras)::value>
+          <<<grid_of(strip, rules), rules.threads, 0, stream_>>>(strip, rules, rows, first_slot);
+    });
   });
   check(cudaGetLastError());
 }

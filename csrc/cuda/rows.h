@@ -14,12 +14,21 @@ constexpr int kMostTogether = 8;  // problems that share a launch: their argumen
 
 enum class Element { float32, bfloat16, float16 };
 
+// What a row kernel takes beside the row's statistics of its negatives and their square.
+enum class Extras {
+  none,
+  columns,  // for weights: statistics of columns
+  all,      // those, a bias, labels and the optional statistics, each if the call has it
+  marks     // all, and marks
+};
+
 // Rows first_row .. first_row + rows - 1 of S, columns first_column .. first_column + columns - 1.
 struct Strip {
   float* scores;   // (rows, stride), <q, k> before the scale
   void* weights;   // (rows, stride) of `element`; the scores themselves for float32
   int64_t stride;  // a multiple of kColumns, and so is the space after the last row's last column
   int64_t first_row, rows, first_column, columns;
+  uint16_t* marks;  // (rows, stride / kColumns): a turn's columns, a bit each, that are no negatives; null: none is
 };
 
 // What a call does to its scores, the same for all strips.
@@ -138,6 +147,7 @@ struct Row {
   int64_t image_begin;     // own_begin before the panel cut it
   float scale, clip, inverse_clip, bias;
   const int64_t* column_ids;  // of the panel's columns; null: those of the image are the row's own
+  const uint16_t* marks;      // of the row's turns; null: none
   int64_t id;
 
   // A positive of the row, or the row itself.
@@ -147,12 +157,16 @@ struct Row {
     return column >= own_begin && column < own_end;
   }
 
-  // Whether a turn at `column` meets the row's own columns, the row itself or the end. Few do: the others need no
-  // masks.
-  template <bool kLabels>
+  FUSED_NCE_HD bool marked(int column) const { return marks[column / kColumns] >> column % kColumns & 1; }
+
+  // Whether a turn at `column` meets the row's own columns, the row itself, a mark or the end. Few do: the others need
+  // no masks.
+  template <Extras kExtras>
   FUSED_NCE_HD bool masked(int column) const {
     const int next = column + kColumns;
-    if (kLabels && column_ids) return true;
+    if (kExtras >= Extras::all && column_ids) return true;
+    if constexpr (kExtras == Extras::marks)
+      if (marks[column / kColumns]) return true;  // fault: gpu-unmasked-mark
     // fault: gpu-unmasked-end, gpu-unmasked-positive, gpu-unmasked-itself
     return next > end || (column < own_end && next > own_begin) || (column <= self_column && next > self_column);
   }
@@ -188,6 +202,7 @@ FUSED_NCE_HD Row row_of(const Strip& strip, const Rules& rules, int64_t row, int
   out.inverse_clip = scoring.clip > 0.0f ? 1.0f / scoring.clip : 0.0f;
   out.bias = rules.bias ? *rules.bias : 0.0f;
   out.column_ids = rules.column_ids ? rules.column_ids + strip.first_column : nullptr;  // fault: gpu-panel-labels
+  out.marks = strip.marks ? strip.marks + row * (strip.stride / kColumns) : nullptr;
   out.id = id;
   return out;
 }
@@ -279,8 +294,9 @@ FUSED_NCE_HD void add_turn(Fold& fold, const float (&t)[kTerms], const bool (&ne
 }
 
 // A turn of eight columns. kMasked: see `Row::masked`.
-template <bool kClip, bool kShift, bool kBiasOrLabels, bool kMasked>
+template <bool kClip, bool kShift, Extras kExtras, bool kMasked>
 FUSED_NCE_HD void fold_turn(const Row& row, int c, float* pos, Fold& fold) {
+  constexpr bool all = kExtras >= Extras::all;
   const Eight eight = load(row.scores + c, row.scale);
   float t[kColumns], top = fold.part.max, square[2] = {0.0f, 0.0f}, bad[2] = {0.0f, 0.0f};
   bool negative[kColumns];
@@ -288,27 +304,29 @@ FUSED_NCE_HD void fold_turn(const Row& row, int c, float* pos, Fold& fold) {
   for (int u = 0; u < kColumns; ++u) {
     const int column = c + u;
     const bool inside = !kMasked || (column < row.end && column != row.self_column);
-    const bool own = kMasked && inside && row.own<kBiasOrLabels>(column);
+    const bool own = kMasked && inside && row.own<all>(column);
     const float s = inside ? eight.s[u] : 0.0f;
     t[u] = transform<kClip>(s, row.clip, row.inverse_clip).value;
-    if (kBiasOrLabels) t[u] += row.bias;
+    if (all) t[u] += row.bias;
     negative[u] = inside && !own;  // fault: gpu-padding-counted, gpu-row-itself
+    if constexpr (kMasked && kExtras == Extras::marks)
+      negative[u] = negative[u] && !row.marked(column);  // fault: gpu-mark-counted
     square[u % 2] += s * s;
     bad[u % 2] += s * 0.0f;
-    if (own && !(kBiasOrLabels && row.column_ids)) pos[row.pos_index(column)] = t[u];
+    if (own && !(all && row.column_ids)) pos[row.pos_index(column)] = t[u];
     top = negative[u] && t[u] > top ? t[u] : top;
   }
   add_turn<kShift>(fold, t, negative, top, square[0] + square[1], bad[0] + bad[1]);
 }
 
 // One thread's columns into a part; their positives go to `pos`.
-template <bool kClip, bool kShift, bool kBiasOrLabels>
+template <bool kClip, bool kShift, Extras kExtras>
 FUSED_NCE_HD RowPart fold_thread(const Row& row, const Rules& rules, const RowArrays& rows, int thread, int threads) {
   float* pos = rows.stats.pos + row.index * rules.positives - row.image_begin;
   Fold fold = {no_part(), 0.0f, 0.0f};
   for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
-    if (row.masked<kBiasOrLabels>(c)) fold_turn<kClip, kShift, kBiasOrLabels, true>(row, c, pos, fold);
-    else fold_turn<kClip, kShift, kBiasOrLabels, false>(row, c, pos, fold);
+    if (row.masked<kExtras>(c)) fold_turn<kClip, kShift, kExtras, true>(row, c, pos, fold);
+    else fold_turn<kClip, kShift, kExtras, false>(row, c, pos, fold);
   }
   return found(fold);
 }

@@ -26,7 +26,8 @@ Plan plan_for(const SweepInputs& in, const OnDevice& numbers, const Task& task) 
                                .gradients = task.gradients,
                                .sums = in.need_scale ? (numbers.bias.defined() ? 2 : 1) : 0,
                                .column_stats = task.statistics && task.columns.neg_lse.defined(),
-                               .optional = task.statistics && task.rows.optional.defined()},
+                               .optional = task.statistics && task.rows.optional.defined(),
+                               .marked = in.filters.any()},
                               in.workspace_bytes);
   TORCH_CHECK_VALUE(plan.fits, "workspace_bytes is ", in.workspace_bytes, ", needed: at least ", plan.bytes, " for ", n,
                     " rows, ", m, " columns of width ", d);
@@ -39,7 +40,8 @@ class Sweep {
       : machine_(machine), in_(in), numbers_(numbers), out_(task.out), n_(in.q.size(0)), m_(in.k.size(0)),
         d_(in.q.size(1)), element_bytes_(in.q.element_size()), element_(element_of(in.q.scalar_type())),
         statistics_(task.statistics), gradients_(task.gradients), tail_(task.upstream.tail.name),
-        plan_(plan_for(in, numbers, task)), rules_(rules(task.fp16_gain)) {
+        plan_(plan_for(in, numbers, task)), rules_(rules_of(in, numbers, plan_, task.fp16_gain)) {
+    marks_ = bytes(plan_.mark_bytes);
     scores_ = bytes(plan_.score_bytes);
     weights_ = bytes(plan_.weight_bytes);
     partials_ = bytes(plan_.partial_bytes);
@@ -83,24 +85,6 @@ class Sweep {
     }
     if (d_scale_.defined()) out_.dscale.copy_(d_scale_.sum(at::kDouble));
     if (d_bias_.defined()) out_.dbias.copy_(d_bias_.sum(at::kDouble));
-  }
-
-  // float16 weights have no exponents to spare for the scale.
-  Rules rules(float fp16_gain) const {
-    const Layout& layout = in_.layout;
-    const auto ids = [](const at::Tensor& x) { return x.defined() ? x.const_data_ptr<int64_t>() : nullptr; };
-    return {.scoring = in_.scoring,
-            .scale_tensor = floats_of(numbers_.scale),
-            .row_ids = ids(layout.row_ids),
-            .column_ids = ids(layout.column_ids),
-            .bias = floats_of(numbers_.bias),
-            .positives_elsewhere = layout.positives.defined(),
-            .self_column = layout.itself,
-            .positives = layout.n_pos,
-            .ctas_per_row = static_cast<int>(plan_.ctas_per_row),
-            .threads = static_cast<int>(plan_.threads),
-            .fp16_gain = fp16_gain,
-            .prescaled = element_ != Element::float16};
   }
 
   // Coefficients that the tail makes are a block's, at the front of `row_numbers_`; the sums of all rows follow.
@@ -169,21 +153,32 @@ class Sweep {
             .first_row = first,
             .rows = std::min(plan_.strip, block_first + block_rows - first),
             .first_column = column,
-            .columns = columns};
+            .columns = columns,
+            .marks = in_.filters.any() ? static_cast<uint16_t*>(marks_.data_ptr()) : nullptr};
   }
 
-  void score(const Strip& s) const {
+  void multiply(const Strip& s, const at::Tensor& rows, const at::Tensor& columns) const {
     machine_.gemm({.m = s.rows,
                    .n = s.columns,
-                   .depth = d_,
-                   .left = row(in_.q, s.first_row),
-                   .left_stride = in_.q.stride(0),
-                   .right = row(in_.k, s.first_column),
-                   .right_stride = in_.k.stride(0),
+                   .depth = rows.size(1),
+                   .left = row(rows, s.first_row),
+                   .left_stride = rows.stride(0),
+                   .right = row(columns, s.first_column),
+                   .right_stride = columns.stride(0),
                    .right_transposed = true,
-                   .element = element_,
+                   .element = element_of(rows.scalar_type()),
                    .out = s.scores,
                    .out_stride = s.stride});
+  }
+
+  // The dot products of guides leave nothing but marks: they are in the strip before its scores.
+  void score(const Strip& s) const {
+    const Filters& by = in_.filters;
+    const bool guided = by.guide_ceiling.defined(), before = guided || by.several.defined();
+    if (guided) multiply(s, by.guide_q, by.guide_k);
+    if (before) machine_.mark(s, rules_, marking_of(by.guide_ceiling, 0, by.several, false));
+    multiply(s, in_.q, in_.k);
+    if (by.ceiling.defined()) machine_.mark(s, rules_, marking_of(by.ceiling, 0, {}, before));
   }
 
   void fold(const Strip& strip, int64_t first_slot) const {
@@ -213,7 +208,7 @@ class Sweep {
     for (int64_t i = first; i < first + count; i += plan_.strip) {
       const Strip strip = strip_at(first, count, i, column);
       score(strip);
-      if (whole && gradients_ && plan_.ctas_per_row == 1 && extras_of(rules_, rows_) == Extras::none) {
+      if (whole && gradients_ && plan_.ctas_per_row == 1 && extras_of(strip, rules_, rows_) == Extras::none) {
         const RowTask task{strip, rules_, rows_};
         machine_.loss(&task, 1, element_);
         continue;
@@ -268,10 +263,35 @@ class Sweep {
   const Plan plan_;
   Rules rules_;
   RowArrays rows_{};
-  at::Tensor scores_, weights_, partials_, row_numbers_, column_parts_, d_scale_, d_bias_;
+  at::Tensor marks_, scores_, weights_, partials_, row_numbers_, column_parts_, d_scale_, d_bias_;
 };
 
 }  // namespace
+
+Marking marking_of(const at::Tensor& ceilings, int64_t part, const at::Tensor& several, bool add) {
+  return {.ceilings = ceilings.defined() ? ceilings.data_ptr<float>() + part * ceilings.size(1) : nullptr,
+          .several = several.defined() ? several.const_data_ptr<int64_t>() : nullptr,
+          .width = several.defined() ? several.size(1) : 0,
+          .add = add};
+}
+
+// float16 weights have no exponents to spare for the scale.
+Rules rules_of(const SweepInputs& in, const OnDevice& numbers, const Plan& plan, float fp16_gain) {
+  const Layout& layout = in.layout;
+  const auto ids = [](const at::Tensor& x) { return x.defined() ? x.const_data_ptr<int64_t>() : nullptr; };
+  return {.scoring = in.scoring,
+          .scale_tensor = floats_of(numbers.scale),
+          .row_ids = ids(layout.row_ids),
+          .column_ids = ids(layout.column_ids),
+          .bias = floats_of(numbers.bias),
+          .positives_elsewhere = layout.positives.defined() || layout.by_marks,
+          .self_column = layout.itself,
+          .positives = layout.n_pos,
+          .ctas_per_row = static_cast<int>(plan.ctas_per_row),
+          .threads = static_cast<int>(plan.threads),
+          .fp16_gain = fp16_gain,
+          .prescaled = in.q.scalar_type() != at::kHalf};
+}
 
 Element element_of(at::ScalarType type) {
   if (type == at::kFloat) return Element::float32;

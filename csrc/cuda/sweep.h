@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "../problem.h"
+#include "../prefix_task.h"
 #include "machine.h"
 #include "plan.h"
 
@@ -11,6 +11,9 @@ namespace fused_nce {
 namespace cuda {
 
 Element element_of(at::ScalarType type);
+
+// Of the ceilings of one prefix, or undefined; `several` undefined: no columns by their numbers.
+Marking marking_of(const at::Tensor& ceilings, int64_t part, const at::Tensor& several, bool add);
 
 // The power of two that puts weights of at most `peak` near 2^8: float16 has 24 binary orders below that, and 2^8 of
 // room above. 1 for the types that have float's exponents.
@@ -56,6 +59,11 @@ struct Task {
 Gradients new_results(const SweepInputs& in, const OnDevice& numbers, const Task& task);
 
 void sweep(const Machine& machine, const SweepInputs& in, const OnDevice& numbers, const Task& task);
+
+Rules rules_of(const SweepInputs& in, const OnDevice& numbers, const Plan& plan, float fp16_gain);
+
+// Statistics or gradients of several prefixes, of float32 or bfloat16.
+void sweep_prefixes(const Machine& machine, const SweepInputs& in, const OnDevice& numbers, const PrefixTask& task);
 
 struct Job {
   SweepInputs in;

@@ -45,13 +45,6 @@ struct AddSlopes {
   }
 };
 
-// What a row's weights take beside the row's statistics of its negatives and their square.
-enum class Extras {
-  none,
-  columns,  // statistics of columns
-  all       // those, a bias, labels and the optional statistics, each if the call has it
-};
-
 // What all turns of a row's weights share.
 struct Weighing {
   Softmax soft;
@@ -70,15 +63,15 @@ FUSED_NCE_HD Weighing weighing_of(const Row& row, const Rules& rules, const RowA
   out.d_pos = rows.upstream.d_pos + coefficient * rules.positives - row.image_begin;
   out.two_d_square = 2.0f * (rows.upstream.d_square ? rows.upstream.d_square[i] : rows.upstream.tail.square_weight);
   out.factor = rules.prescaled ? rules.fp16_gain * row.scale : rules.fp16_gain;
-  out.optional = kExtras == Extras::all ? optional_weights(rows, i) : OptionalWeights();
-  out.column_stats = kExtras == Extras::columns || (kExtras == Extras::all && rows.columns.neg_lse);
+  out.optional = kExtras >= Extras::all ? optional_weights(rows, i) : OptionalWeights();
+  out.column_stats = kExtras == Extras::columns || (kExtras >= Extras::all && rows.columns.neg_lse);
   return out;
 }
 
 // A turn of eight columns: their weights times fp16_gain into w, and what they add to the slopes.
 template <bool kClip, bool kShift, Extras kExtras, bool kMasked>
 FUSED_NCE_HD Slopes weigh_turn(const Row& row, const RowArrays& rows, const Weighing& by, int c, float (&w)[kColumns]) {
-  constexpr bool all = kExtras == Extras::all;
+  constexpr bool all = kExtras >= Extras::all;
   const Eight dot = load(row.scores + c, 1.0f);
   float product[2] = {0.0f, 0.0f}, on_bias[2] = {0.0f, 0.0f};
   FUSED_NCE_UNROLL
@@ -94,6 +87,8 @@ FUSED_NCE_HD Slopes weigh_turn(const Row& row, const RowArrays& rows, const Weig
     if (all && inside) weight += by.optional.negative(t.value) * t.slope;
     // fault: gpu-columns-weigh
     if (by.column_stats && inside) weight += back_weight<kShift>(rows.columns, row.first_column + column, t, e);
+    if constexpr (kMasked && kExtras == Extras::marks)
+      if (row.marked(column)) weight = 0.0f;  // fault: gpu-mark-weighed
     if (own) {
       float on_t = all ? by.optional.positive(t.value) : 0.0f;
       if (!(all && row.column_ids)) on_t += by.d_pos[row.pos_index(column)];
@@ -116,11 +111,10 @@ FUSED_NCE_HD Slopes weigh_thread(const Row& row, const Rules& rules, const RowAr
   Slopes sum = {0.0f, 0.0f}, error = {0.0f, 0.0f};
   for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
     float w[kColumns];
-    const Slopes found = row.masked<kExtras == Extras::all>(c)
-                             ? weigh_turn<kClip, kShift, kExtras, true>(row, rows, by, c, w)
-                             : weigh_turn<kClip, kShift, kExtras, false>(row, rows, by, c, w);
+    const Slopes found = row.masked<kExtras>(c) ? weigh_turn<kClip, kShift, kExtras, true>(row, rows, by, c, w)
+                                                : weigh_turn<kClip, kShift, kExtras, false>(row, rows, by, c, w);
     if (want_scale) add_exactly(sum.scale, error.scale, found.scale);
-    if (kExtras == Extras::all) add_exactly(sum.bias, error.bias, found.bias);
+    if (kExtras >= Extras::all) add_exactly(sum.bias, error.bias, found.bias);
     store(c, w);
   }
   return {sum.scale - error.scale, sum.bias - error.bias};

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_nce.core import atoms
 from fused_nce.core.problem import Problem, Statistics
-from fused_nce.core.spec import FILTERS, STATISTICS, Bias, Spec
+from fused_nce.core.spec import MARKS, STATISTICS, Bias, Spec
 from fused_nce.core.statistics import Scores
 from fused_nce.core.tails import Coefficients
 
@@ -28,7 +28,7 @@ def kind(spec: Spec) -> type[Tile]:
     """The cheapest tile that can run a spec."""
     if spec.atoms <= FAST:
         return LseTile
-    if spec.atoms <= FAST | {*FILTERS, "several"}:
+    if spec.atoms <= FAST | MARKS:
         return FilteredTile
     return SortTile if spec.whole_rows else AtomTile
 

@@ -16,11 +16,11 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,8 +28,9 @@ from torch import Tensor
 from fused_nce import _extension
 from fused_nce._version import __version__
 from fused_nce.core import tails
+from fused_nce.core.prefixes import Prefixed
 from fused_nce.core.problem import Backend, Gradients, Needs, Problem, Statistics
-from fused_nce.core.spec import Bias, Block, Index, Labels, Separate, Spec
+from fused_nce.core.spec import Bias, Block, Index, Labels, Separate, Several, Spec
 from fused_nce.core.tails import Coefficients, Tail
 
 ON = ("cuda", "triton")  # backends with code for one kind of card
@@ -129,6 +130,12 @@ def problem(spec: Spec, q_dtype: torch.dtype, k_dtype: torch.dtype | None, width
     labels = torch.randint(0, 4, (n,), generator=g)
     # A row is not its own target where it is itself a column.
     targets = (torch.arange(n) + 1 + torch.randint(0, m - 1, (n,), generator=g)) % m
+    ids = {Labels: labels, Index: targets}.get(type(layout))
+    if isinstance(layout, Several):
+        ids = torch.randint(-1, m // 2, (n, layout.p), generator=g)
+    guides: tuple[Tensor, ...] | tuple[None, None] = (None, None)
+    if "guide" in spec.filters:  # whole numbers, whose products are exact by whatever instructions
+        guides = tuple(torch.randint(-2, 3, (rows, 5), generator=g).float() for rows in (n, m))
     return Problem(
         q,
         q if shared else k,
@@ -137,12 +144,29 @@ def problem(spec: Spec, q_dtype: torch.dtype, k_dtype: torch.dtype | None, width
         0,
         bias=torch.tensor(-0.5) if isinstance(spec.transform, Bias) else 0.0,
         positives=torch.randn(n, layout.p, generator=g) if isinstance(layout, Separate) else None,
-        row_ids=labels if isinstance(layout, Labels) else targets if isinstance(layout, Index) else None,
+        row_ids=ids,
         column_ids=(labels if shared else torch.randint(0, 4, (m,), generator=g))
         if isinstance(layout, Labels)
         else None,
         shared=shared,
+        ceilings=_ceilings(spec, (q, k), guides),
+        guide_q=guides[0],
+        guide_k=guides[1],
     )
+
+
+def _ceilings(spec: Spec, scored: Sequence[Tensor], guides: Sequence[Tensor | None]) -> Tensor | None:
+    """(K·F, N): a quarter of a row's columns lie above, and none near."""
+    lines = []
+    for width in spec.prefixes or (None,):
+        for name in spec.filters:
+            x, y = (cast(Tensor, z).double() for z in (guides if name == "guide" else scored))
+            if width is not None and name == "ceiling":
+                x, y = (torch.nn.functional.normalize(z[:, :width], dim=1) for z in (x, y))
+            ordered = (x @ y.T).sort(dim=1).values
+            middle = ordered.shape[1] * 3 // 4
+            lines.append(ordered[:, middle - 1 : middle + 1].mean(dim=1))
+    return torch.stack(lines).float() if lines else None
 
 
 def _map(small: Problem, f: Callable[[Tensor], Tensor]) -> Problem:
@@ -157,6 +181,10 @@ def _short(x: Tensor) -> str:
 
 def _tails(spec: Spec) -> Iterator[Tail]:
     """Those that a spec has the statistics for: with a penalty where it has the squares."""
+    if spec.prefixes:
+        if set(Prefixed.READS) <= set(spec.stats):
+            yield Prefixed(0.0, "mean", 1.0, spec.prefixes, tuple(1.0 + i for i in range(spec.parts)))
+        return
     penalty = 0.01 if "square" in spec.stats else 0.0
     for kind in tails.KERNEL_TAILS:
         if set(kind.READS) <= set(spec.stats) and (spec.n_pos > 0 or not kind.READS_POS):
@@ -186,7 +214,7 @@ def _named(
     """(name, found, wanted) of each statistic and gradient that there is."""
     right = wanted[0]._asdict() | wanted[1]._asdict()
     for field, x in (found[0]._asdict() | found[1]._asdict()).items():
-        names = {"rows": spec.stats, "columns": spec.columns}.get(field)
+        names = {"rows": spec.stats * spec.parts, "columns": spec.columns}.get(field)
         if names is not None and x is not None:
             yield from ((f"{field}: {name}", x[i], right[field][i]) for i, name in enumerate(names))
         elif x is not None and x.numel():

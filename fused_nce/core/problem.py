@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from fused_nce.core.spec import Spec
+from fused_nce.core.spec import FILTERS, Several, Spec
 from fused_nce.core.tails import Coefficients, Tail
 
 
@@ -38,6 +38,16 @@ class Problem(NamedTuple):
     def m(self) -> int:
         """M, columns of k."""
         return self.k.shape[0]
+
+    @property
+    def marks(self) -> tuple[Tensor | None, ...]:
+        """What `spec.MARKS` read, for the C++ kernels: ceilings of scores and of guides, (K, N), guides, columns."""
+        lines: dict[str, Tensor] = {}
+        if self.ceilings is not None:
+            each = self.ceilings.unflatten(0, (self.spec.parts, -1)).unbind(1)
+            lines = dict(zip(self.spec.filters, each, strict=True))  # fault: cpu-ceilings-another
+        several = self.row_ids if isinstance(self.spec.layout, Several) else None
+        return *(lines.get(name) for name in FILTERS), self.guide_q, self.guide_k, several
 
     @property
     def n_columns(self) -> int:

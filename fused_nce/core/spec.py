@@ -35,17 +35,21 @@ MARGINS = frozenset(
 FILTERS = ("ceiling", "guide")
 """What may take a column out of a row's negatives: its dot product, or that of two guides, above the row's ceiling."""
 
-NOT_ON_GPU = MARGINS | frozenset({*FILTERS, "several", "prefixes"})
-"""Atoms without a twin in a GPU's kernels; those of the CPU lack `MARGINS` alone."""
+MARKS = frozenset({*FILTERS, "several"})
+"""What takes columns out of a row's negatives alone: filters, and a layout whose positives have no places in `pos`."""
 
-VOCABULARY = NOT_ON_GPU | frozenset(
-    {
-        *("block", "index", "labels", "separate", "several"),  # layouts
-        *("identity", "tanh_clip", "bias"),  # transforms
-        *STATISTICS,
-        *("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap", "neg_sum", "neg_count"),
-        *("columns", "drop_self", "self", "mixed", "prefixes"),  # see `Spec.atoms` and `dispatch.why_not`
-    }
+VOCABULARY = (
+    MARGINS
+    | MARKS
+    | frozenset(
+        {
+            *("block", "index", "labels", "separate"),  # layouts, beside `MARKS`
+            *("identity", "tanh_clip", "bias"),  # transforms
+            *STATISTICS,
+            *("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap", "neg_sum", "neg_count"),
+            *("columns", "drop_self", "self", "mixed", "prefixes"),  # see `Spec.atoms` and `dispatch.why_not`
+        }
+    )
 )
 """Every atom that a spec can name. A backend's `ATOMS` says which of them it can run; `core/statistics.py` and
 `core/atoms.py` define each."""
@@ -231,6 +235,11 @@ class Spec:
     def whole_rows(self) -> bool:
         """A statistic needs all scores of a row at once."""
         return not set(WHOLE_ROW).isdisjoint(self.stats)
+
+    @property
+    def marked(self) -> bool:
+        """Some columns leave a row's negatives by `MARKS`."""
+        return bool(self.filters) or isinstance(self.layout, Several)
 
     @property
     def block(self) -> Block:

@@ -113,8 +113,8 @@ def info_nce(
         prefix_weights: of the prefixes' losses; None is 1 each.
         group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone. Hard negatives
             that are not shared stay where they are; positives and targets are among this process's keys.
-        backend: a name of `fused_nce.backends()`, or None to choose the fastest. On a GPU, margins, guides, several
-            positives and prefixes run on "chunked", label smoothing there or on "cuda"; on a CPU all have kernels.
+        backend: a name of `fused_nce.backends()`, or None to choose the fastest. On a CPU all have
+            kernels; on a GPU guides, several positives and prefixes have them in "cuda" alone, else run on "chunked".
 
     Returns:
         NCEOutput, float32 (float64 for float64 inputs), in nats; chance is log M. `stats` is of the queries' direction:

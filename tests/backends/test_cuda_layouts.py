@@ -13,6 +13,7 @@ from fused_nce.backends.cuda import NAMES, OPTIONAL_ROW_STATISTICS
 from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Spec, TanhClip
 from fused_nce.core.tails import LogIn, LogOut, Nce, Sigmoid
 from tests.backends.test_cpu_layouts import LOSSES, D, M, N, gradients
+from tests.backends.test_cuda_on_host import UNMARKED
 
 MODULE: Any
 MODULE, REASON = _extension.status()
@@ -166,7 +167,7 @@ def test_where_an_index_points_nowhere_the_positive_is_no_number():
     """A GPU's targets are not read: a wrong one must show."""
     q, k, ids = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 7, -1, 4])
     pos, rows, _ = torch.ops.fused_nce.cuda_stats(
-        *(q, k, 1.0, None, 1, 1, 0, 0.0, ids, -1, None, None, None), False, False, 1 << 20
+        *(q, k, 1.0, None, 1, 1, 0, 0.0, ids, -1, None, None, None), *UNMARKED, False, False, 1 << 20
     )
     assert pos.isnan().flatten().tolist() == [False, True, True, False]
     assert rows.isfinite().all()
@@ -175,7 +176,7 @@ def test_where_an_index_points_nowhere_the_positive_is_no_number():
 def test_one_gradient_for_both_roles_is_one_buffer():
     x = torch.randn(20, 6)
     spec = Spec(Index(), drop_self=True)
-    arguments = (x, None, 0.5, None, 1, 1, 0, 0.0, torch.arange(20).roll(1), 0, None, None, None)
+    arguments = (x, None, 0.5, None, 1, 1, 0, 0.0, torch.arange(20).roll(1), 0, None, None, None, *UNMARKED)
     _, _, dq, dk, *_ = torch.ops.fused_nce.cuda_loss(*arguments, False, "nce", 0.05, 0.0, True, True, False, 1 << 20)
     z = x.clone().requires_grad_()
     tile_loss(z, None, spec, Nce(), scale=0.5, row_ids=arguments[8], backend="reference").loss.backward()

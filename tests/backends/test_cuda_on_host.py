@@ -27,6 +27,7 @@ MODULE, REASON = _extension.status()
 pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")
 DTYPES = ["float32", "bfloat16", "float16"]
 MIB = 1 << 20
+UNMARKED = (None,) * 5  # no ceilings, guides or several positives
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +186,7 @@ def test_summary_of_rows_without_negatives():
 def test_bits_repeat_and_do_not_depend_on_the_way(dtype):
     """One kernel for a whole row gives what its three parts give, where they take the same columns."""
     q, k = features(Case("cuda", dtype, 3, images=40, n_k=40, n_c=5, d=16))
-    arguments = (q, k, 0.2, None, 5, 1, 0, 20.0, None, -1, None, None, None)
+    arguments = (q, k, 0.2, None, 5, 1, 0, 20.0, None, -1, None, None, None, *UNMARKED)
     first = torch.ops.fused_nce.cuda_loss(*arguments, False, "nce", 0.25, 0.0, True, True, True, 16 * MIB)
     again = torch.ops.fused_nce.cuda_loss(*arguments, False, "nce", 0.25, 0.0, True, True, True, 16 * MIB)
     stats = torch.ops.fused_nce.cuda_stats(*arguments, False, False, 16 * MIB)
@@ -204,7 +205,8 @@ def test_bits_repeat_and_do_not_depend_on_the_way(dtype):
 def test_a_gradient_that_one_gemm_finishes_leaves_in_the_inputs_type(limit, dq, dk):
     """One strip of rows finishes dk, one panel of columns dq: no second buffer, and no pass that casts it."""
     q, k = features(Case("cuda", "bfloat16", 3, images=600, n_k=600, n_c=1, d=4))
-    arguments = (q, k, 0.2, None, 1, 1, 0, 20.0, None, -1, None, None, None, False, "nce", 0.25, 0.0, True, True, False)
+    rest = (False, "nce", 0.25, 0.0, True, True, False)
+    arguments = (q, k, 0.2, None, 1, 1, 0, 20.0, None, -1, None, None, None, *UNMARKED, *rest)
     found = torch.ops.fused_nce.cuda_loss(*arguments, limit)
     assert (found[2].dtype, found[3].dtype) == (dq, dk)
     wide = torch.ops.fused_nce.cuda_loss(*(q.float(), k.float(), *arguments[2:]), 16 * MIB)
@@ -228,7 +230,7 @@ def test_an_upstream_gradient_is_met_on_the_device(dtype):
 def test_bad_numbers_reach_what_they_touch():
     """A bad query its row and all dk, a bad key every row, with a clip that would hide them and without."""
     for clip in (20.0, 60.0, 0.0):
-        rest = (0.2, None, 2, 1, 0, clip, None, -1, None, None, None)
+        rest = (0.2, None, 2, 1, 0, clip, None, -1, None, None, None, *UNMARKED)
         for bad in (float("nan"), float("inf")):
             q, k = features(Case("cuda", "float32", 3, images=6, n_k=6, n_c=2, d=4))
             q[2, 1] = bad
@@ -254,11 +256,16 @@ def test_bad_numbers_reach_what_they_touch():
         ({10: torch.ones(8, dtype=torch.int64)}, "row_ids is None, needed: the rows' labels"),
         ({11: torch.ones(())}, "clip is 20, needed: 0 beside a bias"),
         ({6: 0.0, 11: torch.ones(1)}, "bias has shape"),
-        ({14: 10}, "workspace_bytes is 10, needed: at least"),
+        ({19: 10}, "workspace_bytes is 10, needed: at least"),
+        ({12: torch.ones(4)}, "ceiling has shape"),
+        ({13: torch.ones(1, 4)}, "guide_q is None"),
+        ({16: torch.ones(4, 2)}, "several is Float"),
+        ({16: torch.ones(4, 2, dtype=torch.int64), 18: True}, "statistics of columns are wanted, needed: none beside"),
     ],
 )
 def test_arguments_are_checked_before_any_work(change, message):
-    arguments = [torch.ones(4, 8), torch.ones(8, 8), None, 2, 1, 0, 20.0, None, -1, None, None, None, False, False, MIB]
+    arguments = [torch.ones(4, 8), torch.ones(8, 8), None, 2, 1, 0, 20.0, None, -1, None, None, None, *UNMARKED]
+    arguments += [False, False, MIB]
     for index, value in change.items():
         arguments[index] = value
     q, k, *rest = arguments

@@ -115,15 +115,12 @@ def test_no_kernel_spills_or_issues_more_than_before(architecture):
     types = static_cuda.TYPES.values()
     assert {f"{kind} {e}" for t in transforms for kind in (f"loss {t}", f"weigh {t}") for e in types} < names
     assert {f"loss {t} {e} together" for t in transforms for e in types} < names
-    assert {f"weigh {t} {x} {e}" for t in transforms for e in types for x in ("columns", "extras")} | {
+    assert {f"weigh {t} {x} {e}" for t in transforms for e in types for x in ("columns", "extras", "marks")} | {
         f"multiply {e}" for e in types
     } < names
     assert {f"{kind} {t}" for kind in ("fold", "fold_columns") for t in transforms} < names
-    assert {f"fold {t} bias or labels" for t in transforms} | {
-        "fold_optional",
-        "fold_optional clip",
-        "finish_optional",
-    } < names
+    kinds = [f"fold {t}" for t in transforms] + ["fold_optional", "fold_optional clip"]
+    assert {f"{kind} {x}" for kind in kinds for x in ("extras", "marks")} | {"mark", "finish_optional"} < names
     assert {"finish", "finish shift", "finish_columns", "finish_columns shift", "summary", "last_summary"} < names
     assert len(names) == len(kernels)
     assert [kernel for kernel in kernels if not kernel.clean] == []

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fused_nce import _extension, tile_stats
-from fused_nce.backends import cpu
+from fused_nce.backends import cpu, cuda
 from fused_nce.core import workspace
 from fused_nce.core.engine import tile_loss
 from fused_nce.core.spec import FILTERS, Block, Identity, Index, Labels, Spec, SqDist, TanhClip
@@ -17,9 +17,17 @@ from fused_nce.core.tails import LogOut, Nce
 from tests.conftest import why_not
 
 N, M, D, G = 40, 150, 7, 3
-TILES_MB = {"cpu": "0.03"}  # of the kernels: several strips, tiles and groups, as `cut_up` sees to
-KERNELS = pytest.param("cpu", marks=pytest.mark.skipif(bool(why_not("cpu")), reason="kernels not built"))
-BACKENDS = ["reference", "chunked", KERNELS]
+TILES_MB = {"cpu": "0.03", "cuda": "0.02"}  # of the kernels: several strips, tiles and groups, as `cut_up` sees to
+KERNELS = [pytest.param(name, marks=pytest.mark.skipif(bool(why_not("cpu")), reason="not built")) for name in TILES_MB]
+BACKENDS = ["reference", "chunked", *KERNELS]
+
+
+@pytest.fixture(autouse=True)
+def _play_a_gpu(monkeypatch):
+    """CPU tensors count as a GPU's."""
+    module = _extension.status()[0]
+    if module is not None:
+        monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k))
 
 
 def close(ours, theirs, rtol, atol):
@@ -29,17 +37,21 @@ def close(ours, theirs, rtol, atol):
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=rtol, atol=atol)
 
 
-def cut_up(spec, **asked):
+def cut_up(backend, spec, **asked):
     """Fails where the kernels' plan has one strip, tile or group of the problem below."""
     sizes = N, M, D, torch.float32, workspace.limit_bytes("cpu")
     module: Any = _extension.status()[0]
+    if backend == "cuda":
+        plan = module.cuda_plan(N, M, D, spec.n_pos, 4, sizes[-1], marked=True)
+        assert plan["block_rows"] < N, plan
+        return
     plan = module.plan(*sizes, **asked, **cpu._plan_options(spec, shared=False))
     assert min(plan["strips"], plan["tiles"], plan["groups"]) > 1, plan
 
 
 def problem(backend="reference"):
     """(q, k, guides, ceilings, targets) in the backend's widest dtype; some rows lose every negative."""
-    dtype = torch.float32 if backend == "cpu" else torch.float64
+    dtype = torch.float32 if backend in TILES_MB else torch.float64
     g = torch.Generator().manual_seed(0)
     q, k, gq, gk = (torch.randn(*shape, generator=g, dtype=dtype) for shape in ((N, D), (M, D), (N, G), (M, G)))
     ceilings = torch.randn(2, N, generator=g, dtype=dtype) + 1
@@ -79,8 +91,8 @@ def test_value_and_gradients(backend, workspace_mb, monkeypatch):
                 assert out.any()
                 assert out[3].sum() == M - 1
                 spec = Spec(layout, transform, Nce().stats, filters=filters)
-                if small and backend == "cpu":
-                    cut_up(spec)
+                if small and backend in TILES_MB:
+                    cut_up(backend, spec)
                 found = tile_loss(q, k, spec, Nce(), scale=0.7, **more, **given, backend=backend)
                 pairs = zip(*(torch.autograd.grad(x, (q, k)) for x in (found.loss, exact)), strict=True)
                 close(found.loss, exact, rtol=1e-12, atol=0)
@@ -95,9 +107,9 @@ def test_counts_and_sums(backend, monkeypatch):
     q, k, _, ceilings, _ = problem(backend)
     rows, columns = torch.arange(N) % 5, torch.arange(M) % 5
     spec = Spec(Labels(), stats=(*LogOut.READS, "neg_sum", "neg_count"), filters=("ceiling",))
-    if backend == "cpu":
-        cut_up(spec, need_q=False, need_k=False)
-        cut_up(spec, statistics=False)
+    if backend in TILES_MB:
+        cut_up(backend, spec, need_q=False, need_k=False)
+        cut_up(backend, spec, statistics=False)
     found = tile_stats(q, k, spec, row_ids=rows, column_ids=columns, ceilings=ceilings[:1], backend=backend)
     s, same = q @ k.T, rows[:, None] == columns
     kept = ~same & (s <= ceilings[0][:, None])
@@ -149,9 +161,10 @@ def test_messages():
         with pytest.raises(ValueError, match=f"^{message}"):
             tile_stats(q, k, case, row_ids=targets, **options)
     q, k, guide, ceilings, targets = problem("cpu")
-    with pytest.raises(ValueError, match="which cannot run this: it has no ceiling, guide"):
+    with pytest.raises(ValueError, match="which cannot run this: it has no guide"):
         tile_stats(q, k, spec, row_ids=targets, ceilings=ceilings, guide=guide, backend="triton")
     both = Spec(Index(), columns=("neg_lse",), filters=FILTERS)
     if not why_not("cpu"):
-        with pytest.raises(ValueError, match="leave no column of a row out beside statistics of columns"):
-            tile_stats(q, k, both, row_ids=targets, ceilings=ceilings, guide=guide, backend="cpu")
+        for backend in TILES_MB:
+            with pytest.raises(ValueError, match="leave no column of a row out beside statistics of columns"):
+                tile_stats(q, k, both, row_ids=targets, ceilings=ceilings, guide=guide, backend=backend)

@@ -11,7 +11,7 @@ import torch
 from fused_nce import _extension, info_nce
 from fused_nce.backends import chunked, cuda, reference
 from fused_nce.core import dispatch, first_contact
-from fused_nce.core.spec import Bias, Block, Index, Labels, Separate, Spec, TanhClip
+from fused_nce.core.spec import FILTERS, Bias, Block, Index, Labels, Separate, Several, Spec, TanhClip
 from fused_nce.core.tails import LogIn, LogOut, Nce, Sigmoid
 
 CPU = torch.device("cpu")
@@ -28,6 +28,11 @@ SPECS = {
     "one statistic, no tail": Spec(Block(1), stats=("neg_lse",)),
     "a sequence, no tail": Spec(Labels(), stats=("pos_lse", "pos_max")),
     "labels of one tensor": Spec(Labels(), stats=LogOut.READS, drop_self=True),
+    "margin and guide": Spec(Index(), TanhClip(20.0), filters=FILTERS),
+    "guide, labels, no tail": Spec(Labels(), stats=("neg_lse", "neg_sum", "neg_count"), filters=("guide",)),
+    "several, no tail": Spec(Several(70), stats=("neg_lse", "neg_max")),
+    "prefixes": Spec(Index(), stats=Nce().stats, filters=FILTERS, prefixes=(3, 17, 40)),
+    "prefixes of one tensor, no tail": Spec(Labels(), stats=("neg_lse",), drop_self=True, prefixes=(8, 40)),
 }
 needs_kernels = pytest.mark.skipif(_extension.status()[0] is None, reason="no C++ kernels on this machine")
 

@@ -64,7 +64,7 @@ def test_every_route_is_within_budget(route, dtype, clip):
     assert max(etas.values()) <= 1, etas
 
 
-ADDED = (None, None, False, "nce")  # labels of columns, a bias, optional statistics, the tail
+ADDED = (None, None, *(None,) * 5, False, "nce")  # labels of columns, a bias, no marks, optional statistics, the tail
 
 
 def arguments(n=128, n_c=49, d=256, dtype=torch.bfloat16):

@@ -48,11 +48,16 @@ def launched(library, monkeypatch):
         yield names
 
 
+OPTIONS = ("margin", "guide, smoothing", "several positives, hard negatives", "prefixes")
+KINDS = ("amdim_nce", "clip_loss", "sup_con", "siglip_loss", *(f"info_nce/{each}" for each in OPTIONS))
+
+
 def test_a_loss_of_each_kind(launched, record_eta):
-    """Rows in one kernel; both ways; optional statistics; a bias."""
+    """Rows in one kernel; both ways; optional statistics; a bias; marks by scores, guides and numbers; prefixes."""
     for dtype in DTYPES:
-        assert hold(("amdim_nce", "clip_loss", "sup_con", "siglip_loss"), dtype, "cuda", record_eta) == 4
+        assert hold(KINDS, dtype, "cuda", record_eta) == len(KINDS)
     kernels = "loss summary fold finish weigh fold_columns finish_columns fold_optional finish_optional"
+    kernels += " mark cosines weigh_prefix"
     assert set(kernels.split()) == set(launched)
 
 

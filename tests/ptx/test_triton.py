@@ -17,9 +17,9 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def test_three_losses(monkeypatch, record_eta):
+def test_a_few_losses(monkeypatch, record_eta):
     """What they compile, as a first call on a card would: sets of positives and one tensor in both roles; a learnable
-    bias and gathered positives. And what that computes.
+    bias and gathered positives; a ceiling; the negatives' sum. And what that computes.
     """
     from tests.ptx.compiled import pose
 
@@ -27,6 +27,8 @@ def test_three_losses(monkeypatch, record_eta):
     assert hold(("sup_con", "siglip_loss"), "bfloat16", "triton", record_eta) == 2
     assert len(compiled) == 12
     assert hold(("amdim_nce",), "float32", "triton", record_eta) == 1
+    filtered = ("info_nce/margin", "info_nce/own hard negatives, row weights")  # the second smooths its labels
+    assert hold(filtered, "bfloat16", "triton", record_eta) == 2
 
 
 @pytest.mark.nightly

@@ -22,7 +22,7 @@ from fused_nce.core import atoms as definition
 from fused_nce.core import dispatch
 from fused_nce.core.engine import tile_loss as engine_loss
 from fused_nce.core.problem import Problem
-from fused_nce.core.spec import Bias, Block, Identity, Spec, TanhClip
+from fused_nce.core.spec import Bias, Block, Identity, Index, Spec, TanhClip
 from fused_nce.core.statistics import softplus
 from fused_nce.core.tails import Nce
 from tests.backends.test_atoms import SIZES, U, compare
@@ -112,17 +112,39 @@ def test_chunks_and_slices_of_the_width(d, clip):
     assert max(run(dataclasses.replace(case, entry="stats")).values()) <= 1
 
 
-@pytest.mark.parametrize("stats", [("neg_lse",), ("neg_max", "square"), ("square", "neg_lse")])
+@pytest.mark.parametrize(
+    "stats", [("neg_lse",), ("neg_max", "square"), ("square", "neg_lse"), ("neg_count", "neg_sum")]
+)
 def test_some_statistics(stats):
     """In the order asked for; without neg_lse no negative has a weight."""
     q, k = features()
     found = {}
     for backend in ("triton", "reference"):
         out = tile_stats(q, k, Spec(Block(3), Identity(), stats), scale=0.2, backend=backend)
-        total = out["pos"].sum() + sum(out[name].sum() for name in stats if name != "neg_max")
+        total = out["pos"].sum() + sum(out[name].sum() for name in stats if name not in ("neg_max", "neg_count"))
         found[backend] = [*out.values(), *grads_of(total, q, k)]
     for ours, exact in zip(found["triton"], found["reference"], strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "m", "penalty"), [(20, 300, 0.0), (300, 20, 0.04), (70, 70, 0.0)])
+def test_a_ceiling_takes_columns_out(n, m, penalty):
+    """Of rows and of columns in several tiles and splits; where they are as many, of one tensor in both roles."""
+    g, one = torch.Generator().manual_seed(0), n == m
+    x, y, ceilings = torch.randn(n, 9, generator=g), torch.randn(m, 9, generator=g), torch.randn(1, n, generator=g)
+    spec = Spec(Index(), TanhClip(20.0), Nce(penalty).stats, drop_self=one, filters=("ceiling",))
+    every = dataclasses.replace(spec, stats=("neg_lse", "neg_sum", "neg_count"))
+    found = []
+    for backend in ("triton", "reference"):
+        leaves = [z.clone().requires_grad_() for z in (x, y)[: 2 - one]]
+        q, k = (leaves[0], None if one else leaves[1])
+        given = {"scale": 0.3, "row_ids": torch.arange(1, n + 1) % m, "ceilings": ceilings, "backend": backend}
+        rows = tile_stats(q, k, every, **given)
+        loss = engine_loss(q, k, spec, Nce(penalty), **given).loss + (rows["neg_sum"] / m).sum()
+        found.append([rows["neg_count"], loss, *torch.autograd.grad(loss, leaves)])
+    assert (found[0][0] < m - 1 - one).any()
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
 
 
 def test_float16_weights_have_float32s_range():

@@ -33,7 +33,7 @@ def test_its_own_tests():
 
 
 VALUES = "test_value_and_gradients and (float32 or float16)"
-ONE_A_LAYOUT = "moco or nt_xent or siglip or (sup_con and not in) or (info_nce and targets)"
+ONE_A_LAYOUT = "moco or nt_xent or siglip or (sup_con and not in) or (info_nce and (targets or margin or weights))"
 HELD_TO = ("tests/core/test_golden.py", "tests/core/test_nonfinite.py", "tests/losses/test_registry.py")
 
 

@@ -20,17 +20,19 @@ from torch import Tensor
 from fused_nce.backends.triton import configs, plan
 from fused_nce.core.defaults import slopes, summary  # noqa: F401  (handed on)
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
-from fused_nce.core.spec import NOT_ON_GPU, VOCABULARY, Spec
+from fused_nce.core.spec import MARGINS, VOCABULARY, Spec
 from fused_nce.core.tails import Coefficients, Tail
 
 BOTH_WAYS = False
-ATOMS = VOCABULARY - NOT_ON_GPU - {"neg_sum", "neg_count"}  # each has its twin in `atoms.py`
+ATOMS = VOCABULARY - MARGINS - {"guide", "several", "prefixes"}  # each has its twin in `atoms.py`
 losses = whole_loss = gathered_scores = gathered_grads = None
 MOST_ROWS = 2**31 - 2**16  # a row's number is a 32-bit integer, a tile or a split beyond the last row too
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
     """Needs Triton, a GPU that the table of tiles knows, and 16 or 32 bits."""
+    if spec.columns and spec.marked:
+        return "its kernels leave no column of a row out beside statistics of columns"
     for x in (q, k):
         if x.dtype not in configs.DTYPES:
             return f"its kernels take float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"

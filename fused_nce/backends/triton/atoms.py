@@ -18,13 +18,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def marks_of_rows(rows, ids, first, itself, n, m, FORM: tl.constexpr):
-    """(id, the column that it is itself) of each row."""
-    return _row_ids(rows, ids, first, n, m, FORM), rows + itself
+def marks_of_rows(rows, ids, first, itself, ceilings, n, m, FORM: tl.constexpr):
+    """(id, the column that it is itself, its ceiling) of each row."""
+    ceiling = tl.load(ceilings + rows, mask=rows < n, other=0.0) if FORM.ceiling else rows
+    return ids_of_rows(rows, ids, first, n, m, FORM), rows + itself, ceiling
 
 
 @triton.jit
-def _row_ids(rows, ids, first, n, m, FORM: tl.constexpr):
+def ids_of_rows(rows, ids, first, n, m, FORM: tl.constexpr):
     if FORM.ids == "image":
         return rows // FORM.rows_per_image + first  # fault: triton-offset-ignored
     elif FORM.ids == "target":  # a target outside the columns matches none
@@ -38,8 +39,8 @@ def _row_ids(rows, ids, first, n, m, FORM: tl.constexpr):
 
 @triton.jit
 def marks_of_columns(columns, ids, m, FORM: tl.constexpr):
-    """(id, itself) of each column."""
-    return _column_ids(columns, ids, m, FORM), columns
+    """(id, itself, no ceiling) of each column."""
+    return _column_ids(columns, ids, m, FORM), columns, columns
 
 
 @triton.jit
@@ -53,18 +54,25 @@ def _column_ids(columns, ids, m, FORM: tl.constexpr):
 
 
 @triton.jit
-def sets(x_marks, y_marks, y_inside, FORM: tl.constexpr):
-    """(pos, neg, all) of a tile, (X, Y) or what broadcasts to it. The padding beyond y is in none."""
-    x_ids, x_itself = x_marks
-    y_ids, y_itself = y_marks
+def sets(x_marks, y_marks, y_inside, r, ROW_AXIS: tl.constexpr, FORM: tl.constexpr):
+    """(pos, neg, all) of a tile of dot products, (X, Y) or what broadcasts to it. The padding beyond y is in none.
+
+    ROW_AXIS is where the rows' marks are spread: 1 where they are x's, 0 where y's.
+    """
+    x_ids, x_itself, x_ceiling = x_marks
+    y_ids, y_itself, y_ceiling = y_marks
     kept = y_inside[None, :]  # fault: triton-padding-counted
     if FORM.drop_self:
         kept = kept & (x_itself[:, None] != y_itself[None, :])  # fault: triton-row-itself
     if FORM.ids == "none":
-        return kept != kept, kept, kept
+        pos, neg = kept != kept, kept
     else:
         own = x_ids[:, None] == y_ids[None, :]
-        return own & kept, ~own & kept, kept
+        pos, neg = own & kept, ~own & kept
+    if FORM.ceiling:  # a NaN stays, and shows
+        ceiling = x_ceiling if ROW_AXIS == 1 else y_ceiling
+        neg = neg & ~(r > tl.expand_dims(ceiling, ROW_AXIS))  # fault: triton-ceiling
+    return pos, neg, kept
 
 
 # ---- transforms -------------------------------------------------------------------------------------------------
@@ -203,6 +211,7 @@ def load_terms(terms, index, count, TERMS: tl.constexpr):
         load_term(at, pitch, TERMS.d_sum),
         load_term(at, pitch, TERMS.d_gap),
         load_term(at, pitch, TERMS.share),
+        load_term(at, pitch, TERMS.d_neg_sum),
     )
 
 
@@ -213,7 +222,7 @@ def weights_of(s, t, slope, of, terms, AXIS: tl.constexpr, FORM: tl.constexpr, W
     Outside its set a term may be infinite: it is chosen, never multiplied by 0.
     """
     pos, neg, every = of
-    neg_lse, d_neg_lse, d_softplus, d_square, pos_lse, d_pos_lse, d_sum, d_gap, share = terms
+    neg_lse, d_neg_lse, d_softplus, d_square, pos_lse, d_pos_lse, d_sum, d_gap, share, d_neg_sum = terms
     if WANTED.neg_lse >= 0:
         # fault: triton-clip-slope-missing
         on_neg = tl.expand_dims(d_neg_lse, AXIS) * (tl.exp2(t * LOG2E - tl.expand_dims(neg_lse, AXIS)) * slope)
@@ -224,6 +233,8 @@ def weights_of(s, t, slope, of, terms, AXIS: tl.constexpr, FORM: tl.constexpr, W
         w = tl.where(neg, tl.expand_dims(d_softplus, AXIS) * (sigmoid(t) * slope), 0.0)
     else:
         w = tl.zeros(t.shape, tl.float32)
+    if WANTED.neg_sum >= 0:
+        w += tl.where(neg, tl.expand_dims(d_neg_sum, AXIS) * slope, 0.0)  # fault: triton-negatives-sum
     if WANTED.pos_lse >= 0:
         e = tl.exp2(t * LOG2E - tl.expand_dims(pos_lse, AXIS))
         on_pos = tl.expand_dims(d_pos_lse, AXIS) * e

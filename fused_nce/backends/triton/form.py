@@ -32,6 +32,8 @@ class Wanted:
     pos_sum: int = ABSENT
     pos_count: int = ABSENT
     pos_gap: int = ABSENT
+    neg_sum: int = ABSENT
+    neg_count: int = ABSENT
 
     @classmethod
     def of(cls, names: Sequence[str]) -> Wanted:
@@ -57,6 +59,8 @@ class Partials:
     softplus: int
     total: int  # Σ t over the positives
     count: int  # of the positives
+    neg_total: int  # Σ t over the negatives
+    neg_count: int
     lines: int
 
     @classmethod
@@ -71,6 +75,8 @@ class Partials:
             "softplus": wanted.neg_softplus,
             "total": wanted.pos_sum,
             "count": wanted.pos_count,
+            "neg_total": wanted.neg_sum,
+            "neg_count": wanted.neg_count,
         }
         return cls(**_places({name: place != ABSENT for name, place in used.items()}))
 
@@ -88,6 +94,7 @@ class Terms:
     d_sum: int
     d_gap: int
     share: int  # 1 / positives
+    d_neg_sum: int
     d_target: int  # of a row's one target
     lines: int
 
@@ -104,6 +111,7 @@ class Terms:
             "d_sum": wanted.pos_sum,
             "d_gap": wanted.pos_gap,
             "share": wanted.pos_gap,
+            "d_neg_sum": wanted.neg_sum,
         }
         return cls(**_places({name: place != ABSENT for name, place in used.items()} | {"d_target": target}))
 
@@ -116,6 +124,7 @@ class Form:
     n_c: int  # columns an image
     rows_per_image: int
     drop_self: bool
+    ceiling: bool  # a column whose dot product is above its row's is no negative
     transform: str
     shiftless: bool  # e^t needs no shift: t is bounded
     tensor_scale: bool
@@ -158,6 +167,7 @@ class Form:
             n_c=block.n_c,
             rows_per_image=block.rows_per_image,
             drop_self=spec.drop_self,
+            ceiling="ceiling" in spec.filters,
             transform="tanh_clip" if isinstance(spec.transform, TanhClip) else spec.transform.code.removesuffix("()"),
             shiftless=shiftless(problem),
             tensor_scale=isinstance(problem.scale, Tensor),

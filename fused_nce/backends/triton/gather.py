@@ -12,8 +12,8 @@ import triton.language as tl
 from fused_nce.backends.triton.atoms import (
     LOG2E,
     exp,
+    ids_of_rows,
     log_sum,
-    marks_of_rows,
     merge_exponentials,
     shift_of,
     slope_of,
@@ -47,6 +47,7 @@ def merge_kernel(
     neg_sum = tl.zeros((X,), tl.float32)
     neg_top = tl.full((X,), float("-inf"), tl.float32)
     pos_sum, pos_top, square, soft, total, count = neg_sum, neg_top, neg_sum, neg_sum, neg_sum, neg_sum
+    neg_total, neg_count = neg_sum, neg_sum
     line, length = partial + rows, n.to(tl.int64)
     for _ in range(splits):  # fault: triton-only-first
         part = load_line(line, length, inside, PARTIALS.neg_sum, 0.0)
@@ -59,6 +60,8 @@ def merge_kernel(
         soft += load_line(line, length, inside, PARTIALS.softplus, 0.0)
         total += load_line(line, length, inside, PARTIALS.total, 0.0)
         count += load_line(line, length, inside, PARTIALS.count, 0.0)
+        neg_total += load_line(line, length, inside, PARTIALS.neg_total, 0.0)
+        neg_count += load_line(line, length, inside, PARTIALS.neg_count, 0.0)
         line += PARTIALS.lines * length
     neg_shift, pos_shift = shift_of(neg_top), shift_of(pos_top)
     if FORM.shiftless:
@@ -73,6 +76,8 @@ def merge_kernel(
     store_line(out, soft, length, inside, WANTED.neg_softplus)
     store_line(out, total, length, inside, WANTED.pos_sum)
     store_line(out, count, length, inside, WANTED.pos_count)
+    store_line(out, neg_total, length, inside, WANTED.neg_sum)
+    store_line(out, neg_count, length, inside, WANTED.neg_count)
     gap = tl.where(count > 0.0, pos_lse - total / tl.maximum(count, 1.0), 0.0)
     store_line(out, gap, length, inside, WANTED.pos_gap)
 
@@ -106,6 +111,7 @@ def terms_kernel(
     # fault: triton-half-penalty
     store_line(out, 2.0 * load_line(d, length, inside, WANTED.square, 0.0), pitch, every, TERMS.d_square)
     store_line(out, load_line(d, length, inside, WANTED.pos_sum, 0.0), pitch, every, TERMS.d_sum)
+    store_line(out, load_line(d, length, inside, WANTED.neg_sum, 0.0), pitch, every, TERMS.d_neg_sum)
     store_line(out, load_line(d, length, inside, WANTED.pos_gap, 0.0), pitch, every, TERMS.d_gap)
     count = load_line(found, length, inside, WANTED.pos_count, 1.0)
     store_line(out, 1.0 / tl.maximum(count, 1.0), pitch, every, TERMS.share)
@@ -126,7 +132,7 @@ def log_sum_terms(found, d, length, inside, LINE: tl.constexpr):
 def partners_of_rows(rows, p, ids, first, itself, n, m, FORM: tl.constexpr, PARTNERS: tl.constexpr):
     """Each row's positives from the p-th: (X, PARTNERS) columns, which of them there are, and their places in P."""
     place = p + tl.arange(0, PARTNERS)[None, :]
-    mine, myself = marks_of_rows(rows, ids, first, itself, n, m, FORM)
+    mine, myself = ids_of_rows(rows, ids, first, n, m, FORM), rows + itself
     columns = mine.to(tl.int64)[:, None] * FORM.n_c + place  # an image times its columns may pass 2^31
     there = (place < FORM.partners) & (rows < n)[:, None] & (columns >= 0) & (columns < m)
     slot = place + tl.zeros(columns.shape, tl.int32)

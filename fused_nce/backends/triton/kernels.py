@@ -96,6 +96,7 @@ def fold_kernel(
     bias,  # 0-d, read by its transform
     row_ids,  # (N,) int64, read by layouts that have them
     column_ids,  # (M,) int64, likewise
+    ceilings,  # (N,), read where columns above them are no negatives
     partial,  # (splits, PARTIALS.lines, n_x) out
     sums,  # (splits, n_x, D) out: Σ w·y, where GRADIENT
     tallies,  # (splits, n_x) out: Σ w, where GRADIENT and there is a bias
@@ -124,24 +125,25 @@ def fold_kernel(
     if BY_COLUMN:
         x_marks = marks_of_columns(xs, column_ids, n_x, FORM)
     else:
-        x_marks = marks_of_rows(xs, row_ids, first, itself, n_x, n_y, FORM)
+        x_marks = marks_of_rows(xs, row_ids, first, itself, ceilings, n_x, n_y, FORM)
     kept = load_tile(x, xs, n_x, stride_x, 0, D, CHUNK, FORM.mixed)
     none = tl.zeros((X,), tl.float32)
     neg_top = tl.full((X,), float("-inf"), tl.float32)
     pos_top = neg_top
     neg_sum, neg_lost, pos_sum, pos_lost, square, tally = none, none, none, none, none, none
     soft, soft_lost, total, total_lost, count = none, none, none, none, none
+    neg_total, neg_total_lost, neg_count = none, none, none
     if GRADIENT:
         acc = tl.zeros((X, SLICE), tl.float32)
     begin = split * walk
     for j in range(begin, begin + tl.minimum(walk, n_y - begin), Y):
         ys = j + tl.arange(0, Y)
         if BY_COLUMN:
-            y_marks = marks_of_rows(ys, row_ids, first, itself, n_y, n_x, FORM)
+            y_marks = marks_of_rows(ys, row_ids, first, itself, ceilings, n_y, n_x, FORM)
         else:
             y_marks = marks_of_columns(ys, column_ids, n_y, FORM)
-        pos, neg, every = sets(x_marks, y_marks, ys < n_y, FORM)
         r, walked = score_tile(kept, x, y, xs, ys, n_x, n_y, stride_x, stride_y, part, FORM, D, CHUNK, SLICE, PRECISION)
+        pos, neg, every = sets(x_marks, y_marks, ys < n_y, r, 0 if BY_COLUMN else 1, FORM)
         s = factor * r
         t, slope = transform(s, clip, inverse_clip, bias, FORM)
         if PARTIALS.neg_sum >= 0:
@@ -163,6 +165,10 @@ def fold_kernel(
             total, total_lost = add_exactly(total, total_lost, tl.sum(tl.where(pos, t, 0.0), 1))
         if PARTIALS.count >= 0:
             count += tl.sum(tl.where(pos, 1.0, 0.0), 1)
+        if PARTIALS.neg_total >= 0:
+            neg_total, neg_total_lost = add_exactly(neg_total, neg_total_lost, tl.sum(tl.where(neg, t, 0.0), 1))
+        if PARTIALS.neg_count >= 0:
+            neg_count += tl.sum(tl.where(neg, tl.full(t.shape, 1.0, tl.float32), 0.0), 1)
         if PARTIALS.square >= 0:
             squared = s * s
             if FORM.drop_self:
@@ -183,6 +189,8 @@ def fold_kernel(
     store_line(lines, soft, length, inside, PARTIALS.softplus)
     store_line(lines, total, length, inside, PARTIALS.total)
     store_line(lines, count, length, inside, PARTIALS.count)
+    store_line(lines, neg_total, length, inside, PARTIALS.neg_total)
+    store_line(lines, neg_count, length, inside, PARTIALS.neg_count)
     if GRADIENT:
         store_sums(sums, acc, split, part, xs, n_x, D, SLICE)
         if FORM.transform == "bias":
@@ -210,6 +218,7 @@ def weights_kernel(
     bias,  # 0-d, read by its transform
     row_ids,  # (N,) int64, read by layouts that have them
     column_ids,  # (M,) int64, likewise
+    ceilings,  # (N,), read where columns above them are no negatives
     row_lines,  # what `gather.terms_kernel` made of the rows' finished statistics and dL/d them
     column_lines,  # of the columns', where they have any
     sums,  # (splits, n_x, D) out: Σ w·y, without the positives that `gather.py` adds
@@ -238,7 +247,7 @@ def weights_kernel(
     factor = load_scale(scale, FORM.tensor_scale)
     xs = block * X + tl.arange(0, X)
     if AS_ROW:
-        row_marks = marks_of_rows(xs, row_ids, first, itself, n_x, n_y, FORM)
+        row_marks = marks_of_rows(xs, row_ids, first, itself, ceilings, n_x, n_y, FORM)
         row_terms = load_terms(row_lines, xs, n_x, ROWS)
     if AS_COLUMN:
         column_marks = marks_of_columns(xs, column_ids, n_x, FORM)
@@ -255,12 +264,12 @@ def weights_kernel(
         if AS_ROW:
             y_marks = marks_of_columns(ys, column_ids, n_y, FORM)
             y_terms = load_terms(column_lines, ys, n_y, COLUMNS)
-            of = sets(row_marks, y_marks, ys < n_y, FORM)
+            of = sets(row_marks, y_marks, ys < n_y, r, 1, FORM)
             w = role_weights(s, t, slope, of, row_terms, y_terms, 1, FORM)
         if AS_COLUMN:
-            y_marks = marks_of_rows(ys, row_ids, first, itself, n_y, n_x, FORM)
+            y_marks = marks_of_rows(ys, row_ids, first, itself, ceilings, n_y, n_x, FORM)
             y_terms = load_terms(row_lines, ys, n_y, ROWS)
-            of = sets(column_marks, y_marks, ys < n_y, FORM)
+            of = sets(column_marks, y_marks, ys < n_y, r, 0, FORM)
             back = role_weights(s, t, slope, of, y_terms, column_terms, 0, FORM)
             if FORM.ids == "target":  # any number of rows may have a column as theirs: no gathering in a fixed order
                 d_target = load_term(row_lines + ys, pitch_of(n_y), ROWS.d_target)

@@ -54,6 +54,7 @@ class Sweep:
         self.biased = isinstance(self.spec.transform, Bias)
         ids = (problem.row_ids, problem.column_ids)
         self.row_ids, self.column_ids = (self.empty if x is None else x.contiguous() for x in ids)
+        self.ceilings = self.empty if problem.ceilings is None else problem.ceilings[0].contiguous()
         # Block counts the offset in images: of rows and columns alike where a row is a column.
         block = isinstance(self.spec.layout, Block)
         self.first, self.itself = problem.offset, problem.offset * (self.form.n_c if block else 1)
@@ -111,8 +112,8 @@ class Sweep:
         sums = self.new(split.splits, n_x, self.d) if gradient else self.empty
         tallies = self.new(split.splits, n_x) if gradient and self.biased else self.empty
         kernels.fold_kernel[(triton.cdiv(n_x, self.tile.x), split.splits, slices)](
-            side.x, side.y, *self.scores, self.row_ids, self.column_ids, partial, sums, tallies, n_x, n_y,
-            self.first, self.itself, split.walk, side.x.stride(0), side.y.stride(0),
+            side.x, side.y, *self.scores, self.row_ids, self.column_ids, self.ceilings, partial, sums, tallies,
+            n_x, n_y, self.first, self.itself, split.walk, side.x.stride(0), side.y.stride(0),
             FORM=self.form, PARTIALS=parts, BY_COLUMN=side.as_column, GRADIENT=gradient,
             **self.compiled(configs.fold_tile(self.tile, parts)),
         )  # fmt: skip
@@ -151,7 +152,7 @@ class Sweep:
         sums = self.new(split.splits, n_x, self.d)
         tallies = self.new(split.splits, n_x) if self.biased else self.empty
         kernels.weights_kernel[(triton.cdiv(n_x, self.tile.x), split.splits, slices)](
-            side.x, side.y, *self.scores, self.row_ids, self.column_ids, *terms, sums,
+            side.x, side.y, *self.scores, self.row_ids, self.column_ids, self.ceilings, *terms, sums,
             tallies, n_x, n_y, self.first, self.itself, split.walk, side.x.stride(0), side.y.stride(0),
             FORM=form, AS_ROW=side.as_row, AS_COLUMN=side.as_column,
             **self.compiled(configs.weights_tile(self.tile, side.as_row and side.as_column)),
@@ -213,7 +214,7 @@ class Sweep:
         """Whether the weights lack only one factor a row, known at its end: then the first pass can sum w·y."""
         rows = self.form.rows
         one = (rows.neg_lse >= 0) != (rows.neg_softplus >= 0)
-        return one and not tail.penalty and max(rows.pos_lse, rows.pos_sum) < 0
+        return one and not tail.penalty and max(rows.pos_lse, rows.pos_sum, rows.neg_sum) < 0
 
 
 def stats(problem: Problem) -> Statistics:
