@@ -49,7 +49,7 @@ FUSED_NCE_HD void optional_turn(const Row& row, int c, OptionalFold& fold) {
     positive[u] = kMasked && inside && row.own<true>(column);
     const auto negative = [&] {
       if constexpr (kMasked && kExtras == Extras::marks)
-        if (row.marked(column)) return false;  // fault: gpu-mark-summed
+        if (row.marked(c, u)) return false;  // fault: gpu-mark-summed
       return inside && !positive[u];
     };
     soft[u] = negative() ? softplus(t[u]) : 0.0f;

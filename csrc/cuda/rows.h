@@ -157,7 +157,8 @@ struct Row {
     return column >= own_begin && column < own_end;
   }
 
-  FUSED_NCE_HD bool marked(int column) const { return marks[column / kColumns] >> column % kColumns & 1; }
+  // Of the turn at `column`, its u-th column.
+  FUSED_NCE_HD bool marked(int column, int u) const { return marks[column / kColumns] >> u & 1; }
 
   // Whether a turn at `column` meets the row's own columns, the row itself, a mark or the end. Few do: the others need
   // no masks.
@@ -310,7 +311,7 @@ FUSED_NCE_HD void fold_turn(const Row& row, int c, float* pos, Fold& fold) {
     if (all) t[u] += row.bias;
     negative[u] = inside && !own;  // fault: gpu-padding-counted, gpu-row-itself
     if constexpr (kMasked && kExtras == Extras::marks)
-      negative[u] = negative[u] && !row.marked(column);  // fault: gpu-mark-counted
+      negative[u] = negative[u] && !row.marked(c, u);  // fault: gpu-mark-counted
     square[u % 2] += s * s;
     bad[u % 2] += s * 0.0f;
     if (own && !(all && row.column_ids)) pos[row.pos_index(column)] = t[u];

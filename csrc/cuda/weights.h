@@ -88,7 +88,7 @@ FUSED_NCE_HD Slopes weigh_turn(const Row& row, const RowArrays& rows, const Weig
     // fault: gpu-columns-weigh
     if (by.column_stats && inside) weight += back_weight<kShift>(rows.columns, row.first_column + column, t, e);
     if constexpr (kMasked && kExtras == Extras::marks)
-      if (row.marked(column)) weight = 0.0f;  // fault: gpu-mark-weighed
+      if (row.marked(c, u)) weight = 0.0f;  // fault: gpu-mark-weighed
     if (own) {
       float on_t = all ? by.optional.positive(t.value) : 0.0f;
       if (!(all && row.column_ids)) on_t += by.d_pos[row.pos_index(column)];
