@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 46_500, ("tests",): 30_700}
+BUDGET = {("fused_nce", "csrc", "bench"): 46_800, ("tests",): 30_700}
 
 
 def lines(folder: str) -> int:

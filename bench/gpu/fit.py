@@ -1,7 +1,8 @@
-"""`python -m bench.gpu.fit RECORD.json`: the table of `fused_nce/core/cost.py` from a measured record.
+"""`python -m bench.gpu.fit [RECORD.json]`: the rule by which a backend is chosen, fitted to times.
 
-Prints the fitted costs, how well they explain the record's times, and the widths at which the choice would change;
-`--write` makes them the shipped table. An element size that the record has no times of keeps the costs that it had.
+From a record that `python -m bench.gpu` wrote on a card, or, without one, from what is counted (`bench/counted.py`).
+Prints the fitted costs, how well they explain the times, and the widths at which the choice would change; `--write`
+makes them the shipped table. An element size without times keeps the costs that it had.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from bench import counted
+from bench.gpu import verdict
 from bench.text import markdown, number
 from fused_nce.core import cost
 from fused_nce.core.cost import Call, Measured, Table
@@ -28,22 +30,7 @@ CALLS = {
 }
 MANY = 32768  # rows and columns: a launch is nothing beside them
 WIDTHS = range(16, 2561)
-
-
-def measured_in(record: dict[str, Any]) -> list[Measured]:
-    """Its times.
-
-    Raises:
-        ValueError: for a record without any.
-    """
-    if not record.get("cost_times"):
-        raise ValueError("record: got one without cost_times, need one that `python -m bench.gpu` wrote on a GPU")
-    return [Measured(**row) for row in record["cost_times"]]
-
-
-def refit(record: dict[str, Any]) -> Table:
-    """The shipped table with the costs that the record measured."""
-    return cost.table() | cost.fit(measured_in(record))
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 def crossover(call: Call, costs: Table) -> int | None:
@@ -53,31 +40,30 @@ def crossover(call: Call, costs: Table) -> int | None:
 
 
 def wrong_choices(rows: Sequence[Measured], costs: Table) -> list[str]:
-    """The shapes of the record at which the table takes a backend that was not the fastest."""
-    shapes = sorted({(row.n, row.m, row.d) for row in rows})
+    """The shapes at which the rule takes a backend that was not the fastest."""
     found = []
-    for shape in shapes:
-        here = {row.backend: row for row in rows if (row.n, row.m, row.d) == shape}
-        guess = min(here, key=lambda name: costs[name, here[name].element_bytes].time_us(here[name].gemms, *shape))
-        best = min(here, key=lambda name: here[name].time_us)
+    for *shape, size in sorted({(row.n, row.m, row.d, row.element_bytes) for row in rows}):
+        here = {row.backend: row.time_us for row in rows if [row.n, row.m, row.d, row.element_bytes] == [*shape, size]}
+        # The sweep is of one loss, whose penalty is in its count of GEMMs.
+        order = cost.fastest_first(Call(penalised=True), *shape, DTYPES[size], costs)
+        guess, best = next(name for name in order if name in here), min(here, key=here.__getitem__)
         if guess != best:
-            lost = here[guess].time_us / here[best].time_us
+            lost = here[guess] / here[best]
             found.append(f"{shape[0]} × {shape[1]}, D {shape[2]}: {guess} takes {lost:.2f}× as long as {best}")
     return found
 
 
-def report(record: dict[str, Any], costs: Table) -> str:
+def report(rows: Sequence[Measured], costs: Table) -> str:
     """Markdown."""
-    rows = measured_in(record)
-    errors: dict[tuple[str, int], list[float]] = {}
+    errors: dict[tuple[str, int], float] = {}
     for row in rows:
-        guess = costs[row.backend, row.element_bytes].time_us(row.gemms, row.n, row.m, row.d)
-        errors.setdefault((row.backend, row.element_bytes), []).append(abs(guess / row.time_us - 1))
+        key = row.backend, row.element_bytes
+        error = abs(costs[key].time_us(row.gemms, row.n, row.m, row.d) / row.time_us - 1)
+        errors[key] = max(error, errors.get(key, 0.0))
     fitted = [
-        [f"{backend}, {size} bytes", number(one.launch_us),
-         ", ".join(f"{width}: {number(ps)}" for width, ps in sorted(one.gemm_ps.items())),
-         f"{100 * max(errors[backend, size]):.0f} %"]
-        for (backend, size), one in costs.items() if (backend, size) in errors
+        [f"{key[0]}, {key[1]} bytes", number(costs[key].launch_us),
+         ", ".join(f"{width}: {number(ps)}" for width, ps in sorted(costs[key].gemm_ps.items())), f"{error:.0%}"]
+        for key, error in errors.items()
     ]  # fmt: skip
     widths = [[name, *(str(crossover(call, table)) for table in (cost.table(), costs))] for name, call in CALLS.items()]
     wrong = wrong_choices(rows, costs)
@@ -93,15 +79,21 @@ def report(record: dict[str, Any], costs: Table) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Read, fit, print, write; 0."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.fit", description=__doc__)
-    parser.add_argument("record", type=Path, help="bench/results/gpu-….json")
+    parser.add_argument("record", nargs="?", type=Path, help="bench/results/gpu-….json; without one, what is counted")
     parser.add_argument("--write", action="store_true", help=f"into {cost.PATH.name}, the shipped table")
     options = parser.parse_args(argv)
-    record = json.loads(options.record.read_text(encoding="utf-8"))
-    costs = refit(record)
-    print(report(record, costs))
-    if options.write:
+    rows, source = counted.cost_times(), "fitted to counts, no measurement: " + counted.assumptions()
+    if options.record is not None:
+        record = json.loads(options.record.read_text(encoding="utf-8"))
+        rows = verdict.cost_times(record["cases"], record["clock"])
         card, code = record["card"]["name"], record["code"]["commit"][:7]
-        cost.write(costs, f"fitted to {options.record.name}: {card}, commit {code}, {record['date_utc'][:10]}")
+        source = f"fitted to {options.record.name}: {card}, commit {code}, {record['date_utc'][:10]}"
+    if not rows:
+        parser.error(f"record: got {options.record} without times, need one that `python -m bench.gpu` wrote on a GPU")
+    costs = cost.table() | cost.fit(rows)
+    print(report(rows, costs))
+    if options.write:
+        cost.write(costs, source)
         print(f"wrote {cost.PATH}", file=sys.stderr)
     return 0
 

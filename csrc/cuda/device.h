@@ -23,7 +23,9 @@ class Device final : public Machine {
   void fold_columns(const Strip&, const Rules&, const ColumnArrays&) const override;
   void finish_columns(int64_t count, const Rules&, const ColumnArrays&) const override;
   void summarize(const Summaries&) const override;
-  void multiply(void* x, Element element, int64_t count, const float* factor) const override;
+  void multiply(const Products&, Element element, const float* factor) const override;
+  void unit_rows(const Units&, Element element) const override;
+  void through_rows(const Throughs&, Element element) const override;
 
  private:
   void check(int error) const;  // of cudaGetLastError(): raises torch's own

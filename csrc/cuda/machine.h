@@ -5,6 +5,7 @@
 #include "columns.h"
 #include "marks.h"
 #include "summary.h"
+#include "unit.h"
 #include "weights.h"
 
 namespace fused_nce {
@@ -28,6 +29,12 @@ struct Gemm {
   Element out_element = Element::float32;  // or that of the operands
 };
 
+// Numbers of one type in one or two places.
+struct Products {
+  void* x[2];
+  int64_t count[2];  // the second may be 0
+};
+
 class Machine {
  public:
   virtual ~Machine() = default;
@@ -47,8 +54,11 @@ class Machine {
   virtual void fold_columns(const Strip&, const Rules&, const ColumnArrays&) const = 0;
   virtual void finish_columns(int64_t count, const Rules&, const ColumnArrays&) const = 0;
   virtual void summarize(const Summaries&) const = 0;
-  // x *= factor, on the device. A factor of 1 costs no pass over x.
-  virtual void multiply(void* x, Element element, int64_t count, const float* factor) const = 0;
+  // Each x *= factor, on the device. A factor of 1 costs no pass over them.
+  virtual void multiply(const Products&, Element, const float* factor) const = 0;
+  // Those of unit.h: a CTA a row.
+  virtual void unit_rows(const Units&, Element) const = 0;
+  virtual void through_rows(const Throughs&, Element) const = 0;
 };
 
 template <bool kValue>

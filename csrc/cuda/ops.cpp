@@ -2,7 +2,6 @@
 // in device.cpp, built where nvcc is there.
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sort.h>
-#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -13,8 +12,7 @@
 #include <tuple>
 #include <utility>
 
-#include "machines.h"
-#include "sweep.h"
+#include "ops.h"
 
 namespace fused_nce {
 namespace cuda {
@@ -24,27 +22,10 @@ namespace {
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
 using Statistics = std::tuple<Tensor, Tensor, Tensor>;
-using SummaryTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using GradientTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Selects q's device for this scope, and holds its Machine.
-class MachineOnDevice {
- public:
-  explicit MachineOnDevice(const at::Tensor& q) : guard_(q.device()), machine_(machine_of(q)) {}
-  const Machine& operator*() const { return *machine_; }
-
- private:
-  static std::unique_ptr<Machine> machine_of([[maybe_unused]] const at::Tensor& q) {
-#ifdef FUSED_NCE_CUDA
-    if (q.is_cuda()) return device_machine();
-#endif
-    return emulated_machine();
-  }
-
-  c10::DeviceGuard guard_;
-  std::unique_ptr<Machine> machine_;
-};
+}  // namespace
 
 // A weight is at most what its positives or its share of the negatives bear, or 2 * square_weight * |s|, where
 // |s| <= 512 is taken as usual: float16 weights then overflow, into infinite gradients, beyond |s| = 131072.
@@ -52,6 +33,8 @@ float peak_of(const SweepInputs& in, const TailRule& tail) {
   const float most = tail.name == kNce ? static_cast<float>(in.layout.n_pos) : 2.0f;
   return std::max(std::abs(tail.unit) * most, 1024.0f * std::abs(tail.square_weight));
 }
+
+namespace {
 
 // The arguments that the three operators begin with. k null: q, and one gradient for both roles.
 #define FUSED_NCE_SCORES                                                                                         \
@@ -184,7 +167,8 @@ void multiply(const Tensor& x, const Tensor& factor) {
   TORCH_CHECK_VALUE(factor.dim() == 0 && factor.device() == x.device(), "factor has shape ", factor.sizes(), " on ",
                     factor.device(), ", needed: 0-d on ", x.device());
   if (x.numel() == 0) return;
-  (*MachineOnDevice(x)).multiply(x.data_ptr(), element_of(x.scalar_type()), x.numel(), factor.const_data_ptr<float>());
+  MachineOnDevice(x)->multiply({{x.data_ptr(), nullptr}, {x.numel(), 0}}, element_of(x.scalar_type()),
+                               factor.const_data_ptr<float>());
 }
 
 // Row i of image i / rows_per_image + offset, against images of n_c columns, one problem after the other.
@@ -258,6 +242,8 @@ std::tuple<Tensor, Tensor, Tensor> losses(at::TensorList q, at::TensorList k, do
   return {pos, rows, dscale};
 }
 
+}  // namespace
+
 // loss, nce, penalty of the nce tail, added up over the problems, and report (all report_groups, 5); nce (N, P) where
 // `elements`, of one problem, else the means or sums. `images` of n_c columns each, a positive that stands
 // positives_elsewhere being one more.
@@ -319,6 +305,8 @@ SummaryTuple summary(at::TensorList pos, at::TensorList rows, at::IntArrayRef n_
   (*MachineOnDevice(pos[0])).summarize(all);
   return {loss, elements ? each : nce, cost, report};
 }
+
+namespace {
 
 void implement(torch::Library& m) {
   m.impl("cuda_stats", &stats);

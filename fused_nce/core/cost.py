@@ -148,7 +148,10 @@ def write(costs: Table, source: str) -> None:
         for (backend, size), cost in costs.items()
     ]
     body = ",\n    ".join(lines)
-    PATH.write_text(f'{{\n  "source": {json.dumps(source)},\n  "costs": [\n    {body}\n  ]\n}}\n', encoding="utf-8")
+    PATH.write_text(
+        f'{{\n  "source": {json.dumps(source, ensure_ascii=False)},\n  "costs": [\n    {body}\n  ]\n}}\n',
+        encoding="utf-8",
+    )
     _read.cache_clear()
 
 
