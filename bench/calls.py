@@ -91,7 +91,7 @@ def operators(run: Callable[[], Any]) -> tuple[Counter[str], int]:
         run()
     found: Counter[str] = Counter()
     moved = 0
-    open_nodes = list(profiled.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    open_nodes = list(profiled.profiler.kineto_results.experimental_event_tree())
     while open_nodes:
         node = open_nodes.pop()
         name = node.name.removeprefix("aten::")
@@ -271,10 +271,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Count, print, judge; the number of regressions."""
     parser = argparse.ArgumentParser(prog="python -m bench.calls", description=__doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="problems whose label has this text")
+    parser.add_argument("--backend", choices=BACKENDS, help="one alone")
     parser.add_argument("--write", action="store_true", help=f"into {TABLE.relative_to(ROOT)}")
     options = parser.parse_args(argv)
     labels = [label for label in problems_counted() if options.only in label]
-    found = [count(label, backend, options.write) for label in labels for backend in BACKENDS]
+    chosen = [options.backend] if options.backend else BACKENDS
+    found = [count(label, backend, options.write) for label in labels for backend in chosen]
     print(report(found))
     if options.write:
         new = {(call["label"], call["backend"]): call for call in found}

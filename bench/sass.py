@@ -109,7 +109,7 @@ def turns(text: str, least: int, inner: int = 1) -> list[Turn]:
 
 
 def _sum(blocks: list[Block], way: Iterable[int]) -> Turn:
-    return Turn(*(sum(field) for field in zip(*(blocks[i].cost for i in way), strict=True)))  # type: ignore[arg-type]
+    return Turn(*(sum(field) for field in zip(*(blocks[i].cost for i in way), strict=True)))
 
 
 def _within(blocks: list[Block], way: tuple[int, ...]) -> list[int]:

@@ -254,7 +254,7 @@ def serialised(ptx: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx, encoding="utf-8")
-        command = [ptxas, "-v", "--gpu-name=sm_90a", source, "-o", Path(folder, "kernel.cubin")]
+        command: list[str | Path] = [ptxas, "-v", "--gpu-name=sm_90a", source, "-o", Path(folder, "kernel.cubin")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return len(re.findall(r"\(C75\d\d\)", done.stdout + done.stderr))
 

@@ -42,14 +42,14 @@ def crossover(call: Call, costs: Table) -> int | None:
 def wrong_choices(rows: Sequence[Measured], costs: Table) -> list[str]:
     """The shapes at which the rule takes a backend that was not the fastest."""
     found = []
-    for *shape, size in sorted({(row.n, row.m, row.d, row.element_bytes) for row in rows}):
-        here = {row.backend: row.time_us for row in rows if [row.n, row.m, row.d, row.element_bytes] == [*shape, size]}
+    for n, m, d, size in sorted({(row.n, row.m, row.d, row.element_bytes) for row in rows}):
+        here = {row.backend: row.time_us for row in rows if (row.n, row.m, row.d, row.element_bytes) == (n, m, d, size)}
         # The sweep is of one loss, whose penalty is in its count of GEMMs.
-        order = cost.fastest_first(Call(penalised=True), *shape, DTYPES[size], costs)
+        order = cost.fastest_first(Call(penalised=True), n, m, d, DTYPES[size], costs)
         guess, best = next(name for name in order if name in here), min(here, key=here.__getitem__)
         if guess != best:
             lost = here[guess] / here[best]
-            found.append(f"{shape[0]} × {shape[1]}, D {shape[2]}: {guess} takes {lost:.2f}× as long as {best}")
+            found.append(f"{n} × {m}, D {d}: {guess} takes {lost:.2f}× as long as {best}")
     return found
 
 

@@ -129,7 +129,12 @@ class Gpu(Machine):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             result = call()
-        return lambda: (graph.replay(), result)[1]
+
+        def replay() -> Any:
+            graph.replay()
+            return result
+
+        return replay
 
     def fits(self, size_bytes: int) -> bool:
         """In half of what is free, what the allocator holds unused included."""

@@ -61,9 +61,8 @@ FUSED_NCE_HD float unit_row(Group& group, const UnitSide& side, int64_t width, i
   const float divisor = divisor_of(norm);
   if (group.first()) side.norms[i] = norm;
   if (side.unit)
-    for_width(group, width, [&](int64_t d) {
-      Numbers::write(side.unit, i * width + d, Numbers::read(side.x, from + d) / divisor);
-    });
+    for_width(group, width,
+              [&](int64_t d) { Numbers::write(side.unit, i * width + d, Numbers::read(side.x, from + d) / divisor); });
   return divisor;
 }
 
@@ -80,9 +79,11 @@ FUSED_NCE_HD void unit_rows(Group& group, const Units& all, int64_t g) {
     unit_row<Numbers>(group, first ? all.q : all.k, all.width, first ? g : g - all.q.rows);
     return;
   }
-  const float of_q = unit_row<Numbers>(group, all.q, all.width, g), of_k = unit_row<Numbers>(group, all.k, all.width, g);
+  const float of_q = unit_row<Numbers>(group, all.q, all.width, g),
+              of_k = unit_row<Numbers>(group, all.k, all.width, g);
   const float product = sum_over(group, all.width, [&](int64_t d) {
-    return unit_at<Numbers>(all.q.x, g * all.q.stride + d, of_q) * unit_at<Numbers>(all.k.x, g * all.k.stride + d, of_k);
+    return unit_at<Numbers>(all.q.x, g * all.q.stride + d, of_q) *
+           unit_at<Numbers>(all.k.x, g * all.k.stride + d, of_k);
   });
   const float scale = all.scale_tensor ? all.scale * *all.scale_tensor : all.scale;
   if (group.first()) all.positives[g] = scale * product;  // fault: gpu-own-score
@@ -123,14 +124,13 @@ FUSED_NCE_HD void through_row(Group& group, const Throughs& all, int64_t g) {
     own_divisor = divisor_of(all.own.norms[i]);
   }
   const auto gradient_at = [&](int64_t d) {
-    const float found = side.wide ? static_cast<const float*>(side.gradient)[to + d]
-                                  : Numbers::read(side.gradient, to + d);
+    const float found =
+        side.wide ? static_cast<const float*>(side.gradient)[to + d] : Numbers::read(side.gradient, to + d);
     if (!first || !all.own.x) return found;
     return found + d_score * unit_at<Numbers>(all.own.x, i * all.own.stride + d, own_divisor);
   };
-  float along = sum_over(group, all.width, [&](int64_t d) {
-    return Numbers::read(side.x, from + d) / divisor * gradient_at(d);
-  });
+  float along =
+      sum_over(group, all.width, [&](int64_t d) { return Numbers::read(side.x, from + d) / divisor * gradient_at(d); });
   if (norm < kLeastNorm) along = 0.0f;
   const float upstream = *all.upstream;
   for_width(group, all.width, [&](int64_t d) {

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_nce import _extension
+from fused_nce.backends import cpu
 from fused_nce.core import defaults, workspace
 from fused_nce.core.defaults import slopes  # noqa: F401  (handed on)
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
@@ -29,7 +30,7 @@ NAMES = KERNEL_STATISTICS[:3]  # of rows and of columns
 OPTIONAL_ROW_STATISTICS = KERNEL_STATISTICS[3:]  # of rows; a second kernel computes them if the spec asks for one
 BOTH_WAYS = False
 ATOMS = VOCABULARY - MARGINS - {"mixed", "prefixes"}
-whole_loss = gathered_scores = gathered_grads = None
+gathered_scores = gathered_grads = None
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
@@ -158,6 +159,26 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
         *_arguments(problem), _wants_optional(spec), tail.NAME, unit, tail.penalty / n_scores, *needs, _limit(problem)
     )
     return Statistics(pos, _wanted(spec.stats, rows)), _gradients(problem, found)
+
+
+def whole_loss(
+    spec: Spec,
+    tail: Tail,
+    leaves: tuple[Tensor | None, ...],
+    scale: float,
+    offset: int,
+    normalize: bool,
+    parts: bool,
+    report_groups: int,
+) -> tuple[Any, ...] | None:
+    """`csrc/cuda/whole.cpp`: of nce over rows, with the norms and the upstream gradient in launches of their own."""
+    module = _extension.status()[0]
+    form = None if module is None or type(tail) is not Nce else cpu.form_of(spec, tail)
+    if module is None or form is None:
+        return None
+    limit = workspace.limit_bytes(cast(Tensor, leaves[0]).device.type)
+    found: tuple[Any, ...] | None = module.loss(form, *leaves, scale, offset, normalize, parts, report_groups, limit)
+    return found
 
 
 def summary(

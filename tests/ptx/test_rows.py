@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fused_nce import _extension, _nvcc
+from fused_nce import _extension, _nvcc, info_nce, moco_nce
 from fused_nce.backends import cuda
 from fused_nce.core.spec import Block, Spec, TanhClip
 from fused_nce.core.tails import Nce
@@ -58,8 +58,27 @@ def test_a_loss_of_each_kind(launched, record_eta):
     """Rows in one kernel; both ways; optional statistics; a bias; marks by scores, by guides and by numbers."""
     for dtype in DTYPES:
         assert hold(KINDS, dtype, "cuda", record_eta) == len(KINDS)
-    kernels = "mark loss summary fold finish weigh fold_columns finish_columns fold_optional finish_optional"
+    kernels = "mark loss summary multiply fold finish weigh fold_columns finish_columns fold_optional finish_optional"
     assert set(kernels.split()) == set(launched)
+
+
+def test_rows_of_norm_1(launched):
+    """What the examples, whose rows are, do not launch: norms, own scores, and the way back."""
+    draw = torch.Generator().manual_seed(0)
+    for dtype, ulp in zip(DTYPES, (2**-7, 2**-10, 2e-6), strict=True):
+        q, k, queue = (torch.randn(n, 41, generator=draw).to(getattr(torch, dtype)) for n in (6, 6, 10))
+        leaves = [q.requires_grad_(), k.requires_grad_()]
+        for loss in (
+            lambda backend: info_nce(q, k, normalize=True, backend=backend).loss,  # noqa: B023
+            lambda backend: moco_nce(q, k.detach(), queue, backend=backend).loss,  # noqa: B023
+        ):
+            ours, theirs = (loss(name) for name in ("cuda", "reference"))
+            torch.testing.assert_close(ours, theirs, rtol=10 * ulp, atol=0)
+            found, exact = (torch.autograd.grad(x, leaves, allow_unused=True) for x in (ours, theirs))
+            for x, y in zip(found, exact, strict=True):
+                if y is not None:
+                    assert (x.double() - y.double()).abs().max() <= ulp * y.double().abs().max()
+    assert {"unit", "through"} < set(launched)
 
 
 def test_a_summary_of_many_and_a_product(launched):
