@@ -129,10 +129,11 @@ def table(problems: Iterable[Problem] = TABLE) -> str:
     for problem in problems:
         asked = "" if problem.target is None else number(problem.target.device_ms)
         found = parts(counted(problem, "cuda"))
-        times = bound_ms(problem), sum(found), *found, time_ms(problem, "triton")
+        rest = found.small + found.launches
+        times = bound_ms(problem), sum(found), found.gemms, found.rows, rest, time_ms(problem, "triton")
         rows.append([problem.label, *(number(ms) for ms in times), choice(problem), asked])
-    header = ["shape (modelled), times in ms", "least GEMMs", "`cuda`", "its GEMMs", "its rows", "small kernels"]
-    header += ["its launches", "`triton`", "chosen", "target"]
+    header = ["shape (modelled), times in ms", "least GEMMs", "`cuda`", "its GEMMs", "its rows", "the rest"]
+    header += ["`triton`", "chosen", "target"]
     return f"{markdown(header, rows)}\n\n**Modelled from counts, not measured**: {assumptions()}"
 
 

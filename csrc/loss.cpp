@@ -305,7 +305,8 @@ variable_list run_on_cpu(const c10::intrusive_ptr<Call>& call, const Given& x) {
 // (loss, nce, penalty, report by name, pos, rows), or None for what is not served.
 py::object loss(const std::shared_ptr<Form>& form, py::handle q, py::handle k, py::handle scale_tensor, py::handle bias,
                 py::handle positives, py::handle own_keys, py::handle row_ids, py::handle column_ids, double scale,
-                int64_t offset, bool normalize, bool parts, int64_t report_groups, int64_t gpu_workspace_bytes) {
+                int64_t offset, bool normalize, bool parts, int64_t report_groups, int64_t gpu_workspace_bytes,
+                bool twins) {
   Given x;
   if (watched() || !read(q, x.q) || !x.q.defined() || !read(k, x.k) || !read(scale_tensor, x.scale_tensor) ||
       !read(bias, x.bias) || !read(positives, x.positives) || !read(own_keys, x.own_keys) ||
@@ -320,6 +321,7 @@ py::object loss(const std::shared_ptr<Form>& form, py::handle q, py::handle k, p
   call->workspace_bytes = gpu_workspace_bytes ? gpu_workspace_bytes : workspace_limit();
   call->normalize = normalize;
   call->parts = parts;
+  call->twins = twins;
   const bool graph = at::GradMode::is_enabled();
   const auto leaves = x.leaves();
   for (size_t i = 0; i < leaves.size(); ++i) {
@@ -413,7 +415,7 @@ void bind_loss(py::module_& m) {
   m.def("loss", &loss, py::arg("form"), py::arg("q"), py::arg("k"), py::arg("scale_tensor"), py::arg("bias"),
         py::arg("positives"), py::arg("own_keys"), py::arg("row_ids"), py::arg("column_ids"), py::arg("scale"),
         py::arg("offset"), py::arg("normalize"), py::arg("parts"), py::arg("report_groups"),
-        py::arg("gpu_workspace_bytes") = 0,
+        py::arg("gpu_workspace_bytes") = 0, py::arg("twins") = false,
         "A loss as one differentiable function, or None for a call that it does not serve");
   m.def("summary", &summary, "(loss, nce, penalty, report) of a problem's statistics");
   m.def("slopes", &slopes, "dL/d statistic from dL/d element and dL/d penalty");

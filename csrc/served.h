@@ -37,6 +37,7 @@ struct Call : torch::CustomClassHolder {
   double scale;
   int64_t offset, report_groups, workspace_bytes;
   bool normalize, parts;
+  bool twins = false;         // k is the second view of q's rows, and both are one tensor in both roles
   std::array<bool, 5> needs;  // of q, k, scale_tensor, bias, positives
   std::array<at::ScalarType, 5> dtypes;
 };

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import counted
-from bench.gpu import fit, problems, verdict
+from bench import counted, fit
+from bench.gpu import problems, verdict
 from fused_nce.core import cost, dispatch
 from fused_nce.core.cost import Call, Cost
 from fused_nce.core.spec import Block, Spec

@@ -18,6 +18,7 @@ class Device final : public Machine {
   void finish(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const override;
   void weigh(const Strip&, const Rules&, const RowArrays&, Element) const override;
   void loss(const RowTask*, int count, Element) const override;
+  void loss_and_summary(const RowTask&, const Summaries&, Element) const override;
   void fold_optional(const Strip&, const Rules&, const RowArrays&, int64_t first_slot) const override;
   void finish_optional(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const override;
   void fold_columns(const Strip&, const Rules&, const ColumnArrays&) const override;
@@ -28,6 +29,7 @@ class Device final : public Machine {
   void through_rows(const Throughs&, Element element) const override;
 
  private:
+  unsigned* counter() const;    // 0 between launches: of this stream, or of the graph that is being captured
   void check(int error) const;  // of cudaGetLastError(): raises torch's own
 
   CUstream_st* stream_;

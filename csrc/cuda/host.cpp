@@ -195,6 +195,13 @@ class Emulator final : public Machine {
     });
   }
 
+  void loss_and_summary(const RowTask& task, const Summaries& all, Element element) const override {
+    loss(&task, 1, element);
+    CtaEmulator group{task.rules.threads};
+    for (int64_t i = 0; i < task.strip.rows; ++i) sum_up_row(group, all, i);
+    sum_up_rows(group, all);
+  }
+
   void fold_columns(const Strip& strip, const Rules& rules, const ColumnArrays& columns) const override {
     ++launches;
     CtaEmulator group{kColumnLanes * kColumnWarps};

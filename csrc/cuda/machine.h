@@ -47,6 +47,8 @@ class Machine {
   virtual void weigh(const Strip&, const Rules&, const RowArrays&, Element) const = 0;
   // `count` strips in one launch, of the same clip and threads.
   virtual void loss(const RowTask*, int count, Element) const = 0;
+  // One strip of all rows, and what its last group of threads makes of them all.
+  virtual void loss_and_summary(const RowTask&, const Summaries&, Element) const = 0;
   // The same for optional_stats.h: a second pass, run only if the call asks for one of them.
   virtual void fold_optional(const Strip&, const Rules&, const RowArrays&, int64_t first_slot) const = 0;
   virtual void finish_optional(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const = 0;

@@ -22,6 +22,7 @@ namespace {
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
 using Statistics = std::tuple<Tensor, Tensor, Tensor>;
+using SummaryTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using GradientTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -247,9 +248,9 @@ std::tuple<Tensor, Tensor, Tensor> losses(at::TensorList q, at::TensorList k, do
 // loss, nce, penalty of the nce tail, added up over the problems, and report (all report_groups, 5); nce (N, P) where
 // `elements`, of one problem, else the means or sums. `images` of n_c columns each, a positive that stands
 // positives_elsewhere being one more.
-SummaryTuple summary(at::TensorList pos, at::TensorList rows, at::IntArrayRef n_c, at::IntArrayRef images,
-                     at::IntArrayRef columns, at::ArrayRef<double> weight, at::ArrayRef<double> penalty, bool mean,
-                     bool elements, at::IntArrayRef report_groups) {
+Summing summing(at::TensorList pos, at::TensorList rows, at::IntArrayRef n_c, at::IntArrayRef images,
+                at::IntArrayRef columns, at::ArrayRef<double> weight, at::ArrayRef<double> penalty, bool mean,
+                bool elements, at::IntArrayRef report_groups) {
   const size_t count = pos.size();
   TORCH_CHECK_VALUE(count > 0 && count <= kMostTogether && (count == 1 || !elements), "pos has ", count,
                     " tensors, needed: 1 to ", elements ? 1 : kMostTogether);
@@ -297,16 +298,25 @@ SummaryTuple summary(at::TensorList pos, at::TensorList rows, at::IntArrayRef n_
     line += report_groups[i] * kReport;
     all.ctas += ctas * static_cast<int>(report_groups[i]);
   }
-  const Tensor partials = at::empty({all.ctas * static_cast<int64_t>(sizeof(Totals))}, options.dtype(at::kByte));
+  // A part of each CTA, or, where the row kernel sums up, of each row.
+  const int64_t parts = count == 1 ? std::max<int64_t>(all.ctas, pos[0].size(0)) : all.ctas;
+  const Tensor partials = at::empty({parts * static_cast<int64_t>(sizeof(Totals))}, options.dtype(at::kByte));
   all.partials = static_cast<Totals*>(partials.data_ptr());
   all.loss = loss.data_ptr<float>();
   all.nce = nce.data_ptr<float>();
   all.penalty = cost.data_ptr<float>();
-  (*MachineOnDevice(pos[0])).summarize(all);
-  return {loss, elements ? each : nce, cost, report};
+  return {loss, elements ? each : nce, cost, report, partials, nce, all};
 }
 
 namespace {
+
+SummaryTuple summary(at::TensorList pos, at::TensorList rows, at::IntArrayRef n_c, at::IntArrayRef images,
+                     at::IntArrayRef columns, at::ArrayRef<double> weight, at::ArrayRef<double> penalty, bool mean,
+                     bool elements, at::IntArrayRef report_groups) {
+  const Summing found = summing(pos, rows, n_c, images, columns, weight, penalty, mean, elements, report_groups);
+  MachineOnDevice(pos[0])->summarize(found.all);
+  return {found.loss, found.nce, found.penalty, found.report};
+}
 
 void implement(torch::Library& m) {
   m.impl("cuda_stats", &stats);

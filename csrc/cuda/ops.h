@@ -4,7 +4,6 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <memory>
-#include <tuple>
 #include <utility>
 
 #include "machines.h"
@@ -35,11 +34,15 @@ class MachineOnDevice {
 // The largest weight of a score.
 float peak_of(const SweepInputs& in, const TailRule& tail);
 
-// loss, nce, penalty and report of the nce tail, added up over problems.
-using SummaryTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-SummaryTuple summary(at::TensorList pos, at::TensorList rows, at::IntArrayRef n_c, at::IntArrayRef images,
-                     at::IntArrayRef columns, at::ArrayRef<double> weight, at::ArrayRef<double> penalty, bool mean,
-                     bool elements, at::IntArrayRef report_groups);
+// What the nce tail reports, added up over problems: the results, and what writes them.
+struct Summing {
+  at::Tensor loss, nce, penalty, report;
+  at::Tensor partials, total;  // what `all` points at besides
+  Summaries all;
+};
+Summing summing(at::TensorList pos, at::TensorList rows, at::IntArrayRef n_c, at::IntArrayRef images,
+                at::IntArrayRef columns, at::ArrayRef<double> weight, at::ArrayRef<double> penalty, bool mean,
+                bool elements, at::IntArrayRef report_groups);
 
 }  // namespace cuda
 }  // namespace fused_nce

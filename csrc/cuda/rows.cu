@@ -121,6 +121,26 @@ __global__ void __launch_bounds__(kMostThreads, 1) loss_kernel(const __grid_cons
   loss_row<kClip, kShift, StoreAs<E>>(cta, task.strip, task.rules, task.rows, row);
 }
 
+// The rows of one strip. The CTA whose part comes last adds up all parts, always in their order; which one it is
+// changes nothing.
+template <bool kClip, bool kShift, class E>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    loss_summary_kernel(const __grid_constant__ RowTask task, const __grid_constant__ Summaries all,
+                        unsigned* counter) {
+  __shared__ Slot shared[33];
+  Cta cta(shared);
+  loss_row<kClip, kShift, StoreAs<E>>(cta, task.strip, task.rules, task.rows, blockIdx.x);
+  sum_up_row(cta, all, blockIdx.x);
+  const auto draw = [&](int thread, int) {
+    if (thread > 0) return 0u;
+    __threadfence();  // fault: gpu-part-late
+    return atomicInc(counter, gridDim.x - 1);
+  };
+  if (cta.reduce(draw, [](unsigned a, unsigned b) { return a > b ? a : b; }) < gridDim.x - 1) return;
+  __threadfence();
+  sum_up_rows(cta, all);
+}
+
 template <bool kClip, bool kShift>
 __global__ void __launch_bounds__(kColumnLanes* kColumnWarps)
     fold_columns_kernel(const Strip strip, const Rules rules, const ColumnArrays columns) {
@@ -263,6 +283,17 @@ void Device::loss(const RowTask* tasks, int count, Element element) const {
     });
   };
   count == 1 ? launch(RowTasks<1>()) : launch(RowTasks<kMostTogether>());
+  check(cudaGetLastError());
+}
+
+void Device::loss_and_summary(const RowTask& task, const Summaries& all, Element element) const {
+  unsigned* const count = counter();
+  with_element(element, [&](auto* e) {
+    with_transform(task.rules.scoring.clip, [&](auto clip, auto shift) {
+      loss_summary_kernel<decltype(clip)::value, decltype(shift)::value, typename Pointee<decltype(e)>::type>
+          <<<static_cast<unsigned>(task.strip.rows), task.rules.threads, 0, stream_>>>(task, all, count);
+    });
+  });
   check(cudaGetLastError());
 }
 

@@ -53,12 +53,14 @@ struct Task {
   Upstream upstream = {};
   float fp16_gain = 1.0f;
   Gradients out = {};
+  const Summaries* summary = nullptr;  // written with the statistics where one kernel has all rows
 };
 
 // Room for the gradients, in the inputs' type where one GEMM finishes them. Where q is k, dq is both roles' and zero.
 Gradients new_results(const SweepInputs& in, const OnDevice& numbers, const Task& task);
 
-void sweep(const Machine& machine, const SweepInputs& in, const OnDevice& numbers, const Task& task);
+// Whether it wrote the summary too.
+bool sweep(const Machine& machine, const SweepInputs& in, const OnDevice& numbers, const Task& task);
 
 struct Job {
   SweepInputs in;

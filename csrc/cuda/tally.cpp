@@ -83,6 +83,11 @@ class Tally final : public Machine {
     counts[name].launches -= count - 1;
   }
 
+  void loss_and_summary(const RowTask& task, const Summaries& all, Element element) const override {
+    pass(with(named("loss_summary", task.rules.scoring.clip), element), task.strip, 8, bytes_of(element));
+    counts[with(named("loss_summary", task.rules.scoring.clip), element)].bytes += statistics_bytes(all);
+  }
+
   void finish(int64_t, int64_t count, const Rules& rules, const RowArrays& rows, bool) const override {
     const auto part = static_cast<int64_t>(sizeof(RowPart));
     add(needs_no_shift(rules.scoring.clip) ? "finish" : "finish shift", 0, 0, count * rows.scratch.slots * part, 0);
@@ -98,9 +103,7 @@ class Tally final : public Machine {
   }
 
   void summarize(const Summaries& all) const override {
-    int64_t bytes = 0;
-    for (int i = 0; i < all.count; ++i) bytes += 4 * all.of[i].rows * (all.of[i].positives + 3);
-    add("summary", 0, 0, bytes, 0);
+    add("summary", 0, 0, statistics_bytes(all), 0);
     if (all.ctas > 1) add("last_summary", 0, 0, all.ctas * static_cast<int64_t>(sizeof(Totals)), 0);
   }
 
@@ -122,6 +125,12 @@ class Tally final : public Machine {
   }
 
  private:
+  static int64_t statistics_bytes(const Summaries& all) {
+    int64_t bytes = 0;
+    for (int i = 0; i < all.count; ++i) bytes += 4 * all.of[i].rows * (all.of[i].positives + 3);
+    return bytes;
+  }
+
   // Of a strip's scores: so many bytes each, and so many of what is made of them.
   static void pass(const std::string& name, const Strip& strip, int64_t read, int64_t written) {
     const int64_t scores = strip.rows * strip.columns;

@@ -13,7 +13,8 @@ constexpr float kLeastNorm = 1e-12f;  // a row below it is divided by it, and on
 struct UnitSide {
   const void* x;  // (rows, width), `stride` apart
   int64_t stride, rows;
-  void* unit;    // (rows, width) out: rounded to the inputs' type; null: of nobody's use
+  void* unit;  // (rows, width) out, `unit_stride` apart: rounded to the inputs' type; null: of nobody's use
+  int64_t unit_stride;
   float* norms;  // (rows) out: NaN beyond float
 };
 
@@ -61,8 +62,9 @@ FUSED_NCE_HD float unit_row(Group& group, const UnitSide& side, int64_t width, i
   const float divisor = divisor_of(norm);
   if (group.first()) side.norms[i] = norm;
   if (side.unit)
-    for_width(group, width,
-              [&](int64_t d) { Numbers::write(side.unit, i * width + d, Numbers::read(side.x, from + d) / divisor); });
+    for_width(group, width, [&](int64_t d) {
+      Numbers::write(side.unit, i * side.unit_stride + d, Numbers::read(side.x, from + d) / divisor);
+    });
   return divisor;
 }
 
@@ -93,8 +95,9 @@ struct ThroughSide {
   const void* x;  // (rows, width), `stride` apart
   int64_t stride, rows;
   const float* norms;    // (rows)
-  const void* gradient;  // (rows, width): dL/d unit at upstream 1, of the inputs' type or float
-  bool wide;
+  const void* gradient;  // (rows, width), `gradient_stride` apart: dL/d unit at upstream 1
+  int64_t gradient_stride;
+  bool wide;  // float, else of the inputs' type
   void* out;  // (rows, width) of the inputs' type: dL/dx
 };
 
@@ -115,7 +118,8 @@ template <class Numbers, class Group>
 FUSED_NCE_HD void through_row(Group& group, const Throughs& all, int64_t g) {
   const bool first = g < all.q.rows;
   const ThroughSide& side = first ? all.q : all.k;
-  const int64_t i = first ? g : g - all.q.rows, from = i * side.stride, to = i * all.width;
+  const int64_t i = first ? g : g - all.q.rows, from = i * side.stride, to = i * all.width,
+                of = i * side.gradient_stride;
   const float norm = side.norms[i], divisor = divisor_of(norm);
   float d_score = 0.0f, own_divisor = 1.0f;
   if (first && all.own.x) {
@@ -125,7 +129,7 @@ FUSED_NCE_HD void through_row(Group& group, const Throughs& all, int64_t g) {
   }
   const auto gradient_at = [&](int64_t d) {
     const float found =
-        side.wide ? static_cast<const float*>(side.gradient)[to + d] : Numbers::read(side.gradient, to + d);
+        side.wide ? static_cast<const float*>(side.gradient)[of + d] : Numbers::read(side.gradient, of + d);
     if (!first || !all.own.x) return found;
     return found + d_score * unit_at<Numbers>(all.own.x, i * all.own.stride + d, own_divisor);
   };

@@ -47,35 +47,43 @@ struct Sides {
   Tensor scale;                        // a factor on the device
 };
 
+// One tensor in both roles.
+bool is_shared(const WholeCall& call, const Given& x) { return call.twins || !x.k.defined(); }
+
 Sides sides_of(const WholeCall& call, const Given& x, const Machine& machine) {
-  const bool shared = !x.k.defined();
+  const bool shared = is_shared(call, x);
   Sides out;
   out.q = out.x_q = with_rows(x.q);
-  out.k = shared ? out.q : out.x_k = with_rows(x.k);
+  if (x.k.defined()) out.x_k = with_rows(x.k);
+  out.k = shared ? out.q : out.x_k;
   // Two tensors, or the sweep would take them for one in both roles.
   if (!shared && out.k.is_same(out.q)) out.k = out.k.alias();
   if (x.scale_tensor.defined()) out.scale = x.scale_tensor.to(at::kFloat);
   if (!call.normalize) return out;
   const auto wide = floats(x.q);
   const int64_t width = x.q.size(1);
-  const auto side = [&](const Tensor& from, Tensor& unit, Tensor& norms) -> UnitSide {
-    if (!from.defined()) return {};
+  const auto side = [&](const Tensor& from, const Tensor& unit, Tensor& norms) -> UnitSide {
     norms = at::empty({from.size(0)}, wide);
-    unit = at::empty(from.sizes(), from.options());
-    return {from.data_ptr(), from.stride(0), from.size(0), unit.data_ptr(), floats_of(norms)};
+    return {from.data_ptr(), from.stride(0), from.size(0), data(unit), unit.defined() ? unit.stride(0) : 0,
+            floats_of(norms)};
   };
+  const auto room = [&](const Tensor& like) { return at::empty(like.sizes(), like.options()); };
   Units units{.width = width, .scale = static_cast<float>(call.scale), .scale_tensor = floats_of(out.scale)};
-  units.q = side(out.x_q, out.q, out.q_norms);
+  if (call.twins) {  // the two of a row side by side
+    const Tensor both = at::empty({x.q.size(0), 2, width}, x.q.options());
+    units.q = side(out.x_q, both.select(1, 0), out.q_norms);
+    units.k = side(out.x_k, both.select(1, 1), out.k_norms);  // fault: gpu-twins-apart
+    out.q = out.k = both.view({-1, width});
+  } else {
+    units.q = side(out.x_q, out.q = room(out.x_q), out.q_norms);
+    if (shared) out.k = out.q;
+    else if (!x.own_keys.defined()) units.k = side(out.x_k, out.k = room(out.x_k), out.k_norms);
+  }
   if (x.own_keys.defined()) {
     out.own = with_rows(x.own_keys);
-    out.own_norms = at::empty({x.q.size(0)}, wide);
     out.positives = at::empty({x.q.size(0), 1}, wide);
-    units.k = {out.own.data_ptr(), out.own.stride(0), out.own.size(0), nullptr, floats_of(out.own_norms)};
+    units.k = side(out.own, {}, out.own_norms);
     units.positives = floats_of(out.positives);
-  } else if (shared) {
-    out.k = out.q;
-  } else {
-    units.k = side(out.x_k, out.k, out.k_norms);
   }
   machine.unit_rows(units, element_of(x.q.scalar_type()));
   return out;
@@ -89,7 +97,7 @@ SweepInputs inputs_of(const WholeCall& call, const Sides& s, bool shared) {
   if (s.positives.defined()) positives = s.positives;
   SweepInputs in =
       inputs(s.q, s.k, call.scale, form.n_c, form.rows_per_image, form.layout == LayoutKind::block ? call.offset : 0,
-             form.clip, needs[0], !shared && needs[1], needs[2], call.workspace_bytes,
+             form.clip, needs[0] || (shared && needs[1]), !shared && needs[1], needs[2], call.workspace_bytes,
              layout_of(s.q, s.k, form.n_c, std::nullopt, itself, positives, std::nullopt));
   in.shared = shared;
   return in;
@@ -108,7 +116,7 @@ Found forward(const WholeCall& call, const Given& x) {
   const Form& form = *call.form;
   Found out;
   out.sides = sides_of(call, x, *machine);
-  const SweepInputs in = inputs_of(call, out.sides, !x.k.defined());
+  const SweepInputs in = inputs_of(call, out.sides, is_shared(call, x));
   const int64_t n = in.q.size(0), m = in.k.size(0);
   const double unit = form.tail.unit(n * in.layout.n_pos), pairs = static_cast<double>(n) * static_cast<double>(m);
   const TailRule rule{kNce, static_cast<float>(unit), static_cast<float>(form.tail.penalty / pairs)};
@@ -123,14 +131,16 @@ Found forward(const WholeCall& call, const Given& x) {
                      .square = rows.select(0, kSquare)},
             .upstream = {.tail = rule},
             .fp16_gain = fp16_gain_of(element_of(in.q.scalar_type()), peak_of(in, rule))};
-  task.out = new_results(in, numbers, task);
-  sweep(*machine, in, numbers, task);
   out.rows = rows.narrow(0, 0, static_cast<int64_t>(form.wanted.rows.size()));
   const int64_t n_c = form.layout == LayoutKind::block ? form.n_c : 1;
   const int64_t images = m / n_c + (form.layout == LayoutKind::separate);
-  std::tie(out.loss, out.nce, out.penalty, out.report) =
-      summary({out.pos}, {out.rows}, {n_c}, {images}, {m}, {form.tail.weight}, {form.tail.penalty},
+  const Summing summed =
+      summing({out.pos}, {out.rows}, {n_c}, {images}, {m}, {form.tail.weight}, {form.tail.penalty},
               form.tail.reduction != Reduction::sum, form.tail.reduction == Reduction::none, {call.report_groups});
+  task.out = new_results(in, numbers, task);
+  task.summary = &summed.all;
+  if (!sweep(*machine, in, numbers, task)) machine->summarize(summed.all);
+  out.loss = summed.loss, out.nce = summed.nce, out.penalty = summed.penalty, out.report = summed.report;
   const auto& needs = call.needs;
   // Where nothing is left to do but to meet the upstream gradient they wait in the inputs' type, float16 in float.
   const auto waits = [&](const Tensor& g) {
@@ -138,8 +148,8 @@ Found forward(const WholeCall& call, const Given& x) {
                ? g
                : g.to(x.q.scalar_type());
   };
-  if (needs[0]) out.dq = waits(task.out.dq);
-  if (needs[1] && x.k.defined()) out.dk = waits(task.out.dk);
+  if (in.need_q) out.dq = waits(task.out.dq);
+  if (in.need_k) out.dk = waits(task.out.dk);
   if (needs[2]) {
     out.dscale = task.out.dscale * call.scale;
     if (out.sides.own.defined()) {  // d positive / d scale tensor is the positive over the tensor
@@ -152,15 +162,19 @@ Found forward(const WholeCall& call, const Given& x) {
 }
 
 // dL/dx of q and k from dL/d unit row, times the upstream gradient.
-void through(const WholeCall& call, const Sides& s, const Tensor& pos, const Tensor& rows, const Tensor& dq,
-             const Tensor& dk, const Tensor& upstream, Tensor& on_q, Tensor& on_k) {
+void through(const WholeCall& call, const Sides& s, const Tensor& pos, const Tensor& rows, Tensor dq, Tensor dk,
+             const Tensor& upstream, Tensor& on_q, Tensor& on_k) {
+  if (call.twins && dq.defined()) {
+    const Tensor both = dq.view({-1, 2, dq.size(1)});
+    dq = call.needs[0] ? both.select(1, 0) : Tensor();
+    dk = call.needs[1] ? both.select(1, 1) : Tensor();
+  }
   const auto side = [&](const Tensor& x, const Tensor& norms, const Tensor& gradient, Tensor& out) -> ThroughSide {
     if (!gradient.defined()) return {};
     out = at::empty(x.sizes(), x.options());
-    return {x.data_ptr(),        x.stride(0),
-            x.size(0),           floats_of(norms),
-            gradient.data_ptr(), gradient.scalar_type() == at::kFloat && x.scalar_type() != at::kFloat,
-            out.data_ptr()};
+    const bool wide = gradient.scalar_type() == at::kFloat && x.scalar_type() != at::kFloat;
+    return {x.data_ptr(),        x.stride(0),        x.size(0), floats_of(norms),
+            gradient.data_ptr(), gradient.stride(0), wide,      out.data_ptr()};
   };
   const Tensor factor = upstream.to(at::kFloat);
   Throughs all{.q = side(s.x_q, s.q_norms, dq, on_q),
@@ -173,7 +187,7 @@ void through(const WholeCall& call, const Sides& s, const Tensor& pos, const Ten
                .scale = static_cast<float>(call.scale),
                .scale_tensor = floats_of(s.scale)};
   if (s.own.defined() && dq.defined())
-    all.own = {s.own.data_ptr(), s.own.stride(0), s.own.size(0), nullptr, floats_of(s.own_norms)};
+    all.own = {s.own.data_ptr(), s.own.stride(0), s.own.size(0), nullptr, 0, floats_of(s.own_norms)};
   if (dq.defined() || dk.defined()) MachineOnDevice(s.x_q)->through_rows(all, element_of(s.x_q.scalar_type()));
 }
 
@@ -183,8 +197,9 @@ variable_list again(const WholeCall& call, const Given& x, const Tensor& pos, co
   const Below below(x.q);
   RECORD_USER_SCOPE("fused_nce::grads[cuda]");
   const TailOf& tail = call.form->tail;
-  const bool shared = !x.k.defined();
-  Sides s = sides_of(call, x, *MachineOnDevice(x.q));
+  const bool shared = is_shared(call, x);
+  const Sides s = sides_of(call, x, *MachineOnDevice(x.q));
+  const int64_t columns = s.k.size(0);
   const Tensor zero = at::zeros({}, pos.options()), on_loss = d_loss.defined() ? d_loss.to(at::kFloat) : zero;
   const double elements = static_cast<double>(pos.numel());
   Tensor d_element = on_loss * tail.unit(pos.numel());
@@ -196,13 +211,14 @@ variable_list again(const WholeCall& call, const Given& x, const Tensor& pos, co
   const Tensor d_rows = at::zeros_like(rows);
   d_rows.select(0, kNegLse).copy_(slope.sum(1));
   if (tail.penalty > 0.0) {
-    const double pairs = static_cast<double>(pos.size(0)) * static_cast<double>(shared ? x.q.size(0) : x.k.size(0));
+    const double pairs = static_cast<double>(pos.size(0)) * static_cast<double>(columns);
     const Tensor d_sum =
         d_penalty.defined() ? on_loss + d_penalty.to(at::kFloat) : on_loss;  // fault: gpu-whole-penalty
     d_rows.select(0, kSquare).copy_((d_sum * (tail.penalty / pairs)).expand({pos.size(0)}));
   }
   // The operator of Python, which finds float16's factor.
   const auto& needs = call.needs;
+  const bool need_q = needs[0] || (shared && needs[1]), need_k = !shared && needs[1];
   const std::optional<Tensor> none;
   const auto maybe = [&](const Tensor& y) { return y.defined() ? std::optional<Tensor>(y) : none; };
   torch::jit::Stack stack{s.q,
@@ -220,17 +236,16 @@ variable_list again(const WholeCall& call, const Given& x, const Tensor& pos, co
                           call.offset,
                           pos,
                           rows,
-                          at::empty({0, shared ? x.q.size(0) : x.k.size(0)}, pos.options()),
+                          at::empty({0, columns}, pos.options()),
                           -slope,
                           d_rows,
-                          at::empty({0, shared ? x.q.size(0) : x.k.size(0)}, pos.options()),
-                          c10::List<bool>({needs[0], needs[1], needs[2], false, false}),
+                          at::empty({0, columns}, pos.options()),
+                          c10::List<bool>({need_q, need_k, needs[2], false, false}),
                           std::string("cuda")};
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fused_nce::grads", "");
   op.callBoxed(&stack);
-  variable_list found{stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor()};
-  for (size_t i = 0; i < found.size(); ++i)
-    if (!needs[i]) found[i] = Tensor();
+  const auto given = [&](size_t i, bool wanted) { return wanted ? stack[i].toTensor() : Tensor(); };
+  const variable_list found{given(0, need_q), given(1, need_k), given(2, needs[2])};
   if (!call.normalize) return found;
   Tensor dq, dk;
   through(call, s, pos, rows, found[0], found[1], at::ones({}, pos.options()), dq, dk);
@@ -338,10 +353,11 @@ bool serves(const Form& form, const WholeCall& call, const Given& x) {
                 x.own_keys.sizes() != x.q.sizes()))
     return false;
   if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) return false;
+  if (call.twins && (apart || !call.normalize || !x.k.defined() || x.k.sizes() != x.q.sizes())) return false;
   if (x.q.dim() != 2 || x.q.numel() == 0 || !like_q(x.k) || !like_q(x.own_keys) || x.keys().size(1) != x.q.size(1))
     return false;
   if (x.scale_tensor.defined() && (x.scale_tensor.dim() != 0 || x.scale_tensor.device() != x.q.device())) return false;
-  const int64_t n = x.q.size(0), m = x.keys().size(0);
+  const int64_t n = x.q.size(0) * (call.twins ? 2 : 1), m = call.twins ? n : x.keys().size(0);
   const int64_t own = apart ? 0 : form.n_c;
   return n % call.report_groups == 0 && m != own;  // no negatives: worth a warning
 }

@@ -175,10 +175,11 @@ def whole_loss(
     normalize: bool,
     parts: bool,
     report_groups: int,
+    twins: bool = False,
 ) -> tuple[Any, ...] | None:
     """`csrc/loss.cpp`, which has a node of its own in the graph."""
     module = _extension.status()[0]
-    form = None if module is None else form_of(spec, tail)
+    form = None if module is None or twins else form_of(spec, tail)
     if module is None or form is None:
         return None
     found: tuple[Any, ...] | None = module.loss(form, *leaves, scale, offset, normalize, parts, report_groups)

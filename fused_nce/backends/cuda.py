@@ -170,6 +170,7 @@ def whole_loss(
     normalize: bool,
     parts: bool,
     report_groups: int,
+    twins: bool = False,
 ) -> tuple[Any, ...] | None:
     """`csrc/cuda/whole.cpp`: of nce over rows, with the norms and the upstream gradient in launches of their own."""
     module = _extension.status()[0]
@@ -177,7 +178,7 @@ def whole_loss(
     if module is None or form is None:
         return None
     limit = workspace.limit_bytes(cast(Tensor, leaves[0]).device.type)
-    found: tuple[Any, ...] | None = module.loss(form, *leaves, scale, offset, normalize, parts, report_groups, limit)
+    found: tuple[Any, ...] | None = module.loss(form, *leaves, scale, offset, normalize, parts, report_groups, limit, twins)
     return found
 
 

@@ -54,12 +54,14 @@ KINDS = (
 )
 
 
-def test_a_loss_of_each_kind(launched, record_eta):
-    """Rows in one kernel; both ways; optional statistics; a bias; marks by scores, by guides and by numbers."""
+def test_a_loss_of_each_kind(launched, record_eta, monkeypatch):
+    """In one kernel, and by operators; both ways; optional statistics; a bias; marks by scores, guides and numbers."""
     for dtype in DTYPES:
         assert hold(KINDS, dtype, "cuda", record_eta) == len(KINDS)
-    kernels = "mark loss summary multiply fold finish weigh fold_columns finish_columns fold_optional finish_optional"
-    assert set(kernels.split()) == set(launched)
+    monkeypatch.setattr(cuda, "whole_loss", None)
+    assert hold(("amdim_nce",), "bfloat16", "cuda", record_eta) == 1
+    kernels = "mark loss loss_summary summary multiply fold finish weigh fold_columns finish_columns fold_optional "
+    assert set((kernels + "finish_optional").split()) == set(launched)
 
 
 def test_rows_of_norm_1(launched):
@@ -175,7 +177,11 @@ def test_a_barrier_less_is_a_hazard(launched, monkeypatch):
     runs = [partial(run_case, wide)]
     runs += [partial(etas_of, n, "cpu", "cuda", torch.bfloat16) for n in ("clip_loss", "sup_con", "amdim_nce")]
     seen: dict[str, set[int]] = defaultdict(set)
-    for run in runs:
+    for run, whole in [
+        *((run, None) for run in runs),
+        (runs[0], cuda.whole_loss),
+    ]:  # by operators, then as one function
+        monkeypatch.setattr(cuda, "whole_loss", whole)
         removed = ("", 0)
         kernels.clear()
         run()
@@ -193,4 +199,13 @@ def test_a_barrier_less_is_a_hazard(launched, monkeypatch):
     assert {name: seen[name] for name in needed} == needed
 
 
-BARRIERS = {"fold": 2, "fold_optional": 2, "loss": 8, "finish": 6, "weigh": 2, "fold_columns": 3, "summary": 2}
+BARRIERS = {
+    "loss_summary": 14,
+    "fold": 2,
+    "fold_optional": 2,
+    "loss": 8,
+    "finish": 6,
+    "weigh": 2,
+    "fold_columns": 3,
+    "summary": 2,
+}

@@ -1,4 +1,4 @@
-"""`python -m bench.gpu.fit [RECORD.json]`: the rule by which a backend is chosen, fitted to times.
+"""`python -m bench.fit [RECORD.json]`: the rule by which a backend is chosen, fitted to times.
 
 From a record that `python -m bench.gpu` wrote on a card, or, without one, from what is counted (`bench/counted.py`).
 Prints the fitted costs, how well they explain the times, and the widths at which the choice would change; `--write`
@@ -78,7 +78,7 @@ def report(rows: Sequence[Measured], costs: Table) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read, fit, print, write; 0."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.fit", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.fit", description=__doc__)
     parser.add_argument("record", nargs="?", type=Path, help="bench/results/gpu-….json; without one, what is counted")
     parser.add_argument("--write", action="store_true", help=f"into {cost.PATH.name}, the shipped table")
     options = parser.parse_args(argv)
