@@ -141,9 +141,12 @@ class Emulator final : public Machine {
     CtaEmulator group{rules.threads};
     with_flag(rules.scoring.clip > 0.0f, [&](auto clip) {
       with_optional_extras(strip, [&](auto extras) {
-        for (int64_t r = 0; r < strip.rows; ++r)
-          for (int part = 0; part < rules.ctas_per_row; ++part)
-            fold_optional_row<clip.value, extras.value>(group, strip, rules, rows, r, part, first_slot + part);
+        with_flag(rows.optional.totals, [&](auto totals) {
+          for (int64_t r = 0; r < strip.rows; ++r)
+            for (int part = 0; part < rules.ctas_per_row; ++part)
+              fold_optional_row<clip.value, totals.value, extras.value>(group, strip, rules, rows, r, part,
+                                                                        first_slot + part);
+        });
       });
     });
   }

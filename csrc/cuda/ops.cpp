@@ -75,7 +75,8 @@ Call call_of(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_
 
 // Statistics are the lines of one tensor, (3, N) or, with the optional ones, (11, N), in the order of names.h: no copy,
 // no launch. Positives from elsewhere are handed on, and one that an index puts nowhere shows it.
-std::pair<RowStatistics, Tensor> new_rows(const SweepInputs& in, bool optional) {
+// `optional`: 0 none, 1 all but the sum and the number of the negatives, 2 those too.
+std::pair<RowStatistics, Tensor> new_rows(const SweepInputs& in, int64_t optional) {
   const int64_t n = in.q.size(0);
   const auto options = floats(in.q);
   const Tensor rows = at::empty({optional ? kStatistics : kFirstOptional, n}, options);
@@ -86,7 +87,8 @@ std::pair<RowStatistics, Tensor> new_rows(const SweepInputs& in, bool optional) 
            .neg_lse = rows.select(0, kNegLse),
            .neg_max = rows.select(0, kNegMax),
            .square = rows.select(0, kSquare),
-           .optional = optional ? rows.narrow(0, kFirstOptional, kOptional) : Tensor()},
+           .optional = optional ? rows.narrow(0, kFirstOptional, kOptional) : Tensor(),
+           .totals = optional > 1},
           rows};
 }
 
@@ -100,7 +102,7 @@ void check_columns(const SweepInputs& in, bool wanted) {
   TORCH_CHECK_VALUE(!wanted || !in.filters.any(), "statistics of columns are wanted, needed: none beside filters");
 }
 
-Statistics stats(FUSED_NCE_SCORES, bool optional, bool column_stats, int64_t workspace_bytes) {
+Statistics stats(FUSED_NCE_SCORES, int64_t optional, bool column_stats, int64_t workspace_bytes) {
   const Call call = call_of(FUSED_NCE_SCORES_GIVEN, false, false, false, workspace_bytes);
   check_columns(call.in, column_stats);
   const auto [found, rows] = new_rows(call.in, optional);
@@ -145,11 +147,11 @@ GradientTuple grads(FUSED_NCE_SCORES, const Tensor& pos, const Tensor& neg_lse, 
   return {task.out.dq, task.out.dk, task.out.dscale, task.out.dbias};
 }
 
-LossTuple loss(FUSED_NCE_SCORES, bool optional, const std::string& tail, double unit, double square_weight, bool need_q,
-               bool need_k, bool need_scale, int64_t workspace_bytes) {
+LossTuple loss(FUSED_NCE_SCORES, int64_t optional, const std::string& tail, double unit, double square_weight,
+               bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes) {
   const Call call = call_of(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes);
   const TailRule rule{tail_named(tail), static_cast<float>(unit), static_cast<float>(square_weight)};
-  TORCH_CHECK_VALUE(optional || rule.name == kNce, "optional is false, needed: true for the tail ", tail);
+  TORCH_CHECK_VALUE(optional || rule.name == kNce, "optional is 0, needed: 1 or 2 for the tail ", tail);
   const auto [found, rows] = new_rows(call.in, optional);
   Task task{.statistics = true,
             .gradients = need_q || call.in.need_k || need_scale,
@@ -331,14 +333,14 @@ void implement(torch::Library& m) {
 
 TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
   m.def("cuda_stats(" FUSED_NCE_SCORES_SCHEMA
-        "bool optional, bool column_stats, int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor columns)");
+        "int optional, bool column_stats, int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor columns)");
   m.def("cuda_grads(" FUSED_NCE_SCORES_SCHEMA
         "Tensor pos, Tensor neg_lse, Tensor d_pos, Tensor d_neg_lse, Tensor d_square, Tensor? optional, "
         "Tensor? d_optional, Tensor? column_neg_lse, Tensor? d_column_neg_lse, Tensor? d_column_square, bool need_q, "
         "bool need_k, bool need_scale, int workspace_bytes) -> "
         "(Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
   m.def("cuda_loss(" FUSED_NCE_SCORES_SCHEMA
-        "bool optional, str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, "
+        "int optional, str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, "
         "int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
   m.def(
       "cuda_losses(Tensor[] q, Tensor[] k, float scale, Tensor? scale_tensor, int[] n_c, int[] rows_per_image, "

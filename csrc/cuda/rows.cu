@@ -78,13 +78,13 @@ __global__ void __launch_bounds__(32)
   finish_row<kShift>(cta, rules, rows, first_row + blockIdx.x, tail);
 }
 
-template <bool kClip, Extras kExtras>
+template <bool kClip, bool kTotals, Extras kExtras>
 __global__ void __launch_bounds__(kMostThreads, 1)
     fold_optional_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   const Place at(rules);
-  fold_optional_row<kClip, kExtras>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
+  fold_optional_row<kClip, kTotals, kExtras>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
 }
 
 __global__ void __launch_bounds__(32)
@@ -190,14 +190,14 @@ struct Numbers {
 };
 
 template <class E>
-__global__ void __launch_bounds__(kUnitThreads) unit_kernel(const __grid_constant__ Units all) {
+__global__ void __launch_bounds__(kUnitThreads, 1) unit_kernel(const __grid_constant__ Units all) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   unit_rows<Numbers<E>>(cta, all, blockIdx.x);
 }
 
 template <class E>
-__global__ void __launch_bounds__(kUnitThreads) through_kernel(const __grid_constant__ Throughs all) {
+__global__ void __launch_bounds__(kUnitThreads, 1) through_kernel(const __grid_constant__ Throughs all) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   through_row<Numbers<E>>(cta, all, blockIdx.x);
@@ -300,8 +300,10 @@ void Device::loss_and_summary(const RowTask& task, const Summaries& all, Element
 void Device::fold_optional(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const {
   with_flag(rules.scoring.clip > 0.0f, [&](auto clip) {
     with_optional_extras(strip, [&](auto extras) {
-      fold_optional_kernel<decltype(clip)::value, decltype(extras)::value>
-          <<<grid_of(strip, rules), rules.threads, 0, stream_>>>(strip, rules, rows, first_slot);
+      with_flag(rows.optional.totals, [&](auto totals) {
+        fold_optional_kernel<decltype(clip)::value, decltype(totals)::value, decltype(extras)::value>
+            <<<grid_of(strip, rules), rules.threads, 0, stream_>>>(strip, rules, rows, first_slot);
+      });
     });
   });
   check(cudaGetLastError());

@@ -134,7 +134,8 @@ class Sweep {
           .d = d,
           .found_stride = n_,
           .d_stride = own ? block : n_,
-          .partials = reinterpret_cast<OptionalPart*>(rows_.scratch.partials + block * rows_.scratch.slots)};
+          .partials = reinterpret_cast<OptionalPart*>(rows_.scratch.partials + block * rows_.scratch.slots),
+          .totals = stats.totals};
     }
     if (!gradients_ || !in_.need_scale) return;
     const int64_t first = own ? block * coefficients_of(positives, optional) : 0, count = n_ * plan_.ctas_per_row;

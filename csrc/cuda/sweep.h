@@ -30,6 +30,7 @@ struct RowStatistics {
   at::Tensor pos;                       // (N, P)
   at::Tensor neg_lse, neg_max, square;  // (N)
   at::Tensor optional;                  // (kOptional, N); undefined: the loss asks for none
+  bool totals = false;                  // of them the sum and the number of the negatives
 };
 
 // Statistics of columns, written or read, and the coefficients that come with those that are read.

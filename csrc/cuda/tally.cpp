@@ -57,14 +57,14 @@ class Tally final : public Machine {
   void mark(const Strip& strip, const Rules&, const Marking&) const override { pass("mark", strip, 4, 0); }
 
   void fold(const Strip& strip, const Rules& rules, const RowArrays&, int64_t) const override {
-    with_fold_extras(strip, rules, [&](auto extras) {
-      pass(named("fold", rules.scoring.clip) + named(extras.value), strip, 4, 0);
-    });
+    with_fold_extras(strip, rules,
+                     [&](auto extras) { pass(named("fold", rules.scoring.clip) + named(extras.value), strip, 4, 0); });
   }
 
-  void fold_optional(const Strip& strip, const Rules& rules, const RowArrays&, int64_t) const override {
+  void fold_optional(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t) const override {
     with_optional_extras(strip, [&](auto extras) {
-      const std::string name = rules.scoring.clip > 0.0f ? "fold_optional clip" : "fold_optional";
+      std::string name = rules.scoring.clip > 0.0f ? "fold_optional clip" : "fold_optional";
+      if (rows.optional.totals) name += " totals";
       pass(name + named(extras.value), strip, 4, 0);
     });
   }
@@ -74,7 +74,8 @@ class Tally final : public Machine {
   }
 
   void weigh(const Strip& strip, const Rules& rules, const RowArrays& rows, Element element) const override {
-    pass(with(named("weigh", rules.scoring.clip) + named(extras_of(strip, rules, rows)), element), strip, 4, bytes_of(element));
+    pass(with(named("weigh", rules.scoring.clip) + named(extras_of(strip, rules, rows)), element), strip, 4,
+         bytes_of(element));
   }
 
   void loss(const RowTask* tasks, int count, Element element) const override {

@@ -178,7 +178,9 @@ def whole_loss(
     if module is None or form is None:
         return None
     limit = workspace.limit_bytes(cast(Tensor, leaves[0]).device.type)
-    found: tuple[Any, ...] | None = module.loss(form, *leaves, scale, offset, normalize, parts, report_groups, limit, twins)
+    found: tuple[Any, ...] | None = module.loss(
+        form, *leaves, scale, offset, normalize, parts, report_groups, limit, twins
+    )
     return found
 
 
@@ -276,8 +278,11 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     return *scores, *problem.marks
 
 
-def _wants_optional(spec: Spec) -> bool:
-    return not set(OPTIONAL_ROW_STATISTICS).isdisjoint(spec.stats)
+def _wants_optional(spec: Spec) -> int:
+    """0: none of them; 2: the sum or the number of the negatives too, which cost every other spec nothing."""
+    if not {"neg_sum", "neg_count"}.isdisjoint(spec.stats):
+        return 2
+    return int(not set(OPTIONAL_ROW_STATISTICS).isdisjoint(spec.stats))
 
 
 def _gradients(problem: Problem, found: Sequence[Tensor]) -> Gradients:
@@ -314,7 +319,7 @@ def _total_bytes(module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype_b
                 gradients=gradients,
                 sums=gradients * (2 if isinstance(spec.transform, Bias) else 1),
                 column_stats=statistics and bool(spec.columns),
-                optional=statistics and _wants_optional(spec),
+                optional=statistics and _wants_optional(spec) > 0,
                 marked=spec.marked,
             )["total_bytes"]
         )
