@@ -274,6 +274,12 @@ bool read(py::handle object, Tensor& out) {
   return (out.key_set().raw_repr() & ~plain.raw_repr()) == 0 && !out._fw_grad(0).defined();
 }
 
+// Rows in its own dtype are as it would make them.
+bool autocast_has_a_say(const Tensor& q) {
+  const auto device = q.device().type();
+  return at::autocast::is_autocast_enabled(device) && q.scalar_type() != at::autocast::get_autocast_dtype(device);
+}
+
 // Nothing watches the calls of operators or changes what they do.
 bool watched() {
   return c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::PythonTorchFunctionTLS::stack_len() > 0 ||
@@ -311,7 +317,7 @@ py::object loss(const std::shared_ptr<Form>& form, py::handle q, py::handle k, p
   if (watched() || !read(q, x.q) || !x.q.defined() || !read(k, x.k) || !read(scale_tensor, x.scale_tensor) ||
       !read(bias, x.bias) || !read(positives, x.positives) || !read(own_keys, x.own_keys) ||
       !read(row_ids, x.row_ids) || !read(column_ids, x.column_ids) || !x.together() ||
-      at::autocast::is_autocast_enabled(x.q.device().type()))
+      autocast_has_a_say(x.q))
     return py::none();
   auto call = c10::make_intrusive<Call>();
   call->form = form;
