@@ -316,8 +316,7 @@ py::object loss(const std::shared_ptr<Form>& form, py::handle q, py::handle k, p
   Given x;
   if (watched() || !read(q, x.q) || !x.q.defined() || !read(k, x.k) || !read(scale_tensor, x.scale_tensor) ||
       !read(bias, x.bias) || !read(positives, x.positives) || !read(own_keys, x.own_keys) ||
-      !read(row_ids, x.row_ids) || !read(column_ids, x.column_ids) || !x.together() ||
-      autocast_has_a_say(x.q))
+      !read(row_ids, x.row_ids) || !read(column_ids, x.column_ids) || !x.together() || autocast_has_a_say(x.q))
     return py::none();
   auto call = c10::make_intrusive<Call>();
   call->form = form;

@@ -60,8 +60,14 @@ def nt_xent(
     """
     check_rows("view0", view0, "view1", view1, same_n=True)
     scale = inverse("temperature", temperature, view0.device)
-    how = {"normalize": normalize, "twins": True, "group": group, "backend": backend}
-    parts = loss_of(view0, view1, UNIT if normalize else SPEC, TAIL, scale=scale, **how)
+    parts = loss_of(
+        *(view0, view1, UNIT if normalize else SPEC, TAIL),
+        scale=scale,
+        normalize=normalize,
+        twins=True,
+        group=group,
+        backend=backend,
+    )
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 

@@ -40,7 +40,7 @@ def draw(seed, *sizes):
     return torch.randn(sizes, generator=torch.Generator().manual_seed(seed)) * 1.7
 
 
-LOSSES = {  # a loss of leaves and a 0-d scale, and the leaves' shapes
+LOSSES: dict[str, Any] = {  # a loss of leaves and a 0-d scale, and the leaves' shapes
     "amdim": (lambda a, c, t: amdim_nce(a, c, scale=t, clip=8.0, penalty=0.05, backend="cuda"), [(9, 24), (9, 5, 24)]),
     "info_nce": (lambda q, k, t: info_nce(q, k, temperature=t, normalize=True, backend="cuda"), [(11, 20), (11, 20)]),
     "plain": (lambda q, k, t: info_nce(q, k, temperature=t, penalty=0.1, backend="cuda"), [(11, 20), (11, 20)]),
@@ -89,10 +89,12 @@ def test_it_is_what_the_operators_are(name, dtype, served, monkeypatch):
     close(gradients(out.loss, leaves, retain_graph=True), exact, dtype)
     if name != "moco":  # whose queue may have changed by then
         parts = [x.loss + 2 * x.nce.sum() - 3 * x.penalty for x in (out, wanted)]
-        close(*(gradients(x, leaves, retain_graph=True) for x in parts), dtype)
+        found, exact = (gradients(x, leaves, retain_graph=True) for x in parts)
+        close(found, exact, dtype)
     both = torch.tensor([1.0, -2.5])
-    close(*(gradients(x.loss, leaves, grad_outputs=(both,), is_grads_batched=True, retain_graph=True)
-            for x in (out, wanted)), dtype)  # fmt: skip
+    several = {"grad_outputs": (both,), "is_grads_batched": True, "retain_graph": True}
+    found, exact = (gradients(x.loss, leaves, **several) for x in (out, wanted))
+    close(found, exact, dtype)
     close(gradients(-2.5 * out.loss, leaves), gradients(-2.5 * wanted.loss, leaves), dtype)
 
 
