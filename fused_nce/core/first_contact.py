@@ -87,7 +87,8 @@ def trial(backend: Backend, reference: Backend, small: Problem, device: torch.de
         with believing(), torch.no_grad(), torch.autocast(device.type, enabled=False):
             for tail in fitting or [None]:
                 wanted = _run(exact, reference, tail, needs)
-                for what, found, right in _named(small.spec, _run(there, backend, tail, needs), wanted):
+                pairs = _named(small.spec, _run(there, backend, tail, needs), wanted)
+                for what, found, right in (*pairs, *_plain(there, exact, backend, tail)):
                     if (difference := off(found, right)) > tolerance:
                         return (
                             f"its first test on this card failed: {what} of {small.spec.code} in {_short(small.q)} is "
@@ -211,6 +212,36 @@ def _named(
             yield from ((f"{field}: {name}", x[i], right[field][i]) for i, name in enumerate(names))
         elif x is not None and x.numel():
             yield field, x, right[field]
+
+
+def _plain(there: Problem, exact: Problem, backend: Backend, tail: Tail | None) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The same of a plain call, where the backend has one function for it: rows as they are and divided by norms."""
+    from fused_nce.core.engine import loss_of
+
+    spec, name = exact.spec, backend.__name__.rpartition(".")[2]  # type: ignore[attr-defined]
+    own = isinstance(spec.layout, Separate)
+    if (
+        backend.whole_loss is None
+        or type(tail) is not tails.Nce
+        or spec.columns
+        or spec.filters
+        or spec.transform == Bias()
+    ):
+        return
+    if not isinstance(spec.layout, Block) and not (own and spec.n_pos == 1 and spec.clip is None):
+        return
+
+    def run(p: Problem, normalize: bool, by: str) -> dict[str, Tensor]:
+        leaves = [x.clone().requires_grad_() for x in ([p.q] if p.shared or own else [p.q, p.k])]
+        keys = None if p.shared else p.k if own else leaves[1]
+        kept = {"own_keys": p.k[: p.n].clone()} if own else {}
+        with torch.enable_grad():
+            out = loss_of(leaves[0], keys, spec, tail, scale=0.9, normalize=normalize, parts=False, backend=by, **kept)
+            return {"loss": out.loss, **dict(zip(("dq", "dk"), torch.autograd.grad(out.loss, leaves), strict=False))}
+
+    for normalize in (True,) if own else (False, True):
+        found, wanted = run(there, normalize, name), run(exact, normalize, "reference")
+        yield from ((f"a plain call's {what}", x, wanted[what]) for what, x in found.items())
 
 
 def off(found: Tensor, wanted: Tensor) -> float:

@@ -46,7 +46,10 @@ def trial(backend, name, dtype, width=40):
 
 
 @needs_kernels
-def test_sound_kernels_pass():
+def test_sound_kernels_pass(monkeypatch):
+    """By the operators and by plain calls."""
+    module = _extension.status()[0]
+    monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k))
     failed = {
         (name, dtype): found
         for name in SPECS
@@ -54,6 +57,23 @@ def test_sound_kernels_pass():
         if (found := trial(cuda, name, dtype)) != ("", True)
     }
     assert failed == {}
+
+
+@needs_kernels
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_plain_call_is_tried_too(normalize, monkeypatch):
+    """The function that serves it launches kernels of its own: here its loss is wrong, where rows are divided or not."""
+    module, whole = _extension.status()[0], cuda.whole_loss
+
+    def spoilt(*arguments):
+        found = whole(*arguments)
+        return (found[0] * (1.2 if arguments[5] == normalize else 1.0), *found[1:])
+
+    monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k))
+    monkeypatch.setattr(cuda, "whole_loss", spoilt)
+    found, lasts = trial(cuda, "views", torch.bfloat16)
+    assert "a plain call's loss of" in found
+    assert lasts
 
 
 class Faulty:
