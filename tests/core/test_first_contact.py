@@ -62,7 +62,7 @@ def test_sound_kernels_pass(monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize("normalize", [False, True])
 def test_a_plain_call_is_tried_too(normalize, monkeypatch):
-    """The function that serves it launches kernels of its own: here its loss is wrong, where rows are divided or not."""
+    """The function that serves it has kernels of its own: here its loss is wrong, where rows are divided or not."""
     module, whole = _extension.status()[0], cuda.whole_loss
 
     def spoilt(*arguments):

@@ -206,6 +206,7 @@ BARRIERS = {
     "fold_optional": 2,
     "loss": 8,
     "finish": 6,
+    "finish_optional": 2,
     "weigh": 2,
     "fold_columns": 3,
     "summary": 2,
