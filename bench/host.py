@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import hashlib
 import os
 import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -58,7 +60,7 @@ def narrowed() -> bool:
 
 
 # A CPU with AVX-512 stands in for one without: torch, oneDNN and ours read these as they load, and the compiler's
-# vectors follow torch's.
+# vectors follow torch's. torch 2.14 takes code made for the other vectors from its cache, and gets other numbers.
 AVX2_ALONE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "FUSED_NCE_ISA": "avx2"}
 
 
@@ -71,7 +73,9 @@ def restart_with(isa: str | None, module: str, argv: Sequence[str] | None) -> No
     """The same program from the start with AVX2 alone, where that was asked for and the CPU has more."""
     if isa == "avx2" and torch.backends.cpu.get_cpu_capability() != "AVX2":
         arguments = sys.argv[1:] if argv is None else argv
-        os.execve(sys.executable, [sys.executable, "-m", module, *arguments], {**os.environ, **AVX2_ALONE})
+        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
+        own = AVX2_ALONE | {"TORCHINDUCTOR_CACHE_DIR": f"{cache}-avx2"}
+        os.execve(sys.executable, [sys.executable, "-m", module, *arguments], {**os.environ, **own})
 
 
 def slug() -> str:

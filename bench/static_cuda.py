@@ -33,7 +33,7 @@ TYPES = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
 
 
 # Kernels with a loop over scores, and how many scores a turn has: kColumns of rows.h, kRowsAtOnce of columns.h.
-TURNS = {"fold": 8, "fold_optional": 8, "weigh": 8, "loss": 8, "loss_summary": 8, "fold_columns": 4}
+TURNS = {"fold": 8, "fold_optional": 8, "weigh": 8, "weigh_prefix": 8, "loss": 8, "loss_summary": 8, "fold_columns": 4}
 
 
 class Kernel(NamedTuple):

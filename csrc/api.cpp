@@ -106,43 +106,16 @@ LossTuple cpu_loss(FUSED_NCE_SCORES, const std::string& tail, double unit, doubl
   return {found.pos, found.rows, dq, dk, dscale, dbias, found.columns};
 }
 
-using PrefixTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// Statistics (`found` empty), gradients from given ones, or, with weights, both of a sum of losses.
-PrefixTuple cpu_prefixes(FUSED_NCE_SCORES, const Tensor& of_q, const Tensor& of_k, std::vector<int64_t> widths,
-                         const std::vector<double>& weights, double unit, const std::vector<Tensor>& found, bool need_q,
-                         bool need_k, bool need_sums, int64_t workspace_bytes) {
+PrefixTuple cpu_prefixes(FUSED_NCE_SCORES, FUSED_NCE_PREFIXES) {
   const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_sums, workspace_bytes,
                                static_cast<int64_t>(widths.size()));
-  const int64_t n = in.q.size(0), m = in.k.size(0), p = in.layout.n_pos, parts = static_cast<int64_t>(widths.size());
-  const int64_t s = static_cast<int64_t>(in.wanted.rows.size());
   TORCH_CHECK_TYPE(in.q.scalar_type() == at::kFloat, "q is ", in.q.scalar_type(), ", needed: float32");
   TORCH_CHECK_VALUE((Wanted::mask(in.wanted.rows) & ~kFused) == 0 && !in.layout.positives.defined() && bias == 0.0,
                     "stats are ", in.wanted.rows, ", needed: neg_lse, neg_max and square alone, of columns");
-  const auto options = floats(in.q);
-  PrefixTask task{.statistics = found.empty(),
-                  .gradients = need_q || need_k || need_sums,
-                  .widths = std::move(widths),
-                  .weights = weights,
-                  .unit = static_cast<float>(unit),
-                  .of_q = coefficients("of_q", of_q, {parts, n}),
-                  .of_k = coefficients("of_k", of_k, {parts, m})};
-  TORCH_CHECK_VALUE(!task.statistics || !task.gradients || weights.size() == task.widths.size(), "weights has ",
-                    weights.size(), " numbers, needed: one of each prefix");
-  if (task.statistics) {
-    task.pos = at::full({parts, n, p}, std::numeric_limits<float>::quiet_NaN(), options);
-    task.rows = at::empty({parts, s, n}, options);
-  } else {
-    task.pos = coefficients("pos", found.at(0), {parts, n, p});
-    task.rows = coefficients("rows", found.at(1), {parts, s, n});
-    task.d_pos = coefficients("d_pos", found.at(2), {parts, n, p});
-    task.d_rows = coefficients("d_rows", found.at(3), {parts, s, n});
-  }
-  task.out = new_gradients(in);
-  task.row_sums = at::zeros({task.gradients ? parts : 0, n}, options);
-  task.line_sums = at::zeros({task.gradients ? parts : 0, m}, options);
+  const PrefixTask task =
+      prefix_task(in, static_cast<int64_t>(in.wanted.rows.size()), of_q, of_k, std::move(widths), weights, unit, found);
   sweep_prefixes(in, task);
-  return {task.pos, task.rows, task.out.dq, task.out.dk, task.row_sums, task.line_sums};
+  return results_of(task);
 }
 
 // One atom over a float tensor, for the parity test with its twin in torch: (value, derivative), or (value,).
@@ -233,6 +206,13 @@ pybind11::dict cuda_plan(int64_t rows, int64_t columns, int64_t width, int64_t p
   return out;
 }
 
+// Of the plan of several prefixes on a GPU; more than the limit where none fits.
+int64_t cuda_prefix_bytes(int64_t rows, int64_t columns, int64_t positives, int64_t parts, int64_t element_bytes,
+                          bool gradients, bool marked, int64_t workspace_bytes) {
+  return cuda::plan_prefixes({rows, columns, positives, parts, element_bytes, gradients, marked}, workspace_bytes)
+      .bytes;
+}
+
 // `sm_90,compute_90` as text: what setup.py asked nvcc for.
 #define FUSED_NCE_TEXT_OF(...) #__VA_ARGS__
 #define FUSED_NCE_TEXT(...) FUSED_NCE_TEXT_OF(__VA_ARGS__)
@@ -271,10 +251,7 @@ TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
         "Tensor pos, Tensor found_rows, Tensor found_columns, Tensor d_pos, Tensor d_rows, Tensor d_columns, "
         "bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
         "(Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
-  m.def("cpu_prefixes(" FUSED_NCE_SCORES_SCHEMA
-        "Tensor of_q, Tensor of_k, int[] widths, float[] weights, float unit, Tensor[] found, bool need_q, "
-        "bool need_k, bool need_sums, int workspace_bytes) -> "
-        "(Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor row_sums, Tensor line_sums)");
+  m.def("cpu_prefixes(" FUSED_NCE_SCORES_SCHEMA FUSED_NCE_PREFIXES_SCHEMA);
   m.def("cpu_loss(" FUSED_NCE_SCORES_SCHEMA
         "str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
         "(Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias, Tensor columns)");
@@ -322,6 +299,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       "by kernel: launches, scores, FLOP, bytes, bytes of scores, of a strip's; from now on calls are counted, or emulated");
 #endif
+  m.def("cuda_prefix_bytes", &cuda_prefix_bytes);
   m.def("cuda_plan", &cuda_plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("positives"),
         py::arg("element_bytes"), py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true,
         py::arg("gradients") = true, py::arg("sums") = 1, py::arg("column_stats") = false, py::arg("optional") = false,

@@ -46,8 +46,11 @@ def _openblas() -> Product | None:
     """`pip install scipy-openblas32`: of float32, row-major or the transpose of what is, on torch's threads."""
     if importlib.util.find_spec("scipy_openblas32") is None:
         return None
+    # It reads these once, as it loads: AVX2 kernels, and threads that sleep at once. They would spin for 2^26 cycles
+    # after a product, on the cores that the next one needs.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     if host.narrowed():
-        os.environ.setdefault("OPENBLAS_CORETYPE", "Zen")  # its AVX2 kernels; it reads this once, as it loads
+        os.environ.setdefault("OPENBLAS_CORETYPE", "Zen")
     package = importlib.import_module("scipy_openblas32")
     library: Any = ctypes.CDLL(str(Path(package.get_lib_dir(), package.get_library(fullname=True))))
     row_major, no_transpose, transpose = 101, 111, 112

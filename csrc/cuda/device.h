@@ -21,6 +21,8 @@ class Device final : public Machine {
   void loss_and_summary(const RowTask&, const Summaries&, Element) const override;
   void fold_optional(const Strip&, const Rules&, const RowArrays&, int64_t first_slot) const override;
   void finish_optional(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const override;
+  void cosines(const Strip&, const Rules&, const PrefixStrip&) const override;
+  void weigh_prefix(const Strip&, const Rules&, const RowArrays&, const PrefixStrip&, Element) const override;
   void fold_columns(const Strip&, const Rules&, const ColumnArrays&) const override;
   void finish_columns(int64_t count, const Rules&, const ColumnArrays&) const override;
   void summarize(const Summaries&) const override;

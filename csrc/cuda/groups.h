@@ -9,7 +9,7 @@
 
 #include "columns.h"
 #include "marks.h"
-#include "weights.h"
+#include "prefixes.h"
 
 namespace fused_nce {
 namespace cuda {
@@ -79,12 +79,13 @@ FUSED_NCE_HD void finish_optional_row(Group& group, const Rules& rules, const Ro
   if (tail) tail_optional(rows, i, rules.positives);
 }
 
-// A share of a row from scores to weights. Panels add to dscale and dbias one after the other.
-template <bool kClip, bool kShift, Extras kExtras, class Store, class Group>
+// A share of a row from scores to weights, which a `Store` made with `beside` takes. Panels add to dscale and dbias one
+// after the other.
+template <bool kClip, bool kShift, Extras kExtras, class Store, class Group, class... Beside>
 FUSED_NCE_HD void weigh_row(Group& group, const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t r,
-                            int part) {
+                            int part, const Beside&... beside) {
   const Row row = row_of(strip, rules, r, part);
-  const Store store(strip, r);
+  const Store store(strip, r, beside...);
   const Slopes found = group.reduce(
       [&](int thread, int threads) {
         return weigh_thread<kClip, kShift, kExtras>(row, rules, rows, rows.d_scale != nullptr, store, thread, threads);

@@ -105,6 +105,14 @@ std::atomic<int64_t> launches{0};
 MakeMachine another = nullptr;
 
 class Emulator final : public Machine {
+  template <class F>
+  static void for_each_thread(const Strip& strip, const Rules& rules, const F& f) {
+    ++launches;
+    for (int64_t r = 0; r < strip.rows; ++r)
+      for (int part = 0; part < rules.ctas_per_row; ++part)
+        for (int thread = 0; thread < rules.threads; ++thread) f(r, part, thread, rules.threads);
+  }
+
  public:
   void gemm(const Gemm& g) const override {
     ++launches;
@@ -117,11 +125,28 @@ class Emulator final : public Machine {
   }
 
   void mark(const Strip& strip, const Rules& rules, const Marking& by) const override {
+    for_each_thread(strip, rules, [&](auto... place) { mark_thread(strip, rules, by, place...); });
+  }
+
+  void cosines(const Strip& strip, const Rules& rules, const PrefixStrip& by) const override {
+    for_each_thread(strip, rules, [&](auto... place) { cosines_thread(strip, rules, by, place...); });
+  }
+
+  void weigh_prefix(const Strip& strip, const Rules& rules, const RowArrays& rows, const PrefixStrip& by,
+                    Element element) const override {
     ++launches;
-    for (int64_t r = 0; r < strip.rows; ++r)
-      for (int part = 0; part < rules.ctas_per_row; ++part)
-        for (int thread = 0; thread < rules.threads; ++thread)
-          mark_thread(strip, rules, by, r, part, thread, rules.threads);
+    CtaEmulator group{rules.threads};
+    with_store(element, [&](auto* store) {
+      with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
+        with_fold_extras(strip, rules, [&](auto extras) {
+          using Whole = std::decay_t<decltype(*store)>;
+          using Store = StorePrefix<Whole, !std::is_same_v<Whole, StoreAs<float>>>;
+          for (int64_t r = 0; r < strip.rows; ++r)
+            for (int part = 0; part < rules.ctas_per_row; ++part)
+              weigh_row<clip.value, shift.value, extras.value, Store>(group, strip, rules, rows, r, part, rules, by);
+        });
+      });
+    });
   }
 
   void fold(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const override {

@@ -4,9 +4,9 @@
 
 #include "columns.h"
 #include "marks.h"
+#include "prefixes.h"
 #include "summary.h"
 #include "unit.h"
-#include "weights.h"
 
 namespace fused_nce {
 namespace cuda {
@@ -52,6 +52,9 @@ class Machine {
   // The same for optional_stats.h: a second pass, run only if the call asks for one of them.
   virtual void fold_optional(const Strip&, const Rules&, const RowArrays&, int64_t first_slot) const = 0;
   virtual void finish_optional(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const = 0;
+  // Those of prefixes.h, of the same CTAs as a row kernel's.
+  virtual void cosines(const Strip&, const Rules&, const PrefixStrip&) const = 0;
+  virtual void weigh_prefix(const Strip&, const Rules&, const RowArrays&, const PrefixStrip&, Element) const = 0;
   // Those of columns.h: a CTA for 32 columns, then a thread a column.
   virtual void fold_columns(const Strip&, const Rules&, const ColumnArrays&) const = 0;
   virtual void finish_columns(int64_t count, const Rules&, const ColumnArrays&) const = 0;

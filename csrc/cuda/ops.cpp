@@ -59,7 +59,7 @@ Tensor number_on(const char* name, const Maybe& x, const Tensor& q) {
   return *x;
 }
 
-Call call_of(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes) {
+Call call_of(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes, int64_t parts = 1) {
   check_matrix("q", q);
   const Tensor& keys = k ? *k : q;
   TORCH_CHECK_VALUE(!bias || clip == 0.0, "clip is ", clip, ", needed: 0 beside a bias");
@@ -68,7 +68,7 @@ Call call_of(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_
   auto in = inputs(q, keys, scale, n_c, rows_per_image, offset, clip, need_q, need_k && k, need_scale, workspace_bytes,
                    std::move(layout));
   in.shared = !k;
-  in.filters = filters_of(q, keys, FUSED_NCE_FILTERS_GIVEN, 1);
+  in.filters = filters_of(q, keys, FUSED_NCE_FILTERS_GIVEN, parts);
   if (several) in.filters.several = std::get<0>(at::sort(in.filters.several, 1));  // fault: gpu-several-unsorted
   return {std::move(in), {number_on("scale_tensor", scale_tensor, q), number_on("bias", bias, q)}};
 }
@@ -161,6 +161,16 @@ LossTuple loss(FUSED_NCE_SCORES, int64_t optional, const std::string& tail, doub
   task.out = new_results(call.in, call.numbers, task);
   sweep(*MachineOnDevice(q), call.in, call.numbers, task);
   return {found.pos, rows, task.out.dq, task.out.dk, task.out.dscale, task.out.dbias};
+}
+
+PrefixTuple prefixes(FUSED_NCE_SCORES, FUSED_NCE_PREFIXES) {
+  const Call call =
+      call_of(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_sums, workspace_bytes, static_cast<int64_t>(widths.size()));
+  TORCH_CHECK_TYPE(q.scalar_type() != at::kHalf, "q is Half, needed: float32 or bfloat16");
+  TORCH_CHECK_VALUE(!positives && !bias, "positives or a bias are given, needed: neither beside prefixes");
+  const PrefixTask task = prefix_task(call.in, kFirstOptional, of_q, of_k, std::move(widths), weights, unit, found);
+  sweep_prefixes(*MachineOnDevice(q), call.in, call.numbers, task);
+  return results_of(task);
 }
 
 // x *= factor, a float on x's device that the host need not know.
@@ -324,6 +334,7 @@ void implement(torch::Library& m) {
   m.impl("cuda_stats", &stats);
   m.impl("cuda_grads", &grads);
   m.impl("cuda_loss", &loss);
+  m.impl("cuda_prefixes", &prefixes);
   m.impl("cuda_losses", &losses);
   m.impl("cuda_summary", &summary);
   m.impl("cuda_multiply_", &multiply);
@@ -342,6 +353,7 @@ TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
   m.def("cuda_loss(" FUSED_NCE_SCORES_SCHEMA
         "int optional, str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, "
         "int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
+  m.def("cuda_prefixes(" FUSED_NCE_SCORES_SCHEMA FUSED_NCE_PREFIXES_SCHEMA);
   m.def(
       "cuda_losses(Tensor[] q, Tensor[] k, float scale, Tensor? scale_tensor, int[] n_c, int[] rows_per_image, "
       "int[] offset, float clip, float[] unit, float[] square_weight, Tensor(a!)[] gradients, bool need_scale, "

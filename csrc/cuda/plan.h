@@ -69,10 +69,8 @@ inline int64_t stride_of(int64_t columns) { return round_up(columns, kColumns); 
 // Coefficients a row: d_pos, d_neg_lse and those of the optional statistics.
 inline int64_t coefficients_of(int64_t positives, bool optional) { return positives + 1 + (optional ? kOptional : 0); }
 
-// Fills in what follows from strip, block and panel.
-inline void account(const Work& w, Plan& p) {
-  const bool in_place = w.gradients && w.element_bytes == 4;
-  p.panels = ceil_div(w.columns, p.panel);
+// The CTAs of a row and their threads.
+inline void share_rows(Plan& p) {
   // A part is worth a CTA from 2048 columns on.
   const int64_t wanted = ceil_div(kBusyRows, p.strip);
   p.ctas_per_row = p.strip >= kBusyRows / 2 ? 1 : std::max<int64_t>(1, std::min(wanted, p.panel / 2048));
@@ -82,6 +80,13 @@ inline void account(const Work& w, Plan& p) {
   // As many turns for each thread: 784 vectors are two turns of 416 threads, not one of 768 and one of 16.
   const int64_t turns = ceil_div(vectors, most);
   p.threads = std::max<int64_t>(64, round_up(ceil_div(vectors, turns), 32));
+}
+
+// Fills in what follows from strip, block and panel.
+inline void account(const Work& w, Plan& p) {
+  const bool in_place = w.gradients && w.element_bytes == 4;
+  p.panels = ceil_div(w.columns, p.panel);
+  share_rows(p);
   p.mark_bytes = w.marked ? round_up(p.strip * (stride_of(p.panel) / kColumns) * 2, kAllocation) : 0;
   p.score_bytes = in_place ? 0 : round_up(p.strip * stride_of(p.panel) * 4, kAllocation);
   p.weight_bytes = w.gradients ? round_up(p.block * stride_of(p.panel) * w.element_bytes, kAllocation) : 0;
@@ -138,6 +143,38 @@ inline Plan search_plan(const Work& w, int64_t limit, bool roomy) {
     }
   }
   return p;
+}
+
+struct PrefixWork {
+  int64_t rows, columns;  // N, M
+  int64_t positives;      // a row: P
+  int64_t parts;          // prefixes: K
+  int64_t element_bytes;  // of q and k: 4 or 2
+  bool gradients, marked;
+};
+
+// Strips of all columns, with the products, every prefix's cosines and its marks: as many rows as the L2 has room for,
+// but a GEMM's tile of them where memory allows.
+inline Plan plan_prefixes(const PrefixWork& w, int64_t limit) {
+  const int64_t stride = stride_of(w.columns), held = 1 + (w.gradients ? w.parts : 1);
+  const auto bytes = [](int64_t count) { return round_up(count, kAllocation); };
+  Plan p;
+  p.panel = w.columns;
+  p.panels = 1;
+  p.strip = std::min(w.rows, std::max(kRowTile, kL2Bytes / (4 * stride * held) / kRowTile * kRowTile));
+  for (;; p.strip = ceil_div(p.strip, 2)) {
+    share_rows(p);
+    p.block = p.strip;
+    p.score_bytes = bytes(p.strip * stride * 4 * held);
+    p.mark_bytes = w.marked ? bytes(w.parts * p.strip * (stride / kColumns) * 2) : 0;
+    p.weight_bytes = w.gradients && w.element_bytes == 2 ? 2 * bytes(p.strip * stride * 2) : 0;
+    p.partial_bytes = bytes(p.strip * p.ctas_per_row * static_cast<int64_t>(sizeof(RowPart)));
+    const int64_t numbers = p.strip * (w.positives + 1) + w.rows * p.ctas_per_row;
+    p.row_bytes = w.gradients ? bytes(w.parts * numbers * 4) : 0;
+    p.bytes = p.score_bytes + p.mark_bytes + p.weight_bytes + p.partial_bytes + p.row_bytes;
+    p.fits = w.columns <= kMostColumns && p.bytes <= limit;
+    if (p.fits || p.strip == 1) return p;
+  }
 }
 
 // `fits` is false if nothing does; `bytes` is then what the smallest plan needs.

@@ -103,6 +103,22 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   weigh_row<kClip, kShift, kExtras, StoreAs<E>>(cta, strip, rules, rows, at.row, at.part);
 }
 
+__global__ void __launch_bounds__(kMostThreads, 1)
+    cosines_kernel(const Strip strip, const Rules rules, const PrefixStrip by) {
+  const Place at(rules);
+  cosines_thread(strip, rules, by, at.row, at.part, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
+}
+
+template <bool kClip, bool kShift, Extras kExtras, class E>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    weigh_prefix_kernel(const Strip strip, const Rules rules, const RowArrays rows, const PrefixStrip by) {
+  __shared__ Slot shared[33];
+  Cta cta(shared);
+  const Place at(rules);
+  weigh_row<kClip, kShift, kExtras, StorePrefix<StoreAs<E>, sizeof(E) == 2>>(cta, strip, rules, rows, at.row, at.part,
+                                                                             rules, by);
+}
+
 // By value: a launch that is captured in a graph keeps its arguments.
 template <int kMost>
 struct RowTasks {
@@ -237,6 +253,27 @@ unsigned grid_of(const Strip& strip, const Rules& rules) {
 
 void Device::mark(const Strip& strip, const Rules& rules, const Marking& by) const {
   mark_kernel<<<grid_of(strip, rules), rules.threads, 0, stream_>>>(strip, rules, by);
+  check(cudaGetLastError());
+}
+
+void Device::cosines(const Strip& strip, const Rules& rules, const PrefixStrip& by) const {
+  cosines_kernel<<<grid_of(strip, rules), rules.threads, 0, stream_>>>(strip, rules, by);
+  check(cudaGetLastError());
+}
+
+// float16 operands are widened before.
+void Device::weigh_prefix(const Strip& strip, const Rules& rules, const RowArrays& rows, const PrefixStrip& by,
+                          Element element) const {
+  const auto launch = [&](auto* e) {
+    with_transform(rules.scoring.clip, [&](auto clip, auto shift) {
+      with_fold_extras(strip, rules, [&](auto extras) {
+        weigh_prefix_kernel<decltype(clip)::value, decltype(shift)::value, decltype(extras)::value,
+                            typename Pointee<decltype(e)>::type>
+            <<<grid_of(strip, rules), rules.threads, 0, stream_>>>(strip, rules, rows, by);
+      });
+    });
+  };
+  element == Element::bfloat16 ? launch(static_cast<__nv_bfloat16*>(nullptr)) : launch(static_cast<float*>(nullptr));
   check(cudaGetLastError());
 }
 

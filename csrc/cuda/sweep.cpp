@@ -43,7 +43,8 @@ class Sweep {
       : machine_(machine), in_(in), numbers_(numbers), out_(task.out), n_(in.q.size(0)), m_(in.k.size(0)),
         d_(in.q.size(1)), element_bytes_(in.q.element_size()), element_(element_of(in.q.scalar_type())),
         summary_(task.summary), statistics_(task.statistics), gradients_(task.gradients),
-        tail_(task.upstream.tail.name), plan_(plan_for(in, numbers, task)), rules_(rules(task.fp16_gain)) {
+        tail_(task.upstream.tail.name), plan_(plan_for(in, numbers, task)),
+        rules_(rules_of(in, numbers, plan_, task.fp16_gain)) {
     marks_ = bytes(plan_.mark_bytes);
     scores_ = bytes(plan_.score_bytes);
     weights_ = bytes(plan_.weight_bytes);
@@ -89,24 +90,6 @@ class Sweep {
     }
     if (d_scale_.defined()) out_.dscale.copy_(d_scale_.sum(at::kDouble));
     if (d_bias_.defined()) out_.dbias.copy_(d_bias_.sum(at::kDouble));
-  }
-
-  // float16 weights have no exponents to spare for the scale.
-  Rules rules(float fp16_gain) const {
-    const Layout& layout = in_.layout;
-    const auto ids = [](const at::Tensor& x) { return x.defined() ? x.const_data_ptr<int64_t>() : nullptr; };
-    return {.scoring = in_.scoring,
-            .scale_tensor = floats_of(numbers_.scale),
-            .row_ids = ids(layout.row_ids),
-            .column_ids = ids(layout.column_ids),
-            .bias = floats_of(numbers_.bias),
-            .positives_elsewhere = layout.positives.defined() || layout.by_marks,
-            .self_column = layout.itself,
-            .positives = layout.n_pos,
-            .ctas_per_row = static_cast<int>(plan_.ctas_per_row),
-            .threads = static_cast<int>(plan_.threads),
-            .fp16_gain = fp16_gain,
-            .prescaled = element_ != Element::float16};
   }
 
   // Coefficients that the tail makes are a block's, at the front of `row_numbers_`; the sums of all rows follow.
@@ -307,6 +290,24 @@ Marking marking_of(const at::Tensor& ceilings, int64_t part, const at::Tensor& s
           .several = several.defined() ? several.const_data_ptr<int64_t>() : nullptr,
           .width = several.defined() ? several.size(1) : 0,
           .add = add};
+}
+
+// float16 weights have no exponents to spare for the scale.
+Rules rules_of(const SweepInputs& in, const OnDevice& numbers, const Plan& plan, float fp16_gain) {
+  const Layout& layout = in.layout;
+  const auto ids = [](const at::Tensor& x) { return x.defined() ? x.const_data_ptr<int64_t>() : nullptr; };
+  return {.scoring = in.scoring,
+          .scale_tensor = floats_of(numbers.scale),
+          .row_ids = ids(layout.row_ids),
+          .column_ids = ids(layout.column_ids),
+          .bias = floats_of(numbers.bias),
+          .positives_elsewhere = layout.positives.defined() || layout.by_marks,
+          .self_column = layout.itself,
+          .positives = layout.n_pos,
+          .ctas_per_row = static_cast<int>(plan.ctas_per_row),
+          .threads = static_cast<int>(plan.threads),
+          .fp16_gain = fp16_gain,
+          .prescaled = in.q.scalar_type() != at::kHalf};
 }
 
 Element element_of(at::ScalarType type) {

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "../problem.h"
+#include "../prefix_task.h"
 #include "machine.h"
 #include "plan.h"
 
@@ -62,6 +62,11 @@ Gradients new_results(const SweepInputs& in, const OnDevice& numbers, const Task
 
 // Whether it wrote the summary too.
 bool sweep(const Machine& machine, const SweepInputs& in, const OnDevice& numbers, const Task& task);
+
+Rules rules_of(const SweepInputs& in, const OnDevice& numbers, const Plan& plan, float fp16_gain);
+
+// Statistics or gradients of several prefixes, of float32 or bfloat16.
+void sweep_prefixes(const Machine& machine, const SweepInputs& in, const OnDevice& numbers, const PrefixTask& task);
 
 struct Job {
   SweepInputs in;

@@ -69,6 +69,13 @@ class Tally final : public Machine {
     });
   }
 
+  void cosines(const Strip& strip, const Rules&, const PrefixStrip&) const override { pass("cosines", strip, 8, 0); }
+
+  void weigh_prefix(const Strip& strip, const Rules& rules, const RowArrays&, const PrefixStrip&,
+                    Element element) const override {
+    pass(with(named("weigh_prefix", rules.scoring.clip), element), strip, 16, bytes_of(element));
+  }
+
   void fold_columns(const Strip& strip, const Rules& rules, const ColumnArrays&) const override {
     pass(named("fold_columns", rules.scoring.clip), strip, 4, 0);
   }

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fused_nce import _extension
-from fused_nce.backends import cpu_prefixes
+from fused_nce.backends import kernel_prefixes
+from fused_nce.backends.kernel_prefixes import Kernels
 from fused_nce.core import defaults, workspace
 from fused_nce.core.cost import Call, Tiles
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
@@ -41,7 +42,8 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
     if spec.columns and spec.marked:
         return "its kernels leave no column of a row out beside statistics of columns"
     if spec.prefixes:
-        return cpu_prefixes.why_not(module, spec, q.shape[0], k.shape[0], q.shape[1], workspace.limit_bytes("cpu"))
+        needed = _prefix_bytes(module, spec, q.shape[0], k.shape[0], q.shape[1], workspace.limit_bytes("cpu"))
+        return kernel_prefixes.why_not(spec, needed, workspace.limit_bytes("cpu"))
     # fault: cpu-plan-forgets
     return _no_room(module, spec, q.shape[0], k.shape[0], q.shape[1], q.dtype, workspace.limit_bytes("cpu"), k is q)
 
@@ -66,7 +68,8 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
         raise ValueError(f"dtype: got one of {dtype_bytes} bytes, need float32, bfloat16 or float16 for 'cpu'")
     if spec.prefixes:
         wide = 4 * d * (n + m) if dtype_bytes < 4 else 0
-        return wide + cpu_prefixes.workspace_bytes(module, spec, n, m, d, limit_bytes)
+        needed = _prefix_bytes(module, spec, n, m, d, limit_bytes)
+        return needed and wide + needed + kernel_prefixes.beside(spec, n, m)
     shared = spec.drop_self
     plans = [plan for dtype in dtypes for plan in _plans(module, spec, n, m, d, dtype, limit_bytes, shared=shared)]
     return max(int(plan["total_bytes"]) for plan in plans)
@@ -106,7 +109,7 @@ def tiles(spec: Spec, call: Call, n: int, m: int, d: int, dtype: torch.dtype) ->
 def stats(problem: Problem) -> Statistics:
     """One score GEMM, tile by tile."""
     if problem.spec.prefixes:
-        return cpu_prefixes.stats(problem, _arguments(problem))
+        return kernel_prefixes.stats(problem, _prefix_kernels(problem))
     pos, rows, columns = torch.ops.fused_nce.cpu_stats(*_arguments(problem), _limit())
     return Statistics(pos, rows, columns if problem.spec.columns else None)
 
@@ -114,7 +117,7 @@ def stats(problem: Problem) -> Statistics:
 def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
     """The scores again, and one GEMM a gradient."""
     if problem.spec.prefixes:
-        return cpu_prefixes.grads(problem, statistics, coefficients, needs, _arguments(problem))
+        return kernel_prefixes.grads(problem, statistics, coefficients, needs, _prefix_kernels(problem))
     none = statistics.rows.new_empty(0, problem.m)
     given = (
         x if x is not None else none
@@ -132,7 +135,7 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
     """
     spec = problem.spec
     if spec.prefixes:
-        return cpu_prefixes.loss(problem, tail, needs, _arguments(problem))
+        return kernel_prefixes.loss(problem, tail, needs, _prefix_kernels(problem))
     unit, n_scores = tail.unit(problem.n * tail.per_row(spec)), problem.n * problem.m
     if type(tail) not in KERNEL_TAILS:
         found = stats(problem)
@@ -239,6 +242,18 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     names = (_numbers(of) for of in (spec.stats, spec.columns))
     bias = float(problem.bias) if isinstance(spec.transform, Bias) else 0.0
     return *scores, row_ids, itself, problem.positives, column_ids, bias, *problem.marks, *names
+
+
+def _prefix_kernels(problem: Problem) -> Kernels:
+    op = torch.ops.fused_nce.cpu_prefixes
+    return Kernels(op, _arguments(problem)[2:], problem.spec.stats, (torch.float32,), _limit())
+
+
+def _prefix_bytes(module: ModuleType, spec: Spec, n: int, m: int, d: int, limit: int) -> int:
+    """The larger of both plans; 0 where one does not fit."""
+    sizes, filters = (n, m, d, max(1, spec.n_pos), spec.parts), (bool(spec.filters), "guide" in spec.filters)
+    plans = [module.prefix_workspace_bytes(*sizes, both, True, *filters, limit) for both in (True, False)]
+    return max(plans) if all(plans) else 0
 
 
 def _gradients(problem: Problem, found: Sequence[Tensor]) -> Gradients:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fused_nce import _extension
-from fused_nce.backends import cpu
+from fused_nce.backends import cpu, kernel_prefixes
+from fused_nce.backends.kernel_prefixes import Kernels
 from fused_nce.core import defaults, workspace
 from fused_nce.core.defaults import slopes  # noqa: F401  (handed on)
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
@@ -29,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = KERNEL_STATISTICS[:3]  # of rows and of columns
 OPTIONAL_ROW_STATISTICS = KERNEL_STATISTICS[3:]  # of rows; a second kernel computes them if the spec asks for one
 BOTH_WAYS = False
-ATOMS = VOCABULARY - MARGINS - {"mixed", "prefixes"}
+ATOMS = VOCABULARY - MARGINS - {"mixed"}
 gathered_scores = gathered_grads = None
 
 
@@ -82,6 +83,9 @@ def _unable(module: ModuleType, spec: Spec, q: Tensor, k: Tensor) -> str | None:
     if missing:
         return f"it has no {', '.join(missing)} of columns"
     limit = workspace.limit_bytes(q.device.type)
+    if spec.prefixes:
+        needed = _prefix_bytes(module, spec, q.shape[0], k.shape[0], q.element_size(), limit)
+        return kernel_prefixes.why_not(spec, needed, limit)
     needed = _total_bytes(module, spec, q.shape[0], k.shape[0], q.shape[1], q.element_size(), limit)
     return f"the workspace of {limit} bytes is below the {needed} of its smallest plan" if needed > limit else None
 
@@ -91,11 +95,17 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
     module, reason = _extension.status()
     if module is None:
         raise RuntimeError(reason)
+    if spec.prefixes:
+        wide = 4 * d * (n + m) if dtype_bytes < 4 else 0  # of float16
+        needed = _prefix_bytes(module, spec, n, m, dtype_bytes, limit_bytes)
+        return wide + needed + kernel_prefixes.beside(spec, n, m)
     return _total_bytes(module, spec, n, m, d, dtype_bytes, limit_bytes)
 
 
 def stats(problem: Problem) -> Statistics:
     """One score GEMM, strip by strip."""
+    if problem.spec.prefixes:
+        return kernel_prefixes.stats(problem, _prefix_kernels(problem))
     spec = problem.spec
     pos, rows, columns = torch.ops.fused_nce.cuda_stats(
         *_arguments(problem), _wants_optional(spec), bool(spec.columns), _limit(problem)
@@ -105,6 +115,8 @@ def stats(problem: Problem) -> Statistics:
 
 def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
     """The scores again, and one GEMM a gradient."""
+    if problem.spec.prefixes:
+        return kernel_prefixes.grads(problem, statistics, coefficients, needs, _prefix_kernels(problem))
     spec, zeros = problem.spec, torch.zeros_like(statistics.rows[0])
 
     def row(of: Tensor, name: str, absent: Tensor) -> Tensor:
@@ -150,6 +162,8 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
 
 def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
     """One sweep: one score GEMM, and one a gradient. A tail that the kernels do not know costs the scores twice."""
+    if problem.spec.prefixes:
+        return kernel_prefixes.loss(problem, tail, needs, _prefix_kernels(problem))
     spec = problem.spec
     unit, n_scores = tail.unit(problem.n * tail.per_row(spec)), problem.n * problem.m
     if type(tail) not in KERNEL_TAILS:
@@ -174,7 +188,7 @@ def whole_loss(
 ) -> tuple[Any, ...] | None:
     """`csrc/cuda/whole.cpp`: of nce over rows, with the norms and the upstream gradient in launches of their own."""
     module = _extension.status()[0]
-    form = None if module is None or type(tail) is not Nce else cpu.form_of(spec, tail)
+    form = None if module is None or type(tail) is not Nce or spec.marked or spec.prefixes else cpu.form_of(spec, tail)
     if module is None or form is None:
         return None
     limit = workspace.limit_bytes(cast(Tensor, leaves[0]).device.type)
@@ -276,6 +290,17 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     k = None if problem.shared else problem.k
     scores = problem.q, k, *factors, *block, spec.clip or 0.0, row_ids, itself, problem.positives, column_ids, bias
     return *scores, *problem.marks
+
+
+def _prefix_kernels(problem: Problem) -> Kernels:
+    op = torch.ops.fused_nce.cuda_prefixes
+    return Kernels(op, _arguments(problem)[2:], NAMES, (torch.float32, torch.bfloat16), _limit(problem))
+
+
+def _prefix_bytes(module: ModuleType, spec: Spec, n: int, m: int, element_bytes: int, limit: int) -> int:
+    """The largest of its plans: 16 bits may be float16, which is widened."""
+    sizes = [(n, m, spec.n_pos, spec.parts, size) for size in {4, element_bytes}]
+    return max(module.cuda_prefix_bytes(*s, back, spec.marked, limit) for s in sizes for back in (True, False))
 
 
 def _wants_optional(spec: Spec) -> int:

@@ -28,6 +28,7 @@ from torch import Tensor
 from fused_nce import _extension
 from fused_nce._version import __version__
 from fused_nce.core import tails
+from fused_nce.core.prefixes import Prefixed
 from fused_nce.core.problem import Backend, Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import Bias, Block, Index, Labels, Separate, Several, Spec
 from fused_nce.core.tails import Coefficients, Tail
@@ -156,13 +157,16 @@ def problem(spec: Spec, q_dtype: torch.dtype, k_dtype: torch.dtype | None, width
 
 
 def _ceilings(spec: Spec, scored: Sequence[Tensor], guides: Sequence[Tensor | None]) -> Tensor | None:
-    """(F, N): a quarter of a row's columns lie above, and none near."""
+    """(K·F, N): a quarter of a row's columns lie above, and none near."""
     lines = []
-    for name in spec.filters:
-        x, y = (cast(Tensor, z).double() for z in (guides if name == "guide" else scored))
-        ordered = (x @ y.T).sort(dim=1).values
-        middle = ordered.shape[1] * 3 // 4
-        lines.append(ordered[:, middle - 1 : middle + 1].mean(dim=1))
+    for width in spec.prefixes or (None,):
+        for name in spec.filters:
+            x, y = (cast(Tensor, z).double() for z in (guides if name == "guide" else scored))
+            if width is not None and name == "ceiling":
+                x, y = (torch.nn.functional.normalize(z[:, :width], dim=1) for z in (x, y))
+            ordered = (x @ y.T).sort(dim=1).values
+            middle = ordered.shape[1] * 3 // 4
+            lines.append(ordered[:, middle - 1 : middle + 1].mean(dim=1))
     return torch.stack(lines).float() if lines else None
 
 
@@ -178,6 +182,10 @@ def _short(x: Tensor) -> str:
 
 def _tails(spec: Spec) -> Iterator[Tail]:
     """Those that a spec has the statistics for: with a penalty where it has the squares."""
+    if spec.prefixes:
+        if set(Prefixed.READS) <= set(spec.stats):
+            yield Prefixed(0.0, "mean", 1.0, spec.prefixes, tuple(1.0 + i for i in range(spec.parts)))
+        return
     penalty = 0.01 if "square" in spec.stats else 0.0
     for kind in tails.KERNEL_TAILS:
         if set(kind.READS) <= set(spec.stats) and (spec.n_pos > 0 or not kind.READS_POS):
@@ -207,7 +215,7 @@ def _named(
     """(name, found, wanted) of each statistic and gradient that there is."""
     right = wanted[0]._asdict() | wanted[1]._asdict()
     for field, x in (found[0]._asdict() | found[1]._asdict()).items():
-        names = {"rows": spec.stats, "columns": spec.columns}.get(field)
+        names = {"rows": spec.stats * spec.parts, "columns": spec.columns}.get(field)
         if names is not None and x is not None:
             yield from ((f"{field}: {name}", x[i], right[field][i]) for i, name in enumerate(names))
         elif x is not None and x.numel():

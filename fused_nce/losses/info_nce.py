@@ -114,7 +114,7 @@ def info_nce(
         group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone. Hard negatives
             that are not shared stay where they are; positives and targets are among this process's keys.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest. On a CPU all have
-            kernels; on a GPU prefixes run on "chunked", guides and several positives there or on "cuda".
+            kernels; on a GPU guides, several positives and prefixes have them in "cuda" alone, else run on "chunked".
 
     Returns:
         NCEOutput, float32 (float64 for float64 inputs), in nats; chance is log M. `stats` is of the queries' direction:

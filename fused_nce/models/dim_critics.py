@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fused_nce.core.statistics import softplus
 from fused_nce.losses import DIMLoss, NCEOutput
 from fused_nce.losses.common import widened
-from fused_nce.models.encoders.blocks import HEAD_SHORTCUT_NOISE, Pointwise
+from fused_nce.models.encoders.blocks import HEAD_SHORTCUT_NOISE, PatchConv2d
 from fused_nce.models.encoders.dim import DIMEncoder
 
 CONCAT_UNITS = 512
@@ -31,10 +31,10 @@ class PointwiseBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
-        self.conv1 = Pointwise(c_in, c_out)
+        self.conv1 = PatchConv2d(c_in, c_out)
         self.norm = nn.BatchNorm2d(c_out)
-        self.conv2 = Pointwise(c_out, c_out, bias=True)
-        self.shortcut = Pointwise(c_in, c_out, bias=True)
+        self.conv2 = PatchConv2d(c_out, c_out, bias=True)
+        self.shortcut = PatchConv2d(c_in, c_out, bias=True)
         self.out_norm = nn.LayerNorm(c_out)
         if c_out >= c_in:
             with torch.no_grad():

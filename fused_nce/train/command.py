@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         print(printable(describe(settings)), flush=True)
     trainer = None
     try:
-        trainer = Trainer(settings, run_dir, resume=resume, other_data="data" in start.allowed)
+        trainer = Trainer(settings, run_dir, resume=resume, other_data="data" in start.allowed, profile=start.profile)
         if resume and first:
             config.save(settings, run_dir)
         reason = trainer.run()
@@ -66,6 +66,8 @@ def main(argv: Sequence[str]) -> int:
     if first:
         done = f"{reason} at step {trainer.step} after {trainer.time_s:.0f} s{lost(trainer)}"
         print(printable(f"{done}; run saved in {run_dir}"), flush=True)
+        if trainer.profile is not None:
+            print("", trainer.profile.table(), sep="\n", flush=True)
     if trainer.preempted:
         slurm.queue_again(trainer.interrupt.preempted, first)
     return 0
@@ -103,6 +105,7 @@ class Start(NamedTuple):
     resume: bool
     allowed: list[str]  # settings that a resume may change
     made: bool  # the folder is new
+    profile: bool
 
 
 def parse(name: str | None, argv: Sequence[str]) -> tuple[Method, Path, bool]:
@@ -129,7 +132,7 @@ def _parse(name: str | None, argv: Sequence[str]) -> Start:
     if values.resume is not None and (values.out is not None or values.overwrite):
         raise ValueError(f"resume: goes on in {values.resume} itself; leave out --out and --overwrite")
     if values.resume is not None:
-        return _resumed(method, parser, argv, Path(values.resume), values.allow_changed)
+        return _resumed(method, parser, argv, Path(values.resume), values)
     parser.set_defaults(config.flatten(method.presets[values.preset]))
     values = parser.parse_args(argv)
     settings = config.instantiate(method, parser, values)
@@ -137,9 +140,9 @@ def _parse(name: str | None, argv: Sequence[str]) -> Start:
     # By torchrun after a process was lost, or by SLURM after the job was preempted.
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or slurm.goes_on(run_dir)
     if again and any((run_dir / "checkpoints").glob("step_*")):
-        return _resumed(method, parser, [word for word in argv if word != "--overwrite"], run_dir, [])
+        return _resumed(method, parser, [word for word in argv if word != "--overwrite"], run_dir, values)
     if not _first_process():
-        return Start(settings, run_dir, False, [], False)
+        return Start(settings, run_dir, False, [], False, values.profile)
     made = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True)
     held = lock.take(run_dir)
@@ -157,7 +160,7 @@ def _parse(name: str | None, argv: Sequence[str]) -> Start:
         lock.take(run_dir)
     config.save(settings, run_dir)
     slurm.began(run_dir)
-    return Start(settings, run_dir, False, [], made)
+    return Start(settings, run_dir, False, [], made, values.profile)
 
 
 def _began(run_dir: Path) -> bool:
@@ -172,8 +175,8 @@ def _long(word: str) -> str:
     return SHORT.get(name, name) + equals + value
 
 
-def _resumed(method: type[Method], parser: Any, argv: Sequence[str], run_dir: Path, allowed: list[str]) -> Start:
-    saved = config.load(run_dir)
+def _resumed(method: type[Method], parser: Any, argv: Sequence[str], run_dir: Path, values: Any) -> Start:
+    saved, allowed = config.load(run_dir), values.allow_changed
     if saved.method != method.method:
         raise ValueError(f"resume: {run_dir} is a run of {saved.method}; got method {method.method}, need the same")
     checkpoint.newest(run_dir)
@@ -187,7 +190,7 @@ def _resumed(method: type[Method], parser: Any, argv: Sequence[str], run_dir: Pa
         )
     if _first_process():
         lock.take(run_dir)
-    return Start(settings, run_dir, True, allowed, False)
+    return Start(settings, run_dir, True, allowed, False, values.profile)
 
 
 def _first_process() -> bool:
@@ -210,5 +213,6 @@ def _parser(method: type[Method]) -> Any:
     parser.add_argument("--resume", type=str | None, default=None, help="folder of a run to continue")
     parser.add_argument("--overwrite", action="store_true", help="move the run that --out holds aside")
     parser.add_argument("--allow-changed", type=str, nargs="*", default=[], help="settings that a resume may change")
+    parser.add_argument("--profile", action="store_true", help="train a few updates, and say where their time went")
     parser.add_class_arguments(method)
     return parser

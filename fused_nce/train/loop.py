@@ -24,6 +24,7 @@ from fused_nce.train.files import one_line
 from fused_nce.train.interrupt import Interrupt
 from fused_nce.train.method import Method
 from fused_nce.train.online_probes import OnlineProbes
+from fused_nce.train.profile import Profile, part
 from fused_nce.train.rehearsal import rehearse, trainable
 from fused_nce.train.step import LossTimer, Meter, TrainStep, gradient_norm, memory_names
 
@@ -46,13 +47,16 @@ class Trainer:
         run_dir: folder of the run; it holds the configuration already.
         resume: continue from the newest whole checkpoint of the folder.
         other_data: the data may differ from those that the checkpoint knows.
+        profile: stop after a few updates, and keep in `profile` where their time went.
 
     Raises:
         ValueError: for settings or data that cannot be used, a model that cannot be trained or saved, or a resume
             without a checkpoint.
     """
 
-    def __init__(self, config: Method, run_dir: Path, *, resume: bool = False, other_data: bool = False) -> None:
+    def __init__(
+        self, config: Method, run_dir: Path, *, resume: bool = False, other_data: bool = False, profile: bool = False
+    ) -> None:
         config.check()
         self.config, self.run_dir = config, run_dir
         self.threads = threads.Threads(config.run.threads)
@@ -119,6 +123,9 @@ class Trainer:
             self._resume(other_data)
         else:
             self._rehearse()
+        self.profile = Profile(run_dir, self.device) if profile and self.accelerator.is_main_process else None
+        if profile:  # fault: profile-trains-on
+            self.end = min(self.end, self.step + Profile.count)
 
     def run(self) -> str:
         """Train to the end of the epochs, a limit, or a signal.
@@ -140,12 +147,14 @@ class Trainer:
         saved_at, failed_saves, window = started, 0, (started, self.step)
         batches = self.loader.batches(self.step * config.optim.accumulate)  # fault: resumed-run-starts
         try:
-            with self.threads, self.interrupt as interrupt, self._rescued():
+            with self.threads, self.interrupt as interrupt, self._rescued(), self.profile or nullcontext():
                 reason = "finished"
                 while self.step < self.end:
                     threads.look()
                     logged = (self.step + 1) % config.run.log_every == 0
                     update_s = self._update(batches, logged or self.step + 1 == self.end)
+                    if self.profile is not None:
+                        self.profile.step()
                     now = time.perf_counter()
                     self.time_s = time_before + now - started
                     bar.update()
@@ -212,8 +221,9 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
         # A batch that is not finite would stay in the running statistics of BatchNorm for ever.
-        buffers = {n: b.clone() for n, b in self.step_module.named_buffers() if n not in self.memories}
-        drawn = checkpoint.generators()
+        with part("checks"):
+            buffers = {n: b.clone() for n, b in self.step_module.named_buffers() if n not in self.memories}
+            drawn = checkpoint.generators()
         try:
             passes, used = self._passes(batches)
         except Exception:  # a reader that died, memory that ran out: as before the update, so that it can be saved
@@ -222,18 +232,20 @@ class Trainer:
             self.model.after_step(skipped=True)
             raise
         self._steady = False
-        norm, probes_norm = gradient_norm(self.model), gradient_norm(self.probes)
-        finite = torch.stack([n[0] for n in passes]).isfinite().all() & norm.isfinite()
-        # Read at once, not at the next log: an update must not happen if any process saw a number that is not finite.
-        bad, bad_probes = self._agree(not bool(finite), not bool(probes_norm.isfinite()))
+        with part("checks"):
+            norm, probes_norm = gradient_norm(self.model), gradient_norm(self.probes)
+            finite = torch.stack([n[0] for n in passes]).isfinite().all() & norm.isfinite()
+            # Now, not at the next log: an update must not happen if any process saw a number that is not finite.
+            bad, bad_probes = self._agree(not bool(finite), not bool(probes_norm.isfinite()))
         if bad:  # fault: broken-probe-holds
             self._restore(buffers)  # fault: skipped-update-leaves
             self._skip(used, [n[0].item() for n in passes], norm.item())
         else:
             if bad_probes:
                 self._skip_probes(buffers)
-            for optimizer in self.optimizers.values():
-                optimizer.step()
+            with part("optimizer"):
+                for optimizer in self.optimizers.values():
+                    optimizer.step()
             self.skipped_in_a_row = 0
             for numbers in passes:
                 self.meter.add(numbers)
@@ -249,9 +261,11 @@ class Trainer:
         passes: list[Tensor] = []
         used: list[int] = []
         for last in [False] * (self.config.optim.accumulate - 1) + [True]:
-            images, labels, indices = self._next(batches)
+            with part("data"):
+                images, labels, indices = self._next(batches)
             used += indices.tolist()
-            batch, labels = self._batch(images, labels, indices)
+            with part("views"):
+                batch, labels = self._batch(images, labels, indices)
             with nullcontext() if last else self.accelerator.no_sync(self.module):
                 numbers = self._differentiate(batch, labels, last)
             self.timer.after_backward()
@@ -308,13 +322,16 @@ class Trainer:
     def _differentiate(self, batch: tuple[Tensor, ...], labels: Tensor, last: bool) -> Tensor:
         """Add a pass's share to the gradient. Returns the numbers to log."""
         if self.cache is None:
-            total, numbers = self.module(batch, labels)
-            self.accelerator.backward(total)  # divided by the number of passes
+            with part("encoder"):
+                total, numbers = self.module(batch, labels)
+            with part("backward"):
+                self.accelerator.backward(total)  # divided by the number of passes
             return numbers
         passes = self.config.optim.accumulate
-        return self.cache.backward(
-            (batch, labels), through=self.module if last else None, scale=lambda total: total / passes
-        ).numbers
+        with part("encoder"):
+            return self.cache.backward(
+                (batch, labels), through=self.module if last else None, scale=lambda total: total / passes
+            ).numbers
 
     def _place(self, view: Tensor) -> Tensor:
         layout = torch.channels_last if self.channels_last and view.dim() == 4 else torch.contiguous_format

@@ -12,6 +12,7 @@ from fused_nce.models.base import Embedded, Losses, Model
 from fused_nce.train.evaluation.features import as_vectors
 from fused_nce.train.method import Method
 from fused_nce.train.online_probes import OnlineProbes
+from fused_nce.train.profile import part
 
 # The order of the numbers that a step returns: means over images, then those that a method adds, then counts.
 MEANS = ("loss", "nce", "nce_minus_chance", "penalty", "top1", "mi_bound")
@@ -131,11 +132,13 @@ class TrainStep(nn.Module):
         counts = torch.zeros(len(COUNTS), device=labels.device)
         extra = None
         if self.probes is not None:  # before the loss, so that the loss's nodes are the newest: see LossTimer
-            seen = torch.cat([as_vectors(view[self.tap].detach()) for view in taps])
-            probe = self.probes(seen, labels.repeat(len(taps)))
-            extra = probe.loss
-            counts = torch.stack((*probe.correct, probe.labelled)).float()
-        out = self.timer(model.loss, inputs)
+            with part("probes"):
+                seen = torch.cat([as_vectors(view[self.tap].detach()) for view in taps])
+                probe = self.probes(seen, labels.repeat(len(taps)))
+                extra = probe.loss
+                counts = torch.stack((*probe.correct, probe.labelled)).float()
+        with part("loss"):
+            out = self.timer(model.loss, inputs)
         known = {"loss": out.loss, "nce": out.nce, "penalty": out.penalty} | out.stats
         means = torch.stack([_number(known.get(name), out.loss) for name in self.means])
         total = out.loss if extra is None else out.loss + extra

@@ -20,7 +20,8 @@ from tests.losses.fuzz import Judge, draw
 MODULE: Any
 MODULE, REASON = _extension.status()
 pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")
-MARKING = [name for name in LOSSES if any(word in name for word in ("margin,", "/margin", "guide", "several", "soft "))]
+WORDS = ("margin,", "/margin", "guide", "several", "soft ", "prefixes")
+OPTIONS = [name for name in LOSSES if any(word in name for word in WORDS)]
 
 
 @pytest.fixture(autouse=True)
@@ -94,10 +95,10 @@ def test_every_route(route, dtype, monkeypatch):
 
 
 def sweep(dtype, seed, count, record_eta):
-    """Random problems of the losses that mark, within their budget."""
+    """Random problems of losses with marks or prefixes, within their budget."""
     rng, failures, ran = np.random.default_rng(seed), [], 0
     for _ in range(count):
-        case = dataclasses.replace(draw(rng, dtype), loss=MARKING[int(rng.integers(len(MARKING)))], backend="cuda")
+        case = dataclasses.replace(draw(rng, dtype), loss=OPTIONS[int(rng.integers(len(OPTIONS)))], backend="cuda")
         judge = Judge(case)
         if not judge.fair:
             continue
@@ -113,7 +114,7 @@ def sweep(dtype, seed, count, record_eta):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_random_losses(dtype, fresh_seed, record_eta):
-    assert len(MARKING) >= 5
+    assert len(OPTIONS) >= 7
     sweep(dtype, 20261129, 40, record_eta)
     sweep(dtype, fresh_seed, 20, record_eta)
 

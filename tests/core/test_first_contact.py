@@ -31,6 +31,8 @@ SPECS = {
     "margin and guide": Spec(Index(), TanhClip(20.0), filters=FILTERS),
     "guide, labels, no tail": Spec(Labels(), stats=("neg_lse", "neg_sum", "neg_count"), filters=("guide",)),
     "several, no tail": Spec(Several(70), stats=("neg_lse", "neg_max")),
+    "prefixes": Spec(Index(), stats=Nce().stats, filters=FILTERS, prefixes=(3, 17, 40)),
+    "prefixes of one tensor, no tail": Spec(Labels(), stats=("neg_lse",), drop_self=True, prefixes=(8, 40)),
 }
 needs_kernels = pytest.mark.skipif(_extension.status()[0] is None, reason="no C++ kernels on this machine")
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fused_nce import _extension, info_nce
+from fused_nce.backends import cuda
 from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.prefixes import Prefixed
 from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Several, Spec, TanhClip
@@ -17,6 +18,16 @@ from fused_nce.core.tails import Nce
 
 N, M, D, WIDTHS, WEIGHTS = 70, 90, 37, (3, 16, 32), (0.5, 1.0, 2.0)
 BACKENDS = [("reference", "16"), ("chunked", "16"), ("chunked", "0.05"), ("cpu", "16"), ("cpu", "0.25")]
+BACKENDS += [("cuda", "16"), ("cuda", "0.06")]  # on a CPU that plays a GPU; of one strip, and of several
+KERNELS = ("cpu", "cuda")
+
+
+@pytest.fixture(autouse=True)
+def _play_a_gpu(monkeypatch):
+    """CPU tensors count as a GPU's."""
+    module = _extension.status()[0]
+    if module is not None:
+        monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k))
 
 
 def operands(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -51,12 +62,12 @@ def targets_of(layout: Any, m: int) -> dict[str, Any]:
 def test_statistics_and_gradients(backend, workspace_mb, monkeypatch):
     """Layouts, a clip, scales of 60 and 90, which needs shifts, one tensor in both roles; float64 to 1e-12."""
     monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", workspace_mb)
-    dtype = torch.float32 if backend == "cpu" else torch.float64
+    dtype = torch.float32 if backend in KERNELS else torch.float64
     layouts: tuple[Any, ...] = (Index(), Block(1), Labels(), Several(3))
     every: tuple[Any, ...] = (layouts, (Identity(), TanhClip(2.0)), (False, True), (1, 20, 30))
     for layout, transform, shared, sharp in itertools.product(*every):
         drop = shared and isinstance(layout, Labels)
-        if backend == "cpu" and isinstance(layout, Several):
+        if backend in KERNELS and isinstance(layout, Several):
             continue
         stats = ("neg_lse", "neg_max", "square")
         spec = Spec(layout, transform, stats, prefixes=WIDTHS, drop_self=drop, unit_norm=sharp > 1)
@@ -77,14 +88,14 @@ def test_statistics_and_gradients(backend, workspace_mb, monkeypatch):
             assert ours.shape == theirs.shape
             if ours.numel():
                 error = (ours.double() - theirs).abs().max() / theirs.abs().max()
-                assert error < (3e-5 if backend == "cpu" else 1e-12), (spec.code, shared, sharp)
+                assert error < (3e-5 if backend in KERNELS else 1e-12), (spec.code, shared, sharp)
 
 
 @pytest.mark.parametrize(("backend", "workspace_mb"), BACKENDS)
 def test_one_sweep(backend, workspace_mb, monkeypatch):
     """The loss, its parts and gradients, each reduction; columns beyond the widest have no gradient."""
     monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", workspace_mb)
-    dtype = torch.float32 if backend == "cpu" else torch.float64
+    dtype = torch.float32 if backend in KERNELS else torch.float64
     rows = targets_of(Index(), M)
     for reduction in ("mean", "sum", "none"):
         tail = Prefixed(0.0, reduction, 1.0, WIDTHS, WEIGHTS)
@@ -105,7 +116,7 @@ def test_one_sweep(backend, workspace_mb, monkeypatch):
             )
             for ours, theirs in pairs:
                 error = (ours.double() - theirs).abs().max() / theirs.abs().max()
-                assert error < (3e-6 if backend == "cpu" else 1e-12)
+                assert error < (3e-6 if backend in KERNELS else 1e-12)
             assert not torch.autograd.grad(upstream, leaves[0], retain_graph=True)[0][:, WIDTHS[-1] :].any()
         assert set(found.report) == {f"{name}_{width}" for name in Nce.REPORT for width in WIDTHS}
         assert found.rows["neg_lse"].shape == (3, N)
@@ -144,7 +155,7 @@ def test_double_backward():
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", *KERNELS])
 def test_what_is_not_finite_shows_and_a_zero_row_does_not_hurt(backend):
     for value in (float("nan"), float("inf")):
         q, k, _ = (x.detach() for x in operands(torch.float32))
@@ -160,7 +171,7 @@ def test_what_is_not_finite_shows_and_a_zero_row_does_not_hurt(backend):
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (zero, k)))
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", *KERNELS])
 @pytest.mark.parametrize("large", [0, 1])
 def test_a_norm_beyond_float32_shows(backend, large):
     """1e20 squared is ∞, and 1 / ∞ would be cosines of 0; also where the other rows keep the products finite."""
@@ -175,7 +186,7 @@ def test_a_norm_beyond_float32_shows(backend, large):
     assert dq[4].isnan().any()
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", *KERNELS])
 def test_of_one_width_it_shows_or_is_no_norm_too_large(backend):
     """The C++ loss finds norms in float64; plain torch, and with it what takes more than one block, cannot."""
     q, k, _ = (x.detach() for x in operands(torch.float32))
@@ -192,21 +203,22 @@ def test_of_one_width_it_shows_or_is_no_norm_too_large(backend):
 
 
 def test_the_memory_is_what_the_formula_says(monkeypatch):
-    """Of the CPU's kernels, whose arena gives no more than the plan counted; and it stays within the limit."""
+    """Of the CPU's kernels, whose arena gives no more than the plan counted; and both stay within the limit."""
     module = _extension.status()[0]
     if module is None:
         pytest.skip("no C++ kernels here")
     for n, m, d, parts in ((1000, 5000, 384, 4), (64, 200_000, 64, 2)):
         for both in (True, False):
             assert 0 < module.prefix_workspace_bytes(n, m, d, 1, parts, both, True, True, True, 16 << 20) <= 16 << 20
+            assert 0 < module.cuda_prefix_bytes(n, m, 1, parts, 2, both, True, 16 << 20) <= 16 << 20
     assert module.prefix_workspace_bytes(1000, 5000, 384, 1, 4, True, True, True, True, 1 << 10) == 0
     monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", "0.001")
     q, k, _ = operands(torch.float32)
     spec = Spec(Block(1), stats=Nce.READS, prefixes=WIDTHS)
-    with pytest.raises(
-        ValueError, match=r"the workspace of 1048 bytes is below that of the smallest plan of 3 prefixes"
-    ):
-        tile_stats(q, k, spec, backend="cpu")
+    message = "the workspace of 1048 bytes is below that of the smallest plan of 3 prefixes"
+    for backend in KERNELS:
+        with pytest.raises(ValueError, match=message):
+            tile_stats(q, k, spec, backend=backend)
 
 
 def test_messages():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_nce.models.encoders.amdim import AMDIMEncoder
-from fused_nce.models.encoders.blocks import Pointwise, ResNxN, RKHSHead
+from fused_nce.models.encoders.blocks import PatchConv2d, ResNxN, RKHSHead
 
 # Parameters without heads, in millions; 194 and 626 are the published sizes of AMDIM small and large. The published
 # counts include the BatchNorms inside the blocks, which amdim-public allocates even where it does not use them.
@@ -78,15 +78,28 @@ def test_head_starts_near_the_identity_then_normalises():
     assert torch.allclose(out.mean((0, 2, 3)), torch.zeros(8), atol=1e-5)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_pointwise_is_a_convolution_in_both_layouts(bias):
-    layer = Pointwise(5, 7, bias=bias)
-    x = torch.randn(3, 5, 4, 4)
-    expected = F.conv2d(x, layer.weight, layer.bias)
-    inner = layer(x.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(inner, expected)
-    torch.testing.assert_close(layer(x), expected)
-    assert inner.is_contiguous(memory_format=torch.channels_last)
+def test_patches_are_a_convolution_in_both_layouts():
+    """Value and gradients: single pixels, patches that meet, with a rest at the edge, the whole map, and overlaps."""
+    for width, stride, height, across in (
+        (1, 1, 4, 4),
+        (2, 2, 6, 4),
+        (2, 2, 5, 7),
+        (3, 1, 3, 3),
+        (3, 2, 7, 5),
+        (3, 1, 3, 4),
+    ):
+        for bias in (False, True):
+            layer = PatchConv2d(5, 7, width, stride, bias=bias).to(memory_format=torch.channels_last)
+            x = torch.randn(3, 5, height, across, requires_grad=True)
+            expected = F.conv2d(x, layer.weight, layer.bias, stride)
+            leaves, towards = (x, *layer.parameters()), torch.randn_like(expected)
+            gradients = torch.autograd.grad(expected, leaves, towards)
+            for layout in (torch.contiguous_format, torch.channels_last):
+                out = layer(x.to(memory_format=layout))
+                torch.testing.assert_close(out, expected)
+                for ours, theirs in zip(torch.autograd.grad(out, leaves, towards), gradients, strict=True):
+                    torch.testing.assert_close(ours, theirs)
+            assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_use_bn_adds_batch_norm_inside_the_blocks():

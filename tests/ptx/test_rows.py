@@ -48,20 +48,18 @@ def launched(library, monkeypatch):
         yield names
 
 
-KINDS = (
-    *("amdim_nce", "clip_loss", "sup_con", "siglip_loss"),
-    *(f"info_nce/{options}" for options in ("margin", "guide, smoothing", "several positives, hard negatives")),
-)
+OPTIONS = ("margin", "guide, smoothing", "several positives, hard negatives", "prefixes")
+KINDS = ("amdim_nce", "clip_loss", "sup_con", "siglip_loss", *(f"info_nce/{each}" for each in OPTIONS))
 
 
 def test_a_loss_of_each_kind(launched, record_eta, monkeypatch):
-    """In one kernel, and by operators; both ways; optional statistics; a bias; marks by scores, guides and numbers."""
+    """In one kernel, by operators; both ways; optional statistics; a bias; marks of each kind; prefixes."""
     for dtype in DTYPES:
         assert hold(KINDS, dtype, "cuda", record_eta) == len(KINDS)
     monkeypatch.setattr(cuda, "whole_loss", None)
     assert hold(("amdim_nce",), "bfloat16", "cuda", record_eta) == 1
     kernels = "mark loss loss_summary summary multiply fold finish weigh fold_columns finish_columns fold_optional "
-    assert set((kernels + "finish_optional").split()) == set(launched)
+    assert set((kernels + "finish_optional cosines weigh_prefix").split()) == set(launched)
 
 
 def test_rows_of_norm_1(launched):
