@@ -89,7 +89,7 @@ def trial(backend: Backend, reference: Backend, small: Problem, device: torch.de
             for tail in fitting or [None]:
                 wanted = _run(exact, reference, tail, needs)
                 pairs = _named(small.spec, _run(there, backend, tail, needs), wanted)
-                for what, found, right in (*pairs, *_plain(there, exact, backend, tail)):
+                for what, found, right in (*pairs, *_plain(there, exact, backend, reference, tail)):
                     if (difference := off(found, right)) > tolerance:
                         return (
                             f"its first test on this card failed: {what} of {small.spec.code} in {_short(small.q)} is "
@@ -222,34 +222,37 @@ def _named(
             yield field, x, right[field]
 
 
-def _plain(there: Problem, exact: Problem, backend: Backend, tail: Tail | None) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _plain(
+    there: Problem, exact: Problem, backend: Backend, reference: Backend, tail: Tail | None
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     """The same of a plain call, where the backend has one function for it: rows as they are and divided by norms."""
-    from fused_nce.core.engine import loss_of
-
-    spec, name = exact.spec, backend.__name__.rpartition(".")[2]  # type: ignore[attr-defined]
-    own = isinstance(spec.layout, Separate)
-    if (
-        backend.whole_loss is None
-        or type(tail) is not tails.Nce
-        or spec.columns
-        or spec.filters
-        or spec.transform == Bias()
-    ):
+    spec, own = exact.spec, isinstance(exact.spec.layout, Separate)
+    if backend.whole_loss is None or tail is None or spec.marked:
         return
-    if not isinstance(spec.layout, Block) and not (own and spec.n_pos == 1 and spec.clip is None):
-        return
-
-    def run(p: Problem, normalize: bool, by: str) -> dict[str, Tensor]:
-        leaves = [x.clone().requires_grad_() for x in ([p.q] if p.shared or own else [p.q, p.k])]
-        keys = None if p.shared else p.k if own else leaves[1]
-        kept = {"own_keys": p.k[: p.n].clone()} if own else {}
-        with torch.enable_grad():
-            out = loss_of(leaves[0], keys, spec, tail, scale=0.9, normalize=normalize, parts=False, backend=by, **kept)
-            return {"loss": out.loss, **dict(zip(("dq", "dk"), torch.autograd.grad(out.loss, leaves), strict=False))}
-
+    keys = [None if p.shared else p.k[: p.n] if own else p.k for p in (there, exact)]
     for normalize in (True,) if own else (False, True):
-        found, wanted = run(there, normalize, name), run(exact, normalize, "reference")
-        yield from ((f"a plain call's {what}", x, wanted[what]) for what, x in found.items())
+        leaves = [x.clone().requires_grad_() for x in (there.q, keys[0]) if x is not None]
+        scored = there.k if own else leaves[1] if len(leaves) > 1 else None
+        given = (leaves[0], scored, None, None, None, leaves[1].detach() if own else None, None, None)
+        with torch.enable_grad():
+            made = backend.whole_loss(spec, tail, given, 0.9, 0, normalize, False, 1, False)
+            if made is None:
+                return
+            found = torch.autograd.grad(made[0], leaves[:1] if own else leaves)
+            roots = [x.clone().requires_grad_() for x in (exact.q, keys[1]) if x is not None]
+            unit = [torch.nn.functional.normalize(x, dim=1) if normalize else x * 1 for x in roots]
+        q, second = (x.detach() for x in (unit[0], unit[-1]))
+        small = exact._replace(q=q, k=exact.k if own else second, scale=0.9)
+        if own:
+            small = small._replace(positives=0.9 * (q * second).sum(dim=1, keepdim=True))
+        known, g = reference.loss(small, tail, Needs(True, not exact.shared and not own, False))
+        (value, *_), wanted = reference.summary([small], [tail], [known], [1]), [g.dq, g.dk]
+        if own:
+            on = reference.slopes(small, tail, known, tail.unit(small.n), 1.0)
+            wanted[0] = wanted[0] + 0.9 * on.d_pos * second
+        yield "a plain call's loss", made[0], value
+        for what, x, root, through, d in zip(("dq", "dk"), found, roots, unit, wanted, strict=False):
+            yield f"a plain call's {what}", x, torch.autograd.grad(through, root, d)[0]
 
 
 def off(found: Tensor, wanted: Tensor) -> float:

@@ -21,6 +21,7 @@ SPECS = {
     "rows of an image": Spec(Block(2, 3), stats=Nce().stats),
     "targets": Spec(Index(), stats=Nce().stats),
     "queue": Spec(Separate(2), stats=Nce().stats, unit_norm=True),
+    "queue, a key a row": Spec(Separate(1), stats=Nce().stats),
     "both ways": Spec(Block(1), stats=Nce().stats, columns=("neg_lse",)),
     "pairs": Spec(Block(1), Bias(), stats=Sigmoid().stats),
     "labels": Spec(Labels(), stats=tuple(dict.fromkeys(LogOut.READS + LogIn.READS))),
