@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def trial(backend, name, dtype, width=40):
 @needs_kernels
 def test_sound_kernels_pass(monkeypatch):
     """By the operators and by plain calls."""
-    module = _extension.status()[0]
+    module: Any = _extension.status()[0]
     monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k))
     failed = {
         (name, dtype): found
@@ -66,7 +67,8 @@ def test_sound_kernels_pass(monkeypatch):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_a_plain_call_is_tried_too(normalize, monkeypatch):
     """The function that serves it has kernels of its own: here its loss is wrong, where rows are divided or not."""
-    module, whole = _extension.status()[0], cuda.whole_loss
+    module: Any = _extension.status()[0]
+    whole: Any = cuda.whole_loss
 
     def spoilt(*arguments):
         found = whole(*arguments)
