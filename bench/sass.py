@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import heapq
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 SPECIAL = "MUFU"  # exponentials and reciprocals: a fraction of the rate of other instructions
+MATRIX = "HGMMA"  # of four warps, asynchronous; the only ones whose clocks are counted
 LINE = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ +)?([A-Z0-9_]+)([^;]*);")
 GUARD = re.compile(r"/\*[0-9a-f]+\*/\s+@")
 TARGET = re.compile(r"`\((\.L_x_\d+)\)")
+SHAPE = re.compile(r"^\.64x(\d+)x(\d+)\S* +R\d+, (R\d+)?")
 
 
 class Turn(NamedTuple):
@@ -21,14 +24,36 @@ class Turn(NamedTuple):
 
     issued: int
     special: int
+    matrix_clocks: float = 0.0  # of the tensor cores, for the matrix instructions of four warps
 
 
 class Block(NamedTuple):
     """Instructions without a branch among them, and the blocks that may follow."""
 
-    issued: int
-    special: int
+    cost: Turn
     follows: tuple[int, ...]
+
+
+def matrix_clocks(operands: str) -> float:
+    """Of `HGMMA` followed by this: 64 × n results of a depth of 32 bytes.
+
+    The tensor cores of a multiprocessor take 4096 FLOP of 16 bits a clock, and read 128 bytes of shared memory.
+    """
+    found = SHAPE.match(operands)
+    if found is None:
+        return 0.0
+    n = int(found[1])
+    return max(n / 2, (n + (0 if found[3] else 64)) * 32 / 128)
+
+
+def shapes(text: str) -> dict[str, int]:
+    """How many matrix instructions of each shape a function has: `64x128x16`, `…r` with an operand in registers."""
+    found: dict[str, int] = {}
+    for line in text.splitlines():
+        if (at := LINE.search(line)) and at[1] == MATRIX and (shape := SHAPE.match(at[2])):
+            name = f"64x{shape[1]}x{shape[2]}{'r' if shape[3] else ''}"
+            found[name] = found.get(name, 0) + 1
+    return found
 
 
 def functions(listing: str) -> dict[str, str]:
@@ -42,7 +67,7 @@ def blocks_of(text: str) -> list[Block]:
 
     A predicated branch may go on; an unconditional one, EXIT and RET may not. Calls are treated as instructions.
     """
-    raw: list[tuple[list[str], str | None, bool]] = [([], None, True)]
+    raw: list[tuple[list[tuple[str, str]], str | None, bool]] = [([], None, True)]
     labels: dict[str, int] = {}
     for line in text.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
@@ -50,29 +75,51 @@ def blocks_of(text: str) -> list[Block]:
                 raw.append(([], None, True))
             labels[label[1]] = len(raw) - 1
         elif found := LINE.search(line):
-            raw[-1][0].append(found[1])
+            raw[-1][0].append((found[1], found[2]))
             if found[1] in ("BRA", "EXIT", "RET"):
                 jump = TARGET.search(found[2]) if found[1] == "BRA" else None
                 raw[-1] = (raw[-1][0], jump[1] if jump else None, bool(GUARD.search(line)))
                 raw.append(([], None, True))
     out = []
-    for index, (names, target, goes_on) in enumerate(raw):
+    for index, (code, target, goes_on) in enumerate(raw):
         follows = [labels[target]] if target in labels else []
         if goes_on and index + 1 < len(raw):
             follows.append(index + 1)
-        out.append(Block(len(names), names.count(SPECIAL), tuple(follows)))
+        names = [name for name, _ in code]
+        clocks = sum(matrix_clocks(operands) for name, operands in code if name == MATRIX)
+        out.append(Block(Turn(len(names), names.count(SPECIAL), clocks), tuple(follows)))
     return out
 
 
-def turns(text: str, least: int) -> list[Turn]:
-    """The loops of a function with `least` or more exponentials a turn, in the order of its text."""
+def turns(text: str, least: int, inner: int = 1) -> list[Turn]:
+    """The loops of a function with `least` or more exponentials a turn, in the order of its text.
+
+    Args:
+        text: of the function.
+        least: exponentials.
+        inner: turns of a loop within such a turn.
+    """
     blocks = blocks_of(text)
     heads = sorted({to for index, block in enumerate(blocks) for to in block.follows if to <= index})
     ways = [way for head in heads if (way := _cheapest(blocks, head, least))]
     # An outer loop's way leads through the inner one's, and the same way has more than one head.
-    inner = {tuple(sorted(way)) for way in ways}
-    alone = [way for way in sorted(inner) if not any(set(other) < set(way) for other in inner)]
-    return [Turn(sum(blocks[i].issued for i in way), sum(blocks[i].special for i in way)) for way in alone]
+    found = {tuple(sorted(way)) for way in ways}
+    alone = [way for way in sorted(found) if not any(set(other) < set(way) for other in found)]
+    return [_sum(blocks, [*way, *(inner - 1) * _within(blocks, way)]) for way in alone]
+
+
+def _sum(blocks: list[Block], way: Iterable[int]) -> Turn:
+    return Turn(*(sum(field) for field in zip(*(blocks[i].cost for i in way), strict=True)))
+
+
+def _within(blocks: list[Block], way: tuple[int, ...]) -> list[int]:
+    """The blocks of a way that a loop within it repeats."""
+    repeated: set[int] = set()
+    for at in way[:-1]:
+        for head in blocks[at].follows:
+            if way[0] < head <= at:
+                repeated |= {i for i in way if head <= i <= at}
+    return sorted(repeated)
 
 
 def _cheapest(blocks: list[Block], head: int, least: int) -> list[int] | None:
@@ -89,6 +136,6 @@ def _cheapest(blocks: list[Block], head: int, least: int) -> list[int] | None:
             continue
         seen.add((at, special))
         for to in blocks[at].follows:
-            more = min(least, special + blocks[at].special)
-            heapq.heappush(queue, (cost + blocks[at].issued, to, more, [*path, at]))
+            more = min(least, special + blocks[at].cost.special)
+            heapq.heappush(queue, (cost + blocks[at].cost.issued, to, more, [*path, at]))
     return None

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.gpu.model import CUBLAS_RATE, CUDA_US, row_ps
+from bench.counted import counted, parts
 from bench.gpu.problems import GLOBAL
 from bench.roofline import ENCODER_RATE, FUSED_WORKSPACE_BYTES, GEMM_FLOP_PER_S, OPTIMIZER_BYTES
 from bench.text import markdown, number
@@ -66,14 +66,15 @@ def encoder() -> Encoder:
 
 
 def score_s(record: dict[str, Any] | None) -> float:
-    """Seconds a score of width `WIDTH`, forward and backward: three GEMMs and a row kernel, or a record's."""
+    """Seconds a score of width `WIDTH`, forward and backward: by what is counted of a call, or a record's."""
     if record is not None:
         found = next((row for row in record["cases"] if row["label"] == GLOBAL.label), None)
         if found is None:
             raise ValueError(f"record: has no case {GLOBAL.label!r}, need one")
         ms = found["rivals"]["ours"][f"{record['clock']}_ms_median"]
         return float(ms) * 1e-3 / GLOBAL.scores
-    return 3 * 2 * WIDTH / (CUBLAS_RATE * GEMM_FLOP_PER_S) + row_ps(GLOBAL.spec, True) * 1e-12
+    found = parts(counted(GLOBAL, "cuda"))
+    return (sum(found) - found.launches) * 1e-3 / GLOBAL.scores
 
 
 class Step(NamedTuple):
@@ -110,7 +111,8 @@ def step(world: int, batch: int, way: str, *, cached: bool, a_score_s: float) ->
     """
     e, others = encoder(), world - 1
     rate = NODE_BYTES_PER_S if world <= NODE else NET_BYTES_PER_S
-    loss_s = SCORES * batch * batch * world * a_score_s + 2 * len(PAIRS) * CUDA_US * 1e-6
+    launches_s = 2 * len(PAIRS) * parts(counted(GLOBAL, "cuda")).launches * 1e-3
+    loss_s = SCORES * batch * batch * world * a_score_s + launches_s
     block = 2 * batch * WIDTH  # bf16 bytes of a location of all a process's images
     if way == "gather":  # keys come once, their gradients are reduced once
         wire = 2 * others * block * 2 * SENT

@@ -16,9 +16,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -29,8 +29,9 @@ from fused_nce.core.problem import Problem
 from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Spec, TanhClip
 from fused_nce.core.tails import LogOut, Nce, Sigmoid
 
+from . import sass
 from .host import ROOT
-from .tables import markdown
+from .text import markdown
 
 TABLE = ROOT / "bench/results/static-triton.json"
 WIDTHS = (*configs.WIDTHS, 1024)
@@ -39,6 +40,7 @@ SHARED_LIMIT_BYTES = {
     "sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536, "gfx90a": 65536,
     **dict.fromkeys(configs.CONSUMER, 101376),
 }  # fmt: skip
+WARPS_A_MULTIPROCESSOR = {**dict.fromkeys(("sm_80", "sm_90", "sm_100"), 64), **dict.fromkeys(configs.CONSUMER, 48)}
 MATRIX = {  # what 16-bit products compile to
     **dict.fromkeys(configs.ARCHITECTURES, "HMMA"),
     "sm_90": "HGMMA", "sm_100": "UTC[A-Z]*MMA", **dict.fromkeys(("gfx942", "gfx90a"), r"v_mfma\w+"),
@@ -119,11 +121,26 @@ class Build:
     spill_instructions: int
     matrix_instructions: int  # of the architecture's own kind
     mufu_per_score: float  # special functions a score and thread, all copies of the loop counted
+    # Of the sm_90 code alone, whose matrix instructions are asynchronous:
+    issued_per_score: float | None = None  # instructions a score and thread of the main loop's cheapest turn
+    matrix_clocks_per_score: float | None = None  # of a multiprocessor's tensor cores
+    shapes: dict[str, int] = field(default_factory=dict)  # matrix instructions of each, `sass.shapes`
+    serialised: int = 0  # ptxas' warnings C75xx: matrix instructions that wait for each other
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What it is, without what became of it."""
         return self.variant, self.architecture, self.dtype, self.width
+
+    @property
+    def resident(self) -> int | None:
+        """Programs that a multiprocessor holds at once; None where nobody knows how many registers it has."""
+        warps = self.tile[4] or 1
+        if self.architecture not in WARPS_A_MULTIPROCESSOR:
+            return None
+        by_registers = 65536 // (-(-32 * self.registers // 256) * 256 * warps)
+        by_shared = (SHARED_LIMIT_BYTES[self.architecture] + 1024) // (self.shared_bytes + 1024)
+        return min(by_registers, by_shared, WARPS_A_MULTIPROCESSOR[self.architecture] // warps)
 
     @property
     def place(self) -> tuple[int, ...]:
@@ -143,13 +160,19 @@ class Build:
             yield f"shared memory: {self.shared_bytes} of {SHARED_LIMIT_BYTES[self.architecture]} bytes"
         if self.dtype != "fp32" and not self.matrix_instructions:
             yield f"no {MATRIX[self.architecture]} instruction"
+        if self.serialised:
+            yield f"{self.serialised} warnings of serialised matrix instructions (C75xx)"
 
     def regressions(self, before: Build) -> Iterator[str]:
         """What became worse."""
-        for name, slack in (("registers", REGISTERS_MAY_GROW_BY), ("shared_bytes", 0), ("mufu_per_score", 0.0)):
+        slack = {"registers": REGISTERS_MAY_GROW_BY, **dict.fromkeys(("shared_bytes", "mufu_per_score"), 0)}
+        slack |= dict.fromkeys(("issued_per_score", "matrix_clocks_per_score"), 0)
+        for name, more in slack.items():
             old, new = getattr(before, name), getattr(self, name)
-            if new > old + slack:
+            if old is not None and (new is None or new > old + more):
                 yield f"{name}: {old} became {new}"
+        if before.resident and (self.resident or 0) < before.resident:
+            yield f"resident: {before.resident} became {self.resident}"
         if self.tile == before.tile and self.matrix_instructions < before.matrix_instructions:
             yield f"matrix_instructions: {before.matrix_instructions} became {self.matrix_instructions}"
 
@@ -186,22 +209,83 @@ def build(variant: str, architecture: str, dtype: torch.dtype, width: int) -> Bu
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes), target=target_of(architecture), options=tile.options
     )
-    amd = architecture.startswith("gfx")
-    registers, stack, spills, code, special = (_of_amd if amd else _of_nvidia)(compiled.asm)
+    return read(compiled, variant, architecture, dtype, width, tile)
+
+
+def read(compiled: Any, variant: str, architecture: str, dtype: torch.dtype, width: int, tile: configs.Tile) -> Build:
+    """What a compiled kernel is."""
+    code = (_of_amd if architecture.startswith("gfx") else _of_nvidia)(compiled.asm)
     scores = tile.x * tile.y / (target_of(architecture).warp_size * tile.warps)
-    return Build(
+    found = Build(
         variant,
         architecture,
         DTYPES[dtype],
         width,
         tuple(tile),
-        registers,
+        code.registers,
         int(compiled.metadata.shared),
-        stack,
-        spills,
-        len(re.findall(rf"\b{MATRIX[architecture]}\b", code)),
-        round(special / scores, 2),
+        code.stack_bytes,
+        code.spills,
+        len(re.findall(rf"\b{MATRIX[architecture]}\b", code.text)),
+        round(code.special / scores, 2),
     )
+    return replace(found, **main_loop(compiled.asm, code, tile, width)) if architecture == "sm_90" else found
+
+
+def main_loop(asm: Any, code: Code, tile: configs.Tile, width: int) -> dict[str, Any]:
+    """What `Build` says of sm_90 code."""
+    threads, scores = 32 * tile.warps, tile.x * tile.y
+    (turn, *more) = sass.turns(code.text, scores // threads, inner=-(-width // tile.chunk))
+    if more:
+        raise ValueError(f"sm_90 code: got {1 + len(more)} loops over scores, need one")
+    return {
+        "issued_per_score": round(turn.issued * threads / scores, 2),
+        "matrix_clocks_per_score": round(turn.matrix_clocks * tile.warps / 4 / scores, 4),
+        "shapes": sass.shapes(code.text),
+        "serialised": serialised(asm["ptx"]),
+    }
+
+
+def serialised(ptx: str) -> int:
+    """ptxas' warnings that it serialises matrix instructions, of the code that Triton hands it."""
+    import triton
+
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx, encoding="utf-8")
+        command: list[str | Path] = [ptxas, "-v", "--gpu-name=sm_90a", source, "-o", Path(folder, "kernel.cubin")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return len(re.findall(r"\(C75\d\d\)", done.stdout + done.stderr))
+
+
+class Card:
+    """A GPU, as far as Triton's compiler asks its driver."""
+
+    def __init__(self, architecture: str) -> None:
+        self.target = target_of(architecture)
+
+    def get_current_device(self) -> int:
+        """The only one."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """The default one."""
+        return 0
+
+    def get_current_target(self) -> Any:
+        """What the kernels are compiled for."""
+        return self.target
+
+
+class Code(NamedTuple):
+    """A kernel's machine code and what its tools say of it."""
+
+    registers: int
+    stack_bytes: int
+    spills: int  # instructions
+    text: str
+    special: int  # instructions of special functions
 
 
 def target_of(architecture: str) -> Any:
@@ -212,8 +296,8 @@ def target_of(architecture: str) -> Any:
     return GPUTarget("cuda", int(number), 32) if brand == "sm" else GPUTarget("hip", architecture, 64)
 
 
-def _of_nvidia(asm: Any) -> tuple[int, int, int, str, int]:
-    """Registers, bytes of stack, spilling instructions, the code, and its special functions, of a cubin."""
+def _of_nvidia(asm: Any) -> Code:
+    """Of a cubin."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -223,15 +307,16 @@ def _of_nvidia(asm: Any) -> tuple[int, int, int, str, int]:
         usage = _output(tools / "cuobjdump", "-res-usage", file.name)
         code = _output(tools / "nvdisasm", "-c", file.name)
     registers, stack = (int(re.findall(rf"{field}:(\d+)", usage)[0]) for field in ("REG", "STACK"))
-    return registers, stack, len(re.findall(r"\b(?:LDL|STL)\b", code)), code, len(re.findall(r"\bMUFU\b", code))
+    spills, special = (len(re.findall(rf"\b(?:{names})\b", code)) for names in ("LDL|STL", "MUFU"))
+    return Code(registers, stack, spills, code, special)
 
 
-def _of_amd(asm: Any) -> tuple[int, int, int, str, int]:
-    """The same of AMD's assembly, whose metadata counts them; scalars that spill lie in vector registers."""
+def _of_amd(asm: Any) -> Code:
+    """Of AMD's assembly, whose metadata counts them; scalars that spill lie in vector registers."""
     code = asm["amdgcn"]
     fields = (".vgpr_count", ".private_segment_fixed_size", ".vgpr_spill_count")
     registers, stack, spills = (int(re.findall(rf"{re.escape(field)}:\s*(\d+)", code)[0]) for field in fields)
-    return registers, stack, spills, code, len(re.findall(r"\bv_(?:exp|log|rcp|rsq|sqrt)_f32", code))
+    return Code(registers, stack, spills, code, len(re.findall(r"\bv_(?:exp|log|rcp|rsq|sqrt)_f32", code)))
 
 
 def _output(*command: str | Path) -> str:
@@ -244,6 +329,12 @@ def committed(version: str) -> list[Build]:
     if record["triton"] != version:
         return []
     return [Build(**{**row, "tile": tuple(row["tile"])}) for row in record["builds"]]
+
+
+def _row(one: Build) -> dict[str, Any]:
+    """Without what is only known of sm_90, elsewhere."""
+    row = asdict(one)
+    return row if one.architecture == "sm_90" else {name: row[name] for name in list(row)[:11]}
 
 
 def judge(found: Sequence[Build]) -> list[str]:
@@ -261,11 +352,13 @@ def judge(found: Sequence[Build]) -> list[str]:
 
 def report(found: Sequence[Build]) -> str:
     """A Markdown table."""
-    header = ["kernel", "for", "dtype", "D", "tile", "registers", "shared KiB", "spills", "matrix", "MUFU/score"]
+    header = ["kernel", "for", "dtype", "D", "tile", "registers", "shared KiB", "spills", "matrix", "resident"]
+    header += ["MUFU/score", "issued/score", "tensor clocks/score", "HGMMA"]
     rows = [
         [one.variant, one.architecture, one.dtype, f"{one.width}", "×".join(map(str, filter(None, one.tile))),
          f"{one.registers}", f"{one.shared_bytes / 1024:.0f}", f"{one.spill_instructions}",
-         f"{one.matrix_instructions}", f"{one.mufu_per_score:.2f}"]
+         f"{one.matrix_instructions}", f"{one.resident or '–'}", f"{one.mufu_per_score:.2f}",
+         f"{one.issued_per_score or '–'}", f"{one.matrix_clocks_per_score or '–'}", ", ".join(one.shapes)]
         for one in found
     ]  # fmt: skip
     return markdown(header, rows)
@@ -294,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         built = {one.key for one in found}
         others = [one for one in committed(triton.__version__) if one.key not in built and one.variant in VARIANTS]
-        rows = [asdict(one) for one in sorted(others + found, key=lambda one: one.place)]
+        rows = [_row(one) for one in sorted(others + found, key=lambda one: one.place)]
         record = {"schema": 1, "triton": triton.__version__, "builds": rows}
         text = json.dumps(record, indent=None, separators=(",", ":")).replace("},{", "},\n{")
         TABLE.write_text(text + "\n", encoding="utf-8")

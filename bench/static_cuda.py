@@ -33,7 +33,7 @@ TYPES = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
 
 
 # Kernels with a loop over scores, and how many scores a turn has: kColumns of rows.h, kRowsAtOnce of columns.h.
-TURNS = {"fold": 8, "fold_optional": 8, "weigh": 8, "weigh_prefix": 8, "loss": 8, "fold_columns": 4}
+TURNS = {"fold": 8, "fold_optional": 8, "weigh": 8, "weigh_prefix": 8, "loss": 8, "loss_summary": 8, "fold_columns": 4}
 
 
 class Kernel(NamedTuple):
@@ -85,8 +85,7 @@ def label(mangled: str) -> str:
     if name is None:
         return mangled
     flags = re.findall(r"Lb([01])E", name[2] or "")
-    lone = "clip" if name[1] == "fold_optional" else "shift"
-    names = (lone,) if len(flags) == 1 else ("clip", "shift")
+    names = ("clip", "totals") if name[1] == "fold_optional" else ("shift",) if len(flags) == 1 else ("clip", "shift")
     words = [name[1], *(word for word, flag in zip(names, flags, strict=False) if flag == "1")]
     extras = ("", "columns", "extras", "marks")[int(name[3] or 0)]
     several = "together" if name[5] not in (None, "1") else ""

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from bench import cases, family_tables, losses, roofline, training
-from bench.gpu import model as gpu_model
+from bench import cases, counted, family_tables, losses, roofline, training
+from bench.gpu import problems as gpu_problems
 from bench.gpu import tables as gpu_tables
 from bench.host import ROOT
 from bench.rivals import RIVALS
@@ -208,8 +208,9 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "cifar10-accuracy": lambda record: training.accuracy_table("cifar10"),
     "fsdd-budget": lambda record: training.budget_table("fsdd"),
     "fsdd-accuracy": lambda record: training.accuracy_table("fsdd"),
-    "gpu-model": lambda record: gpu_model.table(),
-    "gpu-memory": lambda record: gpu_model.memory_table(),
+    "gpu-model": lambda record: counted.table(),
+    "gpu-launches": lambda record: counted.launches_table((*gpu_problems.TABLE, *gpu_problems.SMALL)),
+    "gpu-memory": lambda record: counted.memory_table(),
     "gpu": lambda record: gpu_tables.block(newest_gpu_record()),
 }
 

@@ -289,6 +289,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "cuda_emulate_by", [](uintptr_t make) { cuda::emulate_by(reinterpret_cast<cuda::MakeMachine>(make)); },
       "the address of a function that makes the machine to emulate a GPU by; 0: the package's own again");
+  m.def(
+      "cuda_tally",
+      [](bool begin) {
+        pybind11::dict out;
+        for (const auto& [kernel, c] : cuda::tally(begin))
+          out[py::str(kernel)] = py::make_tuple(c.launches, c.scores, c.flop, c.bytes, c.strip_bytes, c.strip);
+        return out;
+      },
+      "by kernel: launches, scores, FLOP, bytes, bytes of scores, of a strip's; from now on calls are counted, or emulated");
 #endif
   m.def("cuda_prefix_bytes", &cuda_prefix_bytes);
   m.def("cuda_plan", &cuda_plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("positives"),

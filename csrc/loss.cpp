@@ -21,6 +21,9 @@
 #include <memory>
 #include <string>
 
+#ifdef FUSED_NCE_EMULATION
+#include "cuda/whole.h"
+#endif
 #include "results.h"
 #include "served.h"
 #include "unit_rows.h"
@@ -255,26 +258,47 @@ struct Loss : torch::autograd::Function<Loss> {
 
 // ---- what is served ----------------------------------------------------------------------------------------------
 
-// A dense CPU tensor that nothing stands behind: no subclass, transform, lazy sign or tangent. False: something does.
+c10::DispatchKeySet plain_keys(c10::BackendComponent device) {
+  return c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView) | c10::DispatchKeySet(c10::DispatchKey::Dense) |
+         c10::DispatchKeySet(device) | c10::getAutogradRelatedKeySetFromBackend(device) |
+         c10::getAutocastRelatedKeySetFromBackend(device);
+}
+
+// A dense tensor that nothing stands behind: no subclass, transform, lazy sign or tangent. False: something does.
 bool read(py::handle object, Tensor& out) {
   if (object.is_none()) return true;
   if (!THPVariable_CheckExact(object.ptr())) return false;
   out = THPVariable_Unpack(object.ptr());
-  static const c10::DispatchKeySet plain = [] {
-    const c10::InferenceMode off(false);
-    return at::empty({0}).key_set();
-  }();
+  static const c10::DispatchKeySet plain =
+      plain_keys(c10::BackendComponent::CPUBit) | plain_keys(c10::BackendComponent::CUDABit);
   return (out.key_set().raw_repr() & ~plain.raw_repr()) == 0 && !out._fw_grad(0).defined();
+}
+
+// Rows in its own dtype are as it would make them.
+bool autocast_has_a_say(const Tensor& q) {
+  const auto device = q.device().type();
+  return at::autocast::is_autocast_enabled(device) && q.scalar_type() != at::autocast::get_autocast_dtype(device);
 }
 
 // Nothing watches the calls of operators or changes what they do.
 bool watched() {
   return c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::PythonTorchFunctionTLS::stack_len() > 0 ||
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         torch::jit::tracer::isTracing() || at::autocast::is_autocast_enabled(at::kCPU);
+         torch::jit::tracer::isTracing();
 }
 
-variable_list run(const c10::intrusive_ptr<Call>& call, const Given& x) {
+// Empty: this call is not served.
+variable_list run_on_gpu([[maybe_unused]] const c10::intrusive_ptr<Call>& call, [[maybe_unused]] const Given& x) {
+#ifdef FUSED_NCE_EMULATION
+  const py::gil_scoped_release others;
+  if (cuda::serves(*call->form, *call, x)) return cuda::whole_loss(call, x);
+#endif
+  return {};
+}
+
+variable_list run_on_cpu(const c10::intrusive_ptr<Call>& call, const Given& x) {
+  if (!x.q.is_cpu() || call->workspace_bytes == 0 || !sound(*call->form, *call, x) || !fits(*call->form, *call, x))
+    return {};
   const py::gil_scoped_release others;
   if (std::any_of(call->needs.begin(), call->needs.end(), [](bool need) { return need; }))
     return Loss::apply(optional_of(x.q), optional_of(x.k), optional_of(x.scale_tensor), optional_of(x.bias),
@@ -287,28 +311,30 @@ variable_list run(const c10::intrusive_ptr<Call>& call, const Given& x) {
 // (loss, nce, penalty, report by name, pos, rows), or None for what is not served.
 py::object loss(const std::shared_ptr<Form>& form, py::handle q, py::handle k, py::handle scale_tensor, py::handle bias,
                 py::handle positives, py::handle own_keys, py::handle row_ids, py::handle column_ids, double scale,
-                int64_t offset, bool normalize, bool parts, int64_t report_groups) {
+                int64_t offset, bool normalize, bool parts, int64_t report_groups, int64_t gpu_workspace_bytes,
+                bool twins) {
   Given x;
   if (watched() || !read(q, x.q) || !x.q.defined() || !read(k, x.k) || !read(scale_tensor, x.scale_tensor) ||
       !read(bias, x.bias) || !read(positives, x.positives) || !read(own_keys, x.own_keys) ||
-      !read(row_ids, x.row_ids) || !read(column_ids, x.column_ids))
+      !read(row_ids, x.row_ids) || !read(column_ids, x.column_ids) || !x.together() || autocast_has_a_say(x.q))
     return py::none();
   auto call = c10::make_intrusive<Call>();
   call->form = form;
   call->scale = scale;
   call->offset = offset;
   call->report_groups = report_groups;
-  call->workspace_bytes = workspace_limit();
+  call->workspace_bytes = gpu_workspace_bytes ? gpu_workspace_bytes : workspace_limit();
   call->normalize = normalize;
   call->parts = parts;
+  call->twins = twins;
   const bool graph = at::GradMode::is_enabled();
   const auto leaves = x.leaves();
   for (size_t i = 0; i < leaves.size(); ++i) {
     call->needs[i] = graph && leaves[i]->defined() && leaves[i]->requires_grad();
     call->dtypes[i] = leaves[i]->defined() ? leaves[i]->scalar_type() : at::kFloat;
   }
-  if (call->workspace_bytes == 0 || !sound(*form, *call, x) || !fits(*form, *call, x)) return py::none();
-  const variable_list found = run(call, x);
+  const auto found = gpu_workspace_bytes ? run_on_gpu(call, x) : run_on_cpu(call, x);
+  if (found.empty()) return py::none();
   py::dict report;
   const Tensor& numbers = found[3];
   const auto count = static_cast<int64_t>(form->report.size());
@@ -324,7 +350,7 @@ py::object loss(const std::shared_ptr<Form>& form, py::handle q, py::handle k, p
 std::shared_ptr<Form> form_of(const std::string& layout, int64_t n_c, int64_t rows_per_image, int64_t positives,
                               bool drop_self, bool biased, double clip, std::vector<int64_t> rows,
                               std::vector<int64_t> columns, const std::string& tail, double penalty, double weight,
-                              const std::string& reduction, std::vector<std::string> report) {
+                              const std::string& reduction, std::vector<std::string> report, const std::string& code) {
   const auto place = [](const std::string& name, std::initializer_list<const char*> names) {
     const auto found = std::find(names.begin(), names.end(), name);
     TORCH_CHECK_VALUE(found != names.end(), "got ", name, ", needed: one of ",
@@ -344,7 +370,8 @@ std::shared_ptr<Form> form_of(const std::string& layout, int64_t n_c, int64_t ro
                                           clip,
                                           {std::move(rows), std::move(columns)},
                                           {tail_named(tail), penalty, weight, reduced},
-                                          std::move(report)});
+                                          std::move(report),
+                                          code});
   TORCH_CHECK_VALUE(static_cast<int64_t>(form->report.size()) == numbers_reported(form->tail.name), "report has ",
                     form->report.size(), " names, needed: ", numbers_reported(form->tail.name));
   return form;
@@ -389,8 +416,12 @@ void bind_loss(py::module_& m) {
       .def(py::init(&form_of), py::kw_only(), py::arg("layout"), py::arg("n_c"), py::arg("rows_per_image"),
            py::arg("positives"), py::arg("drop_self"), py::arg("biased"), py::arg("clip"), py::arg("rows"),
            py::arg("columns"), py::arg("tail"), py::arg("penalty"), py::arg("weight"), py::arg("reduction"),
-           py::arg("report"));
-  m.def("loss", &loss, "A loss as one differentiable function, or None for a call that it does not serve");
+           py::arg("report"), py::arg("code"));
+  m.def("loss", &loss, py::arg("form"), py::arg("q"), py::arg("k"), py::arg("scale_tensor"), py::arg("bias"),
+        py::arg("positives"), py::arg("own_keys"), py::arg("row_ids"), py::arg("column_ids"), py::arg("scale"),
+        py::arg("offset"), py::arg("normalize"), py::arg("parts"), py::arg("report_groups"),
+        py::arg("gpu_workspace_bytes") = 0, py::arg("twins") = false,
+        "A loss as one differentiable function, or None for a call that it does not serve");
   m.def("summary", &summary, "(loss, nce, penalty, report) of a problem's statistics");
   m.def("slopes", &slopes, "dL/d statistic from dL/d element and dL/d penalty");
 }

@@ -1,6 +1,7 @@
 // What one function serves of a loss' calls, and what it is told.
 #pragma once
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <torch/custom_class.h>
 
@@ -27,6 +28,7 @@ struct Form {
   Wanted wanted;
   TailOf tail;
   std::vector<std::string> report;  // the names of its numbers
+  std::string code;                 // of the spec
 };
 
 // What a call is told beside tensors.
@@ -35,6 +37,7 @@ struct Call : torch::CustomClassHolder {
   double scale;
   int64_t offset, report_groups, workspace_bytes;
   bool normalize, parts;
+  bool twins = false;         // k is the second view of q's rows, and both are one tensor in both roles
   std::array<bool, 5> needs;  // of q, k, scale_tensor, bias, positives
   std::array<at::ScalarType, 5> dtypes;
 };
@@ -45,6 +48,13 @@ struct Given {
 
   const at::Tensor& keys() const { return k.defined() ? k : q; }
   std::array<const at::Tensor*, 5> leaves() const { return {&q, &k, &scale_tensor, &bias, &positives}; }
+
+  // Whether all are on one device.
+  bool together() const {
+    const auto there = [&](const at::Tensor* x) { return !x->defined() || x->device() == q.device(); };
+    return there(&k) && there(&scale_tensor) && there(&bias) && there(&positives) && there(&own_keys) &&
+           there(&row_ids) && there(&column_ids);
+  }
 };
 
 // Whether rows are divided by their norms strip by strip and tile by tile, which is worth it where unit rows of all

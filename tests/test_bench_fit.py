@@ -1,15 +1,19 @@
-"""The cost model's table, fitted to a record of a made-up card."""
+"""The rule that chooses a backend on a GPU: one, fitted to counts now and to a card's record later."""
 
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from bench.gpu import fit, problems, verdict
-from fused_nce.core import cost
+from bench import counted, fit
+from bench.gpu import problems, verdict
+from fused_nce.core import cost, dispatch
 from fused_nce.core.cost import Call, Cost
+from fused_nce.core.spec import Block, Spec
 from tests.test_bench_gpu import made_up, record_of
 
 TRUTH = {
@@ -22,44 +26,74 @@ def made_by(truth):
     """A record of AMDIM's problems with the times that these costs give."""
     rows = []
     for p in (*problems.TABLE, *problems.CROSSOVER, *problems.LARGER):
-        if p.loss == problems.SWEPT_LOSS:
+        if p.loss == "amdim_nce":
             ms = {name: 1e-3 * one.time_us(p.call.gemms(name), p.n, p.m, p.d) for (name, _), one in truth.items()}
             rows.append(made_up(p.label, ms["cuda"], 1.0, 1.0, 0.01, backends={"triton": ms["triton"]}))
-    record = record_of(*rows)
-    return record | {"cost_times": verdict.cost_times(record)}
+    return record_of(*rows)
 
 
-def test_refit_finds_the_costs_of_a_record_and_keeps_the_others():
-    costs = fit.refit(made_by(TRUTH))
+def times_of(record):
+    return verdict.cost_times(record["cases"], record["clock"])
+
+
+def test_a_fit_finds_the_costs_of_a_record():
+    costs = cost.fit(times_of(made_by(TRUTH)))
+    assert costs.keys() == TRUTH.keys()
     for key, one in TRUTH.items():
         assert costs[key].launch_us == pytest.approx(one.launch_us, abs=0.1)
         assert costs[key].gemm_ps == pytest.approx(one.gemm_ps, rel=0.01)
-    assert {key: costs[key] for key in costs if key not in TRUTH} == {
-        key: one for key, one in cost.table().items() if key not in TRUTH
-    }
 
 
-def test_refit_moves_the_choice(tmp_path, monkeypatch, capsys):
-    """Written, the table decides: at D = 192 the shipped one takes `cuda`, the made-up card is faster on `triton`."""
+def test_the_shipped_table_is_what_the_counts_say():
+    """Until a record of a card takes their place; and it takes the faster one at every shape that was counted."""
+    text = json.loads(cost.PATH.read_text(encoding="utf-8"))["source"]
+    assert text == f"fitted to counts, no measurement: {counted.assumptions()}"
+    found = cost.fit(counted.cost_times())
+    assert found.keys() == cost.table().keys()
+    for key, one in found.items():
+        shipped = cost.table()[key]
+        assert shipped.launch_us == pytest.approx(one.launch_us, abs=0.01)
+        assert shipped.gemm_ps == pytest.approx(one.gemm_ps, abs=1e-4)
+    assert fit.wrong_choices(counted.cost_times(), cost.table()) == []
+
+
+def test_one_rule_chooses(monkeypatch):
+    """The dispatcher, the documents and the fit's report all follow `cost.fastest_first`."""
+    x: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"), shape=(8, 4), dtype=torch.bfloat16)
+    monkeypatch.setattr(dispatch, "why_not", lambda *_: None)
+    rows = times_of(made_by(TRUTH))
+    for order in (["cuda", "triton"], ["triton", "cuda"]):
+        monkeypatch.setattr(cost, "fastest_first", lambda *_, order=order: order)
+        assert dispatch.choose(Spec(Block(1)), x, None, "")[0] == order[0]
+        assert {counted.choice(p) for p in problems.TABLE} == {order[0]}
+        assert all(f": {order[0]} takes" in line for line in fit.wrong_choices(rows, TRUTH))
+        assert fit.crossover(Call(), TRUTH) == (fit.WIDTHS[0] if order[0] == "cuda" else None)
+
+
+def test_a_record_moves_the_choice(tmp_path, monkeypatch, capsys):
+    """Written, the table decides; an element size that the record has no times of keeps its costs."""
     path, shipped = tmp_path / "gpu-card.json", cost.PATH
-    path.write_text(json.dumps(made_by(TRUTH)), encoding="utf-8")
-    monkeypatch.setattr(cost, "PATH", tmp_path / "cost.json")
-    (tmp_path / "cost.json").write_bytes(shipped.read_bytes())
-    before = cost.fastest_first(Call(), 32768, 32768, 192, torch.bfloat16)
-    assert fit.main([str(path), "--write"]) == 0
-    after = cost.fastest_first(Call(), 32768, 32768, 192, torch.bfloat16)
-    assert (before[0], after[0]) == ("cuda", "triton")
-    out = capsys.readouterr().out
-    assert "| both gradients |" in out
-    assert "The fastest everywhere." in out
-    assert "fitted to gpu-card.json: a card, commit 0000000" in (tmp_path / "cost.json").read_text()
+    faster = {name: Cost(one.launch_us, {d: ps / 100 for d, ps in one.gemm_ps.items()}) for name, one in TRUTH.items()}
+    for winner in ("cuda", "triton"):
+        record = made_by(TRUTH | {(winner, 2): faster[winner, 2]})
+        path.write_text(json.dumps(record), encoding="utf-8")
+        monkeypatch.setattr(cost, "PATH", tmp_path / f"{winner}.json")
+        cost.PATH.write_bytes(shipped.read_bytes())
+        wide = cost.table()["cuda", 4]
+        assert fit.main([str(path), "--write"]) == 0
+        assert cost.fastest_first(Call(), 32768, 32768, 192, torch.bfloat16)[0] == winner
+        assert cost.table()["cuda", 4] == wide
+        out = capsys.readouterr().out
+        assert "| both gradients |" in out
+        assert "The fastest everywhere." in out
+        assert "fitted to gpu-card.json: a card, commit 0000000" in cost.PATH.read_text()
 
 
-def test_a_fit_names_what_it_gets_wrong():
-    record = made_by(TRUTH)
-    rows = fit.measured_in(record)
+def test_a_fit_names_what_it_gets_wrong(tmp_path):
+    rows = times_of(made_by(TRUTH))
     assert fit.wrong_choices(rows, TRUTH) == []
     lying = {("cuda", 2): TRUTH["triton", 2], ("triton", 2): TRUTH["cuda", 2]}
     assert any("takes" in line for line in fit.wrong_choices(rows, lying))
-    with pytest.raises(ValueError, match=r"^record: got one without cost_times"):
-        fit.measured_in(record | {"cost_times": []})
+    (tmp_path / "none.json").write_text(json.dumps(record_of()))
+    with pytest.raises(SystemExit):
+        fit.main([str(tmp_path / "none.json")])

@@ -42,6 +42,7 @@ def test_a_wrong_kernel_is_named(monkeypatch, capsys):
         return found, out._replace(dk=None if out.dk is None else out.dk * 1.2)
 
     monkeypatch.setattr(cuda, "loss", spoilt)
+    monkeypatch.setattr(cuda, "whole_loss", None)  # which does not call it
     assert card.shown(CPU, ("cuda",), (24,)) == 1
     printed = capsys.readouterr().out
     assert "  WRONG  amdim_nce, width 24: the gradient of consequents is off by 0.2 of the largest" in printed

@@ -9,7 +9,7 @@ from bench import measure
 from bench.gpu import rivals
 from bench.gpu.machine import Machine
 from bench.gpu.problems import Problem
-from bench.gpu.rivals import DTYPE, Inputs, Loss, Rotation
+from bench.gpu.rivals import DTYPE, Inputs, Loss, rotation
 from fused_nce.bench.formulas import FORMULAS
 from fused_nce.bench.timers import Call, Timer
 
@@ -17,6 +17,7 @@ WARMUPS = 5
 # Beyond, a call's launches are nothing beside its work: a graph would only hold memory, and ten wall times say enough.
 LAUNCHES_COUNT_SCORES = 1 << 25
 FEW_ROUNDS = 10
+SIZES = ("loss", "label", "role", "n", "m", "d", "n_c", "steps")
 
 
 def collect(problem: Problem, machine: Machine, rounds: int, compiled: bool) -> dict[str, Any]:
@@ -43,14 +44,7 @@ def collect(problem: Problem, machine: Machine, rounds: int, compiled: bool) -> 
     backends = {chosen if name == "ours" else name: row for name, row in found.items() if name not in rivals.NAIVE}
     key = f"{machine.clock}_ms_median"
     return {
-        "loss": problem.loss,
-        "label": problem.label,
-        "role": problem.role,
-        "n": problem.n,
-        "m": problem.m,
-        "d": problem.d,
-        "n_c": problem.n_c,
-        "steps": problem.steps,
+        **{name: getattr(problem, name) for name in SIZES},
         "dtype": str(DTYPE).removeprefix("torch."),
         "flop": problem.flop,
         "gemms": list(problem.gemms),
@@ -70,48 +64,37 @@ def collect(problem: Problem, machine: Machine, rounds: int, compiled: bool) -> 
 def _times(
     problem: Problem, machine: Machine, able: dict[str, Loss], sets: list[Inputs], rounds: int
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
-    """Each contender's medians and spreads on each clock, and the bound's."""
-    each: dict[str, list[Call]] = {
-        name: [partial(rivals.step, loss, inputs) for inputs in sets] for name, loss in able.items()
-    }
-    calls: dict[Any, Call] = {name: Rotation(steps) for name, steps in each.items()}
+    """Each contender's medians and spreads on each clock, and the bound's.
+
+    Small ones as replays of CUDA graphs too, one graph a set of inputs: `graph_ms_…`, or why there is none.
+    """
+    each: dict[str, list[Call]] = {name: [partial(rivals.step, loss, x) for x in sets] for name, loss in able.items()}
+    calls: dict[Any, Call] = {name: rotation(steps) for name, steps in each.items()}
     gemms = rivals.gemm_calls(problem, machine, len(sets))
     found: dict[str, dict[str, Any]] = {name: {} for name in able}
-    floor = None
+    small = problem.scores <= LAUNCHES_COUNT_SCORES
     with measure.without_gc():
-        for clock, timer in machine.timers.items():
-            main = clock == machine.clock
-            enough = rounds if main or problem.scores <= LAUNCHES_COUNT_SCORES else min(rounds, FEW_ROUNDS)
-            times = _rounds({**calls, **(gemms if main else {})}, enough, timer)
+        main = _rounds({**calls, **gemms}, rounds, machine.timers[machine.clock])
+        for name in able:
+            found[name] |= measure.summary(main[name], problem.flop, machine.clock)
+        for clock in machine.timers.keys() - {machine.clock}:
+            times = _rounds(calls, rounds if small else min(rounds, FEW_ROUNDS), machine.timers[clock])
             for name in able:
-                parts = times[name], problem.flop, clock
-                found[name] |= measure.summary(*parts) if main else measure.spread(times[name], clock)
-            if gemms and main:
-                scaled = {key: [problem.steps * ms for ms in times[key]] for key in gemms}
-                floor = measure.bound_summary(scaled, problem.flop, clock)
-        if problem.scores <= LAUNCHES_COUNT_SCORES:
-            _graph_times(machine, each, rounds, found)
-    return found, floor
-
-
-def _graph_times(machine: Machine, each: dict[str, list[Call]], rounds: int, found: dict[str, dict[str, Any]]) -> None:
-    """The same calls as replays of CUDA graphs, one graph a set of inputs; adds `graph_ms_…`, or why there is none."""
-    replays: dict[Any, Call] = {}
-    for name, steps in each.items():
-        graphs, reason = rivals.failure(lambda steps=steps: [machine.capture(step) for step in steps])  # type: ignore[misc]
-        if reason:
-            found[name]["graph_refused"] = reason
-        elif graphs[0] is not None:
-            replays[name] = Rotation(graphs)
-    if replays:
-        for name, times in _rounds(replays, rounds, machine.timers[machine.clock]).items():
-            found[name] |= measure.spread(times, "graph")
+                found[name] |= measure.spread(times[name], clock)
+        replays: dict[Any, Call] = {}
+        for name, steps in each.items() if small else ():
+            graphs, reason = rivals.failure(lambda steps=steps: [machine.capture(step) for step in steps])  # type: ignore[misc]
+            if reason:
+                found[name]["graph_refused"] = reason
+            elif graphs[0] is not None:
+                replays[name] = rotation(graphs)
+        for name, ms in _rounds(replays, rounds, machine.timers[machine.clock]).items():
+            found[name] |= measure.spread(ms, "graph")
+    scaled = {key: [problem.steps * ms for ms in main[key]] for key in gemms}
+    return found, measure.bound_summary(scaled, problem.flop, machine.clock) if gemms else None
 
 
 def _rounds(calls: dict[Any, Call], rounds: int, timer: Timer) -> dict[Any, list[float]]:
-    measure.interleave(calls, WARMUPS, _nothing, timer)
-    return measure.interleave(calls, rounds, _nothing, timer)
-
-
-def _nothing() -> None:
     """Gradients are results here, so there is none to drop between two calls."""
+    measure.interleave(calls, WARMUPS, lambda: None, timer)
+    return measure.interleave(calls, rounds, lambda: None, timer)

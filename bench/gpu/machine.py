@@ -35,6 +35,7 @@ class Machine:
     clock = "wall"  # the clock of targets and ratios; its name is in the JSON's keys
     cache_bytes = 32 << 20
     compiler = "aot_eager"  # the runner is being tried, not inductor
+    gemm_size = 256  # of the GEMM whose rate no kernel beats
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)
@@ -62,10 +63,10 @@ class Machine:
         return size_bytes < 1 << 30
 
     def rates(self) -> dict[str, float]:
-        """The rates that no kernel beats: bf16 GEMM and copy."""
-        size = 256
+        """The rates that no kernel beats. Random data: on zeros a GEMM runs faster than it ever will."""
+        size = self.gemm_size
         a, b = (self.draw(seed, torch.bfloat16)(size, size) for seed in (0, 1))
-        return {"gemm_tflop_per_s": 2 * size**3 / self._median_ms(lambda: a @ b) / 1e9}
+        return {"gemm_tflop_per_s": round(2 * size**3 / self._median_ms(lambda: a @ b) / 1e9, 4)}
 
     def facts(self) -> dict[str, Any]:
         """What a figure belongs to, units in the keys."""
@@ -82,10 +83,10 @@ class Machine:
         torch._dynamo.reset()
         gc.collect()
 
-    def _median_ms(self, call: Call, runs: int = 10) -> float:
+    def _median_ms(self, call: Call) -> float:
         for _ in range(3):
             self.timers[self.clock](call)
-        return statistics.median(self.timers[self.clock](call) for _ in range(runs))
+        return statistics.median(self.timers[self.clock](call) for _ in range(30))
 
 
 class Gpu(Machine):
@@ -93,6 +94,7 @@ class Gpu(Machine):
 
     clock = "device"
     compiler = "inductor"
+    gemm_size = 8192
 
     def __init__(self, device: str = "cuda") -> None:
         super().__init__(device)
@@ -140,17 +142,11 @@ class Gpu(Machine):
         return size_bytes < (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) // 2
 
     def rates(self) -> dict[str, float]:
-        """Random data: on zeros a GEMM runs faster than it ever will."""
-        size = 8192
-        a, b = (self.draw(seed, torch.bfloat16)(size, size) for seed in (0, 1))
-        gemm_ms = self._median_ms(lambda: a @ b, runs=30)
+        """Those of a GEMM and of a copy."""
         source = torch.empty(1 << 30, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
-        copy_ms = self._median_ms(lambda: target.copy_(source), runs=30)
-        return {
-            "gemm_tflop_per_s": round(2 * size**3 / gemm_ms / 1e9, 1),
-            "copy_tb_per_s": round(2 * source.numel() / copy_ms / 1e9, 3),
-        }
+        copied = 2 * source.numel() / self._median_ms(lambda: target.copy_(source)) / 1e9
+        return super().rates() | {"copy_tb_per_s": round(copied, 3)}
 
     def facts(self) -> dict[str, Any]:
         """Card, driver and clocks as `nvidia-smi` tells them."""
@@ -166,12 +162,13 @@ class Gpu(Machine):
 
     def clocks(self) -> dict[str, Any]:
         """Now; empty where `nvidia-smi` is not there."""
-        command = ["nvidia-smi", f"--query-gpu=uuid,{','.join(SMI_FIELDS.values())}", "--format=csv,noheader,nounits"]
+        fields = f"--query-gpu={','.join(SMI_FIELDS.values())}"
+        command = ["nvidia-smi", f"--id=GPU-{self.properties.uuid}", fields, "--format=csv,noheader,nounits"]
         try:
             text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
         except (OSError, subprocess.SubprocessError):
             return {}
-        return parse_smi(text, str(self.properties.uuid))
+        return parse_smi(text)
 
     def clean(self) -> None:
         """The allocator gives back what it holds too."""
@@ -192,15 +189,8 @@ def machine(device: str) -> Machine:
     return Gpu(device)
 
 
-def parse_smi(text: str, uuid: str) -> dict[str, float | str]:
-    """`nvidia-smi`'s CSV line of one card, under our keys; of the first card where none has the UUID."""
-    lines = [[field.strip() for field in line.split(",")] for line in text.strip().splitlines()]
-    mine = [line for line in lines if line[0].removeprefix("GPU-") == uuid.removeprefix("GPU-")] or lines
-    return {key: _number(value) for key, value in zip(SMI_FIELDS, mine[0][1:], strict=False)} if mine else {}
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:  # "[N/A]", and the driver's version
-        return text
+def parse_smi(text: str) -> dict[str, float | str]:
+    """`nvidia-smi`'s CSV line under our keys; as text what is no number: "[N/A]", and the driver's version."""
+    values = [value.strip() for value in text.split(",")]
+    pairs = zip(SMI_FIELDS, values, strict=False)
+    return {key: float(x) if re.fullmatch(r"[\d.]+", x) and x.count(".") < 2 else x for key, x in pairs if x}

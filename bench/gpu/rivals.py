@@ -28,15 +28,10 @@ Inputs = tuple[Tensor, ...]
 Loss = Callable[..., Tensor]
 
 
-class Rotation:
+def rotation(calls: Sequence[Call]) -> Call:
     """A call that takes the next set of inputs each time, so that none is in the cache from the call before."""
-
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self._next = itertools.cycle(calls)
-
-    def __call__(self) -> Any:
-        """The next one's result."""
-        return next(self._next)()
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
 
 
 def step(loss: Loss, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -51,13 +46,14 @@ def losses(problem: Problem, machine: Machine, compiled: bool) -> dict[str, Loss
     found: dict[str, Loss] = {"naive": formula.naive}
     if compiled:
         found["compile"] = torch.compile(formula.naive, dynamic=False, fullgraph=True, backend=machine.compiler)
-    for name in ("ours", *(name for name in dispatch.BACKENDS if name != "reference")):
-        found[name] = partial(_ours, formula.ours, None if name == "ours" else name)
+    for name in (None, *(name for name in dispatch.BACKENDS if name != "reference")):
+        found[name or "ours"] = with_backend(formula.ours, name)
     return found
 
 
-def _ours(loss: Loss, backend: str | None, *inputs: Tensor) -> Tensor:
-    return loss(*inputs, backend)
+def with_backend(loss: Loss, backend: str | None) -> Loss:
+    """One of ours, as a loss of its tensors alone."""
+    return lambda *inputs: loss(*inputs, backend)
 
 
 def failure(call: Call) -> tuple[Any, str]:
@@ -84,13 +80,12 @@ def agreeing(
     expected: dict[str, Tensor] | None = None
     chosen = ""
     for name, loss in contenders.items():
-        result, reason = failure(partial(step, loss, inputs))
-        if name == "ours" and not reason:
-            path = last_path()
-            chosen = path.backend if path else ""
         if name == chosen:
             continue  # it is `ours`
+        result, reason = failure(partial(step, loss, inputs))
         if not reason:
+            path = last_path()
+            chosen = path.backend if name == "ours" and path else chosen
             # A scalar leaf's gradient is a sum that cancels: it says little about who is right.
             found = {f"output {i}": x for i, x in enumerate(result) if i == 0 or x.dim()}
             expected = found if expected is None else expected
@@ -133,15 +128,14 @@ def gemm_calls(problem: Problem, machine: Machine, sets: int) -> dict[tuple[str,
     }
     calls: dict[tuple[str, str], Call] = {}
     for gemm in problem.gemms:
-        kinds = {"float32": torch.float32, "bfloat16": None}
-        if gemm.startswith("scores"):
-            del kinds["bfloat16"]
-        for kind, out in kinds.items():
-            call = Rotation([partial(_mm, *products[gemm](*each), out) for each in operands])
-            if not failure(call)[1]:
-                calls[gemm, kind] = call
-        if not any(found == gemm for found, _ in calls):  # this torch or device has no float32 result of bf16 operands
-            calls[gemm, "bfloat16"] = Rotation([partial(_mm, *products[gemm](*each), None) for each in operands])
+        kinds = {"float32": torch.float32} | ({} if gemm.startswith("scores") else {"bfloat16": None})
+        every = {
+            kind: rotation([partial(_mm, *products[gemm](*x), out) for x in operands]) for kind, out in kinds.items()
+        }
+        able = {kind: call for kind, call in every.items() if not failure(call)[1]}
+        if not able:  # this torch or device has no float32 result of bf16 operands
+            able = {"bfloat16": rotation([partial(_mm, *products[gemm](*x), None) for x in operands])}
+        calls |= {(gemm, kind): call for kind, call in able.items()}
     return calls
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from bench.gpu.rivals import LABELS
@@ -20,11 +19,16 @@ NONE_YET = (
 def card_line(record: Record) -> str:
     """The card, the versions and the commit in one sentence."""
     card, code, versions = record["card"], record["code"], record["versions"]
-    parts = [card["name"]]
-    parts += [f"driver {card['driver']}"] if "driver" in card else []
-    parts += [f"{card['sm_clock_mhz']:.0f} MHz"] if isinstance(card.get("sm_clock_mhz"), float) else []
-    parts += [f"GEMM {card['gemm_tflop_per_s']:.3g} TFLOP/s"]
-    parts += [f"copy {card['copy_tb_per_s']:.3g} TB/s"] if "copy_tb_per_s" in card else []
+    facts = {
+        "driver": "driver {}",
+        "sm_clock_mhz": "{:.0f} MHz",
+        "gemm_tflop_per_s": "GEMM {:.3g} TFLOP/s",
+        "copy_tb_per_s": "copy {:.3g} TB/s",
+    }
+    known = {
+        name: text for name, text in facts.items() if isinstance(card.get(name), float) or name == "driver" in card
+    }
+    parts = [card["name"], *(text.format(card[name]) for name, text in known.items())]
     parts += [f"torch {versions['torch']}", f"Triton {versions['triton']}", f"kernels: {versions['kernels']}"]
     dirty = " with local changes" if code["dirty"] else ""
     return f"{', '.join(parts)}; commit {code['commit'][:7]}{dirty}, {record['date_utc'][:10]}."
@@ -40,17 +44,8 @@ def main_table(record: Record) -> str:
         ratio = [None if ours is None or other is None else other / ours for other in others]
         share = None if ratio[2] is None else 100 * ratio[2]
         peaks = [row["rivals"].get(name, {}).get("peak_memory_mb") for name in ("ours", "naive", "compile")]
-        rows.append(
-            [
-                row["label"],
-                f"{number(ours)} ({row['ours_backend'] or 'none'})",
-                *(number(ms) for ms in others),
-                number(floor_ms(record, row)),
-                *(number(value) for value in ratio[:2]),
-                number(share),
-                *(number(peak) for peak in peaks),
-            ]
-        )
+        figures = [*others, floor_ms(record, row), *ratio[:2], share, *peaks]
+        rows.append([row["label"], f"{number(ours)} ({row['ours_backend'] or 'none'})", *map(number, figures)])
     header = [
         f"loss and gradients, bf16; {clock} time in ms",
         "fused_nce (backend)", "eager", "compile", "least GEMMs, here", "at the card's rate",
@@ -61,38 +56,34 @@ def main_table(record: Record) -> str:
 
 def clocks_table(record: Record) -> str:
     """What else a user may wait for: eager wall time, and the device time of a replayed graph."""
-    rows = []
-    for row in record["cases"]:
-        line = [row["label"]]
-        for name in LABELS:
-            line += [_spread(row, name, clock) for clock in ("device", "wall", "graph")]
-        rows.append(line)
-    header = ["ms, median ± half the interquartile range"]
-    header += [f"{label}: {clock}" for label in LABELS.values() for clock in ("device", "wall", "graph")]
+
+    def spread(row: Record, name: str, clock: str) -> str:
+        found = row["rivals"].get(name, {})
+        if f"{clock}_ms_median" not in found:
+            return "–"
+        return f"{number(found[f'{clock}_ms_median'])} ± {number(found[f'{clock}_ms_iqr'] / 2, 2)}"
+
+    every = [(name, label, clock) for name, label in LABELS.items() for clock in ("device", "wall", "graph")]
+    rows = [[row["label"], *(spread(row, name, clock) for name, _, clock in every)] for row in record["cases"]]
+    header = ["ms, median ± half the interquartile range", *(f"{label}: {clock}" for _, label, clock in every)]
     return markdown(header, rows)
-
-
-def _spread(row: Record, name: str, clock: str) -> str:
-    found = row["rivals"].get(name, {})
-    if f"{clock}_ms_median" not in found:
-        return "–"
-    return f"{number(found[f'{clock}_ms_median'])} ± {number(found[f'{clock}_ms_iqr'] / 2, 2)}"
 
 
 def targets_table(record: Record) -> str:
     """Each target with its value, pass or miss, and the reasons for the misses."""
-    judged = [(row["label"], {cell.name: cell for cell in cells(record, row)}) for row in record["cases"]]
-    judged = [(label, found) for label, found in judged if found]
+    judged = [(row["label"], found) for row in record["cases"] if (found := cells(record, row))]
     if not judged:
         return "None of the problems with targets was measured."
-    names = list(dict.fromkeys(name for _, found in judged for name in found))
-    rows = [[label, *(_verdict(found[name]) if name in found else "" for name in names)] for label, found in judged]
-    missed = [(label, cell) for label, found in judged for cell in found.values() if not cell.passed]
-    total = sum(len(found) for _, found in judged)
+    names = list(dict.fromkeys(cell.name for _, found in judged for cell in found))
+    every = [(label, cell) for label, found in judged for cell in found]
+    rows = [
+        [label, *(next((_verdict(cell) for cell in found if cell.name == name), "") for name in names)]
+        for label, found in judged
+    ]
+    missed = [(label, cell) for label, cell in every if not cell.passed]
     reasons = [f"- {label}, {cell.name} {number(cell.value)} ({cell.target}): {cell.why}." for label, cell in missed]
-    return "\n".join(
-        [markdown(["target", *names], rows), "", f"{total - len(missed)} of {total} targets met.", *reasons]
-    )
+    met = f"{len(every) - len(missed)} of {len(every)} targets met."
+    return "\n".join([markdown(["target", *names], rows), "", met, *reasons])
 
 
 def _verdict(cell: Cell) -> str:
@@ -106,21 +97,21 @@ def backends_table(record: Record) -> str:
     names = list(dict.fromkeys(name for times in found for name in times))
     rows = []
     for row, times in zip(record["cases"], found, strict=True):
-        fastest = row["fastest_backend"]
+        fastest, chosen = row["fastest_backend"], row["ours_backend"]
         marked = [f"**{number(times[n])}**" if n == fastest else number(times.get(n)) for n in names]
-        rows.append(
-            [row["label"], *marked, row["ours_backend"] or "none", "✓" if fastest == row["ours_backend"] else "✗"]
-        )
+        rows.append([row["label"], *marked, chosen or "none", "✓" if fastest == chosen else "✗"])
     return markdown(["ms; the fastest in bold", *names, "chosen", "right"], rows)
 
 
 def refusals(record: Record) -> str:
     """Who did not take part and why; empty where all did."""
+    on_gpu = record["card"]["slug"] != record["host"]["slug"]
+    refused = [(row["label"], row["refused"].items()) for row in record["cases"]]
     lines = [
-        f"- {row['label']}, {name}: {reason}."
-        for row in record["cases"]
-        for name, reason in row["refused"].items()
-        if not (name == "cpu" and record["card"]["slug"] != record["host"]["slug"])
+        f"- {label}, {name}: {why}."
+        for label, found in refused
+        for name, why in found
+        if not (on_gpu and name == "cpu")
     ]
     lines += [f"- {label}: {reason}." for label, reason in record["left_out"].items()]
     return "\n".join(["Not measured:", *lines]) if lines else ""
@@ -128,14 +119,11 @@ def refusals(record: Record) -> str:
 
 def report(record: Record) -> str:
     """The whole of it."""
-    parts: list[Callable[[Record], str]] = [
-        card_line, main_table, targets_table, backends_table, clocks_table, refusals
-    ]  # fmt: skip
+    parts = card_line, main_table, targets_table, backends_table, clocks_table, refusals
     return "\n\n".join(text for part in parts if (text := part(record)))
 
 
 def block(record: Record | None) -> str:
     """What the documents show of the newest committed record."""
-    if record is None:
-        return NONE_YET
-    return "\n\n".join([card_line(record), main_table(record), targets_table(record), backends_table(record)])
+    parts = card_line, main_table, targets_table, backends_table
+    return NONE_YET if record is None else "\n\n".join(part(record) for part in parts)

@@ -18,6 +18,11 @@ class Cta {
   __device__ bool first() const { return threadIdx.x == 0; }
   __device__ void barrier() const { __syncthreads(); }
 
+  template <class F>
+  __device__ void each(const F& f) const {
+    f(static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
+  }
+
   template <class F, class Merge>
   __device__ auto reduce(const F& f, const Merge& merge) {
     using T = decltype(f(0, 1));

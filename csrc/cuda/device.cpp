@@ -1,8 +1,14 @@
 // What of a GPU needs torch: cuBLAS on ATen's handle, whose workspace and TF32 setting it shares.
 #include <ATen/cuda/CUDAContext.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cublas_v2.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "device.h"
 #include "machines.h"
@@ -31,6 +37,21 @@ void Device::gemm(const Gemm& g) const {
       handle, g.right_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, g.left_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, g.n, g.m,
       g.depth, &g.alpha, g.right, type_of(g.element), g.right_stride, g.left, type_of(g.element), g.left_stride, &beta,
       g.out, type_of(g.out_element), g.out_stride, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+// Launches of one stream follow each other, and each leaves it at 0. A graph may run beside them, so it has one of its
+// own.
+unsigned* Device::counter() const {
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream();
+  const auto fresh = [&] { return at::zeros({1}, at::TensorOptions(at::kInt).device(stream.device())); };
+  const auto data = [](const at::Tensor& x) { return static_cast<unsigned*>(x.data_ptr()); };
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return data(fresh());
+  static std::mutex mutex;
+  static auto* counters = new std::map<std::pair<c10::DeviceIndex, c10::StreamId>, at::Tensor>();  // outlives CUDA
+  const std::lock_guard<std::mutex> lock(mutex);
+  at::Tensor& found = (*counters)[{stream.device_index(), stream.id()}];
+  if (!found.defined()) found = fresh();
+  return data(found);
 }
 
 void Device::check(int error) const { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }

@@ -18,6 +18,7 @@ class Device final : public Machine {
   void finish(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const override;
   void weigh(const Strip&, const Rules&, const RowArrays&, Element) const override;
   void loss(const RowTask*, int count, Element) const override;
+  void loss_and_summary(const RowTask&, const Summaries&, Element) const override;
   void fold_optional(const Strip&, const Rules&, const RowArrays&, int64_t first_slot) const override;
   void finish_optional(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const override;
   void cosines(const Strip&, const Rules&, const PrefixStrip&) const override;
@@ -25,9 +26,12 @@ class Device final : public Machine {
   void fold_columns(const Strip&, const Rules&, const ColumnArrays&) const override;
   void finish_columns(int64_t count, const Rules&, const ColumnArrays&) const override;
   void summarize(const Summaries&) const override;
-  void multiply(void* x, Element element, int64_t count, const float* factor) const override;
+  void multiply(const Products&, Element element, const float* factor) const override;
+  void unit_rows(const Units&, Element element) const override;
+  void through_rows(const Throughs&, Element element) const override;
 
  private:
+  unsigned* counter() const;    // 0 between launches: of this stream, or of the graph that is being captured
   void check(int error) const;  // of cudaGetLastError(): raises torch's own
 
   CUstream_st* stream_;

@@ -60,12 +60,13 @@ FUSED_NCE_HD void finish_row(Group& group, const Rules& rules, const RowArrays& 
 }
 
 // One CTA's share of a row's optional statistics into its slot.
-template <bool kClip, Extras kExtras, class Group>
+template <bool kClip, bool kTotals, Extras kExtras, class Group>
 FUSED_NCE_HD void fold_optional_row(Group& group, const Strip& strip, const Rules& rules, const RowArrays& rows,
                                     int64_t r, int part, int64_t slot) {
   const Row row = row_of(strip, rules, r, part);
   const OptionalPart found = group.reduce(
-      [&](int thread, int threads) { return optional_thread<kClip, kExtras>(row, thread, threads); }, MergeOptional());
+      [&](int thread, int threads) { return optional_thread<kClip, kTotals, kExtras>(row, thread, threads); },
+      MergeOptional());
   if (group.first()) rows.optional.partials[(row.index - rows.scratch.first_row) * rows.scratch.slots + slot] = found;
 }
 

@@ -22,6 +22,11 @@ struct CtaEmulator {
   bool first() const { return true; }
   void barrier() const {}
 
+  template <class F>
+  void each(const F& f) const {
+    for (int t = 0; t < threads; ++t) f(t, threads);
+  }
+
   template <class F, class Merge>
   auto reduce(const F& f, const Merge& merge) const {
     std::vector<decltype(f(0, 1))> found, warps;
@@ -67,6 +72,20 @@ void with_store(Element element, const F& f) {
   if (element == Element::float32) return f(static_cast<StoreAs<float>*>(nullptr));
   if (element == Element::bfloat16) return f(static_cast<StoreAs<c10::BFloat16>*>(nullptr));
   f(static_cast<StoreAs<c10::Half>*>(nullptr));
+}
+
+template <class E>
+struct Numbers {
+  static float read(const void* x, int64_t i) { return static_cast<const E*>(x)[i]; }
+  static void write(void* x, int64_t i, float value) { static_cast<E*>(x)[i] = static_cast<E>(value); }
+  static float rounded(float value) { return static_cast<E>(value); }
+};
+
+template <class F>
+void with_numbers(Element element, const F& f) {
+  if (element == Element::float32) return f(Numbers<float>());
+  if (element == Element::bfloat16) return f(Numbers<c10::BFloat16>());
+  f(Numbers<c10::Half>());
 }
 
 at::ScalarType type_of(Element element) {
@@ -147,9 +166,12 @@ class Emulator final : public Machine {
     CtaEmulator group{rules.threads};
     with_flag(rules.scoring.clip > 0.0f, [&](auto clip) {
       with_optional_extras(strip, [&](auto extras) {
-        for (int64_t r = 0; r < strip.rows; ++r)
-          for (int part = 0; part < rules.ctas_per_row; ++part)
-            fold_optional_row<clip.value, extras.value>(group, strip, rules, rows, r, part, first_slot + part);
+        with_flag(rows.optional.totals, [&](auto totals) {
+          for (int64_t r = 0; r < strip.rows; ++r)
+            for (int part = 0; part < rules.ctas_per_row; ++part)
+              fold_optional_row<clip.value, totals.value, extras.value>(group, strip, rules, rows, r, part,
+                                                                        first_slot + part);
+        });
       });
     });
   }
@@ -201,6 +223,13 @@ class Emulator final : public Machine {
     });
   }
 
+  void loss_and_summary(const RowTask& task, const Summaries& all, Element element) const override {
+    loss(&task, 1, element);
+    CtaEmulator group{task.rules.threads};
+    for (int64_t i = 0; i < task.strip.rows; ++i) sum_up_row(group, all, i);
+    sum_up_rows(group, all);
+  }
+
   void fold_columns(const Strip& strip, const Rules& rules, const ColumnArrays& columns) const override {
     ++launches;
     CtaEmulator group{kColumnLanes * kColumnWarps};
@@ -216,10 +245,29 @@ class Emulator final : public Machine {
       needs_no_shift(rules.scoring.clip) ? finish_column<false>(columns, j) : finish_column<true>(columns, j);
   }
 
-  void multiply(void* x, Element element, int64_t count, const float* factor) const override {
+  void multiply(const Products& all, Element element, const float* factor) const override {
     ++launches;
-    const at::Tensor all = at::from_blob(x, {count}, at::TensorOptions(type_of(element)));
-    if (*factor != 1.0f) all.copy_(all.to(at::kFloat).mul_(*factor));
+    for (int i = 0; i < 2; ++i) {
+      if (*factor == 1.0f || all.count[i] == 0) continue;
+      const at::Tensor x = at::from_blob(all.x[i], {all.count[i]}, at::TensorOptions(type_of(element)));
+      x.copy_(x.to(at::kFloat).mul_(*factor));
+    }
+  }
+
+  void unit_rows(const Units& all, Element element) const override {
+    ++launches;
+    CtaEmulator group{kUnitThreads};
+    with_numbers(element, [&](auto numbers) {
+      for (int64_t g = 0; g < all.groups(); ++g) cuda::unit_rows<decltype(numbers)>(group, all, g);
+    });
+  }
+
+  void through_rows(const Throughs& all, Element element) const override {
+    ++launches;
+    CtaEmulator group{kUnitThreads};
+    with_numbers(element, [&](auto numbers) {
+      for (int64_t g = 0; g < all.q.rows + all.k.rows; ++g) through_row<decltype(numbers)>(group, all, g);
+    });
   }
 
   void summarize(const Summaries& all) const override {

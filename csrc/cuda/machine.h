@@ -6,6 +6,7 @@
 #include "marks.h"
 #include "prefixes.h"
 #include "summary.h"
+#include "unit.h"
 
 namespace fused_nce {
 namespace cuda {
@@ -28,6 +29,12 @@ struct Gemm {
   Element out_element = Element::float32;  // or that of the operands
 };
 
+// Numbers of one type in one or two places.
+struct Products {
+  void* x[2];
+  int64_t count[2];  // the second may be 0
+};
+
 class Machine {
  public:
   virtual ~Machine() = default;
@@ -40,6 +47,8 @@ class Machine {
   virtual void weigh(const Strip&, const Rules&, const RowArrays&, Element) const = 0;
   // `count` strips in one launch, of the same clip and threads.
   virtual void loss(const RowTask*, int count, Element) const = 0;
+  // One strip of all rows, and what its last group of threads makes of them all.
+  virtual void loss_and_summary(const RowTask&, const Summaries&, Element) const = 0;
   // The same for optional_stats.h: a second pass, run only if the call asks for one of them.
   virtual void fold_optional(const Strip&, const Rules&, const RowArrays&, int64_t first_slot) const = 0;
   virtual void finish_optional(int64_t first_row, int64_t count, const Rules&, const RowArrays&, bool tail) const = 0;
@@ -50,8 +59,11 @@ class Machine {
   virtual void fold_columns(const Strip&, const Rules&, const ColumnArrays&) const = 0;
   virtual void finish_columns(int64_t count, const Rules&, const ColumnArrays&) const = 0;
   virtual void summarize(const Summaries&) const = 0;
-  // x *= factor, on the device. A factor of 1 costs no pass over x.
-  virtual void multiply(void* x, Element element, int64_t count, const float* factor) const = 0;
+  // Each x *= factor, on the device. A factor of 1 costs no pass over them.
+  virtual void multiply(const Products&, Element, const float* factor) const = 0;
+  // Those of unit.h: a CTA a row.
+  virtual void unit_rows(const Units&, Element) const = 0;
+  virtual void through_rows(const Throughs&, Element) const = 0;
 };
 
 template <bool kValue>

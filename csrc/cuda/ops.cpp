@@ -2,7 +2,6 @@
 // in device.cpp, built where nvcc is there.
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sort.h>
-#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -13,8 +12,7 @@
 #include <tuple>
 #include <utility>
 
-#include "machines.h"
-#include "sweep.h"
+#include "ops.h"
 
 namespace fused_nce {
 namespace cuda {
@@ -28,23 +26,7 @@ using SummaryTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using GradientTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Selects q's device for this scope, and holds its Machine.
-class MachineOnDevice {
- public:
-  explicit MachineOnDevice(const at::Tensor& q) : guard_(q.device()), machine_(machine_of(q)) {}
-  const Machine& operator*() const { return *machine_; }
-
- private:
-  static std::unique_ptr<Machine> machine_of([[maybe_unused]] const at::Tensor& q) {
-#ifdef FUSED_NCE_CUDA
-    if (q.is_cuda()) return device_machine();
-#endif
-    return emulated_machine();
-  }
-
-  c10::DeviceGuard guard_;
-  std::unique_ptr<Machine> machine_;
-};
+}  // namespace
 
 // A weight is at most what its positives or its share of the negatives bear, or 2 * square_weight * |s|, where
 // |s| <= 512 is taken as usual: float16 weights then overflow, into infinite gradients, beyond |s| = 131072.
@@ -52,6 +34,8 @@ float peak_of(const SweepInputs& in, const TailRule& tail) {
   const float most = tail.name == kNce ? static_cast<float>(in.layout.n_pos) : 2.0f;
   return std::max(std::abs(tail.unit) * most, 1024.0f * std::abs(tail.square_weight));
 }
+
+namespace {
 
 // The arguments that the three operators begin with. k null: q, and one gradient for both roles.
 #define FUSED_NCE_SCORES                                                                                         \
@@ -91,7 +75,8 @@ Call call_of(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_
 
 // Statistics are the lines of one tensor, (3, N) or, with the optional ones, (11, N), in the order of names.h: no copy,
 // no launch. Positives from elsewhere are handed on, and one that an index puts nowhere shows it.
-std::pair<RowStatistics, Tensor> new_rows(const SweepInputs& in, bool optional) {
+// `optional`: 0 none, 1 all but the sum and the number of the negatives, 2 those too.
+std::pair<RowStatistics, Tensor> new_rows(const SweepInputs& in, int64_t optional) {
   const int64_t n = in.q.size(0);
   const auto options = floats(in.q);
   const Tensor rows = at::empty({optional ? kStatistics : kFirstOptional, n}, options);
@@ -102,7 +87,8 @@ std::pair<RowStatistics, Tensor> new_rows(const SweepInputs& in, bool optional) 
            .neg_lse = rows.select(0, kNegLse),
            .neg_max = rows.select(0, kNegMax),
            .square = rows.select(0, kSquare),
-           .optional = optional ? rows.narrow(0, kFirstOptional, kOptional) : Tensor()},
+           .optional = optional ? rows.narrow(0, kFirstOptional, kOptional) : Tensor(),
+           .totals = optional > 1},
           rows};
 }
 
@@ -116,7 +102,7 @@ void check_columns(const SweepInputs& in, bool wanted) {
   TORCH_CHECK_VALUE(!wanted || !in.filters.any(), "statistics of columns are wanted, needed: none beside filters");
 }
 
-Statistics stats(FUSED_NCE_SCORES, bool optional, bool column_stats, int64_t workspace_bytes) {
+Statistics stats(FUSED_NCE_SCORES, int64_t optional, bool column_stats, int64_t workspace_bytes) {
   const Call call = call_of(FUSED_NCE_SCORES_GIVEN, false, false, false, workspace_bytes);
   check_columns(call.in, column_stats);
   const auto [found, rows] = new_rows(call.in, optional);
@@ -161,11 +147,11 @@ GradientTuple grads(FUSED_NCE_SCORES, const Tensor& pos, const Tensor& neg_lse, 
   return {task.out.dq, task.out.dk, task.out.dscale, task.out.dbias};
 }
 
-LossTuple loss(FUSED_NCE_SCORES, bool optional, const std::string& tail, double unit, double square_weight, bool need_q,
-               bool need_k, bool need_scale, int64_t workspace_bytes) {
+LossTuple loss(FUSED_NCE_SCORES, int64_t optional, const std::string& tail, double unit, double square_weight,
+               bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes) {
   const Call call = call_of(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes);
   const TailRule rule{tail_named(tail), static_cast<float>(unit), static_cast<float>(square_weight)};
-  TORCH_CHECK_VALUE(optional || rule.name == kNce, "optional is false, needed: true for the tail ", tail);
+  TORCH_CHECK_VALUE(optional || rule.name == kNce, "optional is 0, needed: 1 or 2 for the tail ", tail);
   const auto [found, rows] = new_rows(call.in, optional);
   Task task{.statistics = true,
             .gradients = need_q || call.in.need_k || need_scale,
@@ -194,7 +180,8 @@ void multiply(const Tensor& x, const Tensor& factor) {
   TORCH_CHECK_VALUE(factor.dim() == 0 && factor.device() == x.device(), "factor has shape ", factor.sizes(), " on ",
                     factor.device(), ", needed: 0-d on ", x.device());
   if (x.numel() == 0) return;
-  (*MachineOnDevice(x)).multiply(x.data_ptr(), element_of(x.scalar_type()), x.numel(), factor.const_data_ptr<float>());
+  MachineOnDevice(x)->multiply({{x.data_ptr(), nullptr}, {x.numel(), 0}}, element_of(x.scalar_type()),
+                               factor.const_data_ptr<float>());
 }
 
 // Row i of image i / rows_per_image + offset, against images of n_c columns, one problem after the other.
@@ -268,12 +255,14 @@ std::tuple<Tensor, Tensor, Tensor> losses(at::TensorList q, at::TensorList k, do
   return {pos, rows, dscale};
 }
 
+}  // namespace
+
 // loss, nce, penalty of the nce tail, added up over the problems, and report (all report_groups, 5); nce (N, P) where
 // `elements`, of one problem, else the means or sums. `images` of n_c columns each, a positive that stands
 // positives_elsewhere being one more.
-SummaryTuple summary(at::TensorList pos, at::TensorList rows, at::IntArrayRef n_c, at::IntArrayRef images,
-                     at::IntArrayRef columns, at::ArrayRef<double> weight, at::ArrayRef<double> penalty, bool mean,
-                     bool elements, at::IntArrayRef report_groups) {
+Summing summing(at::TensorList pos, at::TensorList rows, at::IntArrayRef n_c, at::IntArrayRef images,
+                at::IntArrayRef columns, at::ArrayRef<double> weight, at::ArrayRef<double> penalty, bool mean,
+                bool elements, at::IntArrayRef report_groups) {
   const size_t count = pos.size();
   TORCH_CHECK_VALUE(count > 0 && count <= kMostTogether && (count == 1 || !elements), "pos has ", count,
                     " tensors, needed: 1 to ", elements ? 1 : kMostTogether);
@@ -321,13 +310,24 @@ SummaryTuple summary(at::TensorList pos, at::TensorList rows, at::IntArrayRef n_
     line += report_groups[i] * kReport;
     all.ctas += ctas * static_cast<int>(report_groups[i]);
   }
-  const Tensor partials = at::empty({all.ctas * static_cast<int64_t>(sizeof(Totals))}, options.dtype(at::kByte));
+  // A part of each CTA, or, where the row kernel sums up, of each row.
+  const int64_t parts = count == 1 ? std::max<int64_t>(all.ctas, pos[0].size(0)) : all.ctas;
+  const Tensor partials = at::empty({parts * static_cast<int64_t>(sizeof(Totals))}, options.dtype(at::kByte));
   all.partials = static_cast<Totals*>(partials.data_ptr());
   all.loss = loss.data_ptr<float>();
   all.nce = nce.data_ptr<float>();
   all.penalty = cost.data_ptr<float>();
-  (*MachineOnDevice(pos[0])).summarize(all);
-  return {loss, elements ? each : nce, cost, report};
+  return {loss, elements ? each : nce, cost, report, partials, nce, all};
+}
+
+namespace {
+
+SummaryTuple summary(at::TensorList pos, at::TensorList rows, at::IntArrayRef n_c, at::IntArrayRef images,
+                     at::IntArrayRef columns, at::ArrayRef<double> weight, at::ArrayRef<double> penalty, bool mean,
+                     bool elements, at::IntArrayRef report_groups) {
+  const Summing found = summing(pos, rows, n_c, images, columns, weight, penalty, mean, elements, report_groups);
+  MachineOnDevice(pos[0])->summarize(found.all);
+  return {found.loss, found.nce, found.penalty, found.report};
 }
 
 void implement(torch::Library& m) {
@@ -344,14 +344,14 @@ void implement(torch::Library& m) {
 
 TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
   m.def("cuda_stats(" FUSED_NCE_SCORES_SCHEMA
-        "bool optional, bool column_stats, int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor columns)");
+        "int optional, bool column_stats, int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor columns)");
   m.def("cuda_grads(" FUSED_NCE_SCORES_SCHEMA
         "Tensor pos, Tensor neg_lse, Tensor d_pos, Tensor d_neg_lse, Tensor d_square, Tensor? optional, "
         "Tensor? d_optional, Tensor? column_neg_lse, Tensor? d_column_neg_lse, Tensor? d_column_square, bool need_q, "
         "bool need_k, bool need_scale, int workspace_bytes) -> "
         "(Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
   m.def("cuda_loss(" FUSED_NCE_SCORES_SCHEMA
-        "bool optional, str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, "
+        "int optional, str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, "
         "int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
   m.def("cuda_prefixes(" FUSED_NCE_SCORES_SCHEMA FUSED_NCE_PREFIXES_SCHEMA);
   m.def(

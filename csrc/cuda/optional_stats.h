@@ -32,8 +32,9 @@ struct OptionalFold {
   float softplus_error, sum_error, total_error, neg_error;
 };
 
-// A turn of eight columns. kMasked: see `Row::masked`; a turn without masks has negatives alone.
-template <bool kClip, Extras kExtras, bool kMasked>
+// A turn of eight columns. kTotals: the negatives' sum and number too; kMasked: see `Row::masked`; a turn without masks
+// has negatives alone.
+template <bool kClip, bool kTotals, Extras kExtras, bool kMasked>
 FUSED_NCE_HD void optional_turn(const Row& row, int c, OptionalFold& fold) {
   OptionalPart& part = fold.part;
   const Eight eight = load(row.scores + c, row.scale);
@@ -54,15 +55,15 @@ FUSED_NCE_HD void optional_turn(const Row& row, int c, OptionalFold& fold) {
     };
     soft[u] = negative() ? softplus(t[u]) : 0.0f;
     own[u] = positive[u] ? t[u] : 0.0f;
-    others[u] = negative() ? t[u] : 0.0f;  // fault: gpu-sum-of-all
-    part.neg_count += negative() ? 1.0f : 0.0f;
+    others[u] = kTotals && negative() ? t[u] : 0.0f;  // fault: gpu-sum-of-all
+    if (kTotals) part.neg_count += negative() ? 1.0f : 0.0f;
     bad[u % 2] += s * 0.0f;
     part.count += positive[u] ? 1.0f : 0.0f;
     top = positive[u] && t[u] > top ? t[u] : top;
   }
   part.bad += bad[0] + bad[1];
   add_exactly(part.softplus, fold.softplus_error, sum_of(soft));
-  add_exactly(part.neg_total, fold.neg_error, sum_of(others));
+  if (kTotals) add_exactly(part.neg_total, fold.neg_error, sum_of(others));
   if (!kMasked) return;
   if (top > part.max) {
     const float factor = part.sum == 0.0f ? 0.0f : exp_value(shift_of(part.max) - top);
@@ -80,12 +81,12 @@ FUSED_NCE_HD void optional_turn(const Row& row, int c, OptionalFold& fold) {
 }
 
 // One thread's columns.
-template <bool kClip, Extras kExtras>
+template <bool kClip, bool kTotals, Extras kExtras>
 FUSED_NCE_HD OptionalPart optional_thread(const Row& row, int thread, int threads) {
   OptionalFold fold = {no_optional(), 0.0f, 0.0f, 0.0f, 0.0f};
   for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
-    if (row.masked<kExtras>(c)) optional_turn<kClip, kExtras, true>(row, c, fold);
-    else optional_turn<kClip, kExtras, false>(row, c, fold);
+    if (row.masked<kExtras>(c)) optional_turn<kClip, kTotals, kExtras, true>(row, c, fold);
+    else optional_turn<kClip, kTotals, kExtras, false>(row, c, fold);
   }
   OptionalPart part = fold.part;
   part.softplus -= fold.softplus_error;

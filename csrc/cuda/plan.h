@@ -54,6 +54,7 @@ struct Plan {
 };
 
 constexpr int64_t kL2Bytes = 24 << 20;       // of an H100's 50 MB: the operands need their share
+constexpr int64_t kAtOnceBytes = 64 << 20;   // of scores that are one strip although the L2 holds only most of them
 constexpr int64_t kRowTile = 128;            // rows of a GEMM tile
 constexpr int64_t kLeastBlock = 256;         // rows for which one panel is worth keeping
 constexpr int64_t kPanelBlock = 1024;        // rows of a block whose columns are cut
@@ -114,8 +115,10 @@ inline Plan search_plan(const Work& w, int64_t limit, bool roomy) {
   };
   // One panel: rows cut evenly into the fewest blocks, and a block into the fewest strips that stay in the L2.
   if (w.columns <= kMostColumns) {
-    const int64_t in_l2 = std::min(kL2Bytes, limit / 4) / (4 * stride_of(w.columns));
-    const int64_t most = std::max(kRowTile, in_l2 / kRowTile * kRowTile);
+    const int64_t row = 4 * stride_of(w.columns), all = w.rows * row;
+    // What of them crosses the memory costs no more than the launches of more strips.
+    const int64_t in_l2 = (all <= std::min(kAtOnceBytes, limit / 4) ? all : std::min(kL2Bytes, limit / 4)) / row;
+    const int64_t most = std::max(kRowTile, in_l2 >= w.rows ? w.rows : in_l2 / kRowTile * kRowTile);
     const int64_t least = std::min(w.rows, w.gradients ? kLeastBlock : kRowTile);
     for (int64_t blocks = 1; blocks <= w.rows && ceil_div(w.rows, blocks) >= least; blocks += 1 + blocks / 16) {
       const int64_t block = ceil_div(w.rows, blocks);

@@ -78,13 +78,13 @@ __global__ void __launch_bounds__(32)
   finish_row<kShift>(cta, rules, rows, first_row + blockIdx.x, tail);
 }
 
-template <bool kClip, Extras kExtras>
+template <bool kClip, bool kTotals, Extras kExtras>
 __global__ void __launch_bounds__(kMostThreads, 1)
     fold_optional_kernel(const Strip strip, const Rules rules, const RowArrays rows, int64_t first_slot) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   const Place at(rules);
-  fold_optional_row<kClip, kExtras>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
+  fold_optional_row<kClip, kTotals, kExtras>(cta, strip, rules, rows, at.row, at.part, first_slot + at.part);
 }
 
 __global__ void __launch_bounds__(32)
@@ -137,6 +137,26 @@ __global__ void __launch_bounds__(kMostThreads, 1) loss_kernel(const __grid_cons
   loss_row<kClip, kShift, StoreAs<E>>(cta, task.strip, task.rules, task.rows, row);
 }
 
+// The rows of one strip. The CTA whose part comes last adds up all parts, always in their order; which one it is
+// changes nothing.
+template <bool kClip, bool kShift, class E>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    loss_summary_kernel(const __grid_constant__ RowTask task, const __grid_constant__ Summaries all,
+                        unsigned* counter) {
+  __shared__ Slot shared[33];
+  Cta cta(shared);
+  loss_row<kClip, kShift, StoreAs<E>>(cta, task.strip, task.rules, task.rows, blockIdx.x);
+  sum_up_row(cta, all, blockIdx.x);
+  const auto draw = [&](int thread, int) {
+    if (thread > 0) return 0u;
+    __threadfence();  // fault: gpu-part-late
+    return atomicInc(counter, gridDim.x - 1);
+  };
+  if (cta.reduce(draw, [](unsigned a, unsigned b) { return a > b ? a : b; }) < gridDim.x - 1) return;
+  __threadfence();
+  sum_up_rows(cta, all);
+}
+
 template <bool kClip, bool kShift>
 __global__ void __launch_bounds__(kColumnLanes* kColumnWarps)
     fold_columns_kernel(const Strip strip, const Rules rules, const ColumnArrays columns) {
@@ -153,19 +173,50 @@ __global__ void __launch_bounds__(kColumnLanes* kColumnWarps)
 }
 
 // torch builds extensions without the conversions of 16-bit types.
-__device__ float times(float x, float by) { return x * by; }
-__device__ __nv_bfloat16 times(__nv_bfloat16 x, float by) { return __float2bfloat16_rn(__bfloat162float(x) * by); }
-__device__ __half times(__half x, float by) { return __float2half_rn(__half2float(x) * by); }
+__device__ float wide(float x) { return x; }
+__device__ float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float wide(__half x) { return __half2float(x); }
+__device__ void narrow(float x, float* out) { *out = x; }
+__device__ void narrow(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
+__device__ void narrow(float x, __half* out) { *out = __float2half_rn(x); }
 
 // Upstream 1 is what `loss.backward()` has: then no thread touches x, and the launch is all that it costs.
 template <class E>
-__global__ void __launch_bounds__(256) multiply_kernel(E* x, int64_t count, const float* factor) {
+__global__ void __launch_bounds__(256) multiply_kernel(const Products all, const float* factor) {
   const float by = *factor;
   if (by == 1.0f) return;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x, count = all.count[0] + all.count[1];
   // fault: gpu-product-last
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step)
-    x[i] = times(x[i], by);
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
+    const bool second = i >= all.count[0];
+    E* x = static_cast<E*>(second ? all.x[1] : all.x[0]) + (second ? i - all.count[0] : i);
+    narrow(wide(*x) * by, x);
+  }
+}
+
+template <class E>
+struct Numbers {
+  __device__ static float read(const void* x, int64_t i) { return wide(static_cast<const E*>(x)[i]); }
+  __device__ static void write(void* x, int64_t i, float value) { narrow(value, static_cast<E*>(x) + i); }
+  __device__ static float rounded(float value) {
+    E out;
+    narrow(value, &out);
+    return wide(out);
+  }
+};
+
+template <class E>
+__global__ void __launch_bounds__(kUnitThreads, 1) unit_kernel(const __grid_constant__ Units all) {
+  __shared__ Slot shared[33];
+  Cta cta(shared);
+  unit_rows<Numbers<E>>(cta, all, blockIdx.x);
+}
+
+template <class E>
+__global__ void __launch_bounds__(kUnitThreads, 1) through_kernel(const __grid_constant__ Throughs all) {
+  __shared__ Slot shared[33];
+  Cta cta(shared);
+  through_row<Numbers<E>>(cta, all, blockIdx.x);
 }
 
 __global__ void __launch_bounds__(kSummaryThreads) summary_kernel(const __grid_constant__ Summaries all) {
@@ -272,11 +323,24 @@ void Device::loss(const RowTask* tasks, int count, Element element) const {
   check(cudaGetLastError());
 }
 
+void Device::loss_and_summary(const RowTask& task, const Summaries& all, Element element) const {
+  unsigned* const count = counter();
+  with_element(element, [&](auto* e) {
+    with_transform(task.rules.scoring.clip, [&](auto clip, auto shift) {
+      loss_summary_kernel<decltype(clip)::value, decltype(shift)::value, typename Pointee<decltype(e)>::type>
+          <<<static_cast<unsigned>(task.strip.rows), task.rules.threads, 0, stream_>>>(task, all, count);
+    });
+  });
+  check(cudaGetLastError());
+}
+
 void Device::fold_optional(const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t first_slot) const {
   with_flag(rules.scoring.clip > 0.0f, [&](auto clip) {
     with_optional_extras(strip, [&](auto extras) {
-      fold_optional_kernel<decltype(clip)::value, decltype(extras)::value>
-          <<<grid_of(strip, rules), rules.threads, 0, stream_>>>(strip, rules, rows, first_slot);
+      with_flag(rows.optional.totals, [&](auto totals) {
+        fold_optional_kernel<decltype(clip)::value, decltype(totals)::value, decltype(extras)::value>
+            <<<grid_of(strip, rules), rules.threads, 0, stream_>>>(strip, rules, rows, first_slot);
+      });
     });
   });
   check(cudaGetLastError());
@@ -305,11 +369,27 @@ void Device::finish_columns(int64_t count, const Rules& rules, const ColumnArray
   check(cudaGetLastError());
 }
 
-void Device::multiply(void* x, Element element, int64_t count, const float* factor) const {
+void Device::multiply(const Products& all, Element element, const float* factor) const {
   constexpr int64_t threads = 256, most = 132 * 8;  // CTAs: one wave, so that a factor of 1 costs no more
-  const auto blocks = static_cast<unsigned>(std::min(most, (count + threads - 1) / threads));
+  const auto blocks = static_cast<unsigned>(std::min(most, (all.count[0] + all.count[1] + threads - 1) / threads));
   with_element(element, [&](auto* e) {
-    multiply_kernel<<<blocks, threads, 0, stream_>>>(static_cast<decltype(e)>(x), count, factor);
+    multiply_kernel<typename Pointee<decltype(e)>::type><<<blocks, threads, 0, stream_>>>(all, factor);
+  });
+  check(cudaGetLastError());
+}
+
+void Device::unit_rows(const Units& all, Element element) const {
+  with_element(element, [&](auto* e) {
+    unit_kernel<typename Pointee<decltype(e)>::type>
+        <<<static_cast<unsigned>(all.groups()), kUnitThreads, 0, stream_>>>(all);
+  });
+  check(cudaGetLastError());
+}
+
+void Device::through_rows(const Throughs& all, Element element) const {
+  with_element(element, [&](auto* e) {
+    through_kernel<typename Pointee<decltype(e)>::type>
+        <<<static_cast<unsigned>(all.q.rows + all.k.rows), kUnitThreads, 0, stream_>>>(all);
   });
   check(cudaGetLastError());
 }

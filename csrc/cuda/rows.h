@@ -82,6 +82,7 @@ struct OptionalArrays {
   float* d;      // dL/d statistic, of the rows from Upstream's first_row on; null: 0
   int64_t found_stride, d_stride;
   OptionalPart* partials;  // (rows of a block, slots)
+  bool totals;             // the sum and the number of the negatives are asked for too; else they are 0
 
   FUSED_NCE_HD float& of(Statistic name, int64_t i) const { return found[(name - kFirstOptional) * found_stride + i]; }
   FUSED_NCE_HD float& d_of(Statistic name, int64_t c) const { return d[(name - kFirstOptional) * d_stride + c]; }

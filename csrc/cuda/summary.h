@@ -46,15 +46,19 @@ inline int summary_ctas(int64_t elements) {
   return static_cast<int>((elements + share - 1) / share);
 }
 
+FUSED_NCE_HD Totals totals_of(const Summary& s, int64_t i, int64_t p) {
+  const Totals one = nce_terms<float>(s.pos[i * s.positives + p], s.neg_lse[i], s.neg_max[i],
+                                      s.square ? s.square + i : nullptr, p == 0, s.log_positives);
+  if (s.elements) s.elements[i * s.positives + p] = s.weight * one.nce;
+  return one;
+}
+
 FUSED_NCE_HD Totals totals_thread(const Summary& s, int report, int64_t thread, int64_t threads) {
   Totals sum = {};
   for (int64_t e = thread; e < s.reported(); e += threads) {
     // fault: gpu-one-report
     const int64_t turn = e / s.positives, i = turn * s.report_groups + report, p = e - turn * s.positives;
-    const Totals one = nce_terms<float>(s.pos[i * s.positives + p], s.neg_lse[i], s.neg_max[i],
-                                        s.square ? s.square + i : nullptr, p == 0, s.log_positives);
-    if (s.elements) s.elements[i * s.positives + p] = s.weight * one.nce;
-    sum = AddTotals()(sum, one);
+    sum = AddTotals()(sum, totals_of(s, i, p));
   }
   return sum;
 }
@@ -124,6 +128,42 @@ FUSED_NCE_HD void sum_up_ctas(Group& group, const Summaries& all) {
     }
     add_loss(s, total, all.mean, nce, penalty);
   }
+  if (group.first()) write_loss(all, nce, penalty);
+}
+
+// The same of one problem, where a group of threads has a row: its part, and, once all rows' are in, the end.
+template <class Group>
+FUSED_NCE_HD void sum_up_row(Group& group, const Summaries& all, int64_t i) {
+  const Summary& s = all.of[0];
+  const Totals found = group.reduce(
+      [&](int thread, int threads) {
+        Totals sum = {};
+        for (int64_t p = thread; p < s.positives; p += threads) sum = AddTotals()(sum, totals_of(s, i, p));
+        return sum;
+      },
+      AddTotals());
+  if (group.first()) all.partials[i] = found;
+}
+
+template <class Group>
+FUSED_NCE_HD void sum_up_rows(Group& group, const Summaries& all) {
+  const Summary& s = all.of[0];
+  float nce = 0.0f, penalty = 0.0f;
+  Totals total = {};
+  for (int report = 0; report < s.report_groups; ++report) {
+    const Totals found = group.reduce(
+        [&](int thread, int threads) {
+          Totals sum = {};
+          for (int64_t i = report + int64_t{thread} * s.report_groups; i < s.rows;
+               i += int64_t{threads} * s.report_groups)
+            sum = AddTotals()(sum, all.partials[i]);
+          return sum;
+        },
+        AddTotals());
+    if (group.first()) write_report(s, report, found);
+    total = AddTotals()(total, found);
+  }
+  add_loss(s, total, all.mean, nce, penalty);
   if (group.first()) write_loss(all, nce, penalty);
 }
 

@@ -34,13 +34,17 @@ Plan plan_for(const SweepInputs& in, const OnDevice& numbers, const Task& task) 
   return plan;
 }
 
+// Then the first gradient GEMM of all is one of all rows.
+bool is_one_block(const Plan& plan, int64_t rows) { return plan.panels == 1 && plan.block == rows; }
+
 class Sweep {
  public:
   Sweep(const Machine& machine, const SweepInputs& in, const OnDevice& numbers, const Task& task)
       : machine_(machine), in_(in), numbers_(numbers), out_(task.out), n_(in.q.size(0)), m_(in.k.size(0)),
         d_(in.q.size(1)), element_bytes_(in.q.element_size()), element_(element_of(in.q.scalar_type())),
-        statistics_(task.statistics), gradients_(task.gradients), tail_(task.upstream.tail.name),
-        plan_(plan_for(in, numbers, task)), rules_(rules_of(in, numbers, plan_, task.fp16_gain)) {
+        summary_(task.summary), statistics_(task.statistics), gradients_(task.gradients),
+        tail_(task.upstream.tail.name), plan_(plan_for(in, numbers, task)),
+        rules_(rules_of(in, numbers, plan_, task.fp16_gain)) {
     marks_ = bytes(plan_.mark_bytes);
     scores_ = bytes(plan_.score_bytes);
     weights_ = bytes(plan_.weight_bytes);
@@ -51,7 +55,7 @@ class Sweep {
     bind_columns(task.columns);
   }
 
-  void run() {
+  bool run() {
     for (int64_t first = 0; first < n_; first += plan_.block) {
       const int64_t count = std::min(plan_.block, n_ - first);
       rows_.scratch.first_row = first;
@@ -62,6 +66,7 @@ class Sweep {
     }
     if (folds_columns()) machine_.finish_columns(m_, rules_, rows_.columns);
     if (gradients_) finish_gradients();
+    return summed_up();
   }
 
   // `run` in three steps, for a sweep that is one strip: between them its row kernel runs, for which this is the task.
@@ -112,7 +117,8 @@ class Sweep {
           .d = d,
           .found_stride = n_,
           .d_stride = own ? block : n_,
-          .partials = reinterpret_cast<OptionalPart*>(rows_.scratch.partials + block * rows_.scratch.slots)};
+          .partials = reinterpret_cast<OptionalPart*>(rows_.scratch.partials + block * rows_.scratch.slots),
+          .totals = stats.totals};
     }
     if (!gradients_ || !in_.need_scale) return;
     const int64_t first = own ? block * coefficients_of(positives, optional) : 0, count = n_ * plan_.ctas_per_row;
@@ -130,6 +136,16 @@ class Sweep {
                      .d_neg_lse = floats_of(columns.d_neg_lse),
                      .d_square = floats_of(columns.d_square),
                      .partials = reinterpret_cast<ColumnPart*>(column_parts_.data_ptr())};
+  }
+
+  // From scores to weights, where a row is one CTA's.
+  bool in_one_kernel() const {
+    return gradients_ && plan_.ctas_per_row == 1 && !in_.filters.any() &&
+           extras_of(Strip{}, rules_, rows_) == Extras::none;
+  }
+
+  bool summed_up() const {
+    return summary_ && statistics_ && in_one_kernel() && plan_.panels == 1 && plan_.strip == n_;
   }
 
   bool folds_columns() const { return statistics_ && rows_.columns.neg_lse; }
@@ -208,9 +224,9 @@ class Sweep {
     for (int64_t i = first; i < first + count; i += plan_.strip) {
       const Strip strip = strip_at(first, count, i, column);
       score(strip);
-      if (whole && gradients_ && plan_.ctas_per_row == 1 && extras_of(strip, rules_, rows_) == Extras::none) {
+      if (whole && in_one_kernel()) {
         const RowTask task{strip, rules_, rows_};
-        machine_.loss(&task, 1, element_);
+        summed_up() ? machine_.loss_and_summary(task, *summary_, element_) : machine_.loss(&task, 1, element_);
         continue;
       }
       if (whole) {
@@ -223,11 +239,11 @@ class Sweep {
   }
 
   // A block's weights to its rows of dq, which panels add to, and the panel's rows of dk, which blocks add to. Where q
-  // is k both go to one buffer, of zeros at first.
+  // is k both go to one buffer, of zeros at first where there are several blocks.
   void add_gradients(int64_t first, int64_t count, int64_t column) const {
     const int64_t columns = std::min(plan_.panel, m_ - column), stride = stride_of(columns);
     const float alpha = (rules_.prescaled ? 1.0f : in_.scoring.scale) / rules_.fp16_gain;
-    const bool shared = in_.shared;
+    const bool shared = in_.shared, alone = is_one_block(plan_, n_);
     Gemm gemm{
         .depth = columns, .left = weights_.data_ptr(), .left_stride = stride, .element = element_, .alpha = alpha};
     gemm.n = gemm.out_stride = d_;
@@ -241,7 +257,7 @@ class Sweep {
     if (in_.need_q) {
       gemm.right = row(in_.k, column);
       gemm.right_stride = in_.k.stride(0);
-      add_to(out_.dq, first, count, shared || column > 0);  // fault: gpu-dq-not
+      add_to(out_.dq, first, count, (shared && !alone) || column > 0);  // fault: gpu-dq-not
     }
     if (shared ? in_.need_q : in_.need_k) {
       gemm.depth = count;
@@ -258,6 +274,7 @@ class Sweep {
   const Gradients& out_;
   const int64_t n_, m_, d_, element_bytes_;
   const Element element_;
+  const Summaries* const summary_;
   const bool statistics_, gradients_;
   const Tail tail_;
   const Plan plan_;
@@ -312,13 +329,13 @@ Gradients new_results(const SweepInputs& in, const OnDevice& numbers, const Task
   const bool narrow_q = narrow && plan.panels == 1, narrow_k = narrow && plan.block == in.q.size(0);
   const auto number = [&](bool needed) { return needed ? at::empty({}, wide) : at::empty({0}, wide); };
   at::Tensor dq = at::empty(in.need_q ? in.q.sizes() : at::IntArrayRef{0}, narrow_q ? options : wide);
-  if (in.shared && in.need_q) dq.zero_();
+  if (in.shared && in.need_q && !is_one_block(plan, in.q.size(0))) dq.zero_();
   return {dq, at::empty(in.need_k && !in.shared ? in.k.sizes() : at::IntArrayRef{0}, narrow_k ? options : wide),
           number(in.need_scale), number(in.need_scale && numbers.bias.defined())};
 }
 
-void sweep(const Machine& machine, const SweepInputs& in, const OnDevice& numbers, const Task& task) {
-  Sweep(machine, in, numbers, task).run();
+bool sweep(const Machine& machine, const SweepInputs& in, const OnDevice& numbers, const Task& task) {
+  return Sweep(machine, in, numbers, task).run();
 }
 
 bool fit_one_launch(const std::vector<Job>& jobs) {

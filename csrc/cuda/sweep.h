@@ -30,6 +30,7 @@ struct RowStatistics {
   at::Tensor pos;                       // (N, P)
   at::Tensor neg_lse, neg_max, square;  // (N)
   at::Tensor optional;                  // (kOptional, N); undefined: the loss asks for none
+  bool totals = false;                  // of them the sum and the number of the negatives
 };
 
 // Statistics of columns, written or read, and the coefficients that come with those that are read.
@@ -53,12 +54,14 @@ struct Task {
   Upstream upstream = {};
   float fp16_gain = 1.0f;
   Gradients out = {};
+  const Summaries* summary = nullptr;  // written with the statistics where one kernel has all rows
 };
 
 // Room for the gradients, in the inputs' type where one GEMM finishes them. Where q is k, dq is both roles' and zero.
 Gradients new_results(const SweepInputs& in, const OnDevice& numbers, const Task& task);
 
-void sweep(const Machine& machine, const SweepInputs& in, const OnDevice& numbers, const Task& task);
+// Whether it wrote the summary too.
+bool sweep(const Machine& machine, const SweepInputs& in, const OnDevice& numbers, const Task& task);
 
 Rules rules_of(const SweepInputs& in, const OnDevice& numbers, const Plan& plan, float fp16_gain);
 

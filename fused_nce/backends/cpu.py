@@ -152,7 +152,7 @@ def slopes(
     problem: Problem, tail: Tail, found: Statistics, d_element: Tensor | float, d_penalty: Tensor | float
 ) -> Coefficients:
     """As `defaults.slopes`, in one pass over the rows."""
-    form, d = _form(problem.spec, tail), torch.as_tensor(d_element)
+    form, d = form_of(problem.spec, tail), torch.as_tensor(d_element)
     if form is None or problem.blocks > 1:
         return defaults.slopes(problem, tail, found, d_element, d_penalty)
     d_pos, d_rows, d_columns = _module().slopes(form, *_finished(problem, found), d, float(d_penalty))
@@ -163,7 +163,7 @@ def summary(
     problems: Sequence[Problem], tail_of: Sequence[Tail], found: Sequence[Statistics], report_groups: Sequence[int]
 ) -> Summary:
     """As `defaults.summary`, in one pass over the rows."""
-    form = _form(problems[0].spec, tail_of[0])
+    form = form_of(problems[0].spec, tail_of[0])
     if form is None or len(problems) > 1 or problems[0].blocks > 1:
         return defaults.summary(problems, tail_of, found, report_groups)
     return Summary(*_module().summary(form, *_finished(problems[0], found[0]), report_groups[0]))
@@ -178,10 +178,11 @@ def whole_loss(
     normalize: bool,
     parts: bool,
     report_groups: int,
+    twins: bool = False,
 ) -> tuple[Any, ...] | None:
     """`csrc/loss.cpp`, which has a node of its own in the graph."""
     module = _extension.status()[0]
-    form = None if module is None else _form(spec, tail)
+    form = None if module is None or twins else form_of(spec, tail)
     if module is None or form is None:
         return None
     found: tuple[Any, ...] | None = module.loss(form, *leaves, scale, offset, normalize, parts, report_groups)
@@ -189,7 +190,7 @@ def whole_loss(
 
 
 @lru_cache(maxsize=256)
-def _form(spec: Spec, tail: Tail) -> Any:
+def form_of(spec: Spec, tail: Tail) -> Any:
     """Both as the kernels know them; None for what they do not know."""
     if type(tail) not in KERNEL_TAILS or not spec.atoms <= ATOMS or isinstance(spec.layout, Several):
         return None
@@ -209,6 +210,7 @@ def _form(spec: Spec, tail: Tail) -> Any:
         weight=tail.weight,
         reduction=tail.reduction,
         report=tail.REPORT,
+        code=spec.code,
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_nce import _extension
-from fused_nce.backends import kernel_prefixes
+from fused_nce.backends import cpu, kernel_prefixes
 from fused_nce.backends.kernel_prefixes import Kernels
 from fused_nce.core import defaults, workspace
 from fused_nce.core.defaults import slopes  # noqa: F401  (handed on)
@@ -31,7 +31,7 @@ NAMES = KERNEL_STATISTICS[:3]  # of rows and of columns
 OPTIONAL_ROW_STATISTICS = KERNEL_STATISTICS[3:]  # of rows; a second kernel computes them if the spec asks for one
 BOTH_WAYS = False
 ATOMS = VOCABULARY - MARGINS - {"mixed"}
-whole_loss = gathered_scores = gathered_grads = None
+gathered_scores = gathered_grads = None
 
 
 def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
@@ -175,6 +175,29 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
     return Statistics(pos, _wanted(spec.stats, rows)), _gradients(problem, found)
 
 
+def whole_loss(
+    spec: Spec,
+    tail: Tail,
+    leaves: tuple[Tensor | None, ...],
+    scale: float,
+    offset: int,
+    normalize: bool,
+    parts: bool,
+    report_groups: int,
+    twins: bool = False,
+) -> tuple[Any, ...] | None:
+    """`csrc/cuda/whole.cpp`: of nce over rows, with the norms and the upstream gradient in launches of their own."""
+    module = _extension.status()[0]
+    form = None if module is None or type(tail) is not Nce or spec.marked or spec.prefixes else cpu.form_of(spec, tail)
+    if module is None or form is None:
+        return None
+    limit = workspace.limit_bytes(cast(Tensor, leaves[0]).device.type)
+    found: tuple[Any, ...] | None = module.loss(
+        form, *leaves, scale, offset, normalize, parts, report_groups, limit, twins
+    )
+    return found
+
+
 def summary(
     problems: Sequence[Problem], tail_of: Sequence[Tail], found: Sequence[Statistics], report_groups: Sequence[int]
 ) -> Summary:
@@ -280,8 +303,11 @@ def _prefix_bytes(module: ModuleType, spec: Spec, n: int, m: int, element_bytes:
     return max(module.cuda_prefix_bytes(*s, back, spec.marked, limit) for s in sizes for back in (True, False))
 
 
-def _wants_optional(spec: Spec) -> bool:
-    return not set(OPTIONAL_ROW_STATISTICS).isdisjoint(spec.stats)
+def _wants_optional(spec: Spec) -> int:
+    """0: none of them; 2: the sum or the number of the negatives too, which cost every other spec nothing."""
+    if not {"neg_sum", "neg_count"}.isdisjoint(spec.stats):
+        return 2
+    return int(not set(OPTIONAL_ROW_STATISTICS).isdisjoint(spec.stats))
 
 
 def _gradients(problem: Problem, found: Sequence[Tensor]) -> Gradients:
@@ -318,7 +344,7 @@ def _total_bytes(module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype_b
                 gradients=gradients,
                 sums=gradients * (2 if isinstance(spec.transform, Bias) else 1),
                 column_stats=statistics and bool(spec.columns),
-                optional=statistics and _wants_optional(spec),
+                optional=statistics and _wants_optional(spec) > 0,
                 marked=spec.marked,
             )["total_bytes"]
         )

@@ -1,7 +1,4 @@
-"""Each loss as its users write it down, as we compute it, and on what: keyed by the name in `fused_nce.losses`.
-
-A loss that the package does not have yet is left out of a run, and comes in by itself once it does.
-"""
+"""Each loss as its users write it down, as we compute it, and on what: keyed by the name in `fused_nce.losses`."""
 
 from __future__ import annotations
 
@@ -40,11 +37,6 @@ class Formula(NamedTuple):
     inputs: Callable[[Problem, Draw], tuple[Tensor, ...]]
     ours: Callable[..., Tensor]
     naive: Callable[..., Tensor]
-
-
-def available(loss: str) -> bool:
-    """Whether the package has this loss."""
-    return hasattr(losses, loss)
 
 
 def _call(loss: str, *inputs: Tensor, **options: object) -> Tensor:

@@ -3,7 +3,7 @@
 A call of N rows, M columns and width D takes launch + GEMMs·N·M·gemm(D) on each backend. `cuda` moves its scores
 through the L2 but multiplies at cuBLAS' rate; `triton` never lets a score off the chip, computes it again for each
 gradient, and its tiles get thin as D grows. With both gradients they meet near D = 130 in 16 bits, further up where
-only the queries want one. The table is `cost.json`; `python -m bench.gpu.fit` makes another from a measured record.
+only the queries want one. The table is `cost.json`; `python -m bench.fit` makes another from a measured record.
 """
 
 from __future__ import annotations
@@ -148,7 +148,10 @@ def write(costs: Table, source: str) -> None:
         for (backend, size), cost in costs.items()
     ]
     body = ",\n    ".join(lines)
-    PATH.write_text(f'{{\n  "source": {json.dumps(source)},\n  "costs": [\n    {body}\n  ]\n}}\n', encoding="utf-8")
+    PATH.write_text(
+        f'{{\n  "source": {json.dumps(source, ensure_ascii=False)},\n  "costs": [\n    {body}\n  ]\n}}\n',
+        encoding="utf-8",
+    )
     _read.cache_clear()
 
 

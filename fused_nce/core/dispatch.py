@@ -10,11 +10,13 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fused_nce.core import cost, first_contact
 from fused_nce.core.cost import Call
-from fused_nce.core.problem import Backend, Problem
+from fused_nce.core.problem import Backend, Needs, Problem
 from fused_nce.core.spec import Spec
 from fused_nce.core.tails import Tail
 
@@ -86,13 +88,31 @@ def whole_loss(
     parts: bool,
     report_groups: int,
     requested: str,
+    twins: bool = False,
 ) -> tuple[Any, ...] | None:
-    """A loss as one function of a backend that has it (`problem.WholeLoss`); None: the ops serve the call."""
+    """A loss as one function of a backend that has it (`problem.WholeLoss`); None: the ops serve the call.
+
+    `twins`: q and k are two views, whose rows side by side are one tensor in both roles.
+    """
     requested = requested or os.environ.get("FUSED_NCE_BACKEND", "")
+    q, k = leaves[:2]
+    if q is None or type(q) not in (Tensor, Parameter) or requested not in ("", *BACKENDS):
+        return None
+    if twins:  # which a CPU has no use for; else as what they will be
+        if q.device.type == "cpu" and requested in ("", AUTOMATIC[0]):
+            return None
+        q, k = q.detach()[:1].expand(2 * q.shape[0], -1), None
     name = requested or AUTOMATIC[0]
-    whole = backend_module(name).whole_loss if name in BACKENDS else None
-    found = None if whole is None else whole(spec, tail, leaves, scale, offset, normalize, parts, report_groups)
-    if found is not None:
+    if not requested and q.device.type != "cpu":
+        graph = torch.is_grad_enabled()
+        on_q, on_k, on_scale = (graph and x is not None and x.requires_grad for x in leaves[:3])
+        needs = Needs(on_q or on_k, False, on_scale) if twins else Needs(on_q, on_k, on_scale)
+        name = choose(spec, q, k, "", Call.of("loss", needs, bool(tail.penalty)))[0]
+    whole = backend_module(name).whole_loss
+    if whole is None or (name != "cpu" and why_not(name, spec, q, k) is not None):
+        return None
+    found = whole(spec, tail, leaves, scale, offset, normalize, parts, report_groups, twins)
+    if found is not None and (requested or q.device.type == "cpu"):
         _local.path = Path(name, "requested" if requested else "")
     return found
 

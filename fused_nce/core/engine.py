@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -241,6 +241,7 @@ def loss_of(
     ceilings: Tensor | None = None,
     guide: tuple[Tensor, Tensor] | None = None,
     normalize: bool = False,
+    twins: bool = False,
     parts: bool = True,
     report_groups: int = 1,
     group: Group = None,
@@ -251,7 +252,8 @@ def loss_of(
     A plain call (eager, no group, no transform) is one function of the backend; every other is an op of `core/ops.py`.
 
     Beside the arguments of `tile_loss` there are `own_keys`, (N, D), of `Separate`: a key a row, whose score is its
-    positive; and `normalize`: rows of q and k (of `own_keys` instead of k where they are given) get norm 1 first.
+    positive; `normalize`: rows of q and k (of `own_keys` instead of k where they are given) get norm 1 first; and
+    `twins`: q and k are two views, (N, D), whose rows side by side are one tensor in both roles.
     """
     if k is None and column_ids is None and isinstance(spec.layout, Labels):
         column_ids = row_ids
@@ -260,9 +262,15 @@ def loss_of(
         bias = q.new_full((), float(bias), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     if group is None and not spec.filters and not torch.compiler.is_compiling():
         leaves = (q, k, tensor, bias, positives, own_keys, row_ids, column_ids)
-        found = dispatch.whole_loss(spec, tail, leaves, factor, offset, normalize, parts, report_groups, backend or "")
+        options = factor, offset, normalize, parts, report_groups, backend or ""
+        found = dispatch.whole_loss(spec, tail, leaves, *options, True) if twins else None
+        if found is None:
+            q, k = (_together(q, k), None) if twins else (q, k)
+            found = dispatch.whole_loss(spec, tail, (q, k, *leaves[2:]), *options)
         if found is not None:
             return Swept(*found)
+    elif twins:
+        q, k = _together(q, k), None
     if normalize:
         q = normalized(q)
         k, own_keys = (k, normalized(own_keys)) if own_keys is not None else (k if k is None else normalized(k), None)
@@ -279,6 +287,11 @@ def loss_of(
     if everyone is None:
         return _sweep(scores, spec, tail, parts, report_groups, backend)
     return _sweeps(scores, spec, tail, parts, report_groups, everyone, backend)
+
+
+def _together(view0: Tensor, view1: Tensor | None) -> Tensor:
+    """(2N, D), twins side by side."""
+    return torch.stack((view0, cast(Tensor, view1)), dim=1).flatten(0, 1)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -88,7 +88,8 @@ def trial(backend: Backend, reference: Backend, small: Problem, device: torch.de
         with believing(), torch.no_grad(), torch.autocast(device.type, enabled=False):
             for tail in fitting or [None]:
                 wanted = _run(exact, reference, tail, needs)
-                for what, found, right in _named(small.spec, _run(there, backend, tail, needs), wanted):
+                pairs = _named(small.spec, _run(there, backend, tail, needs), wanted)
+                for what, found, right in (*pairs, *_plain(there, exact, backend, reference, tail)):
                     if (difference := off(found, right)) > tolerance:
                         return (
                             f"its first test on this card failed: {what} of {small.spec.code} in {_short(small.q)} is "
@@ -219,6 +220,39 @@ def _named(
             yield from ((f"{field}: {name}", x[i], right[field][i]) for i, name in enumerate(names))
         elif x is not None and x.numel():
             yield field, x, right[field]
+
+
+def _plain(
+    there: Problem, exact: Problem, backend: Backend, reference: Backend, tail: Tail | None
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The same of a plain call, where the backend has one function for it: rows as they are and divided by norms."""
+    spec, own = exact.spec, isinstance(exact.spec.layout, Separate)
+    if backend.whole_loss is None or tail is None or spec.marked:
+        return
+    keys = [None if p.shared else p.k[: p.n] if own else p.k for p in (there, exact)]
+    for normalize in (True,) if own else (False, True):
+        leaves = [x.clone().requires_grad_() for x in (there.q, keys[0]) if x is not None]
+        scored = there.k if own else leaves[1] if len(leaves) > 1 else None
+        given = (leaves[0], scored, None, None, None, leaves[1].detach() if own else None, None, None)
+        with torch.enable_grad():
+            made = backend.whole_loss(spec, tail, given, 0.9, 0, normalize, False, 1, False)
+            if made is None:
+                return
+            found = torch.autograd.grad(made[0], leaves[:1] if own else leaves)
+            roots = [x.clone().requires_grad_() for x in (exact.q, keys[1]) if x is not None]
+            unit = [torch.nn.functional.normalize(x, dim=1) if normalize else x * 1 for x in roots]
+        q, second = (x.detach() for x in (unit[0], unit[-1]))
+        small = exact._replace(q=q, k=exact.k if own else second, scale=0.9)
+        if own:
+            small = small._replace(positives=0.9 * (q * second).sum(dim=1, keepdim=True))
+        known, g = reference.loss(small, tail, Needs(True, not exact.shared and not own, False))
+        (value, *_), wanted = reference.summary([small], [tail], [known], [1]), [g.dq, g.dk]
+        if own:
+            on = reference.slopes(small, tail, known, tail.unit(small.n), 1.0)
+            wanted[0] = wanted[0] + 0.9 * on.d_pos * second
+        yield "a plain call's loss", made[0], value
+        for what, x, root, through, d in zip(("dq", "dk"), found, roots, unit, wanted, strict=False):
+            yield f"a plain call's {what}", x, torch.autograd.grad(through, root, d)[0]
 
 
 def off(found: Tensor, wanted: Tensor) -> float:

@@ -147,9 +147,10 @@ class Backend(Protocol):
 Losses = Callable[[Sequence[Problem], Sequence[Tail], Sequence[Tensor], bool], tuple[Tensor, Tensor, Tensor]]
 """`loss` of several problems at once: (problems, tails, room for dq and dk of each, dscale wanted) to the positives of
 all, flat, the (S, all N) row statistics, and dscale of each."""
-WholeLoss = Callable[[Spec, Tail, tuple[Tensor | None, ...], float, int, bool, bool, int], tuple[Any, ...] | None]
+WholeLoss = Callable[[Spec, Tail, tuple[Tensor | None, ...], float, int, bool, bool, int, bool], tuple[Any, ...] | None]
 """A loss of plain tensors in one differentiable function: (spec, tail, (q, k, scale tensor, bias, positives, own keys,
-row ids, column ids), scale, offset, normalize, parts, report groups) to `engine.Swept`; None: it does not serve it."""
+row ids, column ids), scale, offset, normalize, parts, report groups, twins) to `engine.Swept`; None: it does not serve
+it. twins: q and k are two views, whose rows side by side are one tensor in both roles."""
 GatheredScores = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q, k, indices (N, m)) to (N, m) ⟨q_i, k_(indices_ij)⟩, unscaled; NaN for an index out of range."""
 GatheredGrads = Callable[[Tensor, Tensor, Tensor, Tensor, bool, bool, bool], GatheredGradients]

@@ -59,10 +59,15 @@ def nt_xent(
         ```
     """
     check_rows("view0", view0, "view1", view1, same_n=True)
-    z = torch.stack((view0, view1), dim=1).flatten(0, 1)
-    scale = inverse("temperature", temperature, z.device)
-    spec = UNIT if normalize else SPEC
-    parts = loss_of(z, None, spec, TAIL, scale=scale, normalize=normalize, group=group, backend=backend)
+    scale = inverse("temperature", temperature, view0.device)
+    parts = loss_of(
+        *(view0, view1, UNIT if normalize else SPEC, TAIL),
+        scale=scale,
+        normalize=normalize,
+        twins=True,
+        group=group,
+        backend=backend,
+    )
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
 
 

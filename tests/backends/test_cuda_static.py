@@ -64,7 +64,7 @@ SASS = """
 def test_the_cheapest_turn_of_a_loop_is_counted():
     """The way with masks has two instructions more; a loop without exponentials is none over scores."""
     found = sass.functions(SASS)
-    assert sass.turns(found["kernel"], least=1) == [(5, 1)]
+    assert sass.turns(found["kernel"], least=1) == [sass.Turn(5, 1)]
     assert sass.turns(found["kernel"], least=2) == []
     assert sass.turns(found["other"], least=1) == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ SPECS = {
     "rows of an image": Spec(Block(2, 3), stats=Nce().stats),
     "targets": Spec(Index(), stats=Nce().stats),
     "queue": Spec(Separate(2), stats=Nce().stats, unit_norm=True),
+    "queue, a key a row": Spec(Separate(1), stats=Nce().stats),
     "both ways": Spec(Block(1), stats=Nce().stats, columns=("neg_lse",)),
     "pairs": Spec(Block(1), Bias(), stats=Sigmoid().stats),
     "labels": Spec(Labels(), stats=tuple(dict.fromkeys(LogOut.READS + LogIn.READS))),
@@ -48,7 +50,10 @@ def trial(backend, name, dtype, width=40):
 
 
 @needs_kernels
-def test_sound_kernels_pass():
+def test_sound_kernels_pass(monkeypatch):
+    """By the operators and by plain calls."""
+    module: Any = _extension.status()[0]
+    monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k))
     failed = {
         (name, dtype): found
         for name in SPECS
@@ -56,6 +61,24 @@ def test_sound_kernels_pass():
         if (found := trial(cuda, name, dtype)) != ("", True)
     }
     assert failed == {}
+
+
+@needs_kernels
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_plain_call_is_tried_too(normalize, monkeypatch):
+    """The function that serves it has kernels of its own: here its loss is wrong, where rows are divided or not."""
+    module: Any = _extension.status()[0]
+    whole: Any = cuda.whole_loss
+
+    def spoilt(*arguments):
+        found = whole(*arguments)
+        return (found[0] * (1.2 if arguments[5] == normalize else 1.0), *found[1:])
+
+    monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k))
+    monkeypatch.setattr(cuda, "whole_loss", spoilt)
+    found, lasts = trial(cuda, "views", torch.bfloat16)
+    assert "a plain call's loss of" in found
+    assert lasts
 
 
 class Faulty:

@@ -8,36 +8,15 @@ from typing import Any
 
 import pytest
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from bench.static import target_of
+from bench.static import Card
 from fused_nce.backends import triton
 from fused_nce.backends.triton import configs
 from fused_nce.core.spec import Spec
 from tests.ptx.machine import launch
 from tests.ptx.parse import Kernel, Module
-
-
-class Card:
-    """A GPU, as far as the compiler asks."""
-
-    def __init__(self, architecture: str) -> None:
-        self.target = target_of(architecture)
-
-    def get_current_device(self) -> int:
-        """The only one."""
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        """The default one."""
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        """What the kernels are compiled for."""
-        return self.target
-
 
 Run = Callable[[Any, tuple[int, ...], dict[str, Any]], None]  # of a compiled kernel, its grid and its arguments
 KERNELS: dict[str, Kernel] = {}  # by the text

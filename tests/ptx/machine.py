@@ -92,6 +92,7 @@ class Machine:
         self.shared = Shared(len(ctas), kernel.shared_bytes + dynamic_bytes, self.n // 32)
         number = np.asarray(ctas)[self.cta]
         self.number = number[::32]  # of each warp's CTA
+        memory.late, memory.unfenced = np.zeros((2, self.n // 32), bool)
         places = (number % grid[0], number // grid[0] % grid[1], number // (grid[0] * grid[1]))
         self.special = {"%tid.x": thread % threads, "%laneid": self.lane, "%ntid.x": np.full(1, threads)}
         self.special |= {f"%ctaid.{axis}": place for axis, place in zip("xyz", places, strict=True)}
@@ -263,4 +264,4 @@ def launch(
     with np.errstate(all="ignore"):
         for first in range(0, len(ctas), step):
             Machine(kernel, grid, threads, ctas[first : first + step], parameters, dynamic_bytes, memory).run()
-        memory.finish(kernel.name)
+        memory.finish(kernel.name, len(ctas))

@@ -1,7 +1,8 @@
 """A GPU's two memories: the process' own as the global one, and the shared one of CTAs with what its rules forbid.
 
 Between two barriers, nothing may be touched by two warps if one of them writes; in one launch, nor may global memory by
-two CTAs, which no barrier orders. Each 2-byte granule remembers who wrote and who read it, so a missing barrier is
+two CTAs, which no barrier orders: but the one whose turn at an atomic comes last is after what all others had done, and
+fenced, before their own. Each 2-byte granule remembers who wrote and who read it, so a missing barrier is
 reported whichever order the threads happened to run in.
 """
 
@@ -76,7 +77,11 @@ class Global:
 
     def __init__(self, ranges: Sequence[tuple[int, int]] | None) -> None:
         self.ranges = ranges
-        self.now: list[tuple[Array, Array, bool]] = []  # since the last barrier: granules, their warps, if they wrote
+        # Since the last barrier: granules, their warps, if they wrote, and if that was after their CTA's atomic.
+        self.now: list[tuple[Array, Array, bool, Array]] = []
+        self.after: list[Touched] = []  # what CTAs touched after theirs
+        self.turns: list[int] = []  # of CTAs at atomics
+        self.late, self.unfenced = np.zeros(0, bool), np.zeros(0, bool)  # of the warps of the CTAs that run
         self.launch: list[Touched] = []  # since the launch: by CTAs
         self.merged = 0  # granules of the first part, which holds each once
         if ranges is not None:
@@ -96,7 +101,7 @@ class Global:
     def load(self, at: Array, size: int, count: int, warps: Array) -> list[Array]:
         """`count` words that lie side by side, for each address."""
         self.check(at, size * count)
-        self.now.append((*Shared.granules(at, size * count, warps), False))
+        self._note(at, size * count, warps, False)
         index = (at - FIRST) // size
         return [PROCESS[size][index + word] for word in range(count)]
 
@@ -104,10 +109,21 @@ class Global:
         """The other way."""
         size = values[0].dtype.itemsize
         self.check(at, size * len(values))
-        self.now.append((*Shared.granules(at, size * len(values), warps), True))
+        self._note(at, size * len(values), warps, True)
+        self.unfenced[warps] = True
         index = (at - FIRST) // size
         for word, value in enumerate(values):
             put(PROCESS[size], index + word, value)
+
+    def _note(self, at: Array, size: int, warps: Array, wrote: bool) -> None:
+        cells, whose = Shared.granules(at, size, warps)
+        self.now.append((cells, whose, wrote, self.late[whose]))
+
+    def turn(self, warp: int, ctas: Array) -> None:
+        """A CTA's atomic. It orders nothing that its warp has stored without a fence."""
+        self.late |= ctas == ctas[warp]
+        if not self.unfenced[warp]:
+            self.turns.append(int(ctas[warp]))
 
     def settle(self, ctas: Array) -> None:
         """At a barrier, which orders the warps of a CTA: their CTAs' numbers. Raise for what had no order before it."""
@@ -118,13 +134,20 @@ class Global:
         wrote = np.repeat([part[2] for part in now], [len(part[0]) for part in now])
         if wrote.any():
             check_order(merged([(cells, warps, warps, wrote)]), "warps", "with no barrier between")
-        self.launch.append((cells, ctas[warps], ctas[warps], wrote))
+        late = np.concatenate([part[3] for part in now])
+        for which, list_of in ((~late, self.launch), (late, self.after)):
+            if which.any():
+                list_of.append((cells[which], *2 * (ctas[warps[which]],), wrote[which]))
         if sum(len(part[0]) for part in self.launch) > 2 * self.merged + MANY:
             self.launch = [merged(self.launch)]
             self.merged = len(self.launch[0][0])
 
-    def finish(self, kernel: str) -> None:
-        """At its launch's end."""
+    def finish(self, kernel: str, ctas: int) -> None:
+        """At the end of a launch of so many CTAs."""
+        last = self.turns[-1] if sorted(self.turns) == list(range(ctas)) else -1
+        for cells, cta, _, wrote in self.after:
+            others = cta != last
+            self.launch.append((cells[others], cta[others], cta[others], wrote[others]))
         if self.launch:
             check_order(merged(self.launch), f"CTAs of {kernel}:", "whose order is not defined")
 

@@ -73,6 +73,10 @@ namespace fused_nce {
 namespace cuda {
 
 void Device::gemm(const Gemm& g) const { check(product(&g)); }
+unsigned* Device::counter() const {
+  static unsigned count = 0;
+  return &count;
+}
 void Device::check(int error) const {
   if (error) throw std::runtime_error(fused_nce_fault);
 }

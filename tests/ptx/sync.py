@@ -1,10 +1,11 @@
-"""Copies that arrive later, and instructions that order what the interpreter runs in order anyway."""
+"""Copies that arrive later, atomics, and instructions that order what the interpreter runs in order anyway."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from .machine import Machine, instruction
+from .memory import FIRST, PROCESS
 from .parse import Fault, Instruction
 
 
@@ -53,8 +54,24 @@ def _arrive(x: Machine, left: int) -> None:
             x.copies.append((threads[later], groups[later], to[later], [value[later] for value in values]))
 
 
-@instruction("fence membar bar", "proxy async shared_cta cta gl warp sync acq_rel")
+@instruction("fence membar bar", "proxy async shared_cta cta gl gpu sc warp sync acq_rel")
 def nothing(x: Machine, i: Instruction) -> None:
     """Fences: each access is finished before the next. Of barriers, those of a warp."""
+    if {"gl", "gpu"} & set(i.flags):
+        x.memory.unfenced[x.warp[x.active()]] = False
     if i.name == "bar" and "warp" not in i.flags:
         raise Fault(f"unknown instruction: {i.text}")
+
+
+@instruction("atom", "global inc relaxed gpu")
+def increment(x: Machine, i: Instruction) -> None:
+    """One thread after the other: up to a limit, after which 0 follows."""
+    at, limit = x.address(i.operands[1], False), x.some(x.read(i.operands[2], "u32"))
+    x.memory.check(at, 4)
+    before = np.zeros(len(at), np.uint32)
+    for n, thread in enumerate(x.active()):
+        word = (at[n] - FIRST) // 4
+        before[n] = PROCESS[4][word]
+        PROCESS[4][word] = 0 if before[n] >= limit[n] else before[n] + 1
+        x.memory.turn(int(x.warp[thread]), x.number)
+    x.write(i.operands[0], x.all(before))

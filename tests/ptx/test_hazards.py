@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from tests.ptx import memory
+from tests.ptx import machine, memory
 from tests.ptx.convert import to_bf16, wide
 from tests.ptx.machine import launch
 from tests.ptx.memory import Array
@@ -87,6 +87,29 @@ def test_no_barrier_orders_two_ctas(monkeypatch):
                 else:
                     with pytest.raises(Fault, match="hazard: CTAs of k: "):
                         run(body, x, x.copy(), ctas=41)
+
+
+TURN = """mov.u32 %r30, %ctaid.x; setp.eq.u32 %p0, %r0, 0; mul.wide.u32 %w5, %r30, 4; add.s64 %w6, %w1, %w5;
+@%p0 st.global.b32 [%w6], %r30; FENCE @%p0 atom.global.inc.u32 %r31, [%w0], 2; bar.sync 0;
+@!%p0 bra $END; setp.ne.u32 %p1, %r31, TURN; @%p1 bra $END;
+ld.global.b32 %r32, [%w1+4]; ld.global.b32 %r33, [%w1+8]; add.s32 %r34, %r32, %r33; st.global.b32 [%w1+12], %r34;
+$END:
+"""
+
+
+@pytest.mark.parametrize(
+    ("fence", "turn", "ordered"), [("membar.gl;", 2, True), ("", 2, False), ("membar.gl;", 1, False)]
+)
+def test_the_last_turn_at_an_atomic_is_after_all_others(fence, turn, ordered, monkeypatch):
+    """Of three CTAs, side by side and one after the other; not without a fence, and no other turn."""
+    for at_once in (machine.AT_ONCE, 32):
+        monkeypatch.setattr(machine, "AT_ONCE", at_once)
+        x, y = np.zeros(512, np.uint32), np.zeros(512, np.uint32)
+        body = TURN.replace("FENCE", fence).replace("TURN", str(turn))
+        with nullcontext() if ordered else pytest.raises(Fault, match="hazard: CTAs of k"):
+            run(body, x, y, ctas=3, threads=32)
+            assert y[:4].tolist() == [0, 1, 2, 3]
+            assert x[0] == 0
 
 
 def test_a_register_that_not_every_thread_wrote_is_told():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fused_nce import _extension, _nvcc
+from fused_nce import _extension, _nvcc, info_nce, moco_nce
 from fused_nce.backends import cuda
 from fused_nce.core.spec import Block, Spec, TanhClip
 from fused_nce.core.tails import Nce
@@ -52,13 +52,33 @@ OPTIONS = ("margin", "guide, smoothing", "several positives, hard negatives", "p
 KINDS = ("amdim_nce", "clip_loss", "sup_con", "siglip_loss", *(f"info_nce/{each}" for each in OPTIONS))
 
 
-def test_a_loss_of_each_kind(launched, record_eta):
-    """Rows in one kernel; both ways; optional statistics; a bias; marks by scores, guides and numbers; prefixes."""
+def test_a_loss_of_each_kind(launched, record_eta, monkeypatch):
+    """In one kernel, by operators; both ways; optional statistics; a bias; marks of each kind; prefixes."""
     for dtype in DTYPES:
         assert hold(KINDS, dtype, "cuda", record_eta) == len(KINDS)
-    kernels = "loss summary fold finish weigh fold_columns finish_columns fold_optional finish_optional"
-    kernels += " mark cosines weigh_prefix"
-    assert set(kernels.split()) == set(launched)
+    monkeypatch.setattr(cuda, "whole_loss", None)
+    assert hold(("amdim_nce",), "bfloat16", "cuda", record_eta) == 1
+    kernels = "mark loss loss_summary summary multiply fold finish weigh fold_columns finish_columns fold_optional "
+    assert set((kernels + "finish_optional cosines weigh_prefix").split()) == set(launched)
+
+
+def test_rows_of_norm_1(launched):
+    """What the examples, whose rows are, do not launch: norms, own scores, and the way back."""
+    draw = torch.Generator().manual_seed(0)
+    for dtype, ulp in zip(DTYPES, (2**-7, 2**-10, 2e-6), strict=True):
+        q, k, queue = (torch.randn(n, 41, generator=draw).to(getattr(torch, dtype)) for n in (6, 6, 10))
+        leaves = [q.requires_grad_(), k.requires_grad_()]
+        for loss in (
+            lambda backend: info_nce(q, k, normalize=True, backend=backend).loss,  # noqa: B023
+            lambda backend: moco_nce(q, k.detach(), queue, backend=backend).loss,  # noqa: B023
+        ):
+            ours, theirs = (loss(name) for name in ("cuda", "reference"))
+            torch.testing.assert_close(ours, theirs, rtol=10 * ulp, atol=0)
+            found, exact = (torch.autograd.grad(x, leaves, allow_unused=True) for x in (ours, theirs))
+            for x, y in zip(found, exact, strict=True):
+                if y is not None:
+                    assert (x.double() - y.double()).abs().max() <= ulp * y.double().abs().max()
+    assert {"unit", "through"} < set(launched)
 
 
 def test_a_summary_of_many_and_a_product(launched):
@@ -124,6 +144,7 @@ NOT_NEEDED = {
     "fold": {1},
     "fold_optional": {1},
     "loss": {1, 4},
+    "loss_summary": {1, 4},
     # One warp, whose lanes go together.
     "finish": {0, 1, 2, 3, 4, 5},
     "finish_optional": {0, 1},
@@ -155,7 +176,11 @@ def test_a_barrier_less_is_a_hazard(launched, monkeypatch):
     runs = [partial(run_case, wide)]
     runs += [partial(etas_of, n, "cpu", "cuda", torch.bfloat16) for n in ("clip_loss", "sup_con", "amdim_nce")]
     seen: dict[str, set[int]] = defaultdict(set)
-    for run in runs:
+    for run, whole in [
+        *((run, None) for run in runs),
+        (runs[0], cuda.whole_loss),
+    ]:  # by operators, then as one function
+        monkeypatch.setattr(cuda, "whole_loss", whole)
         removed = ("", 0)
         kernels.clear()
         run()
@@ -169,8 +194,18 @@ def test_a_barrier_less_is_a_hazard(launched, monkeypatch):
                         raise
                     seen[name].add(number)
     # `finish` has those of a tail in one of its two forms; kernels of one thread a column have none.
-    needed = {name: set(range(count)) - NOT_NEEDED.get(name, set()) for name, count in BARRIERS.items()}
-    assert {name: seen[name] for name in needed} == needed
+    unseen = {name: set(range(count)) - seen[name] for name, count in BARRIERS.items()}
+    assert {name: numbers for name, numbers in unseen.items() if numbers} == NOT_NEEDED
 
 
-BARRIERS = {"fold": 2, "fold_optional": 2, "loss": 8, "finish": 6, "weigh": 2, "fold_columns": 3, "summary": 2}
+BARRIERS = {
+    "loss_summary": 14,
+    "fold": 2,
+    "fold_optional": 2,
+    "loss": 8,
+    "finish": 6,
+    "finish_optional": 2,
+    "weigh": 2,
+    "fold_columns": 3,
+    "summary": 2,
+}

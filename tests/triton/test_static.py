@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import static
+from bench import sass, static
 from fused_nce.backends.triton import configs, plan
 from tests.marks import nightly_but
 
@@ -90,14 +90,80 @@ def test_a_split_is_whole_tiles(key):
 
 
 def test_regressions_are_told():
-    old: Any = static.Build("rows", "sm_90", "bf16", 64, (1, 2), 100, 1000, 0, 0, 8, 3.0)
+    tile = (128, 64, 64, 64, 8, 3, None, None)
+    old: Any = static.Build("rows", "sm_90", "bf16", 64, tile, 100, 1000, 0, 0, 8, 3.0, 20.0, 0.1, {"64x64x16": 8})
+    assert old.resident == 2  # of 8 warps with 13312 registers each two times eight
     assert not list(dataclasses.replace(old, registers=108).regressions(old))
-    for change in ({"registers": 109}, {"shared_bytes": 1001}, {"mufu_per_score": 3.1}, {"matrix_instructions": 7}):
-        assert list(dataclasses.replace(old, **change).regressions(old)), change
-    for change in (
-        {"stack_bytes": 8},
-        {"spill_instructions": 1},
-        {"shared_bytes": 1 << 20},
-        {"matrix_instructions": 0},
-    ):
-        assert list(dataclasses.replace(old, **change).faults()), change
+    worse = {"registers": 109, "shared_bytes": 1001, "mufu_per_score": 3.1, "matrix_instructions": 7}
+    worse |= {"issued_per_score": 20.1, "matrix_clocks_per_score": 0.2}
+    for name, value in worse.items():
+        assert any(name in line for line in dataclasses.replace(old, **{name: value}).regressions(old)), name
+    crowded = dataclasses.replace(old, registers=128)
+    assert any(
+        "resident: 2 became 1" in line for line in dataclasses.replace(crowded, registers=136).regressions(crowded)
+    )
+    bad = {
+        "stack_bytes": 8,
+        "spill_instructions": 1,
+        "shared_bytes": 1 << 20,
+        "matrix_instructions": 0,
+        "serialised": 1,
+    }
+    for name, value in bad.items():
+        assert list(dataclasses.replace(old, **{name: value}).faults()), name
+
+
+HGMMA = """
+        /*0000*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
+        /*0010*/                   HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0020*/                   HGMMA.64x256x8.F32.TF32 R24, R88, gdesc[UR4], R24 ;
+        /*0030*/                   EXIT ;
+"""
+
+
+def test_matrix_instructions_are_counted_by_their_shape():
+    """128 results a row are a matter of the tensor cores, 16 of the operands' way from shared memory."""
+    assert sass.shapes(HGMMA) == {"64x128x16": 1, "64x16x16": 1, "64x256x8r": 1}
+    assert [sass.matrix_clocks(line.partition("HGMMA")[2]) for line in HGMMA.splitlines()[1:4]] == [64, 20, 128]
+
+
+LOOPS = """
+.L_x_0:
+        /*0000*/                   LDG.E R4, desc[UR6][R2.64] ;
+.L_x_1:
+        /*0010*/                   HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0020*/              @P0 BRA `(.L_x_1) ;
+        /*0030*/                   MUFU.EX2 R5, R4 ;
+        /*0040*/              @P1 BRA `(.L_x_0) ;
+        /*0050*/                   EXIT ;
+"""
+
+
+def test_a_loop_within_a_turn_counts_as_often_as_it_turns():
+    assert sass.turns(LOOPS, 1) == [sass.Turn(5, 1, 20.0)]
+    assert sass.turns(LOOPS, 1, inner=4) == [sass.Turn(11, 1, 80.0)]
+
+
+@TRITON
+def test_serialised_matrix_instructions_are_seen():
+    """An accumulator that is read between two of them, which ptxas then makes wait."""
+    body = """
+    .version 8.4
+    .target sm_90a
+    .address_size 64
+    .visible .entry kernel(.param .u64 out, .param .u64 desc) {
+      .reg .b64 %d<3>; .reg .f32 %f<5>;
+      ld.param.u64 %d0, [desc]; ld.param.u64 %d1, [out];
+      mov.f32 %f0, 0f00000000; mov.f32 %f1, 0f00000000; mov.f32 %f2, 0f00000000; mov.f32 %f3, 0f00000000;
+      wgmma.fence.sync.aligned;
+      wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, %d0, %d0, 1, 1, 1, 0, 0;
+      READ
+      wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, %d0, %d0, 1, 1, 1, 0, 0;
+      wgmma.commit_group.sync.aligned;
+      wgmma.wait_group.sync.aligned 0;
+      st.global.f32 [%d1], %f0; st.global.f32 [%d1+4], %f1; st.global.f32 [%d1+8], %f2; st.global.f32 [%d1+12], %f3;
+      ret;
+    }
+    """
+    assert static.serialised(body.replace("READ", "")) == 0
+    assert static.serialised(body.replace("READ", "add.f32 %f0, %f0, %f1;")) > 0

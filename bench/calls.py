@@ -1,0 +1,294 @@
+"""`python -m bench.calls [--write]`: what a call of each loss launches and moves on a GPU, counted without one.
+
+Each problem of `bench.gpu.problems` runs at its full size, forward and backward, with nothing computed: the driver of
+`csrc/cuda` over a machine that counts (`tally.cpp`), Triton's kernels taken down with their grids, and torch's own
+operators by its profiler, which sees those within ours too. What a call launches, how much it reads and writes, and
+how many scores each kernel meets is committed, `bench/results/static-calls.json`; a test fails where a call grows.
+`--write` also compiles Triton's kernels for sm_90 and takes down what their main loops issue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bench import static
+from bench.gpu import problems, rivals
+from bench.gpu.problems import Problem
+from bench.host import ROOT
+from bench.text import markdown
+from fused_nce import _extension
+from fused_nce.backends import cuda, triton
+from fused_nce.backends.triton import configs
+from fused_nce.bench.formulas import FORMULAS
+from fused_nce.core import upstream
+from fused_nce.core.workspace import GPU_DEFAULT_MB
+
+TABLE = ROOT / "bench/results/static-calls.json"
+BACKENDS = ("cuda", "triton")
+ARCHITECTURE = "sm_90"
+# Operators with a kernel of their own on a GPU that launch none.
+FREE = {"as_strided", "view", "empty", "empty_strided", "resize_", "set_", "_reshape_alias", "unfold", "alias"}
+SHRINKS = {"sum", "amax", "max", "linalg_vector_norm", "all", "any"}  # write next to nothing
+Call = dict[str, Any]  # of the JSON
+
+
+class Kernel(NamedTuple):
+    """Of all launches of one kernel in a call."""
+
+    name: str
+    launches: int
+    bytes: int  # read and written, but for those of scores
+    scores: int = 0
+    flop: int = 0
+    strip_bytes: int = 0  # of scores that leave the chip
+    strip: int = 0  # of those that are alive together
+    programs: int = 0  # of Triton's
+    tiles: int = 0  # of one program
+    code: dict[str, Any] | None = None  # of Triton's: what `bench.static` says of it
+
+
+def problems_counted() -> dict[str, tuple[Problem, torch.dtype]]:
+    """By label: the benchmark's in bfloat16, and its sweep in float32 too, for the cost of it."""
+    sweep = [*problems.CROSSOVER, *problems.LARGER]
+    found = {p.label: (p, torch.bfloat16) for p in (*problems.TABLE, *problems.SMALL, *sweep)}
+    return found | {f"{p.label}, float32": (p, torch.float32) for p in sweep}
+
+
+# ---- torch's operators -------------------------------------------------------------------------------------------
+
+
+@cache
+def launches(name: str) -> bool:
+    """Whether a kernel of a GPU stands behind torch's operator, rather than a view or other operators."""
+    if name in FREE or not hasattr(torch.ops.aten, name):
+        return False
+    of = torch._C
+    overloads = getattr(torch.ops.aten, name).overloads()
+    full = [f"aten::{name}" if one == "default" else f"aten::{name}.{one}" for one in overloads]
+    return name in ("copy_", "_local_scalar_dense") or any(
+        of._dispatch_has_kernel(one) and of._dispatch_has_kernel_for_dispatch_key(one, "CUDA") for one in full
+    )
+
+
+def operators(run: Callable[[], Any]) -> tuple[Counter[str], int]:
+    """How often a call dispatches each operator that launches a kernel, and the bytes of their tensors."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # it tells that it finds no GPU
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profiled:
+        run()
+    found: Counter[str] = Counter()
+    moved = 0
+    open_nodes = list(profiled.profiler.kineto_results.experimental_event_tree())
+    while open_nodes:
+        node = open_nodes.pop()
+        name = node.name.removeprefix("aten::")
+        if not node.name.startswith("aten::") or not launches(name):
+            open_nodes += node.children
+            continue
+        inputs = getattr(node.extra_fields, "inputs", [])
+        flat = [x for one in inputs for x in (one if isinstance(one, list) else [one])]
+        tensors = [x for x in flat if hasattr(x, "sizes")]
+        sizes = [math.prod(x.sizes) * x.dtype.itemsize for x in tensors]
+        if all(sizes) or any(x.sizes and size for x, size in zip(tensors, sizes, strict=True)):  # else there is nothing
+            found[name] += 1
+            moved += sum(sizes) + (0 if name in SHRINKS else max(sizes, default=0))
+    return found, moved
+
+
+# ---- the backends ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def counting_cuda() -> Iterator[list[Kernel]]:
+    """The `cuda` backend takes CPU tensors, and counts; what it found is there at the end."""
+    module, reason = _extension.status()
+    if not hasattr(module, "cuda_tally"):
+        raise RuntimeError(reason or "the kernels were built without the emulation of a GPU")
+    found: list[Kernel] = []
+    assert module is not None
+    with (
+        mock.patch.object(cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k)),
+        mock.patch.object(upstream, "_has_kernel", return_value=True),
+    ):
+        module.cuda_tally(True)
+        try:
+            yield found
+        finally:
+            for name, (count, scores, flop, moved, strip_bytes, strip) in module.cuda_tally(False).items():
+                found.append(Kernel(name, count, moved, scores, flop, strip_bytes, strip))
+
+
+class Launch(NamedTuple):
+    """One of Triton's."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def counted(self, compile_it: bool) -> Kernel:
+        """Its tensors once; of a pass over tiles, how many there are."""
+        named = dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | self.options
+        moved = sum(x.numel() * x.element_size() for x in named.values() if isinstance(x, Tensor))
+        name, programs = self.kernel.__name__, math.prod(self.grid)
+        if "walk" not in named:
+            return Kernel(name, 1, moved, programs=programs)
+        tiles = -(-min(named["walk"], named["n_y"]) // named["Y"])
+        scores = named["n_x"] * named["n_y"] * (self.grid[2] if len(self.grid) > 2 else 1)
+        code = self.code(named) if compile_it else None
+        return Kernel(name, 1, moved, scores, programs=programs, tiles=tiles, code=code)
+
+    def code(self, named: dict[str, Any]) -> dict[str, Any]:
+        """What `bench.static` reads in it, compiled for the card that the driver poses as."""
+        compiled = self.kernel.run(*self.arguments, grid=self.grid, warmup=True, **self.options)
+        tile = configs.Tile(
+            named["X"], named["Y"], named["CHUNK"], named["SLICE"], named["num_warps"], named["num_stages"]
+        )
+        dtype = named["x"].dtype
+        build = static.read(compiled, "", ARCHITECTURE, dtype, named["D"], tile)
+        names = ("issued_per_score", "matrix_clocks_per_score", "registers", "shared_bytes", "shapes", "serialised")
+        return {"scores": tile.x * tile.y, "resident": build.resident, **{name: getattr(build, name) for name in names}}
+
+
+@contextmanager
+def counting_triton(compile_them: bool) -> Iterator[list[Kernel]]:
+    """Triton's launches are taken down; what was found is there at the end."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    taken: list[Launch] = []
+    found: list[Kernel] = []
+
+    def launching(kernel: Any, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **options: taken.append(Launch(kernel, grid, arguments, options))
+
+    with (
+        mock.patch.object(triton, "why_not", return_value=None),
+        mock.patch.object(configs, "architecture_of", return_value=ARCHITECTURE),
+        mock.patch.object(JITFunction, "__getitem__", launching),
+        mock.patch.object(upstream, "_is_known_one", return_value=False),
+    ):
+        yield found
+    with mock.patch.object(driver, "_active", static.Card(ARCHITECTURE)):
+        found += [launch.counted(compile_them) for launch in taken]
+
+
+def count(label: str, backend: str, compile_them: bool = False) -> Call:
+    """One call's row of the JSON.
+
+    Args:
+        label: of `problems_counted`.
+        backend: of `BACKENDS`.
+        compile_them: with what Triton's kernels issue.
+
+    Raises:
+        RuntimeError: for `cuda` where the kernels, or the emulation of a GPU, are not built.
+    """
+    problem, dtype = problems_counted()[label]
+    formula = FORMULAS[problem.loss]
+    inputs = formula.inputs(problem, partial(torch.zeros, dtype=dtype))
+    loss = rivals.with_backend(formula.ours, backend)
+    counting = counting_cuda() if backend == "cuda" else counting_triton(compile_them)
+    with rivals.workspace(problem.workspace_mb or GPU_DEFAULT_MB), counting as kernels:
+        torchs, moved = operators(lambda: rivals.step(loss, inputs))
+    return {
+        "label": label,
+        "backend": backend,
+        "launches": sum(k.launches for k in kernels) + sum(torchs.values()),
+        "torch": dict(sorted(torchs.items())),
+        "torch_bytes": moved,
+        "kernels": [{name: x for name, x in k._asdict().items() if x} for k in kernels],
+    }
+
+
+# ---- the table ---------------------------------------------------------------------------------------------------
+
+
+@cache
+def committed() -> dict[tuple[str, str], Call]:
+    """The table, by label and backend."""
+    rows = json.loads(TABLE.read_text(encoding="utf-8"))["calls"]
+    return {(row["label"], row["backend"]): row for row in rows}
+
+
+def own(call: Call) -> int:
+    """Launches of our kernels and cuBLAS'."""
+    return sum(kernel["launches"] for kernel in call["kernels"])
+
+
+def moved_bytes(call: Call) -> int:
+    """Read and written, scores and torch's tensors included."""
+    return sum(k.get("bytes", 0) + k.get("strip_bytes", 0) for k in call["kernels"]) + int(call["torch_bytes"])
+
+
+def regressions(found: Sequence[Call]) -> list[str]:
+    """A line for each call that launches or moves more than the committed table says, or that it lacks."""
+    lines = []
+    for call in found:
+        name = f"{call['label']}, {call['backend']}"
+        before = committed().get((call["label"], call["backend"]))
+        if before is None:
+            lines.append(f"{name}: not in {TABLE.name}")
+            continue
+        for what, now, was in (
+            ("launches", call["launches"], before["launches"]),
+            ("bytes", moved_bytes(call), moved_bytes(before)),
+        ):
+            if now > was:
+                lines.append(f"{name}: {now} {what}, was {was}; torch's operators: {call['torch']}")
+    return lines
+
+
+def report(found: Sequence[Call]) -> str:
+    """A Markdown table."""
+    rows = [
+        [
+            call["label"],
+            call["backend"],
+            f"{own(call)}",
+            f"{sum(call['torch'].values())}",
+            f"{moved_bytes(call) / 1e6:.1f}",
+        ]
+        for call in found
+    ]
+    return markdown(["call", "backend", "our launches", "torch's", "MB"], rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Count, print, judge; the number of regressions."""
+    parser = argparse.ArgumentParser(prog="python -m bench.calls", description=__doc__)
+    parser.add_argument("--only", default="", metavar="TEXT", help="problems whose label has this text")
+    parser.add_argument("--backend", choices=BACKENDS, help="one alone")
+    parser.add_argument("--write", action="store_true", help=f"into {TABLE.relative_to(ROOT)}")
+    options = parser.parse_args(argv)
+    labels = [label for label in problems_counted() if options.only in label]
+    chosen = [options.backend] if options.backend else BACKENDS
+    found = [count(label, backend, options.write) for label in labels for backend in chosen]
+    print(report(found))
+    if options.write:
+        new = {(call["label"], call["backend"]): call for call in found}
+        kept = committed() if TABLE.exists() else {}
+        rows = [(kept | new).get((label, backend)) for label in problems_counted() for backend in BACKENDS]
+        lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows if row is not None)
+        TABLE.write_text(f'{{"schema":1,"calls":[\n{lines}\n]}}\n', encoding="utf-8")
+        committed.cache_clear()
+    worse = regressions(found)
+    print("\n".join(worse), end="\n" if worse else "", file=sys.stderr)
+    return len(worse)
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 100))

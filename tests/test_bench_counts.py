@@ -1,0 +1,113 @@
+"""What a call launches and moves on a GPU, counted without one, and the model of its time that is made from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import calls, counted, static_cuda, tables
+from bench.gpu import machine, problems, rivals
+from bench.gpu import tables as gpu_tables
+from fused_nce import _extension
+from fused_nce.bench import formulas
+from fused_nce.core import dispatch
+from tests.marks import nightly_but
+from tests.test_bench_gpu import made_up, record_of
+
+BY_LABEL = {p.label: p for p in (*problems.TABLE, *problems.SMALL)}
+COUNTS = pytest.mark.skipif(
+    torch.version.cuda is None or not hasattr(_extension.status()[0], "cuda_tally"),
+    reason="needs the emulation of a GPU, and a torch that knows which operators have kernels on one",
+)
+FEW = ("AMDIM 128×49, D 1024", "MoCo 256 × 65,536, D 128", "InfoNCE 1,024², D 256", "NT-Xent 1,024², D 128")
+
+
+@COUNTS
+@pytest.mark.parametrize("label", nightly_but(FEW, calls.problems_counted()))
+def test_no_call_launches_or_moves_more_than_before(label):
+    found = [calls.count(label, backend) for backend in calls.BACKENDS]
+    assert calls.regressions(found) == []
+    for call in found:
+        assert call["launches"] == calls.committed()[label, call["backend"]]["launches"], (
+            "python -m bench.calls --write"
+        )
+
+
+@COUNTS
+def test_a_launch_more_is_seen(monkeypatch):
+    """Of torch's, before the op and within it; and what is no launch is none."""
+    (label, *_) = FEW
+    formula = formulas.FORMULAS["amdim_nce"]
+    slow = formula._replace(ours=lambda a, c, backend: formula.ours(a + 0.0, c, backend))
+    monkeypatch.setitem(formulas.FORMULAS, "amdim_nce", slow)
+    assert "launches, was" in calls.regressions([calls.count(label, "cuda")])[0]
+    x = torch.ones(4, 6)
+    run = lambda: (x.view(6, 4).t()[1:].unsqueeze(0), torch.empty(3), torch.stack([x, x]).sum(), x[:0] + 1, x.clone())  # noqa: E731
+    found, moved = calls.operators(run)
+    assert found == {"cat": 1, "sum": 1, "copy_": 1}
+    assert moved == 4 * (2 * 24 + 24 + 48 + 3 * 24)
+
+
+def test_the_model_is_made_of_counts():
+    """A GEMM's FLOP, what the row kernels issue, every launch; and never below the bound."""
+    whole, bounded = (counted.parts(counted.counted(p, "cuda")) for p in (problems.GLOBAL, problems.BOUNDED))
+    assert whole.gemms == pytest.approx(counted.bound_ms(problems.GLOBAL) / 0.92)
+    issued = static_cuda.committed()["sm_90"]["loss clip bfloat16"]
+    assert whole.rows == pytest.approx(1e3 * problems.GLOBAL.scores * issued / (0.8 * 132 * 128 * 1.755e9))
+    assert whole.launches == pytest.approx(2e-3 * counted.counted(problems.GLOBAL, "cuda")["launches"])
+    assert bounded.gemms / whole.gemms == pytest.approx(4 / 3, rel=0.02)
+    assert bounded.launches > whole.launches
+    assert counted.bound_ms(problems.MOCO) == pytest.approx(2 * 2 * 256 * 65536 * 128 / 790e12 * 1e3)
+    every = [(p, backend) for p in BY_LABEL.values() for backend in calls.BACKENDS]
+    assert all(counted.time_ms(*one) > counted.bound_ms(one[0]) for one in every)
+    assert "**Modelled from counts, not measured**" in counted.table()
+
+
+@pytest.mark.skipif(_extension.status()[0] is None, reason="the plan of `cuda` is in the kernels")
+def test_the_plan_of_every_shape_keeps_its_memory_target():
+    """All but the queue's, whose target is that nothing is stored; docs/performance.md says so."""
+    over = {p.loss for p in problems.TABLE if p.target is not None and counted.extra_mb(p) > p.target.peak_mb}
+    assert over == {"moco_nce"}
+    assert counted.extra_mb(problems.BOUNDED) <= 32 * 2**20 / 1e6
+    assert all(p.label in counted.memory_table() for p in problems.TABLE)
+
+
+@pytest.mark.parametrize("p", {p.loss: p for p in problems.TABLE}.values(), ids=lambda p: p.loss)
+def test_a_problem_names_the_spec_and_the_gradients_of_its_loss(p, monkeypatch):
+    """As the engine sees them when the benchmark calls the loss."""
+    seen = []
+    choose = dispatch.choose
+
+    def listen(spec, q, k, requested, call=dispatch.ANY_CALL):
+        seen.append((spec, call._replace(shared=k is None, columns=bool(spec.columns))))
+        return choose(spec, q, k, requested, call)
+
+    monkeypatch.setattr(dispatch, "choose", listen)
+    monkeypatch.setenv("FUSED_NCE_BACKEND", "chunked")  # by the ops, as on a GPU
+    tiny = p.tiny()
+    formula = formulas.FORMULAS[p.loss]
+    rivals.step(rivals.with_backend(formula.ours, None), formula.inputs(tiny, machine.Machine().draw(0, torch.float32)))
+    spec, call = seen[0]
+    assert spec.code == tiny.spec.code
+    assert call.op == "loss"
+    assert call.gemms("cuda") == p.call.gemms("cuda")
+    assert call.gemms("triton") == p.call.gemms("triton")
+
+
+def test_a_full_record_reaches_the_documents():
+    """Every problem of a run on a GPU, each taking what the model expects."""
+    rows = []
+    for p in (*problems.TABLE, *problems.CROSSOVER, *problems.LARGER):
+        bound, ms = counted.bound_ms(p), {name: counted.time_ms(p, name) for name in calls.BACKENDS}
+        chosen = counted.choice(p)
+        others = {name: value for name, value in ms.items() if name != chosen}
+        row = made_up(p.label, ms[chosen], 5 * bound, 2 * bound, bound, backends=others)
+        rows.append(row | {"ours_backend": chosen, "fastest_backend": min(ms, key=lambda name: ms[name])})
+    record = record_of(*rows)
+    text = tables.render("<!-- bench:gpu -->\n<!-- /bench -->\n", record, "x.md")
+    assert "No GPU figures" in text  # until a record is committed
+    text = gpu_tables.block(record)
+    assert all(p.label in text for p in problems.TABLE)
+    asked = sum(4 + (p.target.graph_ms is not None) for p in problems.TABLE if p.target)
+    assert f" of {asked + 1} targets met." in text  # and the slowdown of the bounded one
+    assert gpu_tables.report(record).startswith(gpu_tables.card_line(record))
