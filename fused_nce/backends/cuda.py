@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, cast
 
@@ -54,6 +55,7 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
     return _unable(module, spec, q, k)
 
 
+@lru_cache(maxsize=64)
 def _runs_on(capability: tuple[int, int], architectures: str) -> bool:
     """Whether a GPU runs code for `sm_80,sm_90,compute_90`.
 
@@ -327,6 +329,7 @@ def _wanted(names: tuple[str, ...], found: Tensor) -> Tensor:
     return torch.stack([found[known.index(name)] for name in names])
 
 
+@lru_cache(maxsize=1024)
 def _total_bytes(module: ModuleType, spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_bytes: int) -> int:
     """The dearest of the three operations: `grads` has no statistics to hold, `stats` no weights."""
     # With statistics of columns there is no `loss`.
