@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 46_650, ("tests",): 30_700}
+BUDGET = {("fused_nce", "csrc", "bench"): 47_870, ("tests",): 31_720}
 
 
 def lines(folder: str) -> int:
