@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from bench import cases, family_tables, losses, roofline, training
+from bench import cases, decode, family_tables, losses, roofline, training
 from bench.gpu import model as gpu_model
 from bench.gpu import tables as gpu_tables
 from bench.host import ROOT
@@ -210,6 +210,7 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "fsdd-accuracy": lambda record: training.accuracy_table("fsdd"),
     "gpu-model": lambda record: gpu_model.table(),
     "gpu-memory": lambda record: gpu_model.memory_table(),
+    "decode": lambda record: decode.block(ROOT / "bench/results"),
     "gpu": lambda record: gpu_tables.block(newest_gpu_record()),
 }
 
