@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from bench import cases, counted, family_tables, losses, roofline, training
+from bench import cases, counted, decode, family_tables, losses, roofline, training
 from bench.gpu import problems as gpu_problems
 from bench.gpu import tables as gpu_tables
 from bench.host import ROOT
@@ -211,6 +211,7 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "gpu-model": lambda record: counted.table(),
     "gpu-launches": lambda record: counted.launches_table((*gpu_problems.TABLE, *gpu_problems.SMALL)),
     "gpu-memory": lambda record: counted.memory_table(),
+    "decode": lambda record: decode.block(ROOT / "bench/results"),
     "gpu": lambda record: gpu_tables.block(newest_gpu_record()),
 }
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import data, scaling
+from bench import data, decode, scaling
 from fused_nce.train import rate
 
 A_SCORE_S = 20e-12
@@ -64,3 +66,28 @@ def test_the_data_path_is_measured_on_images_like_imagenets(tmp_path):
 def test_the_data_path_is_measured_in_a_process_of_its_own(capsys):
     assert data.main(["--images=4", "--batch=4", "--batches=1"])["images"] == 4
     assert "ImageNet's 1,281,167 images are" in capsys.readouterr().out
+
+
+def test_every_way_to_decode_is_measured_and_tabled(tmp_path):
+    data.synthesise(tmp_path / "jpegs", 2)
+    content = next((tmp_path / "jpegs").rglob("*.jpg")).read_bytes()
+    ways = rate.ways(64)
+    for name, way in ways.items():
+        image = way(content)
+        assert (tuple(image.shape), image.dtype) == ((3, 64, 64), torch.uint8), name
+    found = rate.decode(str(tmp_path / "jpegs"), 64, rounds=1)
+    assert found["images_per_s"].keys() == ways.keys()
+    assert all(0 < rate_ < 1e5 for rate_ in found["images_per_s"].values())
+    record = {"sides": [found], "host": {"cpu_model": "A CPU"}, "code": {"commit": "abcdef0123"}, "date_utc": "2026"}
+    (tmp_path / "decode-a.json").write_text(json.dumps(record))
+    assert "| fused_nce's reader |" in decode.block(tmp_path)
+    assert "A CPU; torch " in decode.block(tmp_path)
+    assert decode.block(tmp_path / "jpegs").startswith("No record is committed yet")
+    with pytest.raises(ValueError, match=r"folder: must hold \.jpg files, got "):
+        rate.decode(str(tmp_path / "none"), 64, rounds=1)
+
+
+@pytest.mark.nightly
+def test_decoding_is_measured_in_processes_of_its_own(capsys):
+    assert [s["side"] for s in decode.main(["--images=1", "--rounds=1", "--sides", "32", "64"])["sides"]] == [32, 64]
+    assert "64 px, images/s" in capsys.readouterr().out

@@ -1,10 +1,12 @@
 """Checkpoints that survive a crash: safetensors and JSON in one folder, verified before use.
 
 `RUN/checkpoints/step_00001234/` holds `*.safetensors`, `state.json` and `MANIFEST.json` (each file's size and SHA-256).
-It is written under a temporary name, synced, renamed, and only then named in `LATEST`. No pickle is written or read:
-loading one runs whatever code it holds. The hashes are ours to check, since safetensors takes a flipped bit as data.
+It is written under a temporary name, synced, renamed, and only then named in `LATEST`; a sharded model's has the parts
+of each process instead (`sharding`). No pickle is written or read: loading one runs whatever code it holds. The hashes
+are ours to check, since safetensors takes a flipped bit as data.
 """
 
+import fnmatch
 import hashlib
 import json
 import logging
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from fused_nce.models.base import Model
 from fused_nce.train import config as config_module
+from fused_nce.train import sharding
 from fused_nce.train.files import read_json
 from fused_nce.train.method import Method
 
@@ -54,16 +57,28 @@ def save(run_dir: str | Path, step: int, tensors: dict[str, Tensors], state: dic
         OSError: if the disk is full or not writable; earlier checkpoints are untouched and the temporary is removed.
     """
     root = Path(run_dir) / FOLDER
-    root.mkdir(parents=True, exist_ok=True)
-    target = root / f"step_{step:08d}"
+    target, temporary = root / f"step_{step:08d}", root / f".tmp-{os.getpid()}"
     if target.exists() and damage(target) is None:
         return target  # a run that resumed here and did nothing since
-    temporary = root / f".tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         for name, values in tensors.items():
             _write_tensors(plain(values), temporary / f"{name}.safetensors")
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return complete(temporary, step, state, keep)
+
+
+def complete(temporary: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """The rest of `save`, for a folder beside the checkpoints that holds the tensors."""
+    root = temporary.parent
+    target = root / f"step_{step:08d}"
+    try:
+        if target.exists() and damage(target) is None:
+            shutil.rmtree(temporary)
+            return target
         (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
         files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
@@ -79,12 +94,33 @@ def save(run_dir: str | Path, step: int, tensors: dict[str, Tensors], state: dic
         raise OSError(f"checkpoint {target} did not read back as written: {problem}")
     _point_latest(root, target.name)
     whole = 1
-    for old in (path for path in reversed(steps(run_dir)) if int(path.name[5:]) < step):
+    for old in (path for path in reversed(steps(root.parent)) if int(path.name[5:]) < step):
         if whole >= keep:
             shutil.rmtree(old, ignore_errors=True)
         else:
             whole += damage(old) is None
     return target
+
+
+class Writer:
+    """Checkpoints of a run that its first process writes, each at once.
+
+    Args:
+        run_dir: folder of the run.
+        keep: how many whole ones to leave.
+        first: whether this is that process.
+    """
+
+    def __init__(self, run_dir: Path, keep: int, *, first: bool) -> None:
+        self.run_dir, self.keep, self.first = run_dir, keep, first
+
+    def save(self, step: int, tensors: dict[str, Tensors], state: dict[str, Any]) -> None:
+        """See `save`; all processes may call it."""
+        if self.first:
+            save(self.run_dir, step, tensors, state, self.keep)
+
+    def wait(self) -> None:
+        """Nothing is left to do."""
 
 
 def plain(values: Tensors) -> Tensors:
@@ -95,7 +131,7 @@ def plain(values: Tensors) -> Tensors:
     found: Tensors = {}
     seen = set()
     for key, value in values.items():
-        tensor = value.detach().cpu().contiguous()
+        tensor = sharding.local(value.detach()).cpu().contiguous()
         place = tensor.untyped_storage().data_ptr()
         found[key] = tensor.clone() if place in seen else tensor
         seen.add(place)
@@ -135,7 +171,7 @@ def damage(path: Path) -> str | None:
     """Why a checkpoint cannot be used, or None: its files against its manifest."""
     try:
         files = read_json(path / MANIFEST)["files"]
-        if not {"model.safetensors", STATE} <= files.keys():
+        if STATE not in files or not ("model.safetensors" in files or fnmatch.filter(files, sharding.PARTS)):
             return f"{MANIFEST} does not list the model and its state"
         for name, expected in files.items():
             if Path(name).name != name:
@@ -155,8 +191,10 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def load_tensors(path: Path, name: str) -> Tensors:
-    """One safetensors file of a checkpoint, on the CPU."""
+    """The tensors of one name, "model" say, of a checkpoint, on the CPU."""
     try:
+        if not (path / f"{name}.safetensors").exists() and any(path.glob(sharding.PARTS)):
+            return sharding.read(path, name)
         return load_file(path / f"{name}.safetensors")
     except Exception as error:  # safetensors raises its own type
         raise CheckpointError(f"checkpoint {path}: {name}.safetensors cannot be read: {error}") from error
@@ -172,7 +210,7 @@ def load_into(module: nn.Module, tensors: Tensors, what: str) -> None:
         if mine.shape != other.shape or mine.dtype != other.dtype:
             seen = f"{tuple(other.shape)} {other.dtype}"
             raise CheckpointError(f"{what}: {key} is {seen}, the model needs {tuple(mine.shape)} {mine.dtype}")
-    module.load_state_dict(tensors)
+    module.load_state_dict({key: sharding.like(value, own[key]) for key, value in tensors.items()})
 
 
 def load_model(run_dir: str | Path) -> tuple[Model, Method]:
@@ -235,7 +273,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None
             raise CheckpointError(f"optimizer.safetensors: {key} is {tuple(value.shape)}, not {tuple(like.shape)}")
         # fault: moments-another-memory
         fits = torch.empty_like(like, dtype=value.dtype) if value.dim() else torch.empty_like(value)
-        state.setdefault(int(number), {})[name] = fits.copy_(value)
+        state.setdefault(int(number), {})[name] = fits.copy_(sharding.like(value, fits))
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 

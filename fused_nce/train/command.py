@@ -24,6 +24,9 @@ SHORT = {
     "--max-minutes": "--run.max_minutes",
 }
 
+# As accelerate reads them; on a CPU `accelerate launch` starts its processes by MPI.
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
 
 def main(argv: Sequence[str]) -> int:
     """Run `fused-nce train METHOD [options]`.
@@ -43,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
     first = _first_process()
     logging.getLogger("fused_nce").setLevel(logging.INFO if first else logging.WARNING)
 
-    from fused_nce.train.loop import Diverged, Trainer, describe
+    from fused_nce.train.loop import Diverged, Trainer
+    from fused_nce.train.words import describe
 
     if first:
         print(printable(describe(settings)), flush=True)
@@ -194,8 +198,8 @@ def _resumed(method: type[Method], parser: Any, argv: Sequence[str], run_dir: Pa
 
 
 def _first_process() -> bool:
-    """Whether this process looks after the folder; torchrun, accelerate and `slurm.join` set RANK."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process looks after the folder; torchrun and `slurm.join` set RANK, MPI one of its own."""
+    return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
 
 
 def _parser(method: type[Method]) -> Any:

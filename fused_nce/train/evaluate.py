@@ -107,6 +107,7 @@ def evaluate(
         **settings,
         "training": terminal.training(log),
         "measures": [],
+        "attributes": [],
         "loss_cost": None,
         "loss_cost_error": None,
         "environment": measure.environment(),
@@ -114,7 +115,7 @@ def evaluate(
         "evaluation_s": round(time.perf_counter() - start, 1),
     }
     write_text(folder / f"eval{ending}.json", json.dumps(result, indent=1) + "\n")
-    _write_csv(folder / f"eval{ending}.csv", result["probes"] + result["measures"])
+    _write_csv(folder / f"eval{ending}.csv", result["probes"] + result["measures"] + result["attributes"])
     partial.unlink(missing_ok=True)
     write_text(
         folder / f"report{ending}.html", evaluated.render(result, log, (folder / CONFIG_NAME).read_text(), figures)

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: `log.jsonl` always, TensorBoard events where that is installed.
+"""What a run writes while it trains: `log.jsonl` always, and to the boards that are open.
 
 A run is worth more than its log: what cannot be written, on a full disk or in a folder that is gone, is counted and
 said, and the training goes on.
@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fused_nce.train.boards import Boards
 from fused_nce.train.files import write_text
 
 log = logging.getLogger("fused_nce")
@@ -24,14 +25,13 @@ class Journal:
     Args:
         run_dir: folder of the run.
         step: the last full line that a resumed run continues from; what a killed run wrote after it is removed.
-        tensorboard: write events too.
+        boards: that show the numbers too.
     """
 
-    def __init__(self, run_dir: Path, step: int, *, tensorboard: bool) -> None:
-        self.path, self.lost, self._file = run_dir / LOG_NAME, 0, -1
+    def __init__(self, run_dir: Path, step: int, boards: Boards | None = None) -> None:
+        self.path, self.lost, self._file, self.boards = run_dir / LOG_NAME, 0, -1, boards
         _cut(self.path, step)
         self._open()
-        self._writer = _event_writer(run_dir, step) if tensorboard else None
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line that has a `step`."""
@@ -42,13 +42,9 @@ class Journal:
             self.lost += 1
             if self.lost == 1:
                 log.warning("%s: a line could not be written (%s); training goes on", self.path, error)
-        try:
-            for key, value in clean.items():
-                if self._writer is not None and isinstance(value, int | float) and key != "step":
-                    self._writer.add_scalar(key, value, clean["step"])
-        except Exception as error:  # of the writer's own thread
-            log.warning("TensorBoard: no more events are written (%s); training goes on", error)
-            self._writer = None
+        if self.boards is not None:
+            shown = {k: v for k, v in clean.items() if isinstance(v, int | float) and k != "step"}
+            self.boards.add(shown, line["step"])
 
     def close(self) -> None:
         """Flush everything."""
@@ -57,11 +53,8 @@ class Journal:
             self._file = -1
         if self.lost:
             log.warning("%s lacks %d lines that could not be written", self.path, self.lost)
-        try:
-            if self._writer is not None:
-                self._writer.close()
-        except Exception as error:
-            log.warning("TensorBoard: the last events are lost (%s)", error)
+        if self.boards is not None:
+            self.boards.close()
 
     def _open(self) -> None:
         """The new one first: a number that is closed belongs to whoever opens a file next."""
@@ -97,15 +90,3 @@ def _belongs(row: str, step: int) -> bool:
         return bool(json.loads(row)["step"] <= step)
     except (ValueError, KeyError, TypeError):
         return False
-
-
-def _event_writer(run_dir: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    try:
-        return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
-    except OSError as error:
-        log.warning("TensorBoard: no events are written (%s)", error)
-        return None

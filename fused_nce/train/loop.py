@@ -1,12 +1,11 @@
 """The training loop: one process or many (DDP), resumable to the bit, and safe to interrupt."""
 
-import dataclasses
+import functools
 import json
 import logging
-import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,20 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 
 from fused_nce import GradientCache, measure
-from fused_nce.train import checkpoint, host, journal, lock, optim, scale, threads, trained_on
+from fused_nce.train import (
+    boards,
+    checkpoint,
+    host,
+    journal,
+    lock,
+    optim,
+    resumed,
+    scale,
+    sharding,
+    threads,
+    trained_on,
+    words,
+)
 from fused_nce.train import config as config_module
 from fused_nce.train.evaluation import features
 from fused_nce.train.files import one_line
@@ -58,7 +70,9 @@ class Trainer:
         self, config: Method, run_dir: Path, *, resume: bool = False, other_data: bool = False, profile: bool = False
     ) -> None:
         config.check()
-        self.config, self.run_dir = config, run_dir
+        boards.check(config.run)
+        self.asked = self.config = config
+        self.run_dir = run_dir
         self.threads = threads.Threads(config.run.threads)
         # Precision is the step's own (see TrainStep): accelerate's wrapper is a setting of the whole process.
         with host.own_settings():
@@ -73,6 +87,10 @@ class Trainer:
         self.bf16 = host.use_bf16(config.precision, self.device)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         self._same_settings()
+        path = checkpoint.newest(run_dir) if resume else None
+        state = checkpoint.load_state(path) if path else {}
+        if state:
+            self.config = config = resumed.for_processes(config, state, world)
         self.environment = measure.environment() | {"processes": world}  # now: the code may change while it runs
         self.loader = config.open_loader(rank, world)
         log.info("%s", self.loader.account)
@@ -97,11 +115,14 @@ class Trainer:
                 self.probes = OnlineProbes(width, len(self.loader.classes))
         self.timer, autocast = LossTimer(), torch.bfloat16 if self.bf16 else None
         step = TrainStep(self.model, self.probes, self.timer, autocast, config)
+        sharded = config.run.shard == "fsdp2" and world > 1
         module = scale.prepare(step, config, world).to(self.device)
         self.meter = Meter(step.means)
         self.channels_last = self.bf16 if config.channels_last is None else config.channels_last
-        if self.channels_last:
+        if self.channels_last and not sharded:  # FSDP2 takes contiguous weights alone
             module.to(memory_format=torch.channels_last)
+        if sharded:
+            sharding.shard(module, scale.all_blocks(self.model, own=False), self.device)
         self.step_module, self.optimizers = step, config.optimizers(step)
         self.memories = set(memory_names(step, self.model))
         # Each process writes the same into its own: nothing to broadcast.
@@ -109,18 +130,22 @@ class Trainer:
             module, memory_names(module, self.model)
         )
         self.cache = module if isinstance(module, GradientCache) else None
-        self.module: nn.Module = self.accelerator.prepare_model(module)
+        self.module: nn.Module = module if sharded else self.accelerator.prepare_model(module)
         torch.manual_seed(config.seed + 1 + rank)  # from here on augmentation, a process of its own each
 
         host.keep_memory()
         self.step, self.logged, self.time_s = 0, 0, 0.0
         self.skipped, self.skipped_in_a_row, self.probes_skipped = 0, 0, 0
         self.interrupt, self.preempted = Interrupt(), False
+        self.writer: checkpoint.Writer | sharding.Writer = checkpoint.Writer(run_dir, config.run.keep, first=rank == 0)
+        if sharded:
+            finish = functools.partial(checkpoint.complete, keep=config.run.keep)
+            self.writer = sharding.Writer(run_dir / checkpoint.FOLDER, finish)
         self._steady = True  # between updates, so that what a checkpoint holds belongs together
         self._together = world == 1  # all processes know of the error that ends the run
         self.made_anew: int | None = None  # the step at which the run's folder was found deleted
-        if resume:
-            self._resume(other_data)
+        if path:
+            self._resume(path, state, other_data)
         else:
             self._rehearse()
         self.profile = Profile(run_dir, self.device) if profile and self.accelerator.is_main_process else None
@@ -139,7 +164,8 @@ class Trainer:
             OSError: if no checkpoint could be written at the end.
         """
         config, main = self.config, self.accelerator.is_main_process
-        book = journal.Journal(self.run_dir, self.logged, tensorboard=config.run.tensorboard) if main else None
+        shown = boards.Boards(self.run_dir, self.logged, self.asked) if main else None
+        book = journal.Journal(self.run_dir, self.logged, shown) if main else None
         bar = host.progress_bar(
             total=self.end, initial=min(self.step, self.end), unit="step", desc="training", disable=not main
         )
@@ -170,14 +196,15 @@ class Trainer:
                         break
                     if due and self.step < self.end:
                         saved_at = now
-                        failed_saves = 0 if self._try_save() else failed_saves + 1
+                        failed_saves = 0 if self._try(self.writer.wait) and self._try(self._save) else failed_saves + 1
                         if failed_saves >= MAX_FAILED_SAVES:
                             raise OSError(f"checkpoint: {failed_saves} in a row could not be written to {self.run_dir}")
                 if self.skipped == self.step > 0 and reason != "interrupted":  # fault: success-without-single
                     raise Diverged(
                         f"training: all {self.step} updates were skipped, none had a finite loss and gradient"
                     )
-                self._save()
+                self._try(self.writer.wait)
+                self._save(wait=True)
                 if self.step > window[1]:  # after the save: a resumed run takes the open window up where it was
                     self._log(book, bar, window, update_s)
         finally:
@@ -195,7 +222,7 @@ class Trainer:
         except Diverged:
             raise
         except Exception as error:
-            if self._steady and self._together and self.step > 0 and self._try_save():
+            if self._steady and self._together and self.step > 0 and self._try(lambda: self._save(wait=True)):
                 log.warning("an error ends the run at step %d, which is saved: --resume goes on from there", self.step)
             if self._together:
                 self.close()  # a launcher ends all processes with the first one: not before the first has saved
@@ -302,12 +329,7 @@ class Trainer:
 
     def _rehearse(self) -> None:
         drawn = checkpoint.generators()
-        count, shape = self.config.optim.batch_size, self.config.sample().shape[1:]
-        noise = torch.randn((count, *shape), generator=torch.Generator().manual_seed(0))
-        images = (noise * 64 + 128).clamp(0, 255).to(torch.uint8) if len(shape) == 3 else noise
-        with trainable(self.config):
-            batch, labels = self._batch(images, self.loader.labels[:count], torch.arange(count))
-        rehearse(self.step_module, self.config, batch, labels)
+        rehearse(self.step_module, self.config, self._batch, self.loader.labels)
         checkpoint.put_back(drawn)
 
     def _same_settings(self) -> None:
@@ -388,7 +410,7 @@ class Trainer:
             "probes_skipped": self.probes_skipped,
             "damaged": self.loader.damaged,
         }
-        bar.set_postfix(_postfix(line), refresh=False)
+        bar.set_postfix(words.postfix(line), refresh=False)
         if book is not None:
             book.write(line)
 
@@ -399,21 +421,23 @@ class Trainer:
         votes = torch.tensor([float(f) for f in flags], device=self.device)
         return tuple(bool(v) for v in self.accelerator.reduce(votes, "sum") > 0)
 
-    def _try_save(self) -> bool:
+    def _try(self, save: Callable[[], None]) -> bool:
         try:
-            self._save()
+            save()
         except OSError as error:
             free = host.free_space(self.run_dir)
             log.warning("checkpoint not saved (%s; %s on the disk); training goes on", error, free)
             return False
         return True
 
-    def _save(self) -> None:
+    def _save(self, *, wait: bool = False) -> None:
         with self.interrupt.held():
             states = gather_object([checkpoint.capture_rng()])
             if self.accelerator.is_main_process:
                 self._keep_folder()
-                self._write(states)
+            self.writer.save(self.step, self._tensors(), self._state(states))
+            if wait:
+                self.writer.wait()
 
     def _keep_folder(self) -> None:
         """A folder that was deleted meanwhile is made anew: a checkpoint without its settings is lost."""
@@ -424,16 +448,20 @@ class Trainer:
             log.warning("%s was deleted; it is made anew, without the log so far", self.run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         lock.take(self.run_dir)
-        config_module.save(self.config, self.run_dir)
+        config_module.save(self.asked, self.run_dir)
 
-    def _write(self, states: list[Any]) -> None:
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
         tensors = {name: checkpoint.pack_optimizer(optimizer) for name, optimizer in self.optimizers.items()}
         tensors["model"] = self.model.state_dict()
         if self.probes is not None:
             tensors["probes"] = self.probes.state_dict()
-        state = {
+        return tensors
+
+    def _state(self, states: list[Any]) -> dict[str, Any]:
+        return {
             "step": self.step,
             "images": self.loader.count,
+            "batch": resumed.batch(self.asked, self.config, len(states)),
             "time_s": self.time_s,
             "logged": self.logged,
             "skipped": self.skipped,
@@ -444,22 +472,10 @@ class Trainer:
             "environment": self.environment,
             "data": self.data,
         }
-        checkpoint.save(self.run_dir, self.step, tensors, state, self.config.run.keep)
 
-    def _resume(self, other_data: bool) -> None:
-        path = checkpoint.newest(self.run_dir)
-        state = checkpoint.load_state(path)
-        world = self.accelerator.num_processes
-        if len(state["rng"]) != world:
-            raise ValueError(f"resume: {path} was saved by {len(state['rng'])} processes; got {world}, need the same")
-        changed = trained_on.changes(state.get("data", {}), self.data)  # older checkpoints do not know theirs
-        if changed and not other_data:
-            raise ValueError(
-                f"resume: the data of {self.run_dir} have changed since step {state['step']} ({'; '.join(changed)}); "
-                "bring them back, or add --allow-changed data"
-            )
-        if changed:
-            log.warning("the data have changed since step %d: %s", state["step"], "; ".join(changed))
+    def _resume(self, path: Path, state: dict[str, Any], other_data: bool) -> None:
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        resumed.check_data(self.run_dir, state, self.data, other_data)
         checkpoint.load_into(self.model, checkpoint.load_tensors(path, "model"), f"{path}/model.safetensors")
         if self.probes is not None:
             checkpoint.load_into(self.probes, checkpoint.load_tensors(path, "probes"), f"{path}/probes.safetensors")
@@ -470,26 +486,10 @@ class Trainer:
         self.skipped, self.skipped_in_a_row = int(state["skipped"]), int(state["skipped_in_a_row"])
         self.probes_skipped = int(state.get("probes_skipped", 0))  # older checkpoints do not count them
         self.meter = Meter(self.meter.means, **state["meter"])
-        checkpoint.restore_rng(state["rng"][self.accelerator.process_index])
         log.info("resumed from %s", path)
-
-
-def _postfix(line: dict[str, Any]) -> dict[str, str]:
-    """What the progress bar shows: the NCE against guessing, or the loss where an estimator has no chance level."""
-    above = line["nce_minus_chance"]
-    known = above is not None and math.isfinite(above)
-    shown = {"nce-chance": f"{above:.3f}"} if known else {"loss": f"{line['loss']:.3f}"}
-    if line["linear_acc"] is not None:
-        shown |= {"linear": f"{line['linear_acc']:.1%}", "mlp": f"{line['mlp_acc']:.1%}"}
-    shown["img/s"] = f"{line['images_per_s']:.0f}"
-    if line["loss_share"] is not None:
-        shown["loss time"] = f"{line['loss_share']:.1%} of step"
-    return shown | {"peak": f"{line['peak_memory_mb']:.0f}MB"}
-
-
-def describe(config: Method) -> str:
-    """One line: what will be trained."""
-    model = ", ".join(f"{f.name} {getattr(config.model, f.name)}" for f in dataclasses.fields(config.model))
-    negatives = "" if config.scale.negatives is None else f", {config.scale.negatives} negatives"
-    length = f"batch {config.optim.batch_size}{negatives}, {config.optim.epochs} epochs"
-    return f"{config.title} on {config.data} ({config.preset}): {model}, {length}"
+        if len(state["rng"]) == world:
+            checkpoint.restore_rng(state["rng"][rank])
+        else:
+            torch.manual_seed(hash((self.config.seed, self.step, rank)))  # fault: processes-draw-alike
+            said = resumed.inexact(self.model, self.config, state, world)
+            log.log(logging.INFO if rank else logging.WARNING, "%s", said)

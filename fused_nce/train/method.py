@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 
 from fused_nce.models.base import Model
 from fused_nce.train import limits, optim
+from fused_nce.train.data import celeba
 from fused_nce.train.data.augment import Views
 from fused_nce.train.data.loader import Loader
 from fused_nce.train.data.recordings import WindowLoader
+from fused_nce.train.evaluation.attributes import evaluate as evaluate_attributes
 from fused_nce.train.evaluation.figures import Figures
 from fused_nce.train.evaluation.images import evaluate as evaluate_images
 from fused_nce.train.evaluation.scoring import Asked
-from fused_nce.train.limits import MAX_SEED, Rule, number, setting
+from fused_nce.train.limits import AT_LEAST_1, MAX_SEED, Rule, number, optional, setting
 from fused_nce.train.settings import AugmentConfig, OptimConfig, RunConfig, ScaleConfig
 
 
@@ -34,6 +37,8 @@ class Method:
         seed: of the weights, the order and the augmentation.
         precision: "bf16", "fp32", or "auto": bf16 where the hardware has it.
         channels_last: memory format; on if left out and the precision is bf16.
+        shuffle_buffer: read shards from front to back, in an order drawn each epoch, through a buffer of so many
+            images, from which the next is drawn; null: any image of all is next.
         scale: negatives beyond one forward pass.
         probes: train the online linear and MLP classifiers where there are labels.
     """
@@ -57,6 +62,7 @@ class Method:
     seed: int = setting(0, number(f"in [0, {MAX_SEED}]", lambda v: 0 <= v <= MAX_SEED))
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     channels_last: bool | None = None
+    shuffle_buffer: int | None = setting(None, optional(AT_LEAST_1))
     probes: bool = True
     model: Any = None
     loss: Any = None
@@ -86,6 +92,8 @@ class Method:
                 f"scale.negatives: must be null for {self.title}, whose batch cannot be encoded in parts, "
                 f"got {self.scale.negatives}"
             )
+        if self.scale.negatives is not None and self.run.shard != "none":
+            raise ValueError(f"run.shard: must be none where scale.negatives is given, got {self.run.shard}")
 
     def check_together(self) -> None:
         """Refuse settings that do not fit each other.
@@ -94,8 +102,9 @@ class Method:
             ValueError: naming the setting, what it must be and what it is.
         """
         a, side = self.augment, self.model.image_size
-        if a.geometry == "translate" and a.translate_px >= side:
-            raise ValueError(f"augment.translate_px: must be below the image's {side} px, got {a.translate_px}")
+        smallest = min([side, *(size for _, size in a.stages)])
+        if a.geometry == "translate" and a.translate_px >= smallest:
+            raise ValueError(f"augment.translate_px: must be below the image's {smallest} px, got {a.translate_px}")
 
     def local_batch(self, world: int) -> int:
         """Images of one process in one loss.
@@ -116,7 +125,7 @@ class Method:
         return Loader(
             self.data, self.augment, self.model.image_size, self.local_batch(world), seed=self.seed,
             view_count=self.view_count, workers=self.run.workers, limit_bytes=self.run.memory_limit_mb << 20,
-            rank=rank, world=world,
+            rank=rank, world=world, buffer=self.shuffle_buffer,
         )  # fmt: skip
 
     def make_views(self) -> Callable[[Tensor], tuple[Tensor, ...]]:
@@ -140,5 +149,7 @@ class Method:
         return {"random": self}
 
     def judge(self, model: Model, asked: Asked) -> tuple[dict[str, Any], Figures]:
-        """Evaluate a trained model: see `evaluation.images.evaluate`."""
+        """Evaluate a trained model: see `evaluation.images.evaluate`, and `evaluation.attributes` for CelebA."""
+        if celeba.find(Path(self.data)) is not None:
+            return evaluate_attributes(model, self, asked)
         return evaluate_images(model, self, asked)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fused_nce.train.settings import OptimConfig
+from fused_nce.train.sharding import is_sharded
 
 
 def build(module: nn.Module, config: OptimConfig, *, without: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -27,7 +28,8 @@ def build(module: nn.Module, config: OptimConfig, *, without: nn.Module | None =
     if config.name == "lars":
         return LARS(groups, **shared, momentum=config.momentum, trust=config.trust)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, **shared, momentum=config.momentum, fused=True)
+        whole = not any(map(is_sharded, trained))  # torch's fused SGD knows no sharded weights
+        return torch.optim.SGD(groups, **shared, momentum=config.momentum, fused=whole)
     return torch.optim.Adam(groups, **shared, betas=config.betas, eps=config.eps, fused=True)  # fault: adamw-adam
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from fused_nce import GradientCache
 from fused_nce.core.group import Processes
 from fused_nce.core.replay import checkpointed
+from fused_nce.models.base import Model
 from fused_nce.train.method import Method
 from fused_nce.train.step import TrainStep
 
@@ -32,7 +33,7 @@ def prepare(module: TrainStep, config: Method, world: int) -> TrainStep | Gradie
             raise ValueError("scale.sync_norm: must be false without a GPU, got true")
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if scale.checkpoint_activations:
-        found = [block for name in model.encoders for block in blocks(model.get_submodule(name))]
+        found = all_blocks(model)
         if not found:
             raise ValueError(f"scale.checkpoint_activations: must be false for {config.title}'s encoder, got true")
         for block in found:
@@ -42,10 +43,20 @@ def prepare(module: TrainStep, config: Method, world: int) -> TrainStep | Gradie
     return GradientCache(module.begin, module.whole, part=config.optim.batch_size)
 
 
-def blocks(encoder: nn.Module) -> Iterator[nn.Module]:
-    """The outermost composed modules in an encoder's sequences, and among its own parts: residual blocks, mostly."""
+def all_blocks(model: Model, *, own: bool = True) -> list[nn.Module]:
+    """Those of all encoders of a model: see `blocks`."""
+    return [block for name in model.encoders for block in blocks(model.get_submodule(name), own=own)]
+
+
+def blocks(encoder: nn.Module, *, own: bool = True) -> Iterator[nn.Module]:
+    """The outermost composed modules in an encoder's sequences, and among its own parts: residual blocks, mostly.
+
+    Args:
+        encoder: to look into.
+        own: its own parts too, which it may enter by another method than `forward`, as AMDIM's heads.
+    """
     for child in encoder.children():
         if isinstance(child, nn.Sequential):
             yield from blocks(child)
-        elif next(child.children(), None) is not None:
+        elif own and next(child.children(), None) is not None:
             yield child

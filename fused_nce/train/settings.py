@@ -28,6 +28,10 @@ from fused_nce.train.limits import (
 BACKEND = optional(one_of(BACKENDS))
 SIDE = number("at least 8", lambda v: v >= 8)
 BACKBONE = Rule("the name of an encoder", bool)
+STAGES = Rule(
+    "(epoch, px) pairs, rising epochs from 1 on and at least 8 px",
+    lambda v: MILESTONES.holds([until for until, _ in v]) and all(SIDE.holds(side) for _, side in v),
+)
 THREADS = Rule("auto or a whole number in [1, 1024]", lambda v: v == "auto" or (type(v) is int and 1 <= v <= 1024))
 
 CIFAR_MEAN, CIFAR_STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
@@ -57,6 +61,8 @@ class AugmentConfig:
         mean: of the channels, in [0, 1].
         std: of the channels, in [0, 1].
         upright: turn images as their EXIF orientation says, test images too.
+        stages: views of another side at first, as (epoch until which, px), such as [[10, 96], [30, 112]]; then the
+            model's own.
     """
 
     flip_p: float = setting(0.5, SHARE)
@@ -78,6 +84,7 @@ class AugmentConfig:
     mean: tuple[float, float, float] = setting(CIFAR_MEAN, each(SHARE))
     std: tuple[float, float, float] = setting(CIFAR_STD, each(ABOVE_0))
     upright: bool = False
+    stages: tuple[tuple[int, int], ...] = setting((), STAGES)
 
 
 @dataclass
@@ -153,8 +160,11 @@ class RunConfig:
         memory_limit_mb: a data set that takes less as uint8 is decoded once and held; under the geometry "crop" only
             if all images have the model's size already.
         tensorboard: write TensorBoard events too, if it is installed.
+        wandb: project of Weights & Biases to log to as well; null for none.
         threads: of a process; "auto": as many as other processes leave cores free, at most OMP_NUM_THREADS, or all
             cores. The last digits of sums depend on it: for the same bits on a busy machine, give a number.
+        shard: "fsdp2" splits weights, gradients and moments over the processes, and each writes its part of a
+            checkpoint while the training goes on; "none": DDP, every process has all of them.
     """
 
     max_steps: int | None = setting(None, optional(AT_LEAST_1))
@@ -165,4 +175,6 @@ class RunConfig:
     workers: int = setting(2, AT_LEAST_0)
     memory_limit_mb: int = setting(4096, AT_LEAST_1)
     tensorboard: bool = True
+    wandb: str | None = setting(None, optional(Rule("the name of a project", bool)))
     threads: int | Literal["auto"] = setting("auto", THREADS)
+    shard: Literal["none", "fsdp2"] = "none"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fused_nce.models.base import Embedded, Losses, Model
+from fused_nce.train import sharding
 from fused_nce.train.evaluation.features import as_vectors
 from fused_nce.train.method import Method
 from fused_nce.train.online_probes import OnlineProbes
@@ -159,7 +160,7 @@ def memory_names(module: nn.Module, model: Model) -> list[str]:
 def gradient_norm(module: nn.Module | None) -> Tensor:
     """Of all gradients of a module together; 0 without any."""
     grads = [p.grad for p in module.parameters() if p.grad is not None] if module is not None else []
-    return torch.nn.utils.get_total_norm(grads)
+    return sharding.whole(torch.nn.utils.get_total_norm(grads))
 
 
 class Meter:

@@ -48,7 +48,7 @@ READERS = {
     "config.yaml as --config": lambda run: options.read(run / "config.yaml"),
     "eval.json": lambda run: files.read_json(run / "eval.json"),
     "log.jsonl": lambda run: runlog.read_log(run),
-    "log.jsonl of a resume": lambda run: journal.Journal(run, 4, tensorboard=False).close(),
+    "log.jsonl of a resume": lambda run: journal.Journal(run, 4).close(),
     "fine-tuned.safetensors": lambda run: teacher.classes(str(run)),
     "config.json": lambda run: export.load_encoder(run.parent / "out"),
     "model.safetensors": lambda run: export.load_encoder(run.parent / "out"),

@@ -130,6 +130,7 @@ BAD = [
     ("data", "", "'digits', a folder or shards"),
     ("seed", -1, "in [0, 4294967295]"),
     ("seed", 2**32, "in [0, 4294967295]"),
+    ("shuffle_buffer", 0, "null or at least 1"),
     ("model.image_size", 33, "one of 32, 64, 128"),
     ("model.ndf", 0, "at least 1"),
     ("model.n_rkhs", -1, "at least 1"),
@@ -166,6 +167,8 @@ BAD = [
     ("augment.blur_sigma", [0.0, 2.0], "smallest <= largest, each above 0"),
     ("augment.mean", [0.5, 0.5, 125.3], "each in [0, 1]"),
     ("augment.std", [0.2, 0.0, 0.2], "each above 0"),
+    ("augment.stages", [(3, 16), (1, 24)], "(epoch, px) pairs, rising epochs from 1 on and at least 8 px"),
+    ("augment.stages", [(1, 4)], "at least 8 px"),
     ("optim.epochs", -1, "at least 1"),
     ("optim.batch_size", 1, "at least 2 (the negatives are the other images)"),
     ("optim.accumulate", 0, "at least 1"),
@@ -188,6 +191,7 @@ BAD = [
     ("run.keep", 1, "at least 2 (a damaged checkpoint needs one before it)"),
     ("run.workers", -1, "at least 0"),
     ("run.memory_limit_mb", 0, "at least 1"),
+    ("run.wandb", "", "null or the name of a project"),
     ("run.threads", 0, "auto or a whole number in [1, 1024]"),
 ]
 

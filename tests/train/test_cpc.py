@@ -167,6 +167,16 @@ def test_it_learns_the_tones(data, tmp_path, negatives):
         assert last["nce_minus_chance"] < -0.3
 
 
+def test_processes_share_the_windows_of_one(data):
+    def windows(rank, world):
+        loader = recordings.WindowLoader(
+            str(data), recordings.WindowConfig(600), 8 // world, seed=0, rank=rank, world=world
+        )
+        return next(loader.batches(3)).images
+
+    assert torch.equal(torch.cat([windows(0, 2), windows(1, 2)]), windows(0, 1))
+
+
 def test_without_a_label_there_are_no_online_classifiers(data, tmp_path):
     run = trainer(data, tmp_path / "a", "--augment.label=null")
     assert run.probes is None

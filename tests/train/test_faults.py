@@ -219,7 +219,7 @@ def test_a_log_that_cannot_be_written_is_said_and_the_lines_after_it_are_whole(t
             raise FULL
         return real(file, data[:3]) if len(calls) == 2 else real(file, data)
 
-    book = journal.Journal(tmp_path, 0, tensorboard=False)
+    book = journal.Journal(tmp_path, 0)
     monkeypatch.setattr(os, "write", full)
     for step in (1, 2, 3):
         book.write({"step": step, "loss": float("nan")})
@@ -233,7 +233,7 @@ def test_a_log_that_cannot_be_written_is_said_and_the_lines_after_it_are_whole(t
 def test_a_log_without_its_folder_closes_no_file_of_others(tmp_path):
     """A descriptor that is closed twice is by then that of a reader's pipe, say, and the run hangs at its end."""
     (tmp_path / "a").mkdir()
-    book = journal.Journal(tmp_path / "a", 0, tensorboard=False)
+    book = journal.Journal(tmp_path / "a", 0)
     shutil.rmtree(tmp_path / "a")
     book.write({"step": 1})
     with (tmp_path / "other").open("w") as other:
@@ -277,7 +277,7 @@ def test_tensorboard_that_fails_is_left_out(tmp_path, caplog, monkeypatch):
 
 def test_a_log_keeps_its_other_lines_where_one_is_damaged(tmp_path):
     (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n\xff\n{"step": 2}\n{"step": 9}\n{"st')
-    journal.Journal(tmp_path, 4, tensorboard=False).close()
+    journal.Journal(tmp_path, 4).close()
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-from fused_nce.train import checkpoint, loop
+from fused_nce.train import checkpoint, words
 from fused_nce.train.data import loader
 from tests.marks import nightly_but
 from tests.train.runs import KEYS, TINY, log, resumed, tensors, trainer, untimed
@@ -216,6 +216,6 @@ def test_an_injected_loss_without_statistics_trains_and_logs_null(tmp_path):
 @pytest.mark.parametrize("above", [None, math.nan])
 def test_the_bar_shows_the_loss_where_an_estimator_has_no_chance_level(above):
     line = {"loss": 1.25, "linear_acc": None, "images_per_s": 9.0, "loss_share": 0.5, "peak_memory_mb": 7.0}
-    shown = loop._postfix(line | {"nce_minus_chance": above})
+    shown = words.postfix(line | {"nce_minus_chance": above})
     assert shown == {"loss": "1.250", "img/s": "9", "loss time": "50.0% of step", "peak": "7MB"}
-    assert loop._postfix(line | {"nce_minus_chance": -2.0}).get("nce-chance") == "-2.000"
+    assert words.postfix(line | {"nce_minus_chance": -2.0}).get("nce-chance") == "-2.000"

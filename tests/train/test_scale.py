@@ -82,6 +82,11 @@ def test_a_method_without_parts_refuses_negatives(tmp_path, method):
         command.parse(method, ["--negatives=4096", f"--out={tmp_path}/a"])
 
 
+def test_a_sharded_model_refuses_parts(tmp_path):
+    with pytest.raises(ValueError, match=r"run\.shard: must be none where scale\.negatives is given, got fsdp2"):
+        command.parse("amdim", [*TINY, "--negatives=16", "--run.shard=fsdp2", f"--out={tmp_path}/a"])
+
+
 def test_negatives_are_a_whole_number_of_passes_of_every_process(tmp_path):
     settings = command.parse("amdim", [*TINY, "--negatives=48", f"--out={tmp_path}/a"])[0]
     assert (settings.local_batch(1), settings.local_batch(3)) == (48, 16)

@@ -1,7 +1,9 @@
 """Images and labels for training and evaluation, from whichever source a name means."""
 
+from __future__ import annotations
+
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from fused_nce.train.data.account import Account
 from fused_nce.train.data.labels import Classes
+from fused_nce.train.data.members import Attributes
 from fused_nce.train.data.sources import Damage, ImageSource, digits, fit
 from fused_nce.train.host import progress_bar
 
@@ -30,6 +33,8 @@ class ImageSet:
         account: one line: images, classes, and what was left out and why.
         digest: of the images' names and labels.
         known: the classes of the training split; None for digits.
+        attributes: that each image has or lacks.
+        runs: how many lie one behind the other in each shard; none without shards.
     """
 
     images: Tensor
@@ -39,6 +44,13 @@ class ImageSet:
     account: str = ""
     digest: str = ""
     known: Classes | None = None
+    runs: Sequence[int] = ()
+    attributes: Attributes | None = None
+
+    def at(self, rows: Tensor) -> ImageSet:
+        """Some of the images."""
+        kept = self.attributes and Attributes(self.attributes.names, self.attributes.values[rows.numpy()])
+        return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows], attributes=kept)
 
 
 def load_split(
@@ -110,13 +122,27 @@ def load_labelled(
                 f"data: the {split} split of {data} has no labels of 2 or more classes; need them to evaluate"
             )
         rows = labelled.nonzero().flatten()
-        if split == "probe" and len(rows) > MAX_PROBE_IMAGES:
-            generator = torch.Generator().manual_seed(seed)
-            rows = rows[torch.randperm(len(rows), generator=generator)[:MAX_PROBE_IMAGES]].sort().values
-        if len(rows) < len(whole.labels):
-            whole = dataclasses.replace(whole, images=whole.images[rows], labels=whole.labels[rows])
-        found.append(whole)
+        found.append(_some(whole, rows, split, seed))
     return found[0], found[1]
+
+
+def load_attributes(
+    data: str, image_size: int, *, seed: int, limit_mb: int, upright: bool
+) -> tuple[ImageSet, ImageSet]:
+    """As `load_labelled`, of images that have attributes instead of a class."""
+    found = []
+    for split in ("probe", "test"):
+        whole = load_split(data, split, image_size, limit_bytes=limit_mb << 20, upright=upright)
+        found.append(_some(whole, torch.arange(len(whole.labels)), split, seed))
+    return found[0], found[1]
+
+
+def _some(whole: ImageSet, rows: Tensor, split: str, seed: int) -> ImageSet:
+    """Those rows; of many to probe on, some at random."""
+    if split == "probe" and len(rows) > MAX_PROBE_IMAGES:
+        generator = torch.Generator().manual_seed(seed)
+        rows = rows[torch.randperm(len(rows), generator=generator)[:MAX_PROBE_IMAGES]].sort().values
+    return whole.at(rows) if len(rows) < len(whole.labels) else whole
 
 
 def decoded_bytes(source: ImageSource, size: int) -> int:
@@ -139,7 +165,7 @@ def decode_native(source: ImageSource, size: int) -> ImageSet | None:
 def _decode(source: ImageSource, size: int, prepare: Callable[[Tensor], Tensor | None]) -> ImageSet | None:
     images = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
     labels = torch.tensor(source.labels, dtype=torch.int64)
-    damage = Damage(len(source))
+    damage, used = Damage(len(source)), list(range(len(source)))
     steps: Iterator[int] = progress_bar(range(len(source)), desc="decoding", unit="image", delay=2, leave=False)
     for i in steps:
         image, index = damage.read(source, i)
@@ -147,7 +173,9 @@ def _decode(source: ImageSource, size: int, prepare: Callable[[Tensor], Tensor |
         if ready is None:
             return None
         images[i] = ready
+        used[i] = index
         labels[i] = source.labels[index]  # fault: damaged-image-label
+    kept = source.samples.attributes
     return ImageSet(
         images,
         labels,
@@ -156,4 +184,6 @@ def _decode(source: ImageSource, size: int, prepare: Callable[[Tensor], Tensor |
         source.account(damage.count),
         source.samples.digest(),
         source.known,
+        source.samples.runs(),
+        kept and Attributes(kept.names, kept.values[used]),
     )

@@ -1,7 +1,9 @@
 """Batches of uint8 images in an order that depends on seed and position alone, so that a run resumes exactly."""
 
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from fused_nce.train.interrupt import ENDING, PREEMPTION
 from fused_nce.train.settings import AugmentConfig
 
 WORKER_TIMEOUT_S = 300  # a stuck reader is an error, not a wait for ever
+AHEAD = 4  # batches that the disk has, beyond those that a buffer holds, before they are asked for
 
 
 class Batch(NamedTuple):
@@ -42,25 +45,85 @@ class Order:
         rank: of this process.
         world: processes.
         kind: what the images are, in words.
+        runs: how many images lie one behind the other in each file, where they are to be read so.
+        buffer: images that are read ahead of the one that is drawn among them; None draws among all.
     """
 
     def __init__(
-        self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, kind: str = "images"
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        kind: str = "images",
+        *,
+        runs: Sequence[int] = (),
+        buffer: int | None = None,
     ) -> None:
         self.per_epoch = count // (batch_size * world)
         if self.per_epoch == 0:
             raise ValueError(f"optim.batch_size: {batch_size} x {world} processes must be at most the {count} {kind}")
         self.count, self.batch_size, self.seed, self.rank, self.world = count, batch_size, seed, rank, world
-        self._epoch, self._shuffled = -1, torch.empty(0, dtype=torch.int64)
+        self.runs, self.buffer = runs, buffer
+        self._epoch, self._shuffled, self._stream = -1, torch.empty(0, dtype=torch.int64), None
+
+    _stream: Tensor | None
 
     def indices(self, position: int) -> Tensor:  # (batch_size,)
         """The images of the batch at a position, counted from the start of the run."""
         epoch, batch = divmod(position, self.per_epoch)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._shuffled = epoch, torch.randperm(self.count, generator=generator)
+        self._shuffle(epoch)
         start = (batch * self.world + self.rank) * self.batch_size
         return self._shuffled[start : start + self.batch_size]
+
+    def ahead(self, position: int, *, first: bool) -> Tensor:
+        """What enters the buffer while a batch is drawn from it, in the order of the files; at first, all in it too."""
+        epoch, batch = divmod(position, self.per_epoch)
+        self._shuffle(epoch)
+        if self._stream is None or self.buffer is None:
+            return torch.empty(0, dtype=torch.int64)
+        drawn = self.batch_size * self.world
+        start = batch * drawn + self.buffer + AHEAD * drawn
+        first = first or batch == 0
+        return self._stream[batch * drawn if first else start : start + drawn]
+
+    def _shuffle(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            return
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        if self.buffer is None:
+            self._shuffled = torch.randperm(self.count, generator=generator)
+        else:
+            self._stream, self._shuffled = through_buffer(self.runs, self.buffer, generator)
+        self._epoch = epoch
+
+
+def through_buffer(runs: Sequence[int], size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """An order of files, each from front to back, and the order in which a buffer gives what it is given so.
+
+    From a full buffer one is drawn at random, and the next of the stream takes its place. A function of the generator
+    alone, so that any position is known without what came before it.
+
+    Args:
+        runs: lengths of the files.
+        size: of the buffer.
+        generator: of both orders.
+
+    Returns:
+        (n,) the stream, and (n,) what leaves the buffer.
+    """
+    order = torch.randperm(len(runs), generator=generator).tolist()
+    starts = [0, *accumulate(runs)]
+    stream = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in order])
+    entering = stream.tolist()
+    buffer, left = entering[:size], []
+    slots = torch.randint(len(buffer), (len(entering) - len(buffer),), generator=generator).tolist()
+    for slot, new in zip(slots, entering[size:], strict=True):
+        left.append(buffer[slot])
+        buffer[slot] = new  # fault: buffer-lets-go
+    rest = torch.tensor(buffer)[torch.randperm(len(buffer), generator=generator)]
+    return stream, torch.cat([torch.tensor(left, dtype=torch.int64), rest])
 
 
 class Loader:
@@ -77,6 +140,7 @@ class Loader:
         limit_bytes: a set that takes more as uint8 is not held.
         rank: of this process.
         world: processes.
+        buffer: shards are read from front to back, through a buffer of so many images; None: any image is next.
 
     Attributes:
         account: one line: images, classes, and what was left out and why.
@@ -98,6 +162,7 @@ class Loader:
         limit_bytes: int = DEFAULT_LIMIT_BYTES,
         rank: int = 0,
         world: int = 1,
+        buffer: int | None = None,
     ) -> None:
         self.augment, self.image_size, self.view_count = augment, image_size, view_count
         self.seed, self.workers = seed, workers
@@ -110,7 +175,11 @@ class Loader:
             self.account, self.digest = self.source.account(), self.source.samples.digest()
         self.count = len(self.labels)
         self.damage = Damage(self.count)
-        self.order = Order(self.count, local_batch, seed, rank, world)
+        runs = self.held.runs if self.held else self.source.samples.runs() if self.source else ()
+        if buffer is not None and not runs:
+            raise ValueError(f"shuffle_buffer: must be null for {data}, which is no shards, got {buffer}")
+        self.order = Order(self.count, local_batch, seed, rank, world, runs=runs, buffer=buffer)
+        self.reader = Reader(self.source, augment, image_size, view_count, seed, self.side)
 
     @property
     def labelled(self) -> bool:
@@ -122,6 +191,11 @@ class Loader:
         """Images that could not be read so far."""
         return self.held.damaged if self.held else self.damage.count
 
+    def side(self, position: int) -> int:
+        """Of the views of a batch, in px: smaller in the stages that come before the model's own size."""
+        epoch = position // self.order.per_epoch
+        return next((side for until, side in self.augment.stages if epoch < until), self.image_size)
+
     @property
     def streamed(self) -> bool:
         """Whether images are read as the run goes, so that a batch may fail."""
@@ -132,16 +206,19 @@ class Loader:
         if self.held:
             while True:
                 chosen = self.order.indices(position)
-                yield Batch(self.held.images[chosen], self.held.labels[chosen], chosen)
+                images = self.held.images[chosen]
+                if self.side(position) != self.image_size:
+                    pairs = zip(images, chosen.tolist(), strict=True)
+                    images = torch.stack([self.reader.prepare(image, position, index) for image, index in pairs])
+                yield Batch(images, self.held.labels[chosen], chosen)
                 position += 1
         yield from self._streamed(position)
 
     def _streamed(self, position: int) -> Iterator[Batch]:
         assert self.source is not None
-        reader = Reader(self.source, self.augment, self.image_size, self.view_count, self.seed)
         loader: DataLoader[Any] = DataLoader(
-            reader,
-            batch_sampler=Keys(self.order, position),
+            self.reader,
+            batch_sampler=Keys(self.order, position, self.source.samples.ahead),
             num_workers=self.workers,
             timeout=WORKER_TIMEOUT_S if self.workers else 0,
             worker_init_fn=_ignore_interrupts,
@@ -165,33 +242,65 @@ def _ignore_interrupts(worker: int) -> None:
 
 
 class Keys:
-    """The `(position, index)` of every image, batch by batch, for workers that seed their crops by them."""
+    """The `(position, index)` of every image, batch by batch, for workers that seed their crops by them.
 
-    def __init__(self, order: Order, position: int) -> None:
-        self.order, self.position = order, position
+    Args:
+        order: of the images.
+        position: of the first batch.
+        ahead: told of images that will be read soon, if the order has a buffer.
+    """
+
+    def __init__(self, order: Order, position: int, ahead: Callable[[list[int]], None]) -> None:
+        self.order, self.position, self.ahead = order, position, ahead
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         position = self.position
+        thread = ThreadPoolExecutor(1)  # the disk may keep it waiting
         while True:
+            if soon := self.order.ahead(position, first=position == self.position).tolist():
+                thread.submit(self.ahead, soon)
             yield [(position, index) for index in self.order.indices(position).tolist()]
             position += 1
 
 
 class Reader(Dataset[tuple[Tensor, int, int]]):
-    """Reads, decodes and, if the geometry is "crop", cuts the views from the whole image."""
+    """Reads, decodes and, if the geometry is "crop", cuts the views from the whole image.
 
-    def __init__(self, source: ImageSource, augment: AugmentConfig, size: int, views: int, seed: int) -> None:
-        self.source, self.augment, self.size, self.views, self.seed = source, augment, size, views, seed
-        self.damage = Damage(len(source))
+    Args:
+        source: of the images; None where they are held.
+        augment: the geometry.
+        size: side in px.
+        views: crops of an image.
+        seed: of the crops.
+        side: in px of what a batch at a position has, where that differs.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource | None,
+        augment: AugmentConfig,
+        size: int,
+        views: int,
+        seed: int,
+        side: Callable[[int], int] | None = None,
+    ) -> None:
+        self.augment, self.size, self.views, self.seed, self.side = augment, size, views, seed, side
+        self.source, self.damage = source, Damage(len(source or ()))
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
         position, asked = key
+        assert self.source is not None
         image, index = self.damage.read(self.source, asked)
+        return self.prepare(image, position, asked), index, asked
+
+    def prepare(self, image: Tensor, position: int, asked: int) -> Tensor:
+        """What a batch at a position has of an image."""
+        side = self.side(position) if self.side is not None else self.size
         if self.augment.geometry != "crop":
-            return fit(image, self.size, self.size), index, asked
+            return fit(fit(image, self.size, self.size), side, side)
         with torch.random.fork_rng(devices=[]):  # without workers this is the trainer's own generator
             torch.manual_seed(hash((self.seed, position, asked)))  # fault: same-crops-image
-            return crops(image, self.augment, self.size, self.views), index, asked
+            return crops(image, self.augment, side, self.views)
 
 
 def open_data(

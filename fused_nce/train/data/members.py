@@ -6,6 +6,9 @@ import hashlib
 import re
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fused_nce.train.data.account import Account
 
 # Those of torchvision's ImageFolder.
@@ -52,6 +55,13 @@ def unread(name: Name, things: str) -> str:
     return f".{name.suffix} {things}" if name.suffix else f"{things} without a suffix"
 
 
+class Attributes(NamedTuple):
+    """What each of several samples has or lacks."""
+
+    names: list[str]
+    values: NDArray[np.bool_]  # (n, A)
+
+
 class Samples:
     """Files of one kind by index, each with its label as text.
 
@@ -62,7 +72,10 @@ class Samples:
         numbered: whether integers among the texts are numbers of classes, rather than names.
         class_names: of a classes file, in the order of their numbers; None without one.
         account: what was left out.
+        attributes: that each has or lacks; None where the data have no such list.
     """
+
+    attributes: Attributes | None = None
 
     def __init__(self, kind: str) -> None:
         self.kind, self.account = kind, Account()
@@ -92,6 +105,13 @@ class Samples:
         """The file, or its first `most` bytes."""
         raise NotImplementedError
 
+    def runs(self) -> list[int]:
+        """How many lie one behind the other in each shard; none without shards."""
+        return []
+
+    def ahead(self, indices: list[int]) -> None:
+        """They will be read soon."""
+
     def keep(self, rows: list[int]) -> None:
         """Forget all others."""
         self.texts = [self.texts[i] for i in rows]
@@ -102,4 +122,6 @@ class Samples:
         found = hashlib.sha256()
         for i, text in enumerate(self.texts):
             found.update(f"{self.short_name(i)}\0{text}\0{sorted(self.fields[i].items())}\n".encode("utf-8", "replace"))
+        if self.attributes is not None:
+            found.update(repr(self.attributes.names).encode() + self.attributes.values.tobytes())
         return found.hexdigest()

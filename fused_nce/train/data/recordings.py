@@ -173,7 +173,7 @@ class WindowLoader:
         if a.label is not None and a.label not in held.tags:
             raise ValueError(f"augment.label: must be null or one of {', '.join(held.tags)}, got {a.label}")
         self.waves = [scaled(x, a.level) for x in held.waves]
-        self.window, self.seed, self.rank = a.window, seed, rank
+        self.window, self.seed = a.window, seed
         self.count, self.damaged = len(self.waves), held.damaged
         self.account, self.digest = held.account, held.digest
         self.classes = classes(held.tags[a.label]) if a.label is not None else []
@@ -191,8 +191,9 @@ class WindowLoader:
         """Endless, from a position on: windows (B, window) float32."""
         while True:
             chosen = self.order.indices(position)
-            generator = torch.Generator().manual_seed(hash((self.seed, position, self.rank)))
-            places = torch.rand(len(chosen), generator=generator).tolist()
+            generator = torch.Generator().manual_seed(hash((self.seed, position, 0)))
+            drawn = torch.rand(len(chosen) * self.order.world, generator=generator)  # the same, whoever shares them
+            places = drawn.chunk(self.order.world)[self.order.rank].tolist()  # fault: windows-of-processes
             windows = [self._cut(self.waves[i], place) for i, place in zip(chosen.tolist(), places, strict=True)]
             yield Batch(torch.stack(windows), self.labels[chosen], chosen)
             position += 1

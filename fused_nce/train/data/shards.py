@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import glob
 import json
+import os
 import posixpath
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +309,18 @@ class ShardSamples(Samples):
         if isinstance(place, bytes):
             return place[:most]
         return _read(shard, place if most is None else (place[0], min(place[1], most)))
+
+    def runs(self) -> list[int]:
+        return [len(list(same)) for _, same in groupby(self.entries, itemgetter(0))]
+
+    def ahead(self, indices: list[int]) -> None:
+        """Ask the system to read the stretch of each shard that they lie in, as a whole, into its own cache."""
+        for shard, same in groupby((self.entries[i] for i in indices), itemgetter(0)):
+            places = [place for *_, place in same if not isinstance(place, bytes)]
+            if places and hasattr(os, "posix_fadvise"):
+                start, end = min(at for at, _ in places), max(at + size for at, size in places)
+                with suppress(OSError), shard.open("rb") as file:  # advice: reading itself will tell
+                    os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
     def keep(self, rows: list[int]) -> None:
         super().keep(rows)

@@ -12,9 +12,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from fused_nce.train.data import celeba
 from fused_nce.train.data.account import Account, some
 from fused_nce.train.data.folders import SPLIT_FOLDERS, FolderSamples, walk
 from fused_nce.train.data.labels import CLASSES_FILE, Classes
+from fused_nce.train.data.listing import Listing
 from fused_nce.train.data.members import IMAGE, Name, Samples, hidden, unread
 from fused_nce.train.data.shards import ShardSamples, find_shards, shards_in
 from fused_nce.train.files import printable
@@ -31,7 +33,7 @@ def open_samples(data: str, split: str, kind: str, *, hold: bool = True) -> Samp
     """The files of one kind, from a folder or shards, by what is there.
 
     Args:
-        data: a folder of class folders or of shards, or a glob of shards.
+        data: a folder of class folders, of shards or of CelebA, or a glob of shards.
         split: "train", "probe" (the training split) or "test".
         kind: `members.IMAGE` or `members.RECORDING`.
         hold: see `ShardSamples`.
@@ -44,11 +46,14 @@ def open_samples(data: str, split: str, kind: str, *, hold: bool = True) -> Samp
     wanted, path = "test" if split == "test" else "train", Path(data)
     if not path.exists() and not any(c in data for c in "*?["):
         raise ValueError(f"data: {data} does not exist; it must be 'digits', a folder of {kind}, or .tar[.gz] shards")
+    if kind == IMAGE and (lists := celeba.find(path)) is not None:
+        return celeba.CelebASamples(path, lists, wanted, kind)
     shards = shards_in(path) if path.is_dir() else []
     if path.is_dir() and not shards:
         return FolderSamples(path, wanted, kind)
     folders = [p for p in path.iterdir() if p.is_dir() and not hidden(p.name)] if shards else []
-    both = next((p for folder in folders for p in walk(folder, Account()) if Name.of(p.name).kind == kind), None)
+    files = (p for folder in folders for p in walk(str(folder), Account(), Listing(folder)))
+    both = next((p for p in files if Name.of(p).kind == kind), None)
     if both is not None:
         raise ValueError(
             f"data: {data} holds shards ({shards[0].name}) and {kind} in folders ({both}); "
@@ -121,12 +126,17 @@ class ImageSource:
 
     def account(self, damaged: int = 0) -> str:
         """One line: images, classes, and what was left out and why."""
+        attributes = self.samples.attributes
+        known = (
+            [f"{len(set(self.labels) - {-1}):,} classes", some(self.labels.count(-1), "without a label")]
+            if attributes is None
+            else [f"{len(attributes.names)} attributes"]
+        )
         return self.samples.account.line(
             self.data,
             self.split,
             f"{len(self):,} images",
-            f"{len(set(self.labels) - {-1}):,} classes",
-            some(self.labels.count(-1), "without a label"),
+            *known,
             some(damaged, "damaged, each replaced by the next one"),
         )
 

@@ -33,7 +33,7 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
     measures: list[dict[str, Any]] = []
     kept: dict[str, Any] = {}
     # One at a time: all of CIFAR-10's feature sets together are 2 GB.
-    sets = _feature_sets(model, config, probe, test, asked)
+    sets = feature_sets(model, config, probe, test, asked)
     count = len(taps) * (1 + len(config.untrained())) + 1 if asked.baselines else len(taps)
     for encoder, tap, bank, queries, own in progress_bar(sets, desc="probes", total=count, unit="set", leave=False):
         found = scoring.score(bank, queries, plan, asked.protocols, own)
@@ -59,7 +59,7 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
     return judged, figures
 
 
-def _feature_sets(
+def feature_sets(
     model: nn.Module, config: Any, probe: ImageSet, test: ImageSet, asked: Asked
 ) -> Iterator[tuple[str, str, Tensor, Tensor, Subject | None]]:
     """(encoder, tap, features of the probe split, of the test split, the encoder itself), the trained one first."""

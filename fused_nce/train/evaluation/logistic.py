@@ -44,7 +44,13 @@ class Classifier(NamedTuple):
         self,
         x: Tensor,  # (m, D)
     ) -> Tensor:  # (m,) int64
-        return F.linear(x, self.weight, self.bias).argmax(1)
+        return self.logits(x).argmax(1)
+
+    def logits(
+        self,
+        x: Tensor,  # (m, D)
+    ) -> Tensor:  # (m, K)
+        return F.linear(x, self.weight, self.bias)
 
 
 def principal_axes(
@@ -69,13 +75,25 @@ def squared_hinge(
     return (1 - sign * logits).clamp(min=0).square().sum(1).mean()
 
 
-Kind = Literal["softmax", "svm"]
-LOSSES: dict[Kind, Callable[[Tensor, Tensor], Tensor]] = {"softmax": F.cross_entropy, "svm": squared_hinge}
+def cross_entropies(
+    logits: Tensor,  # (n, A)
+    labels: Tensor,  # (n, A) in {0, 1}
+) -> Tensor:  # 0-d
+    """Σ over attributes of the binary cross-entropy, mean over images."""
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(labels)
+
+
+Kind = Literal["softmax", "svm", "attributes"]
+LOSSES: dict[Kind, Callable[[Tensor, Tensor], Tensor]] = {
+    "softmax": F.cross_entropy,
+    "svm": squared_hinge,
+    "attributes": cross_entropies,
+}
 
 
 def fit(
     x: Tensor,  # (n, D) float32, centred
-    labels: Tensor,  # (n,) int64, classes 0..K-1
+    labels: Tensor,  # (n,) int64, classes 0..K-1; for "attributes" (n, A) float, 0 or 1
     c: float,
     axes: Axes,
     kind: Kind = "softmax",
@@ -83,7 +101,7 @@ def fit(
     """Minimises the mean loss + |weight|²/(2cn), the bias free of it.
 
     With "softmax" that is scikit-learn's `LogisticRegression(C=c)`; with "svm" its `LinearSVC(C=c)`, whose bias is
-    penalised a little.
+    penalised a little. "attributes" are as many logistic regressions as there are columns, each free of the others.
 
     Args:
         x: features.
@@ -92,8 +110,8 @@ def fit(
         axes: of `x`, or of a larger set that it is part of.
         kind: of classifier.
     """
-    classes, n = int(labels.max()) + 1, len(x)
-    curvature = 1 / classes if kind == "softmax" else 2.0
+    classes, n = labels.shape[1] if kind == "attributes" else int(labels.max()) + 1, len(x)
+    curvature = {"softmax": 1 / classes, "svm": 2.0, "attributes": 0.25}[kind]
     scaled = axes.basis * (curvature * axes.variance + 1 / (c * n)).rsqrt()  # (D, r)
     free_weight = torch.zeros(classes, scaled.shape[1], requires_grad=True)
     free_bias = torch.zeros(classes, requires_grad=True)

@@ -117,6 +117,8 @@ class CPCConfig(presets.TwoInits):
         return self.drawn(CPC.audio(**self.arguments(), negatives=self.loss.negatives, loss=self.loss.build()))
 
     def check_together(self) -> None:
+        if self.shuffle_buffer is not None:
+            raise ValueError(f"shuffle_buffer: must be null for recordings, which are held, got {self.shuffle_buffer}")
         m = self.model
         frames = AudioEncoder(1, m.kernels, m.strides, m.paddings).frames(self.augment.window)
         if frames <= m.steps:

@@ -121,7 +121,8 @@ def _probe_bars(result: dict[str, Any]) -> list[Card]:
         if bars:
             chart = plots.dot_chart(bars, unit="%", high=100.0)
             chance = 100 / (int(labels[0]) if "-way" in labels else len(result["classes"]))
-            cards.append(Card(f"{heading(probe, labels)} ({tap}; chance {chance:.2g} %)", chart))
+            guessing = "" if labels == "attributes" else f"; chance {chance:.2g} %"  # some are rare, and guessed better
+            cards.append(Card(f"{heading(probe, labels)} ({tap}{guessing})", chart))
     return cards
 
 

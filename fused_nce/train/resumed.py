@@ -1,0 +1,77 @@
+"""A run that goes on: with the images that it had in every update, also where other processes take it up."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fused_nce.train import trained_on
+from fused_nce.train.method import Method
+
+log = logging.getLogger("fused_nce")
+
+
+def batch(asked: Method, used: Method, world: int) -> dict[str, int]:
+    """What a checkpoint says of a pass: the images of a process that the run's settings ask for, and those of all."""
+    return {"asked": asked.optim.batch_size, "all": used.local_batch(world) * world}
+
+
+def for_processes(config: Method, state: dict[str, Any], world: int) -> Method:
+    """The settings with which this many processes share the images of a pass.
+
+    `optim.batch_size` is of a process, and the run's settings keep the one that the run began with; one that a resume
+    was allowed to change holds as it is. Under `scale.negatives` it is a part's, and stays.
+
+    Args:
+        config: as the run's folder has it.
+        state: of the checkpoint that the run goes on from.
+        world: processes.
+
+    Raises:
+        ValueError: for a number of processes that does not divide the images, or leaves one too few of them.
+    """
+    asked = config.optim.batch_size
+    saved = state.get("batch") or {"asked": asked, "all": asked * len(state["rng"])}  # older ones do not say
+    if config.scale.negatives is not None or saved["asked"] != asked:
+        return config
+    if saved["all"] % world:
+        raise ValueError(f"processes: must divide the {saved['all']} images of a pass of this run, got {world}")
+    share = saved["all"] // world  # fault: share-of-processes
+    found = dataclasses.replace(config, optim=dataclasses.replace(config.optim, batch_size=share))
+    found.check()
+    return found
+
+
+def inexact(model: nn.Module, config: Method, state: dict[str, Any], world: int) -> str:
+    """What differs where the number of processes does, in one line."""
+    before, images = len(state["rng"]), config.optim.batch_size
+    said = [
+        f"{world} processes go on with a run of {before}: the same images in every update, {config.local_batch(world)} "
+        "a process; not the same: sums by rounding, what is drawn at random (augmentation, dropout)"
+    ]
+    if any(isinstance(layer, _BatchNorm) for layer in model.modules()) and not config.scale.sync_norm:
+        said.append(f"BatchNorm's statistics (of {images} images)")
+    if not config.scale.everywhere and any(getattr(loss, "gathers", False) for loss in model.modules()):
+        said.append("the negatives (scale.everywhere is false: those of a process)")
+    return ", ".join(said)
+
+
+def check_data(run_dir: Path, state: dict[str, Any], data: dict[str, Any], allowed: bool) -> None:
+    """Data that have changed since the checkpoint are refused, or said where they are allowed.
+
+    Raises:
+        ValueError: with the difference.
+    """
+    changed = trained_on.changes(state.get("data", {}), data)  # older checkpoints do not know theirs
+    if changed and not allowed:
+        raise ValueError(
+            f"resume: the data of {run_dir} have changed since step {state['step']} ({'; '.join(changed)}); "
+            "bring them back, or add --allow-changed data"
+        )
+    if changed:
+        log.warning("the data have changed since step %d: %s", state["step"], "; ".join(changed))

@@ -1,0 +1,30 @@
+"""What a run says of itself on the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from fused_nce.train.method import Method
+
+
+def describe(config: Method) -> str:
+    """One line: what will be trained."""
+    model = ", ".join(f"{f.name} {getattr(config.model, f.name)}" for f in dataclasses.fields(config.model))
+    negatives = "" if config.scale.negatives is None else f", {config.scale.negatives} negatives"
+    length = f"batch {config.optim.batch_size}{negatives}, {config.optim.epochs} epochs"
+    return f"{config.title} on {config.data} ({config.preset}): {model}, {length}"
+
+
+def postfix(line: dict[str, Any]) -> dict[str, str]:
+    """What the progress bar shows: the NCE against guessing, or the loss where an estimator has no chance level."""
+    above = line["nce_minus_chance"]
+    known = above is not None and math.isfinite(above)
+    shown = {"nce-chance": f"{above:.3f}"} if known else {"loss": f"{line['loss']:.3f}"}
+    if line["linear_acc"] is not None:
+        shown |= {"linear": f"{line['linear_acc']:.1%}", "mlp": f"{line['mlp_acc']:.1%}"}
+    shown["img/s"] = f"{line['images_per_s']:.0f}"
+    if line["loss_share"] is not None:
+        shown["loss time"] = f"{line['loss_share']:.1%} of step"
+    return shown | {"peak": f"{line['peak_memory_mb']:.0f}MB"}

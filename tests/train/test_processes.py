@@ -1,0 +1,131 @@
+"""A run that other processes take up, in processes: what stays the same, and what is said to differ."""
+
+import logging
+import os
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from fused_nce.models.encoders import backbones
+from fused_nce.train import command, resumed
+from fused_nce.train.loop import Trainer
+from tests.distributed import launch
+from tests.marks import nightly_but
+from tests.train.runs import tensors
+
+# Nothing is drawn at random, and no image's features depend on another image.
+PLAIN = [
+    "--preset=digits", "--model.backbone=plain", "--augment.flip_p=0", "--augment.geometry=none", "--augment.gray_p=0",
+    "--augment.blur_p=0", "--augment.jitter=0,0,0,0", "--precision=fp32", "--probes=false", "--optim.name=sgd",
+    "--optim.lr=0.1", "--optim.schedule=constant", "--optim.warmup_updates=0", "--run.threads=1", "--run.log_every=1",
+]  # fmt: skip
+WAYS = {
+    "simclr": ["--model.norm=false", "--optim.accumulate=2"],
+    "simclr in parts": ["--model.norm=false", "--negatives=24"],
+    "moco": ["--model.splits=1", "--model.queue_size=48"],
+}
+
+
+class Plain(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(3 * 16 * 16, 24), nn.Tanh())
+
+
+def train(rank, size, method, argv, patched=True, hook=None):
+    """One process of a run: the images of its passes, the first number that it draws, and the lines that it says."""
+    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {name: str(value) for name, value in place.items() if size > 1}
+    if patched:
+        backbones._torchvision = lambda name: (Plain(), 24)
+    said, seen = [], []
+    handler: Any = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("fused_nce").addHandler(handler)
+    settings, run_dir, resume = command.parse(method, argv)
+    run: Any = Trainer(settings, run_dir, resume=resume)
+    drawn, state = torch.get_rng_state(), torch.rand(3).tolist()
+    torch.set_rng_state(drawn)
+    if hook is not None:
+        hook(run)
+    batches = run.loader.batches
+
+    def recorded(position):
+        for batch in batches(position):
+            seen.append(batch.indices.tolist())
+            yield batch
+
+    run.loader.batches = recorded
+    run.run()
+    return {"seen": seen, "drawn": state, "said": said}
+
+
+def go(folder, size, method, *argv, patched=True, hook=None):
+    """A run of so many processes, by rank."""
+    folder.mkdir()
+    return launch.run(folder, size, train, size, method.split()[0], list(argv), patched, hook)
+
+
+def together(results):
+    """The images of every pass, those of one process after the other's."""
+    return [list(chain(*parts)) for parts in zip(*(r["seen"] for r in results), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("way", "sizes"),
+    nightly_but([("moco", (1, 2))], [("moco", (1, 2)), *((way, (3, 2, 1)) for way in WAYS)]),
+)
+def test_other_processes_go_on_with_the_same_images_and_weights(tmp_path, way, sizes):
+    whole, parts, last = tmp_path / "whole", tmp_path / "parts", 2 * len(sizes)
+    size = 12 // sizes[0]
+    options = [*PLAIN, *WAYS[way], f"--batch-size={size}"]
+    straight = go(tmp_path / "0", sizes[0], way, *options, f"--out={whole}", f"--max-steps={last}")
+    seen = []
+    for i, count in enumerate(sizes):
+        start = [f"--resume={parts}"] if i else [*options, f"--out={parts}"]
+        found = go(tmp_path / f"{i + 1}", count, way, *start, f"--max-steps={2 * i + 2}")
+        seen += together(found)
+        assert len({tuple(r["drawn"]) for r in found}) == count
+        lines = [line for line in found[0]["said"] if "processes go on with" in line]
+        assert lines == (i > 0) * [
+            f"{count} processes go on with a run of {sizes[i - 1]}: the same images in every update, "
+            f"{(24 if 'parts' in way else 12) // count} a process; not the same: sums by rounding, what is drawn at "
+            "random (augmentation, dropout)"
+        ]
+    assert seen == together(straight)
+    ours, theirs = tensors(parts, last), tensors(whole, last)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert yaml.safe_load((parts / "config.yaml").read_text())["optim"]["batch_size"] == size
+
+
+def test_what_cannot_stay_is_said_and_what_cannot_be_shared_refused(tmp_path):
+    def settings(*argv):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return command.parse("simclr", ["--preset=digits", "--batch-size=8", *argv, f"--out={folder}"])[0]
+
+    plain, home = settings(), settings("--scale.everywhere=false")
+    state = {"rng": [{}] * 3, "batch": resumed.batch(plain, plain, 3)}
+    assert state["batch"] == {"asked": 8, "all": 24}
+    for world, share in ((1, 24), (2, 12), (3, 8), (12, 2)):
+        assert resumed.for_processes(plain, state, world).optim.batch_size == share
+        assert resumed.for_processes(plain, {"rng": [{}] * 3}, world).optim.batch_size == share  # of an older version
+    assert plain.optim.batch_size == 8
+    for world, words in ((5, "processes: must divide the 24 images of a pass of this run, got 5"),
+                         (24, r"optim\.batch_size: must be at least 2 .*, got 1")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            resumed.for_processes(plain, state, world)
+    changed = settings("--batch-size=6")  # allowed by --allow-changed: it holds as it is
+    assert resumed.for_processes(changed, state, 2) == changed
+    again = resumed.batch(plain, resumed.for_processes(plain, state, 1), 1)
+    assert again == state["batch"]  # whoever goes on next divides the same images
+    model = plain.build()
+    said = resumed.inexact(model, resumed.for_processes(plain, state, 1), state, 1)
+    assert said.endswith("24 a process; not the same: sums by rounding, what is drawn at random (augmentation, "
+                         "dropout), BatchNorm's statistics (of 24 images)")  # fmt: skip
+    said = resumed.inexact(model, resumed.for_processes(home, state, 2), state, 2)
+    assert said.endswith(", the negatives (scale.everywhere is false: those of a process)")
