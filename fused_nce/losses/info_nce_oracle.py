@@ -228,7 +228,8 @@ register(_entry(), "learned temperature")
 register(_entry(["targets"], temperature=0.4, clip=5.0, penalty=0.03), "targets, clip, penalty")
 register(_entry(symmetric=True), "symmetric")
 register(_entry(["targets"], symmetric=True, temperature=0.3, penalty=0.1), "symmetric, targets, penalty")
-register(_entry(["hard_negatives", "row_weights"], label_smoothing=0.15), "own hard negatives, row weights")
+register(_entry(["hard_negatives", "row_weights"]), "own hard negatives, row weights")
+register(_entry(["hard_negatives"], label_smoothing=0.15), "own hard negatives, label smoothing")
 register(
     _entry(["hard_negatives", "targets", "ids"], share_hard_negatives=True, hardness=0.8, directions=("q2k", "k2k")),
     "shared hard negatives, ids, hardness",

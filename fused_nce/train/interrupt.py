@@ -14,6 +14,7 @@ from typing import Any
 from fused_nce.train.slurm import PREEMPTION
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ASK_S = 5.0  # between two looks for readers that died, while one waits for them
 SAME_S = 1.0  # two signals within it are one: Ctrl-C reaches a process from its terminal and from torchrun
 
 
@@ -63,12 +64,15 @@ class Interrupt:
 
         Anywhere else it would strike between two instructions of an update or a save.
         """
+        done = threading.Event()
         if self._child is not None:
             signal.signal(signal.SIGCHLD, self._child)
             self._child(signal.SIGCHLD, None)  # for those who died meanwhile
+            threading.Thread(target=_ask_again, args=(done,), daemon=True).start()
         try:
             yield
         finally:
+            done.set()
             handler = signal.getsignal(signal.SIGCHLD)
             if self._active and callable(handler):
                 self._child = handler
@@ -82,3 +86,9 @@ class Interrupt:
         if not self.requested:
             self.requested, self._at = True, now
             self.preempted = number if number in PREEMPTION else None
+
+
+def _ask_again(done: threading.Event) -> None:
+    """A signal that comes just before a wait begins does not end it: after a while, and again, one that comes later."""
+    while not done.wait(ASK_S):  # fault: reader-death-missed
+        os.kill(os.getpid(), signal.SIGCHLD)
