@@ -26,7 +26,7 @@ const char* named(Extras extras) {
   return kNames[static_cast<int>(extras)];
 }
 
-std::string with(std::string name, Element element) {
+std::string with(const std::string& name, Element element) {
   constexpr const char* kNames[] = {" float32", " bfloat16", " float16"};
   return name + kNames[static_cast<int>(element)];
 }

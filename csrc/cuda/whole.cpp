@@ -245,7 +245,7 @@ variable_list again(const WholeCall& call, const Given& x, const Tensor& pos, co
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fused_nce::grads", "");
   op.callBoxed(&stack);
   const auto given = [&](size_t i, bool wanted) { return wanted ? stack[i].toTensor() : Tensor(); };
-  const variable_list found{given(0, need_q), given(1, need_k), given(2, needs[2])};
+  variable_list found{given(0, need_q), given(1, need_k), given(2, needs[2])};
   if (!call.normalize) return found;
   Tensor dq, dk;
   through(call, s, pos, rows, found[0], found[1], at::ones({}, pos.options()), dq, dk);

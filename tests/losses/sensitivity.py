@@ -19,6 +19,7 @@ from torch import Tensor
 from fused_nce.losses.registry import Entry
 from tests.budget import Precision
 
+ORACLE_U = 2.0**-50  # of the largest weight: float64's own roundings, which are all that is left where terms cancel
 ROUNDINGS = 8  # between a score and its weight: scale, transform, statistic, exponential, coefficient
 
 
@@ -100,7 +101,8 @@ def exact(entry: Entry, inputs: dict[str, Any], leaves: list[str], p: Precision,
         gross, summed = reach @ w, reach @ (w * relative)
         u_out = torch.finfo(x.dtype if x.dim() == 0 else p.out).eps / 2
         out = max(u_out, p.u) * (g.detach().abs().reshape(-1) + (gross if name in entry.two_paths else 0))
-        budgets[name] = (2 * moved + 2 * summed + 2 * out + p.step).reshape(x.shape)
+        oracle = ORACLE_U * w.max() * reach.sum(dim=1)
+        budgets[name] = (2 * moved + 2 * summed + 2 * out + oracle + p.step).reshape(x.shape)
     value = 2 * (w * delta).sum() + 2 * ROUNDINGS * p.u * (1 + loss.detach().abs())
     return Exact(loss.detach(), value, {name: g.detach() for name, g in zip(leaves, grads, strict=False)}, budgets)
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -115,6 +116,28 @@ def test_balanced_accuracy_is_the_mean_over_both_answers_at_the_share():
     share = torch.tensor([0.2])  # its logit is −1.39: −1 is likelier than that
     assert attributes.balanced(logits, truth, share).tolist() == pytest.approx([50 * (1 + 3 / 4)])
     assert attributes.balanced(logits, truth, torch.tensor([0.5])).tolist() == pytest.approx([50 * (0.5 + 1)])
+
+
+def test_one_penalty_serves_both_accuracies():
+    """The threshold of balanced accuracy forgives weights near 0, with which every answer is the commoner one."""
+    x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+    known = x[:, :3] + torch.tensor([0.5, -0.5, 0.8]) > 0
+    found = attributes.probe(x[:200], known[:200], x[200:], known[200:], seed=0)
+    assert found.accuracy.min() > 90
+    assert found.balanced.min() > 90
+
+
+def test_an_empty_list_and_one_name_twice_are_said(tmp_path):
+    root = make(tmp_path, ".csv", count=12)
+    images = root / "img_align_celeba"
+    (images / "z").mkdir()
+    shutil.copy(images / "img_align_celeba/000001.jpg", images / "z/000001.jpg")
+    source = ImageSource(root, "train")
+    assert len(source) == 8
+    assert "1 images of a name that another has (" in source.account()
+    (root / "list_attr_celeba.csv").write_text("")
+    with pytest.raises(ValueError, match=r"list_attr_celeba\.csv must name different attributes, got \[\]"):
+        ImageSource(root, "train")
 
 
 def test_what_images_show_is_told_and_what_they_do_not_is_guessed(tmp_path):

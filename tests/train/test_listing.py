@@ -33,11 +33,12 @@ def scanned(monkeypatch):
     return seen
 
 
-def age(root):
-    """As a tree that nobody has touched for an hour."""
-    for folder, _, _ in os.walk(root):
-        then = os.stat(folder).st_mtime_ns - HOUR_NS
-        os.utime(folder, ns=(then, then))
+@pytest.fixture(autouse=True)
+def now(monkeypatch):
+    """What time it is: an hour later, so that nothing is new, unless a test says another time."""
+    said = [lambda real=time.time_ns: real() + HOUR_NS]
+    monkeypatch.setattr(listing.time, "time_ns", lambda: said[0]())
+    return said
 
 
 def plant(root, classes, each):
@@ -50,7 +51,6 @@ def plant(root, classes, each):
         first.write_bytes(b"x")
         for j in range(1, each):
             os.link(first, folder / f"{j}.jpg")
-    age(root)
 
 
 def found(root):
@@ -85,11 +85,16 @@ def test_each_change_is_seen_and_reads_its_folder_alone(tmp_path, cache, scanned
     plant(root, 3, 4)
     (tmp_path / "away.jpg").write_bytes(b"x")
     (root / "n0001/link.jpg").symlink_to(tmp_path / "away.jpg")
-    age(root)
     monkeypatch.setattr(listing, "MIN_FILES", 1)
 
     def added():
         (root / "n0000/new.jpg").write_bytes(b"x")
+
+    def restored():
+        """tar and rsync give a folder the time that it has elsewhere."""
+        before = os.stat(root / "n0000")
+        (root / "n0000/newer.jpg").write_bytes(b"x")
+        os.utime(root / "n0000", ns=(before.st_atime_ns, before.st_mtime_ns))
 
     def gone():
         (root / "n0001/2.jpg").unlink()
@@ -109,8 +114,8 @@ def test_each_change_is_seen_and_reads_its_folder_alone(tmp_path, cache, scanned
 
     before = found(root)
     for change, read in (
-        (added, ["n0000"]), (gone, ["n0001"]), (renamed, ["n0002"]), (folder, ["n0000", "below"]), (link, []),
-        (nothing, []),
+        (added, ["n0000"]), (restored, ["n0000"]), (gone, ["n0001"]), (renamed, ["n0002"]),
+        (folder, ["n0000", "below"]), (link, []), (nothing, []),
     ):  # fmt: skip
         change()
         scanned.clear()
@@ -121,19 +126,18 @@ def test_each_change_is_seen_and_reads_its_folder_alone(tmp_path, cache, scanned
         assert found(root) == after
         monkeypatch.delenv("FUSED_NCE_LISTINGS")
         before = after
-        for folder_ in read:  # the change is an hour old, from now on
-            path = root / "n0000/below" if folder_ == "below" else root / folder_
-            os.utime(path, ns=(then := os.stat(path).st_mtime_ns - HOUR_NS, then))
-        found(root)
 
 
-def test_what_changed_just_now_small_trees_and_damaged_files_are_read_anew(tmp_path, cache, scanned, monkeypatch):
+def test_what_changed_just_now_small_trees_and_damaged_files_are_read_anew(tmp_path, cache, scanned, monkeypatch, now):
     root = tmp_path / "some"
     plant(root, 2, 3)
     whole = found(root)
     assert not cache.exists()  # small
     monkeypatch.setattr(listing, "MIN_FILES", 1)
+    time.sleep(0.05)
     os.utime(root / "n0001")  # within a tick of now, so that another change could have the same time
+    monkeypatch.setattr(listing, "TOO_NEW_NS", 20_000_000)
+    now[0] = lambda: os.stat(root / "n0001").st_ctime_ns + 1
     for read in (3, 1, 1):
         scanned.clear()
         assert found(root) == whole

@@ -47,10 +47,10 @@ class CelebASamples(Samples):
         lying: dict[str, str] = {}
         for path in walk(str(self.folder), self.account, listing):
             file = Name.of(path)
-            if file.kind == kind:
-                lying[path.rpartition("/")[2]] = path
-            else:
+            if file.kind != kind:
                 self.account.leave_out(unread(file, "files"), path)
+            elif lying.setdefault(path.rpartition("/")[2], path) != path:
+                self.account.leave_out(f"{kind} of a name that another has", path)
         listing.close()
         names = _names(lists[0])
         self.paths: list[str] = []
@@ -104,7 +104,8 @@ def _lines(path: Path) -> list[list[str]]:
 def _names(path: Path) -> list[str]:
     """The attributes: in the first line of a `.csv`, behind `image_id`, and in the second of a `.txt`."""
     lines = _lines(path)
-    found = lines[0][1:] if path.suffix == ".csv" else lines[1] if len(lines) > 1 else []
+    head = 0 if path.suffix == ".csv" else 1
+    found = lines[head][1 - head :] if len(lines) > head else []
     if not found or not all(found) or len(set(found)) < len(found):
         raise ValueError(f"data: {path} must name different attributes, got {printable(found)}")
     return found

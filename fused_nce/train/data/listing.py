@@ -1,6 +1,7 @@
 """The names in a tree of folders, remembered between runs: of a million files none is looked at again.
 
-A folder that nothing was added to or taken from keeps its own time, and then its names are those of the last listing.
+A folder that nothing was added to or taken from keeps its times, and then its names are those of the last listing; the
+second of them, of the change itself, no program can set back, as tar and rsync do with the first.
 What a link leads to is looked at each time. A small tree is read anew. `FUSED_NCE_LISTINGS=0` remembers nothing.
 """
 
@@ -40,7 +41,7 @@ class Listing:
     def entries(self, folder: str) -> tuple[tuple[int, int], list[tuple[str, str]]]:
         """Device and inode of a folder, and its (name, kind), sorted by name."""
         here, key = os.stat(folder), folder[len(str(self.root)) :]  # however the root was called
-        place = [here.st_dev, here.st_ino, here.st_mtime_ns]
+        place = [here.st_dev, here.st_ino, here.st_mtime_ns, here.st_ctime_ns]
         kept = self.known.get(key)
         if kept is None or kept["place"] != place:  # fault: listing-of-another-time
             kept = {"place": place, "files": [], "rest": []}
@@ -50,7 +51,7 @@ class Listing:
                     kept["files" if kind == FILE else "rest"].append(entry.name if kind == FILE else [entry.name, kind])
             kept["files"].sort()
             self.anew += 1
-            if time.time_ns() - here.st_mtime_ns < TOO_NEW_NS:
+            if time.time_ns() - here.st_ctime_ns < TOO_NEW_NS:
                 kept["place"] = None
         self.found[key] = kept
         self.files += len(kept["files"])
