@@ -120,8 +120,9 @@ def test_balanced_accuracy_is_the_mean_over_both_answers_at_the_share():
 
 def test_one_penalty_serves_both_accuracies():
     """The threshold of balanced accuracy forgives weights near 0, with which every answer is the commoner one."""
-    x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
-    known = x[:, :3] + torch.tensor([0.5, -0.5, 0.8]) > 0
+    g = torch.Generator().manual_seed(0)
+    known = torch.rand(400, 3, generator=g) < torch.tensor([0.2, 0.6, 0.85])
+    x = known * 2.0 - 1 + 0.05 * torch.randn(400, 3, generator=g)  # every penalty balances them
     found = attributes.probe(x[:200], known[:200], x[200:], known[200:], seed=0)
     assert found.accuracy.min() > 90
     assert found.balanced.min() > 90
