@@ -83,7 +83,12 @@ class Writer:
 
         Raises:
             OSError: the folder cannot be made.
+            RuntimeError: the one before was not waited for: its folder and its group are in use.
         """
+        if self.pending is not None:
+            raise RuntimeError(
+                f"checkpoint: step {step} cannot be saved before `wait` for the one that is being written"
+            )
         from torch.distributed import checkpoint as dcp
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 

@@ -152,3 +152,29 @@ def test_a_save_that_is_killed_or_fails_loses_no_checkpoint(tmp_path):
         go(tmp_path / f"{name}1", 2, "simclr", f"--resume={run}")
         assert log(run)[-1]["step"] == 6
         assert not (run / "checkpoints/.tmp-parts").exists()
+
+
+def without_data(run):
+    """The second process cannot read on, while the first checkpoint is being written."""
+    slowly(run)
+    batches, type(run.loader).streamed = run.loader.batches, True
+
+    def ending(position):
+        real = batches(position)
+        yield next(real)
+        yield next(real)
+        assert not run.writer.pending.done()
+        if os.environ["RANK"] == "1":
+            raise ValueError("no more data")
+        yield next(real)
+
+    run.loader.batches = ending
+
+
+def test_data_that_end_while_a_checkpoint_is_written_leave_a_whole_one(tmp_path):
+    run = tmp_path / "run"
+    often = [*WAYS["simclr"], f"--out={run}", "--max-steps=6", "--run.save_minutes=0", FSDP]
+    with pytest.raises(multiprocessing.ProcessRaisedException, match="no more data|another process cannot read"):
+        go(tmp_path / "0", 2, "simclr", *often, hook=without_data)
+    assert checkpoint.newest(run).name == "step_00000001"
+    assert not (run / "checkpoints/.tmp-parts").exists()
