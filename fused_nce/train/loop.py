@@ -220,6 +220,9 @@ class Trainer:
         try:
             yield
         except Diverged:
+            self._try(
+                self.writer.wait
+            )  # all processes are here; the run's lock is let go next, and no thread may write
             raise
         except Exception as error:
             if self._together:

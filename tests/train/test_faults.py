@@ -17,7 +17,7 @@ from fused_nce import cli
 from fused_nce.models.encoders import backbones
 from fused_nce.train import checkpoint, command, config, interrupt, journal, lock, trained_on
 from fused_nce.train.interrupt import SAME_S, Interrupt
-from fused_nce.train.loop import Trainer
+from fused_nce.train.loop import Diverged, Trainer
 from tests.train.runs import TINY, log, resumed, tensors, trainer
 from tests.train.test_loop import write_images
 
@@ -514,7 +514,7 @@ def test_settings_are_written_only_where_a_resume_is_accepted(tmp_path, monkeypa
 
 @pytest.mark.parametrize(
     ("error", "calls"),
-    [(ValueError("no more data"), ["wait", "save", "wait"])],
+    [(Diverged("not finite"), ["wait"]), (ValueError("no more data"), ["wait", "save", "wait"])],
 )
 def test_an_error_waits_for_the_checkpoint_that_is_being_written(tmp_path, caplog, error, calls):
     """A second one would take its folder, and the run's lock would be let go under it."""
