@@ -206,3 +206,4 @@ def test_a_loss_that_is_not_finite_waits_for_the_checkpoint_that_is_being_writte
         said = [line for line in found["said"] if "checkpoint not saved" in line]
         assert len(said) == 1
         assert "No space left on device" in said[0]
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []  # the room is given back
