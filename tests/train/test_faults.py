@@ -17,7 +17,7 @@ from fused_nce import cli
 from fused_nce.models.encoders import backbones
 from fused_nce.train import checkpoint, command, config, interrupt, journal, lock, trained_on
 from fused_nce.train.interrupt import SAME_S, Interrupt
-from fused_nce.train.loop import Diverged, Trainer
+from fused_nce.train.loop import Trainer
 from tests.train.runs import TINY, log, resumed, tensors, trainer
 from tests.train.test_loop import write_images
 
@@ -510,31 +510,3 @@ def test_settings_are_written_only_where_a_resume_is_accepted(tmp_path, monkeypa
     monkeypatch.undo()
     assert cli.main(["train", "amdim", f"--resume={tmp_path / 'a'}", "--run.keep=7"]) == 0
     assert config.load(tmp_path / "a").run.keep == 7
-
-
-@pytest.mark.parametrize(
-    ("error", "calls"),
-    [(Diverged("not finite"), ["wait"]), (ValueError("no more data"), ["wait", "save", "wait"])],
-)
-def test_an_error_waits_for_the_checkpoint_that_is_being_written(tmp_path, caplog, error, calls):
-    """A second one would take its folder, and the run's lock would be let go under it."""
-    run, seen = trainer(tmp_path / "a", "--probes=false", "--max-steps=3"), []
-
-    def wait():
-        seen.append("wait")
-        if len(seen) == 1:
-            raise FULL
-
-    def fail(*given):
-        raise error
-
-    def update(*given):
-        run._update = fail
-        return real(*given)
-
-    real, run._update = run._update, update
-    run.writer = SimpleNamespace(wait=wait, save=lambda *given: seen.append("save"))
-    with pytest.raises(type(error), match=str(error)):
-        run.run()
-    assert seen == calls
-    assert "checkpoint not saved ([Errno 28] No space left on device" in caplog.text

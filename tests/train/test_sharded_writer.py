@@ -1,14 +1,17 @@
-"""The writer of sharded checkpoints in one process: what it refuses, and what a failed save leaves."""
+"""The writer of sharded checkpoints in one process: what it refuses, what a failed save leaves, who waits for it."""
 
 import errno
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
+from fused_nce.train.loop import Diverged
 from fused_nce.train.sharding import Writer
+from tests.train.runs import trainer
 
 
 @pytest.fixture
@@ -51,3 +54,31 @@ def test_a_failed_save_gives_its_room_back_at_once(tmp_path, group, monkeypatch)
     with pytest.raises(OSError, match="No space left on device"):
         writer.wait()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "calls"),
+    [(Diverged("not finite"), ["wait"]), (ValueError("no more data"), ["wait", "save", "wait"])],
+)
+def test_an_error_waits_for_the_checkpoint_that_is_being_written(tmp_path, caplog, error, calls):
+    """A second one would take its folder, and the run's lock would be let go under it."""
+    run, seen = trainer(tmp_path / "a", "--probes=false", "--max-steps=3"), []
+
+    def wait():
+        seen.append("wait")
+        if len(seen) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(*given):
+        raise error
+
+    def update(*given):
+        run._update = fail
+        return real(*given)
+
+    real, run._update = run._update, update
+    run.writer = SimpleNamespace(wait=wait, save=lambda *given: seen.append("save"))
+    with pytest.raises(type(error), match=str(error)):
+        run.run()
+    assert seen == calls
+    assert "checkpoint not saved ([Errno 28] No space left on device" in caplog.text
