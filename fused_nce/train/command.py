@@ -25,7 +25,12 @@ SHORT = {
 }
 
 # As accelerate reads them; on a CPU `accelerate launch` starts its processes by MPI.
-RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+RANKS = {
+    "RANK": "WORLD_SIZE",
+    "PMI_RANK": "PMI_SIZE",
+    "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_RANK": "MV2_COMM_WORLD_SIZE",
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -198,8 +203,14 @@ def _resumed(method: type[Method], parser: Any, argv: Sequence[str], run_dir: Pa
 
 
 def _first_process() -> bool:
-    """Whether this process looks after the folder; torchrun and `slurm.join` set RANK, MPI one of its own."""
-    return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
+    """Whether this process looks after the folder; torchrun and `slurm.join` set RANK, MPI one of its own.
+
+    A rank that is left in the environment, by an MPI job around this run say, is none of a run of one process.
+    """
+    for rank, size in RANKS.items():
+        if rank in os.environ and size in os.environ:
+            return os.environ[rank] == "0" or os.environ[size] == "1"
+    return True
 
 
 def _parser(method: type[Method]) -> Any:

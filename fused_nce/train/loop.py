@@ -220,8 +220,13 @@ class Trainer:
         try:
             yield
         except Diverged:
+            self._try(
+                self.writer.wait
+            )  # all processes are here; the run's lock is let go next, and no thread may write
             raise
         except Exception as error:
+            if self._together:
+                self._try(self.writer.wait)  # a checkpoint in flight has the folder and the group that this one needs
             if self._steady and self._together and self.step > 0 and self._try(lambda: self._save(wait=True)):
                 log.warning("an error ends the run at step %d, which is saved: --resume goes on from there", self.step)
             if self._together:

@@ -16,16 +16,20 @@ from fused_nce.train.method import Method
 log = logging.getLogger("fused_nce")
 
 
-def batch(asked: Method, used: Method, world: int) -> dict[str, int]:
-    """What a checkpoint says of a pass: the images of a process that the run's settings ask for, and those of all."""
-    return {"asked": asked.optim.batch_size, "all": used.local_batch(world) * world}
+def batch(asked: Method, used: Method, world: int) -> dict[str, int | None]:
+    """What a checkpoint says of a pass: the images of a process that the run's settings ask for, and those of all.
+
+    Under `scale.negatives` those of all are the negatives, of many parts, so that is said too.
+    """
+    images = used.local_batch(world) * world
+    return {"asked": asked.optim.batch_size, "all": images, "negatives": asked.scale.negatives}
 
 
 def for_processes(config: Method, state: dict[str, Any], world: int) -> Method:
     """The settings with which this many processes share the images of a pass.
 
     `optim.batch_size` is of a process, and the run's settings keep the one that the run began with; one that a resume
-    was allowed to change holds as it is. Under `scale.negatives` it is a part's, and stays.
+    was allowed to change holds as it is. Under `scale.negatives`, now or at the checkpoint, it is a part's, and stays.
 
     Args:
         config: as the run's folder has it.
@@ -37,7 +41,8 @@ def for_processes(config: Method, state: dict[str, Any], world: int) -> Method:
     """
     asked = config.optim.batch_size
     saved = state.get("batch") or {"asked": asked, "all": asked * len(state["rng"])}  # older ones do not say
-    if config.scale.negatives is not None or saved["asked"] != asked:
+    in_parts = config.scale.negatives is not None or saved.get("negatives") is not None
+    if in_parts or saved["asked"] != asked:
         return config
     if saved["all"] % world:
         raise ValueError(f"processes: must divide the {saved['all']} images of a pass of this run, got {world}")

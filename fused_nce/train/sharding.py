@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fused_nce.train.files import one_line
 
 PARTS = "shard-*.safetensors"  # as torch names them
+TEMPORARY = ".tmp-parts"
 
 
 def shard(module: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
@@ -83,11 +84,16 @@ class Writer:
 
         Raises:
             OSError: the folder cannot be made.
+            RuntimeError: the one before was not waited for: its folder and its group are in use.
         """
+        if self.pending is not None:
+            raise RuntimeError(
+                f"checkpoint: step {step} cannot be saved before `wait` for the one that is being written"
+            )
         from torch.distributed import checkpoint as dcp
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-        temporary, first = self.folder / ".tmp-parts", dist.get_rank() == 0
+        temporary, first = self.folder / TEMPORARY, dist.get_rank() == 0
         failed = None
         if first:
             try:
@@ -121,7 +127,13 @@ class Writer:
         if self.pending is None:
             return
         error, self.pending = self.pending.exception(), None
-        self._together(error)
+        try:
+            self._together(error)
+        except OSError:
+            # Every process has ended its part: a full disk gets the room back now, not at the next save.
+            if dist.get_rank() == 0:
+                shutil.rmtree(self.folder / TEMPORARY, ignore_errors=True)
+            raise
 
     def _together(self, error: BaseException | None) -> None:
         """Raise on all processes what one has to say."""

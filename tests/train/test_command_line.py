@@ -241,3 +241,20 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_settings_of_every_kind_are_typed_as_the_file_has_them(tmp_path):
     (tmp_path / "c.yaml").write_text("a: 0x10\nb: ['1', 1, x y, null]\nc: {d: 'yes'}\n")
     assert options.read(tmp_path / "c.yaml") == {"a": "0x10", "b": '["1", 1, "x y", null]', "c.d": "yes"}
+
+
+@pytest.mark.parametrize(("rank", "size"), command.RANKS.items())
+def test_a_rank_counts_only_among_several_processes(monkeypatch, rank, size):
+    for name in (*command.RANKS, *command.RANKS.values()):
+        monkeypatch.delenv(name, raising=False)
+    assert command._first_process()
+    for number, count, first in (("1", None, True), ("1", "1", True), ("1", "2", False), ("0", "2", True)):
+        monkeypatch.setenv(rank, number)
+        monkeypatch.setenv(size, count) if count else monkeypatch.delenv(size, raising=False)
+        assert command._first_process() == first
+    monkeypatch.setenv(rank, "1")
+    if rank != "RANK":  # a launcher's own place goes before that of the job around it
+        monkeypatch.setenv("RANK", "0")
+        for count in "12":
+            monkeypatch.setenv("WORLD_SIZE", count)
+            assert command._first_process()

@@ -110,7 +110,7 @@ def test_what_cannot_stay_is_said_and_what_cannot_be_shared_refused(tmp_path):
 
     plain, home = settings(), settings("--scale.everywhere=false")
     state = {"rng": [{}] * 3, "batch": resumed.batch(plain, plain, 3)}
-    assert state["batch"] == {"asked": 8, "all": 24}
+    assert state["batch"] == {"asked": 8, "all": 24, "negatives": None}
     for world, share in ((1, 24), (2, 12), (3, 8), (12, 2)):
         assert resumed.for_processes(plain, state, world).optim.batch_size == share
         assert resumed.for_processes(plain, {"rng": [{}] * 3}, world).optim.batch_size == share  # of an older version
@@ -121,6 +121,11 @@ def test_what_cannot_stay_is_said_and_what_cannot_be_shared_refused(tmp_path):
             resumed.for_processes(plain, state, world)
     changed = settings("--batch-size=6")  # allowed by --allow-changed: it holds as it is
     assert resumed.for_processes(changed, state, 2) == changed
+    parts = settings("--negatives=96")
+    of_parts = {"rng": [{}] * 3, "batch": resumed.batch(parts, parts, 3)}
+    for world in (1, 2, 3):  # without the negatives that a resume may take away, a part is the whole again
+        assert resumed.for_processes(plain, of_parts, world) == plain
+        assert resumed.for_processes(parts, of_parts, world) == resumed.for_processes(parts, state, world) == parts
     again = resumed.batch(plain, resumed.for_processes(plain, state, 1), 1)
     assert again == state["batch"]  # whoever goes on next divides the same images
     model = plain.build()

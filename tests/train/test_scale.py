@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fused_nce.distributed import Processes
-from fused_nce.train import command, scale
+from fused_nce.train import command, lock, scale
 from fused_nce.train.loop import Trainer
 from fused_nce.train.step import LossTimer, TrainStep
 from tests.marks import nightly_but
@@ -137,3 +137,11 @@ def test_a_restart_by_torchrun_goes_on_from_the_checkpoint(tmp_path, monkeypatch
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     with pytest.raises(ValueError, match="holds a run already"):
         command.parse("amdim", [*TINY, f"--out={tmp_path / 'a'}"])
+
+
+def test_a_resume_without_its_negatives_keeps_the_batch_of_its_settings(tmp_path):
+    trainer(tmp_path / "a", "--negatives=16", "--probes=false", "--max-steps=1").run()
+    lock.release(tmp_path / "a")
+    changed = ["--allow-changed", "scale.negatives", "--scale.negatives=null"]
+    run = resumed(tmp_path / "a", "--max-steps=2", *changed)
+    assert run.loader.order.batch_size == run.config.optim.batch_size == 8

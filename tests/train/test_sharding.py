@@ -12,6 +12,7 @@ from torch import multiprocessing
 
 from fused_nce import cli
 from fused_nce.train import checkpoint
+from fused_nce.train.loop import Diverged
 from tests.train.runs import TINY, log
 from tests.train.test_processes import PLAIN, go
 
@@ -118,8 +119,8 @@ def killed(run):
     checkpoint._fingerprint = dying
 
 
-def full(run):
-    """The second process has no room for its second checkpoint."""
+def full(run, which=2):
+    """The second process has no room for one of its checkpoints, the second unless told otherwise."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
     writer: Any = HuggingFaceStorageWriter
@@ -127,7 +128,7 @@ def full(run):
 
     def write(*given):
         calls.append(given)
-        if len(calls) == 2 and os.environ["RANK"] == "1":
+        if len(calls) == which and os.environ["RANK"] == "1":
             raise OSError(28, "No space left on device")
         return real(*given)
 
@@ -152,3 +153,57 @@ def test_a_save_that_is_killed_or_fails_loses_no_checkpoint(tmp_path):
         go(tmp_path / f"{name}1", 2, "simclr", f"--resume={run}")
         assert log(run)[-1]["step"] == 6
         assert not (run / "checkpoints/.tmp-parts").exists()
+
+
+def without_data(run):
+    """The second process cannot read on, while the first checkpoint is being written."""
+    slowly(run)
+    batches, type(run.loader).streamed = run.loader.batches, True
+
+    def ending(position):
+        real = batches(position)
+        yield next(real)
+        yield next(real)
+        assert not run.writer.pending.done()
+        if os.environ["RANK"] == "1":
+            raise ValueError("no more data")
+        yield next(real)
+
+    run.loader.batches = ending
+
+
+def test_data_that_end_while_a_checkpoint_is_written_leave_a_whole_one(tmp_path):
+    run = tmp_path / "run"
+    often = [*WAYS["simclr"], f"--out={run}", "--max-steps=6", "--run.save_minutes=0", FSDP]
+    with pytest.raises(multiprocessing.ProcessRaisedException, match=r"no more data|another process cannot read"):
+        go(tmp_path / "0", 2, "simclr", *often, hook=without_data)
+    assert checkpoint.newest(run).name == "step_00000001"
+    assert not (run / "checkpoints/.tmp-parts").exists()
+
+
+def diverging(run):
+    """The loss is not finite while the first checkpoint is being written, for which there is no room."""
+    full(run, which=1)
+    slowly(run)
+    real, ended = run._update, run.run
+
+    def update(*given):
+        if run.step == 1:
+            assert not run.writer.pending.done()
+            raise Diverged("not finite")
+        return real(*given)
+
+    def expected():
+        with pytest.raises(Diverged, match="not finite"):
+            ended()
+
+    run._update, run.run = update, expected
+
+
+def test_a_loss_that_is_not_finite_waits_for_the_checkpoint_that_is_being_written(tmp_path):
+    options = [*WAYS["simclr"], f"--out={tmp_path / 'run'}", "--max-steps=6", "--run.save_minutes=0", FSDP]
+    for found in go(tmp_path / "0", 2, "simclr", *options, hook=diverging):
+        said = [line for line in found["said"] if "checkpoint not saved" in line]
+        assert len(said) == 1
+        assert "No space left on device" in said[0]
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []  # the room is given back
