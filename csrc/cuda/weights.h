@@ -6,7 +6,9 @@
 namespace fused_nce {
 namespace cuda {
 
-// exp(t - shift) * inverse = exp(t - neg_lse); a row without negatives has nothing to weigh.
+// exp(t - shift) * inverse = exp(t - neg_lse); a row without negatives has nothing to weigh, nor has one whose log-sum
+// nobody asked for, which comes with -infinity too. Its negatives may then have any t: their exponentials are 0 by the
+// shift, because one that overflows would stay NaN when multiplied by 0. Without a shift the clip bounds them.
 struct Softmax {
   float shift, inverse;
 };
@@ -15,8 +17,8 @@ template <bool kShift>
 FUSED_NCE_HD Softmax softmax_of(float neg_lse) {
   Softmax out;
   const bool none = neg_lse == -infinity();
-  out.shift = kShift && !none ? neg_lse : 0.0f;
-  out.inverse = none ? 0.0f : (kShift ? 1.0f : exp_value(-neg_lse));
+  out.shift = kShift ? (none ? infinity() : neg_lse) : 0.0f;  // fault: gpu-absent-overflows
+  out.inverse = kShift ? 1.0f : (none ? 0.0f : exp_value(-neg_lse));
   return out;
 }
 

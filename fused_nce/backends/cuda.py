@@ -146,7 +146,8 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
         column(coefficients.d_columns, "square"),
     ]
     if spec.columns and column_neg_lse is None:
-        column_neg_lse = d[4] = zeros.new_full((problem.m,), -float("inf"))
+        # The coefficient must be finite: float16's factor is the power of two of the largest.
+        column_neg_lse, d[4] = zeros.new_full((problem.m,), -float("inf")), zeros.new_zeros(problem.m)
     factor = None
     if problem.q.dtype == torch.float16:
         # The weights enter the GEMMs as float16: coefficients of any size are brought to at most 1, on the device.

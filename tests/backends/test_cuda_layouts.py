@@ -201,3 +201,40 @@ def test_a_small_softplus_keeps_its_digits():
         for x, y, backend in ((q.double(), k.double(), "reference"), (q, k, "cuda"))
     )
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("statistic", [("neg_softplus",), ("neg_sum",), ("pos_sum",), LogOut.READS[1:], ("square",)])
+@pytest.mark.parametrize("transform", [Identity(), TanhClip(200.0), Bias()], ids=lambda t: t.code)
+def test_a_log_sum_that_is_not_wanted_weighs_nothing_where_its_exponential_overflows(transform, statistic, dtype):
+    """e^t is infinite from t = 88.8 on, and infinity times a coefficient of 0 would be NaN."""
+    torch.manual_seed(4)
+    spec = Spec(Block(3, 3), transform, statistic)
+    bias = torch.tensor(0.3) if transform == Bias() else None
+    q, k = ((30 * torch.randn(rows, D) / D**0.25).to(dtype) for rows in (12, 21))
+    assert (q.double() @ k.double().T).max() > 89
+    results = []
+    for backend, x, y in (("reference", q.double(), k.double()), ("cuda", q, k)):
+        one, two = x.clone().requires_grad_(), y.clone().requires_grad_()
+        found = tile_stats(one, two, spec, scale=0.5, bias=bias, backend=backend)
+        total = torch.stack([found[name].sum() for name in statistic if found[name].requires_grad]).sum()
+        results.append(torch.autograd.grad(1e-3 * total, (one, two)))
+    step = max(5e-5, 4 * torch.finfo(dtype).eps)
+    for exact, x in zip(*results, strict=True):
+        assert ((x.double() - exact).abs() <= step * exact.abs().max()).all()
+
+
+def test_float16_gradients_of_the_square_of_columns_keep_small_coefficients():
+    """A log-sum that is not wanted among the columns' statistics has no say in what brings the weights into range.
+
+    Columns of thousands, so that a gradient made of weights below float16's range is within it.
+    """
+    torch.manual_seed(5)
+    q, k = (torch.randn(12, D) / 8192).half(), (torch.randn(21, D) * 8192).half()
+    results = []
+    for backend, x, y in (("reference", q.double(), k.double()), ("cuda", q, k)):
+        one = x.clone().requires_grad_()
+        found = tile_stats(one, y, Spec(Block(1), columns=("square",)), backend=backend)["column_square"]
+        results.append(torch.autograd.grad(found, one, torch.full_like(found, 1e-10))[0].double())
+    exact, found = results
+    assert (found - exact).abs().max() <= 4e-3 * exact.abs().max()
