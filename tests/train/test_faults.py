@@ -15,7 +15,7 @@ import torch
 
 from fused_nce import cli
 from fused_nce.models.encoders import backbones
-from fused_nce.train import checkpoint, command, config, interrupt, journal, lock, trained_on
+from fused_nce.train import checkpoint, command, config, journal, lock, trained_on
 from fused_nce.train.interrupt import SAME_S, Interrupt
 from fused_nce.train.loop import Trainer
 from tests.train.runs import TINY, log, resumed, tensors, trainer
@@ -402,28 +402,6 @@ with Interrupt() as interrupt:
 def test_a_later_second_signal_ends_the_process():
     done = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.returncode) == ("alive\n", -signal.SIGTERM)
-
-
-def test_a_reader_whose_signal_came_too_early_is_noticed(monkeypatch):
-    """Between the last instruction and the wait itself Python only notes a signal: the wait would last to its limit."""
-    monkeypatch.setattr(interrupt, "ASK_S", 0.2)
-    asked, started = [], time.monotonic()
-
-    def child(number, frame):
-        asked.append(number)
-        if len(asked) > 1:  # the first is asked as the wait begins
-            raise RuntimeError("DataLoader worker is killed")
-
-    before = signal.signal(signal.SIGCHLD, child)
-    try:
-        with interrupt.Interrupt() as watch:
-            with watch.reading():
-                pass
-            with pytest.raises(RuntimeError, match="killed"), watch.reading():
-                time.sleep(30)
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
