@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -54,7 +56,7 @@ def test_nothing_that_ran_is_no_success(monkeypatch, capsys):
     assert card.shown(CPU, ("cuda",), (24,)) == 1
     printed = capsys.readouterr().out
     assert "  not its own: " in printed
-    assert " of 45: no card of its kind\n" in printed
+    assert re.search(r" of \d+: no card of its kind\n", printed)
     assert printed.endswith("cuda ran nothing: its kernels are not tested\n")
 
 
