@@ -100,7 +100,11 @@ def exact(entry: Entry, inputs: dict[str, Any], leaves: list[str], p: Precision,
             reach = torch.ones(1, count, dtype=w.dtype)
         gross, summed = reach @ w, reach @ (w * relative)
         u_out = torch.finfo(x.dtype if x.dim() == 0 else p.out).eps / 2
-        out = max(u_out, p.u) * (g.detach().abs().reshape(-1) + (gross if name in entry.two_paths else 0))
+        several = name in entry.two_paths
+        if inputs.get("prefixes") and x.dim() > 1:
+            # Products less what lies along the row, for each prefix: both may be as large as the row's largest.
+            several, gross = True, 8 * gross.view(x.shape).amax(dim=-1, keepdim=True).expand(x.shape).reshape(-1)
+        out = max(u_out, p.u) * (g.detach().abs().reshape(-1) + (gross if several else 0))
         oracle = ORACLE_U * w.max() * reach.sum(dim=1)
         budgets[name] = (2 * moved + 2 * summed + 2 * out + oracle + p.step).reshape(x.shape)
     value = 2 * (w * delta).sum() + 2 * ROUNDINGS * p.u * (1 + loss.detach().abs())
