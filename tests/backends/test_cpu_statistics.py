@@ -81,13 +81,8 @@ def compare(ours, exact):
         assert error <= TOLERANCE * torch.where(finite, y, 0.0).abs().max().clamp(min=least), name
 
 
-@pytest.mark.parametrize("workspace_mb", ["16", "0.6"])
-def test_what_filters_leave(workspace_mb, monkeypatch):
-    """Every statistic, each layout and transform: by the dot product, a guide's, both, or as one of several positives.
-
-    The bits are those of any number of threads.
-    """
-    threads = torch.get_num_threads()
+def filtered(backend, workspace_mb, monkeypatch):
+    """Each layout and transform with its filters, held to the oracle: what `found` takes, the filters, what it gave."""
     every = [(x, False) for x in MARKED.values()] + [(x, True) for x in ITSELF.values()]
     for (place, arguments), itself in every:
         for i, transform in enumerate(TRANSFORMS.values()):
@@ -97,17 +92,28 @@ def test_what_filters_leave(workspace_mb, monkeypatch):
                 monkeypatch.delenv("FUSED_NCE_WORKSPACE_MB", raising=False)
                 exact = found("reference", *given, torch.float64, filters)
                 monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", workspace_mb)
-                ours = found("cpu", *given, filters=filters)
+                ours = found(backend, *given, filters=filters)
                 compare(ours, exact)
                 if filters:
-                    assert (ours["neg_count"] < found("cpu", *given, filters=())["neg_count"]).any()
-                try:
-                    torch.set_num_threads(3)
-                    again = found("cpu", *given, filters=filters)
-                finally:
-                    torch.set_num_threads(threads)
-                for name, x in again.items():
-                    assert torch.equal(x.isnan() | (x == ours[name]), torch.ones_like(x, dtype=torch.bool)), name
+                    assert (ours["neg_count"] < found(backend, *given, filters=())["neg_count"]).any()
+                yield given, filters, ours
+
+
+@pytest.mark.parametrize("workspace_mb", ["16", "0.6"])
+def test_what_filters_leave(workspace_mb, monkeypatch):
+    """Every statistic, each layout and transform: by the dot product, a guide's, both, or as one of several positives.
+
+    The bits are those of any number of threads.
+    """
+    threads = torch.get_num_threads()
+    for given, filters, ours in filtered("cpu", workspace_mb, monkeypatch):
+        try:
+            torch.set_num_threads(3)
+            again = found("cpu", *given, filters=filters)
+        finally:
+            torch.set_num_threads(threads)
+        for name, x in again.items():
+            assert torch.equal(x.isnan() | (x == ours[name]), torch.ones_like(x, dtype=torch.bool)), name
 
 
 @pytest.mark.parametrize("workspace_mb", ["16", "0.2"])

@@ -14,7 +14,7 @@ from fused_nce.backends import cuda
 from fused_nce.core.spec import FILTERS, Index, Several, Spec, TanhClip
 from fused_nce.core.tails import Nce
 from fused_nce.losses.registry import LOSSES
-from tests.backends.test_cpu_statistics import ITSELF, MARKED, TRANSFORMS, compare, found
+from tests.backends.test_cpu_statistics import filtered
 from tests.losses.fuzz import Judge, draw
 
 MODULE: Any
@@ -33,19 +33,7 @@ def _play_a_gpu(monkeypatch):
 @pytest.mark.parametrize("workspace_mb", ["16", "0.04"])
 def test_what_filters_leave(workspace_mb, monkeypatch):
     """Every statistic, layout and transform: by the dot product, a guide's, both, or as one of several positives."""
-    every = [(x, False) for x in MARKED.values()] + [(x, True) for x in ITSELF.values()]
-    for (place, arguments), itself in every:
-        for i, transform in enumerate(TRANSFORMS.values()):
-            options = [FILTERS, FILTERS[: i % 2 + 1], FILTERS[1:]][i % 3 :: 2]
-            for filters in [()] if isinstance(place, Several) else options:
-                given = (place, transform, arguments, itself)
-                monkeypatch.delenv("FUSED_NCE_WORKSPACE_MB", raising=False)
-                exact = found("reference", *given, torch.float64, filters)
-                monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", workspace_mb)
-                ours = found("cuda", *given, filters=filters)
-                compare(ours, exact)
-                if filters:
-                    assert (ours["neg_count"] < found("cuda", *given, filters=())["neg_count"]).any()
+    assert len(list(filtered("cuda", workspace_mb, monkeypatch))) > 20
 
 
 # Rows, columns, the limit and what the plan makes of them.
