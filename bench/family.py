@@ -88,7 +88,7 @@ def measured(
             path = last_path()
         call_s = timers.wall_ms(steps[name]) / 1e3
         if name != "ours" and call_s > CALL_S:  # pytorch-metric-learning's NT-Xent holds N³ numbers
-            left_out[name] = f"one call takes {call_s:.1f} s"
+            left_out[name] = f"one call takes {call_s:.1f} s at {problem.label}"
             del steps[name], rows[name]
     del exact
     with timers.without_gc():
@@ -161,12 +161,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
     out = options.out or host.ROOT / ("runs/bench" if options.quick or options.losses else "bench/results")
     out.mkdir(parents=True, exist_ok=True)
     path: Path = out / f"family-{record['host']['slug']}.json"
+    known: dict[tuple[str, str], str] = {}  # (loss, rival) → why it is left out of the problems after
     for threads in options.threads:
         with torch_threads(threads):
             for problem in tqdm(chosen, desc=f"{threads} threads", unit="problem", disable=None, dynamic_ncols=True):
                 most = threads == max(options.threads)  # the peak is the same with fewer
                 times = options.rounds, options.budget_s
-                rows.append(measured(problem, options.rivals, threads, *times, with_memory=most))
+                names = [name for name in options.rivals if (problem.loss, name) not in known]
+                row = measured(problem, names, threads, *times, with_memory=most)
+                known |= {(problem.loss, name): why for name, why in row["left_out"].items()}
+                row["left_out"] = {name: why for (loss, name), why in known.items() if loss == problem.loss}
+                rows.append(row)
                 # A run cut short keeps what it has; its file is never half written.
                 part = path.with_suffix(".part")
                 part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
