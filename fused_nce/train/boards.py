@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,8 @@ class Boards:
             words = f"{board.name}: no more events are written"
             if not self._try(lambda board=board: board.add(values, step), words):  # type: ignore[misc]
                 self.open.remove(board)
+                with suppress(Exception):  # it has failed already, and that was said
+                    board.close()
 
     def close(self) -> None:
         """Flush everything."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from fused_nce.train.config import CONFIG_NAME
 from fused_nce.train.evaluation import features
 from fused_nce.train.evaluation.protocols import DEFAULT, check_names
 from fused_nce.train.evaluation.scoring import Asked
-from fused_nce.train.files import printable, write_text
+from fused_nce.train.files import aside, printable, write_text
 from fused_nce.train.method import Method
 from fused_nce.train.report import evaluated, runlog, terminal
 from fused_nce.train.threads import Threads
@@ -168,7 +167,7 @@ def _loss_cost(model: Model, config: Method) -> dict[str, Any]:
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     names = ["encoder", "tap", "probe", "labels", "accuracy_pct", "sd_pct", "ci95_pct", "width", "value", "unit"]
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = aside(path)
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from fused_nce.models.encoders.backbones import TIMM
 from fused_nce.models.frozen import FrozenEncoder, Tensors
 from fused_nce.train import checkpoint, config
 from fused_nce.train.data import images as data
-from fused_nce.train.files import printable, read_json, reading
+from fused_nce.train.files import aside, printable, read_json, reading
 from fused_nce.train.method import Method
 from fused_nce.train.report import model_card
 
@@ -65,8 +64,7 @@ def export(run: str, out: str, *, onnx: bool | None = None) -> dict[str, Any]:
         taps = encoder(batch)
     facts = describe(settings, taps)
 
-    temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = aside(target)
     try:
         temporary.mkdir(parents=True)
         save_file(checkpoint.plain(encoder.encoder_state()), temporary / WEIGHTS, metadata={"format": "pt"})

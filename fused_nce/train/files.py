@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,9 +44,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def aside(path: Path) -> Path:
+    """A name beside it that no other writer has: processes of two machines, or containers, may share a number."""
+    return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+
+
 def write_text(path: Path, text: str) -> None:
     """Under a temporary name, synced, then renamed: a reader, or a run after a crash, never sees half a file."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = aside(path)
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)

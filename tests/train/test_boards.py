@@ -61,6 +61,7 @@ def test_a_service_that_fails_is_left_out(tmp_path, wandb, caplog):
     wandb.fails = True
     assert trainer(tmp_path / "a", "--max-steps=8", "--run.wandb=mine").run() == "finished"
     assert caplog.text.count("W&B: no more events are written (the service is gone); training goes on") == 1
+    assert wandb.runs[0].finished
     wandb.init = None
     assert trainer(tmp_path / "b", "--max-steps=4", "--run.wandb=mine").run() == "finished"
     assert "W&B: nothing is logged ('NoneType' object is not callable); training goes on" in caplog.text

@@ -153,3 +153,23 @@ def test_what_changed_just_now_small_trees_and_damaged_files_are_read_anew(tmp_p
     scanned.clear()
     assert found(root.relative_to(tmp_path))[0] == whole[0]  # the same tree by another name
     assert scanned == ["n0001"]
+
+
+def test_what_no_run_has_used_for_long_is_forgotten(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(listing, "MIN_FILES", 1)
+    long_ago = time.time() - 100 * 86_400
+    cache.mkdir(parents=True)
+    for name in ("listing-old.json", "listing-new.json", "other.json"):
+        (cache / name).touch()
+        if "new" not in name:
+            os.utime(cache / name, (long_ago, long_ago))
+    plant(tmp_path / "a", 2, 2)
+    found(tmp_path / "a")
+    (ours,) = {path.name for path in cache.iterdir()} - {"listing-new.json", "other.json"}
+    os.utime(cache / ours, (long_ago, long_ago))
+    found(tmp_path / "a")  # as it was, and used
+    plant(tmp_path / "b", 2, 2)
+    found(tmp_path / "b")
+    left = {path.name for path in cache.iterdir()}
+    assert left > {ours, "listing-new.json", "other.json"}
+    assert len(left) == 4

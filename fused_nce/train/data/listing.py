@@ -13,6 +13,7 @@ import logging
 import os
 import stat
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ log = logging.getLogger("fused_nce")
 
 FILE, FOLDER, LINK, OTHER = "file", "folder", "link", "other"
 MIN_FILES = 10_000  # of a tree that is remembered
+UNUSED_S = 90 * 86_400
 TOO_NEW_NS = 2_000_000_000  # a change within a tick of the disk's clock would leave the time as it is
 
 
@@ -67,16 +69,27 @@ class Listing:
         kept = "not remembered"
         if self.file is not None:
             kept = f"the other folders as {self.file} has them"
-            if self.anew or self.found.keys() != self.known.keys():
-                try:
+            try:
+                if self.anew or self.found.keys() != self.known.keys():
                     self.file.parent.mkdir(parents=True, exist_ok=True)
                     write_text(self.file, json.dumps(self.found))
-                except OSError as error:
-                    kept = f"not remembered: {error}"
+                    _forget(self.file.parent)
+                else:
+                    os.utime(self.file)  # used
+            except OSError as error:
+                kept = f"not remembered: {error}"
         log.info(
             "%s: %s files in %s folders listed in %.1f s, %s of these read anew (%s)", printable(self.root),
             f"{self.files:,}", f"{len(self.found):,}", time.perf_counter() - self.started, f"{self.anew:,}", kept,
         )  # fmt: skip
+
+
+def _forget(folder: Path) -> None:
+    """Remove the listings that no run has used for long: of trees that are gone, most of them."""
+    for name in os.listdir(folder):
+        with suppress(FileNotFoundError):  # another run's doing
+            if name.startswith("listing-") and time.time() - os.stat(folder / name).st_mtime > UNUSED_S:
+                os.unlink(folder / name)  # fault: listings-of-the-gone
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
