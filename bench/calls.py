@@ -63,7 +63,7 @@ class Kernel(NamedTuple):
 def problems_counted() -> dict[str, tuple[Problem, torch.dtype]]:
     """By label: the benchmark's in bfloat16, and its sweep in float32 too, for the cost of it."""
     sweep = [*problems.CROSSOVER, *problems.LARGER]
-    found = {p.label: (p, torch.bfloat16) for p in (*problems.TABLE, *problems.SMALL, *sweep)}
+    found = {p.label: (p, torch.bfloat16) for p in problems.ALL}
     return found | {f"{p.label}, float32": (p, torch.float32) for p in sweep}
 
 

@@ -293,6 +293,17 @@ def family_row():
     return family.measured(problem, ["eager", "chunked", "ours", "linear_cross_entropy"], 1, rounds=2, budget_s=0.0)
 
 
+def test_a_rival_that_is_too_slow_for_one_size_is_not_asked_for_the_larger_ones(monkeypatch, tmp_path):
+    sizes = [family.Problem("clip_loss", f"CLIP {n}²", n, n, 16) for n in (8, 12)]
+    monkeypatch.setattr(family, "PROBLEMS", sizes)
+    monkeypatch.setattr(family, "CALL_S", 0.0)
+    monkeypatch.setattr(family.memory, "peak", lambda *of: {"peak_memory_mib": 1.0})
+    options = ["--rivals", "eager", "ours", "--threads", "1", "--rounds=2", "--budget-s=0", f"--out={tmp_path}"]
+    for row in json.loads(family.main(options).read_text())["problems"]:
+        assert list(row["rivals"]) == ["ours"]
+        assert re.fullmatch(r"one call takes 0\.\d s at CLIP 8²", row["left_out"]["eager"])
+
+
 def test_the_family_is_measured_with_its_errors(family_row):
     assert list(family_row["rivals"]) == ["eager", "chunked", "ours"]  # the other computes one direction alone
     for found in family_row["rivals"].values():

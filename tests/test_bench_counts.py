@@ -14,7 +14,7 @@ from fused_nce.core import dispatch
 from tests.marks import nightly_but
 from tests.test_bench_gpu import made_up, record_of
 
-BY_LABEL = {p.label: p for p in (*problems.TABLE, *problems.SMALL)}
+BY_LABEL = {p.label: p for p in problems.ALL}
 COUNTS = pytest.mark.skipif(
     torch.version.cuda is None or not hasattr(_extension.status()[0], "cuda_tally"),
     reason="needs the emulation of a GPU, and a torch that knows which operators have kernels on one",
@@ -97,7 +97,7 @@ def test_a_problem_names_the_spec_and_the_gradients_of_its_loss(p, monkeypatch):
 def test_a_full_record_reaches_the_documents():
     """Every problem of a run on a GPU, each taking what the model expects."""
     rows = []
-    for p in (*problems.TABLE, *problems.CROSSOVER, *problems.LARGER):
+    for p in problems.ALL:
         bound, ms = counted.bound_ms(p), {name: counted.time_ms(p, name) for name in calls.BACKENDS}
         chosen = counted.choice(p)
         others = {name: value for name, value in ms.items() if name != chosen}

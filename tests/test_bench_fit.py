@@ -25,7 +25,7 @@ TRUTH = {
 def made_by(truth):
     """A record of AMDIM's problems with the times that these costs give."""
     rows = []
-    for p in (*problems.TABLE, *problems.CROSSOVER, *problems.LARGER):
+    for p in problems.ALL:
         if p.loss == "amdim_nce":
             ms = {name: 1e-3 * one.time_us(p.call.gemms(name), p.n, p.m, p.d) for (name, _), one in truth.items()}
             rows.append(made_up(p.label, ms["cuda"], 1.0, 1.0, 0.01, backends={"triton": ms["triton"]}))

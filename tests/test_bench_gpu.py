@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import sys
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from bench import measure, tables
 from bench.gpu import machine, problems, rivals, verdict
 from bench.gpu import tables as gpu_tables
 from bench.gpu.__main__ import main
+from bench.gpu.collect import collect
 from bench.gpu.problems import Problem
 from bench.text import number
 from fused_nce.bench import formulas, timers
@@ -38,7 +43,7 @@ def trial(tmp_path_factory, request):
 
 def test_every_problem_is_measured_or_named(trial):
     record, _ = trial
-    whole = (*problems.TABLE, *problems.CROSSOVER, *problems.LARGER)
+    whole = problems.ALL
     quick = (*problems.QUICK_TABLE, *problems.QUICK_CROSSOVER)
     wanted = {p.tiny().label for p in (quick if record["settings"]["quick"] else whole)}
     assert {row["label"] for row in record["cases"]} | set(record["left_out"]) == wanted
@@ -172,6 +177,47 @@ def test_who_computes_something_else_or_fails_is_not_timed():
     assert refused["broken"].startswith("TypeError: ")
 
 
+def test_others_fused_losses_take_part_where_they_are_installed(monkeypatch):
+    """Played by plain torch under their names, with their arguments as their sources have them."""
+
+    class MemoryEfficientCLIPLoss:
+        def __init__(self, temperature, normalized_inputs, stable):
+            assert normalized_inputs
+            assert not stable  # or its gradients would have another factor
+            self.temperature = temperature
+
+        def __call__(self, image, text):
+            return formulas.FORMULAS["clip_loss"].naive(image, text, 1 / self.temperature)
+
+    def siglip(image, text, log_temperature, bias):
+        return formulas.FORMULAS["siglip_loss"].naive(image, text, log_temperature.exp(), bias)
+
+    def head(rows, weight, target):
+        return torch.nn.functional.cross_entropy((rows @ weight.T).float(), target)
+
+    modules: dict[str, dict[str, Any]] = {
+        "memeff": {"MemoryEfficientCLIPLoss": MemoryEfficientCLIPLoss},
+        "liger_kernel.transformers.functional": {"liger_fused_linear_cross_entropy": head},
+        "quack.linear_cross_entropy": {"chunked_linear_cross_entropy": head},
+        "siglip_kernel": {"fused_siglip_loss": siglip},
+    }
+    for name, inside in modules.items():
+        for package in itertools.accumulate(name.split("."), "{}.{}".format):
+            monkeypatch.setitem(sys.modules, package, SimpleNamespace())
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**inside))
+    asked = {"memeff": "CLIP 65,536", "liger": "InfoNCE 8,192", "quack": "InfoNCE 8,192", "siglip_kernel": "SigLIP"}
+    for name, label in asked.items():
+        p = next(p for p in problems.ALL if p.label.startswith(label))
+        row = collect(p.tiny(), CPU, 2, compiled=False)
+        assert name in row["rivals"], row["refused"]
+        assert name not in verdict.backends_ms(row, "wall")
+        row["rivals"] = {kept: row["rivals"][kept] for kept in (name, "naive", "ours")}
+        table = gpu_tables.main_table({**record_of(row), "clock": "wall"})
+        assert re.search(rf"\| {rivals.LIBRARIES[name].label} [\d.]+ \|", table)
+    others = rivals.losses(problems.TABLE[0].tiny(), CPU, compiled=False)
+    assert not others.keys() & rivals.LIBRARIES.keys()
+
+
 def test_a_clock_is_an_argument():
     ticks = iter(range(100))
     times = measure.interleave({"a": int, "b": int}, 3, lambda: None, lambda call: float(next(ticks)))
@@ -184,7 +230,7 @@ def test_a_clock_is_an_argument():
 
 def made_up(label, ours, naive, compiled, bound, **more):
     """A row as a GPU run writes it, times in ms."""
-    p = next(p for p in (*problems.TABLE, *problems.CROSSOVER, *problems.LARGER) if p.label == label)
+    p = next(p for p in problems.ALL if p.label == label)
     named = {"ours": ours, "naive": naive, "compile": compiled} | more.pop("backends", {})
     refused = {name: "out of memory" for name, ms in named.items() if ms is None}
     found = {

@@ -82,6 +82,9 @@ def test_a_call_that_waits_for_the_device_is_timed_with_its_gaps(gpu):
     assert timer(waits) == 7.0
     assert len(calls) == timer.ATTEMPTS
     assert max(gpu.spins_ms[3:]) <= 3.0 + 1e-6
+    assert timer(waits) == 7.0  # asked once now, behind a spin that fills the queue
+    assert len(calls) == timer.ATTEMPTS + 1
+    assert gpu.spins_ms[-1] <= timer.QUEUE_MS
 
 
 def test_wall_time_waits_before_and_after(gpu):

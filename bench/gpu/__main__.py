@@ -112,9 +112,8 @@ NO_TIME = "no time left for it (--budget-s)"
 
 def _plan(options: argparse.Namespace, on_gpu: bool) -> list[Problem]:
     """The table first, then the sweeps: what is judged must not run out of time."""
-    table = problems.QUICK_TABLE if options.quick else problems.TABLE
-    sweep = problems.QUICK_CROSSOVER if options.quick else (*problems.CROSSOVER, *problems.LARGER)
-    chosen = [problem for problem in (*table, *sweep) if options.only in problem.label]
+    every = (*problems.QUICK_TABLE, *problems.QUICK_CROSSOVER) if options.quick else problems.ALL
+    chosen = [problem for problem in every if options.only in problem.label]
     return chosen if on_gpu else [problem.tiny() for problem in chosen]
 
 

@@ -41,7 +41,7 @@ def collect(problem: Problem, machine: Machine, rounds: int, compiled: bool) -> 
         for name, loss in able.items():
             peak = machine.peak_bytes(partial(rivals.step, loss, inputs))
             found[name]["peak_memory_mb"] = None if peak is None else round((peak - leaves_bytes) / 1e6, 3)
-    backends = {chosen if name == "ours" else name: row for name, row in found.items() if name not in rivals.NAIVE}
+    backends = {chosen if name == "ours" else name: row for name, row in found.items() if name not in rivals.THEIRS}
     key = f"{machine.clock}_ms_median"
     return {
         **{name: getattr(problem, name) for name in SIZES},

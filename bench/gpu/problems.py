@@ -7,8 +7,8 @@ from typing import Any
 
 from bench.cases import CLIP, PENALTY
 from fused_nce.core.cost import Call
-from fused_nce.core.spec import Block, Separate, Spec, TanhClip
-from fused_nce.core.tails import Nce
+from fused_nce.core.spec import Bias, Block, Separate, Spec, TanhClip
+from fused_nce.core.tails import Nce, Sigmoid
 
 TINY = "tiny "
 SWEEP = "sweep over widths"
@@ -69,6 +69,7 @@ class Problem:
             "nt_xent": replace(plain, layout=Block(2, 2), drop_self=True, unit_norm=True),
             "info_nce": replace(plain, unit_norm=True),
             "clip_loss": replace(plain, columns=("neg_lse",)),
+            "siglip_loss": Spec(Block(1), Bias(), stats=Sigmoid().stats),
         }
         return specs.get(self.loss, plain)
 
@@ -139,5 +140,12 @@ SMALL = (
     square("nt_xent", "NT-Xent", 1024, 128, gemms=("scores", "grad_q")),
 )
 
+# Beside fused losses that others publish, at the size that one of them names.
+PUBLISHED = (
+    square("clip_loss", "CLIP", 65536, 512, gemms=TWO_SIDED),
+    square("siglip_loss", "SigLIP", 32768, 512),
+)
+
+ALL = (*TABLE, *SMALL, *CROSSOVER, *LARGER, *PUBLISHED)  # in the order of a run: what is judged first
 QUICK_TABLE = tuple(p for p in TABLE if p.loss in ("amdim_nce", "moco_nce"))
 QUICK_CROSSOVER = tuple(p for p in CROSSOVER if p.d in (64, 192, 512))

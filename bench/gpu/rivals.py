@@ -16,7 +16,8 @@ from bench.gpu.machine import Machine
 from bench.gpu.problems import Problem
 from bench.rivals import require_close
 from fused_nce import last_path
-from fused_nce.bench.formulas import FORMULAS
+from fused_nce.bench.formulas import FORMULAS, LOGIT_SCALE
+from fused_nce.bench.rivals import RIVALS, Rival, as_classes, library
 from fused_nce.bench.timers import Call
 from fused_nce.core import dispatch
 
@@ -26,6 +27,29 @@ DTYPE = torch.bfloat16
 
 Inputs = tuple[Tensor, ...]
 Loss = Callable[..., Tensor]
+
+
+def _memeff(module: Any) -> Loss:
+    """Its temperature is a constant; `stable`, its default, would scale the gradients by √batch."""
+    loss = module.MemoryEfficientCLIPLoss(temperature=1 / LOGIT_SCALE, normalized_inputs=True, stable=False)
+    return lambda image, text, logit_scale: loss(image, text) + 0 * logit_scale
+
+
+# Others' losses, where they are installed; the last four need a GPU.
+LIBRARIES: dict[str, Rival] = {name: RIVALS[name] for name in ("linear_cross_entropy", "lightly", "open_clip")} | {
+    name: Rival(label, partial(library, module, {loss: make}))
+    for name, label, module, loss, make in (
+        ("memeff", "memeff", "memeff", "clip_loss", _memeff),
+        ("liger", "Liger", "liger_kernel.transformers.functional", "info_nce",
+         lambda m: as_classes(m.liger_fused_linear_cross_entropy)),
+        ("quack", "QuACK", "quack.linear_cross_entropy", "info_nce",
+         lambda m: as_classes(m.chunked_linear_cross_entropy)),
+        ("siglip_kernel", "siglip-kernel", "siglip_kernel", "siglip_loss",
+         lambda m: lambda image, text, scale, bias: m.fused_siglip_loss(image, text, scale.log(), bias)),
+    )
+}  # fmt: skip
+CHUNKER = "auto_chunker"
+THEIRS = (*NAIVE, CHUNKER, *LIBRARIES)
 
 
 def rotation(calls: Sequence[Call]) -> Call:
@@ -44,8 +68,15 @@ def losses(problem: Problem, machine: Machine, compiled: bool) -> dict[str, Loss
     """Each contender by name. Ours are `ours`, the automatic choice, and every backend but the oracle's by its own."""
     formula = FORMULAS[problem.loss]
     found: dict[str, Loss] = {"naive": formula.naive}
+    compile_it = partial(torch.compile, formula.naive, dynamic=False, fullgraph=True)
     if compiled:
-        found["compile"] = torch.compile(formula.naive, dynamic=False, fullgraph=True, backend=machine.compiler)
+        import torch._inductor.config as inductor
+
+        found["compile"] = compile_it(backend=machine.compiler)
+        if machine.compiler == "inductor" and problem.loss == "info_nce" and hasattr(inductor, CHUNKER):
+            found[CHUNKER] = compile_it(options={f"{CHUNKER}.enable": True})  # it changes no other loss
+    others = ((name, rival.make(problem)) for name, rival in LIBRARIES.items())
+    found |= {name: loss for name, loss in others if loss is not None}
     for name in (None, *(name for name in dispatch.BACKENDS if name != "reference")):
         found[name or "ours"] = with_backend(formula.ours, name)
     return found

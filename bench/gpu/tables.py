@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.gpu.rivals import LABELS
-from bench.gpu.verdict import backends_ms, cells, floor_ms, time_ms
+from bench.gpu.rivals import CHUNKER, LABELS, LIBRARIES
+from bench.gpu.verdict import backends_ms, best_other, cells, floor_ms, time_ms
 from bench.text import markdown, number
 from bench.verdict import Cell
 
@@ -45,13 +45,19 @@ def main_table(record: Record) -> str:
         share = None if ratio[2] is None else 100 * ratio[2]
         peaks = [row["rivals"].get(name, {}).get("peak_memory_mb") for name in ("ours", "naive", "compile")]
         figures = [*others, floor_ms(record, row), *ratio[:2], share, *peaks]
-        rows.append([row["label"], f"{number(ours)} ({row['ours_backend'] or 'none'})", *map(number, figures)])
+        ahead = best_other(row, clock)
+        library = f"{_label(ahead[0])} {number(ahead[1])}" if ahead else "–"
+        rows.append([row["label"], f"{number(ours)} ({row['ours_backend'] or 'none'})", *map(number, figures), library])
     header = [
         f"loss and gradients, bf16; {clock} time in ms",
         "fused_nce (backend)", "eager", "compile", "least GEMMs, here", "at the card's rate",
-        "eager / ours", "compile / ours", "% of the bound", "extra MB, ours", "eager", "compile",
+        "eager / ours", "compile / ours", "% of the bound", "extra MB, ours", "eager", "compile", "best other, ms",
     ]  # fmt: skip
     return markdown(header, rows)
+
+
+def _label(name: str) -> str:
+    return f"compile, {CHUNKER}" if name == CHUNKER else LIBRARIES[name].label
 
 
 def clocks_table(record: Record) -> str:

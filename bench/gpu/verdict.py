@@ -7,14 +7,14 @@ from typing import Any
 
 from bench.gpu import problems
 from bench.gpu.problems import Problem
-from bench.gpu.rivals import NAIVE
+from bench.gpu.rivals import NAIVE, THEIRS
 from bench.verdict import Cell
 from fused_nce.core import cost
 from fused_nce.core.cost import Measured
 
 Record = dict[str, Any]
 Row = dict[str, Any]
-PROBLEMS: dict[str, Problem] = {p.label: p for p in (*problems.TABLE, *problems.CROSSOVER, *problems.LARGER)}
+PROBLEMS: dict[str, Problem] = {p.label: p for p in problems.ALL}
 
 
 def time_ms(row: Row, rival: str, clock: str) -> float | None:
@@ -82,10 +82,17 @@ def _ratio(row: Row, rival: str, ours_ms: float, least: float, clock: str) -> Ce
 
 def backends_ms(row: Row, clock: str) -> dict[str, float]:
     """Our backends' times on a row; the automatic choice under the name of the backend that it took."""
-    ours = {name: times for name, times in row["rivals"].items() if name not in NAIVE}
+    ours = {name: times for name, times in row["rivals"].items() if name not in THEIRS}
     return {
         row["ours_backend"] if name == "ours" else name: times[f"{clock}_ms_median"] for name, times in ours.items()
     }
+
+
+def best_other(row: Row, clock: str) -> tuple[str, float] | None:
+    """The fastest library, or compiler's option, that computes this loss too, and its time."""
+    times = {name: time_ms(row, name, clock) for name in THEIRS if name not in NAIVE and name in row["rivals"]}
+    known = {name: ms for name, ms in times.items() if ms is not None}
+    return min(known.items(), key=lambda found: found[1]) if known else None
 
 
 def cost_times(rows: Iterable[Row], clock: str) -> list[Measured]:

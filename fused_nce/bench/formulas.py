@@ -17,8 +17,10 @@ LOGIT_SCALE = 1 / 0.07  # CLIP's initial factor
 
 
 class Problem(Protocol):
-    """The sizes of one call: N rows and M columns of width D."""
+    """One call of a loss: N rows and M columns of width D."""
 
+    @property
+    def loss(self) -> str: ...
     @property
     def n(self) -> int: ...
     @property

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fused_nce.bench import formulas
 from fused_nce.bench.formulas import FORMULAS
 
 Loss = Callable[..., Tensor]
@@ -49,15 +50,15 @@ class Rival(NamedTuple):
     """A way to compute a loss. `make` gives None where it does not compute this one, or is not installed."""
 
     label: str
-    make: Callable[[Problem], Loss | None]
+    make: Callable[[formulas.Problem], Loss | None]
     compiles: bool = False
 
 
-def _eager(problem: Problem) -> Loss:
+def _eager(problem: formulas.Problem) -> Loss:
     return FORMULAS[problem.loss].naive
 
 
-def _compiled(problem: Problem, **options: Any) -> Loss:
+def _compiled(problem: formulas.Problem, **options: Any) -> Loss:
     import torch._inductor.config as inductor
 
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a CUDA that nobody asked for
@@ -66,31 +67,30 @@ def _compiled(problem: Problem, **options: Any) -> Loss:
     return torch.compile(_eager(problem), dynamic=False, fullgraph=True, options=options or None)
 
 
-def _auto_chunker(problem: Problem) -> Loss | None:
+def _auto_chunker(problem: formulas.Problem) -> Loss | None:
     """Of one direction alone: torch 2.14 compiles the others as it would without, and says nothing."""
     return _compiled(problem, **{"auto_chunker.enable": True}) if problem.loss == "info_nce" else None
 
 
-def _linear_cross_entropy(problem: Problem) -> Loss | None:
+def _linear_cross_entropy(problem: formulas.Problem) -> Loss | None:
     found = getattr(torch.nn.functional, "linear_cross_entropy", None)
     options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if found is None or options is None or problem.loss != "info_nce":
         return None
-
-    def loss(q: Tensor, k: Tensor) -> Tensor:
-        rows = normalize(q, dim=1) / 0.1
-        value: Tensor = found(rows, normalize(k, dim=1), torch.arange(len(q), device=q.device), options=options())
-        return value
-
-    return loss
+    return as_classes(partial(found, options=options()))
 
 
-def ours(backend: str | None, problem: Problem) -> Loss:
+def as_classes(loss: Callable[..., Tensor]) -> Loss:
+    """InfoNCE by a linear layer's cross-entropy: the keys are the weights of as many classes."""
+    return lambda q, k: loss(normalize(q, dim=1) / 0.1, normalize(k, dim=1), torch.arange(len(q), device=q.device))
+
+
+def ours(backend: str | None, problem: formulas.Problem) -> Loss:
     formula = FORMULAS[problem.loss]
     return lambda *inputs: formula.ours(*inputs, backend)
 
 
-def _library(module: str, makers: dict[str, Callable[[Any], Loss]], problem: Problem) -> Loss | None:
+def library(module: str, makers: dict[str, Callable[[Any], Loss]], problem: formulas.Problem) -> Loss | None:
     if problem.loss not in makers:
         return None
     try:
@@ -103,7 +103,7 @@ def _library(module: str, makers: dict[str, Callable[[Any], Loss]], problem: Pro
 
 def _two_views(loss: Callable[..., Any]) -> Loss:
     """A loss of embeddings and labels, on two views: row i and row i + n/2 share a label."""
-    return lambda x, y: loss(torch.cat([x, y]), torch.arange(len(x)).repeat(2))
+    return lambda x, y: loss(torch.cat([x, y]), torch.arange(len(x), device=x.device).repeat(2))
 
 
 LIGHTLY: dict[str, Callable[[Any], Loss]] = {"nt_xent": lambda m: m.NTXentLoss(temperature=0.5)}
@@ -120,9 +120,9 @@ RIVALS: dict[str, Rival] = {
     "compile": Rival("torch.compile", _compiled, compiles=True),
     "auto_chunker": Rival("torch.compile, auto_chunker", _auto_chunker, compiles=True),
     "linear_cross_entropy": Rival("F.linear_cross_entropy", _linear_cross_entropy),
-    "lightly": Rival("lightly", partial(_library, "lightly.loss", LIGHTLY)),
-    "open_clip": Rival("open_clip", partial(_library, "open_clip.loss", OPEN_CLIP)),
-    "pml": Rival("pytorch-metric-learning", partial(_library, "pytorch_metric_learning.losses", PML)),
+    "lightly": Rival("lightly", partial(library, "lightly.loss", LIGHTLY)),
+    "open_clip": Rival("open_clip", partial(library, "open_clip.loss", OPEN_CLIP)),
+    "pml": Rival("pytorch-metric-learning", partial(library, "pytorch_metric_learning.losses", PML)),
     "chunked": Rival("fused_nce, plain torch", partial(ours, "chunked")),
     "ours": Rival("fused_nce", partial(ours, None)),
 }
