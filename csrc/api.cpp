@@ -45,7 +45,7 @@ StatisticTensors checked(const char* pos_name, const Tensor& pos, const char* ro
   "int[] stats, int[] columns, "
 
 SweepInputs score_inputs(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes,
-                         int64_t parts = 1) {
+                         double hardness, int64_t parts = 1) {
   check_names("stats", stats);
   check_names("columns", columns);
   TORCH_CHECK_VALUE(bias == 0.0 || clip == 0.0, "bias is ", bias, ", needed: 0 beside a clip");
@@ -54,15 +54,16 @@ SweepInputs score_inputs(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_s
   SweepInputs in = inputs(q, k, scale, n_c, rows_per_image, offset, clip, need_q, need_k || (q.is_same(k) && need_q),
                           need_scale, workspace_bytes, std::move(layout));
   in.scoring.bias = static_cast<float>(bias);
+  in.scoring.hardness = hardness_of(hardness, clip == 0.0 && bias == 0.0);
   in.wanted = {std::move(stats), std::move(columns)};
   in.filters = filters_of(q, k, FUSED_NCE_FILTERS_GIVEN, parts);
-  TORCH_CHECK_VALUE(!in.filters.any() || in.wanted.columns.empty(), "columns are ", in.wanted.columns,
-                    ", needed: none beside filters");
+  TORCH_CHECK_VALUE(in.wanted.columns.empty() || (!in.filters.any() && hardness == 0.0), "columns are ",
+                    in.wanted.columns, ", needed: none beside filters or hardness");
   return in;
 }
 
-StatisticTuple cpu_stats(FUSED_NCE_SCORES, int64_t workspace_bytes) {
-  const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, false, false, false, workspace_bytes);
+StatisticTuple cpu_stats(FUSED_NCE_SCORES, int64_t workspace_bytes, double hardness) {
+  const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, false, false, false, workspace_bytes, hardness);
   const StatisticTensors out = new_statistics(in);
   sweep(in, {true, false, out, {}, {}, {}});
   return {out.pos, out.rows, out.columns};
@@ -74,8 +75,8 @@ GradientTuple gradients(const SweepInputs& in, const Gradients& out) {
 
 GradientTuple cpu_grads(FUSED_NCE_SCORES, const Tensor& pos, const Tensor& found_rows, const Tensor& found_columns,
                         const Tensor& d_pos, const Tensor& d_rows, const Tensor& d_columns, bool need_q, bool need_k,
-                        bool need_scale, int64_t workspace_bytes) {
-  const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes);
+                        bool need_scale, int64_t workspace_bytes, double hardness) {
+  const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes, hardness);
   const Gradients out = new_gradients_of(in, false);
   if (in.need_q || in.need_k || in.need_scale)
     sweep(in, {false,
@@ -88,8 +89,8 @@ GradientTuple cpu_grads(FUSED_NCE_SCORES, const Tensor& pos, const Tensor& found
 }
 
 LossTuple cpu_loss(FUSED_NCE_SCORES, const std::string& tail, double unit, double square_weight, bool need_q,
-                   bool need_k, bool need_scale, int64_t workspace_bytes) {
-  const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes);
+                   bool need_k, bool need_scale, int64_t workspace_bytes, double hardness) {
+  const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes, hardness);
   const unsigned columns_found = Wanted::mask(in.wanted.columns);
   TORCH_CHECK_VALUE(columns_found == 0 || (tail == "nce" && columns_found & bit_of(kNegLse) && in.layout.n_pos > 0),
                     "columns are ", in.wanted.columns,
@@ -107,7 +108,7 @@ LossTuple cpu_loss(FUSED_NCE_SCORES, const std::string& tail, double unit, doubl
 }
 
 PrefixTuple cpu_prefixes(FUSED_NCE_SCORES, FUSED_NCE_PREFIXES) {
-  const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_sums, workspace_bytes,
+  const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_sums, workspace_bytes, hardness,
                                static_cast<int64_t>(widths.size()));
   TORCH_CHECK_TYPE(in.q.scalar_type() == at::kFloat, "q is ", in.q.scalar_type(), ", needed: float32");
   TORCH_CHECK_VALUE((Wanted::mask(in.wanted.rows) & ~kFused) == 0 && !in.layout.positives.defined() && bias == 0.0,
@@ -246,14 +247,16 @@ pybind11::dict build_info() {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
-  m.def("cpu_stats(" FUSED_NCE_SCORES_SCHEMA "int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor columns)");
+  m.def("cpu_stats(" FUSED_NCE_SCORES_SCHEMA
+        "int workspace_bytes, float hardness=0.0) -> (Tensor pos, Tensor rows, Tensor columns)");
   m.def("cpu_grads(" FUSED_NCE_SCORES_SCHEMA
         "Tensor pos, Tensor found_rows, Tensor found_columns, Tensor d_pos, Tensor d_rows, Tensor d_columns, "
-        "bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
+        "bool need_q, bool need_k, bool need_scale, int workspace_bytes, float hardness=0.0) -> "
         "(Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
   m.def("cpu_prefixes(" FUSED_NCE_SCORES_SCHEMA FUSED_NCE_PREFIXES_SCHEMA);
   m.def("cpu_loss(" FUSED_NCE_SCORES_SCHEMA
-        "str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, int workspace_bytes) -> "
+        "str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, int workspace_bytes, "
+        "float hardness=0.0) -> "
         "(Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias, Tensor columns)");
 }
 
@@ -275,6 +278,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("labels") = false, py::arg("symmetric") = false, py::arg("marked") = false, py::arg("guided") = false,
         py::arg("row_stats") = Names{kNegLse, kNegMax, kSquare}, py::arg("column_stats") = Names{});
   m.def("prefix_workspace_bytes", &prefix_workspace_bytes, "of the plan of several prefixes; 0 where none fits");
+  m.def("prefix_norms", &prefix_norms, py::call_guard<py::gil_scoped_release>(),
+        "(K, N) inverse norms of (N, D) float rows' prefixes");
+  m.def("less_prefix_norms", &less_prefix_norms, py::call_guard<py::gil_scoped_release>(),
+        "takes the norms' part off a gradient of unnormalised products");
   m.def(
       "names",
       [] {

@@ -100,6 +100,11 @@ FUSED_NCE_HD Score transform(float s, float clip, float inverse_clip) {
   return kClip ? tanh_clip(s, clip, inverse_clip) : Score{s, 1.0f};
 }
 
+// What of a score by scale + hardness is the raw score.
+FUSED_NCE_HD float raw_share(float scale, float hardness) {
+  return hardness > 0.0f ? scale / (scale + hardness) : 1.0f;
+}
+
 // The clip bounds t, so up to this value exp(t) itself lies in [e^-43, e^43] and 1e9 terms add up to less than 1e28:
 // no maximum is needed, partial sums just add, and no t - shift is rounded.
 constexpr float kMaxShiftFreeClip = 43.0f;

@@ -84,6 +84,7 @@ class Pass {
                                                layout_of(q, keys, form_.n_c, optional_of(x.row_ids), itself,
                                                          optional_of(positives_), optional_of(x.column_ids))));
     in_->scoring.bias = bias;
+    in_->scoring.hardness = static_cast<float>(form_.hardness);  // fault: whole-without-hardness
     in_->wanted = form_.wanted;
     in_->shared = shared;
     if (on_the_way) in_->q_norms = unit_q_.norms, in_->k_norms = unit_k_.norms;
@@ -348,7 +349,7 @@ py::object loss(const std::shared_ptr<Form>& form, py::handle q, py::handle k, p
 }
 
 std::shared_ptr<Form> form_of(const std::string& layout, int64_t n_c, int64_t rows_per_image, int64_t positives,
-                              bool drop_self, bool biased, double clip, std::vector<int64_t> rows,
+                              bool drop_self, bool biased, double clip, double hardness, std::vector<int64_t> rows,
                               std::vector<int64_t> columns, const std::string& tail, double penalty, double weight,
                               const std::string& reduction, std::vector<std::string> report, const std::string& code) {
   const auto place = [](const std::string& name, std::initializer_list<const char*> names) {
@@ -368,6 +369,7 @@ std::shared_ptr<Form> form_of(const std::string& layout, int64_t n_c, int64_t ro
                                           drop_self,
                                           biased,
                                           clip,
+                                          hardness_of(hardness, clip == 0.0 && !biased && columns.empty()),
                                           {std::move(rows), std::move(columns)},
                                           {tail_named(tail), penalty, weight, reduced},
                                           std::move(report),
@@ -414,9 +416,9 @@ std::tuple<Tensor, Tensor, Tensor> slopes(const Form& form, int64_t m, int64_t o
 void bind_loss(py::module_& m) {
   py::class_<Form, std::shared_ptr<Form>>(m, "Form", "A spec and a tail, read once")
       .def(py::init(&form_of), py::kw_only(), py::arg("layout"), py::arg("n_c"), py::arg("rows_per_image"),
-           py::arg("positives"), py::arg("drop_self"), py::arg("biased"), py::arg("clip"), py::arg("rows"),
-           py::arg("columns"), py::arg("tail"), py::arg("penalty"), py::arg("weight"), py::arg("reduction"),
-           py::arg("report"), py::arg("code"));
+           py::arg("positives"), py::arg("drop_self"), py::arg("biased"), py::arg("clip"), py::arg("hardness"),
+           py::arg("rows"), py::arg("columns"), py::arg("tail"), py::arg("penalty"), py::arg("weight"),
+           py::arg("reduction"), py::arg("report"), py::arg("code"));
   m.def("loss", &loss, py::arg("form"), py::arg("q"), py::arg("k"), py::arg("scale_tensor"), py::arg("bias"),
         py::arg("positives"), py::arg("own_keys"), py::arg("row_ids"), py::arg("column_ids"), py::arg("scale"),
         py::arg("offset"), py::arg("normalize"), py::arg("parts"), py::arg("report_groups"),

@@ -15,7 +15,11 @@ struct Scoring {
   int64_t n_c;             // columns per image: column j belongs to image j / n_c
   int64_t rows_per_image;  // row i belongs to image i / rows_per_image + offset
   int64_t offset;
-  float bias = 0.0f;      // t = s + bias, where there is no clip
+  float bias = 0.0f;  // t = s + bias, where there is no clip
+  // What is no positive has t = s + hardness * <q, k>, of slope 1 in s; beside neither of both. So the row kernels
+  // score by scale + hardness: a positive, and a gradient on its way out, know the scale, and a square is brought back
+  // to it.
+  float hardness = 0.0f;
   bool no_shift = false;  // on a CPU: exp(t) is in range for every score of the call
 };
 

@@ -29,11 +29,11 @@ using PrefixTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, a
 #define FUSED_NCE_PREFIXES                                                                                        \
   const at::Tensor &of_q, const at::Tensor &of_k, std::vector<int64_t> widths, const std::vector<double>&weights, \
       double unit, const std::vector<at::Tensor>&found, bool need_q, bool need_k, bool need_sums,                 \
-      int64_t workspace_bytes
-#define FUSED_NCE_PREFIXES_SCHEMA                                                                         \
-  "Tensor of_q, Tensor of_k, int[] widths, float[] weights, float unit, Tensor[] found, bool need_q, "    \
-  "bool need_k, bool need_sums, int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor dq, Tensor dk, " \
-  "Tensor row_sums, Tensor line_sums)"
+      int64_t workspace_bytes, double hardness
+#define FUSED_NCE_PREFIXES_SCHEMA                                                                       \
+  "Tensor of_q, Tensor of_k, int[] widths, float[] weights, float unit, Tensor[] found, bool need_q, "  \
+  "bool need_k, bool need_sums, int workspace_bytes, float hardness=0.0) -> (Tensor pos, Tensor rows, " \
+  "Tensor dq, Tensor dk, Tensor row_sums, Tensor line_sums)"
 
 // Statistics (`found` empty), gradients from given ones, or, with weights, both of a sum of losses; s statistics a row.
 inline PrefixTask prefix_task(const SweepInputs& in, int64_t s, const at::Tensor& of_q, const at::Tensor& of_k,

@@ -124,6 +124,14 @@ inline SweepInputs inputs(const at::Tensor& q, const at::Tensor& k, double scale
           need_k,       need_scale,   workspace_bytes, q.is_same(k)};
 }
 
+// As a `Scoring` has it, of a call whose transform is otherwise the identity, or not.
+inline float hardness_of(double hardness, bool identity) {
+  const auto found = static_cast<float>(hardness);
+  TORCH_CHECK_VALUE(found == 0.0f || (found > 0.0f && std::isfinite(found) && identity), "hardness is ", hardness,
+                    ", needed: 0 (none), or a positive number without a clip or a bias");
+  return found;
+}
+
 inline void check_names(const char* what, const std::vector<int64_t>& names) {
   unsigned seen = 0;
   for (const int64_t name : names) {

@@ -24,7 +24,7 @@ struct Form {
   LayoutKind layout;
   int64_t n_c, rows_per_image, positives;  // Block's, Separate's
   bool drop_self, biased;
-  double clip;  // 0: none
+  double clip, hardness;  // 0: none
   Wanted wanted;
   TailOf tail;
   std::vector<std::string> report;  // the names of its numbers

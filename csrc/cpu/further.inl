@@ -4,7 +4,7 @@
 template <bool kClip, Out kOut>
 void fold_positives(const Tile& tile, const Scoring& scoring, const Accumulators& acc) {
   raise_shift<kClip, kOut, true>(tile, scoring, acc.positives);
-  const Transform f(scoring);
+  const Transform f(scoring, true);
   const int lanes = static_cast<int>(tile.lanes);
   float* __restrict sum = acc.positives.sum;
   float* __restrict sum_error = acc.positives.error;
@@ -93,7 +93,7 @@ void fold_further(const Tile& tile, const Scoring& scoring, const Accumulators& 
 template <class Stat, bool kOfRows, bool kClip, Out kOut>
 void weigh_one(const Tile& tile, const Scoring& scoring, const Upstreams& of, float* out) {
   if (!of.d[Stat::kName]) return;
-  const Transform f(scoring);
+  const Transform f(scoring, Stat::kPositives);
   const float bias = scoring.bias;
   const int rows = static_cast<int>(tile.rows);  // padding has no part in any column
   const int* __restrict ids = tile.ids;

@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "../atoms.h"
+#include "../unit_rows.h"
 #include "gemm.h"
 #include "ids.h"
 #include "isa.h"
@@ -21,7 +22,7 @@
 namespace fused_nce {
 namespace {
 
-constexpr int64_t kTileColumns = 256, kFewLanes = 128, kLeastStored = 64;
+constexpr int64_t kTileColumns = 256, kFewLanes = 128, kLeastStored = 64, kSliceScores = 4096;
 constexpr int64_t kPrefixGroups[] = {16, 12, 8, 6, 4, 2, 1};  // as in `make_plan`
 
 struct Shape {
@@ -134,7 +135,7 @@ class PrefixSweep {
         ids_(in, labels_.empty() ? nullptr : labels_.data(), ranks_.empty() ? nullptr : ranks_.data()),
         marks_(in.filters), arena_(checked(plan_).bytes) {
     scoring_.no_shift = scoring_.clip > 0.0f ? portable::needs_no_shift(scoring_.clip)
-                                             : std::abs(scoring_.scale) <= kMostUnshifted;  // of cosines
+                                             : std::abs(scoring_.scale) + scoring_.hardness <= kMostUnshifted;
     space_.take(shape_, plan_, arena_);
     groups_.resize(plan_.groups);
     for (PrefixGroup& group : groups_) group.take(shape_, plan_, arena_);
@@ -158,8 +159,8 @@ class PrefixSweep {
         if (task_.d_rows.defined())
           coefficients_of_caller(strip_, scoring_, stats(i), arrays(i, task_.d_pos, task_.d_rows), c);
         else
-          coefficients_of_loss(strip_, stats(i), {kNce, task_.unit * static_cast<float>(task_.weights[i]), 0.0f}, c,
-                               {});
+          coefficients_of_loss(strip_, scoring_, stats(i),
+                               {kNce, task_.unit * static_cast<float>(task_.weights[i]), 0.0f}, c, {});
       }
       for_each_group([this](PrefixGroup& group, int64_t begin, int64_t end) { weigh(group, begin, end); });
       merge();
@@ -242,13 +243,31 @@ class PrefixSweep {
     return {space_.norms[i], task_.of_k.data_ptr<float>() + i * m_ + tile.first_column};
   }
 
-  // Adds the block of prefix i to the products, and writes its cosines.
-  void score(const PrefixGroup& group, const Tile& tile, int64_t i) const {
+  // Adds the block of prefix i to the products.
+  void multiply(const PrefixGroup& group, const Tile& tile, int64_t i) const {
     for (int64_t d = start(i); d < task_.widths[i]; d += kScoreDepth)
       gemm(tile.columns, tile.lanes, std::min(kScoreDepth, task_.widths[i] - d), k_ + tile.first_column * k_stride_ + d,
            k_stride_, space_.packed + d * tile.lanes, tile.lanes, d > 0, group.products, tile.lanes);
-    rows_.cosines(tile, norms_of(tile, i), group.products);
+  }
+
+  // And its cosines from them.
+  void score(const PrefixGroup& group, const Tile& tile, const float* products, int64_t i) const {
+    rows_.cosines(tile, norms_of(tile, i), products);
     if (tile.marks) marks_.write(rows_, tile, group.marks, i);
+  }
+
+  // f of a tile's columns, as many at a time as the L1 holds between two passes over them; marks are a whole tile's.
+  template <class F>
+  static void in_slices(const Tile& tile, const F& f) {
+    const int64_t most = tile.marks ? tile.columns : std::max<int64_t>(16, kSliceScores / tile.lanes / 16 * 16);
+    for (int64_t from = 0; from < tile.columns; from += most) {
+      Tile part = tile;
+      part.scores += from * tile.lanes;
+      part.columns = std::min(most, tile.columns - from);
+      part.first_column += from;
+      part.line_ids += from;
+      f(part, from);
+    }
   }
 
   void fold(PrefixGroup& group, int64_t begin, int64_t end) {
@@ -256,33 +275,43 @@ class PrefixSweep {
     for (int64_t t = begin; t < end; ++t)
       for (int64_t i = 0; i < parts_; ++i) {
         const Tile tile = tile_of(group, t, i);
-        score(group, tile, i);
-        rows_.fold(tile, scoring_, group.of[i]);
-        if (n_pos_ > 0) rows_.positives(tile, scoring_, tile.lanes, 1, n_pos_, stats(i).pos);
+        multiply(group, tile, i);
+        in_slices(tile, [&](const Tile& part, int64_t from) {
+          score(group, part, group.products + from * tile.lanes, i);
+          rows_.fold(part, scoring_, group.of[i]);
+          if (n_pos_ > 0) rows_.positives(part, scoring_, tile.lanes, 1, n_pos_, stats(i).pos);
+        });
       }
   }
 
   void weigh(PrefixGroup& group, int64_t begin, int64_t end) {
     for (float* sums : group.row_sums) std::fill_n(sums, plan_.lanes, 0.0f);
     for (int64_t t = begin; t < end; ++t) {
-      if (!plan_.stored)
-        for (int64_t i = 0; i < parts_; ++i) score(group, tile_of(group, t, i), i);
+      for (int64_t i = 0; !plan_.stored && i < parts_; ++i) {
+        const Tile tile = tile_of(group, t, i);
+        multiply(group, tile, i);
+        score(group, tile, group.products, i);
+      }
       for (int64_t i = parts_ - 1; i >= 0; --i) {
         const Tile tile = tile_of(group, t, i);
         float* line_sums = task_.line_sums.data_ptr<float>() + i * m_ + tile.first_column;
-        rows_.weigh_cosines(tile, scoring_, space_.coefficients[i], norms_of(tile, i), group.products, i < parts_ - 1,
-                            group.row_sums[i], line_sums);
+        in_slices(tile, [&](const Tile& part, int64_t from) {
+          float* total = group.products + from * tile.lanes;
+          rows_.weigh_cosines(part, scoring_, space_.coefficients[i], norms_of(part, i), total, i < parts_ - 1,
+                              group.row_sums[i], line_sums + from);
+          if (!in_.need_q) return;
+          Tile weights = part;
+          weights.scores = total;
+          rows_.transpose(weights, group.left + from, tile.columns);
+        });
         const int64_t from = start(i), width = task_.widths[i] - from;
         if (in_.need_k)
           gradient_gemm(group.products, tile.lanes, q_ + strip_.first * q_stride_ + from, q_stride_, tile.columns,
                         strip_.rows, width, strip_.first > 0,
                         task_.out.dk.data_ptr<float>() + tile.first_column * width_ + from, width_);
-        if (!in_.need_q) continue;
-        Tile weights = tile;
-        weights.scores = group.products;
-        rows_.transpose(weights, group.left, tile.columns);
-        gradient_gemm(group.left, tile.columns, k_ + tile.first_column * k_stride_ + from, k_stride_, strip_.rows,
-                      tile.columns, width, t > begin, group.dq + from, width_);
+        if (in_.need_q)
+          gradient_gemm(group.left, tile.columns, k_ + tile.first_column * k_stride_ + from, k_stride_, strip_.rows,
+                        tile.columns, width, t > begin, group.dq + from, width_);
       }
     }
   }
@@ -328,6 +357,46 @@ class PrefixSweep {
 }  // namespace
 
 void sweep_prefixes(const SweepInputs& in, const PrefixTask& task) { PrefixSweep(in, task).run(); }
+
+at::Tensor prefix_norms(const at::Tensor& x, const std::vector<int64_t>& widths) {
+  const at::Tensor from = with_rows(x);
+  const int64_t n = x.size(0), stride = from.stride(0);
+  at::Tensor out = at::empty({static_cast<int64_t>(widths.size()), n}, floats(x));
+  const float* in = from.const_data_ptr<float>();
+  float* norms = out.data_ptr<float>();
+  for_rows(from, [&](int64_t i) {
+    const float* row = in + i * stride;
+    double square = 0.0;
+    int64_t start = 0;
+    for (size_t part = 0; part < widths.size(); start = widths[part++]) {
+      square += row_product(row + start, row + start, widths[part] - start);
+      const float norm = divisor_of(std::sqrt(static_cast<float>(square)));
+      norms[static_cast<int64_t>(part) * n + i] = 1.0f / norm + 0.0f * norm;  // fault: kernels-prefix-norm-overflows
+    }
+  });
+  return out;
+}
+
+void less_prefix_norms(const at::Tensor& gradient, const at::Tensor& x, const at::Tensor& norms, const at::Tensor& sums,
+                       const std::vector<int64_t>& widths) {
+  const at::Tensor from = with_rows(x);
+  const int64_t n = x.size(0), d = x.size(1), stride = from.stride(0);
+  const float *rows = from.const_data_ptr<float>(), *of = norms.const_data_ptr<float>(),
+              *along = sums.const_data_ptr<float>();
+  float* out = gradient.data_ptr<float>();
+  for_rows(from, [&](int64_t i) {
+    const float* row = rows + i * stride;
+    float* to = out + i * d;
+    std::fill(to + widths.back(), to + d, 0.0f);
+    float share = 0.0f;  // of the prefixes that contain a block, from the last one on
+    for (auto part = static_cast<int64_t>(widths.size()) - 1; part >= 0; --part) {
+      const float norm = of[part * n + i];
+      // fault: kernels-prefix-norm-still
+      share += norm >= 1.0f / kLeastNorm ? 0.0f : along[part * n + i] * (norm * norm);
+      for (int64_t c = part > 0 ? widths[part - 1] : 0; c < widths[part]; ++c) to[c] -= share * row[c];
+    }
+  });
+}
 
 int64_t prefix_workspace_bytes(int64_t rows, int64_t columns, int64_t width, int64_t image, int64_t parts, bool both,
                                bool need_q, bool marked, bool guided, int64_t workspace_bytes) {

@@ -32,7 +32,7 @@ void weigh_cosines_of(const Tile& tile, const Scoring& scoring, const Coefficien
     float* __restrict to = total + c * tile.lanes;
     const float* __restrict d_pos = row.d_pos + location() * tile.lanes;
     const int* __restrict marks = marks_of<kOut>(tile, c);
-    const float back = f.scale * norms.lines[c];
+    const float back = scoring.scale * norms.lines[c];
     const int id = tile.line_ids[c], index = static_cast<int>(tile.first_column + c);
     float line = 0.0f;
 #pragma omp simd reduction(+ : line)

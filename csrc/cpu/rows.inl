@@ -23,10 +23,13 @@ class Location {
   int64_t location_;
 };
 
+// Of positives, or of all else, which may have hardness.
 struct Transform {
   float scale, clip, inverse_clip;
-  explicit Transform(const Scoring& scoring)
-      : scale(scoring.scale), clip(scoring.clip), inverse_clip(scoring.clip > 0.0f ? 1.0f / scoring.clip : 0.0f) {}
+  explicit Transform(const Scoring& scoring, bool positives = false)
+      // fault: kernels-hard-positive
+      : scale(positives ? scoring.scale : scoring.scale + scoring.hardness), clip(scoring.clip),
+        inverse_clip(scoring.clip > 0.0f ? 1.0f / scoring.clip : 0.0f) {}
 };
 
 // The transformed scores of a line under a clip, in a loop of their own: tanh and the exponential after it would be one
@@ -88,7 +91,7 @@ void mark(const Tile& tile, const float* heights, const float* __restrict ceilin
 // what the old one had summed.
 template <bool kClip, Out kOut, bool kPositives>
 void raise_shift(const Tile& tile, const Scoring& scoring, const LogSums& of) {
-  const Transform f(scoring);
+  const Transform f(scoring, kPositives);
   const int lanes = static_cast<int>(tile.lanes);
   float* __restrict max = of.max;
   float* __restrict shift = of.shift;
@@ -198,7 +201,7 @@ void fold(const Tile& tile, const Scoring& scoring, const Accumulators& acc) {
 // Row by row, since a row knows its image: the columns of that image which lie in this tile.
 void positives(const Tile& tile, const Scoring& scoring, int64_t line_stride, int64_t lane_stride, int64_t n_pos,
                float* pos) {
-  const Transform f(scoring);
+  const Transform f(scoring, true);
   for (int64_t l = 0; l < tile.rows; ++l) {
     if (tile.ids[l] < 0) continue;
     const int64_t first = tile.ids[l] * scoring.n_c - tile.first_column, last = first + scoring.n_c;
@@ -235,6 +238,7 @@ template <bool kClip, bool kShift, Out kOut, bool kScale, bool kFurther, class T
 void weigh_tile(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Further* further,
                 typename To::Element* out, float* d_scale) {
   const Transform f(scoring);
+  const float outward = scoring.scale;
   const int lanes = static_cast<int>(tile.lanes);
   const float* __restrict shift = row.shift;
   const float* __restrict inverse = row.inverse;
@@ -273,7 +277,7 @@ void weigh_tile(const Tile& tile, const Scoring& scoring, const Coefficients& ro
       weight += square * s;
       if (kOut != Out::none) weight = left == kOutside ? 0.0f : weight;
       if (kScale) sum[l] += weight * r;
-      to[l] = To::of(f.scale * weight);
+      to[l] = To::of(outward * weight);  // fault: kernels-hard-gradient
     }
   }
 }

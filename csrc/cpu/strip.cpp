@@ -38,6 +38,9 @@ float transformed(float s, const Scoring& scoring) {
   return scoring.clip > 0.0f ? tanh_clip(s, scoring.clip, 1.0f / scoring.clip).value : s + scoring.bias;
 }
 
+// What turns the sum of the kernels' squares, or what is put on such a score, to raw scores.
+float share_of(const Scoring& scoring) { return raw_share(scoring.scale, scoring.hardness); }
+
 void write(const ByStatistic& out, Statistic name, int64_t at, float value) {
   if (out[name]) out[name][at] = value;
 }
@@ -89,6 +92,7 @@ Sum finish_statistics(const std::vector<Accumulators>& parts, int64_t lane, cons
     sum += exact(part.negative_total, part.negative_total_error, lane);
     count += part.negative_count[lane];
   }
+  square *= share_of(scoring) * share_of(scoring);  // fault: kernels-hard-square
   // A bias that is not finite shows in a sum without terms too.
   bad += 0.0f * scoring.bias;
   write(out, kNegLse, at, log_value(total) + scoring.bias + bad);  // fault: kernels-nan-hidden
@@ -111,9 +115,10 @@ void finish_strip(const Strip& strip, const Scoring& scoring, const std::vector<
   }
 }
 
-void coefficients_of_loss(const Strip& strip, const StatisticArrays& stats, const TailRule& tail,
-                          const Coefficients& out, const ByStatistic& d) {
+void coefficients_of_loss(const Strip& strip, const Scoring& scoring, const StatisticArrays& stats,
+                          const TailRule& tail, const Coefficients& out, const ByStatistic& d) {
   const int64_t n_pos = strip.n_pos;
+  const float two_d_square = 2.0f * share_of(scoring) * tail.square_weight;
   clear_padding(strip, out);
   if (n_pos == 0) std::fill_n(out.d_pos, strip.n_c * strip.lanes, 0.0f);
   const auto row = [&](int64_t l) {
@@ -121,7 +126,7 @@ void coefficients_of_loss(const Strip& strip, const StatisticArrays& stats, cons
     const auto found = [&](Statistic name) { return stats.rows[name][i]; };
     const float* pos = stats.pos + i * n_pos;
     out.d_neg_lse[l] = 0.0f;
-    out.two_d_square[l] = 2.0f * tail.square_weight;
+    out.two_d_square[l] = two_d_square;
     if (tail.name == kNce) {
       double sum = 0.0;
       for (int64_t p = 0; p < n_pos; ++p) {
@@ -221,7 +226,7 @@ void coefficients_of_caller(const Strip& strip, const Scoring& scoring, const St
     out.shift[l] = no_shift ? 0.0f : (none ? infinity() : lse);
     out.inverse[l] = none ? 0.0f : (no_shift ? exp_value(-lse) : 1.0f);
     out.d_neg_lse[l] = d_neg_lse ? d_neg_lse[i] : 0.0f;  // fault: kernels-upstream-row
-    out.two_d_square[l] = d_square ? 2.0f * d_square[i] : 0.0f;
+    out.two_d_square[l] = d_square ? 2.0f * share_of(scoring) * d_square[i] : 0.0f;
     for (int64_t p = 0; p < n_pos; ++p) d_pos_of(strip, out, l, p) = d.pos[i * n_pos + p];
   }
 }

@@ -45,8 +45,8 @@ inline std::vector<Statistic> further_of(Tail tail) {
 }
 
 // After finish_strip: the coefficients of the tail, and in `d` (lanes) those of the statistics beyond them.
-void coefficients_of_loss(const Strip& strip, const StatisticArrays& stats, const TailRule& tail,
-                          const Coefficients& out, const ByStatistic& d);
+void coefficients_of_loss(const Strip& strip, const Scoring& scoring, const StatisticArrays& stats,
+                          const TailRule& tail, const Coefficients& out, const ByStatistic& d);
 
 // dL/dbias of a strip whose weights come from those alone: a row's over its negatives add up to its d_neg_lse.
 double slope_of_bias(const Strip& strip, const Coefficients& of, bool own_columns);

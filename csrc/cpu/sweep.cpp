@@ -75,7 +75,7 @@ class Sweep {
         finish_strip(strip_, scoring_, accumulators_, stats_, space_.coefficients);
       }
       if (!task_.gradients) continue;
-      if (task_.statistics) coefficients_of_loss(strip_, stats_, task_.tail, space_.coefficients, d_further_);
+      if (task_.statistics) coefficients_of_loss(strip_, scoring_, stats_, task_.tail, space_.coefficients, d_further_);
       else coefficients_of_caller(strip_, scoring_, stats_, upstream_, space_.coefficients);
       if (need_scale_ && !work_.further()) d_bias_ += slope_of_bias(strip_, space_.coefficients, own_columns_);
       for_each_group([this](Group<E>& group, int64_t begin, int64_t end) { weigh(group, begin, end); });

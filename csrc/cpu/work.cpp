@@ -19,6 +19,7 @@ namespace {
 bool is_symmetric(const SweepInputs& in) {
   const Layout& layout = in.layout;
   if (!in.shared || !in.need_q || in.filters.any() || layout.positives.defined() || layout.itself > 0) return false;
+  if (in.scoring.hardness > 0.0f) return false;  // of which the two-sided kernels know nothing
   // fault: symmetric-labels-stand
   if (layout.column_ids.defined()) return layout.row_ids.equal(layout.column_ids);
   return !layout.row_ids.defined() && in.scoring.offset == 0 && in.scoring.rows_per_image == in.scoring.n_c;
@@ -130,8 +131,9 @@ bool is_bounded(const RowKernels& kernels, const SweepInputs& in) {
     return norms.defined() ? largest_unit(norms) : largest_square(kernels, x);
   };
   const float of_q = largest(in.q, in.q_norms), of_k = in.shared ? of_q : largest(in.k, in.k_norms);
+  const float scale = std::abs(in.scoring.scale) + in.scoring.hardness;  // fault: bounded-without-hardness
   // fault: bounded-queries-alone
-  return std::abs(in.scoring.scale) * std::sqrt(of_q) * std::sqrt(of_k) <= kMostUnshifted;
+  return scale * std::sqrt(of_q) * std::sqrt(of_k) <= kMostUnshifted;
 }
 
 }  // namespace fused_nce

@@ -29,7 +29,7 @@ FUSED_NCE_HD void fold_row(Group& group, const Strip& strip, const Rules& rules,
 template <bool kShift, class Group>
 FUSED_NCE_HD void finish_tail(Group& group, const Rules& rules, const RowArrays& rows, const RowPart& all, int64_t i,
                               bool tail) {
-  if (group.first()) write_statistics<kShift>(all, i, rows);
+  if (group.first()) write_statistics<kShift>(all, i, rules, rows);
   if (!tail) return;
   group.barrier();
   const float slopes = group.reduce(

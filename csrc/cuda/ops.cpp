@@ -59,7 +59,8 @@ Tensor number_on(const char* name, const Maybe& x, const Tensor& q) {
   return *x;
 }
 
-Call call_of(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes, int64_t parts = 1) {
+Call call_of(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes, double hardness,
+             int64_t parts = 1) {
   check_matrix("q", q);
   const Tensor& keys = k ? *k : q;
   TORCH_CHECK_VALUE(!bias || clip == 0.0, "clip is ", clip, ", needed: 0 beside a bias");
@@ -68,6 +69,7 @@ Call call_of(FUSED_NCE_SCORES, bool need_q, bool need_k, bool need_scale, int64_
   auto in = inputs(q, keys, scale, n_c, rows_per_image, offset, clip, need_q, need_k && k, need_scale, workspace_bytes,
                    std::move(layout));
   in.shared = !k;
+  in.scoring.hardness = hardness_of(hardness, clip == 0.0 && !bias);
   in.filters = filters_of(q, keys, FUSED_NCE_FILTERS_GIVEN, parts);
   if (several) in.filters.several = std::get<0>(at::sort(in.filters.several, 1));  // fault: gpu-several-unsorted
   return {std::move(in), {number_on("scale_tensor", scale_tensor, q), number_on("bias", bias, q)}};
@@ -99,11 +101,12 @@ ColumnStatistics columns_in(const Tensor& columns) {
 }
 
 void check_columns(const SweepInputs& in, bool wanted) {
-  TORCH_CHECK_VALUE(!wanted || !in.filters.any(), "statistics of columns are wanted, needed: none beside filters");
+  TORCH_CHECK_VALUE(!wanted || (!in.filters.any() && in.scoring.hardness == 0.0f),
+                    "statistics of columns are wanted, needed: none beside filters or hardness");
 }
 
-Statistics stats(FUSED_NCE_SCORES, int64_t optional, bool column_stats, int64_t workspace_bytes) {
-  const Call call = call_of(FUSED_NCE_SCORES_GIVEN, false, false, false, workspace_bytes);
+Statistics stats(FUSED_NCE_SCORES, int64_t optional, bool column_stats, int64_t workspace_bytes, double hardness) {
+  const Call call = call_of(FUSED_NCE_SCORES_GIVEN, false, false, false, workspace_bytes, hardness);
   check_columns(call.in, column_stats);
   const auto [found, rows] = new_rows(call.in, optional);
   const Tensor columns = at::empty({3, column_stats ? call.in.k.size(0) : 0}, floats(q));
@@ -118,8 +121,8 @@ Statistics stats(FUSED_NCE_SCORES, int64_t optional, bool column_stats, int64_t 
 GradientTuple grads(FUSED_NCE_SCORES, const Tensor& pos, const Tensor& neg_lse, const Tensor& d_pos,
                     const Tensor& d_neg_lse, const Tensor& d_square, const Maybe& optional, const Maybe& d_optional,
                     const Maybe& column_neg_lse, const Maybe& d_column_neg_lse, const Maybe& d_column_square,
-                    bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes) {
-  const Call call = call_of(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes);
+                    bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes, double hardness) {
+  const Call call = call_of(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes, hardness);
   const SweepInputs& in = call.in;
   check_columns(in, column_neg_lse.has_value());
   const int64_t n = q.size(0), m = in.k.size(0), n_pos = in.layout.n_pos;
@@ -148,8 +151,8 @@ GradientTuple grads(FUSED_NCE_SCORES, const Tensor& pos, const Tensor& neg_lse, 
 }
 
 LossTuple loss(FUSED_NCE_SCORES, int64_t optional, const std::string& tail, double unit, double square_weight,
-               bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes) {
-  const Call call = call_of(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes);
+               bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes, double hardness) {
+  const Call call = call_of(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes, hardness);
   const TailRule rule{tail_named(tail), static_cast<float>(unit), static_cast<float>(square_weight)};
   TORCH_CHECK_VALUE(optional || rule.name == kNce, "optional is 0, needed: 1 or 2 for the tail ", tail);
   const auto [found, rows] = new_rows(call.in, optional);
@@ -164,8 +167,8 @@ LossTuple loss(FUSED_NCE_SCORES, int64_t optional, const std::string& tail, doub
 }
 
 PrefixTuple prefixes(FUSED_NCE_SCORES, FUSED_NCE_PREFIXES) {
-  const Call call =
-      call_of(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_sums, workspace_bytes, static_cast<int64_t>(widths.size()));
+  const Call call = call_of(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_sums, workspace_bytes, hardness,
+                            static_cast<int64_t>(widths.size()));
   TORCH_CHECK_TYPE(q.scalar_type() != at::kHalf, "q is Half, needed: float32 or bfloat16");
   TORCH_CHECK_VALUE(!positives && !bias, "positives or a bias are given, needed: neither beside prefixes");
   const PrefixTask task = prefix_task(call.in, kFirstOptional, of_q, of_k, std::move(widths), weights, unit, found);
@@ -190,7 +193,7 @@ Job job_of(const Tensor& q, const Tensor& k, double scale, const Maybe& scale_te
            int64_t workspace_bytes) {
   const Maybe none;
   Call call = call_of(q, k, scale, scale_tensor, n_c, rows_per_image, offset, clip, none, -1, none, none, none, none,
-                      none, none, none, none, need_q, need_k, need_scale, workspace_bytes);
+                      none, none, none, none, need_q, need_k, need_scale, workspace_bytes, 0.0);
   return {std::move(call.in), std::move(call.numbers), {}};
 }
 
@@ -344,15 +347,17 @@ void implement(torch::Library& m) {
 
 TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
   m.def("cuda_stats(" FUSED_NCE_SCORES_SCHEMA
-        "int optional, bool column_stats, int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor columns)");
+        "int optional, bool column_stats, int workspace_bytes, float hardness=0.0) -> "
+        "(Tensor pos, Tensor rows, Tensor columns)");
   m.def("cuda_grads(" FUSED_NCE_SCORES_SCHEMA
         "Tensor pos, Tensor neg_lse, Tensor d_pos, Tensor d_neg_lse, Tensor d_square, Tensor? optional, "
         "Tensor? d_optional, Tensor? column_neg_lse, Tensor? d_column_neg_lse, Tensor? d_column_square, bool need_q, "
-        "bool need_k, bool need_scale, int workspace_bytes) -> "
+        "bool need_k, bool need_scale, int workspace_bytes, float hardness=0.0) -> "
         "(Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
   m.def("cuda_loss(" FUSED_NCE_SCORES_SCHEMA
         "int optional, str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, "
-        "int workspace_bytes) -> (Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
+        "int workspace_bytes, float hardness=0.0) -> "
+        "(Tensor pos, Tensor rows, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
   m.def("cuda_prefixes(" FUSED_NCE_SCORES_SCHEMA FUSED_NCE_PREFIXES_SCHEMA);
   m.def(
       "cuda_losses(Tensor[] q, Tensor[] k, float scale, Tensor? scale_tensor, int[] n_c, int[] rows_per_image, "

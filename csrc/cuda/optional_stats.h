@@ -48,6 +48,7 @@ FUSED_NCE_HD void optional_turn(const Row& row, int c, OptionalFold& fold) {
     const float s = inside ? eight.s[u] : 0.0f;
     t[u] = transform<kClip>(s, row.clip, row.inverse_clip).value + row.bias;
     positive[u] = kMasked && inside && row.own<true>(column);
+    if (kMasked && positive[u]) t[u] *= row.share;  // fault: gpu-hard-positives
     const auto negative = [&] {
       if constexpr (kMasked && kExtras == Extras::marks)
         if (row.marked(c, u)) return false;  // fault: gpu-mark-summed

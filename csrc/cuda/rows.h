@@ -136,6 +136,8 @@ FUSED_NCE_HD float scale_of(const Rules& rules) {
   return rules.scale_tensor ? rules.scoring.scale * *rules.scale_tensor : rules.scoring.scale;
 }
 
+FUSED_NCE_HD float share_of(const Rules& rules) { return raw_share(scale_of(rules), rules.scoring.hardness); }
+
 // One row of a strip, or one CTA's share of it.
 struct Row {
   const float* scores;
@@ -146,9 +148,10 @@ struct Row {
   int64_t index;           // row of S
   int64_t first_column;    // of S, the panel's
   int64_t image_begin;     // own_begin before the panel cut it
-  float scale, clip, inverse_clip, bias;
-  const int64_t* column_ids;  // of the panel's columns; null: those of the image are the row's own
-  const uint16_t* marks;      // of the row's turns; null: none
+  float scale, clip, inverse_clip, bias;  // scale + hardness, of scores
+  float share;                            // what of them is a positive's
+  const int64_t* column_ids;              // of the panel's columns; null: those of the image are the row's own
+  const uint16_t* marks;                  // of the row's turns; null: none
   int64_t id;
 
   // A positive of the row, or the row itself.
@@ -199,7 +202,8 @@ FUSED_NCE_HD Row row_of(const Strip& strip, const Rules& rules, int64_t row, int
   const int64_t self = rules.self_column + out.index - strip.first_column;
   out.self_column = rules.self_column < 0 ? -1 : clamp(self + 1, strip.columns + 1) - 1;
   out.gap = rules.self_column >= 0 && self >= own && self < own + scoring.n_c ? out.self_column : out.own_end;
-  out.scale = scale_of(rules);
+  out.scale = scale_of(rules) + scoring.hardness;
+  out.share = share_of(rules);
   out.clip = scoring.clip;
   out.inverse_clip = scoring.clip > 0.0f ? 1.0f / scoring.clip : 0.0f;
   out.bias = rules.bias ? *rules.bias : 0.0f;
@@ -315,7 +319,7 @@ FUSED_NCE_HD void fold_turn(const Row& row, int c, float* pos, Fold& fold) {
       negative[u] = negative[u] && !row.marked(c, u);  // fault: gpu-mark-counted
     square[u % 2] += s * s;
     bad[u % 2] += s * 0.0f;
-    if (own && !(all && row.column_ids)) pos[row.pos_index(column)] = t[u];
+    if (own && !(all && row.column_ids)) pos[row.pos_index(column)] = t[u] * row.share;  // fault: gpu-hard-positive
     top = negative[u] && t[u] > top ? t[u] : top;
   }
   add_turn<kShift>(fold, t, negative, top, square[0] + square[1], bad[0] + bad[1]);
@@ -335,11 +339,11 @@ FUSED_NCE_HD RowPart fold_thread(const Row& row, const Rules& rules, const RowAr
 
 // The statistics of a row whose parts are all in.
 template <bool kShift>
-FUSED_NCE_HD void write_statistics(const RowPart& all, int64_t i, const RowArrays& rows) {
+FUSED_NCE_HD void write_statistics(const RowPart& all, int64_t i, const Rules& rules, const RowArrays& rows) {
   const LogSum<double> sum{kShift ? shift_of(all.max) : 0.0f, all.sum};
   rows.stats.neg_lse[i] = log_value(sum) + all.bad;
   rows.stats.neg_max[i] = all.max;
-  rows.stats.square[i] = all.square;
+  rows.stats.square[i] = all.square * (share_of(rules) * share_of(rules));  // fault: gpu-hard-square
 }
 
 // One thread's share of the NCE tail: d_pos of its positives, and what they add to -d_neg_lse.

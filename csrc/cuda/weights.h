@@ -63,8 +63,9 @@ FUSED_NCE_HD Weighing weighing_of(const Row& row, const Rules& rules, const RowA
   out.soft = softmax_of<kShift>(rows.stats.neg_lse[i]);
   out.d_neg_lse = rows.upstream.d_neg_lse[coefficient];
   out.d_pos = rows.upstream.d_pos + coefficient * rules.positives - row.image_begin;
-  out.two_d_square = 2.0f * (rows.upstream.d_square ? rows.upstream.d_square[i] : rows.upstream.tail.square_weight);
-  out.factor = rules.prescaled ? rules.fp16_gain * row.scale : rules.fp16_gain;
+  out.two_d_square =
+      2.0f * row.share * (rows.upstream.d_square ? rows.upstream.d_square[i] : rows.upstream.tail.square_weight);
+  out.factor = rules.prescaled ? rules.fp16_gain * scale_of(rules) : rules.fp16_gain;  // fault: gpu-hard-gradient
   out.optional = kExtras >= Extras::all ? optional_weights(rows, i) : OptionalWeights();
   out.column_stats = kExtras == Extras::columns || (kExtras >= Extras::all && rows.columns.neg_lse);
   return out;
@@ -92,7 +93,7 @@ FUSED_NCE_HD Slopes weigh_turn(const Row& row, const RowArrays& rows, const Weig
     if constexpr (kMasked && kExtras == Extras::marks)
       if (row.marked(c, u)) weight = 0.0f;  // fault: gpu-mark-weighed
     if (own) {
-      float on_t = all ? by.optional.positive(t.value) : 0.0f;
+      float on_t = all ? by.optional.positive(t.value * row.share) : 0.0f;
       if (!(all && row.column_ids)) on_t += by.d_pos[row.pos_index(column)];
       weight = on_t * t.slope;
     }

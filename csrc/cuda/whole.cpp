@@ -100,6 +100,7 @@ SweepInputs inputs_of(const WholeCall& call, const Sides& s, bool shared) {
              form.clip, needs[0] || (shared && needs[1]), !shared && needs[1], needs[2], call.workspace_bytes,
              layout_of(s.q, s.k, form.n_c, std::nullopt, itself, positives, std::nullopt));
   in.shared = shared;
+  in.scoring.hardness = static_cast<float>(form.hardness);  // fault: gpu-whole-without-hardness
   return in;
 }
 

@@ -19,6 +19,7 @@ from fused_nce.backends import kernel_prefixes
 from fused_nce.backends.kernel_prefixes import Kernels
 from fused_nce.core import defaults, workspace
 from fused_nce.core.cost import Call, Tiles
+from fused_nce.core.prefixes import Prefixed
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
 from fused_nce.core.spec import MARGINS, VOCABULARY, Bias, Block, Index, Labels, Several, Spec
 from fused_nce.core.statistics import KERNEL_STATISTICS
@@ -41,6 +42,8 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
         return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
     if spec.columns and spec.marked:
         return "its kernels leave no column of a row out beside statistics of columns"
+    if spec.columns and spec.hardness:
+        return "its kernels have no hardness beside statistics of columns"
     if spec.prefixes:
         needed = _prefix_bytes(module, spec, q.shape[0], k.shape[0], q.shape[1], workspace.limit_bytes("cpu"))
         return kernel_prefixes.why_not(spec, needed, workspace.limit_bytes("cpu"))
@@ -83,7 +86,7 @@ def mirrored(spec: Spec, tail: Tail, offset: int) -> bool:
     layout = spec.layout
     pairs = isinstance(layout, Block) and layout.n_c == layout.rows_per_image
     sides = type(tail) in (Nce, LogOut, LogIn) and "neg_softplus" not in spec.stats and not spec.columns
-    return sides and offset == 0 and not spec.prefixes and (pairs or isinstance(layout, Labels))
+    return sides and offset == 0 and not (spec.prefixes or spec.hardness) and (pairs or isinstance(layout, Labels))
 
 
 def tiles(spec: Spec, call: Call, n: int, m: int, d: int, dtype: torch.dtype) -> Tiles:
@@ -110,7 +113,7 @@ def stats(problem: Problem) -> Statistics:
     """One score GEMM, tile by tile."""
     if problem.spec.prefixes:
         return kernel_prefixes.stats(problem, _prefix_kernels(problem))
-    pos, rows, columns = torch.ops.fused_nce.cpu_stats(*_arguments(problem), _limit())
+    pos, rows, columns = torch.ops.fused_nce.cpu_stats(*_arguments(problem), _limit(), problem.spec.hardness)
     return Statistics(pos, rows, columns if problem.spec.columns else None)
 
 
@@ -123,7 +126,8 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
         x if x is not None else none
         for x in (*statistics[:2], statistics.columns, *coefficients[:2], coefficients.d_columns)
     )
-    found = torch.ops.fused_nce.cpu_grads(*_arguments(problem), *given, *needs, _limit())
+    on = (*given, *needs, _limit(), problem.spec.hardness)
+    found = torch.ops.fused_nce.cpu_grads(*_arguments(problem), *on)
     return _gradients(problem, found)
 
 
@@ -142,7 +146,7 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
         d = tail.coefficients(spec, found.pos, found.rows, None, unit, 1.0, n_scores)
         return found, grads(problem, found, d, needs)
     pos, rows, *gradients, columns = torch.ops.fused_nce.cpu_loss(
-        *_arguments(problem), tail.NAME, unit, tail.penalty / n_scores, *needs, _limit()
+        *_arguments(problem), tail.NAME, unit, tail.penalty / n_scores, *needs, _limit(), spec.hardness
     )
     known = Statistics(pos, rows, columns if spec.columns else None)
     return known, _gradients(problem, gradients)
@@ -163,7 +167,9 @@ def summary(
     problems: Sequence[Problem], tail_of: Sequence[Tail], found: Sequence[Statistics], report_groups: Sequence[int]
 ) -> Summary:
     """As `defaults.summary`, in one pass over the rows."""
-    form = form_of(problems[0].spec, tail_of[0])
+    form, tail = form_of(problems[0].spec, tail_of[0]), tail_of[0]
+    if isinstance(tail, Prefixed) and problems[0].blocks == 1:
+        return kernel_prefixes.summary(problems[0], tail, found[0], report_groups[0], summary)
     if form is None or len(problems) > 1 or problems[0].blocks > 1:
         return defaults.summary(problems, tail_of, found, report_groups)
     return Summary(*_module().summary(form, *_finished(problems[0], found[0]), report_groups[0]))
@@ -194,6 +200,8 @@ def form_of(spec: Spec, tail: Tail) -> Any:
     """Both as the kernels know them; None for what they do not know."""
     if type(tail) not in KERNEL_TAILS or not spec.atoms <= ATOMS or isinstance(spec.layout, Several):
         return None
+    if spec.columns and spec.hardness:
+        return None
     block = spec.layout if isinstance(spec.layout, Block) else Block()
     return _module().Form(
         layout=spec.layout.NAME,
@@ -203,6 +211,7 @@ def form_of(spec: Spec, tail: Tail) -> Any:
         drop_self=spec.drop_self,
         biased=isinstance(spec.transform, Bias),
         clip=spec.clip or 0.0,
+        hardness=spec.hardness,
         rows=_numbers(spec.stats),
         columns=_numbers(spec.columns),
         tail=tail.NAME,
@@ -246,7 +255,18 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
 
 def _prefix_kernels(problem: Problem) -> Kernels:
     op = torch.ops.fused_nce.cpu_prefixes
-    return Kernels(op, _arguments(problem)[2:], problem.spec.stats, (torch.float32,), _limit())
+    last = _limit(), problem.spec.hardness
+    norms = _inverse_norms, _less_norms
+    return Kernels(op, _arguments(problem)[2:], problem.spec.stats, (torch.float32,), last, *norms)
+
+
+def _inverse_norms(spec: Spec, x: Tensor) -> Tensor:
+    found: Tensor = _module().prefix_norms(x, spec.prefixes)
+    return found
+
+
+def _less_norms(spec: Spec, dx: Tensor, x: Tensor, norms: Tensor, sums: Tensor) -> None:
+    _module().less_prefix_norms(dx, x, norms, sums, spec.prefixes)
 
 
 def _prefix_bytes(module: ModuleType, spec: Spec, n: int, m: int, d: int, limit: int) -> int:

@@ -81,6 +81,8 @@ def _unable(module: ModuleType, spec: Spec, q: Tensor, k: Tensor) -> str | None:
         return f"its kernels take float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
     if spec.columns and spec.marked:
         return "its kernels leave no column of a row out beside statistics of columns"
+    if spec.columns and spec.hardness:
+        return "its kernels have no hardness beside statistics of columns"
     missing = [name for name in spec.columns if name not in NAMES]
     if missing:
         return f"it has no {', '.join(missing)} of columns"
@@ -110,7 +112,7 @@ def stats(problem: Problem) -> Statistics:
         return kernel_prefixes.stats(problem, _prefix_kernels(problem))
     spec = problem.spec
     pos, rows, columns = torch.ops.fused_nce.cuda_stats(
-        *_arguments(problem), _wants_optional(spec), bool(spec.columns), _limit(problem)
+        *_arguments(problem), _wants_optional(spec), bool(spec.columns), _limit(problem), spec.hardness
     )
     return Statistics(pos, _wanted(spec.stats, rows), _wanted(spec.columns, columns) if spec.columns else None)
 
@@ -159,6 +161,7 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
         *(statistics.pos, neg_lse, *d[:3], optional(statistics.rows), d[3], column_neg_lse, *d[4:]),
         *needs,
         _limit(problem),
+        spec.hardness,
     )
     return _gradients(problem, found if factor is None else [x.div_(factor) for x in found])
 
@@ -172,8 +175,9 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
     if type(tail) not in KERNEL_TAILS:
         known = stats(problem)
         return known, grads(problem, known, tail.coefficients(spec, *known[:2], None, unit, 1.0, n_scores), needs)
+    on = (*needs, _limit(problem), spec.hardness)
     pos, rows, *found = torch.ops.fused_nce.cuda_loss(
-        *_arguments(problem), _wants_optional(spec), tail.NAME, unit, tail.penalty / n_scores, *needs, _limit(problem)
+        *_arguments(problem), _wants_optional(spec), tail.NAME, unit, tail.penalty / n_scores, *on
     )
     return Statistics(pos, _wanted(spec.stats, rows)), _gradients(problem, found)
 
@@ -297,7 +301,8 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
 
 def _prefix_kernels(problem: Problem) -> Kernels:
     op = torch.ops.fused_nce.cuda_prefixes
-    return Kernels(op, _arguments(problem)[2:], NAMES, (torch.float32, torch.bfloat16), _limit(problem))
+    last = _limit(problem), problem.spec.hardness
+    return Kernels(op, _arguments(problem)[2:], NAMES, (torch.float32, torch.bfloat16), last)
 
 
 def _prefix_bytes(module: ModuleType, spec: Spec, n: int, m: int, element_bytes: int, limit: int) -> int:

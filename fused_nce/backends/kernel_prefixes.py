@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fused_nce.core import prefixes
 from fused_nce.core.prefixes import Prefixed
-from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
+from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
 from fused_nce.core.spec import STATISTICS, Separate, Several, Spec
-from fused_nce.core.tails import Coefficients, Tail
+from fused_nce.core.tails import Coefficients, Nce, Tail
 
 NO_NEEDS = Needs(False, False, False)
 
@@ -24,7 +24,9 @@ class Kernels(NamedTuple):
     arguments: tuple[Any, ...]  # after q and k
     names: tuple[str, ...]  # of the lines of its statistics
     dtypes: tuple[torch.dtype, ...]  # that it multiplies as they are; others are widened first
-    limit: int
+    last: tuple[int, float]  # the workspace's bytes and the hardness
+    inverse_norms: Callable[[Spec, Tensor], Tensor] = prefixes.inverse_norms
+    less_norms: Callable[[Spec, Tensor, Tensor, Tensor, Tensor], None] = prefixes.less_norms
 
 
 def why_not(spec: Spec, needed: int, limit: int) -> str | None:
@@ -71,6 +73,15 @@ def loss(problem: Problem, tail: Tail, needs: Needs, kernels: Kernels) -> tuple[
     return _Call(problem, kernels).run(tail.weights, unit, [], needs)
 
 
+def summary(problem: Problem, tail: Prefixed, found: Statistics, groups: int, of: Callable[..., Summary]) -> Summary:
+    """What the losses report: `of` each prefix as of a loss of its own, added up by the weights."""
+    of_each = zip(prefixes.parts(problem), prefixes.split(problem.spec, *found[:2]), strict=True)
+    each = [of([part], [Nce(0.0, tail.reduction)], [Statistics(*statistics)], [groups]) for part, statistics in of_each]
+    weights = [tail.weight * weight for weight in tail.weights]
+    loss, nce = (torch.stack([w * x[i] for w, x in zip(weights, each, strict=True)]).sum(dim=0) for i in range(2))
+    return Summary(loss, nce, torch.zeros_like(loss), torch.cat([x.report for x in each], dim=1))
+
+
 class _Call:
     """One call of the op, and what is linear in its operands before and after it."""
 
@@ -78,8 +89,8 @@ class _Call:
         self.p, self.kernels = problem, kernels
         q, k = (x if x.dtype in kernels.dtypes else x.float() for x in (problem.q, problem.k))
         self.q, self.k = q, q if problem.shared else k
-        self.of_q = prefixes.inverse_norms(problem.spec, self.q)
-        self.of_k = self.of_q if problem.shared else prefixes.inverse_norms(problem.spec, self.k)
+        self.of_q = kernels.inverse_norms(problem.spec, self.q)
+        self.of_k = self.of_q if problem.shared else kernels.inverse_norms(problem.spec, self.k)
 
     def run(
         self, weights: Sequence[float], unit: float, found: list[Tensor], needs: Needs
@@ -90,14 +101,13 @@ class _Call:
         given = self.of_q, self.of_k, spec.prefixes, weights, unit, found
         k = self.k.view_as(self.k) if p.shared else self.k  # the kernels take them for two
         pos, rows, dq, dk, row_sums, line_sums = kernels.op(
-            self.q, k, *kernels.arguments, *given, needs.q, need_k, any(needs), kernels.limit
+            self.q, k, *kernels.arguments, *given, needs.q, need_k, any(needs), *kernels.last
         )
         none = dq.new_empty(0)
         dscale = row_sums.sum() if needs.scale else none
         for dx, x, norms, sums in ((dq, self.q, self.of_q, row_sums), (dk, self.k, self.of_k, line_sums)):
             if dx.numel():
-                dx[:, spec.prefixes[-1] :] = 0.0
-                prefixes.less_norms(spec, dx, x, norms, sums * p.scale)
+                kernels.less_norms(spec, dx, x, norms, sums * p.scale)
         if p.shared and needs.q:
             dq, dk = dq.add_(dk), none
         if kernels.names != spec.stats:

@@ -103,11 +103,10 @@ class PrefixSweep(Sweep):
                     out.dk[panel, block].addmm_(total.T, q[:, block], beta=int(rows.start > 0))
 
     def finish(self, out: Gradients) -> Gradients:
-        """Less the norms' part; columns beyond the widest prefix have no gradient."""
+        """Less the norms' part."""
         spec = self.p.spec
         pairs = (out.dq, self.p.q, self.of_q, self.row_sums), (out.dk, self.p.k, self.of_k, self.column_sums)
         for dx, x, norms, sums in pairs:
             if dx.numel():
-                dx[:, spec.prefixes[-1] :] = 0.0
                 prefixes.less_norms(spec, dx, x, norms, sums)
         return out

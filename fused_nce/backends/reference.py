@@ -75,7 +75,7 @@ def _scores(problem: Problem) -> _Problem:
         atoms.to_half_distances(r, q, k)
     s = problem.scale * r
     of = atoms.sets(problem, range(problem.n), range(problem.m), r)
-    return _Problem(r, Scores(s, atoms.transform_value(spec.transform, s, problem.bias), of))
+    return _Problem(r, Scores(s, atoms.transformed(problem, s, r, of), of))
 
 
 def _fold(problem: Problem, x: Scores) -> Statistics:

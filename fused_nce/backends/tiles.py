@@ -20,7 +20,10 @@ from fused_nce.core.statistics import Scores
 from fused_nce.core.tails import Coefficients
 
 FAST = frozenset(
-    {"block", "index", "separate", "identity", "tanh_clip", "drop_self", "self", "mixed", "prefixes", *STATISTICS}
+    {
+        *("block", "index", "separate", "identity", "tanh_clip", "hardness", "drop_self", "self", "mixed", "prefixes"),
+        *STATISTICS,
+    }
 )
 
 
@@ -117,8 +120,8 @@ class AtomTile(Tile):
     ) -> None:
         super().__init__(problem, rows, panel, buffers, lse, multiply)
         s = self.r * problem.scale
-        t = atoms.transform_value(self.spec.transform, s, problem.bias)
-        self.x = Scores(s, t, atoms.sets(problem, self.rows, self.columns, self.r))
+        of = atoms.sets(problem, self.rows, self.columns, self.r)
+        self.x = Scores(s, atoms.transformed(problem, s, self.r, of), of)
 
     def fold(self, pos: Tensor) -> Tensor:
         """By definition."""
@@ -166,14 +169,14 @@ class LseTile(Tile):
     ) -> None:
         super().__init__(problem, rows, panel, buffers, lse, multiply)
         r, x, e, *rest = self.buffers
-        clip = self.spec.clip
+        clip, hardness = self.spec.clip, self.spec.hardness
         self.factor = clip or 1.0
-        torch.mul(r, problem.scale / clip if clip else problem.scale, out=x)
+        torch.mul(r, problem.scale / clip if clip else problem.scale + hardness, out=x)
         if clip:
             x.tanh_()
-        self.x = x  # tanh(s/c), or s without a clip; −inf outside the negatives until `weights` restores it
+        self.x = x  # tanh(s/c), or t without a clip; −inf outside the negatives until `weights` restores it
         if self.own:
-            self.own_x = self.own.get(x)
+            self.own_x = self.own.get(r) * problem.scale if hardness else self.own.get(x)  # fault: hardness-of-positive
             self.own.put(x, x.new_full((), float("-inf")))  # fault: positives-not-dropped
         if self.itself:
             self.itself.put(x, x.new_full((), float("-inf")))  # fault: row-itself-among-exponentials

@@ -47,7 +47,9 @@ def ranking(loss: Any, embeddings: Sequence[Tensor]) -> Tensor:
     alpha = loss.hardness_strength if loss.hardness_mode is not None else 0.0
     directions = tuple(name for name in candidates.DIRECTIONS if name in {DIRECTIONS[x] for x in loss.directions})
     h = torch.stack(rest, dim=1) if rest else None
-    if alpha == 0 and directions == ("q2k",):
+    hardness = alpha if loss.hardness_mode != "hard_negatives" else 0.0
+    own_hardness = alpha if rest and loss.hardness_mode != "in_batch_negatives" else 0.0
+    if directions == ("q2k",) and (h is None or hardness == own_hardness):
         return info_nce(
             q,
             k,
@@ -55,14 +57,15 @@ def ranking(loss: Any, embeddings: Sequence[Tensor]) -> Tensor:
             normalize=unit,
             hard_negatives=h,
             share_hard_negatives=bool(rest),
+            hardness=hardness,
             group=group,
         ).loss
     rules = Rules(
         directions=directions,
         joint=loss.partition_mode == "joint",
         shared=("q2k", "k2k") if rest else (),
-        hardness=alpha if loss.hardness_mode != "hard_negatives" else 0.0,
-        own_hardness=alpha if loss.hardness_mode != "in_batch_negatives" else 0.0,
+        hardness=hardness,
+        own_hardness=own_hardness,
     )
     x = candidates.checked(Batch(q, k, None, h), rules)
     return blocks.contrast(candidates.unit(x) if unit else x, float(loss.scale), rules, group=group).loss

@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from fused_nce.core.spec import Bias, Block, Dist, Identity, Index, Labels, Several, SqDist, TanhClip, Transform
+from fused_nce.core.spec import (
+    Bias,
+    Block,
+    Dist,
+    Hardness,
+    Identity,
+    Index,
+    Labels,
+    Several,
+    SqDist,
+    TanhClip,
+    Transform,
+)
 from fused_nce.core.statistics import STATISTIC, Scores, Sets
 
 if TYPE_CHECKING:
@@ -122,8 +134,9 @@ SHIFTLESS_CLIP = 43.0
 def shiftless(problem: Problem) -> bool:
     """Scores lie so near 0 that e^t needs no shift: by a clip, or by the norms of rows and a scale that is a number."""
     clip, scale = problem.spec.clip, problem.scale
-    if clip is None and problem.spec.unit_norm and isinstance(problem.spec.transform, Identity):
-        clip = None if isinstance(scale, Tensor) else abs(scale)
+    if clip is None and problem.spec.unit_norm and isinstance(problem.spec.transform, (Identity, Hardness)):
+        # fault: shiftless-without-hardness
+        clip = None if isinstance(scale, Tensor) else abs(scale) + problem.spec.hardness
     return clip is not None and clip <= SHIFTLESS_CLIP
 
 
@@ -151,7 +164,7 @@ def less_itself(dx: Tensor, w: Tensor, x: Tensor, dim: int, factor: float | Tens
 
 
 def transform_value(transform: Transform, s: Tensor, bias: float | Tensor = 0.0) -> Tensor:
-    """t(s)."""
+    """t(s), with hardness of a positive."""
     if isinstance(transform, Bias):
         return s + bias
     if isinstance(transform, SqDist):
@@ -160,6 +173,13 @@ def transform_value(transform: Transform, s: Tensor, bias: float | Tensor = 0.0)
         at_zero = s == 0  # where the root has no slope, and an infinite one would become NaN behind a mask
         return -torch.sqrt((-2 * s).masked_fill(at_zero, 1.0)).masked_fill(at_zero, 0.0)
     return transform.c * torch.tanh(s / transform.c) if isinstance(transform, TanhClip) else s
+
+
+def transformed(problem: Problem, s: Tensor, r: Tensor, of: Sets) -> Tensor:
+    """t of a tile, (N, m): of its scores, its dot products and its sets."""
+    t, hardness = transform_value(problem.spec.transform, s, problem.bias), problem.spec.hardness
+    # fault: reference-hard-positive, hardness-moves-gradient
+    return t + (hardness * r.detach()).masked_fill(of.pos, 0.0) if hardness else t
 
 
 def positive_value(transform: Transform, s: Tensor, bias: float | Tensor = 0.0) -> Tensor:

@@ -198,7 +198,7 @@ def can_share(scores: Sequence[Scores], spec_of: Sequence[Spec], tail_of: Sequen
     first, q, rule = spec_of[0], scores[0].q, tail_of[0]
     return all(
         isinstance(spec.layout, Block)
-        and not (spec.drop_self or spec.columns)
+        and not (spec.drop_self or spec.columns or spec.hardness)
         and (spec.transform, spec.stats) == (first.transform, first.stats)
         and type(tail) is tails.Nce
         and tail.reduction == rule.reduction != "none"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Several, Spec, TanhClip
+from fused_nce.core.spec import Bias, Block, Hardness, Identity, Index, Labels, Separate, Several, Spec, TanhClip
 from fused_nce.core.statistics import STATISTIC
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -223,6 +223,7 @@ def check_scores(
     check_statistics(spec)
     if isinstance(spec.transform, TanhClip):
         check_number("clip", spec.transform.c, above=0)
+    check_number("hardness", spec.hardness, at_least=0)
     if isinstance(spec.transform, Bias):
         check_scale("bias", 0.0 if bias is None else bias, q.device)
     elif bias is not None:
@@ -241,10 +242,10 @@ def _check_prefixes(q: Tensor, spec: Spec) -> None:
         or not 1 <= spec.prefixes[0] <= spec.prefixes[-1] <= q.shape[1]
     ):
         raise ValueError(f"prefixes: got {spec.prefixes}, need ascending widths from 1 to D = {q.shape[1]}")
-    if spec.columns or spec.whole_rows or not isinstance(spec.transform, (Identity, TanhClip)):
+    if spec.columns or spec.whole_rows or not isinstance(spec.transform, (Identity, TanhClip, Hardness)):
         seen = f"{spec.transform.code}, stats {spec.stats} and columns {spec.columns}"
         raise ValueError(
-            f"prefixes: got them with {seen}, need an identity or a clip, and statistics of rows that merge"
+            f"prefixes: got them with {seen}, need an identity, a clip or hardness, and statistics of rows that merge"
         )
 
 

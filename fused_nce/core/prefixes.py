@@ -80,7 +80,8 @@ def less_norms(
     norms: Tensor,  # (K, N) ρ
     sums: Tensor,  # (K, N) scale·Σ w·r
 ) -> None:
-    """Subtract the norms' part of a gradient in place."""
+    """Subtract the norms' part of a gradient in place; columns beyond the widest prefix have none."""
+    dx[:, spec.prefixes[-1] :] = 0.0
     share = (sums * norms.square()).masked_fill(norms >= 1 / EPS, 0.0)  # fault: prefix-norm-still
     for i, block in enumerate(blocks(spec)):  # those that contain the block
         dx[:, block].addcmul_(share[i:].sum(dim=0)[:, None], x[:, block].to(dx.dtype), value=-1)

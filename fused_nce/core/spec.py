@@ -44,7 +44,7 @@ VOCABULARY = (
     | frozenset(
         {
             *("block", "index", "labels", "separate"),  # layouts, beside `MARKS`
-            *("identity", "tanh_clip", "bias"),  # transforms
+            *("identity", "tanh_clip", "bias", "hardness"),  # transforms
             *STATISTICS,
             *("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap", "neg_sum", "neg_count"),
             *("columns", "drop_self", "self", "mixed", "prefixes"),  # see `Spec.atoms` and `dispatch.why_not`
@@ -157,6 +157,19 @@ class Bias:
 
 
 @dataclass(frozen=True)
+class Hardness:
+    """t = s + α·stopgrad(⟨q,k⟩), of a positive s: a negative counts the more, the nearer it is, and dt/ds is 1."""
+
+    NAME: ClassVar[str] = "hardness"
+    alpha: float
+
+    @property
+    def code(self) -> str:
+        """`hardness(5.0)`."""
+        return f"{self.NAME}({self.alpha!r})"
+
+
+@dataclass(frozen=True)
 class SqDist:
     """t = −scale·‖q − k‖²: higher is closer, as with every score. The raw score becomes s = −scale·½‖q − k‖²."""
 
@@ -173,7 +186,7 @@ class Dist:
 
 
 Layout = Block | Index | Labels | Separate | Several
-Transform = Identity | TanhClip | Bias | SqDist | Dist
+Transform = Identity | TanhClip | Bias | Hardness | SqDist | Dist
 
 
 @dataclass(frozen=True)
@@ -227,6 +240,11 @@ class Spec:
         return self.transform.c if isinstance(self.transform, TanhClip) else None
 
     @property
+    def hardness(self) -> float:
+        """α of a transform that has one, or 0."""
+        return self.transform.alpha if isinstance(self.transform, Hardness) else 0.0
+
+    @property
     def distance(self) -> bool:
         """Raw scores are −½‖q − k‖² instead of ⟨q,k⟩."""
         return isinstance(self.transform, (SqDist, Dist))
@@ -275,7 +293,7 @@ class Spec:
 
 _code = cached(Spec._written)
 LAYOUTS: dict[str, type[Layout]] = {x.NAME: x for x in (Block, Index, Labels, Separate, Several)}
-TRANSFORMS: dict[str, type[Transform]] = {x.NAME: x for x in (Identity, TanhClip, Bias, SqDist, Dist)}
+TRANSFORMS: dict[str, type[Transform]] = {x.NAME: x for x in (Identity, TanhClip, Bias, Hardness, SqDist, Dist)}
 
 
 @lru_cache(maxsize=256)

@@ -78,8 +78,9 @@ def _strip(p: Problem, rows: slice, wide: torch.dtype) -> tuple[Tensor, Tensor, 
     q, k = p.q[rows].to(wide), p.k.to(wide)
     r = q @ k.T
     s = p.scale * (atoms.to_half_distances(r, q, k) if spec.distance else r)
-    t = atoms.transform_value(spec.transform, s, p.bias)
-    x = Scores(s, t, atoms.sets(p, here, every, r))
+    of = atoms.sets(p, here, every, r)
+    t = atoms.transformed(p, s, r, of)
+    x = Scores(s, t, of)
     pos = t[:, :0]
     if isinstance(spec.layout, Separate):
         pos = cast(Tensor, p.positives)[rows]

@@ -11,7 +11,7 @@ tile is held. What the blocks give is joined in plain torch on (N,) vectors: sof
 | own hard negatives, the positive | (N, H) and (N,) dot products of rows |
 | hard negatives of other rows | the negatives of `Block(H)` |
 | margin, guide | the engine's filters |
-| hardness, t = s + α·stopgrad(r) | a block of scale + α whose gradients are scaled back |
+| hardness, t = s + α·stopgrad(r) | the engine's transform of that name |
 | a bias a column | more dimensions: ⟨(q, 1), (k, b / scale)⟩ |
 | label smoothing | the statistics `neg_sum` and `neg_count` |
 | debiasing, row weights | the tail |
@@ -34,7 +34,7 @@ from fused_nce.core.engine import as_matmul, loss_of, tile_stats
 from fused_nce.core.gathered import gathered_scores
 from fused_nce.core.group import Group, peers
 from fused_nce.core.prefixes import Prefixed
-from fused_nce.core.spec import Block, Identity, Index, Labels, Layout, Separate, Several, Spec, TanhClip
+from fused_nce.core.spec import Block, Index, Labels, Layout, Separate, Several, Spec
 from fused_nce.core.statistics import deficit, poison, softplus
 from fused_nce.core.tails import bad, fixed_sum
 from fused_nce.losses import candidates
@@ -145,6 +145,13 @@ def _report(width: int | None, p: Tensor, first: Tensor, lse: Tensor) -> dict[st
     return {name + end: (fixed_sum(y) / n).detach() for name, y in means.items()}
 
 
+def reported(report: dict[str, Tensor], hardness: float) -> dict[str, Tensor]:
+    """Of one sweep: the loss of weighed negatives bounds no information, and no chance is its measure."""
+    if not hardness:
+        return report
+    return {name: y for name, y in report.items() if not name.startswith(("nce", "mi_bound"))}
+
+
 def contrast_prefixes(
     x: Batch,
     scale: float | Tensor,
@@ -173,7 +180,7 @@ def contrast_prefixes(
     if not candidates.one_block(x, rules, symmetric=False) or (ways == 2 and x.targets is not None):
         return contrast(x._replace(unit=True), scale, rules, prefixes, weights, **how)
     layout: Layout = Block(1) if x.targets is None else Index()
-    transform = Identity() if rules.clip is None else TanhClip(float(rules.clip))
+    transform = candidates.transform(rules.clip, rules.hardness)
     filters, tail = candidates.filters(x, rules), Prefixed(0.0, rules.reduction, 1.0 / ways, prefixes, weights)
     spec = Spec(layout, transform, tail.stats, unit_norm=True, filters=filters, prefixes=prefixes)
     more = candidates.filter_arguments(x, rules, prefixes)
@@ -181,7 +188,8 @@ def contrast_prefixes(
     if ways == 2:
         found.append(loss_of(x.k, x.q, spec, tail, scale=scale, **how))  # fault: prefixes-one-way
     loss, nce, penalty = (torch.stack(each).sum(dim=0) for each in zip(*(y[:3] for y in found), strict=True))
-    return NCEOutput(loss, nce.squeeze(1) if rules.reduction == "none" else nce, penalty, found[0].report)
+    report = reported(found[0].report, rules.hardness)
+    return NCEOutput(loss, nce.squeeze(1) if rules.reduction == "none" else nce, penalty, report)
 
 
 class _Blocks:
@@ -199,7 +207,7 @@ class _Blocks:
         self.x, self.scale, self.rules, self.prefixes = x, scale, rules, tuple(prefixes)
         self.how: dict[str, Any] = {"group": group, "backend": backend}
         self.size = 1 if (everyone := peers(group)) is None else everyone.size
-        self.transform = Identity() if rules.clip is None else TanhClip(rules.clip)
+        self.transform = candidates.transform(rules.clip)
         self.filters = candidates.filters(x, rules)
         self.own_keys = x.k if x.targets is None else x.k[x.targets]
         self.ceilings = candidates.ceilings(x, rules, prefixes)
@@ -272,11 +280,6 @@ class _Blocks:
         more = ("neg_sum",) if rules.smoothing else ()
         if counted and (rules.smoothing or rules.tau_plus is not None):
             more = (*more, "neg_count")
-        scale: float | Tensor = self.scale
-        if rules.hardness and direction == "q2k":
-            scale = self.scale + rules.hardness
-            if isinstance(scale, Tensor):
-                rows, columns = (self._toned(y, rules.hardness) for y in (rows, rows if columns is None else columns))
         ids: dict[str, Any] = {}
         if column_ids is not None:  # fault: ids-ignored
             layout, ids = Labels(), {"row_ids": x.query_ids, "column_ids": column_ids}
@@ -287,12 +290,11 @@ class _Blocks:
         if rules.itself and direction in ("q2q", "k2k"):
             layout, ids = Separate(1), {"positives": rows.new_zeros(rows.shape[0], 1)}  # which nobody reads
         stats = ("neg_lse", "neg_max", *more)
-        spec = Spec(layout, self.transform, stats, unit_norm=x.unit, filters=self.filters, prefixes=self.prefixes)
+        transform = candidates.transform(rules.clip, rules.hardness if direction == "q2k" else 0.0)
+        spec = Spec(layout, transform, stats, unit_norm=x.unit, filters=self.filters, prefixes=self.prefixes)
         guide = None if row_guide is None or column_guide is None else (row_guide, column_guide)
         how = self.how | ({"group": None} if direction in rules.local else {})
-        found = tile_stats(rows, columns, spec, scale=scale, **ids, ceilings=self.ceilings, guide=guide, **how)
-        if rules.hardness and direction == "q2k" and not isinstance(scale, Tensor):  # by q and k alone, and so by row
-            found |= {name: self._toned(found[name], rules.hardness) for name in ("neg_lse", *more[:1])}
+        found = tile_stats(rows, columns, spec, scale=self.scale, **ids, ceilings=self.ceilings, guide=guide, **how)
         width: float | Tensor = layout.n_c if isinstance(layout, Block) else 1 - isinstance(layout, Separate)
         if isinstance(layout, Several):
             width = cast(Targets, x.several).some.sum(dim=1)
@@ -301,8 +303,6 @@ class _Blocks:
         pos = None
         if spec.n_pos == 1 and not isinstance(layout, Separate):
             pos = found["pos"].T if self.prefixes else found["pos"].squeeze(1)
-            if rules.hardness and direction == "q2k":  # fault: hardness-of-positive
-                pos = None if isinstance(scale, Tensor) else pos * (self.scale / scale)
         return _Negatives(found["neg_lse"], found["neg_max"], found.get("neg_sum"), count, pos)
 
     def _own(self) -> _Negatives:
@@ -327,16 +327,6 @@ class _Blocks:
         top = t.detach().masked_fill(~kept, float("-inf")).amax(dim=-1)
         lse = lse + poison(s, -1)  # fault: own-negative-hides
         return _Negatives(lse, top, t.masked_fill(~kept, 0.0).sum(dim=-1), kept.sum(dim=-1).to(t.dtype))
-
-    def _toned(self, x: Tensor, alpha: float) -> Tensor:
-        """x, of whose gradient the share that scale has in scale + α gets through; of an empty set's −inf nothing."""
-        still, steady = self._still(), x.detach()
-        none = steady == float("-inf")
-        # fault: hardness-moves-gradient
-        return steady + (still / (still + alpha)) * (x - steady).masked_fill(none, 0.0)
-
-    def _still(self) -> float | Tensor:
-        return self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
 
 
 def _row_loss(p: _Positives, found: Sequence[_Negatives], times: int, scale: float | Tensor, rules: Rules) -> Tensor:

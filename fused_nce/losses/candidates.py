@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import checks
+from fused_nce.core.spec import Hardness, Identity, TanhClip, Transform
 from fused_nce.losses.common import normalized, row_dots, widened
 from fused_nce.losses.targets import Targets
 
@@ -72,6 +73,13 @@ class Batch(NamedTuple):
     several: Targets | None = None  # instead of one own key each
 
 
+def transform(clip: float | None, hardness: float = 0.0) -> Transform:
+    """Of a block's scores; one of the two at most."""
+    if hardness:
+        return Hardness(float(hardness))
+    return Identity() if clip is None else TanhClip(float(clip))
+
+
 def own(x: Batch) -> Tensor:
     """(N,) the key of each row, or one of them."""
     if x.several is not None:
@@ -100,7 +108,7 @@ def as_keys(x: Batch, rules: Rules) -> bool:
 
 def merged(x: Batch, rules: Rules) -> Batch:
     """Hard negatives that count as keys do, as keys."""
-    if x.h is None or rules.directions != ("q2k",) or not as_keys(x, rules) or rules.hardness:
+    if x.h is None or rules.directions != ("q2k",) or not as_keys(x, rules):
         return x
     return x._replace(k=torch.cat([x.k, x.h.flatten(0, 1)]), targets=own(x), h=None)
 
@@ -108,9 +116,10 @@ def merged(x: Batch, rules: Rules) -> Batch:
 def one_block(x: Batch, rules: Rules, symmetric: bool) -> bool:
     """Whether the queries' positives and negatives are all among the keys, or these among those."""
     tensors = (x.h, x.query_ids, x.row_weights, x.column_bias, x.several)
-    if any(y is not None for y in tensors) or rules.hardness or rules.tau_plus is not None or rules.smoothing:
+    if any(y is not None for y in tensors) or rules.tau_plus is not None or rules.smoothing:
         return False
-    both = rules.directions == ("q2k", "k2q") and not rules.joint and not filters(x, rules)
+    alone = not (rules.joint or rules.hardness or filters(x, rules))  # fault: hardness-both-ways
+    both = rules.directions == ("q2k", "k2q") and alone
     return rules.directions == ("q2k",) or (both and (symmetric or x.targets is None))
 
 

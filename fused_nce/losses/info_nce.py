@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fused_nce.core import checks
 from fused_nce.core.engine import loss_of
 from fused_nce.core.group import Group
-from fused_nce.core.spec import Block, Identity, Index, Spec, TanhClip, cached
+from fused_nce.core.spec import Block, Index, Spec, cached
 from fused_nce.core.tails import REDUCTIONS, Nce
 from fused_nce.losses import blocks, candidates
 from fused_nce.losses.candidates import Batch, Rules
@@ -150,7 +150,7 @@ def info_nce(
         *(guide_margin or None, share_hard_negatives or None, filter_hard_negatives or None, positives, soft_targets),
     )
     if chosen == NO_CHOICE and directions == ("q2k",) and guide_margin_kind == "absolute":
-        spec = _spec(targets is not None, clip, tail.stats, symmetric, normalize, ())
+        spec = _spec(targets is not None, clip, 0.0, tail.stats, symmetric, normalize, ())
         return _one_block(queries, keys, spec, tail, scale=scale, row_ids=targets, normalize=normalize, **how)
     scale = candidates.clamped(scale, max_scale)
     rules = Rules(
@@ -181,17 +181,16 @@ def info_nce(
         return blocks.contrast_prefixes(batch, scale, rules, widths, weights, **how)
     if prefix_weights is not None:
         raise ValueError("prefix_weights: got some without prefixes, need None")
-    alone = candidates.one_block(batch, rules, symmetric) and not candidates.filters(batch, rules)
-    if normalize and not alone:  # else the engine does, in one function with the rest
-        batch = candidates.unit(batch)
-    if batch.h is not None:
+    if batch.h is not None or hardness:
         _check_no_penalty(penalty)
     batch = candidates.merged(batch, rules)
-    if not candidates.one_block(batch, rules, symmetric):
+    one, found = candidates.one_block(batch, rules, symmetric), candidates.filters(batch, rules)
+    if normalize and (found or not one):  # else the engine does, in one function with the rest
+        batch = candidates.unit(batch)
+    if not one:
         _check_no_penalty(penalty)
         return blocks.contrast(batch, scale, rules, **how)
-    both = len(rules.directions) == 2
-    spec = _spec(batch.targets is not None, clip, tail.stats, both, normalize, candidates.filters(batch, rules))
+    spec = _spec(batch.targets is not None, clip, hardness, tail.stats, len(rules.directions) == 2, normalize, found)
     more = candidates.filter_arguments(batch, rules)
     unit = normalize and not batch.unit
     return _one_block(batch.q, batch.k, spec, tail, scale=scale, row_ids=batch.targets, normalize=unit, **more, **how)
@@ -200,16 +199,22 @@ def info_nce(
 def _one_block(queries: Tensor, keys: Tensor, spec: Spec, tail: Nce, **options: Any) -> NCEOutput:
     parts = loss_of(queries, keys, spec, tail, **options)
     nce = parts.nce.squeeze(1) if tail.reduction == "none" else parts.nce
-    return NCEOutput(parts.loss, nce, parts.penalty, parts.report)
+    return NCEOutput(parts.loss, nce, parts.penalty, blocks.reported(parts.report, spec.hardness))
 
 
 @cached
 def _spec(
-    targets: bool, clip: float | None, stats: tuple[str, ...], both: bool, normalize: bool, filters: tuple[str, ...]
+    targets: bool,
+    clip: float | None,
+    hardness: float,
+    stats: tuple[str, ...],
+    both: bool,
+    normalize: bool,
+    filters: tuple[str, ...],
 ) -> Spec:
     """The C++ kernels compute neg_lse, neg_max and square at once; `square` costs the others a pass."""
-    transform = Identity() if clip is None else TanhClip(float(clip))
     layout, columns = Index() if targets else Block(1), ("neg_lse",) if both else ()
+    transform = candidates.transform(clip, hardness)
     return Spec(layout, transform, stats, columns, unit_norm=normalize, filters=filters)
 
 

@@ -160,7 +160,8 @@ def _dense(
     return losses.mean() if row_weights is None else (row_weights * losses).sum() / row_weights.sum()
 
 
-PLAIN = {"temperature", "symmetric", "clip", "penalty", "false_negative_margin", "prefixes", "prefix_weights"}
+PLAIN = {"temperature", "symmetric", "clip", "penalty", "false_negative_margin", "hardness", "prefixes"}
+PLAIN |= {"prefix_weights"}
 
 
 def _lattice(x: Tensor) -> Tensor:
@@ -228,6 +229,7 @@ register(_entry(), "learned temperature")
 register(_entry(["targets"], temperature=0.4, clip=5.0, penalty=0.03), "targets, clip, penalty")
 register(_entry(symmetric=True), "symmetric")
 register(_entry(["targets"], symmetric=True, temperature=0.3, penalty=0.1), "symmetric, targets, penalty")
+register(_entry(["targets"], hardness=0.8), "hardness")
 register(_entry(["hard_negatives", "row_weights"]), "own hard negatives, row weights")
 register(_entry(["hard_negatives"], label_smoothing=0.15), "own hard negatives, label smoothing")
 register(

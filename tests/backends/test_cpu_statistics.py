@@ -12,9 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from fused_nce import _extension, tile_stats
+from fused_nce import _extension, info_nce, tile_stats
 from fused_nce.backends import cpu
-from fused_nce.core.spec import FILTERS, Bias, Block, Identity, Index, Labels, Separate, Several, Spec, TanhClip
+from fused_nce.core.spec import (
+    FILTERS,
+    Bias,
+    Block,
+    Hardness,
+    Identity,
+    Index,
+    Labels,
+    Separate,
+    Several,
+    Spec,
+    TanhClip,
+)
 from fused_nce.core.statistics import STATISTIC
 
 MODULE, REASON = _extension.status()
@@ -26,7 +38,8 @@ ALL = tuple(name for name in STATISTIC if name in cpu.ATOMS)
 # Scores are off by u·(4 + √D)·Σ|q·k|·scale ≤ 8u·10 and sums pile up as many again: relative to the largest element.
 TOLERANCE = 200 * 2.0**-24
 
-TRANSFORMS = {"none": Identity(), "clip": TanhClip(6.0), "wide clip": TanhClip(60.0), "bias": Bias()}
+TRANSFORMS: dict[str, Any] = {"none": Identity(), "clip": TanhClip(6.0), "wide clip": TanhClip(60.0), "bias": Bias()}
+TRANSFORMS |= {"hardness": Hardness(0.2)}
 LAYOUTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "block": (Block(3, 2), {"offset": 4}),
     "targets": (Index(), {"row_ids": torch.arange(N) * 2 % M}),
@@ -51,7 +64,8 @@ def found(backend, layout, transform, arguments, itself, dtype=torch.float32, fi
     bias = torch.tensor(-0.7, dtype=dtype, requires_grad=True) if isinstance(transform, Bias) else None
     if "positives" in arguments:
         arguments = {"positives": arguments["positives"].to(dtype)}
-    spec, keys = Spec(layout, transform, ALL, ALL, drop_self=itself), None if itself else k
+    columns = () if isinstance(transform, Hardness) else ALL
+    spec, keys = Spec(layout, transform, ALL, columns, drop_self=itself), None if itself else k
     if filters is not None:
         spec, columns = replace(spec, columns=(), filters=filters), N if itself else M
         guide = tuple(torch.randn(rows, 131, generator=g).to(dtype) for rows in (N, columns))
@@ -142,3 +156,17 @@ def test_filters_on_older_instruction_sets(isa, tmp_path):
     assert done.returncode == 0, done.stderr
     for ours, (place, arguments) in zip(torch.load(tmp_path / "found"), LAYOUTS.values(), strict=True):
         compare(ours, found("reference", place, Identity(), arguments, False, torch.float64, FILTERS))
+
+
+def test_hardness_counts_where_exponentials_are_bounded():
+    """Of unit rows, at a scale of 50 and α = 60: e^110 is beyond float32, e^50 is not."""
+    base, found = torch.randn(96, 20, generator=torch.Generator().manual_seed(0)), []
+    near = base.repeat_interleave(2, dim=0)[:96]  # of every other row the negative beside it is its equal
+    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (base, near)]
+        loss = info_nce(
+            *leaves, torch.arange(96), temperature=0.02, normalize=True, hardness=60.0, backend=backend
+        ).loss
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    for x, exact in zip(*found, strict=True):
+        assert (x - exact).abs().max() <= 2e-4 * exact.abs().max()

@@ -10,7 +10,7 @@ import torch
 from fused_nce import _extension, clip_loss, info_nce, siglip_loss, sup_con, tile_loss, tile_stats
 from fused_nce.backends import cuda
 from fused_nce.backends.cuda import NAMES, OPTIONAL_ROW_STATISTICS
-from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Spec, TanhClip
+from fused_nce.core.spec import Bias, Block, Hardness, Identity, Index, Labels, Separate, Spec, TanhClip
 from fused_nce.core.tails import LogIn, LogOut, Nce, Sigmoid
 from tests.backends.test_cpu_layouts import LOSSES, D, M, N, gradients
 from tests.backends.test_cuda_on_host import UNMARKED
@@ -40,6 +40,8 @@ MANY = {
     "labels, a wide clip": lambda a, b, w: labelled(LogOut(), TanhClip(60.0), a, b, w),
     "labels and a bias": lambda a, b, w: labelled(LogOut(), Bias(), a, b, w, bias=torch.tensor(-0.7)),
     "a bias": lambda a, b, w: with_bias(a, b, w),
+    "hardness": lambda a, b, w: hardened(a, b, w),
+    "hardness of labels": lambda a, b, w: labelled(LogOut(0.1), Hardness(0.4), a, b, w),
     "binary, several positives": lambda a, b, w: gradients(
         tile_loss(a, b, Spec(Block(3, 3), stats=Sigmoid.READS), Sigmoid(), scale=0.4, backend=w).loss, [a, b]
     ),
@@ -62,6 +64,12 @@ def labelled(tail, transform, a, b, backend, **bias: Any):
 def with_bias(a, b, backend):
     scale, bias = (torch.tensor(x).requires_grad_() for x in (0.8, -2.0))
     return gradients(siglip_loss(a, b, scale, bias, backend=backend).loss, [a, b, scale, bias])
+
+
+def hardened(a, b, backend):
+    scale = torch.tensor(0.4).requires_grad_()
+    out = tile_loss(a, b, Spec(Block(3, 3), Hardness(0.3)), Nce(0.1), scale=scale, backend=backend)
+    return gradients(out.loss, [a, b, scale])
 
 
 def with_scale(a, b, backend):
@@ -106,10 +114,13 @@ def test_every_statistic_of_columns_and_its_gradient(monkeypatch):
 
 
 @pytest.mark.parametrize("workspace_mb", ["16", "0.05"])
-@pytest.mark.parametrize("transform", [Identity(), TanhClip(6.0), TanhClip(60.0), Bias()], ids=lambda t: t.code)
+@pytest.mark.parametrize(
+    "transform", [Identity(), TanhClip(6.0), TanhClip(60.0), Bias(), Hardness(0.3)], ids=lambda t: t.code
+)
 def test_every_statistic_of_rows_and_its_gradient(transform, workspace_mb, monkeypatch):
     """Beside those of columns, in another order than the kernels'; upstream gradients of either sign."""
-    spec = Spec(Labels(), transform, tuple(reversed((*NAMES, *OPTIONAL_ROW_STATISTICS))), ("square", "neg_lse"))
+    columns = () if isinstance(transform, Hardness) else ("square", "neg_lse")
+    spec = Spec(Labels(), transform, tuple(reversed((*NAMES, *OPTIONAL_ROW_STATISTICS))), columns)
     torch.manual_seed(1)
     q, k = torch.randn(N, D), torch.randn(M, D)
     numbers = {"scale": torch.tensor(0.6)}

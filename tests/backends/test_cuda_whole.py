@@ -45,6 +45,8 @@ LOSSES: dict[str, Any] = {  # a loss of leaves and a 0-d scale, and the leaves' 
     "info_nce": (lambda q, k, t: info_nce(q, k, temperature=t, normalize=True, backend="cuda"), [(11, 20), (11, 20)]),
     "plain": (lambda q, k, t: info_nce(q, k, temperature=t, penalty=0.1, backend="cuda"), [(11, 20), (11, 20)]),
     "none": (lambda q, k, t: info_nce(q, k, temperature=t, reduction="none", backend="cuda"), [(11, 20), (11, 20)]),
+    "hardness": (lambda q, k, t: info_nce(q, k, temperature=t, normalize=True, hardness=0.7, backend="cuda"),
+                 [(11, 20), (11, 20)]),
     "nt_xent": (lambda a, b, t: nt_xent(a, b, temperature=t, backend="cuda"), [(7, 33), (7, 33)]),
     "moco": (lambda q, k, t: moco_nce(q, k.detach(), draw(5, 40, 24).to(q.dtype), temperature=t, backend="cuda"),
              [(9, 24), (9, 24)]),

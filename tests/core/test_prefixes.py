@@ -13,7 +13,7 @@ from fused_nce import _extension, info_nce
 from fused_nce.backends import cuda
 from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.prefixes import Prefixed
-from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Several, Spec, TanhClip
+from fused_nce.core.spec import Bias, Block, Hardness, Identity, Index, Labels, Separate, Several, Spec, TanhClip
 from fused_nce.core.tails import Nce
 
 N, M, D, WIDTHS, WEIGHTS = 70, 90, 37, (3, 16, 32), (0.5, 1.0, 2.0)
@@ -60,11 +60,14 @@ def targets_of(layout: Any, m: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("backend", "workspace_mb"), BACKENDS)
 def test_statistics_and_gradients(backend, workspace_mb, monkeypatch):
-    """Layouts, a clip, scales of 60 and 90, which needs shifts, one tensor in both roles; float64 to 1e-12."""
+    """Layouts, a clip, hardness, scales of 60 and 90, which needs shifts, one tensor in both roles; float64 to 1e-12.
+
+    With hardness 60 needs them too.
+    """
     monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", workspace_mb)
     dtype = torch.float32 if backend in KERNELS else torch.float64
     layouts: tuple[Any, ...] = (Index(), Block(1), Labels(), Several(3))
-    every: tuple[Any, ...] = (layouts, (Identity(), TanhClip(2.0)), (False, True), (1, 20, 30))
+    every: tuple[Any, ...] = (layouts, (Identity(), TanhClip(2.0), Hardness(9.0)), (False, True), (1, 20, 30))
     for layout, transform, shared, sharp in itertools.product(*every):
         drop = shared and isinstance(layout, Labels)
         if backend in KERNELS and isinstance(layout, Several):

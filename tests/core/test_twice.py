@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fused_nce import moco_nce, tile_loss, tile_stats
-from fused_nce.core.spec import Bias, Block, Dist, Index, Labels, Separate, Spec, SqDist, TanhClip
+from fused_nce.core.spec import Bias, Block, Dist, Hardness, Index, Labels, Separate, Spec, SqDist, TanhClip
 from fused_nce.core.tails import AllTriplets, Hardest, LogIn, LogOut, Nce, Pairs, Sigmoid
 from fused_nce.losses.registry import LOSSES
 from tests.losses.test_registry import posed
@@ -95,6 +95,16 @@ def test_one_leaf_as_both_sides():
         return g.square().sum()
 
     assert torch.autograd.gradcheck(penalty, x, eps=1e-6, atol=1e-6, rtol=1e-4)
+
+
+def test_a_graph_holds_hardness_still():
+    """Its first gradients are those without one: t's slope is 1, whatever makes it."""
+    q, k = (torch.randn(6, 8, dtype=torch.float64).requires_grad_() for _ in range(2))
+    loss = tile_loss(q, k, Spec(Block(1), Hardness(0.7)), Nce(0.1), backend="chunked").loss
+    for a, b in zip(
+        *(torch.autograd.grad(loss, (q, k), create_graph=x, retain_graph=True) for x in (0, 1)), strict=True
+    ):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-11, atol=1e-13)
 
 
 def test_half_precision_keeps_its_dtypes():

@@ -22,7 +22,7 @@ from fused_nce.core import atoms as definition
 from fused_nce.core import dispatch
 from fused_nce.core.engine import tile_loss as engine_loss
 from fused_nce.core.problem import Problem
-from fused_nce.core.spec import Bias, Block, Identity, Index, Spec, TanhClip
+from fused_nce.core.spec import Bias, Block, Hardness, Identity, Index, Spec, TanhClip
 from fused_nce.core.statistics import softplus
 from fused_nce.core.tails import Nce
 from tests.backends.test_atoms import SIZES, U, compare
@@ -147,6 +147,23 @@ def test_a_ceiling_takes_columns_out(n, m, penalty):
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("n", "m", "penalty"), [(20, 300, 0.0), (300, 20, 0.04), (70, 70, 0.0)])
+def test_hardness_is_of_negatives_and_has_no_slope(n, m, penalty):
+    """Of two tensors, of one in both roles, by a learned scale."""
+    g, one = torch.Generator().manual_seed(0), n == m
+    x, y = torch.randn(n, 9, generator=g), torch.randn(m, 9, generator=g)
+    spec, found = Spec(Index(), Hardness(0.4), Nce(penalty).stats, drop_self=one), []
+    for backend in ("triton", "reference"):
+        scale = torch.tensor(0.3).requires_grad_()
+        leaves = [z.clone().requires_grad_() for z in (x, y)[: 2 - one]]
+        q, k = (leaves[0], None if one else leaves[1])
+        given = {"scale": scale, "row_ids": torch.arange(1, n + 1) % m, "backend": backend}
+        loss = engine_loss(q, k, spec, Nce(penalty), **given).loss
+        found.append([loss, *torch.autograd.grad(loss, [*leaves, scale])])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
 def test_float16_weights_have_float32s_range():
     """At an upstream of 10^7 a weight is beyond float16, the gradient of small inputs is not."""
     q, k = ((0.01 * x.detach()).requires_grad_() for x in features(dtype=torch.float16))
@@ -184,6 +201,7 @@ def test_what_bounds_a_score():
     assert Form.of(Problem(x, x, 1 / 0.07, unit, 0)).shiftless
     assert Form.of(Problem(x, x, -20.0, unit, 0)).shiftless
     assert not Form.of(Problem(x, x, 1 / 0.07, Spec(Block(1)), 0)).shiftless
+    assert not Form.of(Problem(x, x, 1 / 0.07, Spec(Block(1), Hardness(40.0), unit_norm=True), 0)).shiftless
     assert not Form.of(Problem(x, x, 1 / 0.02, unit, 0)).shiftless
     assert not Form.of(Problem(x, x, torch.tensor(1.0), unit, 0)).shiftless
     assert not Form.of(Problem(x, x, 1.0, Spec(Block(1), Bias(), unit_norm=True), 0)).shiftless

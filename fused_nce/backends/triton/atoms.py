@@ -103,6 +103,15 @@ def transform(s, clip, inverse_clip, bias, FORM: tl.constexpr):
 
 
 @triton.jit
+def hardened(t, r, neg, FORM: tl.constexpr):
+    """t of a tile with hardness: that of its negatives, which the slope in s knows nothing of."""
+    if FORM.hardness > 0:
+        return t + tl.where(neg, FORM.hardness * r, 0.0)  # fault: triton-hardness
+    else:
+        return t
+
+
+@triton.jit
 def slope_of(t, inverse_clip, FORM: tl.constexpr):
     """dt/ds from the value t, where the score itself is not at hand."""
     if FORM.transform == "tanh_clip":

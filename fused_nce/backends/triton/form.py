@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_nce.core.atoms import shiftless
 from fused_nce.core.problem import Problem
-from fused_nce.core.spec import Block, Index, Labels, TanhClip
+from fused_nce.core.spec import Block, Index, Labels
 
 ABSENT = -1
 
@@ -126,6 +126,7 @@ class Form:
     drop_self: bool
     ceiling: bool  # a column whose dot product is above its row's is no negative
     transform: str
+    hardness: float  # α; 0 where the transform is another
     shiftless: bool  # e^t needs no shift: t is bounded
     tensor_scale: bool
     mixed: bool  # q and k differ in dtype: both meet in float32
@@ -168,7 +169,8 @@ class Form:
             rows_per_image=block.rows_per_image,
             drop_self=spec.drop_self,
             ceiling="ceiling" in spec.filters,
-            transform="tanh_clip" if isinstance(spec.transform, TanhClip) else spec.transform.code.removesuffix("()"),
+            transform=spec.transform.NAME,
+            hardness=spec.hardness,
             shiftless=shiftless(problem),
             tensor_scale=isinstance(problem.scale, Tensor),
             mixed=problem.q.dtype != problem.k.dtype,

@@ -18,6 +18,7 @@ import triton.language as tl
 from fused_nce.backends.triton.atoms import (
     add_exactly,
     add_exponentials,
+    hardened,
     load_terms,
     marks_of_columns,
     marks_of_rows,
@@ -146,6 +147,7 @@ def fold_kernel(
         pos, neg, every = sets(x_marks, y_marks, ys < n_y, r, 0 if BY_COLUMN else 1, FORM)
         s = factor * r
         t, slope = transform(s, clip, inverse_clip, bias, FORM)
+        t = hardened(t, r, neg, FORM)
         if PARTIALS.neg_sum >= 0:
             w, neg_sum, neg_lost, neg_top, fade = add_exponentials(t, neg, neg_sum, neg_lost, neg_top, s, FORM)
             if GRADIENT and not FORM.shiftless:
@@ -265,12 +267,12 @@ def weights_kernel(
             y_marks = marks_of_columns(ys, column_ids, n_y, FORM)
             y_terms = load_terms(column_lines, ys, n_y, COLUMNS)
             of = sets(row_marks, y_marks, ys < n_y, r, 1, FORM)
-            w = role_weights(s, t, slope, of, row_terms, y_terms, 1, FORM)
+            w = role_weights(s, hardened(t, r, of[1], FORM), slope, of, row_terms, y_terms, 1, FORM)
         if AS_COLUMN:
             y_marks = marks_of_rows(ys, row_ids, first, itself, ceilings, n_y, n_x, FORM)
             y_terms = load_terms(row_lines, ys, n_y, ROWS)
             of = sets(column_marks, y_marks, ys < n_y, r, 0, FORM)
-            back = role_weights(s, t, slope, of, y_terms, column_terms, 0, FORM)
+            back = role_weights(s, hardened(t, r, of[1], FORM), slope, of, y_terms, column_terms, 0, FORM)
             if FORM.ids == "target":  # any number of rows may have a column as theirs: no gathering in a fixed order
                 d_target = load_term(row_lines + ys, pitch_of(n_y), ROWS.d_target)
                 back += tl.where(of[0], d_target[None, :] * slope, 0.0)  # fault: triton-target-column
