@@ -22,7 +22,8 @@
 namespace fused_nce {
 namespace {
 
-constexpr int64_t kTileColumns = 256, kFewLanes = 128, kLeastStored = 64, kSliceScores = 4096;
+constexpr int64_t kLeastStored = 64, kTileScores = 1 << 15, kFewLanes = 128, kL2Bytes = 2 << 20, kWide = 512;
+constexpr int64_t kFewGroups = 4;                             // less would leave threads idle
 constexpr int64_t kPrefixGroups[] = {16, 12, 8, 6, 4, 2, 1};  // as in `make_plan`
 
 struct Shape {
@@ -91,13 +92,18 @@ int64_t bytes_of(const Shape& s, const PrefixPlan& p) {
 PrefixPlan plan_prefixes(const Shape& s, int64_t workspace_bytes) {
   const int64_t limit = workspace_bytes - workspace_bytes / 16;
   PrefixPlan p;
-  for (const bool stored : {true, false}) {
+  // A strip reads all keys, and writes all their gradients: the more rows it has, the less often. But one of few rows
+  // whose cosines stay in the L2 until they are weighed does better where keys are narrow.
+  const bool few = !s.both || (s.width < kWide && 4 * s.parts * kFewLanes * s.columns <= kL2Bytes);
+  const int64_t most = few ? kFewLanes : kMostLanes;
+  for (const auto& [stored, least_groups] :
+       {std::pair{true, kFewGroups}, {true, int64_t{1}}, {false, kFewGroups}, {false, int64_t{1}}}) {
     if (stored && !s.both) continue;
     p.stored = stored;
     const int64_t whole = round_up(s.rows, kLaneBlock);
     const int64_t least = stored ? std::min(whole, kLeastStored) : kLaneBlock;
-    for (int64_t columns = kTileColumns; columns >= 16; columns /= 2)
-      for (int64_t strips = ceil_div(s.rows, kFewLanes);; ++strips) {
+    for (int64_t columns = kTileScores / most; columns >= 16; columns /= 2)
+      for (int64_t strips = ceil_div(s.rows, most);; ++strips) {
         p.lanes = round_up(ceil_div(s.rows, strips), kLaneBlock);
         if (p.lanes < least) break;
         p.strips = ceil_div(s.rows, p.lanes);
@@ -106,6 +112,7 @@ PrefixPlan plan_prefixes(const Shape& s, int64_t workspace_bytes) {
         for (const int64_t groups : kPrefixGroups) {
           p.groups = std::min(p.tiles, groups);
           p.bytes = bytes_of(s, p);
+          if (p.groups < std::min<int64_t>(p.tiles, least_groups)) break;
           if (p.bytes <= limit) return p;
         }
         if (p.lanes == kLaneBlock) break;
@@ -243,31 +250,13 @@ class PrefixSweep {
     return {space_.norms[i], task_.of_k.data_ptr<float>() + i * m_ + tile.first_column};
   }
 
-  // Adds the block of prefix i to the products.
-  void multiply(const PrefixGroup& group, const Tile& tile, int64_t i) const {
+  // Adds the block of prefix i to the products, and writes its cosines.
+  void score(const PrefixGroup& group, const Tile& tile, int64_t i) const {
     for (int64_t d = start(i); d < task_.widths[i]; d += kScoreDepth)
       gemm(tile.columns, tile.lanes, std::min(kScoreDepth, task_.widths[i] - d), k_ + tile.first_column * k_stride_ + d,
            k_stride_, space_.packed + d * tile.lanes, tile.lanes, d > 0, group.products, tile.lanes);
-  }
-
-  // And its cosines from them.
-  void score(const PrefixGroup& group, const Tile& tile, const float* products, int64_t i) const {
-    rows_.cosines(tile, norms_of(tile, i), products);
+    rows_.cosines(tile, norms_of(tile, i), group.products);
     if (tile.marks) marks_.write(rows_, tile, group.marks, i);
-  }
-
-  // f of a tile's columns, as many at a time as the L1 holds between two passes over them; marks are a whole tile's.
-  template <class F>
-  static void in_slices(const Tile& tile, const F& f) {
-    const int64_t most = tile.marks ? tile.columns : std::max<int64_t>(16, kSliceScores / tile.lanes / 16 * 16);
-    for (int64_t from = 0; from < tile.columns; from += most) {
-      Tile part = tile;
-      part.scores += from * tile.lanes;
-      part.columns = std::min(most, tile.columns - from);
-      part.first_column += from;
-      part.line_ids += from;
-      f(part, from);
-    }
   }
 
   void fold(PrefixGroup& group, int64_t begin, int64_t end) {
@@ -275,43 +264,33 @@ class PrefixSweep {
     for (int64_t t = begin; t < end; ++t)
       for (int64_t i = 0; i < parts_; ++i) {
         const Tile tile = tile_of(group, t, i);
-        multiply(group, tile, i);
-        in_slices(tile, [&](const Tile& part, int64_t from) {
-          score(group, part, group.products + from * tile.lanes, i);
-          rows_.fold(part, scoring_, group.of[i]);
-          if (n_pos_ > 0) rows_.positives(part, scoring_, tile.lanes, 1, n_pos_, stats(i).pos);
-        });
+        score(group, tile, i);
+        rows_.fold(tile, scoring_, group.of[i]);
+        if (n_pos_ > 0) rows_.positives(tile, scoring_, tile.lanes, 1, n_pos_, stats(i).pos);
       }
   }
 
   void weigh(PrefixGroup& group, int64_t begin, int64_t end) {
     for (float* sums : group.row_sums) std::fill_n(sums, plan_.lanes, 0.0f);
     for (int64_t t = begin; t < end; ++t) {
-      for (int64_t i = 0; !plan_.stored && i < parts_; ++i) {
-        const Tile tile = tile_of(group, t, i);
-        multiply(group, tile, i);
-        score(group, tile, group.products, i);
-      }
+      if (!plan_.stored)
+        for (int64_t i = 0; i < parts_; ++i) score(group, tile_of(group, t, i), i);
       for (int64_t i = parts_ - 1; i >= 0; --i) {
         const Tile tile = tile_of(group, t, i);
         float* line_sums = task_.line_sums.data_ptr<float>() + i * m_ + tile.first_column;
-        in_slices(tile, [&](const Tile& part, int64_t from) {
-          float* total = group.products + from * tile.lanes;
-          rows_.weigh_cosines(part, scoring_, space_.coefficients[i], norms_of(part, i), total, i < parts_ - 1,
-                              group.row_sums[i], line_sums + from);
-          if (!in_.need_q) return;
-          Tile weights = part;
-          weights.scores = total;
-          rows_.transpose(weights, group.left + from, tile.columns);
-        });
+        rows_.weigh_cosines(tile, scoring_, space_.coefficients[i], norms_of(tile, i), group.products, i < parts_ - 1,
+                            group.row_sums[i], line_sums);
         const int64_t from = start(i), width = task_.widths[i] - from;
         if (in_.need_k)
           gradient_gemm(group.products, tile.lanes, q_ + strip_.first * q_stride_ + from, q_stride_, tile.columns,
                         strip_.rows, width, strip_.first > 0,
                         task_.out.dk.data_ptr<float>() + tile.first_column * width_ + from, width_);
-        if (in_.need_q)
-          gradient_gemm(group.left, tile.columns, k_ + tile.first_column * k_stride_ + from, k_stride_, strip_.rows,
-                        tile.columns, width, t > begin, group.dq + from, width_);
+        if (!in_.need_q) continue;
+        Tile weights = tile;
+        weights.scores = group.products;
+        rows_.transpose(weights, group.left, tile.columns);
+        gradient_gemm(group.left, tile.columns, k_ + tile.first_column * k_stride_ + from, k_stride_, strip_.rows,
+                      tile.columns, width, t > begin, group.dq + from, width_);
       }
     }
   }
