@@ -64,8 +64,8 @@ def found(backend, layout, transform, arguments, itself, dtype=torch.float32, fi
     bias = torch.tensor(-0.7, dtype=dtype, requires_grad=True) if isinstance(transform, Bias) else None
     if "positives" in arguments:
         arguments = {"positives": arguments["positives"].to(dtype)}
-    columns = () if isinstance(transform, Hardness) else ALL
-    spec, keys = Spec(layout, transform, ALL, columns, drop_self=itself), None if itself else k
+    downwards = () if isinstance(transform, Hardness) else ALL
+    spec, keys = Spec(layout, transform, ALL, downwards, drop_self=itself), None if itself else k
     if filters is not None:
         spec, columns = replace(spec, columns=(), filters=filters), N if itself else M
         guide = tuple(torch.randn(rows, 131, generator=g).to(dtype) for rows in (N, columns))
@@ -164,9 +164,7 @@ def test_hardness_counts_where_exponentials_are_bounded():
     near = base.repeat_interleave(2, dim=0)[:96]  # of every other row the negative beside it is its equal
     for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
         leaves = [x.to(dtype).requires_grad_() for x in (base, near)]
-        loss = info_nce(
-            *leaves, torch.arange(96), temperature=0.02, normalize=True, hardness=60.0, backend=backend
-        ).loss
+        loss = info_nce(leaves[0], leaves[1], temperature=0.02, normalize=True, hardness=60.0, backend=backend).loss
         found.append([loss, *torch.autograd.grad(loss, leaves)])
     for x, exact in zip(*found, strict=True):
         assert (x - exact).abs().max() <= 2e-4 * exact.abs().max()

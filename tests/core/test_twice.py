@@ -101,9 +101,8 @@ def test_a_graph_holds_hardness_still():
     """Its first gradients are those without one: t's slope is 1, whatever makes it."""
     q, k = (torch.randn(6, 8, dtype=torch.float64).requires_grad_() for _ in range(2))
     loss = tile_loss(q, k, Spec(Block(1), Hardness(0.7)), Nce(0.1), backend="chunked").loss
-    for a, b in zip(
-        *(torch.autograd.grad(loss, (q, k), create_graph=x, retain_graph=True) for x in (0, 1)), strict=True
-    ):
+    pairs = (torch.autograd.grad(loss, (q, k), create_graph=graph, retain_graph=True) for graph in (False, True))
+    for a, b in zip(*pairs, strict=True):
         torch.testing.assert_close(a, b.detach(), rtol=1e-11, atol=1e-13)
 
 
