@@ -65,7 +65,7 @@ FUSED_NCE_HD Weighing weighing_of(const Row& row, const Rules& rules, const RowA
   out.d_pos = rows.upstream.d_pos + coefficient * rules.positives - row.image_begin;
   out.two_d_square =
       2.0f * row.share * (rows.upstream.d_square ? rows.upstream.d_square[i] : rows.upstream.tail.square_weight);
-  out.factor = rules.prescaled ? rules.fp16_gain * scale_of(rules) : rules.fp16_gain;  // fault: gpu-hard-gradient
+  out.factor = rules.prescaled ? rules.fp16_gain * row.scale * row.share : rules.fp16_gain;  // fault: gpu-hard-gradient
   out.optional = kExtras >= Extras::all ? optional_weights(rows, i) : OptionalWeights();
   out.column_stats = kExtras == Extras::columns || (kExtras >= Extras::all && rows.columns.neg_lse);
   return out;
