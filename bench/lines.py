@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 49_900, ("tests",): 32_600}
+BUDGET = {("fused_nce", "csrc", "bench"): 50_100, ("tests",): 32_700}
 
 
 def lines(folder: str) -> int:
