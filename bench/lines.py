@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 50_100, ("tests",): 32_700}
+BUDGET = {("fused_nce", "csrc", "bench"): 51_170, ("tests",): 33_170}
 
 
 def lines(folder: str) -> int:

@@ -113,6 +113,10 @@ class Model(nn.Module):
         losses: Losses = self.loss(*self.embed(batch).inputs)
         return losses
 
+    def generate(self, count: int) -> Tensor | None:
+        """New images, (count, 3, H, H) in [−1, 1]; None of a model that makes none."""
+        return None
+
     def loss_shape(self) -> tuple[list[tuple[int, int]], int] | None:
         """(rows, columns) of an image in each term of AMDIM's loss, and their width D; None for another loss."""
         return None
@@ -127,6 +131,15 @@ class Model(nn.Module):
         Args:
             skipped: the update was left out; forget what the passes since the last call recorded.
         """
+
+
+def one_view(batch: Tensor | Sequence[Tensor]) -> Tensor:
+    """The images of a batch: itself, or the one view that it holds."""
+    if isinstance(batch, Tensor):
+        return batch
+    if len(batch) != 1:
+        raise ValueError(f"batch: must hold 1 view, got {len(batch)}")
+    return batch[0]
 
 
 def split_views(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:

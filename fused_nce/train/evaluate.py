@@ -1,7 +1,9 @@
 """`fused-nce eval RUN`: what the frozen features of a run are worth, beside raw pixels and untrained encoders.
 
-Writes RUN/eval.json (everything), RUN/eval.csv (the table of accuracies) and RUN/report.html (to read). While it runs,
-RUN/eval.partial.csv holds the accuracies so far. On another data set the names end in `-NAME`, its own.
+Writes RUN/eval.json (everything), RUN/eval.csv (the table of accuracies) and RUN/report.html (to read); pictures of
+test images with the training images nearest to them, RUN/neighbours-cosine.png and -l1.png; and RUN/samples.png, what a
+generator makes. While it runs, RUN/eval.partial.csv holds the accuracies so far. On another data set the names end in
+`-NAME`, its own.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from fused_nce.models.base import Model
 from fused_nce.train import checkpoint, host, loss_cost
 from fused_nce.train.config import CONFIG_NAME
 from fused_nce.train.evaluation import features
+from fused_nce.train.evaluation.figures import samples
 from fused_nce.train.evaluation.protocols import DEFAULT, check_names
 from fused_nce.train.evaluation.scoring import Asked
-from fused_nce.train.files import aside, printable, write_text
+from fused_nce.train.files import aside, printable, write_bytes, write_text
 from fused_nce.train.method import Method
 from fused_nce.train.report import evaluated, runlog, terminal
 from fused_nce.train.threads import Threads
@@ -43,6 +46,7 @@ def evaluate(
     cost: bool = True,
     seed: int = 0,
     leave_out_unseen: bool = False,
+    neighbours: int = 5,
 ) -> dict[str, Any]:
     """Evaluates a finished (or still growing) run on frozen features, by the protocols asked for.
 
@@ -62,6 +66,7 @@ def evaluate(
         seed: of the draws, the untrained encoders and the embedding.
         leave_out_unseen: leave out what is of classes that the training split lacks, instead of refusing the test
             split.
+        neighbours: nearest training images that the pictures show beside each of a few test images, by the first tap.
 
     Returns:
         What RUN/eval.json holds.
@@ -74,6 +79,8 @@ def evaluate(
     folder = Path(run)
     if taps is not None and not taps:
         raise ValueError("taps: none given; need at least one, such as f1")
+    if neighbours < 1:
+        raise ValueError(f"neighbours: {neighbours}; need at least 1")
     names = check_names(list(protocols))
     model, config = checkpoint.load_model(folder)
     trained_on, ending = Path(config.data).name, runlog.suffix(data)
@@ -87,9 +94,13 @@ def evaluate(
         "leave_out_unseen": leave_out_unseen,
     }  # fmt: skip
     partial = folder / f"eval{ending}.partial.csv"
-    asked = Asked(taps, **settings, baselines=baselines, keep=lambda rows: _write_csv(partial, rows))
+    asked = Asked(
+        taps, **settings, baselines=baselines, keep=lambda rows: _write_csv(partial, rows), neighbours=neighbours
+    )
     with Threads(config.run.threads):
         judged, figures = config.judge(model, asked)
+        drawn = samples(model, seed)
+    figures.pictures |= {} if drawn is None else {"samples": drawn}
     judged |= _loss_cost(model, config) if cost else {}
     result: dict[str, Any] = {
         "run": folder.resolve().name,
@@ -116,6 +127,8 @@ def evaluate(
     write_text(folder / f"eval{ending}.json", json.dumps(result, indent=1) + "\n")
     _write_csv(folder / f"eval{ending}.csv", result["probes"] + result["measures"] + result["attributes"])
     partial.unlink(missing_ok=True)
+    for name, png in figures.pictures.items():
+        write_bytes(folder / f"{name}{ending}.png", png)
     write_text(
         folder / f"report{ending}.html", evaluated.render(result, log, (folder / CONFIG_NAME).read_text(), figures)
     )

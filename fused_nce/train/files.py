@@ -50,11 +50,16 @@ def aside(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
+    """In UTF-8: see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Under a temporary name, synced, then renamed: a reader, or a run after a crash, never sees half a file."""
     temporary = aside(path)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -80,3 +80,16 @@ def test_bad_input_is_named(change, message):
     bank, labels, queries = given.pop("bank"), given.pop("labels"), given.pop("queries")
     with pytest.raises(ValueError, match=message):
         knn_predict(bank, labels, queries, **given)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_l1_is_the_sum_of_absolute_differences(chunk):
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(30, 5, generator=generator), torch.randn(11, 5, generator=generator)
+    far, index = nearest(bank, queries, 4, chunk, metric="l1")
+    for query, distances, found in zip(queries.tolist(), far.tolist(), index.tolist(), strict=True):
+        apart = [(sum(abs(a - b) for a, b in zip(query, row, strict=True)), i) for i, row in enumerate(bank.tolist())]
+        assert found == [i for _, i in sorted(apart)[:4]]
+        assert distances == pytest.approx([-distance for distance, _ in sorted(apart)[:4]], rel=1e-5)
+    with pytest.raises(ValueError, match="metric: got 'l2', need one of 'cosine', 'l1'"):
+        nearest(bank, queries, 4, metric="l2")

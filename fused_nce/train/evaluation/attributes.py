@@ -110,6 +110,7 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
     figures = draw_figures(
         bank=kept["bank"], bank_images=probe_set.images, bank_labels=known[:, shown].long(),
         queries=kept["queries"], query_images=test_set.images, query_labels=truth[:, shown].long(), seed=asked.seed,
+        neighbours=asked.neighbours,
     )  # fmt: skip
     commoner = 100 * torch.where(known.double().mean(0) > 0.5, truth, ~truth).double().mean()
     judged = {

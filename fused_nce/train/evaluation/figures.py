@@ -1,19 +1,26 @@
-"""Pictures of the test images for the report: a 2-D embedding and nearest neighbours with thumbnails."""
+"""Pictures for the report and beside it: a 2-D embedding, nearest neighbours, and what a generator makes."""
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from fused_nce.train.evaluation.knn import nearest
+from fused_nce.models.base import Model
+from fused_nce.train.evaluation.knn import METRICS, nearest
 
 THUMBNAIL_PX = 64
 PCA_WIDTH = 50  # t-SNE's authors reduce to about 50 first: it drops noise and makes 2,000 points a matter of seconds
+SAMPLES = 8  # rows and columns of generated images
+GAP, BAR = 3, 4  # px of a sheet: around each image, and below it
+Colour = tuple[int, int, int]
+PAPER, QUERY, RIGHT, WRONG = (255, 255, 255), (34, 34, 34), (0, 158, 115), (213, 94, 0)
 
 
 @dataclass
@@ -23,6 +30,7 @@ class Figures:
     points: list[tuple[float, float]] = field(default_factory=list)  # 2-D embedding of some test images
     point_labels: list[int] = field(default_factory=list)
     neighbours: list[list[tuple[str, bool]]] = field(default_factory=list)  # (data URI, right class?), query first
+    pictures: dict[str, bytes] = field(default_factory=dict)  # PNG files, by their names without the ending
 
 
 def embed(
@@ -40,17 +48,56 @@ def embed(
     return [(round(float(x), 2), round(float(y), 2)) for x, y in points]
 
 
+def _png(
+    image: Tensor,  # (3, H, W) uint8
+    limit_px: int | None = None,
+) -> bytes:
+    from PIL import Image
+
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    if limit_px is not None:
+        picture.thumbnail((limit_px, limit_px))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def data_uri(png: bytes) -> str:
+    """A PNG as a page holds it."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
 def png_uri(
     image: Tensor,  # (3, H, W) uint8
 ) -> str:
     """The image as a PNG data URI, at most 64 px a side."""
-    from PIL import Image
+    return data_uri(_png(image, THUMBNAIL_PX))
 
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+def sheet(
+    rows: Sequence[Sequence[tuple[Tensor, Colour]]],  # (3, H, W) uint8 each, of one size; as many in each row
+) -> bytes:
+    """One PNG of all images, enlarged to 64 px or more, each above a bar of its colour."""
+    height, width = rows[0][0][0].shape[1:]
+    scale = max(1, -(-THUMBNAIL_PX // max(height, width)))
+
+    def cell(image: Tensor, colour: Colour) -> Tensor:
+        large = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        bar = torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand(-1, BAR, large.shape[2])
+        return functional.pad(torch.cat((large, bar), 1), (GAP,) * 4, value=255)
+
+    return _png(torch.cat([torch.cat([cell(*one) for one in row], 2) for row in rows], 1))
+
+
+def samples(model: Model, seed: int) -> bytes | None:
+    """A sheet of images that a model makes; None of one that makes none."""
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        torch.manual_seed(seed)
+        made = model.generate(SAMPLES**2)
+    if made is None:
+        return None
+    images = ((made.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    return sheet([[(image, PAPER) for image in row] for row in images.split(SAMPLES)])
 
 
 def draw_figures(
@@ -70,17 +117,24 @@ def draw_figures(
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(queries)))
     some = order[:points]
     result = Figures(point_labels=query_labels[some].tolist())
-    # t-SNE needs a few points more than dimensions to have neighbours at all.
-    if len(some) >= 10:
+    # t-SNE needs a few points more than dimensions to have neighbours at all, and starts from two principal axes.
+    if len(some) >= 10 and queries.shape[1] > 1:
         result.points = embed(queries[some], seed)
     else:
         result.point_labels = []
     shown = _one_of_each(query_labels, order, rows)
-    index = nearest(bank, queries[shown], min(neighbours, len(bank)))[1]
-    for query, found in zip(shown.tolist(), index, strict=True):
-        label = int(query_labels[query])
-        images = [(png_uri(bank_images[i]), int(bank_labels[i]) == label) for i in found.tolist()]
-        result.neighbours.append([(png_uri(query_images[query]), True), *images])
+    for metric in METRICS:
+        lines = []
+        index = nearest(bank, queries[shown], min(neighbours, len(bank)), metric=metric)[1]
+        for query, found in zip(shown.tolist(), index.tolist(), strict=True):
+            right = (bank_labels[found] == query_labels[query]).tolist()
+            lines.append([(query_images[query], True), *zip(bank_images[found], right, strict=True)])
+        result.pictures[f"neighbours-{metric}"] = sheet([
+            [(images[0][0], QUERY), *((image, RIGHT if right else WRONG) for image, right in images[1:])]
+            for images in lines
+        ])  # fmt: skip
+        if metric == METRICS[0]:
+            result.neighbours = [[(png_uri(image), right) for image, right in images] for images in lines]
     return result
 
 

@@ -45,6 +45,7 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
     figures = draw_figures(
         bank=kept["bank"], bank_images=probe.images, bank_labels=probe.labels,
         queries=kept["queries"], query_images=test.images, query_labels=test.labels, seed=asked.seed,
+        neighbours=asked.neighbours,
     )  # fmt: skip
     judged = {
         "classes": probe.classes,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fused_nce.core import checks
 from fused_nce.mining import top_k
 
 TEMPERATURE = 0.1
+METRICS = ("cosine", "l1")
+MAX_DISTANCES = 1 << 22  # held at a time
 
 
 def neighbours_for(bank_size: int) -> int:
@@ -23,21 +27,35 @@ def nearest(
     queries: Tensor,  # (m, D)
     k: int,
     chunk: int | None = None,
+    *,
+    metric: str = "cosine",
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest bank rows of each query by cosine similarity.
+    """The k nearest bank rows of each query.
+
+    Args:
+        bank: (n, D) features.
+        queries: (m, D).
+        k: how many.
+        chunk: queries at a time; None for what memory is meant for.
+        metric: "cosine", or "l1", the sum of absolute differences.
 
     Returns:
-        similarities (m, k), descending, and bank indices (m, k) int64.
+        similarities (m, k), descending (by "l1" distances with a minus), and bank indices (m, k) int64.
 
     Raises:
-        ValueError: the widths differ, or k is outside 1..n.
+        ValueError: the widths differ, k is outside 1..n, or a metric that is none.
     """
+    checks.check_choice("metric", metric, METRICS)
     if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
         raise ValueError(
             f"bank {tuple(bank.shape)} and queries {tuple(queries.shape)}: need (n, D) and (m, D) of one width D"
         )
     if not 1 <= k <= len(bank):
         raise ValueError(f"k: {k}; need 1 to {len(bank)}, the number of labelled images")
+    if metric == "l1":
+        strips = queries.float().split(chunk or max(1, MAX_DISTANCES // len(bank)))
+        found = [(-torch.cdist(some, bank.float(), p=1)).topk(k, dim=1) for some in strips]  # fault: l1-by-squares
+        return torch.cat([near.values for near in found]), torch.cat([near.indices for near in found])
     bank = functional.normalize(bank.float(), dim=1)  # fault: knn-dot-product
     return top_k(functional.normalize(queries.float(), dim=1), bank, k, strip=chunk)
 

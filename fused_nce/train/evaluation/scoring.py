@@ -30,6 +30,7 @@ class Asked(NamedTuple):
         baselines: untrained encoders and the inputs themselves too.
         leave_out_unseen: leave out test examples of classes that no training example has, instead of refusing them.
         keep: called with all rows so far after each feature set.
+        neighbours: images that the pictures show beside each of a few test images.
     """
 
     taps: list[str]
@@ -41,6 +42,7 @@ class Asked(NamedTuple):
     baselines: bool
     leave_out_unseen: bool
     keep: Callable[[list[dict[str, Any]]], None]
+    neighbours: int = 5
 
     def plan(self, labels: Tensor, truth: Tensor, classes: Sequence[str]) -> Plan:
         """The draws of one labelling: see `scoring.plan`."""

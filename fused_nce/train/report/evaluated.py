@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fused_nce.train.evaluation.figures import Figures
+from fused_nce.train.evaluation.figures import Figures, data_uri
 from fused_nce.train.evaluation.scoring import PIXELS, TRAINED
 from fused_nce.train.report import page, plots, runlog
 from fused_nce.train.report.page import Card, Row, Table, small
@@ -259,6 +259,7 @@ def render(result: dict[str, Any], log: list[runlog.Line], config_text: str, fig
         things=things(result),
         tap=result["taps"][0],
         neighbours=figures.neighbours,
+        samples=data_uri(figures.pictures["samples"]) if "samples" in figures.pictures else None,
         cost_note=cost_note,
         cost_bars=cost_bars,
         costs=costs,
