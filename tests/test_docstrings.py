@@ -19,10 +19,10 @@ NO_TENSORS = {"__version__", "NCEOutput", "backends", "doctor", "last_path", "pa
 NAMES = sorted(set(fused_nce.__all__) - NO_TENSORS)
 IMAGES = torch.randn(2, 4, 3, 32, 32)
 BATCHES = {  # what each model's example loops over
+    **dict.fromkeys(("AAE", "BiGAN", "DIM", "PriorGenerator", "VAE"), IMAGES[0]),
     "CPC": torch.randn(2, 20480),
-    "DIM": IMAGES[0],
     "Distilled": IMAGES[0],
-    "NPID": (IMAGES[0], torch.arange(4)),
+    **dict.fromkeys(("NAT", "NPID"), (IMAGES[0], torch.arange(4))),
     "SupCon": (*IMAGES, torch.arange(4) % 2),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.losses import DIMLoss, NCEOutput
-from fused_nce.models.base import Embedded, Losses, Model
+from fused_nce.models.base import Embedded, Losses
+from fused_nce.models.coded import Coded
 from fused_nce.models.dim_critics import GlobalConcat, GlobalDot, LocalConcat, LocalDot, PairLoss
 from fused_nce.models.dim_prior import PriorMatching
 from fused_nce.models.dim_tasks import AbsoluteCoordinates, RelativeCoordinates, occlude
-from fused_nce.models.encoders.dim import DIMEncoder
 
 CRITICS = ("dot", "concat")
 Pairs = tuple[Any, ...] | None  # what a critic returns
@@ -54,7 +54,7 @@ class DIMObjective(nn.Module):
         return NCEOutput(nce + rest.penalty, nce, rest.penalty, stats)
 
 
-class DIM(Model):
+class DIM(Coded):
     """Deep InfoMax (Hjelm et al. 2019, arXiv:1808.06670): DIM(G), DIM(L) or both, with a prior on the code.
 
     ```
@@ -122,7 +122,6 @@ class DIM(Model):
         occlusion: float = 0.0,
         loss: nn.Module | None = None,
     ) -> None:
-        super().__init__()
         weights = {"alpha": alpha, "beta": beta, "gamma": gamma, "absolute": absolute, "relative": relative}
         for name, value in weights.items():
             checks.check_number(name, value, at_least=0)
@@ -130,9 +129,8 @@ class DIM(Model):
             raise ValueError("beta: got 0 with alpha = 0, need one above 0: there is no information to maximise")
         checks.check_choice("critic", critic, CRITICS)
         _check_sizes(mi_units, critic_negatives, occlusion)
-        self.weights, self.occlusion = weights, occlusion
-        self.encoder = encoder = DIMEncoder(architecture, code=code, width=width)
-        self.image_size = encoder.image_size
+        super().__init__(architecture, code, width)
+        self.weights, self.occlusion, encoder = weights, occlusion, self.encoder
         self.several = encoder.architecture.several
         if critic == "concat" and self.several:
             raise ValueError(f"critic: got 'concat' with architecture={architecture!r}, need 'dot' for several globals")
@@ -152,31 +150,6 @@ class DIM(Model):
         self.relative = RelativeCoordinates(*place) if relative else None
         self.prior = PriorMatching(code, game=game, gradient_penalty=gradient_penalty) if gamma else None
 
-    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
-        """`encoder` and, with a prior, `discriminator`: disjoint lists that hold every parameter."""
-        rival = list(self.prior.parameters()) if self.prior is not None else []
-        known = {id(p) for p in rival}
-        groups = {"encoder": [p for p in self.parameters() if id(p) not in known]}
-        return groups | ({"discriminator": rival} if rival else {})
-
-    def encode(
-        self,
-        x: Tensor,  # (B, 3, H, H) normalised images, H = image_size
-    ) -> dict[str, Tensor]:
-        """Features of a batch of images.
-
-        Returns:
-            `conv (B, C, h, h)`, the last convolution; `fc (B, F)`, the last hidden layer; `Y (B, code)`, without its
-            sigmoid; and `local (B, C', M, M)`, the map that the local objective reads.
-
-        Raises:
-            ValueError: if the images have another shape.
-        """
-        if x.dim() != 4 or x.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(f"x: must be (B, 3, {self.image_size}, {self.image_size}) images, got {tuple(x.shape)}")
-        taps: dict[str, Tensor] = self.encoder(x)
-        return taps
-
     def embed(
         self,
         batch: Tensor | Sequence[Tensor],  # (B, 3, H, H), alone or as the one view of a batch
@@ -186,11 +159,7 @@ class DIM(Model):
         Raises:
             ValueError: for more than one view, images of another shape, or a single image, which has no negatives.
         """
-        if not isinstance(batch, Tensor) and len(batch) != 1:
-            raise ValueError(f"batch: must hold 1 view, got {len(batch)}")
-        images = batch if isinstance(batch, Tensor) else batch[0]
-        if len(images) < 2:
-            raise ValueError(f"batch: must hold at least 2 images, got {len(images)}: one image has no negatives")
+        images = self.images(batch)
         taps = self.encode(images)
         seen = self.encode(occlude(images, self.occlusion)) if self.occlusion else taps
         local, code = taps["local"], seen["Y"]

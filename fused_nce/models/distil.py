@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fused_nce.core import checks
 from fused_nce.losses import NCEOutput
 from fused_nce.losses.common import widened
-from fused_nce.models.base import Embedded
+from fused_nce.models.base import Embedded, one_view
 from fused_nce.models.encoders.backbones import Init, Stem
 from fused_nce.models.projected import Projected
 
@@ -103,9 +103,7 @@ class Distilled(Projected):
         Raises:
             ValueError: for more than one view, or a teacher of other classes.
         """
-        if not isinstance(batch, Tensor) and len(batch) != 1:
-            raise ValueError(f"batch: must hold 1 view, got {len(batch)}")
-        images = batch if isinstance(batch, Tensor) else batch[0]
+        images = one_view(batch)
         taps = self.encode(images)
         with torch.no_grad():
             answers = self.teacher(images.device)(images)

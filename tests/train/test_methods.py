@@ -74,6 +74,13 @@ PROJECTION = [
     ("loss.temperature", NAN, "above 0"),
     ("loss.backend", "fast", "null or one of"),
 ]
+CODE = [
+    ("model.architecture", "dcgan", "one of dcgan32"),
+    ("model.width", 0.0, "above 0"),
+    ("model.code", 0, "at least 1"),
+]
+EIGHTS = ("model.decoder", 12, "a multiple of 8")
+GAME = [("loss.gradient_penalty", -1.0, "at least 0"), ("loss.game", "go", "one of minimax, non-saturating")]
 BAD = {
     "moco": [
         *PROJECTION,
@@ -91,9 +98,7 @@ BAD = {
     "simclr": PROJECTION,
     "supcon": [*PROJECTION, ("loss.variant", "both", "one of out, in")],
     "dim": [
-        ("model.architecture", "dcgan", "one of dcgan32"),
-        ("model.width", 0.0, "above 0"),
-        ("model.code", 0, "at least 1"),
+        *CODE,
         ("loss.mi_units", 0, "at least 1"),
         ("loss.critic_negatives", 0, "null or at least 1"),
         ("loss.alpha", -1.0, "at least 0"),
@@ -105,6 +110,11 @@ BAD = {
         ("loss.occlusion", 1.0, "in [0, 1)"),
         ("loss.estimator", "mine", "one of jsd, dv, nce"),
     ],
+    "vae": [*CODE, EIGHTS, ("loss.beta", -1.0, "at least 0")],
+    "aae": [*CODE, EIGHTS, *GAME, ("loss.gamma", -1.0, "at least 0")],
+    "bigan": [*CODE, EIGHTS, *GAME],
+    "dim-generator": [*CODE, EIGHTS, *GAME, ("loss.apart", 0.0, "above 0")],
+    "nat": [*CODE, ("loss.every", 0, "at least 1")],
     "cpc": [
         ("loss.negatives", "all", "one of batch, sequence, sampled"),
         ("loss.sampled", 0, "at least 1"),
@@ -176,7 +186,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "extra"), nightly_but(WAYS[:1], WAYS))
+@pytest.mark.parametrize(("name", "extra"), nightly_but([*WAYS[:1], ("nat", [])], WAYS))
 def test_resume_is_exact(tmp_path, name, extra):
     """Weights, moments, queue, bank, momentum encoder, classifiers and log, bit by bit."""
     assert trainer(name, tmp_path / "a", "--max-steps=5", *extra).run() == "finished"
@@ -188,8 +198,8 @@ def test_resume_is_exact(tmp_path, name, extra):
     assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
     assert untimed(log(tmp_path / "b")) == untimed(log(tmp_path / "a"))
     early = tensors(tmp_path / "b", 2)
-    memory = {"moco": "model/queue.keys", "npid": "model/bank.vectors"}.get(name)
-    assert memory is None or not torch.equal(early[memory], ours[memory])
+    memory = {"moco": "queue.keys", "npid": "bank.vectors", "nat": "targets.vectors"}.get(name)
+    assert memory is None or not torch.equal(early[f"model/{memory}"], ours[f"model/{memory}"])
 
 
 @pytest.mark.nightly

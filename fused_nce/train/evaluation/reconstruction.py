@@ -6,43 +6,13 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from fused_nce.models.decoder import Decoder
 
 WINDOW, SIGMA, C1, C2 = 11, 1.5, 0.01**2, 0.03**2  # Wang et al. 2004, of images in [0, 1]
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of the scales, finest first (Wang et al. 2003)
-# DIM's decoder has 512 channels at 4 × 4: sixteen times the work. All encoders get the same one.
-CHANNELS, UPDATES, BATCH, RATE = 128, 1500, 64, 1e-3
-
-
-class Decoder(nn.Module):
-    """Features to images in [0, 1]: a linear layer to 4 × 4, then one transposed convolution for each doubling.
-
-    Args:
-        width: D of the features.
-        side: of the images, 4 times a power of two.
-        channels: of the 4 × 4 map; each layer halves them, to an eighth at the least.
-    """
-
-    def __init__(self, width: int, side: int, channels: int = CHANNELS) -> None:
-        super().__init__()
-        doublings = round(math.log2(side / 4))
-        if 4 << doublings != side or channels % 8:
-            raise ValueError(f"side: must be 4 times a power of two, channels of 8, got {side} and {channels}")
-        self.channels = channels
-        self.first = nn.Sequential(
-            nn.Linear(width, channels * 16), nn.BatchNorm1d(channels * 16), nn.ReLU(), nn.Unflatten(1, (channels, 4, 4))
-        )
-        layers = list[nn.Module]()
-        for i in range(doublings):
-            c_in, c_out = (max(channels >> j, channels // 8) for j in (i, i + 1))
-            layers += [nn.ConvTranspose2d(c_in, c_out, 4, 2, 1), nn.BatchNorm2d(c_out), nn.ReLU()]
-        self.rest = nn.Sequential(*layers, nn.Conv2d(max(channels >> doublings, channels // 8), 3, 3, 1, 1), nn.Tanh())
-
-    def forward(
-        self,
-        features: Tensor,  # (B, D)
-    ) -> Tensor:  # (B, 3, H, H)
-        return (self.rest(self.first(features)) + 1) / 2
+UPDATES, BATCH, RATE = 1500, 64, 1e-3  # all encoders get the same decoder, of a quarter of DIM's channels
 
 
 def train_decoder(

@@ -13,6 +13,11 @@ METHODS = {
     "distil": ("distil", "DistilConfig"),
     "npid": ("npid", "NPIDConfig"),
     "dim": ("dim", "DIMConfig"),
+    "dim-generator": ("dim_generator", "DIMGeneratorConfig"),
+    "vae": ("vae", "VAEConfig"),
+    "aae": ("aae", "AAEConfig"),
+    "bigan": ("bigan", "BiGANConfig"),
+    "nat": ("nat", "NATConfig"),
     "cpc": ("cpc", "CPCConfig"),
     "cpc-vision": ("cpc_vision", "CPCVisionConfig"),
 }
