@@ -73,7 +73,8 @@ FUSED_NCE_HD Weighing weighing_of(const Row& row, const Rules& rules, const RowA
 
 // A turn of eight columns: their weights times fp16_gain into w, and what they add to the slopes.
 template <bool kClip, bool kShift, Extras kExtras, bool kMasked>
-FUSED_NCE_HD Slopes weigh_turn(const Row& row, const RowArrays& rows, const Weighing& by, int c, float (&w)[kColumns]) {
+FUSED_NCE_HD Slopes weigh_turn(const Row& row, const Rules& rules, const RowArrays& rows, const Weighing& by, int c,
+                               float (&w)[kColumns]) {
   constexpr bool all = kExtras >= Extras::all;
   const Eight dot = load(row.scores + c, 1.0f);
   float product[2] = {0.0f, 0.0f}, on_bias[2] = {0.0f, 0.0f};
@@ -93,7 +94,7 @@ FUSED_NCE_HD Slopes weigh_turn(const Row& row, const RowArrays& rows, const Weig
     if constexpr (kMasked && kExtras == Extras::marks)
       if (row.marked(c, u)) weight = 0.0f;  // fault: gpu-mark-weighed
     if (own) {
-      float on_t = all ? by.optional.positive(t.value * row.share) : 0.0f;
+      float on_t = all ? by.optional.positive(kClip ? t.value : t.value * share_of(rules)) : 0.0f;
       if (!(all && row.column_ids)) on_t += by.d_pos[row.pos_index(column)];
       weight = on_t * t.slope;
     }
@@ -114,8 +115,8 @@ FUSED_NCE_HD Slopes weigh_thread(const Row& row, const Rules& rules, const RowAr
   Slopes sum = {0.0f, 0.0f}, error = {0.0f, 0.0f};
   for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
     float w[kColumns];
-    const Slopes found = row.masked<kExtras>(c) ? weigh_turn<kClip, kShift, kExtras, true>(row, rows, by, c, w)
-                                                : weigh_turn<kClip, kShift, kExtras, false>(row, rows, by, c, w);
+    const Slopes found = row.masked<kExtras>(c) ? weigh_turn<kClip, kShift, kExtras, true>(row, rules, rows, by, c, w)
+                                                : weigh_turn<kClip, kShift, kExtras, false>(row, rules, rows, by, c, w);
     if (want_scale) add_exactly(sum.scale, error.scale, found.scale);
     if (kExtras >= Extras::all) add_exactly(sum.bias, error.bias, found.bias);
     store(c, w);
