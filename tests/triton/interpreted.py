@@ -202,7 +202,7 @@ def test_rows_of_norm_one_need_no_shift(temperature):
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("once", [True, False])
+@pytest.mark.parametrize("once", nightly_but([True], [True, False]))
 def test_symmetric_scores_are_seen_once(once, monkeypatch):
     """In 19 blocks, the last a ragged one, and three splits; more than there is room for are seen twice."""
     monkeypatch.setattr(plan, "MIRROR", 32)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from fused_nce import info_nce, moco_nce, nt_xent
 from fused_nce.backends import triton
 from fused_nce.backends.triton import whole
 from tests.backends.test_cuda_whole import LOSSES, close, draw, gradients, hold_to_the_operators
+from tests.marks import nightly_but
 
 
 @pytest.fixture
@@ -27,8 +30,10 @@ def served(monkeypatch):
     return lambda: sum(x is not None for x in seen)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("name", LOSSES)
+FEW = [*((name, torch.float32) for name in LOSSES), ("moco", torch.float16)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), nightly_but(FEW, product(LOSSES, (torch.float32, torch.float16))))
 def test_it_is_what_the_operators_are(name, dtype, served, monkeypatch):
     hold_to_the_operators(triton, name, dtype, served, monkeypatch)
 
@@ -36,16 +41,17 @@ def test_it_is_what_the_operators_are(name, dtype, served, monkeypatch):
 def test_rows_of_several_programs(monkeypatch):
     """Of the tail's, whose numbers another launch adds up; several widths of a norm; a row of zeros, a huge one."""
     monkeypatch.setattr(whole, "ALONE", 64)
-    q, k = draw(0, 300, 300).requires_grad_(), draw(1, 300, 300).requires_grad_()
-    with torch.no_grad():
-        q[3] = 0.0
-    outs = [info_nce(q, k, normalize=True, backend=name) for name in ("triton", "reference")]
-    ours, theirs = ([x.loss, *x.stats.values(), *gradients(x.loss, [q, k])] for x in outs)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
-    with torch.no_grad():
-        q[5] = 1e30
-        rows = info_nce(q, k, normalize=True, reduction="none", backend="triton").nce
-    assert torch.equal(rows.isnan().flatten(), torch.arange(300) == 5)
+    for n, d in ((140, 9), (9, 300)):
+        q, k = draw(0, n, d).requires_grad_(), draw(1, n, d).requires_grad_()
+        with torch.no_grad():
+            q[3] = 0.0
+        outs = [info_nce(q, k, normalize=True, backend=name) for name in ("triton", "reference")]
+        ours, theirs = ([x.loss, *x.stats.values(), *gradients(x.loss, [q, k])] for x in outs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
+        with torch.no_grad():
+            q[5] = 1e30
+            rows = info_nce(q, k, normalize=True, reduction="none", backend="triton").nce
+        assert torch.equal(rows.isnan().flatten(), torch.arange(n) == 5)
 
 
 def test_a_graph_that_is_kept_keeps_its_gradients():

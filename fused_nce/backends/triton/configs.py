@@ -102,8 +102,7 @@ TABLE: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
         Tile(64, 64, 64, 64, 4, 3),
         Tile(64, 64, 128, 128, 4, 3),
         Tile(128, 32, 256, 256, 8, 2),
-        Tile(64, 32, 512, 512, 8, 2),
-        Tile(64, 32, 64, 512, 8, 3),
+        *2 * (Tile(64, 32, 64, 512, 8, 3),),
     ),
     ("sm_90", torch.float16): (
         Tile(128, 64, 64, 64, 8, 3),
@@ -112,7 +111,7 @@ TABLE: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
         Tile(64, 32, 64, 512, 8, 3),
         Tile(64, 32, 64, 512, 8, 3),
     ),
-    ("sm_90", torch.float32): (Tile(32, 32, 32, 64, 8, 2), *_FLOAT32[1:]),
+    ("sm_90", torch.float32): (Tile(32, 32, 32, 64, 8, 2, ALL), *_FLOAT32[1:]),
     ("sm_100", torch.bfloat16): (
         Tile(128, 64, 64, 64, 8, 3, ALL),
         Tile(128, 64, 128, 128, 8, 3, ALL),
@@ -121,8 +120,8 @@ TABLE: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
         Tile(64, 32, 64, 512, 8, 3),
     ),
     ("sm_100", torch.float16): (
-        Tile(128, 64, 64, 64, 8, 3),
-        Tile(128, 32, 128, 128, 8, 2),
+        Tile(128, 64, 64, 64, 8, 3, both=32),
+        Tile(128, 32, 128, 128, 8, 2, ALL),
         Tile(128, 32, 256, 256, 8, 2),
         Tile(64, 32, 64, 512, 8, 2),
         Tile(64, 32, 64, 512, 8, 2),

@@ -59,7 +59,7 @@ def close_kernel(
         at = offsets(rows, POSITIVES)[:, None] + p[None, :]
         there = inside[:, None] & (p < POSITIVES)[None, :]
         t = tl.load(pos + at, mask=there, other=0.0)
-        behind = lse[:, None] - (t + 0.0 * tl.maximum(t, 0.0))  # fault: triton-infinite-positive
+        behind = lse[:, None] - (t + 0.0 * tl.maximum(t, 0.0))
         share = tl.where(there, sigmoid(behind) * unit, 0.0)
         tl.store(d_pos + at, -share, mask=there)
         slope += tl.sum(share, 1)
