@@ -72,7 +72,7 @@ _SM80 = {
         Tile(64, 32, 64, 256, 8, 2),
         Tile(64, 32, 64, 256, 8, 2),
     ),
-    torch.float32: _FLOAT32,
+    torch.float32: (*_FLOAT32[:2], _FLOAT32[2]._replace(registers=ALL), *_FLOAT32[3:]),
 }
 # AMD's MI300 and MI200: 64 threads a warp, 64 KiB of local memory, and registers that hold no second stage.
 _NARROW = (
