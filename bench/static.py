@@ -197,6 +197,7 @@ def build(variant: str, architecture: str, dtype: torch.dtype, width: int) -> Bu
     assert tile is not None, "asked for a pass that the architecture has not"
     kernel = getattr(kernels, chosen.kernel)
     constants = {name: x for name, x in chosen.constants(width, tile).items() if name in kernel.arg_names}
+    constants["FORM"] = replace(chosen.form, masked=architecture in configs.MASKED)
     signature, attributes = {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name

@@ -96,7 +96,11 @@ _CDNA = {
 TABLE: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
     **{("sm_80", dtype): tiles for dtype, tiles in _SM80.items()},
     **{(card, dtype): tiles for card in CONSUMER for dtype, tiles in _SM80.items()},
-    ("sm_120", torch.bfloat16): (*_SM80[torch.bfloat16][:4], Tile(64, 32, 64, 512, 8, 2)),
+    ("sm_120", torch.bfloat16): (
+        Tile(128, 32, 64, 64, 8, 3),
+        *_SM80[torch.bfloat16][1:4],
+        Tile(64, 32, 64, 512, 8, 2),
+    ),
     **{(card, torch.float32): tuple(tile._replace(registers=ALL) for tile in _FLOAT32) for card in CONSUMER},
     ("sm_90", torch.bfloat16): (  # four warps: two or three programs on a multiprocessor, which take turns at its units
         Tile(64, 64, 64, 64, 4, 3),
@@ -142,6 +146,7 @@ MIRRORED: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
     **{(card, dtype): _SEEN_ONCE for card in ("sm_80", "sm_90", "sm_100") for dtype in (torch.bfloat16, torch.float16)},
     **{(INTERPRETED, dtype): 2 * (Tile(256, 32, 64, 64, 4, 1),) for dtype in (torch.float16, torch.float32)},
 }
+MASKED = ("gfx942", "gfx90a")  # architectures whose registers hold no branch for the few tiles that need a mask
 ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _ in TABLE if architecture != INTERPRETED))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
