@@ -56,7 +56,8 @@ class Kernel(NamedTuple):
     strip_bytes: int = 0  # of scores that leave the chip
     strip: int = 0  # of those that are alive together
     programs: int = 0  # of Triton's
-    tiles: int = 0  # of one program
+    tiles: float = 0  # of one program
+    walked_bytes: int = 0  # what the programs read of tiles that many others read too: from the L2
     code: dict[str, Any] | None = None  # of Triton's: what `bench.static` says of it
 
 
@@ -146,10 +147,20 @@ class Launch(NamedTuple):
         name, programs = self.kernel.__name__, math.prod(self.grid)
         if "walk" not in named:
             return Kernel(name, 1, moved, programs=programs)
-        tiles = -(-min(named["walk"], named["n_y"]) // named["Y"])
+        tiles: float = -(-min(named["walk"], named["n_y"]) // named["Y"])
         scores = named["n_x"] * named["n_y"] * (self.grid[2] if len(self.grid) > 2 else 1)
+        if named.get("MIRRORED"):  # of each block those from the diagonal on, in programs of any length
+            scores -= named["X"] ** 2 * math.comb(self.grid[0], 2)
+            tiles = scores / (named["X"] * named["Y"]) / programs
         code = self.code(named) if compile_it else None
-        return Kernel(name, 1, moved, scores, programs=programs, tiles=tiles, code=code)
+        walked = int(programs * tiles * self.tile_bytes(named))
+        return Kernel(name, 1, moved, scores, programs=programs, tiles=tiles, walked_bytes=walked, code=code)
+
+    def tile_bytes(self, named: dict[str, Any]) -> int:
+        """Read for one tile of scores: y, x too where no chunk holds D, and the slice of y that weights multiply."""
+        x, y, d, chunk, part = (named[name] for name in ("X", "Y", "D", "CHUNK", "SLICE"))
+        width = d if d <= chunk == part or not named.get("GRADIENT", True) else d + part
+        return int((y * width + x * d * (d > chunk)) * named["x"].element_size())
 
     def code(self, named: dict[str, Any]) -> dict[str, Any]:
         """What `bench.static` reads in it, compiled for the card that the driver poses as."""

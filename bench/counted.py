@@ -45,7 +45,7 @@ def assumptions() -> str:
         f"{MULTIPROCESSORS} multiprocessors at {CLOCK_HZ / 1e9:.3f} GHz, {ISSUE_RATE:.0%} of their issue slots used; "
         f"{HBM_BYTES_PER_S / 1e12:.1f} TB/s of memory, {L2_BYTES_PER_S / 1e12:.1f} of {L2_BYTES / 1e6:.0f} MB of L2; "
         f"{LAUNCH_S * 1e6:.0f} µs a launch. A Triton program alone on its multiprocessor multiplies and computes in "
-        "turns; two or more do both at once."
+        "turns; two or more do both at once. What it walks through comes from the L2."
     )
 
 
@@ -80,7 +80,8 @@ def parts(call: calls.Call) -> Parts:
         scores = kernel.get("strip_bytes", 0)
         memory = (kernel.get("bytes", 0) + outside * scores) / HBM_BYTES_PER_S + (1 - outside) * scores / L2_BYTES_PER_S
         part = "gemms" if kernel["name"].startswith("gemm") else "rows" if kernel.get("scores") else "small"
-        ms[part] += 1e3 * max(memory, _compute_s(kernel))
+        walked = kernel.get("walked_bytes", 0) / L2_BYTES_PER_S  # while memory and units are at work
+        ms[part] += 1e3 * max(memory, walked, _compute_s(kernel))
     return Parts(**ms, launches=call["launches"] * LAUNCH_S * 1e3)
 
 

@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 51_180, ("tests",): 33_200}
+BUDGET = {("fused_nce", "csrc", "bench"): 52_105, ("tests",): 33_310}
 
 
 def lines(folder: str) -> int:

@@ -61,11 +61,13 @@ class Variant:
     def form(self) -> Form:
         """Its spec's."""
         x = torch.empty(0, 16)
-        form = Form.of(Problem(x, x, 1.0, self.spec, 0))
+        form = Form.of(Problem(x, x, 1.0, self.spec, 0, shared=self.spec.drop_self))  # here nothing else drops it
         return form if self.penalised else form.without_square()
 
-    def tile(self, architecture: str, dtype: torch.dtype, width: int) -> configs.Tile:
-        """What a launch takes."""
+    def tile(self, architecture: str, dtype: torch.dtype, width: int) -> configs.Tile | None:
+        """What a launch takes; None where there is none."""
+        if self.flags.get("MIRRORED"):
+            return configs.mirrored_tile(architecture, dtype, width)
         found = configs.tile(architecture, dtype, width)
         if self.kernel == "fold_kernel":
             return configs.fold_tile(found, Partials.of(self.form.rows))
@@ -81,7 +83,8 @@ class Variant:
 NCE = Nce().stats
 CLIPPED, WIDELY, FREE = (Spec(Block(49), transform) for transform in (TanhClip(20.0), TanhClip(300.0), Identity()))
 MARGIN = Spec(Labels(), stats=("neg_lse", "neg_sum", "neg_count"), filters=("ceiling",))
-ROWS, ROWS_DQ = ({"BY_COLUMN": False, "GRADIENT": gradient} for gradient in (False, True))
+ROWS = {"BY_COLUMN": False, "GRADIENT": False, "MIRRORED": False}
+ROWS_DQ = ROWS | {"GRADIENT": True}
 DQ, DK, SELF = ({"AS_ROW": row, "AS_COLUMN": column} for row, column in ((True, False), (False, True), (True, True)))
 VARIANTS = {
     "rows, dq, clip": Variant("fold_kernel", CLIPPED, ROWS_DQ),
@@ -94,6 +97,11 @@ VARIANTS = {
     "queue: rows, dq": Variant("fold_kernel", Spec(Separate(1), stats=NCE), ROWS_DQ),
     "targets: dk": Variant("weights_kernel", Spec(Index(), stats=NCE), DK),
     "views: rows": Variant("fold_kernel", Spec(Block(2, 2), stats=NCE, drop_self=True), ROWS),
+    "views: rows, once": Variant(
+        "fold_kernel",
+        Spec(Block(2, 2), stats=NCE, drop_self=True, unit_norm=True),
+        ROWS | {"MIRRORED": True},
+    ),
     "views: both roles": Variant("weights_kernel", Spec(Block(2, 2), stats=NCE, drop_self=True), SELF),
     "two ways: dq": Variant("weights_kernel", Spec(Block(1), stats=NCE, columns=("neg_lse",)), DQ),
     "pairs: rows, dq": Variant("fold_kernel", Spec(Block(1), Bias(), stats=Sigmoid().stats), ROWS_DQ),
@@ -186,8 +194,10 @@ def build(variant: str, architecture: str, dtype: torch.dtype, width: int) -> Bu
 
     chosen = VARIANTS[variant]
     tile = chosen.tile(architecture, dtype, width)
+    assert tile is not None, "asked for a pass that the architecture has not"
     kernel = getattr(kernels, chosen.kernel)
     constants = {name: x for name, x in chosen.constants(width, tile).items() if name in kernel.arg_names}
+    constants["FORM"] = replace(chosen.form, masked=architecture in configs.MASKED)
     signature, attributes = {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -379,6 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (architecture, dtype) in configs.TABLE
         for width in ([options.width] if options.width else WIDTHS)
         for variant in (VARIANTS if options.all else DEFAULT)
+        if VARIANTS[variant].tile(architecture, dtype, width)
     ]
     found = [build(*one) for one in tqdm(plan, unit="kernel", disable=None, dynamic_ncols=True)]
     print(report(found))

@@ -2,7 +2,7 @@
 
 A call of N rows, M columns and width D takes launch + GEMMs·N·M·gemm(D) on each backend. `cuda` moves its scores
 through the L2 but multiplies at cuBLAS' rate; `triton` never lets a score off the chip, computes it again for each
-gradient, and its tiles get thin as D grows. With both gradients they meet near D = 130 in 16 bits, further up where
+gradient, and its tiles get thin as D grows. With both gradients they meet near D = 145 in 16 bits, further up where
 only the queries want one. The table is `cost.json`; `python -m bench.fit` makes another from a measured record.
 """
 

@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from fused_nce import tile_loss
+from fused_nce.backends.triton import plan
+from fused_nce.core.spec import Block, Identity, Spec
+from fused_nce.core.tails import Nce
 from tests.cases import Case
 from tests.cases import run as run_case
 from tests.gpu.losses import OPEN, etas_of
@@ -27,6 +31,7 @@ def test_a_few_losses(monkeypatch, record_eta):
     assert hold(("sup_con", "siglip_loss"), "bfloat16", "triton", record_eta) == 2
     assert len(compiled) == 12
     assert hold(("amdim_nce",), "float32", "triton", record_eta) == 1
+    assert hold(("moco_nce",), "bfloat16", "triton", record_eta) == 1  # with norms, an own key and the way back
     filtered = ("info_nce/margin", "info_nce/own hard negatives, row weights")  # the second smooths its labels
     assert hold(filtered, "bfloat16", "triton", record_eta) == 2
 
@@ -64,6 +69,25 @@ def test_a_case(number, dtype, monkeypatch, record_eta):
     etas = run_case(case)
     record_eta("triton ptx", dtype, etas)
     assert max(etas.values()) <= 1, (case.line, etas)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_symmetric_scores_are_seen_once(dtype, monkeypatch):
+    """Of three blocks and a ragged one, beside the reference of the same rows."""
+    from tests.ptx.compiled import pose
+
+    pose(monkeypatch, "sm_90")
+    monkeypatch.setattr(plan, "MIRROR", 64)
+    monkeypatch.setattr(plan, "MIRROR_FROM", 1)
+    spec, found = Spec(Block(2, 2), Identity(), Nce().stats, drop_self=True, unit_norm=True), []
+    x = torch.nn.functional.normalize(torch.randn(230, 40, generator=torch.Generator().manual_seed(0)), dim=1)
+    for backend, wide in (("triton", getattr(torch, dtype)), ("reference", torch.float64)):
+        z = x.to(getattr(torch, dtype)).to(wide).requires_grad_()
+        out = tile_loss(z, None, spec, Nce(), scale=10.0, backend=backend)
+        found.append([*(y.double() for y in out.rows.values()), torch.autograd.grad(out.loss, z)[0].double()])
+    for ours, exact, error in zip(*found, (1e-6, 1e-6, 1e-5), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=8e-3 if error == 1e-5 else 1e-6, atol=error)
 
 
 @pytest.mark.nightly

@@ -19,7 +19,7 @@ from fused_nce import tile_stats
 from fused_nce.backends.triton import atoms, configs, memory, plan
 from fused_nce.backends.triton.form import Form
 from fused_nce.core import atoms as definition
-from fused_nce.core import dispatch
+from fused_nce.core import dispatch, workspace
 from fused_nce.core.engine import tile_loss as engine_loss
 from fused_nce.core.problem import Problem
 from fused_nce.core.spec import Bias, Block, Hardness, Identity, Index, Spec, TanhClip
@@ -92,6 +92,12 @@ def test_split_walks(shape, penalty, clip):
     n, m = shape.images * shape.rows_per_image, shape.n_k * shape.n_c
     assert max(plan.split(x, y, 1, shape.d, 1 << 28).splits for x, y in ((n, m), (m, n))) > 1
     assert max(run(dataclasses.replace(shape, penalty=penalty, clip=clip)).values()) <= 1
+
+
+@pytest.mark.parametrize(("images", "n_c", "d"), [(66, 16, 9), (17, 64, 9)])
+def test_own_columns_that_end_with_a_tile(images, n_c, d):
+    """The tile after them, and that before, have no masks."""
+    assert max(run(Case("triton", "float32", 5, images=images, n_k=images, n_c=n_c, d=d, penalty=0.0)).values()) <= 1
 
 
 @pytest.mark.parametrize("needs", ["q", "k", "s", "qs", "ks", "qks", ""])
@@ -194,6 +200,24 @@ def test_rows_of_norm_one_need_no_shift(temperature):
         found.append((loss, *grads_of(loss, q, k)))
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("once", nightly_but([True], [True, False]))
+def test_symmetric_scores_are_seen_once(once, monkeypatch):
+    """In 19 blocks, the last a ragged one, and three splits; more than there is room for are seen twice."""
+    monkeypatch.setattr(plan, "MIRROR", 32)
+    monkeypatch.setattr(plan, "MIRROR_FROM", 1)
+    if not once:
+        monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", "0.05")
+    assert (plan.mirrored_bytes(590, 2, workspace.limit_bytes("cpu")) > 0) == once
+    spec, found = Spec(Block(2, 2), Identity(), Nce().stats, drop_self=True, unit_norm=True), []
+    x = torch.nn.functional.normalize(torch.randn(590, 9, generator=torch.Generator().manual_seed(0)), dim=1)
+    for backend in ("triton", "reference"):
+        z = x.clone().requires_grad_()
+        out = engine_loss(z, None, spec, Nce(), scale=2.0, backend=backend)
+        found.append([*out.rows.values(), *torch.autograd.grad(out.loss, z)])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-7)
 
 
 def test_what_bounds_a_score():

@@ -25,7 +25,7 @@ from fused_nce.core.tails import Coefficients, Tail
 
 BOTH_WAYS = False
 ATOMS = VOCABULARY - MARGINS - {"guide", "several", "prefixes"}  # each has its twin in `atoms.py`
-losses = whole_loss = gathered_scores = gathered_grads = None
+losses = gathered_scores = gathered_grads = None
 MOST_ROWS = 2**31 - 2**16  # a row's number is a 32-bit integer, a tile or a split beyond the last row too
 
 
@@ -72,6 +72,12 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
 def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradients]:
     """Statistics and gradients, without a stored score."""
     return _launch().loss(problem, tail, needs)
+
+
+def whole_loss(*call: Any) -> tuple[Any, ...] | None:
+    """`whole.py`: of nce over rows, with the norms, the tail and the upstream gradient in launches of their own."""
+    found: tuple[Any, ...] | None = importlib.import_module("fused_nce.backends.triton.whole").whole_loss(*call)
+    return found
 
 
 @cache

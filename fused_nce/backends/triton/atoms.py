@@ -75,6 +75,83 @@ def sets(x_marks, y_marks, y_inside, r, ROW_AXIS: tl.constexpr, FORM: tl.constex
     return pos, neg, kept
 
 
+@triton.jit
+def marks(index, count, other, given, COLUMNS: tl.constexpr, FORM: tl.constexpr):
+    """Marks of rows, or of COLUMNS, `count` of them beside `other`, from what a call gives a layout."""
+    row_ids, column_ids, ceilings, first, itself = given
+    if COLUMNS:
+        return marks_of_columns(index, column_ids, count, FORM)
+    else:
+        return marks_of_rows(index, row_ids, first, itself, ceilings, count, other, FORM)
+
+
+@triton.jit
+def sort_out(t, r, near, x_marks, ys, n_x, n_y, given, BY_COLUMN: tl.constexpr, FORM: tl.constexpr):
+    """(t, pos, neg, all) of a tile of dot products r, whose x are columns or rows.
+
+    Where places alone say what a negative is, t of anything else becomes −inf, which every formula of negatives takes
+    for nothing. Only a tile `near` such a place looks, as its branch is one for all threads; nobody reads a set then.
+    """
+    if FORM.by_place:
+        if FORM.hardness > 0:
+            t = t + FORM.hardness * r
+        if near:
+            t = negatives_alone(t, x_marks, ys, n_x, n_y, given, BY_COLUMN, FORM)
+        return t, t, t, t
+    else:
+        pos, neg, every = sets_of(r, x_marks, ys, n_x, n_y, given, BY_COLUMN, FORM)
+        return hardened(t, r, neg, FORM), pos, neg, every
+
+
+@triton.jit
+def negatives_alone(t, x_marks, ys, n_x, n_y, given, BY_COLUMN: tl.constexpr, FORM: tl.constexpr):
+    """t of the negatives, −inf elsewhere."""
+    _, neg, _ = sets_of(t, x_marks, ys, n_x, n_y, given, BY_COLUMN, FORM)
+    return tl.where(neg, t, float("-inf"))
+
+
+@triton.jit
+def sets_of(r, x_marks, ys, n_x, n_y, given, BY_COLUMN: tl.constexpr, FORM: tl.constexpr):
+    """`sets` of a tile."""
+    y_marks = marks(ys, n_y, n_x, given, not BY_COLUMN, FORM)
+    return sets(x_marks, y_marks, ys < n_y, r, 0 if BY_COLUMN else 1, FORM)
+
+
+@triton.jit
+def own_places(x0, X: tl.constexpr, given, BY_COLUMN: tl.constexpr, FORM: tl.constexpr):
+    """[low, high), int64: among these y are all that x0 and the X − 1 after it have as positives or are themselves."""
+    _, _, _, first, itself = given
+    start = x0.to(tl.int64)
+    last = start + (X - 1)
+    if FORM.ids == "image":  # which has the row itself, too
+        if BY_COLUMN:
+            of, others, away = FORM.n_c, FORM.rows_per_image, -first
+        else:
+            of, others, away = FORM.rows_per_image, FORM.n_c, first
+        return (start // of + away) * others, (last // of + away + 1) * others  # fault: triton-own-places
+    elif FORM.drop_self:
+        away = -itself if BY_COLUMN else itself
+        return start + away, last + away + 1
+    else:
+        return start, start
+
+
+@triton.jit
+def is_near(j, Y: tl.constexpr, n_y, places):
+    """Whether the tile of y from j on has any of those places, or the end of y."""
+    low, high = places
+    return ((j < high) & (j + Y > low)) | (j + Y > n_y)  # fault: triton-near
+
+
+@triton.jit
+def among(members, x, FORM: tl.constexpr):
+    """x of members, else 0: what x is anyway where others' t is −inf."""
+    if FORM.by_place:
+        return x
+    else:
+        return tl.where(members, x, 0.0)
+
+
 # ---- transforms -------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +255,7 @@ def add_exponentials(t, members, total, lost, top, s, FORM: tl.constexpr):
 
     tanh(±inf) = ±1 and e^−inf = 0 would hide a bad score: 0·s makes the sum NaN, whichever set the score is in.
     """
-    t = tl.where(members, t, float("-inf"))
+    t = t if FORM.by_place else tl.where(members, t, float("-inf"))
     seen = tl.maximum(top, tl.max(t, 1))
     if FORM.shiftless:
         e = tl.exp2(t * LOG2E)
@@ -193,14 +270,15 @@ def add_exponentials(t, members, total, lost, top, s, FORM: tl.constexpr):
 
 
 @triton.jit
-def merge_exponentials(total, top, part, peak, FORM: tl.constexpr):
-    """The sum and the maximum of two parts."""
-    seen = tl.maximum(top, peak)
+def merge_exponentials(total, top, parts, peaks, FORM: tl.constexpr):
+    """The sums and the maxima with those of several parts, (parts, X)."""
+    seen = tl.maximum(top, tl.max(peaks, 0))
     if FORM.shiftless:
-        return total + part, seen
+        return total + tl.sum(parts, 0), seen
     else:
         shift = shift_of(seen)
-        return total * exp(top - shift) + part * exp(peak - shift), seen  # fault: triton-splits-joined
+        faded = parts * exp(peaks - shift[None, :])  # fault: triton-splits-joined
+        return total * exp(top - shift) + tl.sum(faded, 0), seen
 
 
 # ---- weights ----------------------------------------------------------------------------------------------------
@@ -233,13 +311,13 @@ def weights_of(s, t, slope, of, terms, AXIS: tl.constexpr, FORM: tl.constexpr, W
     pos, neg, every = of
     neg_lse, d_neg_lse, d_softplus, d_square, pos_lse, d_pos_lse, d_sum, d_gap, share, d_neg_sum = terms
     if WANTED.neg_lse >= 0:
-        # fault: triton-clip-slope-missing
-        on_neg = tl.expand_dims(d_neg_lse, AXIS) * (tl.exp2(t * LOG2E - tl.expand_dims(neg_lse, AXIS)) * slope)
+        e = tl.exp2(t * LOG2E if FORM.shiftless else t * LOG2E - tl.expand_dims(neg_lse, AXIS))  # one for both sides
+        on_neg = tl.expand_dims(d_neg_lse, AXIS) * (e * slope)  # fault: triton-clip-slope-missing
         if WANTED.neg_softplus >= 0:
             on_neg += tl.expand_dims(d_softplus, AXIS) * (sigmoid(t) * slope)
-        w = tl.where(neg, on_neg, 0.0)
+        w = among(neg, on_neg, FORM)
     elif WANTED.neg_softplus >= 0:
-        w = tl.where(neg, tl.expand_dims(d_softplus, AXIS) * (sigmoid(t) * slope), 0.0)
+        w = among(neg, tl.expand_dims(d_softplus, AXIS) * (sigmoid(t) * slope), FORM)
     else:
         w = tl.zeros(t.shape, tl.float32)
     if WANTED.neg_sum >= 0:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from fused_nce.backends.triton import plan
 from fused_nce.backends.triton.form import ABSENT, Partials
-from fused_nce.backends.triton.plan import SLICE, STEP
 
 
 class Tile(NamedTuple):
@@ -62,7 +62,7 @@ _SM80 = {
         Tile(128, 64, 64, 64, 8, 3),
         Tile(128, 32, 128, 128, 8, 3),
         Tile(64, 64, 256, 256, 8, 2),
-        Tile(64, 32, 64, 512, 8, 2),
+        Tile(64, 16, 64, 512, 8, 3),
         Tile(64, 32, 64, 512, 8, 3),
     ),
     torch.float16: (
@@ -72,7 +72,7 @@ _SM80 = {
         Tile(64, 32, 64, 256, 8, 2),
         Tile(64, 32, 64, 256, 8, 2),
     ),
-    torch.float32: _FLOAT32,
+    torch.float32: (*_FLOAT32[:2], _FLOAT32[2]._replace(registers=ALL), *_FLOAT32[3:]),
 }
 # AMD's MI300 and MI200: 64 threads a warp, 64 KiB of local memory, and registers that hold no second stage.
 _NARROW = (
@@ -96,14 +96,17 @@ _CDNA = {
 TABLE: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
     **{("sm_80", dtype): tiles for dtype, tiles in _SM80.items()},
     **{(card, dtype): tiles for card in CONSUMER for dtype, tiles in _SM80.items()},
-    ("sm_120", torch.bfloat16): (*_SM80[torch.bfloat16][:4], Tile(64, 32, 64, 512, 8, 2)),
+    ("sm_120", torch.bfloat16): (
+        Tile(128, 32, 64, 64, 8, 3),
+        *_SM80[torch.bfloat16][1:4],
+        Tile(64, 32, 64, 512, 8, 2),
+    ),
     **{(card, torch.float32): tuple(tile._replace(registers=ALL) for tile in _FLOAT32) for card in CONSUMER},
-    ("sm_90", torch.bfloat16): (
-        Tile(128, 64, 64, 64, 8, 3),
-        Tile(128, 64, 128, 128, 8, 3),
+    ("sm_90", torch.bfloat16): (  # four warps: two or three programs on a multiprocessor, which take turns at its units
+        Tile(64, 64, 64, 64, 4, 3),
+        Tile(64, 64, 128, 128, 4, 3),
         Tile(128, 32, 256, 256, 8, 2),
-        Tile(64, 32, 512, 512, 8, 2),
-        Tile(64, 32, 64, 512, 8, 3),
+        *2 * (Tile(64, 32, 64, 512, 8, 3),),
     ),
     ("sm_90", torch.float16): (
         Tile(128, 64, 64, 64, 8, 3),
@@ -112,17 +115,17 @@ TABLE: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
         Tile(64, 32, 64, 512, 8, 3),
         Tile(64, 32, 64, 512, 8, 3),
     ),
-    ("sm_90", torch.float32): (Tile(32, 32, 32, 64, 8, 2), *_FLOAT32[1:]),
+    ("sm_90", torch.float32): (Tile(32, 32, 32, 64, 8, 2, ALL), *_FLOAT32[1:]),
     ("sm_100", torch.bfloat16): (
-        Tile(128, 64, 64, 64, 8, 3),
+        Tile(128, 64, 64, 64, 8, 3, ALL),
         Tile(128, 64, 128, 128, 8, 3, ALL),
         Tile(128, 32, 256, 256, 8, 2),
         Tile(64, 32, 512, 512, 8, 2, ALL),
         Tile(64, 32, 64, 512, 8, 3),
     ),
     ("sm_100", torch.float16): (
-        Tile(128, 64, 64, 64, 8, 3),
-        Tile(128, 32, 128, 128, 8, 2),
+        Tile(128, 64, 64, 64, 8, 3, both=32),
+        Tile(128, 32, 128, 128, 8, 2, ALL),
         Tile(128, 32, 256, 256, 8, 2),
         Tile(64, 32, 64, 512, 8, 2),
         Tile(64, 32, 64, 512, 8, 2),
@@ -137,6 +140,13 @@ TABLE: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
     (INTERPRETED, torch.float16): _INTERPRETED,
     (INTERPRETED, torch.float32): _INTERPRETED,
 }
+# Of the first columns: a pass over symmetric scores, plan.MIRROR rows at a time. Without, all scores are seen.
+_SEEN_ONCE = (Tile(256, 32, 64, 64, 4, 3), Tile(256, 32, 128, 128, 4, 3))
+MIRRORED: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
+    **{(card, dtype): _SEEN_ONCE for card in ("sm_80", "sm_90", "sm_100") for dtype in (torch.bfloat16, torch.float16)},
+    **{(INTERPRETED, dtype): 2 * (Tile(256, 32, 64, 64, 4, 1),) for dtype in (torch.float16, torch.float32)},
+}
+MASKED = ("gfx942", "gfx90a")  # architectures whose registers hold no branch for the few tiles that need a mask
 ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _ in TABLE if architecture != INTERPRETED))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -155,6 +165,11 @@ def tile(architecture: str, dtype: torch.dtype, d: int) -> Tile:
     """The tile for width D: of the file that FUSED_NCE_TILES names, else the shipped one."""
     column = column_of(d)
     found = own_tiles().get((architecture, dtype, column)) or TABLE[architecture, dtype][column]
+    return fitted(found, d)
+
+
+def fitted(found: Tile, d: int) -> Tile:
+    """No wider than D."""
     width = power_of_two(d)
     return found._replace(chunk=min(found.chunk, width), slice=min(found.slice, width))
 
@@ -164,9 +179,15 @@ def fold_tile(tile: Tile, parts: Partials) -> Tile:
     return tile if parts.pos_sum == ABSENT else tile._replace(y=max(16, tile.y // 2))
 
 
+def mirrored_tile(architecture: str, dtype: torch.dtype, d: int) -> Tile | None:
+    """The tile of a pass that takes the statistics of rows and of columns from symmetric scores; None without."""
+    found, column = MIRRORED.get((architecture, dtype), ()), column_of(d)
+    return fitted(found[column], d)._replace(x=plan.MIRROR) if column < len(found) else None
+
+
 def weights_tile(tile: Tile, both: bool) -> Tile:
     """The tile of a pass for a gradient: half the scores where each is weighed in both roles and registers are few."""
-    crowded = tile.slice == SLICE or tile.x < 64  # the widest sums; float32, whose tiles no tensor core holds
+    crowded = tile.slice == plan.SLICE or tile.x < 64  # the widest sums; float32, whose tiles no tensor core holds
     return tile._replace(y=tile.both or max(16, tile.y // 2)) if both and (crowded or tile.both) else tile
 
 
@@ -225,7 +246,7 @@ def read(path: str) -> Tiles:
         if key[:2] not in TABLE or key[2] not in range(len(WIDTHS) + 1):
             raise ValueError(f"FUSED_NCE_TILES: got {row}, need an architecture, a dtype and a column of the table")
         if not fits(one):
-            raise ValueError(f"FUSED_NCE_TILES: got {one}, need powers of two from 16 on, and y up to {STEP}")
+            raise ValueError(f"FUSED_NCE_TILES: got {one}, need powers of two from 16 on, and y up to {plan.STEP}")
         found[key] = one
     return found
 
@@ -243,4 +264,5 @@ def write(tiles: Tiles, path: str) -> None:
 def fits(one: Tile) -> bool:
     """What the kernels and `plan.py` take for granted."""
     sizes = (one.x, one.y, one.chunk, one.slice)
-    return all(size >= 16 and size & (size - 1) == 0 for size in sizes) and STEP % one.y == 0 and one.slice <= SLICE
+    powers = all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+    return powers and plan.STEP % one.y == 0 and one.slice <= plan.SLICE

@@ -17,6 +17,7 @@ from fused_nce.core.problem import Problem
 from fused_nce.core.spec import Block, Index, Labels
 
 ABSENT = -1
+OF_NEGATIVES = {"neg_lse", "neg_max", "neg_softplus", "square"}  # the last of all scores, but of those left out
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Wanted:
     def of(cls, names: Sequence[str]) -> Wanted:
         """In the order of `names`."""
         return cls(**{name: place for place, name in enumerate(names)})
+
+
+def _asked(wanted: Wanted) -> set[str]:
+    """The names of wanted statistics."""
+    return {name for name, place in vars(wanted).items() if place != ABSENT}
 
 
 def _places(used: dict[str, bool]) -> dict[str, int]:
@@ -85,8 +91,8 @@ class Partials:
 class Terms:
     """Line of each number that the weights of a side read, in an aligned and padded (lines, n) buffer."""
 
-    neg_lse: int  # times log2(e), as `pos_lse`
-    d_neg_lse: int
+    neg_lse: int  # times log2(e), as `pos_lse`; absent where e^t needs no shift
+    d_neg_lse: int  # times e^−neg_lse there
     d_softplus: int
     d_square: int  # times 2
     pos_lse: int
@@ -99,10 +105,10 @@ class Terms:
     lines: int
 
     @classmethod
-    def of(cls, wanted: Wanted, target: bool) -> Terms:
+    def of(cls, wanted: Wanted, target: bool, shiftless: bool = False) -> Terms:
         """The terms of the statistics that have a gradient."""
         used = {
-            "neg_lse": wanted.neg_lse,
+            "neg_lse": ABSENT if shiftless else wanted.neg_lse,
             "d_neg_lse": wanted.neg_lse,
             "d_softplus": wanted.neg_softplus,
             "d_square": wanted.square,
@@ -130,8 +136,10 @@ class Form:
     shiftless: bool  # e^t needs no shift: t is bounded
     tensor_scale: bool
     mixed: bool  # q and k differ in dtype: both meet in float32
+    shared: bool  # k is q
     rows: Wanted
     columns: Wanted
+    masked: bool = False  # every tile has masks, on a card whose registers hold no branch
 
     @property
     def two_way(self) -> bool:
@@ -139,14 +147,32 @@ class Form:
         return self.columns != Wanted()
 
     @property
+    def by_place(self) -> bool:
+        """Places alone say which scores are negatives, and nothing else is asked of sets: few tiles have any other.
+
+        Where k is q both roles have the same negatives.
+        """
+        asked = _asked(self.rows) | _asked(self.columns)
+        alike = self.rows_per_image == self.n_c or not self.shared
+        itself = self.drop_self and "square" in asked
+        placed = self.ids in ("image", "none") and not self.ceiling and not self.masked
+        return placed and asked <= OF_NEGATIVES and alike and not itself
+
+    @property
+    def symmetric(self) -> bool:
+        """Of row i and column j as of row j and column i, with one exponential for both."""
+        found = self.shared and self.drop_self and self.shiftless and self.by_place and not self.two_way
+        return found and _asked(self.rows) == {"neg_lse", "neg_max"}
+
+    @property
     def row_terms(self) -> Terms:
         """What the weights read of rows."""
-        return Terms.of(self.rows, self.ids == "target")
+        return Terms.of(self.rows, self.ids == "target", self.shiftless)
 
     @property
     def column_terms(self) -> Terms:
         """What they read of columns."""
-        return Terms.of(self.columns, False)
+        return Terms.of(self.columns, False, self.shiftless)
 
     @property
     def partners(self) -> int:
@@ -174,6 +200,7 @@ class Form:
             shiftless=shiftless(problem),
             tensor_scale=isinstance(problem.scale, Tensor),
             mixed=problem.q.dtype != problem.k.dtype,
+            shared=problem.shared,
             rows=Wanted.of(spec.stats),
             columns=Wanted.of(spec.columns),
         )

@@ -33,42 +33,66 @@ from fused_nce.backends.triton.memory import (
 @triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
     partial,  # (splits, PARTIALS.lines, n)
+    mirrored,  # (n / MIRRORED, PARTIALS.lines, n): the same of columns, of each block of rows above their own
     out,  # (S, n): statistics where WANTED puts them
     n,
     splits,
     FORM: tl.constexpr,
     WANTED: tl.constexpr,
     PARTIALS: tl.constexpr,
+    MIRRORED: tl.constexpr,  # rows of a block; 0 without
     X: tl.constexpr,
 ):
-    """Merges the splits' partial statistics, in the order of the splits."""
+    """Merges the splits' partial statistics."""
     rows = tl.program_id(0) * X + tl.arange(0, X)
+    _ = merged(partial, mirrored, out, rows, n, splits, FORM, WANTED, PARTIALS, MIRRORED, X)
+
+
+@triton.jit
+def merged(
+    partial, mirrored, out, rows, n, splits,
+    FORM: tl.constexpr, WANTED: tl.constexpr, PARTIALS: tl.constexpr, MIRRORED: tl.constexpr, X: tl.constexpr,
+):  # fmt: skip
+    """Stores X rows' statistics, splits in their order, then blocks above; (neg_lse, neg_max, square)."""
     inside = rows < n
     neg_sum = tl.zeros((X,), tl.float32)
     neg_top = tl.full((X,), float("-inf"), tl.float32)
     pos_sum, pos_top, square, soft, total, count = neg_sum, neg_top, neg_sum, neg_sum, neg_sum, neg_sum
     neg_total, neg_count = neg_sum, neg_sum
-    line, length = partial + rows, n.to(tl.int64)
-    for _ in range(splits):  # fault: triton-only-first
-        part = load_line(line, length, inside, PARTIALS.neg_sum, 0.0)
-        peak = load_line(line, length, inside, PARTIALS.neg_top, float("-inf"))
-        neg_sum, neg_top = merge_exponentials(neg_sum, neg_top, part, peak, FORM)
-        part = load_line(line, length, inside, PARTIALS.pos_sum, 0.0)
-        peak = load_line(line, length, inside, PARTIALS.pos_top, float("-inf"))
-        pos_sum, pos_top = merge_exponentials(pos_sum, pos_top, part, peak, FORM)
-        square += load_line(line, length, inside, PARTIALS.square, 0.0)
-        soft += load_line(line, length, inside, PARTIALS.softplus, 0.0)
-        total += load_line(line, length, inside, PARTIALS.total, 0.0)
-        count += load_line(line, length, inside, PARTIALS.count, 0.0)
-        neg_total += load_line(line, length, inside, PARTIALS.neg_total, 0.0)
-        neg_count += load_line(line, length, inside, PARTIALS.neg_count, 0.0)
-        line += PARTIALS.lines * length
+    length = n.to(tl.int64)
+    AT_ONCE: tl.constexpr = 2048 // X if X < 2048 else 1  # parts whose loads are in flight together
+    for first in range(0, splits, AT_ONCE):
+        some = first + tl.arange(0, AT_ONCE)
+        mask = inside[None, :] & (some < splits)[:, None]  # fault: triton-only-first
+        line = partial + offsets(some, PARTIALS.lines * length)[:, None] + rows[None, :]
+        parts = load_line(line, length, mask, PARTIALS.neg_sum, 0.0)
+        peaks = load_line(line, length, mask, PARTIALS.neg_top, float("-inf"))
+        neg_sum, neg_top = merge_exponentials(neg_sum, neg_top, parts, peaks, FORM)
+        parts = load_line(line, length, mask, PARTIALS.pos_sum, 0.0)
+        peaks = load_line(line, length, mask, PARTIALS.pos_top, float("-inf"))
+        pos_sum, pos_top = merge_exponentials(pos_sum, pos_top, parts, peaks, FORM)
+        square += tl.sum(load_line(line, length, mask, PARTIALS.square, 0.0), 0)
+        soft += tl.sum(load_line(line, length, mask, PARTIALS.softplus, 0.0), 0)
+        total += tl.sum(load_line(line, length, mask, PARTIALS.total, 0.0), 0)
+        count += tl.sum(load_line(line, length, mask, PARTIALS.count, 0.0), 0)
+        neg_total += tl.sum(load_line(line, length, mask, PARTIALS.neg_total, 0.0), 0)
+        neg_count += tl.sum(load_line(line, length, mask, PARTIALS.neg_count, 0.0), 0)
+    if MIRRORED > 0:
+        last = tl.program_id(0) * X + X - 1
+        for first in range(0, last // MIRRORED, AT_ONCE):
+            some = first + tl.arange(0, AT_ONCE)
+            mask = inside[None, :] & (some[:, None] < (rows // MIRRORED)[None, :])
+            line = mirrored + offsets(some, PARTIALS.lines * length)[:, None] + rows[None, :]
+            parts = load_line(line, length, mask, PARTIALS.neg_sum, 0.0)  # fault: triton-columns-dropped
+            peaks = load_line(line, length, mask, PARTIALS.neg_top, float("-inf"))
+            neg_sum, neg_top = merge_exponentials(neg_sum, neg_top, parts, peaks, FORM)
     neg_shift, pos_shift = shift_of(neg_top), shift_of(pos_top)
     if FORM.shiftless:
         neg_shift, pos_shift = neg_shift * 0.0, pos_shift * 0.0
     pos_lse = log_sum(pos_sum, pos_shift)
     out += rows
-    store_line(out, log_sum(neg_sum, neg_shift), length, inside, WANTED.neg_lse)
+    neg_lse = log_sum(neg_sum, neg_shift)
+    store_line(out, neg_lse, length, inside, WANTED.neg_lse)
     store_line(out, neg_top, length, inside, WANTED.neg_max)
     store_line(out, pos_lse, length, inside, WANTED.pos_lse)
     store_line(out, pos_top, length, inside, WANTED.pos_max)
@@ -80,6 +104,7 @@ def merge_kernel(
     store_line(out, neg_count, length, inside, WANTED.neg_count)
     gap = tl.where(count > 0.0, pos_lse - total / tl.maximum(count, 1.0), 0.0)
     store_line(out, gap, length, inside, WANTED.pos_gap)
+    return neg_lse, neg_top, square
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -89,6 +114,7 @@ def terms_kernel(
     d_pos,  # (N, 1), read where a row has a target
     terms,  # (TERMS.lines, n and padding) out
     n,
+    SHIFTLESS: tl.constexpr,  # e^t is no larger than float32: the row has the rest
     WANTED: tl.constexpr,
     TERMS: tl.constexpr,
     X: tl.constexpr,
@@ -102,6 +128,8 @@ def terms_kernel(
     length, pitch = n.to(tl.int64), pitch_of(n)
     found, d, out = found + rows, d + rows, terms + rows
     lse, slope = log_sum_terms(found, d, length, inside, WANTED.neg_lse)
+    if SHIFTLESS:
+        slope = slope * tl.exp2(-lse)
     store_line(out, lse, pitch, every, TERMS.neg_lse)
     store_line(out, slope, pitch, every, TERMS.d_neg_lse)
     lse, slope = log_sum_terms(found, d, length, inside, WANTED.pos_lse)

@@ -18,13 +18,14 @@ import triton.language as tl
 from fused_nce.backends.triton.atoms import (
     add_exactly,
     add_exponentials,
-    hardened,
+    among,
+    is_near,
     load_terms,
-    marks_of_columns,
-    marks_of_rows,
-    sets,
+    marks,
+    own_places,
     sigmoid,
     softplus,
+    sort_out,
     transform,
     weights_of,
 )
@@ -101,6 +102,7 @@ def fold_kernel(
     partial,  # (splits, PARTIALS.lines, n_x) out
     sums,  # (splits, n_x, D) out: Σ w·y, where GRADIENT
     tallies,  # (splits, n_x) out: Σ w, where GRADIENT and there is a bias
+    mirrored,  # (blocks of x, PARTIALS.lines, n_y) out: of each block its columns', where MIRRORED
     n_x,
     n_y,
     first,  # the image of row 0
@@ -112,6 +114,7 @@ def fold_kernel(
     PARTIALS: tl.constexpr,
     BY_COLUMN: tl.constexpr,
     GRADIENT: tl.constexpr,  # w = e^(t − shift) or σ(t), times the slope: dL/d statistic is one factor of the row
+    MIRRORED: tl.constexpr,  # scores are symmetric: each is seen in the block above the diagonal, for row and column
     D: tl.constexpr,
     PRECISION: tl.constexpr,
     X: tl.constexpr,
@@ -123,10 +126,9 @@ def fold_kernel(
     block, split, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     factor = load_scale(scale, FORM.tensor_scale)
     xs = block * X + tl.arange(0, X)
-    if BY_COLUMN:
-        x_marks = marks_of_columns(xs, column_ids, n_x, FORM)
-    else:
-        x_marks = marks_of_rows(xs, row_ids, first, itself, ceilings, n_x, n_y, FORM)
+    given = (row_ids, column_ids, ceilings, first, itself)
+    x_marks = marks(xs, n_x, n_y, given, BY_COLUMN, FORM)
+    places = own_places(block * X, X, given, BY_COLUMN, FORM)
     kept = load_tile(x, xs, n_x, stride_x, 0, D, CHUNK, FORM.mixed)
     none = tl.zeros((X,), tl.float32)
     neg_top = tl.full((X,), float("-inf"), tl.float32)
@@ -137,28 +139,33 @@ def fold_kernel(
     if GRADIENT:
         acc = tl.zeros((X, SLICE), tl.float32)
     begin = split * walk
-    for j in range(begin, begin + tl.minimum(walk, n_y - begin), Y):
+    end = begin + tl.minimum(walk, n_y - begin)
+    if MIRRORED:
+        begin = tl.maximum(begin, block * X)  # fault: triton-seen-twice
+        of_columns = mirrored + block.to(tl.int64) * (PARTIALS.lines * n_y.to(tl.int64))
+    for j in range(begin, end, Y):
         ys = j + tl.arange(0, Y)
-        if BY_COLUMN:
-            y_marks = marks_of_rows(ys, row_ids, first, itself, ceilings, n_y, n_x, FORM)
-        else:
-            y_marks = marks_of_columns(ys, column_ids, n_y, FORM)
         r, walked = score_tile(kept, x, y, xs, ys, n_x, n_y, stride_x, stride_y, part, FORM, D, CHUNK, SLICE, PRECISION)
-        pos, neg, every = sets(x_marks, y_marks, ys < n_y, r, 0 if BY_COLUMN else 1, FORM)
         s = factor * r
         t, slope = transform(s, clip, inverse_clip, bias, FORM)
-        t = hardened(t, r, neg, FORM)
+        near = is_near(j, Y, n_y, places)
+        t, pos, neg, every = sort_out(t, r, near, x_marks, ys, n_x, n_y, given, BY_COLUMN, FORM)
         if PARTIALS.neg_sum >= 0:
             w, neg_sum, neg_lost, neg_top, fade = add_exponentials(t, neg, neg_sum, neg_lost, neg_top, s, FORM)
+            if MIRRORED:
+                beyond = (ys < n_y) & (ys >= block * X + X)  # the diagonal block has both
+                at = of_columns + ys
+                store_line(at, tl.sum(w + 0.0 * s, 0), n_y.to(tl.int64), beyond, PARTIALS.neg_sum)
+                store_line(at, tl.max(t, 0), n_y.to(tl.int64), beyond, PARTIALS.neg_top)
             if GRADIENT and not FORM.shiftless:
                 acc, tally = acc * fade[:, None], tally * fade  # fault: triton-sums-keep
         elif PARTIALS.neg_top >= 0:
-            neg_top = tl.maximum(neg_top, tl.max(tl.where(neg, t, float("-inf")), 1))
+            neg_top = tl.maximum(neg_top, tl.max(t if FORM.by_place else tl.where(neg, t, float("-inf")), 1))
         if PARTIALS.softplus >= 0:
-            part_sum = tl.sum(tl.where(neg, softplus(t), 0.0) + 0.0 * s, 1)  # softplus(−inf) would hide a bad score
+            part_sum = tl.sum(among(neg, softplus(t), FORM) + 0.0 * s, 1)  # softplus(−inf) would hide a bad score
             soft, soft_lost = add_exactly(soft, soft_lost, part_sum)
             if GRADIENT:
-                w = tl.where(neg, sigmoid(t), 0.0)
+                w = among(neg, sigmoid(t), FORM)
         if PARTIALS.pos_sum >= 0:
             _, pos_sum, pos_lost, pos_top, _ = add_exponentials(t, pos, pos_sum, pos_lost, pos_top, 0.0, FORM)
         elif PARTIALS.pos_top >= 0:
@@ -248,11 +255,13 @@ def weights_kernel(
     block, split, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     factor = load_scale(scale, FORM.tensor_scale)
     xs = block * X + tl.arange(0, X)
+    given = (row_ids, column_ids, ceilings, first, itself)
+    places = own_places(block * X, X, given, not AS_ROW, FORM)
     if AS_ROW:
-        row_marks = marks_of_rows(xs, row_ids, first, itself, ceilings, n_x, n_y, FORM)
+        row_marks = marks(xs, n_x, n_y, given, False, FORM)
         row_terms = load_terms(row_lines, xs, n_x, ROWS)
     if AS_COLUMN:
-        column_marks = marks_of_columns(xs, column_ids, n_x, FORM)
+        column_marks = marks(xs, n_x, n_y, given, True, FORM)
         column_terms = load_terms(column_lines, xs, n_x, COLUMNS)
     kept = load_tile(x, xs, n_x, stride_x, 0, D, CHUNK, FORM.mixed)
     acc = tl.zeros((X, SLICE), tl.float32)
@@ -263,19 +272,19 @@ def weights_kernel(
         r, walked = score_tile(kept, x, y, xs, ys, n_x, n_y, stride_x, stride_y, part, FORM, D, CHUNK, SLICE, PRECISION)
         s = factor * r
         t, slope = transform(s, clip, inverse_clip, bias, FORM)
+        near = is_near(j, Y, n_y, places)
         if AS_ROW:
-            y_marks = marks_of_columns(ys, column_ids, n_y, FORM)
             y_terms = load_terms(column_lines, ys, n_y, COLUMNS)
-            of = sets(row_marks, y_marks, ys < n_y, r, 1, FORM)
-            w = role_weights(s, hardened(t, r, of[1], FORM), slope, of, row_terms, y_terms, 1, FORM)
+            u, pos, neg, every = sort_out(t, r, near, row_marks, ys, n_x, n_y, given, False, FORM)
+            w = role_weights(s, u, slope, (pos, neg, every), row_terms, y_terms, 1, FORM)
         if AS_COLUMN:
-            y_marks = marks_of_rows(ys, row_ids, first, itself, ceilings, n_y, n_x, FORM)
             y_terms = load_terms(row_lines, ys, n_y, ROWS)
-            of = sets(column_marks, y_marks, ys < n_y, r, 0, FORM)
-            back = role_weights(s, hardened(t, r, of[1], FORM), slope, of, y_terms, column_terms, 0, FORM)
+            if not (AS_ROW and FORM.by_place):  # else the negatives are those of the other role
+                u, pos, neg, every = sort_out(t, r, near, column_marks, ys, n_x, n_y, given, True, FORM)
+            back = role_weights(s, u, slope, (pos, neg, every), y_terms, column_terms, 0, FORM)
             if FORM.ids == "target":  # any number of rows may have a column as theirs: no gathering in a fixed order
                 d_target = load_term(row_lines + ys, pitch_of(n_y), ROWS.d_target)
-                back += tl.where(of[0], d_target[None, :] * slope, 0.0)  # fault: triton-target-column
+                back += tl.where(pos, d_target[None, :] * slope, 0.0)  # fault: triton-target-column
             w = w + back if AS_ROW else back  # fault: triton-one-two
         if FORM.transform == "bias":  # without a penalty dL/dt is dL/ds; the penalty is none of the bias's
             tally += tl.sum(w, 1)

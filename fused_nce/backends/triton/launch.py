@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -34,24 +36,44 @@ class Sums(NamedTuple):
     partial: Tensor | None  # (splits, lines, N) beside which they were summed; None where normalised
 
 
+Merge = Callable[[Tensor, Tensor, Tensor, int, dict[str, Any]], None]
+"""Launches what merges splits: (partial, mirrored, room for the statistics, splits, constants)."""
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Launches go to the tensor's device, whichever is current."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def with_rows(x: Tensor) -> Tensor:
+    """With the elements of a row adjacent; rows may lie anywhere."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
 class Sweep:
     """One problem's launches. Every tensor lies on its device, and every launch goes to that device's stream."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, stash: torch.dtype = torch.float32) -> None:
         self.p, self.spec, self.form = problem, problem.spec, Form.of(problem)
-        # The elements of a row must be adjacent; rows may lie anywhere.
-        q, k = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (problem.q, problem.k))
+        self.stash = stash  # of the gradients
+        q, k = with_rows(problem.q), with_rows(problem.k)
         self.rows_side, self.columns_side = Side(q, k, True, False), Side(k, q, False, True)
         self.d, self.empty = q.shape[1], q.new_empty(0, dtype=torch.float32)
         self.row_sums: Sums | None = None  # dq's, where the statistics' own pass gave them
         architecture = configs.architecture_of(q.device)
         assert architecture is not None, "why_not was not asked"
-        self.tile = configs.tile(architecture, torch.promote_types(q.dtype, k.dtype), self.d)
+        self.form = dataclasses.replace(self.form, masked=architecture in configs.MASKED)
+        kind = architecture, torch.promote_types(q.dtype, k.dtype), self.d
+        self.tile = configs.tile(*kind)
         clip = self.spec.clip
-        bias = problem.bias if isinstance(problem.bias, Tensor) else self.empty.new_full((), problem.bias)
-        self.scores = (problem.scale, *((clip, 1 / clip) if clip else (1.0, 1.0)), bias)
         self.limit = workspace.limit_bytes(q.device.type)
+        lines = Partials.of(self.form.rows).lines
+        once = self.form.symmetric and plan.mirrored_bytes(problem.n, lines, self.limit) > 0
+        self.mirrors = configs.mirrored_tile(*kind) if once else None  # of a statistics pass
         self.biased = isinstance(self.spec.transform, Bias)
+        bias: Any = problem.bias if self.biased else self.empty  # which nobody reads
+        bias = bias if isinstance(bias, Tensor) else self.empty.new_full((), bias)
+        self.scores = (problem.scale, *((clip, 1 / clip) if clip else (1.0, 1.0)), bias)
         ids = (problem.row_ids, problem.column_ids)
         self.row_ids, self.column_ids = (self.empty if x is None else x.contiguous() for x in ids)
         self.ceilings = self.empty if problem.ceilings is None else problem.ceilings[0].contiguous()
@@ -76,8 +98,8 @@ class Sweep:
         return "tf32" if (wide and allowed) or (self.form.mixed and not wide) else "ieee"  # fault: triton-tf32
 
     def device(self) -> AbstractContextManager[Any]:
-        """Launches go to the tensors' device, whichever is current."""
-        return torch.cuda.device(self.p.q.device) if self.p.q.is_cuda else nullcontext()
+        """Of its launches."""
+        return on_device(self.p.q)
 
     def new(self, *shape: int) -> Tensor:
         """An uninitialised float32 buffer."""
@@ -101,25 +123,35 @@ class Sweep:
             )  # fmt: skip
         return pos
 
-    def fold(self, side: Side, gradient: bool = False) -> Tensor:
+    def merge(self, partial: Tensor, mirrored: Tensor, out: Tensor, splits: int, constants: dict[str, Any]) -> None:
+        """As `Merge`."""
+        n = out.shape[1]
+        gather.merge_kernel[(triton.cdiv(n, 128),)](partial, mirrored, out, n, splits, **constants, X=128)
+
+    def fold(self, side: Side, gradient: bool = False, merge: Merge | None = None) -> Tensor:
         """(S, n_x) statistics of x and, in the same pass, `row_sums`, which become dq."""
         n_x, n_y = side.x.shape[0], side.y.shape[0]
         wanted = self.form.columns if side.as_column else self.form.rows
         parts, names = Partials.of(wanted), self.spec.columns if side.as_column else self.spec.stats
         slices = triton.cdiv(self.d, self.tile.slice) if gradient else 1
-        split = plan.split(n_x, n_y, slices, parts.lines + self.d * gradient, self.limit)
+        tile, programs = configs.fold_tile(self.tile, parts), plan.PROGRAMS
+        mirrored = self.empty
+        if self.mirrors and not gradient:
+            tile, programs = self.mirrors, plan.MIRROR_PROGRAMS
+            mirrored = self.new(triton.cdiv(n_x, tile.x), parts.lines, n_x)
+        split = plan.split(n_x, n_y, slices, parts.lines + self.d * gradient, self.limit, programs)
         partial, out = self.new(split.splits, parts.lines, n_x), self.new(len(names), n_x)
         sums = self.new(split.splits, n_x, self.d) if gradient else self.empty
         tallies = self.new(split.splits, n_x) if gradient and self.biased else self.empty
-        kernels.fold_kernel[(triton.cdiv(n_x, self.tile.x), split.splits, slices)](
+        kernels.fold_kernel[(triton.cdiv(n_x, tile.x), split.splits, slices)](
             side.x, side.y, *self.scores, self.row_ids, self.column_ids, self.ceilings, partial, sums, tallies,
-            n_x, n_y, self.first, self.itself, split.walk, side.x.stride(0), side.y.stride(0),
+            mirrored, n_x, n_y, self.first, self.itself, split.walk, side.x.stride(0), side.y.stride(0),
             FORM=self.form, PARTIALS=parts, BY_COLUMN=side.as_column, GRADIENT=gradient,
-            **self.compiled(configs.fold_tile(self.tile, parts)),
+            MIRRORED=mirrored.numel() > 0, **self.compiled(tile),
         )  # fmt: skip
-        gather.merge_kernel[(triton.cdiv(n_x, 128),)](
-            partial, out, n_x, split.splits, FORM=self.form, WANTED=wanted, PARTIALS=parts, X=128
-        )
+        constants = {"FORM": self.form, "WANTED": wanted, "PARTIALS": parts}
+        constants["MIRRORED"] = tile.x if mirrored.numel() else 0
+        (merge or self.merge)(partial, mirrored, out, split.splits, constants)
         self.row_sums = Sums(sums, tallies, partial) if gradient else None
         return out
 
@@ -136,7 +168,9 @@ class Sweep:
         def of(n: int, x: Tensor, d_x: Tensor, wanted: Wanted, terms: Terms) -> Tensor:
             blocks = triton.cdiv(n, plan.STEP)
             out = self.new(terms.lines, blocks * plan.STEP)
-            gather.terms_kernel[(blocks,)](x, d_x, d.d_pos, out, n, WANTED=wanted, TERMS=terms, X=plan.STEP)
+            gather.terms_kernel[(blocks,)](
+                x, d_x, d.d_pos, out, n, SHIFTLESS=form.shiftless, WANTED=wanted, TERMS=terms, X=plan.STEP
+            )
             return out
 
         rows = of(self.p.n, found.rows, d.d_rows, form.rows, form.row_terms)
@@ -166,7 +200,8 @@ class Sweep:
         n_x, n_y, splits, form = side.x.shape[0], side.y.shape[0], sums.parts.shape[0], self.form
         shape = configs.gather_tile(self.d, form.n_c if side.as_row else form.rows_per_image)
         widths = triton.cdiv(self.d, shape.width)
-        out = sums.parts[0] if splits == 1 else self.new(n_x, self.d)
+        here = splits == 1 and self.stash == torch.float32
+        out = sums.parts[0] if here else side.x.new_empty(n_x, self.d, dtype=self.stash)
         dots = self.new(widths, n_x) if scale else self.empty
         on_bias = self.new(n_x) if scale and self.biased else self.empty
         gather.finish_kernel[(triton.cdiv(n_x, shape.x), widths)](
@@ -216,6 +251,11 @@ class Sweep:
         one = (rows.neg_lse >= 0) != (rows.neg_softplus >= 0)
         return one and not tail.penalty and max(rows.pos_lse, rows.pos_sum, rows.neg_sum) < 0
 
+    def sums_at_once(self, tail: Tail, needs: Needs) -> bool:
+        """Whether the statistics' pass sums dq too."""
+        wanted = needs.q or (needs.scale and not needs.k)
+        return wanted and self.known_before(tail) and not self.p.shared
+
 
 def stats(problem: Problem) -> Statistics:
     """One score GEMM; two with column statistics."""
@@ -240,9 +280,8 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
     for dk. Where k is q, one pass after the statistics gives the whole gradient: 1u + 2u.
     """
     sweep, spec = Sweep(problem), problem.spec
-    single = sweep.known_before(tail) and not problem.shared and (needs.q or (needs.scale and not needs.k))
     with sweep.device():
-        found = sweep.statistics(gradient=single)
+        found = sweep.statistics(gradient=sweep.sums_at_once(tail, needs))
         if not any(needs):
             return found, Gradients(sweep.empty, sweep.empty, sweep.empty)
         unit = tail.unit(problem.n * tail.per_row(spec))

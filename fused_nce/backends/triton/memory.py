@@ -9,7 +9,7 @@ from fused_nce.backends.triton.plan import STEP
 
 # Never specialised: another batch does not recompile. The form, D and the tile are compiled in: a division by a number
 # known then is a multiplication, and each tile makes one for every row and column.
-SIZES = ["n", "m", "n_x", "n_y", "first", "itself", "walk", "splits"]
+SIZES = ["n", "m", "n_x", "n_y", "first", "itself", "walk", "splits", "programs"]
 
 
 PITCH = tl.constexpr(STEP)
@@ -43,9 +43,9 @@ def load_scale(scale, TENSOR_SCALE: tl.constexpr):
 
 @triton.jit
 def load_line(lines, length, mask, LINE: tl.constexpr, ABSENT: tl.constexpr):
-    """Line LINE of (lines, length); a line that is not there is ABSENT."""
+    """Line LINE of (lines, length); ABSENT where there is none, or no element."""
     if LINE >= 0:
-        return tl.load(lines + LINE * length, mask=mask, other=0.0)
+        return tl.load(lines + LINE * length, mask=mask, other=ABSENT)
     else:
         return tl.full(mask.shape, ABSENT, tl.float32)
 

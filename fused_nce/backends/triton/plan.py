@@ -11,6 +11,9 @@ PROGRAMS = 264  # enough for two on each of an H100's 132 multiprocessors
 BLOCK = 64  # rows that a program keeps, nominally
 STEP = 256  # a split is a multiple of this many rows: of every tile in the table
 SLICE = 512  # of D that a program's sums hold at most; wider rows have a program each
+MIRROR = 256  # rows of a block whose symmetric scores are seen once, for rows and columns
+MIRROR_FROM = 32 * MIRROR  # fewer rows fill the card better with all scores
+MIRROR_PROGRAMS = 32 * PROGRAMS  # walks end at the diagonal: many short ones share the card evenly
 
 
 class Split(NamedTuple):
@@ -20,7 +23,7 @@ class Split(NamedTuple):
     walk: int
 
 
-def split(n_x: int, n_y: int, slices: int, numbers: int, limit_bytes: int) -> Split:
+def split(n_x: int, n_y: int, slices: int, numbers: int, limit_bytes: int, programs: int = PROGRAMS) -> Split:
     """Few rows to keep and many to walk through: enough splits to fill the card, as far as their sums may be held.
 
     Args:
@@ -29,11 +32,18 @@ def split(n_x: int, n_y: int, slices: int, numbers: int, limit_bytes: int) -> Sp
         slices: programs for each block of rows, beside each other on the card already.
         numbers: float32 numbers that a split leaves for each row.
         limit_bytes: for all of them.
+        programs: wanted; more than the card holds, where their walks differ.
     """
     steps = -(-n_y // STEP)
-    wanted = min(PROGRAMS // (-(-n_x // BLOCK) * slices), limit_bytes // (4 * n_x * numbers), steps)
+    wanted = min(programs // (-(-n_x // BLOCK) * slices), limit_bytes // (4 * n_x * numbers), steps)
     walk = -(-steps // max(1, wanted)) * STEP
     return Split(-(-n_y // walk), walk)
+
+
+def mirrored_bytes(n: int, lines: int, limit_bytes: int) -> int:
+    """What the blocks of n rows leave for the columns of symmetric scores; 0 where all scores are seen instead."""
+    found = 4 * lines * n * -(-n // MIRROR)
+    return found if n >= MIRROR_FROM and found <= limit_bytes else 0
 
 
 def workspace_bytes(spec: Spec, n: int, m: int, d: int, limit_bytes: int) -> int:
@@ -58,4 +68,6 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, limit_bytes: int) -> int
     columns = max(held(m, n, slices, d), held(m, n, 1, column_lines))
     dots = 4 * max(n, m) * (-(-d // 16) + 2)
     tail = 4 * n * (4 * spec.n_pos + 3 * len(spec.stats) + 8) + 12 * m * len(spec.columns)
+    if n == m and spec.drop_self and (mirrored := mirrored_bytes(n, row_lines, limit_bytes)):
+        rows = max(rows, mirrored + 4 * n * row_lines * split(n, n, 1, row_lines, limit_bytes, MIRROR_PROGRAMS).splits)
     return max(rows, columns) + dots + terms + tail + 4 * n * row_lines

@@ -1,0 +1,83 @@
+"""The plain call as few launches of Triton's kernels, under the interpreter, beside the operators.
+
+`test_interpret.py` runs this file in a process of its own.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from fused_nce import info_nce, moco_nce, nt_xent
+from fused_nce.backends import triton
+from fused_nce.backends.triton import whole
+from tests.backends.test_cuda_whole import LOSSES, close, draw, gradients, hold_to_the_operators
+from tests.marks import nightly_but
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """How many calls were: a loss that falls back to the operators would pass every comparison with them."""
+    seen, function = [], triton.whole_loss
+
+    def listen(*arguments):
+        seen.append(function(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(triton, "whole_loss", listen)
+    return lambda: sum(x is not None for x in seen)
+
+
+FEW = [*((name, torch.float32) for name in LOSSES), ("moco", torch.float16)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), nightly_but(FEW, product(LOSSES, (torch.float32, torch.float16))))
+def test_it_is_what_the_operators_are(name, dtype, served, monkeypatch):
+    hold_to_the_operators(triton, name, dtype, served, monkeypatch)
+
+
+def test_rows_of_several_programs(monkeypatch):
+    """Of the tail's, whose numbers another launch adds up; several widths of a norm; a row of zeros, a huge one."""
+    monkeypatch.setattr(whole, "ALONE", 64)
+    for n, d in ((140, 9), (9, 300)):
+        q, k = draw(0, n, d).requires_grad_(), draw(1, n, d).requires_grad_()
+        with torch.no_grad():
+            q[3] = 0.0
+        outs = [info_nce(q, k, normalize=True, backend=name) for name in ("triton", "reference")]
+        ours, theirs = ([x.loss, *x.stats.values(), *gradients(x.loss, [q, k])] for x in outs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
+        with torch.no_grad():
+            q[5] = 1e30
+            rows = info_nce(q, k, normalize=True, reduction="none", backend="triton").nce
+        assert torch.equal(rows.isnan().flatten(), torch.arange(n) == 5)
+
+
+def test_a_graph_that_is_kept_keeps_its_gradients():
+    a, b = draw(0, 7, 20).requires_grad_(), draw(1, 7, 20).requires_grad_()
+    for loss in (nt_xent(a, b, backend="triton").loss, info_nce(a, b, backend="triton").loss):
+        first = gradients(3.0 * loss, [a, b], retain_graph=True)
+        first = [x.clone() for x in first]
+        assert all(map(torch.equal, first, gradients(3.0 * loss, [a, b], retain_graph=True)))
+        close(gradients(loss, [a, b]), [x / 3.0 for x in first], torch.float32)
+
+
+def test_a_queue_may_change_before_the_backward(served):
+    q, k, queue = draw(0, 6, 16).requires_grad_(), draw(1, 6, 16), draw(2, 30, 16)
+    (before,) = gradients(moco_nce(q, k, queue, backend="triton").loss, [q])
+    out = moco_nce(q, k, queue, backend="triton")
+    queue.zero_()
+    assert torch.equal(gradients(out.loss, [q])[0], before)
+    assert served() == 2
+    assert not out.nce.requires_grad
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradients(moco_nce(q, k, queue, backend="triton").loss, [q], create_graph=True)
+
+
+def test_what_it_does_not_serve_goes_to_the_operators(served):
+    q, k = draw(0, 6, 16), draw(1, 6, 16)
+    info_nce(q, k, torch.arange(6), backend="triton")  # an index, which it would have to read
+    info_nce(q, k, symmetric=True, backend="triton")
+    moco_nce(q, k, draw(2, 9, 16), normalize=False, backend="triton")
+    assert served() == 0
