@@ -107,13 +107,18 @@ def networks() -> list[nn.Module]:
     assert loss.isfinite()
     return [
         tiny,
+        models.AAE(architecture="tiny32", decoder=16),
         models.AMDIM(image_size=32, ndf=4, n_rkhs=16, n_depth=1),
+        models.BiGAN(architecture="tiny32", decoder=16),
         models.CPC.vision(image_size=64, patch_size=16),
         models.DIM(architecture="tiny32"),
         models.Distilled(teacher=lambda: nn.Identity(), classes=10, backbone="tiny"),
         models.MoCo(backbone="tiny", dim=8, queue_size=16),
+        models.NAT(size=10, architecture="tiny32"),
         models.NPID(size=10, backbone="tiny", dim=8),
+        models.PriorGenerator(architecture="tiny32", decoder=16),
         models.SupCon(backbone="tiny", dim=8),
+        models.VAE(architecture="tiny32", decoder=16),
     ]
 
 
