@@ -161,8 +161,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     out = options.out or host.ROOT / ("runs/bench" if options.quick or options.losses else "bench/results")
     out.mkdir(parents=True, exist_ok=True)
     path: Path = out / f"family-{record['host']['slug']}.json"
-    known: dict[tuple[str, str], str] = {}  # (loss, rival) → why it is left out of the problems after
     for threads in options.threads:
+        known: dict[tuple[str, str], str] = {}  # (loss, rival) → why it is left out of the problems after
         with torch_threads(threads):
             for problem in tqdm(chosen, desc=f"{threads} threads", unit="problem", disable=None, dynamic_ncols=True):
                 most = threads == max(options.threads)  # the peak is the same with fewer

@@ -58,10 +58,9 @@ def largest(record: Record) -> str:
 def table(record: Record, threads: int | None = None) -> str:
     """Each problem: our time, how much faster than the rivals, memory, and errors."""
     threads = threads or max(row["threads"] for row in record["problems"])
+    shown = [row for row in record["problems"] if row["threads"] == threads]
     rows = []
-    for row in record["problems"]:
-        if row["threads"] != threads:
-            continue
+    for row in shown:
         ours, names = time_ms(row, "ours"), row["rivals"]
         ratios = [f"{time_ms(row, name) / ours:.2f}×" if name in names else "–" for name in ("eager", "compile")]
         others = [n for n in names if n not in ("eager", "compile", "chunked", "ours")]
@@ -90,7 +89,7 @@ def table(record: Record, threads: int | None = None) -> str:
     note = f"Loss and gradients, float32, {threads} threads; memory above inputs and gradients; "
     named = any("bound_libraries" in row for row in record["problems"])
     note += f"the least GEMMs are those of {'the library named' if named else 'torch.mm'}."
-    return f"{markdown(header, rows)}\n\n{note} {host_line(record)}"
+    return f"{markdown(header, rows)}\n\n{note} {host_line({**record, 'problems': shown})}"
 
 
 def _libraries(row: Row) -> str:

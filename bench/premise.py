@@ -29,6 +29,7 @@ matplotlib.use("Agg")
 
 RECORD = host.ROOT / "docs/results/premise.json"
 IMAGES = 512  # of an update
+TRAINING = 50_000  # CIFAR-10's
 PART = 128  # that an encoder sees at a time where the loss's images can come in parts: of BatchNorm's statistics
 PROBES = {"knn": "kNN-200", "linear": "linear"}
 JUDGED = ("--protocols=knn,linear", "--baselines=false", "--cost=false")
@@ -67,9 +68,10 @@ ARMS = {
 
 
 def command(name: str, negatives: int, seed: int, data: str, epochs: int, run: Path) -> list[str]:
-    """What trains one run."""
-    arm = ARMS[name]
+    """What trains one run: as many updates as a pass has that compares all its images."""
+    arm, updates = ARMS[name], epochs * (TRAINING // IMAGES)
     shared = [f"--data={data}", "--preset=cifar10-tiny", f"--optim.epochs={epochs}", f"--seed={seed}", f"--out={run}"]
+    shared += [f"--max-steps={updates}", "--overwrite"]  # what a run left that was stopped before its first checkpoint
     quiet = ["--optim.warmup_updates=20", "--run.tensorboard=false"]
     return ["train", arm.method, *shared, *quiet, *arm.arguments(negatives)]
 
@@ -79,7 +81,7 @@ def run_one(name: str, negatives: int, seed: int, data: str, epochs: int, run: P
     program = [sys.executable, "-m", "fused_nce.cli"]
     judged = run / "eval.json"
     if not judged.exists():
-        resume = (run / "checkpoints").is_dir()
+        resume = any((run / "checkpoints").glob("step_*"))
         train = ["train", "--resume", str(run)] if resume else command(name, negatives, seed, data, epochs, run)
         evaluate = ["eval", str(run), *JUDGED, f"--taps={ARMS[name].tap}"]
         for arguments in (train, evaluate):
@@ -169,9 +171,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     record: dict[str, Any] = {"code": host.commit(), "host": host.facts(), "versions": host.versions(), "runs": []}
     for name, negatives, seed in tqdm(wanted, unit="run", disable=None, dynamic_ncols=True):
-        run = options.runs / f"{name}-{negatives}-{seed}"
+        run = options.runs / f"{name}-{negatives}-{seed}-epochs-{options.epochs}"
         record["runs"].append(run_one(name, negatives, seed, options.data, options.epochs, run))
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        part = options.out.with_suffix(".part")
+        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        part.replace(options.out)
         draw(record, options.out.with_suffix(".png"))
     print(table(record))
     return 0

@@ -214,6 +214,9 @@ def test_others_fused_losses_take_part_where_they_are_installed(monkeypatch):
         row["rivals"] = {kept: row["rivals"][kept] for kept in (name, "naive", "ours")}
         table = gpu_tables.main_table({**record_of(row), "clock": "wall"})
         assert re.search(rf"\| {rivals.LIBRARIES[name].label} [\d.]+ \|", table)
+    monkeypatch.setitem(sys.modules, "memeff", SimpleNamespace())  # another version, without the name
+    clip = next(p for p in problems.ALL if p.loss == "clip_loss")
+    assert "memeff" not in rivals.losses(clip.tiny(), CPU, compiled=False)
     others = rivals.losses(problems.TABLE[0].tiny(), CPU, compiled=False)
     assert not others.keys() & rivals.LIBRARIES.keys()
 

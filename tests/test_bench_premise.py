@@ -21,6 +21,8 @@ def test_an_update_has_the_same_images_whatever_a_loss_compares(name, negatives,
     compared = settings.local_batch(1)
     assert compared * settings.optim.accumulate == premise.IMAGES
     assert settings.seed == 3
+    batches = premise.TRAINING // compared
+    assert batches // settings.optim.accumulate * 2 >= settings.run.max_steps == 194
     arm = premise.ARMS[name]
     assert (settings.model.queue_size if arm.queue else compared) == negatives
     assert arm.tap in settings.taps
@@ -34,7 +36,7 @@ def test_runs_that_are_done_are_kept_and_a_started_one_goes_on(tmp_path, monkeyp
         if "fused_nce.cli" not in arguments:  # git
             return real(arguments, **options)
         told.append(arguments[3:])
-        folder = tmp_path / f"moco-16-{len(told) // 3}"
+        folder = tmp_path / f"moco-16-{len(told) // 3}-epochs-2"
         if told[-1][0] == "eval":
             probes = [
                 {"probe": probe, "labels": "all", "accuracy_pct": 50.0 + i} for i, probe in enumerate(premise.PROBES)
@@ -46,13 +48,13 @@ def test_runs_that_are_done_are_kept_and_a_started_one_goes_on(tmp_path, monkeyp
         return None
 
     monkeypatch.setattr(subprocess, "run", run)
-    (tmp_path / "moco-16-1/checkpoints").mkdir(parents=True)
+    (tmp_path / "moco-16-1-epochs-2/checkpoints/step_00000004").mkdir(parents=True)
     out = tmp_path / "premise.json"
     options = ["--data=x", f"--runs={tmp_path}", f"--out={out}", "--arms", "moco", "--negatives", "16", "--seeds=2"]
     assert premise.main(options) == 0
     assert [words[0] for words in told] == ["train", "eval"] * 2
     assert told[0][1] == "moco"
-    assert told[2][1:] == ["--resume", str(tmp_path / "moco-16-1")]
+    assert told[2][1:] == ["--resume", str(tmp_path / "moco-16-1-epochs-2")]
     first = out.read_text()
     assert premise.main(options) == 0
     assert len(told) == 4

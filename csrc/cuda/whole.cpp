@@ -350,6 +350,7 @@ bool serves(const Form& form, const WholeCall& call, const Given& x) {
   const bool apart = form.layout == LayoutKind::separate;
   if ((form.layout != LayoutKind::block && !apart) || apart != x.own_keys.defined() || (apart && !call.normalize))
     return false;
+  if (apart && (call.parts || x.keys().requires_grad())) return false;  // the keys are a queue's
   if (apart && (form.clip > 0.0 || form.positives != 1 || form.tail.penalty > 0.0 || x.own_keys.requires_grad() ||
                 x.own_keys.sizes() != x.q.sizes()))
     return false;

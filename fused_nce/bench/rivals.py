@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,8 +94,8 @@ def library(module: str, makers: dict[str, Callable[[Any], Loss]], problem: form
         return None
     try:
         return makers[problem.loss](importlib.import_module(module))
-    except (ImportError, RuntimeError, OSError) as error:
-        if importlib.util.find_spec(module.partition(".")[0]) is not None:  # it is here, but does not load
+    except Exception as error:  # another version may have other names
+        if not (isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]):
             logging.getLogger("fused_nce").warning("%s is left out: %s", module, error)
         return None
 

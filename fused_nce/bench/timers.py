@@ -53,7 +53,7 @@ class DeviceTimer:
     def __init__(self) -> None:
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._host_ms: dict[int, float] = {}
-        self._behind: set[int] = set()
+        self._behind: dict[int, Call] = {}
         self._cycles_per_ms = self._calibrate()
 
     def __call__(self, call: Call) -> float:
@@ -73,9 +73,10 @@ class DeviceTimer:
             elapsed = float(self._begin.elapsed_time(self._end))
             del result
             if host_ms <= spin_ms:
+                self._behind.pop(id(call), None)
                 break
         else:
-            self._behind.add(id(call))
+            self._behind[id(call)] = call
         return elapsed
 
     def _calibrate(self) -> float:

@@ -164,7 +164,7 @@ def less_itself(dx: Tensor, w: Tensor, x: Tensor, dim: int, factor: float | Tens
 
 
 def transform_value(transform: Transform, s: Tensor, bias: float | Tensor = 0.0) -> Tensor:
-    """t(s), with hardness of a positive."""
+    """t(s); of hardness, what a positive has: s."""
     if isinstance(transform, Bias):
         return s + bias
     if isinstance(transform, SqDist):

@@ -224,6 +224,8 @@ def check_scores(
     if isinstance(spec.transform, TanhClip):
         check_number("clip", spec.transform.c, above=0)
     check_number("hardness", spec.hardness, at_least=0)
+    if spec.hardness and not isinstance(scale, Tensor) and scale + spec.hardness == 0:
+        raise ValueError(f"scale: got {scale} with hardness {spec.hardness}, need a sum that is not 0")
     if isinstance(spec.transform, Bias):
         check_scale("bias", 0.0 if bias is None else bias, q.device)
     elif bias is not None:

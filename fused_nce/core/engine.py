@@ -426,6 +426,8 @@ def _check_tail(spec: Spec, tail: Tail) -> None:
     checks.check_choice("tail.reduction", tail.reduction, REDUCTIONS)
     checks.check_number("tail.penalty", tail.penalty, at_least=0)
     checks.check_number("tail.weight", tail.weight)
+    if tail.penalty and spec.prefixes:
+        raise ValueError(f"tail.penalty: got {tail.penalty} with prefixes {spec.prefixes}, need 0")
     if tail.READS_POS and isinstance(spec.layout, Labels):
         raise ValueError(f"spec: got the layout {spec.layout.code}, need one with a fixed number of positives")
     if tail.READS_POS and spec.drop_self and spec.n_pos < 1:

@@ -24,7 +24,7 @@ class JointDiscriminator(nn.Module):
     Args:
         code: units of the code.
         side: of the images.
-        channels: at 4 × 4 px.
+        channels: twice those at 4 × 4 px.
     """
 
     def __init__(self, code: int, side: int, channels: int) -> None:
@@ -68,7 +68,7 @@ class BiGAN(Decoded):
         architecture: of the encoder, see `DIM`.
         width: multiplies the encoder's channels; 1 is DIM's.
         code: units of Y.
-        decoder: channels of generator and discriminator at 4 × 4 px.
+        decoder: channels of the generator at 4 × 4 px; the discriminator has half as many.
         game: "minimax" or "non-saturating".
         gradient_penalty: of the discriminator, as DIM's, of images and codes.
         loss: called with 0 and a list of one `GameOutput`; `GameLoss()` if left out.

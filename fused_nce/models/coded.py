@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fused_nce.core import checks
 from fused_nce.models.base import Model, one_view
 from fused_nce.models.decoder import Decoder
 from fused_nce.models.encoders.dim import DIMEncoder
@@ -87,6 +88,9 @@ class Decoded(Coded):
 
     def __init__(self, architecture: str, code: int, width: float, decoder: int, noise: int | None = None) -> None:
         super().__init__(architecture, code, width)
+        checks.check_int("decoder", decoder)
+        if decoder < 8 or decoder % 8:
+            raise ValueError(f"decoder: must be a multiple of 8, at least 8, got {decoder}")
         self.noise = code if noise is None else noise
         self.decoder = Decoder(self.noise, self.image_size, decoder)
 

@@ -36,10 +36,11 @@ class Targets(nn.Module):
     @torch.no_grad()
     def exchange(
         self,
-        indices: Tensor,  # (B,) int64, no image twice
+        indices: Tensor,  # (B,) int64; with one twice, as where a damaged image has a substitute, nothing is exchanged
         order: Tensor,  # (B,) int64, a permutation: image i takes the target of image order[i]
     ) -> None:
-        self.vectors.index_copy_(0, indices, self.vectors[indices[order]])  # fault: targets-exchanged-backwards
+        if len(indices.unique()) == len(indices):  # fault: targets-lost
+            self.vectors.index_copy_(0, indices, self.vectors[indices[order]])  # fault: targets-exchanged-backwards
         self.seen += len(indices)
 
 

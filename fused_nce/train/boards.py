@@ -87,6 +87,7 @@ class Boards:
     def __init__(self, run_dir: Path, step: int, settings: Method) -> None:
         run, shown = settings.run, config.to_dict(settings)
         self.open: list[Any] = []
+        self.failed: list[Any] = []
         if run.tensorboard and find_spec("tensorboard") is not None:
             self._try(lambda: self.open.append(TensorBoard(run_dir, step)), "TensorBoard: no events are written")
         if (project := run.wandb) is not None:
@@ -98,13 +99,15 @@ class Boards:
             words = f"{board.name}: no more events are written"
             if not self._try(lambda board=board: board.add(values, step), words):  # type: ignore[misc]
                 self.open.remove(board)
-                with suppress(Exception):  # it has failed already, and that was said
-                    board.close()
+                self.failed.append(board)
 
     def close(self) -> None:
         """Flush everything."""
         for board in self.open:
             self._try(board.close, f"{board.name}: the last events are lost")
+        for board in self.failed:  # at the end: one may wait for a service that is gone
+            with suppress(Exception):  # that was said
+                board.close()
 
     def _try(self, action: Callable[[], Any], otherwise: str) -> bool:
         try:

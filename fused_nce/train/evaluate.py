@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import sys
 import time
@@ -27,10 +28,12 @@ from fused_nce.train.evaluation import features
 from fused_nce.train.evaluation.figures import samples
 from fused_nce.train.evaluation.protocols import DEFAULT, check_names
 from fused_nce.train.evaluation.scoring import Asked
-from fused_nce.train.files import aside, printable, write_bytes, write_text
+from fused_nce.train.files import printable, write_bytes, write_text
 from fused_nce.train.method import Method
 from fused_nce.train.report import evaluated, runlog, terminal
 from fused_nce.train.threads import Threads
+
+MOST_NEIGHBOURS = 100  # of a picture that a person looks at
 
 
 def evaluate(
@@ -79,8 +82,8 @@ def evaluate(
     folder = Path(run)
     if taps is not None and not taps:
         raise ValueError("taps: none given; need at least one, such as f1")
-    if neighbours < 1:
-        raise ValueError(f"neighbours: {neighbours}; need at least 1")
+    if not 1 <= neighbours <= MOST_NEIGHBOURS:
+        raise ValueError(f"neighbours: {neighbours}; need 1 to {MOST_NEIGHBOURS}")
     names = check_names(list(protocols))
     model, config = checkpoint.load_model(folder)
     trained_on, ending = Path(config.data).name, runlog.suffix(data)
@@ -180,9 +183,8 @@ def _loss_cost(model: Model, config: Method) -> dict[str, Any]:
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     names = ["encoder", "tap", "probe", "labels", "accuracy_pct", "sd_pct", "ci95_pct", "width", "value", "unit"]
-    temporary = aside(path)
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

@@ -236,3 +236,8 @@ def test_messages():
         more: dict[str, Any] = {"positives": torch.zeros(N, 1).double()} if isinstance(spec.layout, Separate) else {}
         with pytest.raises(ValueError, match=f"^{message}"):
             tile_stats(q, k, spec, **more)
+    spec = Spec(Block(1), stats=(*Nce.READS, "square"), prefixes=(3, 5))
+    with pytest.raises(ValueError, match=r"^tail.penalty: got 0\.1 with prefixes \(3, 5\), need 0"):
+        tile_loss(q, k, spec, Prefixed(0.1, "mean", 1.0, (3, 5), (1.0, 1.0)))
+    with pytest.raises(ValueError, match=r"^scale: got -0\.5 with hardness 0\.5, need a sum that is not 0"):
+        tile_loss(q, k, Spec(Block(1), Hardness(0.5), stats=Nce.READS), Nce(), scale=-0.5)

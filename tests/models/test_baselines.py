@@ -70,7 +70,11 @@ def test_generated_images_are_in_the_range_of_images(name):
     [
         *((name, {"architecture": "vgg"}, "architecture: must be one of dcgan32") for name in ALL),
         *((name, {"code": 0}, "code: must be at least 1, got 0") for name in ALL),
-        *((name, {"decoder": 12}, "channels of 8, got 32 and 12") for name in DECODED),
+        *(
+            (name, {"decoder": n}, f"decoder: must be a multiple of 8, at least 8, got {n}")
+            for name in DECODED
+            for n in (12, -8)
+        ),
         *((name, {"game": "go"}, "game: got 'go', need one of") for name in DECODED[1:]),
         *((name, {"gradient_penalty": -1}, "gradient_penalty: got -1") for name in DECODED[1:]),
         ("VAE", {"beta": -1}, "beta: got -1, need a finite number >= 0"),
@@ -273,6 +277,17 @@ def test_targets_stay_in_the_epochs_between():
         with torch.no_grad():
             model.encoder.top.out.weight.normal_()
     assert [m > 0 for m in moved] == [True, True, False, False, True, True]
+
+
+def test_no_target_is_lost_where_an_image_comes_twice():
+    torch.manual_seed(0)
+    targets = Targets(9, 3)
+    before = targets.vectors.clone()
+    targets.exchange(torch.tensor([8, 8, 3]), torch.tensor([2, 0, 1]))
+    assert torch.equal(targets.vectors, before)
+    assert targets.seen == 3
+    targets.exchange(torch.tensor([8, 1, 3]), torch.tensor([2, 0, 1]))
+    assert torch.equal(targets.vectors[[8, 1, 3]], before[[3, 8, 1]])
 
 
 def test_targets_are_even_on_the_sphere():

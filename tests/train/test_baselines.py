@@ -95,8 +95,9 @@ def test_train_evaluate_and_compare_from_the_command_line(tmp_path, capsys):
     assert cli.main(["compare", *(str(tmp_path / name) for name in names), "--out", str(tmp_path / "all")]) == 0
     page = (tmp_path / "all.html").read_text()
     assert all(f"{name}<small> · {name}</small>" in page for name in names)
-    assert cli.main(["eval", str(tmp_path / "vae"), "--neighbours=0"]) == 2
-    assert "neighbours: 0; need at least 1" in capsys.readouterr().err
+    for count in (0, 101):
+        assert cli.main(["eval", str(tmp_path / "vae"), f"--neighbours={count}"]) == 2
+        assert f"neighbours: {count}; need 1 to 100" in capsys.readouterr().err
 
 
 def test_the_sheet_of_samples_is_of_the_trained_model_and_of_one_seed(tmp_path):

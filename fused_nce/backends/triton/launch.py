@@ -277,7 +277,8 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
     If a row's weights lack only one factor (`known_before`), the statistics pass also sums dq: 2u, then 2u for dk.
     With a penalty dq has two terms whose ratio is known only when the row is finished. A second accumulator would need
     a GEMM of its own, which costs as much as computing the scores again, so dq takes a second pass: 1u + 2u, then 2u
-    for dk. Where k is q, one pass after the statistics gives the whole gradient: 1u + 2u.
+    for dk. Where k is q, one pass after the statistics gives the whole gradient: 1u + 2u,
+    or 0.5u + 2u where `plan.mirrored_bytes` lets the statistics see each pair of rows once.
     """
     sweep, spec = Sweep(problem), problem.spec
     with sweep.device():

@@ -43,12 +43,14 @@ def split(n_x: int, n_y: int, slices: int, numbers: int, limit_bytes: int, progr
 def mirrored_bytes(n: int, lines: int, limit_bytes: int) -> int:
     """What the blocks of n rows leave for the columns of symmetric scores; 0 where all scores are seen instead."""
     found = 4 * lines * n * -(-n // MIRROR)
-    return found if n >= MIRROR_FROM and found <= limit_bytes else 0
+    partial = 4 * lines * n * split(n, n, 1, lines, limit_bytes, MIRROR_PROGRAMS).splits
+    return found if n >= MIRROR_FROM and found + partial <= limit_bytes else 0
 
 
 def workspace_bytes(spec: Spec, n: int, m: int, d: int, limit_bytes: int) -> int:
     """The larger of both passes' partial sums, partial statistics, and the tail's coefficients and temporaries.
 
+    Symmetric scores' statistics of columns count, where the blocks leave them.
     One split needs no partial sums: the gradient is their place. A scale's gradient wanted alone costs one dq more, and
     inputs whose rows are not adjacent elements are copied, beyond this.
     """

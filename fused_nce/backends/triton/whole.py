@@ -88,6 +88,8 @@ def _serves(call: Call, x: Leaves) -> bool:
     if call.twins and (x.k is None or x.k.shape != x.q.shape or not call.normalize):
         return False
     if isinstance(layout, Separate):
+        if call.parts or (x.k is not None and x.k.requires_grad):
+            return False  # the keys are a queue's
         whole = x.own is not None and x.own.shape == x.q.shape and not x.own.requires_grad and call.normalize
         return whole and layout.p == 1 and isinstance(spec.transform, Identity) and not rule.penalty
     columns = len(x.q) * 2 if call.twins else len(x.q if x.k is None else x.k)

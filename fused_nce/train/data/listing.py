@@ -75,7 +75,8 @@ class Listing:
                     write_text(self.file, json.dumps(self.found))
                     _forget(self.file.parent)
                 else:
-                    os.utime(self.file)  # used
+                    with suppress(OSError):  # another user's
+                        os.utime(self.file)  # used
             except OSError as error:
                 kept = f"not remembered: {error}"
         log.info(
@@ -87,7 +88,7 @@ class Listing:
 def _forget(folder: Path) -> None:
     """Remove the listings that no run has used for long: of trees that are gone, most of them."""
     for name in os.listdir(folder):
-        with suppress(FileNotFoundError):  # another run's doing
+        with suppress(OSError):  # another run's doing, or another user's file
             if name.startswith("listing-") and time.time() - os.stat(folder / name).st_mtime > UNUSED_S:
                 os.unlink(folder / name)  # fault: listings-of-the-gone
 

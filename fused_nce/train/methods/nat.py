@@ -13,7 +13,8 @@ class NATLossConfig:
     """The distance from a point of its own.
 
     Args:
-        every: in the first of so many epochs points are exchanged within each batch.
+        every: in the first of so many passes points are exchanged within each batch; a pass is as many images as there
+            are.
     """
 
     every: int = setting(1, AT_LEAST_1)
