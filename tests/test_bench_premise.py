@@ -22,7 +22,8 @@ def test_an_update_has_the_same_images_whatever_a_loss_compares(name, negatives,
     assert compared * settings.optim.accumulate == premise.IMAGES
     assert settings.seed == 3
     batches = premise.TRAINING // compared
-    assert batches // settings.optim.accumulate * 2 >= settings.run.max_steps == 194
+    assert settings.run.max_steps == 194
+    assert batches // settings.optim.accumulate * 2 >= 194
     arm = premise.ARMS[name]
     assert (settings.model.queue_size if arm.queue else compared) == negatives
     assert arm.tap in settings.taps

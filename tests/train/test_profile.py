@@ -19,7 +19,7 @@ def test_profile_says_where_an_update_went(tmp_path, capsys):
     parts = ("data", "views", "encoder", "probes", "loss", "backward", "checks", "optimizer", "rest")
     assert all(rows[name][0] > 0 for name in parts), said
     assert abs(sum(rows[name][1] for name in parts) - 100) < 1
-    assert rows["backward"][0] > rows["loss"][0] > rows["rest"][0]
+    assert rows["backward"][1] > 10
     assert re.search(r"\b(convolution_backward|addmm|mm)\b", said), said
     with gzip.open(tmp_path / "a" / "trace.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
