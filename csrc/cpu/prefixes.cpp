@@ -23,7 +23,7 @@ namespace fused_nce {
 namespace {
 
 constexpr int64_t kLeastStored = 64, kTileScores = 1 << 15, kFewLanes = 128, kL2Bytes = 2 << 20, kWide = 512;
-constexpr int64_t kFewGroups = 4;                             // less would leave threads idle
+constexpr int64_t kLeastGroups = 4;                           // less would leave threads idle
 constexpr int64_t kPrefixGroups[] = {16, 12, 8, 6, 4, 2, 1};  // as in `make_plan`
 
 struct Shape {
@@ -97,7 +97,7 @@ PrefixPlan plan_prefixes(const Shape& s, int64_t workspace_bytes) {
   const bool few = !s.both || (s.width < kWide && 4 * s.parts * kFewLanes * s.columns <= kL2Bytes);
   const int64_t most = few ? kFewLanes : kMostLanes;
   for (const auto& [stored, least_groups] :
-       {std::pair{true, kFewGroups}, {true, int64_t{1}}, {false, kFewGroups}, {false, int64_t{1}}}) {
+       {std::pair{true, kLeastGroups}, {true, int64_t{1}}, {false, kLeastGroups}, {false, int64_t{1}}}) {
     if (stored && !s.both) continue;
     p.stored = stored;
     const int64_t whole = round_up(s.rows, kLaneBlock);

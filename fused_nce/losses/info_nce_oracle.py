@@ -15,6 +15,11 @@ from fused_nce.losses.info_nce import InfoNCELoss, info_nce
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, ids, places, register
 
 
+def still(s: Tensor) -> Tensor:
+    """Scores that are a weight, and are not differentiated."""
+    return s.detach()
+
+
 def oracle(
     queries: Tensor,
     keys: Tensor,
@@ -108,7 +113,7 @@ def _dense(
             kept &= guide_of[a] @ guide_of[b].T <= ceiling[:, None]
         t = s if clip is None else clip * torch.tanh(s / clip)
         if hardness and a == "q" and b != "q":
-            t = t + hardness / scale.detach() * s.detach()
+            t = t + hardness / scale.detach() * still(s)
         return t, kept
 
     def direction(name: str) -> list[tuple[Tensor, Tensor]]:

@@ -57,10 +57,17 @@ def scored(
 ) -> tuple[Tensor, list[Probe]]:
     """The oracle's loss, and what was probed on the way, in its order; each off by as much as `off` says."""
     seen: list[Probe] = []
+    of: dict[int, tuple[Tensor, Tensor]] = {}  # a probed value by its identity, and its error
 
     def add(value: Tensor, noise: Tensor) -> Tensor:
         seen.append(probe(value, noise))
-        return value + (seen[-1].error if off is None else off[len(seen) - 1])
+        moved = value + (seen[-1].error if off is None else off[len(seen) - 1])
+        of[id(moved)] = moved, seen[-1].error
+        return moved
+
+    def still(s: Tensor) -> Tensor:
+        """As the oracle's own, but what a score is off by moves what it weighs."""
+        return s.detach() + (of[id(s)][1] if off is None else 0)
 
     def probed(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
         terms = abs(float(torch.as_tensor(scale).detach())) * (q.detach().abs() @ k.detach().abs().T)
@@ -71,7 +78,10 @@ def scored(
         moved = {name: add(inputs[name], torch.zeros_like(inputs[name])) for name in floats}
         return entry.oracle(**{**inputs, **moved}), seen
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[entry.oracle.__module__], "dense_scores", probed)
+        module = sys.modules[entry.oracle.__module__]
+        patch.setattr(module, "dense_scores", probed)
+        if hasattr(module, "still"):
+            patch.setattr(module, "still", still)
         return entry.oracle(**inputs), seen
 
 
@@ -79,6 +89,18 @@ def errors_of(seen: list[Probe], inputs: dict[str, Any], p: Precision) -> list[T
     """How far off each probed value may be."""
     bias = abs(float(torch.as_tensor(inputs.get("logit_bias", 0.0)).detach()))
     return [x.noise + ROUNDINGS * p.u * (x.size + bias) for x in seen]
+
+
+def soft_weights(inputs: dict[str, Any], scores: Tensor) -> Tensor:
+    """What soft targets take off the weights of their columns: two terms, which may cancel."""
+    found = torch.zeros_like(scores, requires_grad=False)
+    if inputs.get("soft_targets") is None or scores.shape != (len(inputs["queries"]), len(inputs["keys"])):
+        return found
+    columns, shares = inputs["soft_targets"]
+    rows = inputs.get("row_weights")
+    rows = torch.ones(len(found), dtype=found.dtype) if rows is None else rows.to(found.dtype)
+    shares = torch.where(columns >= 0, shares.to(found.dtype), 0.0) * (rows / rows.sum())[:, None]
+    return found.scatter_add_(1, columns.clamp(min=0), shares)
 
 
 def exact(entry: Entry, inputs: dict[str, Any], leaves: list[str], p: Precision, monkeypatch: Any) -> Exact:
@@ -92,13 +114,14 @@ def exact(entry: Entry, inputs: dict[str, Any], leaves: list[str], p: Precision,
     # A log-sum-exp is stored rounded, by u times its size, and every weight e^(t − lse) is off by that.
     sizes = torch.cat([x.size.expand(x.value.numel()) for x in seen])
     relative = (ROUNDINGS + math.sqrt(count) + sizes) * p.u + p.u_in
+    targets = torch.cat([soft_weights(inputs, x.value).reshape(-1) for x in seen])
     budgets = {}
     for name, x, g in zip(leaves, tensors, grads, strict=False):
         moved = torch.cat([_jacobian(g, error) for error in errors], dim=1) @ delta
         reach = torch.cat([_jacobian(part.value, x) for part in seen]).T
         if not reach.any():  # the bias, which is added to every score
             reach = torch.ones(1, count, dtype=w.dtype)
-        gross, summed = reach @ w, reach @ (w * relative)
+        gross, summed = reach @ w, reach @ ((w + targets) * relative)
         u_out = torch.finfo(x.dtype if x.dim() == 0 else p.out).eps / 2
         several = name in entry.two_paths
         if inputs.get("prefixes") and x.dim() > 1:
