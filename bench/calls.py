@@ -55,16 +55,19 @@ class Kernel(NamedTuple):
     flop: int = 0
     strip_bytes: int = 0  # of scores that leave the chip
     strip: int = 0  # of those that are alive together
-    programs: int = 0  # of Triton's
+    programs: int = 0  # of one launch of Triton's
     tiles: float = 0  # of one program
     walked_bytes: int = 0  # what the programs read of tiles that many others read too: from the L2
     code: dict[str, Any] | None = None  # of Triton's: what `bench.static` says of it
 
 
+SUMS = ("launches", "bytes", "scores", "flop", "strip_bytes", "walked_bytes")  # over all launches; the rest is of one
+
+
 def problems_counted() -> dict[str, tuple[Problem, torch.dtype]]:
-    """By label: the benchmark's in bfloat16, and its sweep in float32 too, for the cost of it."""
+    """By label: the benchmark's in bfloat16, its sweep in float32 too, and one that no card runs, for the cost."""
     sweep = [*problems.CROSSOVER, *problems.LARGER]
-    found = {p.label: (p, torch.bfloat16) for p in problems.ALL}
+    found = {p.label: (p, torch.bfloat16) for p in (*problems.ALL, *problems.BOTH_WAYS)}
     return found | {f"{p.label}, float32": (p, torch.float32) for p in sweep}
 
 
@@ -140,26 +143,43 @@ class Launch(NamedTuple):
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
-    def counted(self, compile_it: bool) -> Kernel:
-        """Its tensors once; of a pass over tiles, how many there are."""
+    def counted(self, codes: dict[str, dict[str, Any]] | None) -> Kernel:
+        """What it moves; of a pass over tiles, how many; with `codes`, which keeps them, what its code issues."""
         named = dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | self.options
-        moved = sum(x.numel() * x.element_size() for x in named.values() if isinstance(x, Tensor))
         name, programs = self.kernel.__name__, math.prod(self.grid)
+        rows, stored = self.rows(named), "stored" in named
+        # Of a strip: its rows, and as many of the other side where nothing is walked through.
+        cut = {"x", "out", *([] if stored else ["y"])} if "start" in named else set()
+        tensors = {key: x for key, x in named.items() if isinstance(x, Tensor) and key != "stored"}
+        sizes = {key: x.numel() * x.element_size() for key, x in tensors.items()}
+        moved = sum(size * rows // named["n_x"] if key in cut else size for key, size in sizes.items())
         if "walk" not in named:
             return Kernel(name, 1, moved, programs=programs)
         tiles: float = -(-min(named["walk"], named["n_y"]) // named["Y"])
-        scores = named["n_x"] * named["n_y"] * (self.grid[2] if len(self.grid) > 2 else 1)
+        scores = rows * named["n_y"] * (self.grid[2] if len(self.grid) > 2 else 1)
         if named.get("MIRRORED"):  # of each block those from the diagonal on, in programs of any length
             scores -= named["X"] ** 2 * math.comb(self.grid[0], 2)
             tiles = scores / (named["X"] * named["Y"]) / programs
-        code = self.code(named) if compile_it else None
+        key = f"{name} {named['x'].dtype} {self.options}"
+        if codes is not None and key not in codes:
+            codes[key] = self.code(named)
+        kept = scores * named["stored"].element_size() if stored else 0
         walked = int(programs * tiles * self.tile_bytes(named))
-        return Kernel(name, 1, moved, scores, programs=programs, tiles=tiles, walked_bytes=walked, code=code)
+        code = None if codes is None else codes[key]
+        return Kernel(name, 1, moved, scores, 0, kept, kept, programs, tiles, walked, code)
+
+    def rows(self, named: dict[str, Any]) -> int:
+        """That a launch has; of a strip its own."""
+        if "start" not in named:
+            return int(named.get("n_x", 0))
+        if "sums" in named:
+            return int(named["sums"].shape[1])
+        return int(min(named["n_x"] - named["start"], self.grid[0] * named["X"]))
 
     def tile_bytes(self, named: dict[str, Any]) -> int:
         """Read for one tile of scores: y, x too where no chunk holds D, and the slice of y that weights multiply."""
         x, y, d, chunk, part = (named[name] for name in ("X", "Y", "D", "CHUNK", "SLICE"))
-        width = d if d <= chunk == part or not named.get("GRADIENT", True) else d + part
+        width = d if d <= chunk == part or not named.get("GRADIENT", "stored" not in named) else d + part
         return int((y * width + x * d * (d > chunk)) * named["x"].element_size())
 
     def code(self, named: dict[str, Any]) -> dict[str, Any]:
@@ -174,27 +194,50 @@ class Launch(NamedTuple):
         return {"scores": tile.x * tile.y, "resident": build.resident, **{name: getattr(build, name) for name in names}}
 
 
+def together(kernels: Sequence[Kernel]) -> Iterator[Kernel]:
+    """Launches that are alike in all, as one."""
+    alike: list[tuple[Kernel, list[Kernel]]] = []
+    for kernel in kernels:
+        same = next((those for first, those in alike if first == kernel), None)
+        if same is None:
+            alike.append((kernel, same := []))
+        same.append(kernel)
+    for first, those in alike:
+        sums = {name: len(those) * getattr(first, name) for name in SUMS}
+        yield first._replace(**sums)
+
+
 @contextmanager
 def counting_triton(compile_them: bool) -> Iterator[list[Kernel]]:
     """Triton's launches are taken down; what was found is there at the end."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
+    from fused_nce.backends.triton import stored
+
     taken: list[Launch] = []
+    products: list[Kernel] = []
     found: list[Kernel] = []
 
     def launching(kernel: Any, grid: tuple[int, ...]) -> Any:
         return lambda *arguments, **options: taken.append(Launch(kernel, grid, arguments, options))
 
+    def multiply(w: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
+        kept, size = w.numel() * w.element_size(), y.numel() * y.element_size() + 4 * out.numel() * (1 + add)
+        name = f"gemm {str(w.dtype).removeprefix('torch.')}"
+        products.append(Kernel(name, 1, size, 0, 2 * w.numel() * y.shape[1], kept, kept))
+
     with (
         mock.patch.object(triton, "why_not", return_value=None),
         mock.patch.object(configs, "architecture_of", return_value=ARCHITECTURE),
         mock.patch.object(JITFunction, "__getitem__", launching),
+        mock.patch.object(stored, "multiply", multiply),
         mock.patch.object(upstream, "_is_known_one", return_value=False),
     ):
         yield found
     with mock.patch.object(driver, "_active", static.Card(ARCHITECTURE)):
-        found += [launch.counted(compile_them) for launch in taken]
+        codes: dict[str, dict[str, Any]] | None = {} if compile_them else None
+        found += together([*(launch.counted(codes) for launch in taken), *products])
 
 
 def count(label: str, backend: str, compile_them: bool = False) -> Call:

@@ -66,7 +66,8 @@ def _compute_s(kernel: dict[str, Any]) -> float:
         issue = code["scores"] * code["issued_per_score"] / LANES / ISSUE_RATE
         matrix = code["scores"] * (code["matrix_clocks_per_score"] or 0.0)
         clocks = max(issue, matrix) if code["resident"] > 1 else issue + matrix
-        return float(-(-kernel["programs"] // MULTIPROCESSORS) * kernel["tiles"] * clocks / CLOCK_HZ)
+        waves = kernel["launches"] * -(-kernel["programs"] // MULTIPROCESSORS)
+        return float(waves * kernel["tiles"] * clocks / CLOCK_HZ)
     return scores * static_cuda.committed()["sm_90"][name] / issued_per_s if scores else 0.0
 
 
@@ -104,12 +105,11 @@ def cost_times() -> list[Measured]:
     """The model's times of the calls that a record has measured ones of: what the rule of the choice is fitted to."""
     found = []
     for label, (problem, dtype) in calls.problems_counted().items():
-        if not problem.fits_cost:
-            continue
-        for backend in calls.BACKENDS:
+        both_ways = problem.call.stores(dtype)
+        for backend in calls.BACKENDS[both_ways:] if both_ways or problem.fits_cost else ():
             us = 1e3 * sum(parts(calls.committed()[label, backend]))
-            sizes = problem.n, problem.m, problem.d
-            found.append(Measured(backend, dtype.itemsize, problem.call.gemms(backend), *sizes, us))
+            sizes, name = (problem.n, problem.m, problem.d), backend + cost.STORED * both_ways
+            found.append(Measured(name, dtype.itemsize, problem.call.gemms(backend), *sizes, us))
     return found
 
 

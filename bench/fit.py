@@ -43,6 +43,7 @@ def crossover(call: Call, costs: Table) -> int | None:
 def wrong_choices(rows: Sequence[Measured], costs: Table) -> list[str]:
     """The shapes at which the rule takes a backend that was slower than the fastest."""
     found = []
+    rows = [row for row in rows if not row.backend.endswith(cost.STORED)]
     for n, m, d, size in sorted({(row.n, row.m, row.d, row.element_bytes) for row in rows}):
         here = {row.backend: row.time_us for row in rows if (row.n, row.m, row.d, row.element_bytes) == (n, m, d, size)}
         # The sweep is of one loss, whose penalty is in its count of GEMMs.

@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 52_200, ("tests",): 33_400}
+BUDGET = {("fused_nce", "csrc", "bench"): 52_810, ("tests",): 33_660}
 
 
 def lines(folder: str) -> int:

@@ -68,6 +68,9 @@ class Variant:
         """What a launch takes; None where there is none."""
         if self.flags.get("MIRRORED"):
             return configs.mirrored_tile(architecture, dtype, width)
+        if self.kernel in STORED:
+            tiles = configs.stored_tiles(architecture, dtype, width)
+            return tiles and tiles[STORED.index(self.kernel)]
         found = configs.tile(architecture, dtype, width)
         if self.kernel == "fold_kernel":
             return configs.fold_tile(found, Partials.of(self.form.rows))
@@ -75,13 +78,15 @@ class Variant:
 
     def constants(self, width: int, tile: configs.Tile) -> dict[str, Any]:
         """The constants of a launch at width D."""
-        names = {"FORM": self.form, "PARTIALS": Partials.of(self.form.rows)}
+        names = {"FORM": self.form, "PARTIALS": Partials.of(self.form.rows), "BACK": Partials.of(self.form.columns)}
         sizes = {"D": width, "X": tile.x, "Y": tile.y, "CHUNK": tile.chunk, "SLICE": tile.slice}
         return {"PRECISION": "ieee", **names, **sizes, **self.flags}
 
 
 NCE = Nce().stats
 CLIPPED, WIDELY, FREE = (Spec(Block(49), transform) for transform in (TanhClip(20.0), TanhClip(300.0), Identity()))
+STORED = ("both_kernel", "strip_kernel")  # of both sides, in the order of their tiles
+BOTH_WAYS = Spec(Block(1), stats=NCE, columns=("neg_lse",))
 MARGIN = Spec(Labels(), stats=("neg_lse", "neg_sum", "neg_count"), filters=("ceiling",))
 ROWS = {"BY_COLUMN": False, "GRADIENT": False, "MIRRORED": False}
 ROWS_DQ = ROWS | {"GRADIENT": True}
@@ -103,7 +108,9 @@ VARIANTS = {
         ROWS | {"MIRRORED": True},
     ),
     "views: both roles": Variant("weights_kernel", Spec(Block(2, 2), stats=NCE, drop_self=True), SELF),
-    "two ways: dq": Variant("weights_kernel", Spec(Block(1), stats=NCE, columns=("neg_lse",)), DQ),
+    "two ways: dq": Variant("weights_kernel", BOTH_WAYS, DQ),
+    "two ways: rows and columns": Variant("both_kernel", BOTH_WAYS, {}),
+    "two ways: strip": Variant("strip_kernel", BOTH_WAYS, {}),
     "pairs: rows, dq": Variant("fold_kernel", Spec(Block(1), Bias(), stats=Sigmoid().stats), ROWS_DQ),
     "pairs: dk": Variant("weights_kernel", Spec(Block(1), Bias(), stats=Sigmoid().stats), DK),
     "labels: rows": Variant("fold_kernel", Spec(Labels(), stats=LogOut.READS, drop_self=True), ROWS),
@@ -190,12 +197,12 @@ def build(variant: str, architecture: str, dtype: torch.dtype, width: int) -> Bu
     import triton
     from triton.compiler import ASTSource
 
-    from fused_nce.backends.triton import kernels, memory
+    from fused_nce.backends.triton import kernels, memory, stored
 
     chosen = VARIANTS[variant]
     tile = chosen.tile(architecture, dtype, width)
     assert tile is not None, "asked for a pass that the architecture has not"
-    kernel = getattr(kernels, chosen.kernel)
+    kernel = getattr(stored if chosen.kernel in STORED else kernels, chosen.kernel)
     constants = {name: x for name, x in chosen.constants(width, tile).items() if name in kernel.arg_names}
     constants["FORM"] = replace(chosen.form, masked=architecture in configs.MASKED)
     signature, attributes = {}, {}
@@ -203,7 +210,7 @@ def build(variant: str, architecture: str, dtype: torch.dtype, width: int) -> Bu
         name = parameter.name
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("x", "y"):
+        elif name in ("x", "y", "stored"):
             signature[name] = f"*{DTYPES[dtype]}"
         elif name in ("row_ids", "column_ids"):
             signature[name] = "*i64"

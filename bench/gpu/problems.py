@@ -134,6 +134,9 @@ CROSSOVER = tuple(replace(amdim(256, d), role=SWEEP) for d in CROSSOVER_WIDTHS)
 # A time at two sizes tells what a call costs from what a score does: sixteen times the scores.
 LARGER = tuple(replace(amdim(1024, d), role=SIZES) for d in (64, 128, 512))
 
+# Of losses both ways, whose weights the Triton kernels store: for the rule of the choice, from counts alone.
+BOTH_WAYS = tuple(square("clip_loss", "CLIP", 8192, d, role=SWEEP) for d in (64, 128, 256, 512, 1024, 2560))
+
 # Where launches are what a call costs.
 SMALL = (
     square("info_nce", "InfoNCE", 1024, 256),

@@ -2,7 +2,8 @@
 
 A call of N rows, M columns and width D takes launch + GEMMs·N·M·gemm(D) on each backend. `cuda` moves its scores
 through the L2 but multiplies at cuBLAS' rate; `triton` never lets a score off the chip, computes it again for each
-gradient, and its tiles get thin as D grows. With both gradients they meet near D = 145 in 16 bits, further up where
+gradient, and its tiles get thin as D grows. With statistics of columns it stores weights for cuBLAS, at costs
+of their own. With both gradients they meet near D = 145 in 16 bits, further up where
 only the queries want one. The table is `cost.json`; `python -m bench.fit` makes another from a measured record.
 """
 
@@ -20,6 +21,7 @@ import torch
 from fused_nce.core.problem import Needs
 
 PATH = Path(__file__).with_name("cost.json")
+STORED = ", stored"  # after a backend's name: of its calls that keep weights for cuBLAS
 
 
 class Tiles(NamedTuple):
@@ -56,12 +58,17 @@ class Call(NamedTuple):
         """Of a backend that holds a strip of scores for all that is made of it, and says no more of its plan."""
         return self._replace(symmetric=False).tiles(kept=False)
 
-    def gemms(self, backend: str, tiles: Tiles | None = None) -> float:
+    def stores(self, dtype: torch.dtype) -> bool:
+        """Whether `triton` keeps weights of both sides for cuBLAS: float16 has no exponents to spare for them."""
+        return self.columns and not self.shared and dtype != torch.float16
+
+    def gemms(self, backend: str, tiles: Tiles | None = None, dtype: torch.dtype = torch.bfloat16) -> float:
         """N·M·D products that a backend computes: the scores and, of each gradient, w·y.
 
         Args:
             backend: its name.
             tiles: where they are known better than from what is asked: those of a plan.
+            dtype: of the inputs.
         """
         first = self.op != "grads"  # statistics are to be made
         if backend != "triton":
@@ -69,9 +76,11 @@ class Call(NamedTuple):
             for_keys = self.q if self.shared else self.k
             of_gradients = 0.0 if self.op == "stats" else self.q * tiles.seen + for_keys * tiles.for_keys
             return tiles.seen + tiles.again + of_gradients
-        passes = first * (1 + self.columns)
+        passes = float(first)
         if self.op == "stats":
             return passes
+        if self.stores(dtype):
+            return passes + (self.q or self.k) + self.q + self.k
         if self.shared:  # one pass has both roles
             return passes + 2 * self.q
         once = first and self.q and not self.columns and not self.penalised  # dq comes with the statistics
@@ -166,11 +175,12 @@ def fastest_first(call: Call, n: int, m: int, d: int, dtype: torch.dtype, costs:
         dtype: of the rows.
         costs: the shipped table by default.
     """
-    size = min(dtype.itemsize, 4)
+    size, costs = min(dtype.itemsize, 4), table() if costs is None else costs
+    kept = STORED if call.stores(dtype) else ""
     times = {
-        name: cost.time_us(call.gemms(name), n, m, d)
-        for (name, known), cost in (table() if costs is None else costs).items()
-        if known == size
+        name: costs.get((name + kept, size), one).time_us(call.gemms(name, dtype=dtype), n, m, d)
+        for (name, known), one in costs.items()
+        if known == size and not name.endswith(STORED)
     }
     return sorted(times, key=times.__getitem__)
 

@@ -34,7 +34,7 @@ def executed(call: Call, x: Scores, requested: str) -> int:
         name = next(able, "chunked")
     of_plan = getattr(dispatch.backend_module(name), "tiles", None)
     tiles = of_plan(spec, call, n, m, d, x.q.dtype) if of_plan else call.strip_tiles()
-    products = call.gemms(name, tiles)
+    products = call.gemms(name, tiles, x.q.dtype)
     if name == "cuda" and spec.prefixes and x.q.dtype == torch.bfloat16:  # gradients of what rounding leaves too
         products += products - tiles.seen - tiles.again
     guides = 0 if x.guide_q is None else x.guide_q.shape[1] * (1 if name in ("cpu", "cuda") else spec.parts)

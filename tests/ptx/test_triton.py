@@ -32,6 +32,7 @@ def test_a_few_losses(monkeypatch, record_eta):
     assert len(compiled) == 12
     assert hold(("amdim_nce",), "float32", "triton", record_eta) == 1
     assert hold(("moco_nce",), "bfloat16", "triton", record_eta) == 1  # with norms, an own key and the way back
+    assert hold(("clip_loss",), "bfloat16", "triton", record_eta) == 1  # both sides at once, and stored weights
     filtered = ("info_nce/margin", "info_nce/own hard negatives, row weights")  # the second smooths its labels
     assert hold(filtered, "bfloat16", "triton", record_eta) == 2
 
@@ -88,6 +89,26 @@ def test_symmetric_scores_are_seen_once(dtype, monkeypatch):
         found.append([*(y.double() for y in out.rows.values()), torch.autograd.grad(out.loss, z)[0].double()])
     for ours, exact, error in zip(*found, (1e-6, 1e-6, 1e-5), strict=True):
         torch.testing.assert_close(ours, exact, rtol=8e-3 if error == 1e-5 else 1e-6, atol=error)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_sides_at_once_and_strips_of_weights(dtype, monkeypatch):
+    """Of two strips, beside the reference of the same rows."""
+    from tests.ptx.compiled import pose
+
+    pose(monkeypatch, "sm_90")
+    monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", "0.2")
+    narrow, found = getattr(torch, dtype), []
+    assert dtype == "float16" or 0 < plan.strip_rows(150, 150, 72, narrow.itemsize, 2**20 // 5) < 150
+    given = [torch.randn(150, 72, generator=torch.Generator().manual_seed(seed)).to(narrow) for seed in (0, 1)]
+    spec = Spec(Block(1), Identity(), Nce().stats, ("neg_lse",))
+    for backend, wide in (("triton", narrow), ("reference", torch.float64)):
+        q, k = (x.to(wide).requires_grad_() for x in given)
+        out = tile_loss(q, k, spec, Nce(), scale=torch.tensor(0.3, dtype=torch.float32), backend=backend)
+        found.append([*(y.double() for y in (*out.rows.values(), *torch.autograd.grad(out.loss, (q, k))))])
+    for ours, exact, error in zip(*found, (1e-6, 1e-6, 1e-5, 1e-5), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=8e-3 if error == 1e-5 else 2e-6, atol=error)
 
 
 @pytest.mark.nightly

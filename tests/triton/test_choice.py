@@ -132,6 +132,28 @@ def test_splits(n, m, d, limit):
         assert split.splits == 1 or split.splits * slices * -(-n_x // plan.BLOCK) <= plan.PROGRAMS
 
 
+@pytest.mark.parametrize(("n", "m", "d"), [*SHAPES, (32768, 32768, 512), (32768, 32768, 1024), (300, 1 << 26, 8)])
+@pytest.mark.parametrize("limit", [1, 1 << 20, 256 << 20, 1 << 40])
+@pytest.mark.parametrize("size", [2, 4])
+def test_strips(n, m, d, limit, size):
+    """They cover the rows, none is empty, each is whole tiles within the limit."""
+    rows = plan.strip_rows(n, m, d, size, limit)
+    assert rows % plan.STRIP == 0
+    assert plan.strip_bytes(rows, m, d, size) <= limit
+    if rows:
+        strips = -(-n // rows)
+        assert (strips - 1) * rows < n
+        assert -(-m // plan.STRIP_WALK) <= 65535
+        assert n <= plan.STRIP or rows < 2 * n
+    assert plan.back_bytes(n, m, 2, size, limit) <= limit // 2
+
+
+def test_clips_strips():
+    """Of bfloat16 in 256 MiB, with the sums of the columns: what docs/performance.md counts."""
+    found = {d: -(-32768 // plan.strip_rows(32768, 32768, d, 2, 256 << 20)) for d in (512, 1024)}
+    assert found == {512: 13, 1024: 20}
+
+
 def test_a_queue_fills_the_card():
     """256 queries against 65536 keys: 4 blocks of rows alone would leave 128 of 132 multiprocessors idle."""
     assert 4 * plan.split(256, 65536, 1, 128, 256 << 20).splits > 200

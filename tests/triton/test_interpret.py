@@ -29,7 +29,7 @@ def interpret(*arguments: str, selected: str = "", marked: str = "not nightly") 
 
 
 def test_its_own_tests():
-    assert "passed" in interpret("tests/triton/interpreted.py", "tests/triton/wholly.py")
+    assert "passed" in interpret(*(f"tests/triton/{name}.py" for name in ("interpreted", "wholly", "two_sided")))
 
 
 VALUES = "test_value_and_gradients and (float32 or float16)"

@@ -78,6 +78,6 @@ def test_a_queue_may_change_before_the_backward(served):
 def test_what_it_does_not_serve_goes_to_the_operators(served):
     q, k = draw(0, 6, 16), draw(1, 6, 16)
     info_nce(q, k, torch.arange(6), backend="triton")  # an index, which it would have to read
-    info_nce(q, k, symmetric=True, backend="triton")
+    info_nce(q, k, torch.arange(6), symmetric=True, backend="triton")
     moco_nce(q, k, draw(2, 9, 16), normalize=False, backend="triton")
     assert served() == 0

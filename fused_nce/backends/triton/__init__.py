@@ -1,9 +1,11 @@
 """Flash-style kernels in Triton: a tile of scores is computed, used and dropped on the chip, without a C++ compiler.
 
 Without a penalty, one pass over the scores gives the row statistics and the unnormalised dq; dk takes a second
-pass. Where k is q, one more pass gives the gradient of both roles. A bank of another dtype is cast tile by tile.
-Inputs are used in place where the elements of a row are adjacent, as the `cpu` backend does; any other layout is copied
-first, beyond the workspace. Triton itself is imported when the first kernel is launched: `fused_nce` needs torch alone.
+pass. Where k is q, one more pass gives the gradient of both roles. Where columns have statistics too, one pass gives
+all of them, and weights are stored for cuBLAS, a strip of rows at a time (`stored.py`). A bank of another dtype is cast
+tile by tile. Inputs are used in place where the elements of a row are adjacent, as the `cpu` backend does; any other
+layout is copied first, beyond the workspace. Triton itself is imported when the first kernel is launched: `fused_nce`
+needs torch alone.
 """
 
 from __future__ import annotations
@@ -55,17 +57,17 @@ def why_not(spec: Spec, q: Tensor, k: Tensor) -> str | None:
 
 
 def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_bytes: int) -> int:
-    """`plan.workspace_bytes`: partial sums of the splits, and O(N·P) statistics."""
-    return plan.workspace_bytes(spec, n, m, d, limit_bytes)
+    """`plan.workspace_bytes`: partial sums of the splits, or stored weights, and O(N·P) statistics."""
+    return plan.workspace_bytes(spec, n, m, d, dtype_bytes, limit_bytes)
 
 
 def stats(problem: Problem) -> Statistics:
-    """One score GEMM; two with column statistics."""
+    """One score GEMM, of columns too."""
     return _launch().stats(problem)
 
 
 def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
-    """The scores again for each gradient, and one GEMM a gradient."""
+    """The scores again for each gradient, once where weights are stored, and one GEMM a gradient."""
     return _launch().grads(problem, statistics, coefficients, needs)
 
 

@@ -146,6 +146,20 @@ MIRRORED: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
     **{(card, dtype): _SEEN_ONCE for card in ("sm_80", "sm_90", "sm_100") for dtype in (torch.bfloat16, torch.float16)},
     **{(INTERPRETED, dtype): 2 * (Tile(256, 32, 64, 64, 4, 1),) for dtype in (torch.float16, torch.float32)},
 }
+# Of a pass for statistics of both sides, whose x is `plan.back_block`'s, and of one that stores its weights: neither
+# keeps sums, so that D asks for nothing. Without, the passes are those of each side.
+_SQUARE = (Tile(256, 128, 64, 64, 8, 2), Tile(128, 256, 64, 64, 8, 3))
+# Where operands of matrix instructions are registers.
+_SMALL = (Tile(256, 32, 64, 64, 8, 2, ALL), Tile(128, 64, 64, 64, 8, 2, ALL))
+_SQUARE32 = (Tile(64, 32, 32, 32, 8, 2, ALL), Tile(64, 64, 32, 32, 8, 2, ALL))
+STORED: dict[tuple[str, torch.dtype], tuple[Tile, Tile]] = {
+    **{("sm_90", dtype): _SQUARE for dtype in (torch.bfloat16, torch.float16)},
+    **{("sm_100", dtype): (Tile(256, 64, 64, 64, 8, 3), _SQUARE[1]) for dtype in (torch.bfloat16, torch.float16)},
+    **{(card, dtype): _SMALL for card in ("sm_80", *CONSUMER) for dtype in (torch.bfloat16, torch.float16)},
+    **{(card, torch.float32): _SQUARE32 for card in ("sm_80", "sm_90", "sm_100", *CONSUMER)},
+    (INTERPRETED, torch.float16): (Tile(256, 64, 32, 32, 4, 1), Tile(64, 64, 32, 32, 4, 1)),
+    (INTERPRETED, torch.float32): 2 * (Tile(64, 64, 32, 32, 4, 1),),
+}
 MASKED = ("gfx942", "gfx90a")  # architectures whose registers hold no branch for the few tiles that need a mask
 ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _ in TABLE if architecture != INTERPRETED))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -183,6 +197,12 @@ def mirrored_tile(architecture: str, dtype: torch.dtype, d: int) -> Tile | None:
     """The tile of a pass that takes the statistics of rows and of columns from symmetric scores; None without."""
     found, column = MIRRORED.get((architecture, dtype), ()), column_of(d)
     return fitted(found[column], d)._replace(x=plan.MIRROR) if column < len(found) else None
+
+
+def stored_tiles(architecture: str, dtype: torch.dtype, d: int) -> tuple[Tile, Tile] | None:
+    """The tiles of those passes; None without."""
+    found = STORED.get((architecture, dtype))
+    return None if found is None else (fitted(found[0], d), fitted(found[1], d))
 
 
 def weights_tile(tile: Tile, both: bool) -> Tile:

@@ -238,7 +238,7 @@ def finish_kernel(
     scale,  # a number, or a 0-d tensor
     inverse_clip,
     row_ids,  # (N,) int64, read by layouts that have them
-    sums,  # (splits, n_x, D); may be `out` itself
+    sums,  # (splits, rows from `start` on, D); may be `out` itself
     tallies,  # (splits, n_x), read where there is a bias and DOTS
     partial,  # (splits, PARTIALS.lines, n_x), whose maxima the sums were shifted by, read where NORMALISE
     found,  # (S, N), read where NORMALISE
@@ -252,6 +252,7 @@ def finish_kernel(
     n_y,
     first,
     itself,
+    start,  # the first row of x that `sums` has
     splits,
     stride_x,
     stride_y,
@@ -268,7 +269,8 @@ def finish_kernel(
 ):
     """dL/dx of one block: the splits in their order, and the positives, (X, PARTNERS, WIDTH) of y at a time."""
     block, part = tl.program_id(0), tl.program_id(1)
-    xs = block * X + tl.arange(0, X)
+    mine = block * X + tl.arange(0, X)
+    xs = start + mine
     d = part * WIDTH + tl.arange(0, WIDTH)
     own, inside = xs < n_x, (xs < n_x)[:, None] & (d < D)[None, :]
     acc = tl.zeros((X, WIDTH), tl.float32)
@@ -280,7 +282,7 @@ def finish_kernel(
             factor = load_line(d_rows + xs, length, own, FORM.rows.neg_lse, 0.0)
         else:
             factor = load_line(d_rows + xs, length, own, FORM.rows.neg_softplus, 0.0)
-    place, lines, counted = sums + offsets(xs, D)[:, None] + d[None, :], partial + xs, tallies + xs
+    place, lines, counted = sums + offsets(mine, D)[:, None] + d[None, :], partial + xs, tallies + xs
     for _ in range(splits):  # fault: triton-only-first-split
         term = tl.load(place, mask=inside, other=0.0)
         if NORMALISE:

@@ -11,12 +11,14 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_nce.backends.triton import configs, gather, kernels, plan
+from fused_nce.backends.triton import configs, gather, kernels, plan, stored
 from fused_nce.backends.triton.form import Form, Partials, Terms, Wanted
 from fused_nce.core import workspace
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import Bias, Block
 from fused_nce.core.tails import Coefficients, Tail, fixed_sum
+
+OF_BOTH = {"neg_lse", "neg_max", "square"}  # statistics of rows that one pass for both sides has; the last of no column
 
 
 class Side(NamedTuple):
@@ -34,6 +36,14 @@ class Sums(NamedTuple):
     parts: Tensor  # (splits, n_x, D)
     tallies: Tensor  # (splits, n_x) of what a bias gets; empty without one
     partial: Tensor | None  # (splits, lines, N) beside which they were summed; None where normalised
+
+
+class Finished(NamedTuple):
+    """Room for a gradient, and for what it says of the scale and of a bias: empty where not wanted."""
+
+    out: Tensor  # (n_x, D)
+    dots: Tensor  # (blocks of D, n_x)
+    on_bias: Tensor  # (n_x,)
 
 
 Merge = Callable[[Tensor, Tensor, Tensor, int, dict[str, Any]], None]
@@ -71,6 +81,15 @@ class Sweep:
         once = self.form.symmetric and plan.mirrored_bytes(problem.n, lines, self.limit) > 0
         self.mirrors = configs.mirrored_tile(*kind) if once else None  # of a statistics pass
         self.biased = isinstance(self.spec.transform, Bias)
+        # Of both sides: their statistics from the same tiles, and weights that are stored.
+        square = self.form.two_way and not self.form.mixed
+        self.square, size = configs.stored_tiles(*kind) if square else None, q.dtype.itemsize
+        sizes = problem.n, problem.m, self.d, size, self.limit
+        stores = self.square and not (problem.shared or self.biased or q.dtype == torch.float16)
+        self.strip = plan.strip_rows(*sizes) if stores else 0  # rows
+        lines = Partials.of(self.form.columns).lines
+        asked = self.square and set(self.spec.stats) <= OF_BOTH and set(self.spec.columns) <= OF_BOTH - {"square"}
+        self.both = bool(asked and plan.back_bytes(problem.n, problem.m, lines, size, self.limit))
         bias: Any = problem.bias if self.biased else self.empty  # which nobody reads
         bias = bias if isinstance(bias, Tensor) else self.empty.new_full((), bias)
         self.scores = (problem.scale, *((clip, 1 / clip) if clip else (1.0, 1.0)), bias)
@@ -155,10 +174,33 @@ class Sweep:
         self.row_sums = Sums(sums, tallies, partial) if gradient else None
         return out
 
-    def statistics(self, gradient: bool = False) -> Statistics:
-        """Of rows and columns, and the positives."""
-        rows = self.fold(self.rows_side, gradient)
-        return Statistics(self.positives(), rows, self.fold(self.columns_side) if self.spec.columns else None)
+    def fold_both(self) -> tuple[Tensor, Tensor]:
+        """(S, N) statistics of rows and (S', M) of columns, in one pass."""
+        assert self.square is not None
+        p, form, tile = self.p, self.form, self.square[0]
+        parts, back = Partials.of(form.rows), Partials.of(form.columns)
+        count = triton.cdiv(p.n, tile.x)
+        split = plan.split(p.n, p.m, 1, parts.lines, self.limit, plan.BACK_PROGRAMS)
+        partial, blocks = self.new(split.splits, parts.lines, p.n), self.new(count, back.lines, p.m)
+        stored.both_kernel[(count, split.splits)](
+            self.rows_side.x, self.rows_side.y, *self.scores, self.row_ids, self.column_ids, self.ceilings, partial,
+            blocks, p.n, p.m, self.first, self.itself, split.walk, self.rows_side.x.stride(0),
+            self.rows_side.y.stride(0), FORM=form, PARTIALS=parts, BACK=back, **self.compiled(tile),
+        )  # fmt: skip
+        rows, columns = self.new(len(self.spec.stats), p.n), self.new(len(self.spec.columns), p.m)
+        for found, out, wanted, lines in ((partial, rows, form.rows, parts), (blocks, columns, form.columns, back)):
+            constants = {"FORM": form, "WANTED": wanted, "PARTIALS": lines, "MIRRORED": 0}
+            self.merge(found, self.empty, out, len(found), constants)
+        return rows, columns
+
+    def statistics(self, gradient: bool = False, pos: Tensor | None = None) -> Statistics:
+        """Of rows and columns, and the positives where they are not known."""
+        if self.both:
+            rows, columns = self.fold_both()
+        else:
+            rows, columns = self.fold(self.rows_side, gradient), None
+            columns = self.fold(self.columns_side) if self.spec.columns else None
+        return Statistics(self.positives() if pos is None else pos, rows, columns)
 
     # ---- gradients ----------------------------------------------------------------------------------------------
 
@@ -193,40 +235,89 @@ class Sweep:
         )  # fmt: skip
         return Sums(sums, tallies, None)
 
+    def room(self, side: Side, scale: bool, sums: Tensor | None = None) -> Finished:
+        """For what `finish_rows` leaves; `sums`, of all rows and of one split, may be the gradient's place."""
+        n_x, shape = side.x.shape[0], configs.gather_tile(self.d, 1)
+        here = sums is not None and self.stash == torch.float32
+        out = sums if here else side.x.new_empty(n_x, self.d, dtype=self.stash)
+        assert out is not None
+        dots = self.new(triton.cdiv(self.d, shape.width), n_x) if scale else self.empty
+        return Finished(out, dots, self.new(n_x) if scale and self.biased else self.empty)
+
+    def finish_rows(
+        self, side: Side, sums: Sums, found: Statistics, d: Coefficients, room: Finished, start: int = 0
+    ) -> None:
+        """dL/dx of the rows from `start` on that `sums` has."""
+        (splits, rows), n_x, n_y, form = sums.parts.shape[:2], side.x.shape[0], side.y.shape[0], self.form
+        shape = configs.gather_tile(self.d, form.n_c if side.as_row else form.rows_per_image)
+        x = min(shape.x, plan.STRIP)  # a strip ends with a program
+        gather.finish_kernel[(triton.cdiv(rows, x), triton.cdiv(self.d, shape.width))](
+            side.x, side.y, self.scores[0], self.scores[2], self.row_ids, sums.parts, sums.tallies,
+            self.empty if sums.partial is None else sums.partial, found.rows, d.d_rows, found.pos, d.d_pos,
+            *room, n_x, n_y, self.first, self.itself, start, splits, side.x.stride(0), side.y.stride(0),
+            FORM=form, PARTIALS=Partials.of(form.rows), NORMALISE=sums.partial is not None, AS_ROW=side.as_row,
+            AS_COLUMN=side.as_column, DOTS=room.dots.numel() > 0, D=self.d,
+            # Lanes that share a sum must hold one number; a fused multiply-add would round it anew on each.
+            # fault: triton-lanes-differ
+            X=x, PARTNERS=shape.partners, WIDTH=shape.width, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def total(self, side: Side, room: Finished) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(dL/dx, dL/dscale, dL/dbias): Σ w·⟨x, y⟩ is Σ ⟨x, dL/dx⟩ / scale, before the scale has multiplied it."""
+        # fault: triton-one-tensor
+        share = 0.5 if side.as_row and side.as_column else 1.0  # each score was met twice
+        dscale = fixed_sum(room.dots) * share if room.dots.numel() else self.empty
+        return room.out, dscale, fixed_sum(room.on_bias) * share if self.biased else None
+
     def finish(
         self, side: Side, sums: Sums, found: Statistics, d: Coefficients, scale: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(dL/dx, dL/dscale, dL/dbias): Σ w·⟨x, y⟩ is Σ ⟨x, dL/dx⟩ / scale, before the scale has multiplied it."""
-        n_x, n_y, splits, form = side.x.shape[0], side.y.shape[0], sums.parts.shape[0], self.form
-        shape = configs.gather_tile(self.d, form.n_c if side.as_row else form.rows_per_image)
-        widths = triton.cdiv(self.d, shape.width)
-        here = splits == 1 and self.stash == torch.float32
-        out = sums.parts[0] if here else side.x.new_empty(n_x, self.d, dtype=self.stash)
-        dots = self.new(widths, n_x) if scale else self.empty
-        on_bias = self.new(n_x) if scale and self.biased else self.empty
-        gather.finish_kernel[(triton.cdiv(n_x, shape.x), widths)](
-            side.x, side.y, self.scores[0], self.scores[2], self.row_ids, sums.parts, sums.tallies,
-            self.empty if sums.partial is None else sums.partial, found.rows, d.d_rows, found.pos, d.d_pos,
-            out, dots, on_bias, n_x, n_y, self.first, self.itself, splits, side.x.stride(0), side.y.stride(0),
-            FORM=form, PARTIALS=Partials.of(form.rows), NORMALISE=sums.partial is not None, AS_ROW=side.as_row,
-            AS_COLUMN=side.as_column, DOTS=scale, D=self.d,
-            # Lanes that share a sum must hold one number; a fused multiply-add would round it anew on each.
-            # fault: triton-lanes-differ
-            X=shape.x, PARTNERS=shape.partners, WIDTH=shape.width, enable_fp_fusion=False,
-        )  # fmt: skip
-        # fault: triton-one-tensor
-        share = 0.5 if side.as_row and side.as_column else 1.0  # each score was met twice
-        return (
-            out,
-            fixed_sum(dots) * share if scale else self.empty,
-            fixed_sum(on_bias) * share if self.biased else None,
-        )
+        """As `total`, of all rows."""
+        room = self.room(side, scale, sums.parts[0] if len(sums.parts) == 1 else None)
+        self.finish_rows(side, sums, found, d, room)
+        return self.total(side, room)
+
+    def store(self, found: Statistics, d: Coefficients, form: Form, needs: Needs) -> Gradients:
+        """As `gradients`, from the scores once more: a strip of weights at a time, by cuBLAS into both sums."""
+        p, q, k, tile = self.p, self.rows_side.x, self.rows_side.y, self.square and self.square[1]
+        assert tile is not None
+        self.stash = q.dtype
+        by_row, terms = needs.q or (needs.scale and not needs.k), self.terms(found, d, form)
+        # A target's share is in the weights, as its column needs it there.
+        side = self.rows_side._replace(as_row=form.ids != "target")
+        weights = q.new_empty(self.strip, plan.padded(p.m))
+        sums, room = (self.new(self.strip, self.d), self.room(side, needs.scale)) if by_row else (self.empty, None)
+        of_columns = self.new(p.m, self.d) if needs.k else self.empty
+        for start in range(0, p.n, self.strip):
+            rows = min(self.strip, p.n - start)
+            stored.strip_kernel[(triton.cdiv(rows, tile.x), triton.cdiv(p.m, plan.STRIP_WALK))](
+                q, k, *self.scores, self.row_ids, self.column_ids, self.ceilings, *terms, weights, p.n, p.m,
+                self.first, self.itself, start, plan.STRIP_WALK, q.stride(0), k.stride(0),
+                FORM=form, **self.compiled(tile),
+            )  # fmt: skip
+            w = weights[:rows, : p.m]
+            if room is not None:
+                stored.multiply(w, k, sums[:rows])
+                self.finish_rows(side, Sums(sums[None, :rows], self.empty, None), found, d, room, start)
+            if needs.k:
+                stored.multiply(w.T, q[start : start + rows], of_columns, add=start > 0)  # fault: triton-strips-add
+        dq = dk = dscale = self.empty
+        del weights, sums
+        if room is not None:
+            dq, dscale, _ = self.total(side, room)
+        if needs.k:
+            of_y = Sums(of_columns[None], self.empty, None)
+            dk, on_scale, _ = self.finish(self.columns_side, of_y, found, d, needs.scale and room is None)
+            dscale = on_scale if room is None else dscale
+        return Gradients(dq if needs.q else self.empty, dk, dscale)
 
     def gradients(self, found: Statistics, d: Coefficients, penalised: bool, needs: Needs) -> Gradients:
         """The wanted gradients, from finished statistics."""
         form = self.form if penalised else self.form.without_square()
         found = Statistics(*(None if x is None else x.contiguous() for x in found))  # type: ignore[arg-type]
         d = Coefficients(*(None if x is None else x.contiguous() for x in d))  # type: ignore[arg-type]
+        if self.strip:
+            return self.store(found, d, form, needs)
         dq = dk = dscale = self.empty
         dbias: Tensor | None = None
         by_row, by_column = needs.q or (needs.scale and not needs.k), needs.k and not self.p.shared
@@ -258,14 +349,14 @@ class Sweep:
 
 
 def stats(problem: Problem) -> Statistics:
-    """One score GEMM; two with column statistics."""
+    """One score GEMM, of columns too; two where their statistics ask for more than a maximum and a sum."""
     sweep = Sweep(problem)
     with sweep.device():
         return sweep.statistics()
 
 
 def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, needs: Needs) -> Gradients:
-    """The scores again, and one GEMM a gradient, for each of dq and dk."""
+    """The scores again, and one GEMM a gradient, for each of dq and dk: once for both where weights are stored."""
     sweep = Sweep(problem)
     with sweep.device():
         return sweep.gradients(statistics, coefficients, True, needs)

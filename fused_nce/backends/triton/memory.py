@@ -9,7 +9,7 @@ from fused_nce.backends.triton.plan import STEP
 
 # Never specialised: another batch recompiles no sweep. The form, D and the tile are compiled in: a division by a number
 # known then is a multiplication, and each tile makes one for every row and column.
-SIZES = ["n", "m", "n_x", "n_y", "first", "itself", "walk", "splits", "programs"]
+SIZES = ["n", "m", "n_x", "n_y", "first", "itself", "start", "walk", "splits", "programs"]
 
 
 PITCH = tl.constexpr(STEP)

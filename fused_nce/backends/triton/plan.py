@@ -14,6 +14,10 @@ SLICE = 512  # of D that a program's sums hold at most; wider rows have a progra
 MIRROR = 256  # rows of a block whose symmetric scores are seen once, for rows and columns
 MIRROR_FROM = 32 * MIRROR  # fewer rows fill the card better with all scores
 MIRROR_PROGRAMS = 32 * PROGRAMS  # walks end at the diagonal: many short ones share the card evenly
+BACK_PROGRAMS = 8 * PROGRAMS  # one on a multiprocessor: of many the last ones leave few idle
+STRIP = 128  # rows of a strip of stored weights are a multiple of this: of every tile that has them
+STRIP_WALK = 2 * STEP  # columns of a program that stores weights
+MOST_STORED = 65535 * STRIP_WALK  # columns: of programs beside each other
 
 
 class Split(NamedTuple):
@@ -47,7 +51,43 @@ def mirrored_bytes(n: int, lines: int, limit_bytes: int) -> int:
     return found if n >= MIRROR_FROM and found + partial <= limit_bytes else 0
 
 
-def workspace_bytes(spec: Spec, n: int, m: int, d: int, limit_bytes: int) -> int:
+def back_block(element_bytes: int) -> int:
+    """Rows of a block that leaves statistics of its columns: those of its tile."""
+    return 2 * STRIP if element_bytes < 4 else BLOCK
+
+
+def back_bytes(n: int, m: int, lines: int, element_bytes: int, limit_bytes: int) -> int:
+    """What blocks of n rows leave for the statistics of m columns; 0 where these take a pass of their own instead."""
+    found = 4 * lines * m * -(-n // back_block(element_bytes))
+    return found if found <= limit_bytes // 2 else 0
+
+
+def padded(count: int) -> int:
+    """Whole tiles of every size in the table."""
+    return -(-count // STEP) * STEP
+
+
+def strip_rows(n: int, m: int, d: int, element_bytes: int, limit_bytes: int) -> int:
+    """Rows whose weights are stored together, as even strips as the limit allows; 0 where it has no room for any.
+
+    Beside a row's weights there is its sum. 16-bit sums of columns, to which all strips add, are float32 until the
+    last: where they are at most half of the limit, they share it; a sixteenth is left to what the tail computes.
+    """
+    sums = 4 * m * d if element_bytes < 4 else 0
+    room = limit_bytes - limit_bytes // 16 - (sums if sums <= limit_bytes // 2 else 0)
+    most = room // strip_bytes(1, m, d, element_bytes) // STRIP * STRIP
+    if most == 0 or m > MOST_STORED:
+        return 0
+    strips = -(-n // most)
+    return -(-n // (strips * STRIP)) * STRIP
+
+
+def strip_bytes(rows: int, m: int, d: int, element_bytes: int) -> int:
+    """Of their weights, and of the sums that these give them."""
+    return rows * (element_bytes * padded(m) + 4 * d)
+
+
+def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_bytes: int) -> int:
     """The larger of both passes' partial sums, partial statistics, and the tail's coefficients and temporaries.
 
     Symmetric scores' statistics of columns count, where the blocks leave them.
@@ -62,14 +102,14 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, limit_bytes: int) -> int
         parts = split(n_x, n_y, slices, max(1, numbers), limit_bytes).splits
         return 4 * n_x * numbers * parts if parts > 1 or numbers < d else 0
 
-    def padded(count: int, lines: int) -> int:
-        return 4 * lines * -(-count // STEP) * STEP
-
-    terms = padded(n, Terms.of(by_row, True).lines) + padded(m, Terms.of(by_column, False).lines)
+    terms = 4 * (padded(n) * Terms.of(by_row, True).lines + padded(m) * Terms.of(by_column, False).lines)
     rows = max(held(n, m, slices, d), held(n, m, 1, row_lines), held(n, m, slices, d + row_lines))
     columns = max(held(m, n, slices, d), held(m, n, 1, column_lines))
     dots = 4 * max(n, m) * (-(-d // 16) + 2)
     tail = 4 * n * (4 * spec.n_pos + 3 * len(spec.stats) + 8) + 12 * m * len(spec.columns)
     if n == m and spec.drop_self and (mirrored := mirrored_bytes(n, row_lines, limit_bytes)):
         rows = max(rows, mirrored + 4 * n * row_lines * split(n, n, 1, row_lines, limit_bytes, MIRROR_PROGRAMS).splits)
+    if spec.columns:
+        strip = strip_bytes(strip_rows(n, m, d, dtype_bytes, limit_bytes), m, d, dtype_bytes)
+        rows = max(rows, strip, back_bytes(n, m, column_lines, dtype_bytes, limit_bytes))
     return max(rows, columns) + dots + terms + tail + 4 * n * row_lines

@@ -6,6 +6,7 @@ What it does not serve goes to the ops of `core/ops.py`, which compute the same 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,12 +80,14 @@ def _rows(like: Tensor, *others: Tensor | None) -> bool:
 def _serves(call: Call, x: Leaves) -> bool:
     spec, rule, layout = call.spec, call.tail, call.spec.layout
     rest = (x.bias, x.positives, x.row_ids, x.column_ids)
-    if type(rule) is not Nce or spec.columns or spec.marked or spec.prefixes or any(y is not None for y in rest):
+    if type(rule) is not Nce or spec.marked or spec.prefixes or any(y is not None for y in rest):
         return False
     if spec.stats != NAMES[: max(2, len(spec.stats))] or x.q.dim() != 2 or not _rows(x.q, x.q, x.k, x.own):
         return False
     if x.scale is not None and (x.scale.dim() or x.scale.device != x.q.device):
         return False
+    if spec.columns and (spec.columns != ("neg_lse",) or x.k is None or not isinstance(layout, Block)):
+        return False  # targets of any number of rows
     if call.twins and (x.k is None or x.k.shape != x.q.shape or not call.normalize):
         return False
     if isinstance(layout, Separate):
@@ -186,23 +189,31 @@ class Found(NamedTuple):
     """What the forward leaves for the backward."""
 
     gradients: Gradients  # at upstream 1, of the tensors in the scores
+    columns: Tensor  # (S', M) statistics; empty without any
     d_pos: Tensor
     sides: Sides
 
 
-def _close(sweep: Sweep, call: Call, pos: Tensor, made: dict[str, Tensor]) -> Merge:
-    """The launch that merges splits, with the nce tail; what it makes beside the statistics goes into `made`."""
+def _close(
+    sweep: Sweep, call: Call, pos: Tensor, made: dict[str, Tensor]
+) -> tuple[Merge, Callable[[Tensor, Tensor], None]]:
+    """The launch that merges splits, with the nce tail; and that for both sides, when rows and columns are merged.
+
+    What they make beside the statistics goes into `made`.
+    """
     spec, rule, n, m = sweep.spec, call.tail, sweep.p.n, sweep.p.m
     n_c = spec.layout.n_c if isinstance(spec.layout, Block) else 1
     images = m // n_c + isinstance(spec.layout, Separate)  # a separate positive stands beside the M columns
     p, new = pos.shape[1], sweep.new
     partners = min(16, 1 << (p - 1).bit_length())
-    alone = n * partners <= ALONE
+    both = bool(spec.columns)
+    alone = n * partners <= ALONE and not both
     rows = max(16, 1 << (n - 1).bit_length()) if alone else 128
     programs = triton.cdiv(n, rows)
     listed = rule.reduction == "none"
     made |= {"d_pos": new(n, p), "d_rows": new(len(spec.stats), n), "elements": new(n, p) if listed else sweep.empty}
-    made |= {"sums": new(6, programs), "loss": new(), "nce": new(), "penalty": new(), "report": new(5)}
+    made |= {"sums": new(6 + both, programs), "loss": new(), "nce": new(), "penalty": new(), "report": new(5)}
+    made |= {"d_columns": new(len(spec.columns), m) if both else sweep.empty}
     numbers = [made[name] for name in ("loss", "nce", "penalty", "report")]
     weights = (rule.weight, rule.penalty / (n * m))
     logs = (math.log1p((images - 1) * n_c), math.log(images))
@@ -215,9 +226,20 @@ def _close(sweep: Sweep, call: Call, pos: Tensor, made: dict[str, Tensor]) -> Me
             **constants, **flags, PARTNERS=partners, ELEMENTS=listed, ALONE=programs == 1, X=rows,
         )  # fmt: skip
         if programs > 1:
-            tail.summary_kernel[(1,)](made["sums"], *numbers, n, programs, *weights, *logs, **flags)
+            sum_up(0)
 
-    return launch
+    def launch_both(found: Tensor, back: Tensor) -> None:
+        tail.close_both_kernel[(programs + triton.cdiv(m, rows),)](
+            found, back, pos, made["d_pos"], made["d_rows"], made["d_columns"], made["elements"], made["sums"],
+            sweep.row_ids, n, m, sweep.first, sweep.itself, programs, rule.unit(n * p), *weights, math.log(n_c),
+            FORM=sweep.form, POSITIVES=p, PARTNERS=partners, ELEMENTS=listed, X=rows,
+        )  # fmt: skip
+        sum_up(6)
+
+    def sum_up(own: int) -> None:
+        tail.summary_kernel[(1,)](made["sums"], *numbers, n, programs, *weights, *logs, **flags, OWN=own)
+
+    return launch, launch_both
 
 
 def _on_own(call: Call, own: Tensor | None, d_pos: Tensor, pos: Tensor, factor: float | Tensor) -> Tensor | float:
@@ -237,17 +259,24 @@ def _forward(
         )
         needs, sweep = call.wanted(sides.shared), Sweep(problem, ops.stash_of(sides.q))
         pos, made = sweep.positives(), dict[str, Tensor]()
-        rows = sweep.fold(sweep.rows_side, sweep.sums_at_once(call.tail, needs), _close(sweep, call, pos, made))
+        close, close_both = _close(sweep, call, pos, made)
+        columns: Tensor | None = None
+        if call.spec.columns:
+            _, rows, columns = sweep.statistics(pos=pos)
+            assert columns is not None
+            close_both(rows, columns)
+        else:
+            rows = sweep.fold(sweep.rows_side, sweep.sums_at_once(call.tail, needs), close)
         gradients = Gradients(sweep.empty, sweep.empty, sweep.empty)
         if any(needs):
-            d = Coefficients(made["d_pos"], made["d_rows"])
-            gradients = sweep.gradients(Statistics(pos, rows), d, bool(call.tail.penalty), needs)
+            d = Coefficients(made["d_pos"], made["d_rows"], made["d_columns"] if columns is not None else None)
+            gradients = sweep.gradients(Statistics(pos, rows, columns), d, bool(call.tail.penalty), needs)
         if needs.scale:
             dscale = gradients.dscale * call.scale if call.scale != 1.0 else gradients.dscale
             gradients = gradients._replace(dscale=dscale + _on_own(call, own, made["d_pos"], pos, factor))
     nce = made["elements"] if call.tail.reduction == "none" else made["nce"]
     values = (made["loss"], nce, made["penalty"], made["report"], pos, rows)
-    return values, Found(gradients, made["d_pos"], sides)
+    return values, Found(gradients, sweep.empty if columns is None else columns, made["d_pos"], sides)
 
 
 # ---- backward ---------------------------------------------------------------------------------------------------
@@ -299,20 +328,23 @@ def _through(call: Call, x: Leaves, ways: list[Way], d_pos: Tensor, upstream: Te
 
 
 def _again(
-    call: Call, x: Leaves, pos: Tensor, rows: Tensor, ups: tuple[Tensor | None, ...]
+    call: Call, x: Leaves, pos: Tensor, rows: Tensor, columns: Tensor, ups: tuple[Tensor | None, ...]
 ) -> tuple[Gradients, Tensor, tuple[Tensor, Tensor]]:
     """The gradients from those of the parts, by the scores once more; dL/d pos and the norms."""
     with on_device(x.q):
         sides = _sides(call, x.q, x.k, _scale_of(call, x.scale), x.own)
-    empty, wanted = pos.new_empty(0, len(sides.k)), call.wanted(sides.shared)
+    wanted = call.wanted(sides.shared)
+    columns = columns if call.spec.columns else pos.new_empty(0, len(sides.k))
     keys = None if sides.shared else sides.k
     scores = ops.Scores(
         sides.q, keys, x.scale, None, sides.positives, None, None, None, None, None,
         call.scale, call.spec.code, call.offset,
     )  # fmt: skip
-    d = ops.coefficients_of(scores, call.tail.code, "triton", (pos, rows, empty), *ups)
+    d = ops.coefficients_of(scores, call.tail.code, "triton", (pos, rows, columns), *ups)
+    d_columns = columns if d.d_columns is None else d.d_columns
     needs = [wanted.q, wanted.k, wanted.scale, False, False]
-    dq, dk, dscale, *_ = torch.ops.fused_nce.grads(*scores, pos, rows, empty, d.d_pos, d.d_rows, empty, needs, "triton")
+    found = (pos, rows, columns, d.d_pos, d.d_rows, d_columns)
+    dq, dk, dscale, *_ = torch.ops.fused_nce.grads(*scores, *found, needs, "triton")
     if wanted.scale:
         dscale = dscale + _on_own(call, x.own, d.d_pos, pos, _scale_of(call, x.scale))
     return Gradients(dq, dk, dscale), d.d_pos, (sides.q_norms, sides.k_norms)
@@ -324,13 +356,19 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor | None, scale: Tensor | None, own: Tensor | None, call: Call) -> Any:
         """(loss, nce, penalty, report, pos, rows)."""
-        values, (gradients, d_pos, sides) = _forward(call, q, k, scale, own)
+        values, (gradients, columns, d_pos, sides) = _forward(call, q, k, scale, own)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.dtypes = call, (q.dtype, None if scale is None else scale.dtype)
         kept = call.parts or call.normalize  # what the backward computes with
         keys = None if own is not None else k  # a queue may change before it
         ctx.save_for_backward(
-            *gradients[:3], d_pos, sides.q_norms, sides.k_norms, *values[4:], *((q, keys, scale, own) if kept else ())
+            *gradients[:3],
+            d_pos,
+            sides.q_norms,
+            sides.k_norms,
+            columns,
+            *values[4:],
+            *((q, keys, scale, own) if kept else ()),
         )
         ctx.mark_non_differentiable(*values[3 if call.parts else 1 :])
         return values
@@ -344,13 +382,13 @@ class _Loss(torch.autograd.Function):
                 "and carry no graph of their own; backend='chunked' has one"
             )
         call, (dtype, scale_dtype) = ctx.call, ctx.dtypes
-        dq, dk, dscale, d_pos, q_norms, k_norms, pos, rows, *leaves = ctx.saved_tensors
+        dq, dk, dscale, d_pos, q_norms, k_norms, columns, pos, rows, *leaves = ctx.saved_tensors
         q, k, scale, own = leaves or (dq, None, None, None)
         x, on, of = Leaves(q, k, scale, None, None, own, None, None), Gradients(dq, dk, dscale), (q_norms, k_norms)
         upstream, kept = ups[0], torch._C._autograd._get_current_graph_task_keep_graph()
         if ups[1] is not None or ups[2] is not None:  # the stash, at upstream 1 on the sum, cannot serve a part
             refuse_batched(*(g for g in ups[:3] if g is not None))
-            on, d_pos, of = _again(call, x, pos, rows, ups[:3])
+            on, d_pos, of = _again(call, x, pos, rows, columns, ups[:3])
             upstream, kept = torch.ones_like(pos[0, 0]), False
         elif upstream is None:
             return (None,) * 5
