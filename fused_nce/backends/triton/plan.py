@@ -90,7 +90,8 @@ def strip_bytes(rows: int, m: int, d: int, element_bytes: int) -> int:
 def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_bytes: int) -> int:
     """The larger of both passes' partial sums, partial statistics, and the tail's coefficients and temporaries.
 
-    Symmetric scores' statistics of columns count, where the blocks leave them.
+    Symmetric scores' statistics of columns count, where the blocks leave them; of both sides those and a strip's
+    weights.
     One split needs no partial sums: the gradient is their place. A scale's gradient wanted alone costs one dq more, and
     inputs whose rows are not adjacent elements are copied, beyond this.
     """
