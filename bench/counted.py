@@ -106,9 +106,9 @@ def cost_times() -> list[Measured]:
     found = []
     for label, (problem, dtype) in calls.problems_counted().items():
         both_ways = problem.call.stores(dtype)
-        for backend in calls.BACKENDS[both_ways:] if both_ways or problem.fits_cost else ():
+        for backend in calls.BACKENDS if both_ways or problem.fits_cost else ():
             us = 1e3 * sum(parts(calls.committed()[label, backend]))
-            sizes, name = (problem.n, problem.m, problem.d), backend + cost.STORED * both_ways
+            sizes, name = (problem.n, problem.m, problem.d), backend + cost.BOTH_WAYS * both_ways
             found.append(Measured(name, dtype.itemsize, problem.call.gemms(backend), *sizes, us))
     return found
 

@@ -43,11 +43,14 @@ def crossover(call: Call, costs: Table) -> int | None:
 def wrong_choices(rows: Sequence[Measured], costs: Table) -> list[str]:
     """The shapes at which the rule takes a backend that was slower than the fastest."""
     found = []
-    rows = [row for row in rows if not row.backend.endswith(cost.STORED)]
-    for n, m, d, size in sorted({(row.n, row.m, row.d, row.element_bytes) for row in rows}):
-        here = {row.backend: row.time_us for row in rows if (row.n, row.m, row.d, row.element_bytes) == (n, m, d, size)}
-        # The sweep is of one loss, whose penalty is in its count of GEMMs.
-        order = cost.fastest_first(Call(penalised=True), n, m, d, DTYPES[size], costs)
+    shapes: dict[tuple[int, int, int, int, bool], dict[str, float]] = {}
+    for row in rows:
+        key = row.n, row.m, row.d, row.element_bytes, row.backend.endswith(cost.BOTH_WAYS)
+        shapes.setdefault(key, {})[row.backend.removesuffix(cost.BOTH_WAYS)] = row.time_us
+    for (n, m, d, size, both_ways), here in sorted(shapes.items()):
+        # The other sweep is of one loss, whose penalty is in its count of GEMMs.
+        call = Call(columns=both_ways, penalised=not both_ways)
+        order = cost.fastest_first(call, n, m, d, DTYPES[size], costs)
         guess, best = next(name for name in order if name in here), min(here, key=here.__getitem__)
         lost = here[guess] / here[best]
         if lost > EQUAL:

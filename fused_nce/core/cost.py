@@ -2,9 +2,9 @@
 
 A call of N rows, M columns and width D takes launch + GEMMs·N·M·gemm(D) on each backend. `cuda` moves its scores
 through the L2 but multiplies at cuBLAS' rate; `triton` never lets a score off the chip, computes it again for each
-gradient, and its tiles get thin as D grows. With statistics of columns it stores weights for cuBLAS, at costs
-of their own. With both gradients they meet near D = 145 in 16 bits, further up where
-only the queries want one. The table is `cost.json`; `python -m bench.fit` makes another from a measured record.
+gradient, and its tiles get thin as D grows. With both gradients they meet near D = 145 in 16 bits, further up where
+only the queries want one. Calls with statistics of columns, whose weights `triton` stores for cuBLAS, have costs of
+their own. The table is `cost.json`; `python -m bench.fit` makes another from a measured record.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from fused_nce.core.problem import Needs
 
 PATH = Path(__file__).with_name("cost.json")
-STORED = ", stored"  # after a backend's name: of its calls that keep weights for cuBLAS
+BOTH_WAYS = ", both ways"  # after the name of a backend: of its calls with statistics of columns
 
 
 class Tiles(NamedTuple):
@@ -176,11 +176,11 @@ def fastest_first(call: Call, n: int, m: int, d: int, dtype: torch.dtype, costs:
         costs: the shipped table by default.
     """
     size, costs = min(dtype.itemsize, 4), table() if costs is None else costs
-    kept = STORED if call.stores(dtype) else ""
+    kept = BOTH_WAYS if call.stores(dtype) else ""
     times = {
         name: costs.get((name + kept, size), one).time_us(call.gemms(name, dtype=dtype), n, m, d)
         for (name, known), one in costs.items()
-        if known == size and not name.endswith(STORED)
+        if known == size and not name.endswith(BOTH_WAYS)
     }
     return sorted(times, key=times.__getitem__)
 

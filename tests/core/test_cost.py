@@ -43,9 +43,9 @@ def test_the_gradients_decide():
     assert first(Call(penalised=True), 32768, 32768, 140) == "cuda"
 
 
-def test_stored_weights_have_costs_of_their_own():
+def test_both_ways_have_costs_of_their_own():
     """Those of calls with statistics of columns, where float16 does not keep them from it."""
-    table = TRUTH | {("triton" + cost.STORED, 2): Cost(10.0, {64: 0.01})}
+    table = TRUTH | {("triton" + cost.BOTH_WAYS, 2): Cost(10.0, {64: 0.01})}
     both = Call(columns=True)
     for call, dtype, name in (
         (both, torch.bfloat16, "triton"),
