@@ -7,6 +7,7 @@ import functools
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,7 @@ from fused_nce._version import __version__
 
 CLIP, PENALTY = 20.0, 0.04  # of AMDIM's loss
 LIBRARIES = ("torch", "torchvision", "accelerate", "scikit-learn", "numpy")
+LOADED = time.time()
 
 
 def cpuinfo(key: str) -> str:
@@ -48,6 +50,15 @@ def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return max(1, min(affinity(), int(most) // int(period)))
     except (OSError, ValueError):  # no control group, or "max"
         return affinity()
+
+
+def started() -> float:
+    """When this process started, in seconds since 1970; where the system does not say, when this module was loaded."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since the machine's start
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return LOADED
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 
-from fused_nce import GradientCache, measure
+from fused_nce import GradientCache
 from fused_nce.train import (
     boards,
     checkpoint,
@@ -91,7 +91,7 @@ class Trainer:
         state = checkpoint.load_state(path) if path else {}
         if state:
             self.config = config = resumed.for_processes(config, state, world)
-        self.environment = measure.environment() | {"processes": world}  # now: the code may change while it runs
+        self.environment = resumed.environment(state, world)  # now: the code may change while it runs
         self.loader = config.open_loader(rank, world)
         log.info("%s", self.loader.account)
         self.views = config.make_views()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fused_nce import measure
 from fused_nce.train import trained_on
 from fused_nce.train.method import Method
 
@@ -50,6 +52,19 @@ def for_processes(config: Method, state: dict[str, Any], world: int) -> Method:
     found = dataclasses.replace(config, optim=dataclasses.replace(config.optim, batch_size=share))
     found.check()
     return found
+
+
+def environment(state: dict[str, Any], world: int) -> dict[str, Any]:
+    """What a checkpoint says of where it was made, and of when the first process of its run started.
+
+    Args:
+        state: of the checkpoint that the run goes on from; empty for a new run.
+        world: processes.
+    """
+    now = datetime.fromtimestamp(measure.started(), timezone.utc).isoformat(timespec="seconds")
+    # fault: clock-of-resume
+    began = state.get("environment", {}).get("began_utc") if state else now  # older checkpoints do not say
+    return measure.environment() | {"processes": world} | ({"began_utc": began} if began else {})
 
 
 def inexact(model: nn.Module, config: Method, state: dict[str, Any], world: int) -> str:

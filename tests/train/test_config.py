@@ -35,7 +35,8 @@ def test_every_preset_parses_and_survives_the_disk(tmp_path, preset):
     assert [key for key in flat if flat[key] != default[key] and key not in wanted and key != "preset"] == []
 
 
-OURS = ("digits", "cifar10-tiny")
+TIMED = [f"cifar10-{minutes}min" for minutes in (12, 30, 60)]
+OURS = ("digits", "cifar10-tiny", *TIMED)
 UPSTREAM = [name for name in PRESETS if name not in OURS]
 
 
@@ -62,7 +63,14 @@ def test_presets_from_upstream_train_with_its_loss_and_optimizer(preset):
 
 
 def test_our_presets_take_the_penalty_of_the_paper():
-    assert [of_preset(preset).loss.penalty for preset in OURS] == [0.04, 0.04]
+    assert [of_preset(preset).loss.penalty for preset in OURS] == [0.04] * len(OURS)
+
+
+def test_the_presets_of_a_time_differ_from_the_tiny_one_by_epochs_alone():
+    tiny = of_preset("cifar10-tiny")
+    for preset in TIMED:
+        (line,) = config.differences(tiny, of_preset(preset))
+        assert line.startswith("optim.epochs: 3 -> ")
 
 
 def test_command_line_beats_yaml_beats_preset(tmp_path):
