@@ -162,3 +162,53 @@ def busy_now(seconds: float = 1.0) -> float:
     meter = BusyMeter()
     time.sleep(seconds)
     return meter.share()
+
+
+class Energy:
+    """Joules of the CPU's packages, where Linux tells them: its folder is `intel-rapl` on AMD too."""
+
+    def __init__(self, folder: Path = Path("/sys/class/powercap")) -> None:
+        self.joules = 0.0
+        self.why: str | None = None
+        try:
+            zones = sorted(zone for zone in folder.glob("intel-rapl:*") if zone.name.count(":") == 1)
+            self.zones = [zone for zone in zones if (zone / "name").read_text().startswith("package")]
+            self.range = {zone: int((zone / "max_energy_range_uj").read_text()) for zone in self.zones}
+            self.last = self._now()
+        except OSError as error:
+            self.zones, self.why = [], f"{error.filename} cannot be read: {error.strerror}"
+        if not self.zones and self.why is None:
+            self.why = f"the host shows no {folder}/intel-rapl:*"
+
+    def _now(self) -> dict[Path, int]:
+        return {zone: int((zone / "energy_uj").read_text()) for zone in self.zones}
+
+    def look(self) -> None:
+        """Add what was used since the last look; a counter that is smaller has wrapped round."""
+        now = self._now()
+        for zone, value in now.items():
+            used = value - self.last[zone]
+            self.joules += (used if used >= 0 else used + self.range[zone]) / 1e6
+        if self.zones:
+            self.last = now
+
+    def found(self) -> dict[str, Any]:
+        """Of an entry."""
+        return {"energy_j": None, "energy_why": self.why} if self.why else {"energy_j": round(self.joules, 1)}
+
+
+def matrix_rates(side: int = 1024, seconds: float = 0.5) -> dict[str, float | None]:
+    """GFLOP/s of `torch.mm` on all cores by the fastest call; None of bf16 where the CPU has no instructions for it."""
+    before, found = torch.get_num_threads(), dict[str, float | None]()
+    torch.set_num_threads(cores())
+    has_bf16 = {"avx512_bf16", "amx_bf16"} & set(facts()["isa_flags"])
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        x, times = torch.ones(side, side, dtype=dtype), list[float]()
+        end = time.perf_counter() + seconds
+        while (has_bf16 or name == "fp32") and (not times or time.perf_counter() < end):
+            start = time.perf_counter()
+            torch.mm(x, x)
+            times.append(time.perf_counter() - start)
+        found[name] = round(2 * side**3 / min(times) / 1e9, 1) if times else None
+    torch.set_num_threads(before)
+    return found

@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 52_810, ("tests",): 33_660}
+BUDGET = {("fused_nce", "csrc", "bench"): 53_300, ("tests",): 33_910}
 
 
 def lines(folder: str) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from bench import cases, counted, decode, family_tables, losses, premise, roofline, training
+from bench import cases, counted, decode, family_tables, losses, premise, roofline, speedrun_table, training
 from bench.gpu import problems as gpu_problems
 from bench.gpu import tables as gpu_tables
 from bench.host import ROOT
@@ -206,9 +206,12 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "losses-page": lambda record: f"{losses.table('')}\n\n{losses.reference()}",
     "cifar10-budget": lambda record: training.budget_table("cifar10"),
     "cifar10-accuracy": lambda record: training.accuracy_table("cifar10"),
+    "baselines-budget": lambda record: training.budget_table("cifar10", training.RESULTS / "baselines"),
+    "baselines-accuracy": lambda record: training.accuracy_table("cifar10", training.RESULTS / "baselines"),
     "fsdd-budget": lambda record: training.budget_table("fsdd"),
     "fsdd-accuracy": lambda record: training.accuracy_table("fsdd"),
     "premise": lambda record: premise.block(),
+    "speedrun": lambda record: speedrun_table.block(),
     "gpu-model": lambda record: counted.table(),
     "gpu-launches": lambda record: counted.launches_table((*gpu_problems.TABLE, *gpu_problems.SMALL)),
     "gpu-memory": lambda record: counted.memory_table(),
