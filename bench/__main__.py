@@ -17,7 +17,6 @@ from bench import cases, host, measure, plots, rivals, tables
 from bench.cases import Case
 from fused_nce.bench import memory
 
-BUSY_SHARE = 0.1  # of all cores, in use by others: above this a median of 20 rounds moved by more than its own spread
 SCHEMA = 1
 
 
@@ -27,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     host.restart_with(options.isa, "bench", argv)
     torch.set_num_threads(options.threads)
     load = host.busy_now()
-    if load > BUSY_SHARE:
-        message = f"others use {load:.0%} of the cores, need <= {BUSY_SHARE:.0%} for times that mean anything"
+    if load > host.BUSY_SHARE:
+        message = f"others use {load:.0%} of the cores, need <= {host.BUSY_SHARE:.0%} for times that mean anything"
         if not options.force:
             raise SystemExit(f"bench: {message}; wait, or measure anyway with --force")
         print(f"WARNING: {message}", file=sys.stderr)

@@ -23,6 +23,7 @@ from fused_nce.measure import cores, cpuinfo, processor
 
 ROOT = Path(__file__).resolve().parent.parent
 ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
+BUSY_SHARE = 0.1  # of all cores, in use by others: above this a median of 20 rounds moved by more than its own spread
 CODE_ENDINGS = (".cpp", ".cu", ".cuh", ".h", ".inl")
 # Numbers come from the code, not from the documents that quote them.
 NOT_CODE = (":!bench/results", ":!docs", ":!*.md")
@@ -197,9 +198,12 @@ class Energy:
         return {"energy_j": None, "energy_why": self.why} if self.why else {"energy_j": round(self.joules, 1)}
 
 
-def matrix_rates(side: int = 1024, seconds: float = 0.5) -> dict[str, float | None]:
-    """GFLOP/s of `torch.mm` on all cores by the fastest call; None of bf16 where the CPU has no instructions for it."""
-    before, found = torch.get_num_threads(), dict[str, float | None]()
+def matrix_rates(side: int = 1024, seconds: float = 1.0) -> dict[str, float | None]:
+    """GFLOP/s of `torch.mm` on all cores by the fastest call, and what share of them others used meanwhile.
+
+    None of bf16 where the CPU has no instructions for it, and of both where others used so much that they are too low.
+    """
+    before, meter, found = torch.get_num_threads(), BusyMeter(), dict[str, float | None]()
     torch.set_num_threads(cores())
     has_bf16 = {"avx512_bf16", "amx_bf16"} & set(facts()["isa_flags"])
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
@@ -211,4 +215,5 @@ def matrix_rates(side: int = 1024, seconds: float = 0.5) -> dict[str, float | No
             times.append(time.perf_counter() - start)
         found[name] = round(2 * side**3 / min(times) / 1e9, 1) if times else None
     torch.set_num_threads(before)
-    return found
+    share = meter.share()
+    return (found if share <= BUSY_SHARE else dict.fromkeys(found)) | {"others_cpu_share": round(share, 4)}

@@ -19,7 +19,8 @@ matplotlib.use("Agg")
 
 ENTRIES = host.ROOT / "docs/results/speedrun"
 PROBES = {"knn": "kNN-200", "linear": "linear"}
-REFERENCE_GFLOP_PER_S = 800.0  # bf16, of the two Zen 5 cores that the classes of minutes were set on
+REFERENCE_GFLOP_PER_S = 850.0  # bf16, of the two Zen 5 cores that the classes of minutes were set on
+RATES = ("bf16", "fp32")
 OPEN = ("seed", "preset", "data", "run")  # what entries of one row may differ in
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # of Okabe and Ito
 MARKERS = "os^Dvp"
@@ -32,9 +33,9 @@ def entries(folder: Path = ENTRIES) -> dict[str, Entry]:
 
 
 def scaled_s(entry: Entry) -> float | None:
-    """Seconds that its arithmetic would take at the reference's matrix rate; None where its host's was not measured."""
-    rates = [rate for rate in (entry["matrix_gflop_per_s"] or {}).values() if rate is not None]
-    return entry["seconds"] * max(rates) / REFERENCE_GFLOP_PER_S if rates else None
+    """Seconds that its arithmetic would take at the reference's matrix rate; None where its host's is not known."""
+    rates = [rate for name in RATES if (rate := (entry["matrix_gflop_per_s"] or {}).get(name)) is not None]
+    return float(entry["seconds"]) * max(rates) / REFERENCE_GFLOP_PER_S if rates else None
 
 
 def counted_s(entry: Entry) -> float:
@@ -82,9 +83,10 @@ def _minutes(seconds: Iterable[float | None]) -> str:
 
 
 def _host(entry: Entry) -> str:
-    machine, rates = entry["host"], entry["matrix_gflop_per_s"] or {}
-    shown = [f"{number(rates.get(name))} GFLOP/s in {name}" for name in ("bf16", "fp32")]
-    return f"{machine['processor']}, {machine['instruction set']}, torch {machine['torch']}: {', '.join(shown)}"
+    machine, found = entry["host"], entry["matrix_gflop_per_s"] or {}
+    rates = [f"{name} {number(found[name])} GFLOP/s" for name in RATES if found.get(name) is not None]
+    text = f"{machine['processor']}, {machine['instruction set']}, torch {machine['torch']}"
+    return f"{text}: {', '.join(rates) or 'its matrix rate could not be measured when it was entered'}"
 
 
 def block(folder: Path = ENTRIES) -> str:

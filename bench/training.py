@@ -91,8 +91,8 @@ def untrained(run: Run, tap: str, probe: tuple[str, str]) -> Row | None:
     return None
 
 
-def keep(run_dir: Path, order: int, folder: Path = RESULTS) -> Run:
-    """Copy what a reader needs to judge a run; paths of this machine stay behind.
+def keep(run_dir: Path, folder: Path = RESULTS) -> Run:
+    """Copy what a reader needs to judge a run, after those kept before; paths of this machine stay behind.
 
     Raises:
         ValueError: a folder without an evaluation.
@@ -104,11 +104,12 @@ def keep(run_dir: Path, order: int, folder: Path = RESULTS) -> Run:
     result = json.loads((run_dir / "eval.json").read_text(encoding="utf-8"))
     text = (run_dir / "config.yaml").read_text(encoding="utf-8")
     data = result["data_name"]
+    orders = {run.name: int(run.about["order"]) for run in kept(data, folder)}
     (folder / f"{name}.config.yaml").write_text(re.sub(r"(?m)^data: .*$", f"data: path/to/{data}", text), "utf-8")
     shutil.copyfile(run_dir / "log.jsonl", folder / f"{name}.log.jsonl")
     shutil.copyfile(run_dir / "eval.csv", folder / f"{name}.eval.csv")
     about = {
-        "order": order,
+        "order": orders.get(name, max(orders.values(), default=-1) + 1),
         "data": data,
         "title": result.get("title", result["method"]),  # older evaluations have neither it nor the next three
         "date": result["date"],
@@ -120,7 +121,7 @@ def keep(run_dir: Path, order: int, folder: Path = RESULTS) -> Run:
     return Run(name, folder)
 
 
-def budget_table(data: str) -> str:
+def budget_table(data: str, folder: Path = RESULTS) -> str:
     """What each run cost."""
     rows = [
         [
@@ -134,17 +135,17 @@ def budget_table(data: str) -> str:
             str(run.about["environment"]["threads"]),
             str(run.about["environment"]["commit"])[:7],
         ]
-        for run in kept(data)
+        for run in kept(data, folder)
     ]
     seen = "windows/s" if data == "fsdd" else "images/s"
     head = ["run", "encoder, M parameters", "epochs × views", "updates", "minutes", seen, "loss, % of step"]
     return markdown([*head, "threads", "evaluated at"], rows)
 
 
-def accuracy_table(data: str) -> str:
+def accuracy_table(data: str, folder: Path = RESULTS) -> str:
     """Every run at every tap, beside the better of its untrained encoders."""
     rows = []
-    for run in kept(data):
+    for run in kept(data, folder):
         for tap in run.taps:
             line = [run.name, tap]
             for probe in PROBES:
@@ -152,12 +153,12 @@ def accuracy_table(data: str) -> str:
                 line += [f"**{_percent(found[0])}**" if found else "–", _percent(base) if base else "–"]
             rows.append(line)
     head = [text for name in PROBES.values() for text in (name, "untrained")]
-    return markdown(["run", "tap", *head], rows + _inputs(data))
+    return markdown(["run", "tap", *head], rows + _inputs(data, folder))
 
 
-def _inputs(data: str) -> list[list[str]]:
+def _inputs(data: str, folder: Path) -> list[list[str]]:
     """The inputs themselves as features, from the first run that was compared with them."""
-    for run in kept(data):
+    for run in kept(data, folder):
         others = [row for row in run.rows if not row["encoder"].startswith(("trained", "random"))]
         if others:
             pairs = dict.fromkeys((row["encoder"], row["tap"]) for row in others)
@@ -173,9 +174,9 @@ def _percent(row: Row) -> str:
     return f"{float(row['accuracy_pct']):.1f}{spread}"
 
 
-def draw(data: str, path: Path) -> None:
+def draw(data: str, path: Path, folder: Path = RESULTS) -> None:
     """Each run's best tap beside its untrained encoder, and the loss on the way there."""
-    runs = kept(data)
+    runs = kept(data, folder)
     figure = Figure(figsize=(11, 0.42 * len(runs) + 1.9), dpi=150, facecolor="white", layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     _accuracies(left, runs)
@@ -229,9 +230,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Keep runs and draw."""
     parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders that `fused-nce eval` has evaluated")
-    for order, run_dir in enumerate(parser.parse_args(argv).runs):
-        print(f"kept {keep(run_dir, order).name}")
-    if kept(PICTURE):
+    parser.add_argument("--study", help="keep them in docs/results/STUDY, with tables of their own")
+    options = parser.parse_args(argv)
+    folder = RESULTS / (options.study or "")
+    for run_dir in options.runs:
+        print(f"kept {keep(run_dir, folder).name}")
+    if options.study is None and kept(PICTURE):
         draw(PICTURE, RESULTS / f"{PICTURE}.png")
     return 0
 

@@ -22,7 +22,7 @@ def evaluated(folder, accuracy, settings=None, *, baselines=True, **facts):
 
 def test_what_is_kept_names_no_path(tmp_path):
     facts = {"title": "AMDIM", "epochs": 3, "views": 6, "parameters": 3_141_376}
-    run = training.keep(evaluated(tmp_path / "first", 61.25, **facts), 0, tmp_path / "kept")
+    run = training.keep(evaluated(tmp_path / "first", 61.25, **facts), tmp_path / "kept")
     assert {key: run.about[key] for key in facts} == facts
     files = sorted((tmp_path / "kept").iterdir())
     assert [file.name for file in files] == [
@@ -32,18 +32,18 @@ def test_what_is_kept_names_no_path(tmp_path):
     assert "data: path/to/digits\n" in files[0].read_text()
 
 
-def test_untrained_encoders_are_those_of_the_same_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "RESULTS", tmp_path)
-    monkeypatch.setattr(training, "kept", lambda data, folder=tmp_path, kept=training.kept: kept(data, folder))
+def test_untrained_encoders_are_those_of_the_same_model(tmp_path):
     other = AMDIMConfig()
     other.model.ndf = 77
-    for order, run_dir in enumerate((
-        evaluated(tmp_path / "runs/full", 61.25, environment={"threads": 2, "commit": "0123456789"}),
-        evaluated(tmp_path / "runs/again", 73.5, baselines=False),
-        evaluated(tmp_path / "runs/wider", 75.0, other, baselines=False),
-    )):  # fmt: skip
-        training.keep(run_dir, order, tmp_path)
-    lines = {line.split(" | ")[0].strip("| "): line for line in training.accuracy_table("digits").splitlines()[::-1]}
+    facts = {"environment": {"threads": 2, "commit": "0123456789"}}
+    for run_dir in (
+        evaluated(tmp_path / "runs/full", 61.25, **facts),
+        evaluated(tmp_path / "runs/again", 73.5, baselines=False, **facts),
+        evaluated(tmp_path / "runs/wider", 75.0, other, baselines=False, **facts),
+    ):  # fmt: skip
+        training.keep(run_dir, tmp_path)
+    table = training.accuracy_table("digits", tmp_path).splitlines()
+    lines = {line.split(" | ")[0].strip("| "): line for line in table[::-1]}
     full, again, wider = (lines[name].split(" | ") for name in ("full", "again", "wider"))
     assert full[2] == "**61.2**"
     assert again[2] == "**73.5**"
@@ -54,12 +54,12 @@ def test_untrained_encoders_are_those_of_the_same_model(tmp_path, monkeypatch):
         float(x["accuracy_pct"]) for x in training.Run("full", tmp_path).accuracies("f1", ("linear", "all"), "random")
     )
     assert full[3] == f"{best:.1f}"
-    training.draw("digits", tmp_path / "picture.png")
+    training.draw("digits", tmp_path / "picture.png", tmp_path)
     assert (tmp_path / "picture.png").stat().st_size > 10_000
-    monkeypatch.setattr(training, "kept", lambda data: [training.Run("full", tmp_path)])
-    assert "| full | – | – | 420 | 2.5 | 437 | 25.0 | 2 | 0123456 |" in training.budget_table("digits")  # an older one
+    older = training.budget_table("digits", tmp_path)
+    assert "| full | – | – | 420 | 2.5 | 437 | 25.0 | 2 | 0123456 |" in older
 
 
 def test_a_run_without_an_evaluation_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^run: .* holds no eval.json; evaluate it first: fused-nce eval .*$"):
-        training.keep(tmp_path, 0, tmp_path / "kept")
+        training.keep(tmp_path, tmp_path / "kept")
