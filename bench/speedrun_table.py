@@ -97,7 +97,10 @@ def block(folder: Path = ENTRIES) -> str:
     rows, hosts = [], dict[str, list[str]]()
     for group in grouped(found):
         first = _of(group)
-        links = {name: f"[{name}](results/speedrun/{name}.json)" for name in group}
+        links = [
+            f"[{name if len(group) == 1 else 'seed ' + str(entry['seed'])}](results/speedrun/{name}.json)"
+            for name, entry in group.items()
+        ]
         for name, entry in group.items():
             hosts.setdefault(_host(entry), []).append(name)
         for tap in first["accuracy_pct"]:
@@ -105,7 +108,7 @@ def block(folder: Path = ENTRIES) -> str:
                 str(first["minutes_allowed"]), first["method"], str(first["epochs"]), tap,
                 *(spread(_by_tap(group.values(), probe)[tap]) for probe in PROBES),
                 _minutes(entry["seconds"] for entry in group.values()), _minutes(map(scaled_s, group.values())),
-                ", ".join(links.values()),
+                ", ".join(links),
             ])  # fmt: skip
     head = [
         "minutes allowed",
@@ -116,7 +119,10 @@ def block(folder: Path = ENTRIES) -> str:
         "minutes taken",
     ]
     parts = [markdown([*head, "at the reference's rate", "entries"], rows)]
-    parts += ["\n".join(f"- {machine} ({', '.join(names)})." for machine, names in hosts.items())]
+    whose = {machine: f" ({', '.join(names)})" if len(hosts) > 1 else "" for machine, names in hosts.items()}
+    parts += ["\n".join(f"- {machine}{names}." for machine, names in whose.items())]
+    if (picture := folder.with_suffix(".png")).exists():
+        parts.append(f"![Accuracy against minutes](results/{picture.name})")
     left = {name: "; ".join(entry["outside"]) for name, entry in found.items() if entry["outside"]}
     lines = [f"- [{name}](results/speedrun/{name}.json): {why}." for name, why in left.items()]
     return "\n\n".join(parts + (["Entered, and outside the rules:", "\n".join(lines)] if left else []))
