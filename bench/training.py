@@ -152,8 +152,11 @@ def accuracy_table(data: str, folder: Path = RESULTS) -> str:
                 found, base = run.accuracies(tap, probe, "trained"), untrained(run, tap, probe)
                 line += [f"**{_percent(found[0])}**" if found else "–", _percent(base) if base else "–"]
             rows.append(line)
-    head = [text for name in PROBES.values() for text in (name, "untrained")]
-    return markdown(["run", "tap", *head], rows + _inputs(data, folder))
+    head = ["run", "tap", *(text for name in PROBES.values() for text in (name, "untrained"))]
+    table = [head, *rows, *_inputs(data, folder)]
+    columns = [column for column in zip(*table, strict=True) if set(column[1:]) - {"–", ""}]  # what was measured
+    head, *rows = zip(*columns, strict=True)
+    return markdown(head, rows)
 
 
 def _inputs(data: str, folder: Path) -> list[list[str]]:
