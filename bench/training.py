@@ -154,9 +154,9 @@ def accuracy_table(data: str, folder: Path = RESULTS) -> str:
             rows.append(line)
     head = ["run", "tap", *(text for name in PROBES.values() for text in (name, "untrained"))]
     table = [head, *rows, *_inputs(data, folder)]
-    columns = [column for column in zip(*table, strict=True) if set(column[1:]) - {"–", ""}]  # what was measured
-    head, *rows = zip(*columns, strict=True)
-    return markdown(head, rows)
+    measured = [index for index, column in enumerate(zip(*table, strict=True)) if set(column[1:]) - {"–", ""}]
+    lines = [[line[index] for index in measured] for line in table]
+    return markdown(lines[0], lines[1:])
 
 
 def _inputs(data: str, folder: Path) -> list[list[str]]:
