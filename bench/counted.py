@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import calls, static_cuda
+from bench import calls, compiled, static_cuda
 from bench.gpu.problems import TABLE, Problem
 from bench.roofline import GEMM_FLOP_PER_S, HBM_BYTES_PER_S
 from bench.text import markdown, number
@@ -96,6 +96,19 @@ def time_ms(problem: Problem, backend: str) -> float:
     return sum(parts(counted(problem, backend)))
 
 
+def compiled_ms(problem: Problem) -> float:
+    """Of torch.compile's code and the launch that a backward begins with: a kernel's FLOP or its tensors' way.
+
+    What the L2 holds comes from there, and no instruction of a kernel costs anything: rather too fast than too slow.
+    """
+    found = LAUNCH_S
+    for kernel in compiled.counted(problem)["kernels"]:
+        rate = L2_BYTES_PER_S if kernel["bytes"] <= L2_BYTES else HBM_BYTES_PER_S
+        products = kernel.get("flop", 0) / (CUBLAS_RATE * GEMM_FLOP_PER_S)
+        found += LAUNCH_S + max(kernel["bytes"] / rate, products)
+    return 1e3 * found
+
+
 def choice(problem: Problem) -> str:
     """The backend that a call takes."""
     return cost.fastest_first(problem.call, problem.n, problem.m, problem.d, torch.bfloat16)[0]
@@ -132,9 +145,11 @@ def table(problems: Iterable[Problem] = TABLE) -> str:
         found = parts(counted(problem, "cuda"))
         rest = found.small + found.launches
         times = bound_ms(problem), sum(found), found.gemms, found.rows, rest, time_ms(problem, "triton")
-        rows.append([problem.label, *(number(ms) for ms in times), choice(problem), asked])
+        theirs, chosen = compiled_ms(problem), choice(problem)
+        ahead = f"{theirs / time_ms(problem, chosen):.2f}×"
+        rows.append([problem.label, *(number(ms) for ms in times), chosen, asked, number(theirs), ahead])
     header = ["shape (modelled), times in ms", "least GEMMs", "`cuda`", "its GEMMs", "its rows", "the rest"]
-    header += ["`triton`", "chosen", "target"]
+    header += ["`triton`", "chosen", "target", "`torch.compile`", "÷ chosen"]
     return f"{markdown(header, rows)}\n\n**Modelled from counts, not measured**: {assumptions()}"
 
 
@@ -146,9 +161,10 @@ def launches_table(problems: Iterable[Problem]) -> str:
         for backend in calls.BACKENDS:
             call = counted(problem, backend)
             row += [f"{calls.own(call):,}", f"{sum(call['torch'].values())}", number(calls.moved_bytes(call) / 1e6)]
-        rows.append(row)
+        theirs = compiled.counted(problem)
+        rows.append([*row, f"{len(theirs['kernels'])}", number(compiled.moved_bytes(theirs) / 1e6)])
     header = [f"`{backend}`: {what}" for backend in calls.BACKENDS for what in ("own launches", "torch's", "MB moved")]
-    return markdown(["call (counted)", *header], rows)
+    return markdown(["call (counted)", *header, "`torch.compile`: launches", "MB moved"], rows)
 
 
 def memory_table() -> str:

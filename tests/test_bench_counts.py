@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
-from bench import calls, counted, static_cuda, tables
+from bench import calls, compiled, counted, static_cuda, tables
 from bench.gpu import machine, problems, rivals
 from bench.gpu import tables as gpu_tables
 from fused_nce import _extension
@@ -52,6 +54,26 @@ def test_a_launch_more_is_seen(monkeypatch):
     found, moved = calls.operators(run)
     assert found == {"cat": 1, "sum": 1, "copy_": 1}
     assert moved == 4 * (2 * 24 + 24 + 48 + 3 * 24)
+
+
+@COUNTS
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("label", nightly_but(FEW[1:2], compiled.PROBLEMS))
+def test_what_inductor_makes_of_a_loss(label):
+    """Each launch of the code that it generates, and its bytes, as the table has them from this torch."""
+    if compiled.version() != torch.__version__:
+        pytest.skip(f"the table is of torch {compiled.version()}")
+    found = compiled.count(compiled.PROBLEMS[label])
+    assert found == compiled.committed()[label]
+    products = [kernel["flop"] for kernel in found["kernels"] if "flop" in kernel]
+    assert sum(products) == compiled.PROBLEMS[label].flop if label == FEW[1] else products
+
+
+def test_the_model_of_torch_compile_costs_bytes_products_and_launches(monkeypatch):
+    gemm = {"name": "extern_kernels.mm", "bytes": 10**6, "flop": 790 * 10**9}
+    found = [{"name": "fused", "bytes": 43 * 10**8}, {"name": "fused", "bytes": 55 * 10**5}, gemm]
+    monkeypatch.setattr(compiled, "counted", lambda problem: {"kernels": found})
+    assert counted.compiled_ms(problems.MOCO) == pytest.approx(1.0 + 1e-3 + 1.0 / 0.92 + 4 * 2e-3)
 
 
 def test_the_model_is_made_of_counts():
