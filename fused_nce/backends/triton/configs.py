@@ -226,6 +226,15 @@ def gather_tile(d: int, partners: int) -> Gather:
     return Gather(4096 // (width * count), count, width)
 
 
+def finish_tile(d: int, partners: int, splits: int) -> tuple[Gather, int]:
+    """The same where splits are added up, and how many of them at a time: of few rows, so that no load waits long."""
+    shape = gather_tile(d, partners)
+    if splits == 1:
+        return shape, 1
+    x = min(shape.x, 4)
+    return shape._replace(x=x), 4096 // (x * shape.width)
+
+
 def architecture_of(device: torch.device) -> str | None:
     """The table's architecture for a device, None where it has none. The interpreter runs on the CPU."""
     if device.type == "cpu":

@@ -29,6 +29,8 @@ from fused_nce.backends.triton.memory import (
     store_line,
 )
 
+AT_ONCE = tl.constexpr(16)  # parts of a merge whose loads are in flight together
+
 
 @triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
@@ -60,7 +62,6 @@ def merged(
     pos_sum, pos_top, square, soft, total, count = neg_sum, neg_top, neg_sum, neg_sum, neg_sum, neg_sum
     neg_total, neg_count = neg_sum, neg_sum
     length = n.to(tl.int64)
-    AT_ONCE: tl.constexpr = 2048 // X if X < 2048 else 1  # parts whose loads are in flight together
     for first in range(0, splits, AT_ONCE):
         some = first + tl.arange(0, AT_ONCE)
         mask = inside[None, :] & (some < splits)[:, None]  # fault: triton-only-first
@@ -266,8 +267,9 @@ def finish_kernel(
     X: tl.constexpr,
     PARTNERS: tl.constexpr,  # positives gathered at a time
     WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,  # added up at a time
 ):
-    """dL/dx of one block: the splits in their order, and the positives, (X, PARTNERS, WIDTH) of y at a time."""
+    """dL/dx of one block: the splits, some at a time, and the positives, (X, PARTNERS, WIDTH) of y at a time."""
     block, part = tl.program_id(0), tl.program_id(1)
     mine = block * X + tl.arange(0, X)
     xs = start + mine
@@ -282,25 +284,26 @@ def finish_kernel(
             factor = load_line(d_rows + xs, length, own, FORM.rows.neg_lse, 0.0)
         else:
             factor = load_line(d_rows + xs, length, own, FORM.rows.neg_softplus, 0.0)
-    place, lines, counted = sums + offsets(mine, D)[:, None] + d[None, :], partial + xs, tallies + xs
-    for _ in range(splits):  # fault: triton-only-first-split
-        term = tl.load(place, mask=inside, other=0.0)
+    place = sums + offsets(mine, D)[:, None] + d[None, :]
+    for first_split in range(0, splits, SPLITS):  # fault: triton-first-splits
+        some = first_split + tl.arange(0, SPLITS)
+        there = (some < splits)[:, None] & own[None, :]  # fault: triton-only-first-split
+        at = place[None, :, :] + offsets(some, length * D)[:, None, None]
+        terms = tl.load(at, mask=there[:, :, None] & inside[None, :, :], other=0.0)  # (SPLITS, X, WIDTH)
         if NORMALISE:
+            by = tl.where(there, factor[None, :], 0.0)
             if FORM.rows.neg_lse >= 0:
-                shift = tl.zeros((X,), tl.float32)
+                shift = tl.zeros((SPLITS, X), tl.float32)
                 if not FORM.shiftless:
-                    shift = shift_of(load_line(lines, length, own, PARTIALS.neg_top, 0.0))
-                share = tl.where(lse == float("-inf"), 0.0, exp(shift - lse))
-                term = term * share[:, None] * factor[:, None]
-            else:
-                share = tl.full((X,), 1.0, tl.float32)
-                term = term * factor[:, None]
-            lines += PARTIALS.lines * length
-        acc += term
+                    line = partial + offsets(some, PARTIALS.lines * length)[:, None] + xs[None, :]
+                    shift = shift_of(load_line(line, length, there, PARTIALS.neg_top, 0.0))
+                share = exp(shift - lse[None, :])
+                by = tl.where(there & (lse != float("-inf"))[None, :], share, 0.0) * by
+            terms = terms * by[:, :, None]
+        acc += tl.sum(terms, 0)
         if DOTS and FORM.transform == "bias":
-            counts = tl.load(counted, mask=own, other=0.0)
-            tally += counts * share * factor if NORMALISE else counts
-        place, counted = place + length * D, counted + length
+            counts = tl.load(tallies + offsets(some, length)[:, None] + xs[None, :], mask=there, other=0.0)
+            tally += tl.sum(counts * by if NORMALISE else counts, 0)
     if AS_ROW and FORM.partners > 0:
         for p in range(0, FORM.partners, PARTNERS):
             ys, paired, slot = partners_of_rows(xs, p, row_ids, first, itself, n_x, n_y, FORM, PARTNERS)

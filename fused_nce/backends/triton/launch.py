@@ -249,7 +249,8 @@ class Sweep:
     ) -> None:
         """dL/dx of the rows from `start` on that `sums` has."""
         (splits, rows), n_x, n_y, form = sums.parts.shape[:2], side.x.shape[0], side.y.shape[0], self.form
-        shape = configs.gather_tile(self.d, form.n_c if side.as_row else form.rows_per_image)
+        partners = form.n_c if side.as_row else form.rows_per_image
+        shape, at_once = configs.finish_tile(self.d, partners, splits)
         x = min(shape.x, plan.STRIP)  # a strip ends with a program
         gather.finish_kernel[(triton.cdiv(rows, x), triton.cdiv(self.d, shape.width))](
             side.x, side.y, self.scores[0], self.scores[2], self.row_ids, sums.parts, sums.tallies,
@@ -259,7 +260,7 @@ class Sweep:
             AS_COLUMN=side.as_column, DOTS=room.dots.numel() > 0, D=self.d,
             # Lanes that share a sum must hold one number; a fused multiply-add would round it anew on each.
             # fault: triton-lanes-differ
-            X=x, PARTNERS=shape.partners, WIDTH=shape.width, enable_fp_fusion=False,
+            X=x, PARTNERS=shape.partners, WIDTH=shape.width, SPLITS=at_once, enable_fp_fusion=False,
         )  # fmt: skip
 
     def total(self, side: Side, room: Finished) -> tuple[Tensor, Tensor, Tensor | None]:
