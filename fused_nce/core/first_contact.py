@@ -1,9 +1,10 @@
 """The first use of a GPU backend: no number of it is believed before a small problem came out right on this very card.
 
 A card, driver, torch, Triton and build that meet for the first time were never seen together by anybody. So the first
-call of each spec, dtype and width runs a problem of a few odd rows on the GPU and in float64 on the CPU. A verdict is
-kept in memory and in the user's cache folder, a file for each such combination; a backend that failed is one that
-cannot run the call, and says so. `FUSED_NCE_FIRST_CONTACT=0` believes everything.
+call of each spec, dtype and width runs a problem of a few odd rows on the GPU and in float64 on the CPU, and one of
+some more rows that backends take for a large one. A verdict is kept in memory and in the user's cache folder, a file
+for each such combination; a backend that failed is one that cannot run the call, and says so.
+`FUSED_NCE_FIRST_CONTACT=0` believes everything.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from fused_nce.core.tails import Coefficients, Tail
 
 ON = ("cuda", "triton")  # backends with code for one kind of card
 ROWS, COLUMNS = 37, 53  # odd, beyond one tile of rows, and no multiple of a vector
+# Of what is taken for large: more of both than a walk of 256, and three blocks of as many where rows are columns.
+LARGE, LARGE_ITSELF = (261, 277), (549, 549)
+MOST_SCORES = 1 << 20  # by the operators too, beside an oracle that takes its time
 # Of the largest entry of a statistic or gradient. What a wrong kernel gives is off by its own size; what rounds
 # differently, by less than this: weights enter 16-bit products in 16 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -63,8 +67,8 @@ def why_not(name: str, of: Callable[[str], Backend], spec: Spec, q: Tensor, k: T
         _verdicts.update({(there, kept): verdict for kept, verdict in _read(path(device)).items()})
     if (there, key) not in _verdicts:  # fault: trial-never
         with torch.device("cpu"):
-            small = problem(spec, q.dtype, None if k is None else k.dtype, q.shape[1])
-        found, lasts = trial(of(name), of("reference"), small, device)
+            tried = problems(spec, q.dtype, None if k is None else k.dtype, q.shape[1])
+        found, lasts = trial(of(name), of("reference"), tried, device)
         _failures[there, key] += not lasts
         if not lasts and _failures[there, key] < TRIES:
             return found
@@ -74,26 +78,24 @@ def why_not(name: str, of: Callable[[str], Backend], spec: Spec, q: Tensor, k: T
     return _verdicts[there, key] or None
 
 
-def trial(backend: Backend, reference: Backend, small: Problem, device: torch.device) -> tuple[str, bool]:
-    """What a backend gets wrong in a small problem, in words, "" where all is right; and whether that will last.
+def trial(
+    backend: Backend, reference: Backend, tried: tuple[Problem, Problem], device: torch.device
+) -> tuple[str, bool]:
+    """What a backend gets wrong in `problems`, in words, "" where all is right; and whether that will last.
 
-    It takes milliseconds, and the compilation of kernels that the call needs anyway. An exception, of memory that is
-    short for example, may not come again.
+    It takes milliseconds, and the compilation of kernels: those that the call needs, and those of other sizes. An
+    exception, of memory that is short for example, may not come again.
     """
-    exact = _map(small, lambda x: x.double() if x.is_floating_point() else x)
-    there, needs = _map(small, lambda x: x.to(device)), Needs(True, not small.shared, True)
-    tolerance = TOLERANCE[small.q.dtype]
-    fitting: list[Tail | None] = [*_tails(small.spec)]
     try:
-        with believing(), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            for tail in fitting or [None]:
-                wanted = _run(exact, reference, tail, needs)
-                pairs = _named(small.spec, _run(there, backend, tail, needs), wanted)
-                for what, found, right in (*pairs, *_plain(there, exact, backend, reference, tail)):
+        for p, as_large in zip(tried, (False, True), strict=True):  # fault: trial-large
+            tolerance = TOLERANCE[p.q.dtype]
+            with believing(as_large), torch.no_grad(), torch.autocast(device.type, enabled=False):
+                for what, found, right in _compared(p, backend, reference, device):
                     if (difference := off(found, right)) > tolerance:
                         return (
-                            f"its first test on this card failed: {what} of {small.spec.code} in {_short(small.q)} is "
-                            f"off by {difference:.2g} of the largest, more than {tolerance:g}",
+                            f"its first test on this card failed: {what} of {p.spec.code} in {_short(p.q)}"
+                            f"{', taken for large,' if as_large else ''} is off by {difference:.2g} of the largest, "
+                            f"more than {tolerance:g}",
                             True,
                         )
     except Exception as error:
@@ -103,21 +105,48 @@ def trial(backend: Backend, reference: Backend, small: Problem, device: torch.de
 
 
 @contextmanager
-def believing() -> Iterator[None]:
-    """No trial within, in this thread: what runs is one itself."""
-    _busy.now = True
+def believing(as_large: bool = False) -> Iterator[None]:
+    """No trial within, in this thread: what runs is one itself, of problems that count as large or not."""
+    _busy.now, _busy.large = True, as_large
     try:
         yield
     finally:
-        _busy.now = False
+        _busy.now = _busy.large = False
 
 
-def problem(spec: Spec, q_dtype: torch.dtype, k_dtype: torch.dtype | None, width: int) -> Problem:
-    """A small one for a spec, on the CPU, always the same: scores of size one, repeated ids. k_dtype None: k is q."""
+def large() -> bool:
+    """Whether backends take what they are given for large: it then meets the kernels that they have for many rows."""
+    return getattr(_busy, "large", False)
+
+
+def _compared(
+    p: Problem, backend: Backend, reference: Backend, device: torch.device
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(what, found, wanted) by the operators and by plain calls, of every tail that fits."""
+    exact = _map(p, lambda x: x.double() if x.is_floating_point() else x)
+    there, needs = _map(p, lambda x: x.to(device)), Needs(True, not p.shared, True)
+    fitting: list[Tail | None] = [*_tails(p.spec)]
+    for tail in fitting or [None]:
+        if not large() or p.n * p.m <= MOST_SCORES:
+            wanted = _run(exact, reference, tail, needs)
+            yield from _named(p.spec, _run(there, backend, tail, needs), wanted)
+        yield from _plain(there, exact, backend, reference, tail)
+
+
+def problems(spec: Spec, q_dtype: torch.dtype, k_dtype: torch.dtype | None, width: int) -> tuple[Problem, Problem]:
+    """A small one for a spec, and one to be taken for large, on the CPU, always the same. k_dtype None: k is q."""
+    more = LARGE_ITSELF if k_dtype is None else LARGE
+    return problem(spec, q_dtype, k_dtype, width), problem(spec, q_dtype, k_dtype, width, *more)
+
+
+def problem(
+    spec: Spec, q_dtype: torch.dtype, k_dtype: torch.dtype | None, width: int, rows: int = ROWS, columns: int = COLUMNS
+) -> Problem:
+    """One of so many rows and columns, or as many more as whole images have: scores of size one, repeated ids."""
     layout, g = spec.layout, torch.Generator().manual_seed(0)
     block = layout if isinstance(layout, Block) else Block(1, 1)
-    n = -(-ROWS // block.rows_per_image) * block.rows_per_image
-    m = -(-COLUMNS // block.n_c) * block.n_c
+    n = -(-rows // block.rows_per_image) * block.rows_per_image
+    m = -(-columns // block.n_c) * block.n_c
     shared = k_dtype is None
     if isinstance(layout, Block):
         images = max(n // block.rows_per_image, m // block.n_c)
@@ -225,32 +254,46 @@ def _named(
 def _plain(
     there: Problem, exact: Problem, backend: Backend, reference: Backend, tail: Tail | None
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The same of a plain call, where the backend has one function for it: rows as they are and divided by norms."""
+    """The same of a plain call, where the backend has one function for it.
+
+    Rows as they are, and divided by norms: there one tensor in both roles comes as two views, whose rows lie side by
+    side. Of a large problem the latter alone.
+    """
     spec, own = exact.spec, isinstance(exact.spec.layout, Separate)
     if backend.whole_loss is None or tail is None or spec.marked:
         return
-    keys = [None if p.shared else p.k[: p.n] if own else p.k for p in (there, exact)]
-    for normalize in (True,) if own else (False, True):
-        leaves = [x.clone().requires_grad_() for x in (there.q, keys[0]) if x is not None]
+    for normalize in (True,) if own or large() else (False, True):
+        twins = normalize and exact.shared and exact.n % 2 == 0
+
+        def of(p: Problem, twins: bool = twins) -> list[Tensor]:
+            both = [p.q] if p.shared else [p.q, p.k[: p.n] if own else p.k]
+            return [p.q[view::2] for view in (0, 1)] if twins else both
+
+        leaves = [x.clone().requires_grad_() for x in of(there)]
         scored = there.k if own else leaves[1] if len(leaves) > 1 else None
         given = (leaves[0], scored, None, None, None, leaves[1].detach() if own else None, None, None)
         with torch.enable_grad():
-            made = backend.whole_loss(spec, tail, given, 0.9, 0, normalize, False, 1, False)
+            made = backend.whole_loss(spec, tail, given, 0.9, 0, normalize, False, 1, twins)
             if made is None:
-                return
+                continue
             found = torch.autograd.grad(made[0], leaves[:1] if own else leaves)
-            roots = [x.clone().requires_grad_() for x in (exact.q, keys[1]) if x is not None]
+            roots = [x.clone().requires_grad_() for x in of(exact)]
             unit = [torch.nn.functional.normalize(x, dim=1) if normalize else x * 1 for x in roots]
         q, second = (x.detach() for x in (unit[0], unit[-1]))
+        if twins:
+            q = second = torch.stack([q, second], dim=1).flatten(0, 1)
         small = exact._replace(q=q, k=exact.k if own else second, scale=0.9)
         if own:
             small = small._replace(positives=0.9 * (q * second).sum(dim=1, keepdim=True))
         known, g = reference.loss(small, tail, Needs(True, not exact.shared and not own, False))
-        (value, *_), wanted = reference.summary([small], [tail], [known], [1]), [g.dq, g.dk]
+        (value, *_, report), wanted = reference.summary([small], [tail], [known], [1]), [g.dq, g.dk]
+        if twins:
+            wanted = [g.dq[0::2], g.dq[1::2]]
         if own:
             on = reference.slopes(small, tail, known, tail.unit(small.n), 1.0)
             wanted[0] = wanted[0] + 0.9 * on.d_pos * second
         yield "a plain call's loss", made[0], value
+        yield "a plain call's report", torch.stack([*made[3].values()]), report[0]
         for what, x, root, through, d in zip(("dq", "dk"), found, roots, unit, wanted, strict=False):
             yield f"a plain call's {what}", x, torch.autograd.grad(through, root, d)[0]
 

@@ -41,12 +41,8 @@ needs_kernels = pytest.mark.skipif(_extension.status()[0] is None, reason="no C+
 
 def trial(backend, name, dtype, width=40):
     spec = SPECS[name]
-    return first_contact.trial(
-        backend,
-        dispatch.backend_module("reference"),
-        first_contact.problem(spec, dtype, None if spec.drop_self else dtype, width),
-        CPU,
-    )
+    problems = first_contact.problems(spec, dtype, None if spec.drop_self else dtype, width)
+    return first_contact.trial(backend, dispatch.backend_module("reference"), problems, CPU)
 
 
 @needs_kernels

@@ -16,6 +16,7 @@ from tests.cases import Case
 from tests.cases import run as run_case
 from tests.gpu.losses import OPEN, etas_of
 from tests.ptx.held import hold
+from tests.triton.heard import Heard
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -76,17 +77,20 @@ def test_a_case(number, dtype, monkeypatch, record_eta):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_symmetric_scores_are_seen_once(dtype, monkeypatch):
     """Of three blocks and a ragged one, beside the reference of the same rows."""
+    from fused_nce.backends.triton import kernels
     from tests.ptx.compiled import pose
 
     pose(monkeypatch, "sm_90")
     monkeypatch.setattr(plan, "MIRROR", 64)
     monkeypatch.setattr(plan, "MIRROR_FROM", 1)
+    fold = Heard(monkeypatch, kernels, "fold_kernel")
     spec, found = Spec(Block(2, 2), Identity(), Nce().stats, drop_self=True, unit_norm=True), []
     x = torch.nn.functional.normalize(torch.randn(230, 40, generator=torch.Generator().manual_seed(0)), dim=1)
     for backend, wide in (("triton", getattr(torch, dtype)), ("reference", torch.float64)):
         z = x.to(getattr(torch, dtype)).to(wide).requires_grad_()
         out = tile_loss(z, None, spec, Nce(), scale=10.0, backend=backend)
         found.append([*(y.double() for y in out.rows.values()), torch.autograd.grad(out.loss, z)[0].double()])
+    assert [launch["MIRRORED"] for launch in fold.launches] == [True]
     for ours, exact, error in zip(*found, (1e-6, 1e-6, 1e-5), strict=True):
         torch.testing.assert_close(ours, exact, rtol=8e-3 if error == 1e-5 else 1e-6, atol=error)
 

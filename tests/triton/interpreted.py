@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_nce import tile_stats
-from fused_nce.backends.triton import atoms, configs, memory, plan
+from fused_nce import info_nce, tile_stats
+from fused_nce.backends.triton import atoms, configs, kernels, memory, plan
 from fused_nce.backends.triton.form import Form
 from fused_nce.core import atoms as definition
 from fused_nce.core import dispatch, workspace
@@ -31,6 +32,7 @@ from tests.core.problems import features, grads_of
 from tests.core.problems import run as tile_loss
 from tests.layouts import LAYOUTS
 from tests.marks import nightly_but
+from tests.triton.heard import Heard
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_interpret.py"
 FIXED = 20261124
@@ -92,6 +94,12 @@ def test_split_walks(shape, penalty, clip):
     n, m = shape.images * shape.rows_per_image, shape.n_k * shape.n_c
     assert max(plan.split(x, y, 1, shape.d, 1 << 28).splits for x, y in ((n, m), (m, n))) > 1
     assert max(run(dataclasses.replace(shape, penalty=penalty, clip=clip)).values()) <= 1
+
+
+def test_more_splits_than_are_added_up_at_a_time():
+    case = Case("triton", "float32", 6, images=2, n_k=461, n_c=5, d=65, penalty=0.0)
+    assert plan.split(2, 461 * 5, 2, 65, 1 << 28).splits > configs.finish_tile(65, 5, 9)[1]
+    assert max(run(case).values()) <= 1
 
 
 @pytest.mark.parametrize(("images", "n_c", "d"), [(66, 16, 9), (17, 64, 9)])
@@ -202,22 +210,52 @@ def test_rows_of_norm_one_need_no_shift(temperature):
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("once", nightly_but([True], [True, False]))
-def test_symmetric_scores_are_seen_once(once, monkeypatch):
+@pytest.mark.parametrize(("once", "alpha"), nightly_but([(True, 0.6)], product([True, False], [0.0, 0.6])))
+def test_symmetric_scores_are_seen_once(once, alpha, monkeypatch):
     """In 19 blocks, the last a ragged one, and three splits; more than there is room for are seen twice."""
     monkeypatch.setattr(plan, "MIRROR", 32)
     monkeypatch.setattr(plan, "MIRROR_FROM", 1)
     if not once:
         monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", "0.05")
     assert (plan.mirrored_bytes(590, 2, workspace.limit_bytes("cpu")) > 0) == once
-    spec, found = Spec(Block(2, 2), Identity(), Nce().stats, drop_self=True, unit_norm=True), []
+    fold, transform = Heard(monkeypatch, kernels, "fold_kernel"), Hardness(alpha) if alpha else Identity()
+    spec, found = Spec(Block(2, 2), transform, Nce().stats, drop_self=True, unit_norm=True), []
     x = torch.nn.functional.normalize(torch.randn(590, 9, generator=torch.Generator().manual_seed(0)), dim=1)
     for backend in ("triton", "reference"):
         z = x.clone().requires_grad_()
         out = engine_loss(z, None, spec, Nce(), scale=2.0, backend=backend)
         found.append([*out.rows.values(), *torch.autograd.grad(out.loss, z)])
+    assert [launch["MIRRORED"] for launch in fold.launches] == [once]
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("penalty", nightly_but([0.04], [0.0, 0.04]))
+@pytest.mark.parametrize("layout", [Block(1), Block(3, 3)], ids=str)
+def test_hardness_of_one_tensor(layout, penalty):
+    """Neither the row itself nor the others of its image are weighed."""
+    spec, found = Spec(layout, Hardness(0.4), Nce(penalty).stats, drop_self=layout.n_c > 1), []
+    x = torch.randn(150, 9, generator=torch.Generator().manual_seed(0))
+    for backend in ("triton", "reference"):
+        q, scale = x.clone().requires_grad_(), torch.tensor(0.3).requires_grad_()
+        k = None if spec.drop_self else x.flip(0)
+        loss = engine_loss(q, k, spec, Nce(penalty), scale=scale, backend=backend).loss
+        found.append([loss, *torch.autograd.grad(loss, (q, scale))])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_shared_hard_negatives_with_hardness():
+    """Blocks of keys, of every row's hard negatives and, both ways, of rows among themselves."""
+    g, found = torch.Generator().manual_seed(0), []
+    drawn = [torch.randn(*shape, 9, generator=g) for shape in ((70,), (70,), (70, 2))]
+    for backend in ("triton", "reference"):
+        q, k, h = (x.clone().requires_grad_() for x in drawn)
+        options: dict[str, Any] = {"directions": ("q2k", "k2q", "q2q"), "backend": backend}
+        out = info_nce(q, k, hard_negatives=h, share_hard_negatives=True, hardness=0.8, normalize=True, **options)
+        found.append([out.loss, *torch.autograd.grad(out.loss, (q, k, h))])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-6)
 
 
 def test_what_bounds_a_score():

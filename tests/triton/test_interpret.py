@@ -29,7 +29,8 @@ def interpret(*arguments: str, selected: str = "", marked: str = "not nightly") 
 
 
 def test_its_own_tests():
-    assert "passed" in interpret(*(f"tests/triton/{name}.py" for name in ("interpreted", "wholly", "two_sided")))
+    every = ("interpreted", "wholly", "two_sided", "contact")
+    assert "passed" in interpret(*(f"tests/triton/{name}.py" for name in every))
 
 
 VALUES = "test_value_and_gradients and (float32 or float16)"
@@ -50,4 +51,4 @@ def test_all_of_what_every_backend_is_held_to():
 
 @pytest.mark.nightly
 def test_many_cases():
-    assert "passed" in interpret("tests/triton/interpreted.py", marked="nightly")
+    assert "passed" in interpret("tests/triton/interpreted.py", "tests/triton/contact.py", marked="nightly")

@@ -12,9 +12,10 @@ import torch
 
 from fused_nce import info_nce, moco_nce, nt_xent
 from fused_nce.backends import triton
-from fused_nce.backends.triton import whole
+from fused_nce.backends.triton import kernels, plan, tail, whole
 from tests.backends.test_cuda_whole import LOSSES, close, draw, gradients, hold_to_the_operators
 from tests.marks import nightly_but
+from tests.triton.heard import Heard
 
 
 @pytest.fixture
@@ -81,3 +82,21 @@ def test_what_it_does_not_serve_goes_to_the_operators(served):
     info_nce(q, k, torch.arange(6), symmetric=True, backend="triton")
     moco_nce(q, k, draw(2, 9, 16), normalize=False, backend="triton")
     assert served() == 0
+
+
+def test_symmetric_scores_of_views_are_seen_once(served, monkeypatch):
+    """Its end has what blocks leave for columns, and the rows of several programs."""
+    monkeypatch.setattr(plan, "MIRROR", 32)
+    monkeypatch.setattr(plan, "MIRROR_FROM", 1)
+    monkeypatch.setattr(whole, "ALONE", 64)
+    fold, close, last = (
+        Heard(monkeypatch, module, name)
+        for module, name in ((kernels, "fold_kernel"), (tail, "close_kernel"), (tail, "summary_kernel"))
+    )
+    views = [draw(i, 151, 9).requires_grad_() for i in range(2)]
+    outs = [nt_xent(*views, backend=name) for name in ("triton", "reference")]
+    ours, theirs = ([x.loss, *x.stats.values(), *gradients(x.loss, views)] for x in outs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert served() == 1
+    assert [(x["MIRRORED"], y["MIRRORED"]) for x, y in zip(fold.launches, close.launches, strict=True)] == [(True, 32)]
+    assert len(last.launches) == 1

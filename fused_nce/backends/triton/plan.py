@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fused_nce.backends.triton.form import Partials, Terms, Wanted
+from fused_nce.core import first_contact
 from fused_nce.core.spec import Spec
 
 PROGRAMS = 264  # enough for two on each of an H100's 132 multiprocessors
@@ -48,7 +49,8 @@ def mirrored_bytes(n: int, lines: int, limit_bytes: int) -> int:
     """What the blocks of n rows leave for the columns of symmetric scores; 0 where all scores are seen instead."""
     found = 4 * lines * n * -(-n // MIRROR)
     partial = 4 * lines * n * split(n, n, 1, lines, limit_bytes, MIRROR_PROGRAMS).splits
-    return found if n >= MIRROR_FROM and found + partial <= limit_bytes else 0
+    least = MIRROR if first_contact.large() else MIRROR_FROM  # fault: triton-mirror-untried
+    return found if n >= least and found + partial <= limit_bytes else 0
 
 
 def back_block(element_bytes: int) -> int:

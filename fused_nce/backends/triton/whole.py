@@ -17,14 +17,14 @@ from torch.autograd import forward_ad
 
 from fused_nce.backends.triton import configs, norms, tail
 from fused_nce.backends.triton.launch import Merge, Sweep, on_device, with_rows
-from fused_nce.core import ops
+from fused_nce.core import first_contact, ops
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import Block, Identity, Separate, Spec
 from fused_nce.core.tails import Coefficients, Nce, Tail, fixed_sum
 from fused_nce.core.upstream import batched, refuse_batched
 
 NAMES = ("neg_lse", "neg_max", "square")
-ALONE = 4096  # positives that one program closes
+ALONE = 1024  # rows that one program closes at most, of few positives
 
 
 class Leaves(NamedTuple):
@@ -207,8 +207,9 @@ def _close(
     p, new = pos.shape[1], sweep.new
     partners = min(16, 1 << (p - 1).bit_length())
     both = bool(spec.columns)
-    alone = n * partners <= ALONE and not both
-    rows = max(16, 1 << (n - 1).bit_length()) if alone else 128
+    rows = min(ALONE, 8 * ALONE // partners)
+    alone = n <= rows and not both and not first_contact.large()  # fault: triton-summary-untried
+    rows, warps = (rows, 16) if alone else (128, 4)
     programs = triton.cdiv(n, rows)
     listed = rule.reduction == "none"
     made |= {"d_pos": new(n, p), "d_rows": new(len(spec.stats), n), "elements": new(n, p) if listed else sweep.empty}
@@ -223,9 +224,9 @@ def _close(
         tail.close_kernel[(programs,)](
             partial, mirrored, out, pos, made["d_pos"], made["d_rows"], made["elements"], made["sums"], *numbers,
             n, splits, rule.unit(n * p), *weights, *logs, math.log(n_c),
-            **constants, **flags, PARTNERS=partners, ELEMENTS=listed, ALONE=programs == 1, X=rows,
+            **constants, **flags, PARTNERS=partners, ELEMENTS=listed, ALONE=alone, X=rows, num_warps=warps,
         )  # fmt: skip
-        if programs > 1:
+        if not alone:
             sum_up(0)
 
     def launch_both(found: Tensor, back: Tensor) -> None:

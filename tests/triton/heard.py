@@ -1,0 +1,28 @@
+"""A kernel that tells what it was launched with, and may then write something wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+Launch = dict[str, Any]  # arguments by name, what is compiled in too
+
+
+class Heard:
+    """In the place of a module's kernel while a test runs; `launches` are its own, in their order."""
+
+    def __init__(
+        self, patch: pytest.MonkeyPatch, module: Any, name: str, after: Callable[[Launch], Any] = lambda launch: None
+    ) -> None:
+        self.kernel, self.after, self.launches = getattr(module, name), after, list[Launch]()
+        patch.setattr(module, name, self)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            self.kernel[grid](*arguments, **options)
+            self.launches.append(dict(zip(self.kernel.arg_names, arguments, strict=False)) | options)
+            self.after(self.launches[-1])
+
+        return launch
