@@ -2,7 +2,8 @@
 
 No GPU is needed. For every kernel, architecture, dtype and width: no spill, no stack, shared memory within the
 architecture's limit, matrix instructions where the inputs have 16 bits. And no regression against the committed table:
-with the Triton that wrote it, registers may grow by 8 (they are handed out eight at a time), all else by nothing.
+with the Triton that wrote it, registers may grow by 8 (they are handed out eight at a time), all else by nothing. A row
+of another source or tile is a fault too; `--all --stale --write` builds those that are.
 By default the two kernels that carry a training step, for bfloat16; `--all` for everything, `--write` for a new table.
 PRECISION is "ieee" alone: what q and k of two dtypes, or torch's own setting of TF32, would compile is not seen here.
 """
@@ -10,6 +11,7 @@ PRECISION is "ieee" alone: what q and k of two dtypes, or torch's own setting of
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -136,6 +138,7 @@ class Build:
     spill_instructions: int
     matrix_instructions: int  # of the architecture's own kind
     mufu_per_score: float  # special functions a score and thread, all copies of the loop counted
+    source: str  # `digest` of what was compiled
     # Of the sm_90 code alone, whose matrix instructions are asynchronous:
     issued_per_score: float | None = None  # instructions a score and thread of the main loop's cheapest turn
     matrix_clocks_per_score: float | None = None  # of a multiprocessor's tensor cores
@@ -179,7 +182,10 @@ class Build:
             yield f"{self.serialised} warnings of serialised matrix instructions (C75xx)"
 
     def regressions(self, before: Build) -> Iterator[str]:
-        """What became worse."""
+        """What became worse, or was of something else."""
+        for name in ("source", "tile"):
+            if getattr(before, name) != getattr(self, name):
+                yield f"{name}: the table has {getattr(before, name)}, this is {getattr(self, name)}: --write"
         slack = {"registers": REGISTERS_MAY_GROW_BY, **dict.fromkeys(("shared_bytes", "mufu_per_score"), 0)}
         slack |= dict.fromkeys(("issued_per_score", "matrix_clocks_per_score"), 0)
         for name, more in slack.items():
@@ -192,9 +198,8 @@ class Build:
             yield f"matrix_instructions: {before.matrix_instructions} became {self.matrix_instructions}"
 
 
-def build(variant: str, architecture: str, dtype: torch.dtype, width: int) -> Build:
-    """Compile one kernel for an architecture that need not be here, and take its binary apart."""
-    import triton
+def asked(variant: str, architecture: str, dtype: torch.dtype, width: int) -> tuple[Any, configs.Tile]:
+    """What Triton compiles for a launch, and the launch's tile."""
     from triton.compiler import ASTSource
 
     from fused_nce.backends.triton import kernels, memory, stored
@@ -223,10 +228,39 @@ def build(variant: str, architecture: str, dtype: torch.dtype, width: int) -> Bu
         # What a call of aligned tensors specialises; sizes never are.
         if signature[name].startswith("*") or name.startswith("stride"):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes), target=target_of(architecture), options=tile.options
-    )
+    return ASTSource(kernel, signature, constants, attributes), tile
+
+
+def build(variant: str, architecture: str, dtype: torch.dtype, width: int) -> Build:
+    """Compile one kernel for an architecture that need not be here, and take its binary apart."""
+    import triton
+
+    source, tile = asked(variant, architecture, dtype, width)
+    compiled = triton.compile(source, target=target_of(architecture), options=tile.options)
     return read(compiled, variant, architecture, dtype, width, tile)
+
+
+def digest(text: str) -> str:
+    """Of Triton's first form of a kernel, without the places in files that its lines come from."""
+    lines = (re.sub(r" loc\((?:[^()]|\([^()]*\))*\)", "", line) for line in text.splitlines())
+    return hashlib.sha256("\n".join(line for line in lines if not line.startswith("#loc")).encode()).hexdigest()[:8]
+
+
+def source_of(variant: str, architecture: str, dtype: torch.dtype, width: int) -> str:
+    """The `Build.source` that a compilation would have, without it: a tenth of its time."""
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import make_backend
+
+    source, tile = asked(variant, architecture, dtype, width)
+    target = target_of(architecture)
+    backend, context, stages = make_backend(target), ir.context(), dict[str, Any]()
+    options = backend.parse_options(tile.options)
+    backend.add_stages(stages, options, source.language)
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    implemented = backend.get_codegen_implementation(options)
+    module = source.make_ir(target, options, implemented, backend.get_module_map(), context)
+    return digest(str(stages["ttir"](module, {})))
 
 
 def read(compiled: Any, variant: str, architecture: str, dtype: torch.dtype, width: int, tile: configs.Tile) -> Build:
@@ -245,6 +279,7 @@ def read(compiled: Any, variant: str, architecture: str, dtype: torch.dtype, wid
         code.spills,
         len(re.findall(rf"\b{MATRIX[architecture]}\b", code.text)),
         round(code.special / scores, 2),
+        digest(compiled.asm["ttir"]),
     )
     return replace(found, **main_loop(compiled.asm, code, tile, width)) if architecture == "sm_90" else found
 
@@ -345,13 +380,45 @@ def committed(version: str) -> list[Build]:
     record: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {"triton": None}
     if record["triton"] != version:
         return []
-    return [Build(**{**row, "tile": tuple(row["tile"])}) for row in record["builds"]]
+    return [Build(**{"source": "", **row, "tile": tuple(row["tile"])}) for row in record["builds"]]
 
 
 def _row(one: Build) -> dict[str, Any]:
     """Without what is only known of sm_90, elsewhere."""
     row = asdict(one)
-    return row if one.architecture == "sm_90" else {name: row[name] for name in list(row)[:11]}
+    return row if one.architecture == "sm_90" else {name: row[name] for name in list(row)[:12]}
+
+
+Planned = tuple[str, str, torch.dtype, int]  # variant, architecture, dtype and width
+
+
+def planned(every: bool, architecture: str | None = None, width: int | None = None) -> list[Planned]:
+    """What is compiled: every kernel and dtype, or a step's two in bfloat16."""
+    return [
+        (variant, name, dtype, d)
+        for name in ([architecture] if architecture else configs.ARCHITECTURES)
+        for dtype in (DTYPES if every else [torch.bfloat16])
+        if (name, dtype) in configs.TABLE
+        for d in ([width] if width else WIDTHS)
+        for variant in (VARIANTS if every else DEFAULT)
+        if VARIANTS[variant].tile(name, dtype, d)
+    ]
+
+
+def stale(plan: Sequence[Planned]) -> list[Planned]:
+    """Those that the table has of another source or tile, or not at all: what it says of them is of something else."""
+    import triton
+
+    known = {one.key: one for one in committed(triton.__version__)}
+
+    def fresh(variant: str, architecture: str, dtype: torch.dtype, width: int) -> bool:
+        found = known.get((variant, architecture, DTYPES[dtype], width))
+        tile = VARIANTS[variant].tile(architecture, dtype, width)
+        return (
+            found is not None and found.tile == tile and found.source == source_of(variant, architecture, dtype, width)
+        )
+
+    return [one for one in plan if not fresh(*one)]
 
 
 def judge(found: Sequence[Build]) -> list[str]:
@@ -385,19 +452,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print, judge; the number of faults."""
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__)
     parser.add_argument("--all", action="store_true", help="every kernel and dtype")
+    parser.add_argument("--stale", action="store_true", help="what the table has of another source or tile alone")
     parser.add_argument("--architecture", choices=configs.ARCHITECTURES, help="one alone")
     parser.add_argument("--width", type=int, choices=WIDTHS, help="one alone")
     parser.add_argument("--write", action="store_true", help=f"what was built into {TABLE.relative_to(ROOT)}")
     options = parser.parse_args(argv)
-    plan = [
-        (variant, architecture, dtype, width)
-        for architecture in ([options.architecture] if options.architecture else configs.ARCHITECTURES)
-        for dtype in (DTYPES if options.all else [torch.bfloat16])
-        if (architecture, dtype) in configs.TABLE
-        for width in ([options.width] if options.width else WIDTHS)
-        for variant in (VARIANTS if options.all else DEFAULT)
-        if VARIANTS[variant].tile(architecture, dtype, width)
-    ]
+    plan = planned(options.all, options.architecture, options.width)
+    if options.stale:
+        plan = stale(plan)
     found = [build(*one) for one in tqdm(plan, unit="kernel", disable=None, dynamic_ncols=True)]
     print(report(found))
     if options.write:

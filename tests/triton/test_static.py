@@ -55,6 +55,27 @@ def test_every_kernel(capsys):
 
 
 @TRITON
+def test_a_row_of_another_source_or_tile_is_stale(monkeypatch):
+    """And is compiled anew by `--stale`; a comment, or a line more above it, is no other source."""
+    import triton
+
+    plan = static.planned(False, "sm_90", 128)
+    rows = static.committed(triton.__version__)
+    if not rows:
+        pytest.skip(f"Triton {triton.__version__} did not write the table")
+    assert static.stale(plan) == []
+    for change in ({"source": "0" * 8}, {"tile": (64, 64, 64, 64, 4, 3, None, None)}):
+        other = [
+            dataclasses.replace(one, **change) if one.key == (plan[0][0], "sm_90", "bf16", 128) else one for one in rows
+        ]
+        monkeypatch.setattr(static, "committed", lambda version, other=other: other)
+        assert static.stale(plan) == plan[:1]
+    text = '#loc = loc("a.py":3:0)\n  %0 = tt.load %x : !tt.ptr<f32> loc(#loc1)\nfunc(%x: i32 loc("x"(#loc))) {\n'
+    assert static.digest(text) == static.digest(text.replace("3:0", "9:0").replace("loc1", "loc7"))
+    assert static.digest(text) != static.digest(text.replace("f32", "f16"))
+
+
+@TRITON
 def test_a_tile_too_large_is_told(monkeypatch):
     """The check itself: 128 x 128 scores and as many sums do not fit the registers."""
     tiles = (configs.Tile(128, 128, 128, 128, 8, 2),) * 5
@@ -91,11 +112,13 @@ def test_a_split_is_whole_tiles(key):
 
 def test_regressions_are_told():
     tile = (128, 64, 64, 64, 8, 3, None, None)
-    old: Any = static.Build("rows", "sm_90", "bf16", 64, tile, 100, 1000, 0, 0, 8, 3.0, 20.0, 0.1, {"64x64x16": 8})
+    old: Any = static.Build(
+        "rows", "sm_90", "bf16", 64, tile, 100, 1000, 0, 0, 8, 3.0, "1f", 20.0, 0.1, {"64x64x16": 8}
+    )
     assert old.resident == 2  # of 8 warps with 13312 registers each two times eight
     assert not list(dataclasses.replace(old, registers=108).regressions(old))
     worse = {"registers": 109, "shared_bytes": 1001, "mufu_per_score": 3.1, "matrix_instructions": 7}
-    worse |= {"issued_per_score": 20.1, "matrix_clocks_per_score": 0.2}
+    worse |= {"issued_per_score": 20.1, "matrix_clocks_per_score": 0.2, "source": "2f", "tile": tile[:-1]}
     for name, value in worse.items():
         assert any(name in line for line in dataclasses.replace(old, **{name: value}).regressions(old)), name
     crowded = dataclasses.replace(old, registers=128)
