@@ -108,25 +108,34 @@ FUSED_NCE_HD void sum_up(Group& group, const Summaries& all, int g) {
   write_loss(all, nce, penalty);
 }
 
+// The reports of one problem, whose every part is in `partials`: `count` of each report, `apart`, the first of the next
+// report `next` away. Their sum.
+template <class Group>
+FUSED_NCE_HD Totals sum_parts(Group& group, const Summary& s, const Totals* partials, int64_t count, int64_t apart,
+                              int64_t next) {
+  Totals total = {};
+  for (int report = 0; report < s.report_groups; ++report, partials += next) {
+    const Totals found = group.reduce(
+        [&](int thread, int threads) {
+          Totals sum = {};
+          for (int64_t i = thread; i < count; i += threads) sum = AddTotals()(sum, partials[i * apart]);
+          return sum;
+        },
+        AddTotals());
+    if (group.first()) write_report(s, report, found);
+    total = AddTotals()(total, found);
+  }
+  return total;
+}
+
 template <class Group>
 FUSED_NCE_HD void sum_up_ctas(Group& group, const Summaries& all) {
   const Totals* partials = all.partials;
   float nce = 0.0f, penalty = 0.0f;
   for (int problem = 0; problem < all.count; ++problem) {
     const Summary& s = all.of[problem];
-    Totals total = {};
-    for (int report = 0; report < s.report_groups; ++report, partials += s.ctas) {
-      const Totals found = group.reduce(
-          [&](int thread, int threads) {
-            Totals sum = {};
-            for (int g = thread; g < s.ctas; g += threads) sum = AddTotals()(sum, partials[g]);
-            return sum;
-          },
-          AddTotals());
-      if (group.first()) write_report(s, report, found);
-      total = AddTotals()(total, found);
-    }
-    add_loss(s, total, all.mean, nce, penalty);
+    add_loss(s, sum_parts(group, s, partials, s.ctas, 1, s.ctas), all.mean, nce, penalty);
+    partials += int64_t{s.ctas} * s.report_groups;
   }
   if (group.first()) write_loss(all, nce, penalty);
 }
@@ -149,21 +158,7 @@ template <class Group>
 FUSED_NCE_HD void sum_up_rows(Group& group, const Summaries& all) {
   const Summary& s = all.of[0];
   float nce = 0.0f, penalty = 0.0f;
-  Totals total = {};
-  for (int report = 0; report < s.report_groups; ++report) {
-    const Totals found = group.reduce(
-        [&](int thread, int threads) {
-          Totals sum = {};
-          for (int64_t i = report + int64_t{thread} * s.report_groups; i < s.rows;
-               i += int64_t{threads} * s.report_groups)
-            sum = AddTotals()(sum, all.partials[i]);
-          return sum;
-        },
-        AddTotals());
-    if (group.first()) write_report(s, report, found);
-    total = AddTotals()(total, found);
-  }
-  add_loss(s, total, all.mean, nce, penalty);
+  add_loss(s, sum_parts(group, s, all.partials, s.rows / s.report_groups, s.report_groups, 1), all.mean, nce, penalty);
   if (group.first()) write_loss(all, nce, penalty);
 }
 
