@@ -322,7 +322,8 @@ def path(device: torch.device) -> Path | None:
     built = "none" if module is None else json.dumps(module.build_info(), sort_keys=True, default=str)
     triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
     driver = str(torch.version.hip or torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
-    seen = [__version__, torch.__version__, triton, built, driver, properties.name]
+    tried = repr((ROWS, COLUMNS, LARGE, LARGE_ITSELF))  # an older verdict may have seen less
+    seen = [__version__, torch.__version__, triton, built, driver, properties.name, tried]
     digest = hashlib.sha256("\n".join([*seen, f"{properties.major}.{properties.minor}"]).encode()).hexdigest()[:16]
     try:
         folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
