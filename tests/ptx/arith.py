@@ -48,11 +48,10 @@ def quotient(a: Array, b: Array) -> Array:
 
 
 def high(a: Array, b: Array) -> Array:
-    """The upper half of a product of 32-bit integers."""
-    wide = np.dtype(f"{a.dtype.kind}8")
-    if a.dtype.itemsize != 4:
-        raise Fault("mul.hi of other than 32 bits")
-    return (a.astype(wide) * b.astype(wide) >> wide.type(32)).astype(a.dtype)
+    """The upper half of a product of integers, of 64 bits by Python's own."""
+    bits = 8 * a.dtype.itemsize
+    wide = np.dtype(f"{a.dtype.kind}8" if bits == 32 else object)
+    return (a.astype(wide) * b.astype(wide) >> bits).astype(a.dtype)
 
 
 # fmin and fmax give what is a number, as PTX's do without .NaN.

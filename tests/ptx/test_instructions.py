@@ -145,6 +145,8 @@ CASES: dict[str, tuple[list[str], str, Any]] = {
     "mul.lo.s64 %y, %a, %b;": (["s64"] * 2, "u", wrapped(lambda a, b: a * b, 64)),
     "mul.hi.s32 %y, %a, %b;": (["s32"] * 2, "u", wrapped(lambda a, b: a * b >> 32, 32)),
     "mul.hi.u32 %y, %a, %b;": (["u32"] * 2, "u", wrapped(lambda a, b: a * b >> 32, 32)),
+    "mul.hi.s64 %y, %a, %b;": (["s64"] * 2, "u", wrapped(lambda a, b: a * b >> 64, 64)),
+    "mul.hi.u64 %y, %a, %b;": (["u64"] * 2, "u", wrapped(lambda a, b: a * b >> 64, 64)),
     "mul.wide.s32 %y, %a, %b;": (["s32"] * 2, "u", wrapped(lambda a, b: a * b, 64)),
     "mad.lo.s32 %y, %a, %b, %c;": (["s32"] * 3, "u", wrapped(lambda a, b, c: a * b + c, 32)),
     "mad.wide.u32 %y, %a, %b, %c;": (["u32", "u32", "u64"], "u", wrapped(lambda a, b, c: a * b + c, 64)),
