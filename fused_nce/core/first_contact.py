@@ -285,7 +285,7 @@ def _plain(
         small = exact._replace(q=q, k=exact.k if own else second, scale=0.9)
         if own:
             small = small._replace(positives=0.9 * (q * second).sum(dim=1, keepdim=True))
-        known, g = reference.loss(small, tail, Needs(True, not exact.shared and not own, False))
+        known, g = _run(small, reference, tail, Needs(True, not exact.shared and not own, False))
         (value, *_, report), wanted = reference.summary([small], [tail], [known], [1]), [g.dq, g.dk]
         if twins:
             wanted = [g.dq[0::2], g.dq[1::2]]

@@ -12,7 +12,7 @@ import torch
 
 from fused_nce.backends import reference
 from fused_nce.backends import triton as backend
-from fused_nce.backends.triton import gather, kernels, norms, tail
+from fused_nce.backends.triton import gather, kernels, norms, stored, tail
 from fused_nce.core import first_contact
 from fused_nce.core.spec import Block, Separate, Spec
 from fused_nce.core.tails import Nce
@@ -22,6 +22,7 @@ from tests.triton.heard import Heard, Launch
 
 VIEWS = Spec(Block(2, 2), stats=Nce().stats, drop_self=True, unit_norm=True)
 PAIRS = Spec(Block(1), stats=Nce().stats, unit_norm=True)
+BOTH = Spec(Block(1), stats=Nce().stats, columns=("neg_lse",), unit_norm=True)
 QUEUE = Spec(Separate(1), stats=Nce().stats)
 CPU = torch.device("cpu")
 TAKEN = {name: replace(spec, unit_norm=name == "views") for name, spec in SPECS.items() if spec.atoms <= backend.ATOMS}
@@ -34,12 +35,12 @@ def _two_blocks(monkeypatch):
 
 
 def trial(spec: Spec) -> tuple[str, bool]:
-    dtype = torch.float16
+    dtype = torch.float32 if spec.columns else torch.float16  # whose weights are not stored
     problems = first_contact.problems(spec, dtype, None if spec.drop_self else dtype, 16)
     return first_contact.trial(backend, reference, problems, CPU)
 
 
-@pytest.mark.parametrize("name", nightly_but(["views"], TAKEN))
+@pytest.mark.parametrize("name", nightly_but(["views", "both ways"], TAKEN))
 def test_sound_kernels_pass(name):
     assert trial(TAKEN[name]) == ("", True)
 
@@ -72,6 +73,9 @@ WRITES = [
     (PAIRS, tail, "close_kernel", "report", lambda x: x["ALONE"]),
     (PAIRS, tail, "close_kernel", "sums", lambda x: not x["ALONE"]),
     (VIEWS, tail, "summary_kernel", "loss", lambda x: True),
+    (BOTH, stored, "both_kernel", "blocks", lambda x: True),
+    (BOTH, stored, "strip_kernel", "stored", lambda x: True),
+    (BOTH, tail, "close_both_kernel", "d_columns", lambda x: True),
 ]
 
 
