@@ -111,13 +111,14 @@ FUSED_NCE_HD void sum_up(Group& group, const Summaries& all, int g) {
 // The reports of one problem, whose every part is in `partials`: `count` of each report, `apart`, the first of the next
 // report `next` away. Their sum.
 template <class Group>
-FUSED_NCE_HD Totals sum_parts(Group& group, const Summary& s, const Totals* partials, int count, int apart, int next) {
+FUSED_NCE_HD Totals sum_parts(Group& group, const Summary& s, const Totals* partials, int64_t count, int64_t apart,
+                              int64_t next) {
   Totals total = {};
   for (int report = 0; report < s.report_groups; ++report, partials += next) {
     const Totals found = group.reduce(
         [&](int thread, int threads) {
           Totals sum = {};
-          for (int i = thread; i < count; i += threads) sum = AddTotals()(sum, partials[int64_t{i} * apart]);
+          for (int64_t i = thread; i < count; i += threads) sum = AddTotals()(sum, partials[i * apart]);
           return sum;
         },
         AddTotals());
@@ -157,8 +158,7 @@ template <class Group>
 FUSED_NCE_HD void sum_up_rows(Group& group, const Summaries& all) {
   const Summary& s = all.of[0];
   float nce = 0.0f, penalty = 0.0f;
-  add_loss(s, sum_parts(group, s, all.partials, static_cast<int>(s.rows / s.report_groups), s.report_groups, 1),
-           all.mean, nce, penalty);
+  add_loss(s, sum_parts(group, s, all.partials, s.rows / s.report_groups, s.report_groups, 1), all.mean, nce, penalty);
   if (group.first()) write_loss(all, nce, penalty);
 }
 
