@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fused_nce.measure import cores, cpuinfo, processor
+from fused_nce.measure import core_ticks, cores, cpuinfo, processor
 
 ROOT = Path(__file__).resolve().parent.parent
 ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
@@ -133,7 +133,7 @@ def commit() -> dict[str, Any]:
 
 
 class BusyMeter:
-    """The share of all cores that others used between `start` and `share`, from the kernel's own clock ticks."""
+    """The share of this process's cores that others used between `start` and `share`, by the kernel's clock ticks."""
 
     def __init__(self) -> None:
         self.start()
@@ -143,19 +143,15 @@ class BusyMeter:
         self._begin = self._now()
 
     def share(self) -> float:
-        """0 when this process had the machine to itself, 1 when others filled every core. Stolen time counts."""
+        """0 when this process had its cores to itself, 1 when others filled them all. Stolen time counts."""
         total, used, mine = (now - then for now, then in zip(self._now(), self._begin, strict=True))
         return max(0.0, (used - mine) / total) if total > 0 else 0.0
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
-        """Seconds: of all cores, used by anyone, used by this process and its finished children."""
-        tick = os.sysconf("SC_CLK_TCK")
-        user, nice, system, idle, iowait, irq, softirq, steal, *_ = (
-            int(field) / tick for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-        )
-        used = user + nice + system + irq + softirq + steal
-        return used + idle + iowait, used, sum(os.times()[:4])
+        """Seconds: of the cores that it may use, used by anyone, used by this process and its finished children."""
+        used, idle = (ticks / os.sysconf("SC_CLK_TCK") for ticks in core_ticks())
+        return used + idle, used, sum(os.times()[:4])
 
 
 def busy_now(seconds: float = 1.0) -> float:
@@ -177,16 +173,25 @@ class Energy:
             self.range = {zone: int((zone / "max_energy_range_uj").read_text()) for zone in self.zones}
             self.last = self._now()
         except OSError as error:
-            self.zones, self.why = [], f"{error.filename} cannot be read: {error.strerror}"
+            self._lost(error)
         if not self.zones and self.why is None:
             self.why = f"the host shows no {folder}/intel-rapl:*"
+
+    def _lost(self, error: OSError) -> None:
+        self.zones, self.why = [], f"{error.filename} cannot be read: {error.strerror}"
 
     def _now(self) -> dict[Path, int]:
         return {zone: int((zone / "energy_uj").read_text()) for zone in self.zones}
 
     def look(self) -> None:
-        """Add what was used since the last look; a counter that is smaller has wrapped round."""
-        now = self._now()
+        """Add what was used since the last look; a counter that is smaller has wrapped round.
+
+        Where one cannot be read any more, the energy is unknown, and says why.
+        """
+        try:
+            now = self._now()
+        except OSError as error:
+            return self._lost(error)
         for zone, value in now.items():
             used = value - self.last[zone]
             self.joules += (used if used >= 0 else used + self.range[zone]) / 1e6

@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 53_600, ("tests",): 34_110}
+BUDGET = {("fused_nce", "csrc", "bench"): 53_670, ("tests",): 34_185}
 
 
 def lines(folder: str) -> int:

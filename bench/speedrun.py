@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from subprocess import Popen, TimeoutExpired
 from typing import Any
@@ -29,7 +29,7 @@ from fused_nce import measure
 
 RULES = 1
 MINUTES = (12, 30, 60)
-CORES, IMAGES, TEST_IMAGES = 2, 50_000, 10_000
+CORES, IMAGES, TEST_IMAGES, CLASSES = 2, 50_000, 10_000, 10
 LABELLED = ("supcon", "distil")  # methods that train with labels, or after a classifier
 PROGRAM = [sys.executable, "-m", "fused_nce.cli"]
 JUDGED = ("--protocols=knn,linear", "--baselines=false", "--cost=false")
@@ -54,18 +54,50 @@ def train(arguments: Sequence[str], run: Path) -> None:
     seconds = time.perf_counter() - start
     if process.returncode:
         raise ValueError(f"run: fused-nce train ended with {process.returncode}; there is nothing to enter")
-    hidden = {"data": f"path/to/{Path(_value(arguments, 'data')).name}", "out": "RUN"}
-    shown = [re.sub(r"^(--(data|out))=.*", lambda found: f"{found[1]}={hidden[found[2]]}", word) for word in arguments]
     found = {
         "began_utc": began.isoformat(timespec="seconds"), "seconds": round(seconds, 2), "clock": "of the process",
-        "command": ["fused-nce", *shown], "step": _state(run)["step"], "others_cpu_share": round(meter.share(), 4),
+        "command": _shown(arguments), "step": _state(run)["step"], "others_cpu_share": round(meter.share(), 4),
         "matrix_gflop_per_s": rates, **energy.found(),
     }  # fmt: skip
     (run / MEASURED).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def _value(arguments: Sequence[str], name: str) -> str:
-    return next(word.partition("=")[2] for word in arguments if word.startswith(f"--{name}="))
+def _shown(arguments: Sequence[str]) -> list[str]:
+    """The command, without folders of this machine."""
+    data = next(word.partition("=")[2] for word in arguments if word.startswith("--data="))
+    hidden = {"data": f"path/to/{Path(data).name}", "out": "RUN"}
+    return [
+        "fused-nce",
+        *(re.sub(r"^(--(data|out))=.*", lambda found: f"{found[1]}={hidden[found[2]]}", word) for word in arguments),
+    ]
+
+
+def _options(command: Sequence[str]) -> dict[str, str]:
+    """Option → its values."""
+    found, name = {"command": ""}, "command"
+    for word in command:
+        if word.startswith("--"):
+            name, _, word = word.partition("=")
+            found[name] = ""
+        found[name] = f"{found[name]} {word}".strip()
+    return found
+
+
+def _same(wanted: Sequence[str], kept: Sequence[str], run: Path) -> None:
+    """Refuse a run that another command trained.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    new, old = _options(wanted), _options(kept)
+    differ = [
+        f"{name} {' instead of '.join(of.get(name, 'its default') or 'on' for of in (new, old))}"
+        for name in {**new, **old}
+        if new.get(name) != old.get(name)
+    ]
+    if differ:
+        said = ", ".join(differ)
+        raise ValueError(f"name: {run} was trained by another command: {said}; need the same, or another --name")
 
 
 def _newest(run: Path) -> Path:
@@ -92,11 +124,13 @@ def clock(run: Path, given: Sequence[float] | None, trained_s: float) -> Entry:
         ValueError: the files do not tell, or what is told is shorter than the training.
     """
     state, measured = _state(run), run / MEASURED
+    told = state.get("environment", {}).get("began_utc")
     if given is None and measured.exists():
         found: Entry = json.loads(measured.read_text(encoding="utf-8"))
-        if found["step"] == state["step"]:  # not resumed by hand since
+        # Of the whole run, not of its last process. A start is known to a tick, so it may seem to be a second early.
+        whole = told and datetime.fromisoformat(told) >= datetime.fromisoformat(found["began_utc"]) - timedelta(0, 1)
+        if whole and found["step"] == state["step"] and found["seconds"] >= trained_s:
             return {key: value for key, value in found.items() if key != "step"}
-    told = state.get("environment", {}).get("began_utc")
     if given is None and told is None:
         raise ValueError(f"clock: {run} does not say when it began, an older trainer's; need --clock START END")
     start, end = given or (datetime.fromisoformat(told).timestamp(), (_newest(run) / "MANIFEST.json").stat().st_mtime)
@@ -154,12 +188,17 @@ def read(run: Path, minutes: int | None = None, given: Sequence[float] | None = 
 def outside(entry: Entry) -> list[str]:
     """How an entry does not keep the rules; such a one is kept, and not ranked."""
     taken, machine = speedrun_table.counted_s(entry) / 60, entry["host"]
+    cores = max(machine["cores"], machine.get("most cores", 0))  # of all processes of a resumed run
+    other = [device for device in machine.get("devices", [machine["device"]]) if device != "CPU"]
+    sizes = list(entry["trained_on"]["classes"].values())
+    shown = f"{len(sizes)} classes of {min(sizes, default=0):,} to {max(sizes, default=0):,} images"
     asked = {
         f"{taken:.2f} minutes taken, need at most {entry['minutes_allowed']}": taken > entry["minutes_allowed"],
-        f"{machine['cores']} cores, need at most {CORES}": machine["cores"] > CORES,
-        f"trained on {machine['device']}, need CPU": machine["device"] != "CPU",
+        f"{cores} cores, need at most {CORES}": cores > CORES,
+        f"trained on {', '.join(other)}, need CPU": bool(other),
         f"{entry['method']} trains with labels": entry["method"] in LABELLED,
         f"{entry['trained_on']['count']:,} training images, need {IMAGES:,}": entry["trained_on"]["count"] != IMAGES,
+        f"{shown}, need {CLASSES} of {IMAGES // CLASSES:,}": sizes != [IMAGES // CLASSES] * CLASSES,
         f"{entry['splits']['test']:,} test images, need {TEST_IMAGES:,}": entry["splits"]["test"] != TEST_IMAGES,
     }
     return [text for text, broken in asked.items() if broken]
@@ -224,13 +263,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _make(o: argparse.Namespace, more: Sequence[str], name: str, run: Path) -> None:
     """The run, trained and judged."""
-    if not (run / MEASURED).exists():
+    shared = [f"--data={o.data}", f"--preset={o.preset or f'cifar10-{o.minutes}min'}", f"--seed={o.seed}"]
+    arguments = ["train", o.method, *shared, f"--out={run}", *more]
+    if (run / MEASURED).exists():
+        _same(_shown(arguments), json.loads((run / MEASURED).read_text(encoding="utf-8"))["command"], run)
+    else:
         if (o.entries / f"{name}.json").exists():  # before the training, not after it
             raise ValueError(f"name: {o.entries / name}.json is another run's entry; need another --name or --seed")
         if measure.cores() > CORES:
             raise ValueError(f"cores: may use {measure.cores()}, need at most {CORES}: taskset -c 0,1 python -m ...")
-        shared = [f"--data={o.data}", f"--preset={o.preset or f'cifar10-{o.minutes}min'}", f"--seed={o.seed}"]
-        train(["train", o.method, *shared, f"--out={run}", *more], run)
+        train(arguments, run)
     if not (run / "eval.json").exists():
         with Popen([*PROGRAM, "eval", str(run), *JUDGED]) as judge:
             judge.wait()

@@ -121,6 +121,8 @@ def block(folder: Path = ENTRIES) -> str:
     parts = [markdown([*head, "at the reference's rate", "entries"], rows)]
     whose = {machine: f" ({', '.join(names)})" if len(hosts) > 1 else "" for machine, names in hosts.items()}
     parts += ["\n".join(f"- {machine}{names}." for machine, names in whose.items())]
+    if given := [name for name, entry in found.items() if entry["clock"] == "given" and not entry["outside"]]:
+        parts[-1] += f"\n- The clock was given by hand, not measured: {', '.join(given)}."
     if (picture := folder.with_suffix(".png")).exists():
         parts.append(f"![Accuracy against minutes](results/{picture.name})")
     left = {name: "; ".join(entry["outside"]) for name, entry in found.items() if entry["outside"]}

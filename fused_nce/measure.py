@@ -52,6 +52,19 @@ def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return affinity()
 
 
+def core_ticks(proc: Path = Path("/proc")) -> tuple[int, int]:
+    """Busy and idle clock ticks so far of the cores that the system may run this process on; stolen ones are busy.
+
+    Raises:
+        OSError, AttributeError, ValueError: the system does not tell.
+    """
+    ours = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    lines = (proc / "stat").read_text().splitlines()
+    rows = [[int(ticks) for ticks in fields[1:9]] for line in lines if (fields := line.split()) and fields[0] in ours]
+    # user, nice, system, (idle, waiting for disks,) interrupts, soft interrupts, stolen by other virtual machines
+    return sum(sum(row[:3]) + sum(row[5:]) for row in rows), sum(sum(row[3:5]) for row in rows)
+
+
 def started() -> float:
     """When this process started, in seconds since 1970; where the system does not say, when this module was loaded."""
     try:

@@ -6,12 +6,17 @@ import copy
 import json
 import os
 import shutil
+import time
+from datetime import datetime, timezone
+from typing import Any
 
 import pytest
 
 from bench import host, speedrun, speedrun_table
 from fused_nce import cli, measure
 from fused_nce.train import methods
+from fused_nce.train import resumed as going_on
+from fused_nce.train.methods import amdim
 from tests.train.runs import TINY, log, resumed, trainer
 
 REFERENCE = speedrun_table.REFERENCE_GFLOP_PER_S
@@ -42,10 +47,12 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("speedrun")
     run, entries = folder / "run", folder / "entries"
     options = ["--data=digits", "--minutes=12", "--preset=digits", f"--out={run}", f"--entries={entries}", "--seed=3"]
+    options += [*TINY, "--max-steps", "4"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speedrun, "Popen", Here)
         patch.setattr(measure, "cores", lambda: 2)
-        assert speedrun.main([*options, *TINY, "--max-steps", "4"]) == 1  # the digits are not CIFAR-10
+        patch.setattr(measure, "started", time.time)
+        assert speedrun.main(options) == 1  # the digits are not CIFAR-10
     return options, run, entries
 
 
@@ -54,6 +61,7 @@ def entry(made):
     """As it would be of CIFAR-10, on a host as fast as the reference."""
     found = json.loads((made[2] / "amdim-12min-3.json").read_text())
     found["trained_on"]["count"], found["splits"]["test"], found["host"]["cores"] = 50_000, 10_000, 2
+    found["trained_on"]["classes"] = dict.fromkeys(range(10), 5000)
     found["matrix_gflop_per_s"] = {"bf16": REFERENCE, "fp32": 200.0, "others_cpu_share": 0.0}
     return found | {"seconds": 700.0, "outside": []}
 
@@ -73,13 +81,27 @@ def test_one_command_trains_judges_and_enters(made, capsys):
     assert found["matrix_gflop_per_s"].keys() == {"bf16", "fp32", "others_cpu_share"}
     assert 0 <= found["others_cpu_share"] <= 1
     assert (found["energy_j"] is None) == ("energy_why" in found)
-    assert found["outside"] == ["896 training images, need 50,000", "456 test images, need 10,000"]
-    assert found["config"]["model"]["ndf"] == 4
+    sizes = json.loads((run / "checkpoints/step_00000004/state.json").read_text())["data"]["classes"].values()
+    assert found["outside"] == [
+        "896 training images, need 50,000",
+        f"10 classes of {min(sizes)} to {max(sizes)} images, need 10 of 5,000",
+        "456 test images, need 10,000",
+    ]
+    assert (found["config"]["model"]["ndf"], found["clock"]) == (4, "of the process")
     assert "--data=path/to/digits" in found["command"]
     assert str(run) not in path.read_text()
     before = path.read_bytes()
     assert speedrun.main(options) == 1  # nothing is trained, nor written
     assert path.read_bytes() == before
+    capsys.readouterr()
+    for other, differs in (
+        (["--seed=4"], "--seed 4 instead of 3"),
+        (["--lr", "1", "--max-steps", "5"], "--max-steps 5 instead of 4, --lr 1 instead of its default"),
+        (["--method=cpc"], "command fused-nce train cpc instead of fused-nce train amdim"),
+    ):
+        assert speedrun.main([*options, *other, "--name=amdim-12min-3"]) == 2
+        said = f"speedrun: name: {run} was trained by another command: {differs}; need the same, or another --name\n"
+        assert capsys.readouterr().err == said
     assert speedrun.main(["--enter", str(run), f"--entries={entries}", "--name=again"]) == 1
     assert "entered already" in capsys.readouterr().out
     assert list(entries.iterdir()) == [path]
@@ -101,7 +123,12 @@ def test_the_rules(entry):
     changed = {
         "12.02 minutes taken, need at most 12": {"seconds": 721.0},
         "4 cores, need at most 2": {"host": entry["host"] | {"cores": 4}},
+        "8 cores, need at most 2": {"host": entry["host"] | {"most cores": 8}},  # of an earlier process
         "trained on Some GPU, need CPU": {"host": entry["host"] | {"device": "Some GPU"}},
+        "trained on A GPU, need CPU": {"host": entry["host"] | {"devices": ["A GPU", "CPU"]}},
+        "100 classes of 500 to 500 images, need 10 of 5,000": {  # CIFAR-100
+            "trained_on": entry["trained_on"] | {"classes": dict.fromkeys(range(100), 500)}
+        },
         "supcon trains with labels": {"method": "supcon"},
     }
     for text, values in changed.items():
@@ -136,13 +163,54 @@ def test_the_clock_of_a_resumed_run_goes_on_while_it_rests(made, tmp_path, monke
     assert speedrun.read(run, None, (BEGAN, BEGAN + 700))["minutes_allowed"] == 12
     with pytest.raises(ValueError, match=r"^clock: 0 s, need at least the \d+ s that the log of "):
         speedrun.read(run, None, (BEGAN, BEGAN))
-    (run / speedrun.MEASURED).write_text(json.dumps({"seconds": 5.0, "step": 2}))  # before it was resumed
-    assert speedrun.read(run)["seconds"] == 1234.5
+    for seconds, step, late in (
+        (1e4, 2, 0),  # before it was resumed
+        (1e4, 4, 300),  # of its last process
+        (0.0, 4, 0),  # too short for its log
+        (1e4, 4, 1),  # of the whole run: a process may seem to have started a tick before its parent looked at the time
+    ):
+        began = datetime.fromtimestamp(BEGAN + late, timezone.utc).isoformat()
+        measured = {"seconds": seconds, "step": step, "began_utc": began, "matrix_gflop_per_s": None}
+        (run / speedrun.MEASURED).write_text(json.dumps(measured))
+        assert speedrun.read(run)["seconds"] == (1e4 if late == 1 else 1234.5)
     state = json.loads((newest / "state.json").read_text())
     del state["environment"]["began_utc"]
     (newest / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"^clock: .* an older trainer's; need --clock START END$"):
         speedrun.read(run)
+
+
+def test_a_checkpoint_keeps_the_most_cores_and_every_device_of_its_run(monkeypatch):
+    state, extra = dict[str, Any](), []
+    for cores, device in ((4, "CPU"), (2, "A GPU"), (1, "CPU"), (8, "CPU"), (2, "CPU")):
+        monkeypatch.setattr(measure, "environment", lambda c=cores, d=device: {"cores": c, "device": d})
+        state = {"environment": going_on.environment(state, 1)}
+        extra.append([state["environment"].get(key) for key in ("most cores", "devices")])
+    both = ["A GPU", "CPU"]
+    assert extra == [[None, None], [4, both], [4, both], [None, both], [8, both]]
+    old = going_on.environment({"environment": {"fused_nce": "0.1.0"}}, 1)  # an older version's
+    assert old == {"cores": 2, "device": "CPU", "processes": 1}
+
+
+def test_the_presets_keep_their_time_at_the_pace_of_the_first_entry():
+    first = speedrun_table.entries()["amdim-5-epochs-0"]
+    log_s = first["log"]["time_s"][-1]
+    for minutes, epochs in amdim.EPOCHS.items():
+        taken = first["seconds"] - log_s + epochs * log_s / first["epochs"]
+        assert 0.9 * 60 * minutes < taken < 60 * minutes
+    assert "alone: {}, {} and {}.".format(*amdim.EPOCHS.values()) in (host.ROOT / "docs/speedrun.md").read_text()
+
+
+def test_others_are_those_on_the_cores_that_it_may_use(tmp_path, monkeypatch):
+    ticks = measure.core_ticks
+    monkeypatch.setattr(host, "core_ticks", lambda: ticks(tmp_path))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(os, "times", lambda: (0.0,) * 5)
+    stat = "cpu  {all} 0 0 {all} 0\ncpu0 {us} 0 0 {idle} 0 0 0 0\ncpu1 0 0 0 0 {idle} 0 0 {us}\ncpu2 {all} 0 0 0 0\n"
+    (tmp_path / "stat").write_text(stat.format(all=10, us=10, idle=10))
+    meter = host.BusyMeter()
+    (tmp_path / "stat").write_text(stat.format(all=9999, us=110, idle=310))
+    assert meter.share() == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +266,9 @@ def test_energy_is_that_of_the_packages_and_goes_round(tmp_path):
         energy.look()
     assert energy.found() == {"energy_j": 1.5}
     (tmp_path / "intel-rapl:0/energy_uj").unlink()
+    for _ in range(2):
+        energy.look()
+    assert energy.found()["energy_why"].endswith("energy_uj cannot be read: No such file or directory")
     assert host.Energy(tmp_path).found()["energy_why"].endswith("energy_uj cannot be read: No such file or directory")
 
 
@@ -218,6 +289,9 @@ def test_the_table_has_seeds_together_and_those_outside_the_rules_below(entry, t
     assert cells[0][1:8] == ["amdim", "80", "f1", "71.0 ± 1.0 (best 72.0)", "75.0 ± 0.0 (best 75.0)", "11.0", "11.0"]
     assert any(": bf16 850 GFLOP/s, fp32 200 GFLOP/s." in line for line in lines)
     assert [f"[seed {seed}](results/speedrun/a-{seed}.json)" in cells[1][-1] for seed in range(3)] == [True] * 3
+    assert "given by hand" not in "\n".join(lines)
+    speedrun.write(entry | {"run_sha256": "hand", "clock": "given"}, "hand", folder)
+    assert "- The clock was given by hand, not measured: hand." in speedrun_table.block(folder).splitlines()
     assert lines[-1] == "- [slow](results/speedrun/slow.json): 99.00 minutes taken, need at most 12."
     assert "![Accuracy against minutes](results/speedrun.png)" in lines
     assert (tmp_path / "speedrun.png").stat().st_size > 10_000

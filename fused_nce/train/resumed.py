@@ -57,6 +57,8 @@ def for_processes(config: Method, state: dict[str, Any], world: int) -> Method:
 def environment(state: dict[str, Any], world: int) -> dict[str, Any]:
     """What a checkpoint says of where it was made, and of when the first process of its run started.
 
+    Where an earlier process had more cores or another device, `most cores` and `devices` say so.
+
     Args:
         state: of the checkpoint that the run goes on from; empty for a new run.
         world: processes.
@@ -64,7 +66,12 @@ def environment(state: dict[str, Any], world: int) -> dict[str, Any]:
     now = datetime.fromtimestamp(measure.started(), timezone.utc).isoformat(timespec="seconds")
     # fault: clock-of-resume
     began = state.get("environment", {}).get("began_utc") if state else now  # older checkpoints do not say
-    return measure.environment() | {"processes": world} | ({"began_utc": began} if began else {})
+    found, before = measure.environment(), state.get("environment", {})
+    most = max(found["cores"], *(before.get(key, 0) for key in ("cores", "most cores")))  # fault: cores-of-last
+    devices = {*before.get("devices", []), before.get("device", found["device"]), found["device"]}
+    more = {"most cores": most} if most > found["cores"] else {}
+    more |= {"devices": sorted(devices)} if len(devices) > 1 else {}
+    return found | {"processes": world} | more | ({"began_utc": began} if began else {})
 
 
 def inexact(model: nn.Module, config: Method, state: dict[str, Any], world: int) -> str:

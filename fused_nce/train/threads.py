@@ -35,10 +35,7 @@ class Usage(NamedTuple):
 def usage(proc: Path = Path("/proc")) -> Usage | None:
     """What the system says, or None where it does not: elsewhere than on Linux, or in a sandbox."""
     try:
-        ours = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-        rows = [line.split() for line in (proc / "stat").read_text().splitlines() if line.startswith("cpu")]
-        # user, nice, system, (idle, waiting for disks,) interrupts, soft interrupts, stolen by other virtual machines
-        busy = sum(int(ticks) for row in rows if row[0] in ours for ticks in (*row[1:4], *row[6:9]))
+        busy, _ = measure.core_ticks(proc)
         own, ours_too = 0, [str(os.getpid())]
         for process in ours_too:  # grandchildren too: a fork server's readers
             own += _ticks(proc / process / "stat")
