@@ -204,3 +204,19 @@ def test_as_many_views_as_asked_for_each_flipped_by_itself(count):
         turned = torch.stack([view[:, 0, 0, 0] > 0.05 for view in views])
         agreement = (turned == turned[0]).all(0).float().mean()
         assert agreement == 1 if shared or count == 1 else agreement < 0.7
+
+
+def test_crops_of_a_batch_are_torchvisions_one_by_one():
+    """The same numbers drawn, the same bytes; the second ratio leaves no crop but the middle's."""
+    batch = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for side, size, area, ratio in ((32, 32, (0.02, 1.0), (0.75, 1.33)), (9, 14, (0.9, 1.0), (3.0, 4.0))):
+        images, results = batch[:, :, :side, :side], []
+        for together in (True, False):
+            torch.manual_seed(5)
+            if together:
+                found = geometry.crops(images, size, 2, area, ratio)
+            else:
+                found = torch.stack([torch.stack([geometry.crop(x, size, area, ratio) for _ in "12"]) for x in images])
+            results += [found, torch.get_rng_state()]
+        assert torch.equal(results[0], results[2])
+        assert torch.equal(results[1], results[3])
