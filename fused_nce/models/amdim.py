@@ -23,7 +23,7 @@ class AMDIM(Model):
         optimizer.step()
     ```
 
-    The two views are encoded one after the other, so that BatchNorm sees the statistics of one view at a time.
+    BatchNorm sees the statistics of one view at a time; up to it both views are one batch, unless `use_bn`.
 
     Args:
         image_size: 32, 64 or 128 px.
@@ -87,10 +87,13 @@ class AMDIM(Model):
         Raises:
             ValueError: if the images have another shape.
         """
-        if x.dim() != 4 or x.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(f"x: must be (B, 3, {self.image_size}, {self.image_size}) images, got {tuple(x.shape)}")
+        self._check(x)
         taps: dict[str, Tensor] = self.encoder(x)
         return taps
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(f"x: must be (B, 3, {self.image_size}, {self.image_size}) images, got {tuple(x.shape)}")
 
     def embed(
         self,
@@ -101,20 +104,21 @@ class AMDIM(Model):
         Raises:
             ValueError: if there are not two views of one shape, or only one image (no negatives).
         """
-        view1, view2 = split_views(batch)
-        return self._embedded((self.encode(view1), self.encode(view2)))  # fault: both-views-one
+        views = split_views(batch)
+        self._check(views[0])
+        return self.finish(self.encoder.before_norms_of(views))
 
     def begin(
         self,
         batch: Tensor | Sequence[Tensor],  # (B, 2, 3, H, H), or two tensors (B, 3, H, H)
     ) -> tuple[dict[str, Tensor], ...]:  # f1, f5 and f7 of each view
         """The maps before the output BatchNorms. Without `use_bn` they depend on one image only."""
-        views = [self.encoder.before_norms(view) for view in views_of(batch)]
-        return tuple({name: tap for name, tap in taps.items() if name[0] == "f"} for taps in views)
+        taps = self.encoder.before_norms_of(views_of(batch))
+        return tuple({name: tap for name, tap in view.items() if name[0] == "f"} for view in taps)
 
-    def finish(self, begun: tuple[dict[str, Tensor], ...], extras: Sequence[Tensor] = ()) -> Embedded:
+    def finish(self, begun: Sequence[dict[str, Tensor]], extras: Sequence[Tensor] = ()) -> Embedded:
         """The three BatchNorms, each over all images of a view."""
-        first, second = map(self.encoder.normalise, begun)
+        first, second = map(self.encoder.normalise, begun)  # fault: both-views-one
         return self._embedded((first, second))
 
     def _embedded(self, taps: tuple[dict[str, Tensor], dict[str, Tensor]]) -> Embedded:

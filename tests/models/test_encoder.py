@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_nce.models.encoders.amdim import AMDIMEncoder
-from fused_nce.models.encoders.blocks import PatchConv2d, ResNxN, RKHSHead
+from fused_nce.models.encoders.blocks import PatchConv2d, ResNxN, RKHSHead, means
 
 # Parameters without heads, in millions; 194 and 626 are the published sizes of AMDIM small and large. The published
 # counts include the BatchNorms inside the blocks, which amdim-public allocates even where it does not use them.
@@ -125,3 +125,12 @@ def test_use_bn_adds_batch_norm_inside_the_blocks():
 def test_refusals(settings, message):
     with pytest.raises(ValueError, match=message):
         AMDIMEncoder(**settings)
+
+
+def test_means_are_torchs_pooling():
+    for width, stride, height, across in ((4, 2, 10, 8), (4, 2, 9, 11), (2, 1, 5, 4), (2, 2, 5, 6), (3, 1, 5, 4)):
+        x = torch.randn(2, 3, height, across, requires_grad=True)
+        out, expected = means(x, width, stride), F.avg_pool2d(x, width, stride)
+        torch.testing.assert_close(out, expected)
+        towards = torch.randn_like(expected)
+        torch.testing.assert_close(*(torch.autograd.grad(y, x, towards)[0] for y in (out, expected)))

@@ -1,5 +1,8 @@
 """AMDIM's encoder for 32, 64 and 128 px images, with taps at the maps of 7×7, 5×5 and 1×1 locations."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from fused_nce.models.encoders.blocks import Init, ResBlock, ResNxN, RKHSHead, Stem, maybe_norm
@@ -58,7 +61,7 @@ class AMDIMEncoder(nn.Module):
         self.to1 = nn.Sequential(block(width, width, 3, 1), top, nn.BatchNorm2d(n_rkhs))
         self.head5 = RKHSHead(width, n_rkhs, use_bn=use_bn, init=init)
         self.head7 = RKHSHead(width, n_rkhs, use_bn=use_bn, init=init)
-        self.image_size = image_size
+        self.image_size, self.use_bn = image_size, use_bn
 
     def forward(
         self,
@@ -75,6 +78,13 @@ class AMDIMEncoder(nn.Module):
         h5 = self.to5(h7)
         f5, f7 = self.head5.before_norm(h5), self.head7.before_norm(h7)
         return {"f1": self.to1[:-1](h5), "f5": f5, "f7": f7, "h5": h5, "h7": h7}
+
+    def before_norms_of(self, views: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """`before_norms` of each of the views, (B, 3, H, H): of all in one batch, unless a norm would see that."""
+        if self.use_bn:
+            return [self.before_norms(view) for view in views]
+        parts = {name: tap.chunk(len(views)) for name, tap in self.before_norms(torch.cat(tuple(views))).items()}
+        return [{name: part[view] for name, part in parts.items()} for view in range(len(views))]
 
     def normalise(self, taps: dict[str, Tensor]) -> dict[str, Tensor]:
         """Applies the output BatchNorms to what `before_norms` returned; other taps are returned as they are."""
