@@ -164,6 +164,9 @@ struct RowKernels {
   // Writes, or adds, dL/d product to `total` (columns, lanes), and adds w * cosine to the sums of rows and of lines.
   void (*weigh_cosines)(const Tile&, const Scoring&, const Coefficients&, const Norms&, float* total, bool add,
                         float* row_sums, float* line_sums);
+  // Rounded to bfloat16: max(in, 0), or, beside a gate, `in` where that is not 0; and in + other.
+  void (*rectify)(const float* in, const uint16_t* gate, uint16_t* out, int64_t count);
+  void (*add_narrow)(const float* in, const uint16_t* other, uint16_t* out, int64_t count);
 };
 
 }  // namespace fused_nce

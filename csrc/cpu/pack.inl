@@ -73,6 +73,22 @@ void narrow(const float* __restrict in, uint16_t* __restrict out, int64_t count)
   for (int64_t i = 0; i < count; ++i) out[i] = to_bf16(in[i]);
 }
 
+void rectify(const float* in, const uint16_t* gate, uint16_t* out, int64_t count) {
+  if (!gate) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) out[i] = to_bf16(in[i] < 0.0f ? 0.0f : in[i]);
+    return;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] = (gate[i] & 0x7fff) ? to_bf16(in[i]) : uint16_t{0};
+}
+
+void add_narrow(const float* __restrict in, const uint16_t* __restrict other, uint16_t* __restrict out, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = to_bf16(in[i] + float_of(static_cast<int>(static_cast<unsigned>(other[i]) << 16)));
+}
+
 void divide(const float* __restrict in, float divisor, float* __restrict out, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) out[i] = in[i] / divisor;

@@ -318,9 +318,9 @@ void weigh(const Tile& tile, const Scoring& scoring, const Coefficients& row, co
 
 extern const RowKernels kernels;
 const RowKernels kernels = {
-    FUSED_NCE_ISA_NAME, fold,           mark,    fold_both,    positives,       weigh_further, weigh,
-    weigh_both,         largest_square, divide,  transpose,    transpose_pairs, narrow,        interleave,
-    widen_bf16,         widen_fp16,     cosines, weigh_cosines};
+    FUSED_NCE_ISA_NAME, fold,           mark,    fold_both,     positives,       weigh_further, weigh,
+    weigh_both,         largest_square, divide,  transpose,     transpose_pairs, narrow,        interleave,
+    widen_bf16,         widen_fp16,     cosines, weigh_cosines, rectify,         add_narrow};
 
 }  // namespace FUSED_NCE_ISA
 }  // namespace fused_nce

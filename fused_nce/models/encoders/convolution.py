@@ -32,27 +32,34 @@ class Conv2d(nn.Conv2d):
         return out
 
     def _ours(self, x: Tensor) -> bool:
-        autocast = torch.is_autocast_enabled("cpu")
-        products = torch.get_autocast_dtype("cpu") if autocast else self.weight.dtype
         return (
-            x.device.type == "cpu"
-            and products == torch.bfloat16
-            and (autocast or x.dtype == torch.bfloat16)
-            and self.weight.requires_grad
-            and torch.is_grad_enabled()
-            and self.bias is None
+            self.bias is None
             and self.in_channels >= FEWEST_CHANNELS
             and self.kernel_size[0] == self.kernel_size[1] > 1
             and (self.dilation, self.groups, self.padding_mode) == ((1, 1), 1, "zeros")
             and self.stride[0] == self.stride[1]
             and self.padding[0] == self.padding[1]
-            and not torch.compiler.is_compiling()
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and forward_ad._current_level < 0
-            and torch._C._len_torch_dispatch_stack() == 0
-            and x.is_contiguous(memory_format=torch.channels_last)
-            and has_kernel()
+            and served(x, self.weight)
         )
+
+
+def served(x: Tensor, weight: Tensor) -> bool:
+    """Whether our kernels may differentiate by a weight: bfloat16 on a CPU, and nobody looks into the graph."""
+    autocast = torch.is_autocast_enabled("cpu")
+    products = torch.get_autocast_dtype("cpu") if autocast else weight.dtype
+    return (
+        x.device.type == "cpu"
+        and products == torch.bfloat16
+        and (autocast or x.dtype == torch.bfloat16)
+        and weight.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and torch._C._len_torch_dispatch_stack() == 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and has_kernel()
+    )
 
 
 @functools.cache

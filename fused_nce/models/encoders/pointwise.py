@@ -1,0 +1,58 @@
+"""A residual block of 1×1 convolutions without norms as one node of the graph, on a CPU that multiplies bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WIDEST = 128  # channels: with more, the products take so long that what lies between them hardly counts
+
+
+def plain(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """`x + conv(relu(conv(x, first)), second)`."""
+    return F.conv2d(F.relu(F.conv2d(x, first.to(x.dtype))), second.to(x.dtype)) + x
+
+
+class Pointwise(torch.autograd.Function):
+    """`plain` of bfloat16 maps, channels last: 128 pixels at a time stay in a core's cache from first to last.
+
+    Its hidden maps are found once more in the backward. The weights' gradients are float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (B, C, H, W)
+        first: Tensor,  # (C, C, 1, 1)
+        second: Tensor,  # (C, C, 1, 1)
+    ) -> Tensor:  # (B, C, H, W)
+        ctx.save_for_backward(x, first, second)
+        return _maps(torch.ops.fused_nce.cpu_pointwise(_rows(x), *_matrices(x, first, second)), x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, first, second = ctx.saved_tensors
+        # fault: pointwise-once
+        if torch.is_grad_enabled():  # the gradient is to be differentiated
+            wanted = [t for t, needed in zip((x, first, second), ctx.needs_input_grad, strict=True) if needed]
+            found = iter(torch.autograd.grad(plain(x, first, second), wanted, dy, create_graph=True))
+            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+        up = _rows(dy.contiguous(memory_format=torch.channels_last))
+        dx, d1, d2 = torch.ops.fused_nce.cpu_pointwise_grads(up, _rows(x), *_matrices(x, first, second))
+        return _maps(dx, x), d1.view_as(first), d2.view_as(second)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _maps(rows: Tensor, like: Tensor) -> Tensor:
+    count, channels, height, width = like.shape
+    return rows.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _matrices(x: Tensor, *weights: Tensor) -> list[Tensor]:
+    return [weight.to(x.dtype).flatten(1).contiguous() for weight in weights]
