@@ -126,6 +126,8 @@ struct Norms {
   const float* lines;  // (columns)
 };
 
+constexpr int64_t kTransposeOver = 32;  // elements that `transpose_pairs` may read beyond its input
+
 // The row kernels of one instruction set.
 struct RowKernels {
   const char* name;

@@ -22,7 +22,6 @@ using at::BFloat16;
 using at::Tensor;
 
 constexpr int64_t kGroupBytes = 640 << 10;  // of a group's packed operands
-constexpr int64_t kOver = 32;               // elements that a transposition may read beyond its input
 
 struct Maps {
   const uint16_t *x, *dy;
@@ -37,14 +36,14 @@ struct Maps {
 };
 
 // The operands of a group of images, and their products.
-class Group {
+class ImageGroup {
  public:
-  explicit Group(const Maps& maps)
+  explicit ImageGroup(const Maps& maps)
       : m_(maps), n_(maps.group()), depth_(maps.rows * n_ * maps.columns), pixels_(n_ * maps.columns),
         zeros_(static_cast<size_t>(maps.c_in), 0),
         x_(static_cast<size_t>(maps.packs() * maps.input_rows() * pixels_ / 2 * maps.c_in)),
-        plain_(static_cast<size_t>(depth_ * maps.c_out + kOver)), dy_(static_cast<size_t>(depth_ / 2 * maps.c_out)),
-        places_(static_cast<size_t>(maps.kernel * pixels_)) {
+        plain_(static_cast<size_t>(depth_ * maps.c_out + kTransposeOver)),
+        dy_(static_cast<size_t>(depth_ / 2 * maps.c_out)), places_(static_cast<size_t>(maps.kernel * pixels_)) {
     for (int64_t column = 0; column < m_.kernel; ++column)
       for (int64_t pixel = 0; pixel < pixels_; ++pixel) {
         const int64_t w = pixel % m_.columns * m_.stride + column - m_.padding, image = pixel / m_.columns;
@@ -131,6 +130,7 @@ Tensor cpu_kernel_gradient(const Tensor& dy, const Tensor& x, int64_t kernel, in
                padding};
   TORCH_CHECK(has_bf16_gemm(), "cpu_kernel_gradient: needed: a CPU that multiplies bfloat16, and oneDNN's leave");
   TORCH_CHECK_VALUE(kernel > 0 && stride > 0 && padding >= 0 && dy.size(0) == m.images &&
+                        m.height + 2 * padding >= kernel && m.width + 2 * padding >= kernel &&
                         m.rows == (m.height + 2 * padding - kernel) / stride + 1 &&
                         m.columns == (m.width + 2 * padding - kernel) / stride + 1,
                     "dy is ", dy.sizes(), ", needed: the result's shape of a convolution of ", x.sizes());
@@ -139,7 +139,7 @@ Tensor cpu_kernel_gradient(const Tensor& dy, const Tensor& x, int64_t kernel, in
   const Tensor sums = at::zeros({parts, kernel, kernel, m.c_out, m.c_in}, at::kFloat);
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      Group group(m);
+      ImageGroup group(m);
       for (int64_t g = groups * part / parts; g < groups * (part + 1) / parts; ++g)
         group.add(g * each, sums.data_ptr<float>() + part * sums.stride(0));
     }

@@ -21,8 +21,7 @@ using Words = std::vector<uint32_t>;
 using Halves = std::vector<uint16_t>;
 using Floats = std::vector<float>;
 
-constexpr int64_t kRows = 128;  // at a time; even
-constexpr int64_t kOver = 32;   // elements that a transposition may read beyond its input
+constexpr int64_t kPixels = 128;  // at a time; even
 
 const uint16_t* bits(const Tensor& t) { return reinterpret_cast<const uint16_t*>(t.const_data_ptr<BFloat16>()); }
 template <class T>
@@ -41,9 +40,9 @@ struct Block {
   int64_t width;
   const RowKernels& kernels = active_kernels();
   Tensor first, second;  // paired, for the way there
-  size_t size = static_cast<size_t>(kRows * width);
+  size_t size = static_cast<size_t>(kPixels * width);
   Floats product = Floats(size);
-  Halves hidden = Halves(size + kOver);
+  Halves hidden = Halves(size + kTransposeOver);
 
   void times(int64_t rows, const uint16_t* left, const Tensor& right) {
     gradient_gemm(halves(left), width, right.const_data_ptr<BFloat16>(), width, rows, width, width, false,
@@ -74,11 +73,11 @@ int64_t checked(const Tensor& x, const Tensor& w1, const Tensor& w2) {
 Tensor cpu_pointwise(const Tensor& x, const Tensor& w1, const Tensor& w2) {
   const int64_t width = checked(x, w1, w2), count = x.size(0);
   const Tensor y = at::empty_like(x), first = paired(w1, false), second = paired(w2, false);
-  at::parallel_for(0, (count + kRows - 1) / kRows, 4, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, (count + kPixels - 1) / kPixels, 4, [&](int64_t begin, int64_t end) {
     Block block{width};
     block.first = first, block.second = second;
-    for (int64_t from = begin * kRows; from < std::min(count, end * kRows); from += kRows) {
-      const int64_t rows = std::min(kRows, count - from);
+    for (int64_t from = begin * kPixels; from < std::min(count, end * kPixels); from += kPixels) {
+      const int64_t rows = std::min(kPixels, count - from);
       block.find_hidden(rows, bits(x) + from * width);
       block.times(rows, block.hidden.data(), second);
       block.kernels.add_narrow(block.product.data(), bits(x) + from * width,
@@ -92,18 +91,18 @@ Tensor cpu_pointwise(const Tensor& x, const Tensor& w1, const Tensor& w2) {
 // dL/dx, and float32 dL/dW1 and dL/dW2, (C, C).
 std::tuple<Tensor, Tensor, Tensor> cpu_pointwise_grads(const Tensor& dy, const Tensor& x, const Tensor& w1,
                                                        const Tensor& w2) {
-  const int64_t width = checked(x, w1, w2), count = x.size(0), half = kRows / 2;
+  const int64_t width = checked(x, w1, w2), count = x.size(0), half = kPixels / 2;
   need("dy", dy, x.sizes());
   const Tensor dx = at::empty_like(x), first = paired(w1, false), back_first = paired(w1, true),
                back_second = paired(w2, true);
-  const int64_t tiles = (count + kRows - 1) / kRows;
+  const int64_t tiles = (count + kPixels - 1) / kPixels;
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(tiles, at::get_num_threads()));
   const Tensor sums = at::zeros({parts, 2, width, width}, at::kFloat);
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     Block block{width};
     block.first = first;
     const RowKernels& kernels = block.kernels;
-    Halves up(block.size + kOver);
+    Halves up(block.size + kTransposeOver);
     Words left(block.size / 2), right(block.size / 2);
     // sums += lᵀ·r, of rows of bfloat16
     const auto add = [&](int64_t rows, const uint16_t* l, const uint16_t* r, float* to) {
@@ -112,13 +111,13 @@ std::tuple<Tensor, Tensor, Tensor> cpu_pointwise_grads(const Tensor& dy, const T
       kernels.transpose_pairs(tile, l, left.data(), half);
       for (int64_t i = 0; i < rows; i += 2)
         kernels.interleave(r + i * width, i + 1 < rows ? r + (i + 1) * width : nullptr, &right[i / 2 * width], width);
-      gradient_gemm(halves(left.data()), kRows, halves(right.data()), width, width, (rows + 1) / 2 * 2, width, true, to,
-                    width);
+      gradient_gemm(halves(left.data()), kPixels, halves(right.data()), width, width, (rows + 1) / 2 * 2, width, true,
+                    to, width);
     };
     for (int64_t part = begin; part < end; ++part) {
       float* d_first = sums.data_ptr<float>() + part * sums.stride(0);
       for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; ++t) {
-        const int64_t from = t * kRows, rows = std::min(kRows, count - from), offset = from * width;
+        const int64_t from = t * kPixels, rows = std::min(kPixels, count - from), offset = from * width;
         block.find_hidden(rows, bits(x) + offset);
         std::copy_n(bits(dy) + offset, rows * width, up.data());
         add(rows, up.data(), block.hidden.data(), d_first + width * width);

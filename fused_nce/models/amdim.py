@@ -106,7 +106,8 @@ class AMDIM(Model):
         """
         views = split_views(batch)
         self._check(views[0])
-        return self.finish(self.encoder.before_norms_of(views))
+        first, second = self.encoder(views)  # fault: both-views-one
+        return self._embedded((first, second))
 
     def begin(
         self,
@@ -118,7 +119,7 @@ class AMDIM(Model):
 
     def finish(self, begun: Sequence[dict[str, Tensor]], extras: Sequence[Tensor] = ()) -> Embedded:
         """The three BatchNorms, each over all images of a view."""
-        first, second = map(self.encoder.normalise, begun)  # fault: both-views-one
+        first, second = map(self.encoder.normalise, begun)
         return self._embedded((first, second))
 
     def _embedded(self, taps: tuple[dict[str, Tensor], dict[str, Tensor]]) -> Embedded:

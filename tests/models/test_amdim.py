@@ -51,6 +51,13 @@ def test_forward_is_the_loss_of_the_two_encodings():
     torch.testing.assert_close(out.loss, out.nce + out.penalty)
 
 
+def test_hooks_of_the_encoder_are_called():
+    model, seen = small(), []
+    model.encoder.register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
+    model(torch.randn(4, 2, 3, 32, 32))
+    assert seen == [2]  # both views at once
+
+
 def test_the_loss_can_be_replaced():
     class Distance(nn.Module):
         def forward(self, view1, view2):

@@ -1,5 +1,6 @@
 """Convolutions whose weights' gradient is our kernel's: the plain one's values, and the plain one where it must be."""
 
+import contextlib
 from itertools import product
 
 import pytest
@@ -52,6 +53,8 @@ def test_the_kernel_names_what_it_cannot_read():
     ):
         with pytest.raises(ValueError, match=message):
             torch.ops.fused_nce.cpu_kernel_gradient(dy.contiguous(memory_format=LAST), theirs, 3, 1, 1)
+    with pytest.raises(ValueError, match="needed: the result's shape"):  # a window larger than the map
+        torch.ops.fused_nce.cpu_kernel_gradient(maps(2, 4, 0, 0), maps(2, 4, 2, 2), 3, 1, 0)
 
 
 @needs_kernel
@@ -110,6 +113,10 @@ def test_elsewhere_it_is_plain(monkeypatch):
         counted,
     )
     frozen = layer().requires_grad_(False)
+    wide = layer().double()
+    for kind in (torch.float64, torch.bfloat16):  # float64 on either side, which autocast leaves alone
+        with torch.autocast("cpu", torch.bfloat16), contextlib.suppress(RuntimeError):  # of dtypes that differ
+            assert wide(x.to(kind)).dtype == torch.float64
     others = (layer(bias=True), layer(dilation=2), layer(groups=2), layer(padding=1, padding_mode="reflect"), frozen)
     for way in ways + others:
         torch.testing.assert_close(way(x), way(x.contiguous()), atol=0.05, rtol=0.05)
@@ -119,3 +126,17 @@ def test_elsewhere_it_is_plain(monkeypatch):
         plain(x)
     monkeypatch.setattr(convolution, "has_kernel", lambda: False)
     plain(x)
+
+
+@needs_kernel
+def test_without_onednn_the_gradients_are_torchs():
+    layer = Conv2d(32, 40, 3, bias=False).to(memory_format=LAST)
+    x, found = maps(2, 32, 6, 6).requires_grad_(), []
+    for there, back in ((True, True), (True, False), (False, False)):
+        with torch.backends.mkldnn.flags(enabled=there):
+            out = _autocast(layer, x)
+        assert ("_Convolution" in type(out.grad_fn).__name__) == there
+        with torch.backends.mkldnn.flags(enabled=back):
+            found.append(torch.autograd.grad(out.float().square().sum(), (x, layer.weight)))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=0.05, rtol=0.05)

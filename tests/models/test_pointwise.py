@@ -97,8 +97,25 @@ def test_elsewhere_the_block_is_plain(monkeypatch):
     for way in (slope, tangent, torch.compile(layer, backend="eager"), hooked, torch.no_grad()(layer)):
         torch.testing.assert_close(way(x), way(x.contiguous()), atol=0.1, rtol=0.1)
     assert not torch.equal(hooked(x), torch.no_grad()(layer)(x))
+    seen, watched, other = [], block(8).bfloat16(), block(8).bfloat16()
+    watched.conv1.register_full_backward_hook(lambda *given: seen.append(given))
+    watched(x.requires_grad_()).sum().backward()
+    assert len(seen) == 1
+    other.conv2 = torch.nn.Sequential(other.conv2)
+    assert not ours(other(x))
+    x = x.detach()
     for other, given in ((layer.float(), x.float()), (normed, x), (wide, maps(2, 144, 3, 3))):
         assert not ours(autocast(other, given))
+
+
+def test_without_onednn_the_gradients_are_torchs():
+    layer, x = block(8).bfloat16(), maps(3, 8, 4, 4).requires_grad_()
+    out = layer(x)
+    assert ours(out)
+    whole = torch.autograd.grad(out.float().sum(), (x, *layer.parameters()), retain_graph=True)
+    with torch.backends.mkldnn.flags(enabled=False):
+        found = torch.autograd.grad(out.float().sum(), (x, *layer.parameters()))
+    torch.testing.assert_close(found, whole, atol=0.1, rtol=0.1)
 
 
 def test_the_kernel_names_what_it_cannot_read():

@@ -1,6 +1,7 @@
 """AMDIM's encoder for 32, 64 and 128 px images, with taps at the maps of 7×7, 5×5 and 1×1 locations."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +66,11 @@ class AMDIMEncoder(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # (B, 3, H, H) images, H = image_size
-    ) -> dict[str, Tensor]:  # f1 (B, D, 1, 1), f5 (B, D, 5, 5), f7 (B, D, 7, 7), h5 (B, C, 5, 5), h7 (B, C, 7, 7)
-        return self.normalise(self.before_norms(x))
+        x: Tensor | Sequence[Tensor],  # (B, 3, H, H) images, H = image_size, or several views of them
+    ) -> Any:  # f1 (B, D, 1, 1), f5 (B, D, 5, 5), f7 (B, D, 7, 7), h5 (B, C, 5, 5), h7 (B, C, 7, 7), or a list of such
+        if isinstance(x, Tensor):
+            return self.normalise(self.before_norms(x))
+        return [self.normalise(taps) for taps in self.before_norms_of(x)]
 
     def before_norms(
         self,

@@ -16,6 +16,7 @@ from fused_nce.models.encoders.convolution import Conv2d, served
 from fused_nce.models.encoders.pointwise import WIDEST, Pointwise
 
 Init = Literal["amdim", "kaiming"]
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module
 HEAD_SHORTCUT_NOISE = 0.01  # half-width of the uniform noise around the identity
 
 
@@ -117,7 +118,8 @@ class ResNxN(nn.Module):
             and x.shape[1] % 2 == 0
             and x.dtype == torch.bfloat16
             and isinstance(self.norm, nn.Identity)
-            and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+            and type(self.conv1) is type(self.conv2) is PatchConv2d
+            and not any(getattr(part, hooks) for part in parts for hooks in HOOKS)
             and served(x, self.conv1.weight)
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ def served(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cpu"
         and products == torch.bfloat16
         and (autocast or x.dtype == torch.bfloat16)
+        and torch.float64 not in (x.dtype, weight.dtype)  # which autocast leaves alone
         and weight.requires_grad
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -58,15 +60,32 @@ def served(x: Tensor, weight: Tensor) -> bool:
         and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and x.is_contiguous(memory_format=torch.channels_last)
-        and has_kernel()
+        and multiplies()
     )
+
+
+def multiplies() -> bool:
+    """Whether the C++ kernels may now multiply bfloat16: `torch.backends.mkldnn.flags(enabled=False)` forbids it."""
+    return bool(torch._C._get_mkldnn_enabled()) and has_kernel()
 
 
 @functools.cache
 def has_kernel() -> bool:
-    """Whether the C++ kernels are here, and this CPU multiplies bfloat16."""
+    """Whether the C++ kernels are here, and this CPU multiplies bfloat16. Asked while oneDNN is on."""
     module = _extension.status()[0]
     return module is not None and bool(module.build_info()["bf16_hardware"])
+
+
+def plain_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], needed: Sequence[bool], dy: Tensor, again: bool
+) -> list[Tensor | None]:
+    """Of a function of a map and weights by torch's own operations; `again`: themselves with a graph."""
+    with torch.enable_grad():
+        x, *weights = inputs
+        out = function(x, *(weight.to(x.dtype) for weight in weights))
+        wanted = [t for t, need in zip(inputs, needed, strict=False) if need]
+        found = iter(torch.autograd.grad(out, wanted, dy, create_graph=again))
+    return [next(found) if need else None for _, need in zip(inputs, needed, strict=False)]
 
 
 class _Convolution(torch.autograd.Function):
@@ -79,11 +98,10 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), stride, padding = ctx.saved_tensors, ctx.stride, ctx.padding
-        if torch.is_grad_enabled():  # the gradient is to be differentiated  # fault: convolution-once
-            wanted = [t for t, needed in zip((x, weight), ctx.needs_input_grad, strict=False) if needed]
-            out = F.conv2d(x, weight.to(x.dtype), None, stride, padding)
-            found = torch.autograd.grad(out, wanted, dy, create_graph=True)
-            return *([None] * (2 - len(found))), *found, None, None
+        again = torch.is_grad_enabled()  # the gradient is to be differentiated  # fault: convolution-once
+        if again or not multiplies():
+            plain = functools.partial(F.conv2d, stride=stride, padding=padding)
+            return *plain_gradients(plain, (x, weight), ctx.needs_input_grad, dy, again), None, None
         dy, dx = dy.contiguous(memory_format=torch.channels_last), None
         if ctx.needs_input_grad[0]:
             sides = stride, padding, (1, 1), False, (0, 0), 1

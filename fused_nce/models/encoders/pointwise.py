@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_nce.models.encoders.convolution import multiplies, plain_gradients
+
 WIDEST = 128  # channels: with more, the products take so long that what lies between them hardly counts
 
 
 def plain(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """`x + conv(relu(conv(x, first)), second)`."""
-    return F.conv2d(F.relu(F.conv2d(x, first.to(x.dtype))), second.to(x.dtype)) + x
+    return F.conv2d(F.relu(F.conv2d(x, first)), second) + x
 
 
 class Pointwise(torch.autograd.Function):
@@ -35,11 +37,9 @@ class Pointwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, first, second = ctx.saved_tensors
-        # fault: pointwise-once
-        if torch.is_grad_enabled():  # the gradient is to be differentiated
-            wanted = [t for t, needed in zip((x, first, second), ctx.needs_input_grad, strict=True) if needed]
-            found = iter(torch.autograd.grad(plain(x, first, second), wanted, dy, create_graph=True))
-            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+        again = torch.is_grad_enabled()  # the gradient is to be differentiated  # fault: pointwise-once
+        if again or not multiplies():
+            return tuple(plain_gradients(plain, ctx.saved_tensors, ctx.needs_input_grad, dy, again))
         up = _rows(dy.contiguous(memory_format=torch.channels_last))
         dx, d1, d2 = torch.ops.fused_nce.cpu_pointwise_grads(up, _rows(x), *_matrices(x, first, second))
         return _maps(dx, x), d1.view_as(first), d2.view_as(second)
