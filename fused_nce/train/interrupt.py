@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 from fused_nce.train.slurm import PREEMPTION
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ASK_S = 5.0  # between two looks for readers that died, while one waits for them
 SAME_S = 1.0  # two signals within it are one: Ctrl-C reaches a process from its terminal and from torchrun
 
 
@@ -31,7 +30,6 @@ class Interrupt:
         self.preempted: int | None = None
         self._at, self._held, self._active = 0.0, False, False
         self._before: dict[int, Any] = {}
-        self._child: Callable[[int, FrameType | None], Any] | None = None
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
@@ -45,9 +43,7 @@ class Interrupt:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._child is not None and kind is None:  # else it would strike while the error is on its way
-            signal.signal(signal.SIGCHLD, self._child)
-        self._before, self._active, self._child = {}, False, None
+        self._before, self._active = {}, False
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -60,23 +56,17 @@ class Interrupt:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """While batches are asked for: here alone a reader's death is an error, which torch raises from a signal.
+        """While batches are asked for: torch, which starts the readers then, sets a handler of SIGCHLD that raises.
 
-        Anywhere else it would strike between two instructions of an update or a save.
+        It is put aside, or a reader's death would break off an update or a save; `data.readers` looks for it.
         """
-        done = threading.Event()
-        if self._child is not None:
-            signal.signal(signal.SIGCHLD, self._child)
-            self._child(signal.SIGCHLD, None)  # for those who died meanwhile
-            threading.Thread(target=_ask_again, args=(done,), daemon=True).start()
         try:
             yield
         finally:
-            done.set()
             handler = signal.getsignal(signal.SIGCHLD)
-            if self._active and callable(handler):
-                self._child = handler
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if self._active and handler not in (signal.SIG_DFL, None):  # None: set in C
+                self._before[signal.SIGCHLD] = handler
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # fault: reader-death-strikes
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -86,9 +76,3 @@ class Interrupt:
         if not self.requested:
             self.requested, self._at = True, now
             self.preempted = number if number in PREEMPTION else None
-
-
-def _ask_again(done: threading.Event) -> None:
-    """A signal that comes just before a wait begins does not end it: after a while, and again, one that comes later."""
-    while not done.wait(ASK_S):  # fault: reader-death-missed
-        os.kill(os.getpid(), signal.SIGCHLD)

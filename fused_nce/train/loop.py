@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,14 @@ class Trainer:
         saved_at, failed_saves, window = started, 0, (started, self.step)
         batches = self.loader.batches(self.step * config.optim.accumulate)  # fault: resumed-run-starts
         try:
-            with self.threads, self.interrupt as interrupt, self._rescued(), self.profile or nullcontext():
+            # The readers end after the rescue, and before a handler is put back that would raise for those who died.
+            with (
+                self.threads,
+                self.interrupt as interrupt,
+                closing(batches),
+                self._rescued(),
+                self.profile or nullcontext(),
+            ):
                 reason = "finished"
                 while self.step < self.end:
                     threads.look()
@@ -208,7 +215,6 @@ class Trainer:
                 if self.step > window[1]:  # after the save: a resumed run takes the open window up where it was
                     self._log(book, bar, window, update_s)
         finally:
-            batches.close()  # its readers end: an error that somebody keeps would hold this frame, and them
             bar.close()
             if book is not None:
                 book.close()
@@ -314,7 +320,7 @@ class Trainer:
             failed = error
         ends = self.loader.streamed and self._agree(failed is not None)[0]  # fault: reader-dies-alone
         self._together = self._together or ends
-        dead = isinstance(failed, RuntimeError) and "DataLoader" in str(failed)
+        dead = isinstance(failed, RuntimeError) and str(failed).startswith("DataLoader")  # not what a reader raised
         if dead or isinstance(failed, ConnectionError | EOFError):  # the last two from half a message of a dead reader
             raise RuntimeError(
                 f"data: a process that reads {self.config.data} died or is stuck ({one_line(str(failed))}); fewer "

@@ -1,14 +1,13 @@
 """Batches of uint8 images in an order that depends on seed and position alone, so that a run resumes exactly."""
 
-import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
-from typing import Any, NamedTuple
+from threading import Thread
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fused_nce.train.data.augment import crops
 from fused_nce.train.data.images import (
@@ -19,11 +18,10 @@ from fused_nce.train.data.images import (
     decoded_bytes,
     load_split,
 )
+from fused_nce.train.data.readers import Readers
 from fused_nce.train.data.sources import Damage, ImageSource, fit
-from fused_nce.train.interrupt import ENDING, PREEMPTION
 from fused_nce.train.settings import AugmentConfig
 
-WORKER_TIMEOUT_S = 300  # a stuck reader is an error, not a wait for ever
 AHEAD = 4  # batches that the disk has, beyond those that a buffer holds, before they are asked for
 
 
@@ -201,44 +199,30 @@ class Loader:
         """Whether images are read as the run goes, so that a batch may fail."""
         return self.held is None
 
-    def batches(self, position: int) -> Generator[Batch, None, None]:
-        """Endless, from a position on."""
-        if self.held:
-            while True:
-                chosen = self.order.indices(position)
-                images = self.held.images[chosen]
-                if self.side(position) != self.image_size:
-                    pairs = zip(images, chosen.tolist(), strict=True)
-                    images = torch.stack([self.reader.prepare(image, position, index) for image, index in pairs])
-                yield Batch(images, self.held.labels[chosen], chosen)
-                position += 1
-        yield from self._streamed(position)
+    def batches(self, position: int) -> Generator[Batch, None, None] | Readers[Batch]:
+        """Endless, from a position on; `close` ends what they came from."""
+        if self.source is None:
+            return self._held(position)
+        keys = Keys(self.order, position, self.source.samples.ahead)
+        return Readers(self.reader, keys, self.workers, self.seed, self._batch)
 
-    def _streamed(self, position: int) -> Iterator[Batch]:
+    def _held(self, position: int) -> Generator[Batch, None, None]:
+        assert self.held is not None
+        while True:
+            chosen = self.order.indices(position)
+            images = self.held.images[chosen]
+            if self.side(position) != self.image_size:
+                pairs = zip(images, chosen.tolist(), strict=True)
+                images = torch.stack([self.reader.prepare(image, position, index) for image, index in pairs])
+            yield Batch(images, self.held.labels[chosen], chosen)
+            position += 1
+
+    def _batch(self, read: tuple[Tensor, Tensor, Tensor]) -> Batch:
         assert self.source is not None
-        loader: DataLoader[Any] = DataLoader(
-            self.reader,
-            batch_sampler=Keys(self.order, position, self.source.samples.ahead),
-            num_workers=self.workers,
-            timeout=WORKER_TIMEOUT_S if self.workers else 0,
-            worker_init_fn=_ignore_interrupts,
-            # Its own: the loader draws a seed when it starts, and a resumed run starts it once more.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
-        try:
-            for images, indices, asked in loader:
-                for index in asked[asked != indices].tolist():
-                    self.damage.report(index, self.source.samples.name(index))
-                labels = torch.tensor([self.source.labels[i] for i in indices.tolist()])
-                yield Batch(images, labels, indices)
-        except ValueError as error:  # a worker's comes with its traceback as the message
-            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """A signal may reach every process of the terminal or job: the readers must live until the loop has saved."""
-    for number in (*ENDING, *PREEMPTION):
-        signal.signal(number, signal.SIG_IGN)
+        images, indices, asked = read
+        for index in asked[asked != indices].tolist():
+            self.damage.report(index, self.source.samples.name(index))
+        return Batch(images, torch.tensor([self.source.labels[i] for i in indices.tolist()]), indices)
 
 
 class Keys:
@@ -255,10 +239,9 @@ class Keys:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         position = self.position
-        thread = ThreadPoolExecutor(1)  # the disk may keep it waiting
         while True:
             if soon := self.order.ahead(position, first=position == self.position).tolist():
-                thread.submit(self.ahead, soon)
+                Thread(target=self.ahead, args=(soon,), daemon=True).start()  # a disk may keep it waiting for ever
             yield [(position, index) for index in self.order.indices(position).tolist()]
             position += 1
 
