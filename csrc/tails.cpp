@@ -126,7 +126,7 @@ LossNumbers summary_of(const TailOf& tail, const SweepInputs& in, const Statisti
   float* elements = none ? out.nce.data_ptr<float>() : nullptr;
   const float log_positives = static_cast<float>(std::log(static_cast<double>(in.scoring.n_c)));
   std::vector<Sums> sums(static_cast<size_t>(parts * report_groups));
-  at::parallel_for(0, parts, std::max<int64_t>(1, 4096 / (kRows * std::max<int64_t>(width, 1))),
+  at::parallel_for(0, parts, std::max<int64_t>(1, 512 / (kRows * std::max<int64_t>(width, 1))),
                    [&](int64_t begin, int64_t end) {
                      for (int64_t i = begin * kRows; i < std::min(x.n, end * kRows); ++i)
                        add_row(tail, x, i, log_positives, elements ? elements + i * width : nullptr,

@@ -151,30 +151,35 @@ class PrefixSweep {
   void run() {
     for (int64_t first = 0; first < n_; first += plan_.lanes) {
       begin_strip(first);
-      if (task_.statistics) {
+      if (task_.statistics)
         for_each_group([this](PrefixGroup& group, int64_t begin, int64_t end) { fold(group, begin, end); });
-        for (int64_t i = 0; i < parts_; ++i) {
-          std::vector<Accumulators> found;
-          found.reserve(groups_.size());
-          for (const PrefixGroup& group : groups_) found.push_back(group.of[i]);
-          finish_strip(strip_, scoring_, found, stats(i), space_.coefficients[i]);
-        }
-      }
+      at::parallel_for(0, parts_, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) finish(i);
+      });
       if (!task_.gradients) continue;
-      for (int64_t i = 0; i < parts_; ++i) {
-        const Coefficients& c = space_.coefficients[i];
-        if (task_.d_rows.defined())
-          coefficients_of_caller(strip_, scoring_, stats(i), arrays(i, task_.d_pos, task_.d_rows), c);
-        else
-          coefficients_of_loss(strip_, scoring_, stats(i),
-                               {kNce, task_.unit * static_cast<float>(task_.weights[i]), 0.0f}, c, {});
-      }
       for_each_group([this](PrefixGroup& group, int64_t begin, int64_t end) { weigh(group, begin, end); });
       merge();
     }
   }
 
  private:
+  // The statistics of prefix i and its coefficients.
+  void finish(int64_t i) {
+    const Coefficients& c = space_.coefficients[i];
+    if (task_.statistics) {
+      std::vector<Accumulators> found;
+      found.reserve(groups_.size());
+      for (const PrefixGroup& group : groups_) found.push_back(group.of[i]);
+      finish_strip(strip_, scoring_, found, stats(i), c);
+    }
+    if (!task_.gradients) return;
+    if (task_.d_rows.defined())
+      coefficients_of_caller(strip_, scoring_, stats(i), arrays(i, task_.d_pos, task_.d_rows), c);
+    else
+      coefficients_of_loss(strip_, scoring_, stats(i), {kNce, task_.unit * static_cast<float>(task_.weights[i]), 0.0f},
+                           c, {});
+  }
+
   PrefixPlan checked(PrefixPlan plan) const {
     TORCH_CHECK_VALUE(plan.lanes > 0, "workspace_bytes is ", in_.workspace_bytes, ", needed: more for ", parts_,
                       " prefixes of ", n_, " rows and ", m_, " columns of width ", width_);

@@ -108,11 +108,13 @@ Sum finish_statistics(const std::vector<Accumulators>& parts, int64_t lane, cons
 
 void finish_strip(const Strip& strip, const Scoring& scoring, const std::vector<Accumulators>& groups,
                   const StatisticArrays& out, const Coefficients& coefficients) {
-  for (int64_t l = 0; l < strip.rows; ++l) {
-    const Sum negatives = finish_statistics(groups, l, scoring, out.rows, strip.first + l);
-    coefficients.shift[l] = negatives.shift;
-    coefficients.inverse[l] = inverse_of(negatives);
-  }
+  at::parallel_for(0, strip.rows, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t l = begin; l < end; ++l) {
+      const Sum negatives = finish_statistics(groups, l, scoring, out.rows, strip.first + l);
+      coefficients.shift[l] = negatives.shift;
+      coefficients.inverse[l] = inverse_of(negatives);
+    }
+  });
 }
 
 void coefficients_of_loss(const Strip& strip, const Scoring& scoring, const StatisticArrays& stats,

@@ -137,16 +137,17 @@ def guides(x: Batch) -> tuple[Tensor, ...] | None:
 
 def ceilings(x: Batch, rules: Rules, prefixes: Sequence[int] = ()) -> Tensor | None:
     """(F, N), of K prefixes (K·F, N): a candidate whose dot product is above is no negative."""
-    lines, found = [], guides(x)
+    each, found, keys = [], guides(x), own(x)  # of each filter, a line a prefix
     with torch.no_grad():
-        for q, k in cut(x.q.detach(), x.k[own(x)].detach(), prefixes):
-            if rules.margin is not None:
-                lines.append(row_dots(q, k) + rules.margin + _slack(q, k))
-            if found is not None:
-                height = (found[0] * found[1][own(x)]).sum(dim=1)
-                height = height + _slack(found[0], found[1][own(x)])
-                lines.append(height - rules.guide_margin * (height.abs() if rules.relative else 1.0))
-    return torch.stack(lines) if lines else None
+        if rules.margin is not None:  # else nobody needs the prefixes' unit rows, a tenth of a call
+            pairs = cut(x.q.detach(), x.k[keys].detach(), prefixes)
+            each.append([row_dots(q, k) + rules.margin + _slack(q, k) for q, k in pairs])
+        if found is not None:
+            height = (found[0] * found[1][keys]).sum(dim=1)
+            height = height + _slack(found[0], found[1][keys])
+            line = height - rules.guide_margin * (height.abs() if rules.relative else 1.0)
+            each.append([line] * max(1, len(prefixes)))
+    return torch.stack([line for lines in zip(*each, strict=True) for line in lines]) if each else None
 
 
 def cut(q: Tensor, k: Tensor, prefixes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

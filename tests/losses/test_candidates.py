@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fused_nce import CLIPLoss, InfoNCELoss, clip_loss, info_nce
+from fused_nce.losses import candidates
 from fused_nce.losses.candidates import DIRECTIONS
 
 N, D, H = 6, 5, 2
@@ -244,6 +245,22 @@ def test_prefixes_are_the_sum_of_their_losses(dtype):
             rtol = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-5)
             same(out.loss, torch.stack(parts).sum(), leaves, rtol)
             assert {"top1_2", "pos_mean_3", "neg_lse_mean_5"} <= set(out.stats)
+
+
+def test_prefixes_without_a_margin_ask_for_no_unit_rows(monkeypatch):
+    """Of each width, in torch, they took a tenth of a call; by them a margin is measured."""
+    cut, asked = candidates.cut, []
+
+    def counted(*args):
+        asked.append(args)
+        return cut(*args)
+
+    monkeypatch.setattr(candidates, "cut", counted)
+    for options in ({}, {"guide": (Q, K)}, {"symmetric": True}):
+        info_nce(Q, K, prefixes=(2, 5), **options)
+    assert not asked
+    info_nce(Q, K, prefixes=(2, 5), false_negative_margin=0.1)
+    assert len(asked) == 1
 
 
 def test_several_positives_are_a_set_and_soft_targets_a_distribution():
