@@ -66,8 +66,8 @@ def test_a_slow_reader_is_waited_for(quick):
 
 
 def test_a_stuck_reader_is_refused_and_leaves_no_process(quick, monkeypatch):
-    monkeypatch.setattr(readers, "LIMIT_S", 2)
     numbers, others = started(lambda: time.sleep(600)), set(multiprocessing.active_children())
+    monkeypatch.setattr(readers, "LIMIT_S", 2)
     with pytest.raises(RuntimeError, match=r"^DataLoader: no batch within 2 s$") as kept:
         next(numbers)
     numbers.close()

@@ -59,8 +59,10 @@ class Readers(Generic[T]):
     def __next__(self) -> T:
         if self._batches is None and self._loader is not None:
             others = set(multiprocessing.active_children())
-            self._batches = iter(self._loader)
-            self._processes = set(multiprocessing.active_children()) - others
+            try:
+                self._batches = iter(self._loader)
+            finally:  # some may have started
+                self._processes = set(multiprocessing.active_children()) - others
         return self._then(self._read())
 
     def _read(self) -> Any:
@@ -83,7 +85,8 @@ class Readers(Generic[T]):
 
     def _ends(self) -> list[str]:
         codes = {process.exitcode for process in self._processes}
-        return [signal.Signals(-code).name if code < 0 else f"exit status {code}" for code in codes if code]
+        names = {-number: number.name for number in signal.Signals}
+        return [names.get(code, f"exit status {code}") for code in codes if code]
 
     def close(self) -> None:
         """All processes end; one that cannot is killed. There are no more batches."""
