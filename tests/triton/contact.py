@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def _two_blocks(monkeypatch):
 def trial(spec: Spec) -> tuple[str, bool]:
     dtype = torch.float32 if spec.columns else torch.float16  # whose weights are not stored
     problems = first_contact.problems(spec, dtype, None if spec.drop_self else dtype, 16)
-    return first_contact.trial(backend, reference, problems, CPU)
+    return first_contact.trial(cast(Any, backend), cast(Any, reference), problems, CPU)
 
 
 @pytest.mark.parametrize("name", nightly_but(["views", "both ways"], TAKEN))

@@ -117,7 +117,7 @@ def test_regressions_are_told():
     )
     assert old.resident == 2  # of 8 warps with 13312 registers each two times eight
     assert not list(dataclasses.replace(old, registers=108).regressions(old))
-    worse = {"registers": 109, "shared_bytes": 1001, "mufu_per_score": 3.1, "matrix_instructions": 7}
+    worse: dict[str, Any] = {"registers": 109, "shared_bytes": 1001, "mufu_per_score": 3.1, "matrix_instructions": 7}
     worse |= {"issued_per_score": 20.1, "matrix_clocks_per_score": 0.2, "source": "2f", "tile": tile[:-1]}
     for name, value in worse.items():
         assert any(name in line for line in dataclasses.replace(old, **{name: value}).regressions(old)), name
