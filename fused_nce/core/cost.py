@@ -4,7 +4,8 @@ A call of N rows, M columns and width D takes launch + GEMMs·N·M·gemm(D) on e
 through the L2 but multiplies at cuBLAS' rate; `triton` never lets a score off the chip, computes it again for each
 gradient, and its tiles get thin as D grows. With both gradients they meet near D = 145 in 16 bits, further up where
 only the queries want one. Calls with statistics of columns, whose weights `triton` stores for cuBLAS, have costs of
-their own. The table is `cost.json`; `python -m bench.fit` makes another from a measured record.
+their own, as far as its plan has room for them (`backends/triton/plan.py`). The table is `cost.json`;
+`python -m bench.fit` makes another from a measured record.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class Call(NamedTuple):
     columns: bool = False  # has column statistics: no weight before all of them are there
     penalised: bool = False
     symmetric: bool = False  # and so are the scores, which the CPU's tiles then see once
+    at_once: bool = True  # of `triton`: one pass gives the statistics of rows and columns, else two
+    stored: bool = True  # of `triton`: weights of both sides are stored for cuBLAS, where a dtype has the exponents
 
     @classmethod
     def of(cls, op: str, needs: Needs, penalised: bool = False) -> Call:
@@ -60,7 +63,7 @@ class Call(NamedTuple):
 
     def stores(self, dtype: torch.dtype) -> bool:
         """Whether `triton` keeps weights of both sides for cuBLAS: float16 has no exponents to spare for them."""
-        return self.columns and not self.shared and dtype != torch.float16
+        return self.columns and self.stored and not self.shared and dtype != torch.float16
 
     def gemms(self, backend: str, tiles: Tiles | None = None, dtype: torch.dtype = torch.bfloat16) -> float:
         """N·M·D products that a backend computes: the scores and, of each gradient, w·y.
@@ -76,7 +79,7 @@ class Call(NamedTuple):
             for_keys = self.q if self.shared else self.k
             of_gradients = 0.0 if self.op == "stats" else self.q * tiles.seen + for_keys * tiles.for_keys
             return tiles.seen + tiles.again + of_gradients
-        passes = float(first)
+        passes = first * (2.0 if self.columns and not self.at_once else 1.0)  # fault: cost-two-folds
         if self.op == "stats":
             return passes
         if self.stores(dtype):
@@ -176,9 +179,10 @@ def fastest_first(call: Call, n: int, m: int, d: int, dtype: torch.dtype, costs:
         costs: the shipped table by default.
     """
     size, costs = min(dtype.itemsize, 4), table() if costs is None else costs
-    kept = BOTH_WAYS if call.stores(dtype) else ""
+    # Where `triton` takes a pass for each side or gradient, these cost what they do elsewhere.
+    sweeps = {"triton": call.stores(dtype) and call.at_once, "cuda": call.columns and not call.shared}
     times = {
-        name: costs.get((name + kept, size), one).time_us(call.gemms(name, dtype=dtype), n, m, d)
+        name: costs.get((name + BOTH_WAYS * sweeps[name], size), one).time_us(call.gemms(name, dtype=dtype), n, m, d)
         for (name, known), one in costs.items()
         if known == size and not name.endswith(BOTH_WAYS)
     }

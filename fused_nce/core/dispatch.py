@@ -61,6 +61,15 @@ def why_not(backend: str, spec: Spec, q: Tensor, k: Tensor | None) -> str | None
     return module.why_not(spec, q, q if k is None else k) or first_contact.why_not(backend, backend_module, spec, q, k)
 
 
+def planned(call: Call, spec: Spec, q: Tensor, k: Tensor | None) -> Call:
+    """With what follows from statistics of columns: how `triton` takes them (`backends/triton/plan.py`)."""
+    if not spec.columns:
+        return call
+    of_plan = getattr(backend_module("triton"), "ways")  # noqa: B009  (of this backend alone)
+    at_once, strip = of_plan(spec, q, q if k is None else k, k is None)
+    return call._replace(columns=True, at_once=at_once, stored=strip > 0)
+
+
 def automatic(q: Tensor, k: Tensor | None, call: Call = ANY_CALL) -> tuple[str, ...]:
     """What the automatic choice tries for these tensors, the fastest first."""
     if q.device.type != "cuda":
@@ -140,7 +149,7 @@ def choose(spec: Spec, q: Tensor, k: Tensor | None, requested: str, call: Call =
         ValueError: for an unknown name, or when a requested backend cannot run this.
         RuntimeError: under `FUSED_NCE_STRICT=1`, when the automatic choice would be a fallback.
     """
-    names = automatic(q, k, call._replace(columns=bool(spec.columns)))
+    names = automatic(q, k, planned(call, spec, q, k))
     return choose_by(lambda name: why_not(name, spec, q, k), names, requested, f"{spec.code} on {q.device}")
 
 

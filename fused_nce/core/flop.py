@@ -19,7 +19,8 @@ def call_of(op: str, x: Scores, tail: str = "", needs: list[bool] | None = None)
     spec, (q, k) = specs.parse(x.spec), (needs or [False] * 2)[:2]
     mirrored = getattr(dispatch.backend_module("cpu"), "mirrored")  # noqa: B009  (of this backend alone)
     symmetric = bool(tail) and x.k is None and q and mirrored(spec, tails.parse(tail), x.offset)
-    return Call(op, q, k and x.k is not None, x.k is None, bool(spec.columns), symmetric=symmetric)
+    call = Call(op, q, k and x.k is not None, x.k is None, symmetric=symmetric)
+    return dispatch.planned(call, spec, x.q, x.k)
 
 
 def executed(call: Call, x: Scores, requested: str) -> int:

@@ -56,6 +56,19 @@ def test_both_ways_have_costs_of_their_own():
         assert len(cost.fastest_first(call, 8192, 8192, 256, dtype, table)) == 2
 
 
+def test_both_ways_beyond_the_plan_cost_what_runs():
+    """Where blocks have no room for statistics of columns, or strips none for weights, `triton` takes thin passes."""
+    spec = Spec(Block(1), columns=("neg_lse",))
+    shapes = (65536, 65536), (66000, 66000), (4096, 65536), (4096, 1 << 20)
+    found = {}
+    for n, m in shapes:
+        q, k = (SimpleNamespace(device=torch.device("cuda"), shape=(x, 512), dtype=torch.bfloat16) for x in (n, m))
+        call = dispatch.planned(Call(), spec, q, k)  # type: ignore[arg-type]
+        found[n, m] = call.at_once, call.stored, dispatch.automatic(q, k, call)[0]  # type: ignore[arg-type]
+    plans = (True, True, "triton"), (False, True, "cuda"), (True, True, "triton"), (True, False, "cuda")
+    assert found == dict(zip(shapes, plans, strict=True))
+
+
 def test_few_launches_win_where_there_are_few_scores():
     assert cost.fastest_first(TWO, 128, 6272, 64, torch.bfloat16) == ["cuda", "triton"]
 
@@ -71,6 +84,10 @@ GEMMS = {  # as `core/problem.py` and the backends' docstrings count them: (trit
     Call(q=False, k=False, columns=True): (1, 1),
     Call("stats"): (1, 1),
     Call("stats", columns=True): (1, 1),
+    Call("stats", columns=True, at_once=False): (2, 1),
+    Call(columns=True, at_once=False): (5, 4),
+    Call(columns=True, stored=False): (5, 4),
+    Call("grads", columns=True, stored=False): (4, 3),
     Call("grads"): (4, 3),
     Call("grads", k=False, shared=True): (2, 3),
 }
@@ -80,7 +97,8 @@ GEMMS = {  # as `core/problem.py` and the backends' docstrings count them: (trit
 def test_gemms_of_a_call(call):
     assert (call.gemms("triton"), call.gemms("cuda")) == GEMMS[call]
     if call.columns and call.op != "stats":  # float16 weights are not stored
-        assert call.gemms("triton", dtype=torch.float16) == 1 + 2 * (call.q + call.k)
+        first = 0 if call.op == "grads" else 2 - call.at_once
+        assert call.gemms("triton", dtype=torch.float16) == first + 2 * (call.q + call.k)
 
 
 def test_the_cpu_sees_symmetric_scores_once_and_keeps_what_fits():

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +38,8 @@ def _two_blocks(monkeypatch):
 def trial(spec: Spec) -> tuple[str, bool]:
     dtype = torch.float32 if spec.columns else torch.float16  # whose weights are not stored
     problems = first_contact.problems(spec, dtype, None if spec.drop_self else dtype, 16)
-    return first_contact.trial(cast(Any, backend), cast(Any, reference), problems, CPU)
+    sides: Any = (backend, reference)  # modules
+    return first_contact.trial(sides[0], sides[1], problems, CPU)
 
 
 @pytest.mark.parametrize("name", nightly_but(["views", "both ways"], TAKEN))
@@ -75,7 +76,9 @@ WRITES = [
     (PAIRS, tail, "close_kernel", "sums", lambda x: not x["ALONE"]),
     (VIEWS, tail, "summary_kernel", "loss", lambda x: True),
     (BOTH, stored, "both_kernel", "blocks", lambda x: True),
-    (BOTH, stored, "strip_kernel", "stored", lambda x: True),
+    (BOTH, stored, "both_kernel", "partial", lambda x: True),
+    (BOTH, stored, "strip_kernel", "stored", lambda x: x["start"] > 0),
+    (BOTH, gather, "finish_kernel", "out", lambda x: x["start"] > 0),
     (BOTH, tail, "close_both_kernel", "d_columns", lambda x: True),
 ]
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +17,8 @@ import torch
 from fused_nce import tile_stats, workspace_bytes
 from fused_nce.backends import triton
 from fused_nce.backends.triton import configs, plan
-from fused_nce.core import dispatch
-from fused_nce.core.spec import Block, Spec, TanhClip
+from fused_nce.core import dispatch, first_contact
+from fused_nce.core.spec import Bias, Block, Spec, TanhClip
 
 SPEC = Spec(Block(3), TanhClip(20.0))
 
@@ -145,7 +146,37 @@ def test_strips(n, m, d, limit, size):
         assert (strips - 1) * rows < n
         assert -(-m // plan.STRIP_WALK) <= 65535
         assert n <= plan.STRIP or rows < 2 * n
-    assert plan.back_bytes(n, m, 2, size, limit) <= limit // 2
+        sums = 4 * m * d if size < 4 else 0  # of columns, beside a strip's weights and sums where they have room
+        assert plan.strip_bytes(rows, m, d, size) + sums * (sums <= limit // 2) <= limit - limit // 16
+    if back := plan.back_bytes(n, m, 2, size, limit):
+        parts = plan.both_split(n, m, 2, back, limit).splits
+        assert parts == 1 or back + 8 * n * parts <= limit
+        spec = Spec(Block(1), stats=("neg_lse", "neg_max"), columns=("neg_lse",))
+        assert plan.workspace_bytes(spec, n, m, d, size, limit) >= back + 8 * n * parts
+
+
+def test_a_trial_has_several_strips():
+    """Also one that ends within a program."""
+    sizes = *first_contact.LARGE, 16, 4, 256 << 20
+    assert plan.strip_rows(*sizes) > first_contact.LARGE[0]
+    with first_contact.believing(as_large=True):
+        assert plan.strip_rows(*sizes) == plan.STRIP
+
+
+def test_what_is_stored_and_what_is_not():
+    spec = Spec(Block(1), stats=("neg_lse", "neg_max"), columns=("neg_lse",))
+    half, brain, wide = torch.float16, torch.bfloat16, torch.float32
+    for given, dtypes, shared, found in (
+        (spec, (brain, brain), False, (True, True)),
+        (spec, (half, half), False, (True, False)),
+        (spec, (brain, brain), True, (True, False)),
+        (spec, (wide, brain), False, (False, False)),
+        (replace(spec, transform=Bias()), (wide, wide), False, (True, False)),
+        (replace(spec, columns=("square",)), (wide, wide), False, (False, True)),
+        (replace(spec, columns=()), (wide, wide), False, (False, False)),
+    ):
+        at_once, strip = plan.ways(given, 300, 400, 64, dtypes, shared, 256 << 20)
+        assert (at_once, strip > 0) == found, (given, dtypes, shared)
 
 
 def test_clips_strips():

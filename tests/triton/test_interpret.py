@@ -51,4 +51,6 @@ def test_all_of_what_every_backend_is_held_to():
 
 @pytest.mark.nightly
 def test_many_cases():
-    assert "passed" in interpret("tests/triton/interpreted.py", "tests/triton/contact.py", marked="nightly")
+    assert "passed" in interpret(
+        *(f"tests/triton/{name}.py" for name in ("interpreted", "two_sided", "contact")), marked="nightly"
+    )

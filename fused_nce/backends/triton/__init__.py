@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fused_nce.backends.triton import configs, plan
+from fused_nce.core import workspace
 from fused_nce.core.defaults import slopes, summary  # noqa: F401  (handed on)
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import MARGINS, VOCABULARY, Spec
@@ -61,8 +62,16 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
     return plan.workspace_bytes(spec, n, m, d, dtype_bytes, limit_bytes)
 
 
+def ways(spec: Spec, q: Tensor, k: Tensor, shared: bool) -> plan.Ways:
+    """`plan.ways` of these tensors within the limit; AMD's cards have no tiles for either."""
+    if torch.version.hip is not None:
+        return plan.Ways()
+    sizes = q.shape[0], k.shape[0], q.shape[1], (q.dtype, k.dtype), shared
+    return plan.ways(spec, *sizes, workspace.limit_bytes(q.device.type))
+
+
 def stats(problem: Problem) -> Statistics:
-    """One score GEMM, of columns too."""
+    """One score GEMM, of columns too; two where their statistics take a pass of their own."""
     return _launch().stats(problem)
 
 
@@ -77,7 +86,7 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
 
 
 def whole_loss(*call: Any) -> tuple[Any, ...] | None:
-    """`whole.py`: of nce over rows, with the norms, the tail and the upstream gradient in launches of their own."""
+    """`whole.py`: nce of rows or both sides; norms, the tail and the upstream gradient have launches of their own."""
     found: tuple[Any, ...] | None = importlib.import_module("fused_nce.backends.triton.whole").whole_loss(*call)
     return found
 

@@ -6,8 +6,9 @@
 | `weights_kernel` | x, y, finished statistics and dL/d them | partial Σ w·y of x as a row, as a column, or as both |
 
 x is what a program keeps, y what it walks through: rows and columns for dq, columns and rows for dk. A program walks
-one split of y and keeps one slice of D; `gather.py` adds the splits in their order. No atomics: same shapes, same bits.
-What a spec asks for is compiled in as FORM (`form.py`), its formulas are `atoms.py`'s.
+one split of y and keeps one slice of D; `gather.py` adds the splits, several at a time, in a fixed
+order. No atomics: same shapes, same bits. What a spec asks for is compiled in as FORM (`form.py`), its formulas are
+`atoms.py`'s.
 """
 
 from __future__ import annotations

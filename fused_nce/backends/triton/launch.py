@@ -18,8 +18,6 @@ from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import Bias, Block
 from fused_nce.core.tails import Coefficients, Tail, fixed_sum
 
-OF_BOTH = {"neg_lse", "neg_max", "square"}  # statistics of rows that one pass for both sides has; the last of no column
-
 
 class Side(NamedTuple):
     """What a pass keeps (x), what it walks through (y), and what x is in it: rows for dq, columns for dk."""
@@ -82,14 +80,9 @@ class Sweep:
         self.mirrors = configs.mirrored_tile(*kind) if once else None  # of a statistics pass
         self.biased = isinstance(self.spec.transform, Bias)
         # Of both sides: their statistics from the same tiles, and weights that are stored.
-        square = self.form.two_way and not self.form.mixed
-        self.square, size = configs.stored_tiles(*kind) if square else None, q.dtype.itemsize
-        sizes = problem.n, problem.m, self.d, size, self.limit
-        stores = self.square and not (problem.shared or self.biased or q.dtype == torch.float16)
-        self.strip = plan.strip_rows(*sizes) if stores else 0  # rows
-        lines = Partials.of(self.form.columns).lines
-        asked = self.square and set(self.spec.stats) <= OF_BOTH and set(self.spec.columns) <= OF_BOTH - {"square"}
-        self.both = bool(asked and plan.back_bytes(problem.n, problem.m, lines, size, self.limit))
+        self.square = configs.stored_tiles(*kind) if self.form.two_way else None
+        sizes = problem.n, problem.m, self.d, (q.dtype, k.dtype), problem.shared, self.limit
+        self.both, self.strip = plan.ways(self.spec, *sizes) if self.square else plan.Ways()
         bias: Any = problem.bias if self.biased else self.empty  # which nobody reads
         bias = bias if isinstance(bias, Tensor) else self.empty.new_full((), bias)
         self.scores = (problem.scale, *((clip, 1 / clip) if clip else (1.0, 1.0)), bias)
@@ -180,8 +173,9 @@ class Sweep:
         p, form, tile = self.p, self.form, self.square[0]
         parts, back = Partials.of(form.rows), Partials.of(form.columns)
         count = triton.cdiv(p.n, tile.x)
-        split = plan.split(p.n, p.m, 1, parts.lines, self.limit, plan.BACK_PROGRAMS)
-        partial, blocks = self.new(split.splits, parts.lines, p.n), self.new(count, back.lines, p.m)
+        blocks = self.new(count, back.lines, p.m)
+        split = plan.both_split(p.n, p.m, parts.lines, 4 * blocks.numel(), self.limit)
+        partial = self.new(split.splits, parts.lines, p.n)
         stored.both_kernel[(count, split.splits)](
             self.rows_side.x, self.rows_side.y, *self.scores, self.row_ids, self.column_ids, self.ceilings, partial,
             blocks, p.n, p.m, self.first, self.itself, split.walk, self.rows_side.x.stride(0),
@@ -303,7 +297,7 @@ class Sweep:
             if needs.k:
                 stored.multiply(w.T, q[start : start + rows], of_columns, add=start > 0)  # fault: triton-strips-add
         dq = dk = dscale = self.empty
-        del weights, sums
+        del w, weights, sums  # their memory serves the columns' end
         if room is not None:
             dq, dscale, _ = self.total(side, room)
         if needs.k:
