@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import math
 import os
 import threading
 from collections import Counter
@@ -38,7 +39,7 @@ ON = ("cuda", "triton")  # backends with code for one kind of card
 ROWS, COLUMNS = 37, 53  # odd, beyond one tile of rows, and no multiple of a vector
 # Of what is taken for large: more of both than a walk of 256, and three blocks of as many where rows are columns.
 LARGE, LARGE_ITSELF = (261, 277), (549, 549)
-MOST_SCORES = 1 << 20  # by the operators too, beside an oracle that takes its time
+MOST_SCORES, MOST_NUMBERS = 1 << 20, 1 << 23  # of a problem of images, and of its q or k: an oracle takes its time
 # Of the largest entry of a statistic or gradient. What a wrong kernel gives is off by its own size; what rounds
 # differently, by less than this: weights enter 16-bit products in 16 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -83,8 +84,9 @@ def trial(
 ) -> tuple[str, bool]:
     """What a backend gets wrong in `problems`, in words, "" where all is right; and whether that will last.
 
-    It takes milliseconds, and the compilation of kernels: those that the call needs, and those of other sizes. An
-    exception, of memory that is short for example, may not come again.
+    It takes the compilation of kernels, those that the call needs and those of other sizes, and the oracle's time, in
+    float64 on the CPU: at most about a second a tail on two cores. An exception, of memory that is short for example,
+    may not come again.
     """
     try:
         for p, as_large in zip(tried, (False, True), strict=True):  # fault: trial-large
@@ -127,9 +129,8 @@ def _compared(
     there, needs = _map(p, lambda x: x.to(device)), Needs(True, not p.shared, True)
     fitting: list[Tail | None] = [*_tails(p.spec)]
     for tail in fitting or [None]:
-        if not large() or p.n * p.m <= MOST_SCORES:
-            wanted = _run(exact, reference, tail, needs)
-            yield from _named(p.spec, _run(there, backend, tail, needs), wanted)
+        wanted = _run(exact, reference, tail, needs)
+        yield from _named(p.spec, _run(there, backend, tail, needs), wanted)
         yield from _plain(there, exact, backend, reference, tail)
 
 
@@ -142,14 +143,19 @@ def problems(spec: Spec, q_dtype: torch.dtype, k_dtype: torch.dtype | None, widt
 def problem(
     spec: Spec, q_dtype: torch.dtype, k_dtype: torch.dtype | None, width: int, rows: int = ROWS, columns: int = COLUMNS
 ) -> Problem:
-    """One of so many rows and columns, or as many more as whole images have: scores of size one, repeated ids."""
+    """One of so many rows and columns, or as many more as whole images have: scores of size one, repeated ids.
+
+    Of fewer images, two at least, where they would have more than MOST_SCORES or MOST_NUMBERS.
+    """
     layout, g = spec.layout, torch.Generator().manual_seed(0)
     block = layout if isinstance(layout, Block) else Block(1, 1)
     n = -(-rows // block.rows_per_image) * block.rows_per_image
     m = -(-columns // block.n_c) * block.n_c
     shared = k_dtype is None
     if isinstance(layout, Block):
-        images = max(n // block.rows_per_image, m // block.n_c)
+        per_score, per_number = block.rows_per_image * block.n_c, max(block.rows_per_image, block.n_c) * width
+        most = max(2, min(math.isqrt(MOST_SCORES // per_score), MOST_NUMBERS // per_number))
+        images = min(most, max(n // block.rows_per_image, m // block.n_c))  # fault: trial-without-end
         n, m = images * block.rows_per_image, images * block.n_c
     elif shared:
         n = m
@@ -322,7 +328,7 @@ def path(device: torch.device) -> Path | None:
     built = "none" if module is None else json.dumps(module.build_info(), sort_keys=True, default=str)
     triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
     driver = str(torch.version.hip or torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
-    tried = repr((ROWS, COLUMNS, LARGE, LARGE_ITSELF))  # an older verdict may have seen less
+    tried = repr((ROWS, COLUMNS, LARGE, LARGE_ITSELF, MOST_SCORES, MOST_NUMBERS))  # an older verdict may have seen less
     seen = [__version__, torch.__version__, triton, built, driver, properties.name, tried]
     digest = hashlib.sha256("\n".join([*seen, f"{properties.major}.{properties.minor}"]).encode()).hexdigest()[:16]
     try:

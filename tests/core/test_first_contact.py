@@ -45,6 +45,14 @@ def trial(backend, name, dtype, width=40):
     return first_contact.trial(backend, dispatch.backend_module("reference"), problems, CPU)
 
 
+@pytest.mark.parametrize(("layout", "width"), [(Block(49), 128), (Block(49), 2560), (Block(3, 500), 64)])
+def test_problems_of_images_are_bounded(layout, width):
+    for p in first_contact.problems(Spec(layout), torch.bfloat16, torch.bfloat16, width):
+        assert p.n * p.m <= first_contact.MOST_SCORES
+        assert max(p.n, p.m) * width <= first_contact.MOST_NUMBERS
+        assert p.n // layout.rows_per_image == p.m // layout.n_c >= 15
+
+
 @needs_kernels
 def test_sound_kernels_pass(monkeypatch):
     """By the operators and by plain calls."""
