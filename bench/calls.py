@@ -179,7 +179,8 @@ class Launch(NamedTuple):
     def tile_bytes(self, named: dict[str, Any]) -> int:
         """Read for one tile of scores: y, x too where no chunk holds D, and the slice of y that weights multiply."""
         x, y, d, chunk, part = (named[name] for name in ("X", "Y", "D", "CHUNK", "SLICE"))
-        width = d if d <= chunk == part or not named.get("GRADIENT", "stored" not in named) else d + part
+        multiplies = named.get("GRADIENT", not {"stored", "blocks"} & named.keys())
+        width = d if d <= chunk == part or not multiplies else d + part
         return int((y * width + x * d * (d > chunk)) * named["x"].element_size())
 
     def code(self, named: dict[str, Any]) -> dict[str, Any]:
