@@ -87,7 +87,7 @@ WRITES = [
 def test_a_wrong_kernel_is_noticed(spec, module, name, written, of, monkeypatch):
     def spoil(launch: Launch) -> None:
         if of(launch):
-            launch[written].mul_(1.25)
+            launch[written].mul_(1.25).add_(0.25)  # scores of own keys are near 0
 
     heard = Heard(monkeypatch, module, name, spoil)
     found, lasts = trial(spec)
