@@ -24,8 +24,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.gpu.problems import SMALL, Problem
-from bench.gpu.problems import TABLE as LARGE
+from bench.gpu.problems import ALL, Problem
 from bench.host import ROOT
 from bench.static import Card
 from bench.text import markdown, number
@@ -37,7 +36,7 @@ H200 = SimpleNamespace(
     max_threads_per_multi_processor=2048, max_threads_per_block=1024, shared_memory_per_block_optin=232448,
     total_memory=150754820096, L2_cache_size=62914560, gcnArchName="",
 )  # fmt: skip
-PROBLEMS = {p.label: p for p in (*LARGE, *SMALL) if p.workspace_mb is None}
+PROBLEMS = {p.label: p for p in ALL if p.workspace_mb is None}
 PRODUCTS = ("extern_kernels.mm", "extern_kernels.addmm", "extern_kernels.bmm")
 Call = dict[str, Any]  # of the JSON
 

@@ -170,17 +170,11 @@ class Trainer:
             total=self.end, initial=min(self.step, self.end), unit="step", desc="training", disable=not main
         )
         started, time_before = time.perf_counter(), self.time_s
-        saved_at, failed_saves, window = started, 0, (started, self.step)
+        saved_at, failed_saves, window, profile = started, 0, (started, self.step), self.profile or nullcontext()
         batches = self.loader.batches(self.step * config.optim.accumulate)  # fault: resumed-run-starts
         try:
             # The readers end after the rescue, and before a handler is put back that would raise for those who died.
-            with (
-                self.threads,
-                self.interrupt as interrupt,
-                closing(batches),
-                self._rescued(),
-                self.profile or nullcontext(),
-            ):
+            with self.threads, self.interrupt as interrupt, closing(batches), self._rescued(), profile:
                 reason = "finished"
                 while self.step < self.end:
                     threads.look()
