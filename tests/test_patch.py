@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from fused_nce import patch
 from fused_nce.compat import amdim, bolts, known, lightly, open_clip, pml, supcontrast
+from fused_nce.compat.base import Adapter, standing_in
 
 
 class SupConLoss(nn.Module):
@@ -104,6 +106,14 @@ def test_copies_and_pickles_are_on_trial_too():
         assert torch.equal(twin(*batch(1)), copy.deepcopy(model)(*batch(1)))
         assert "forward" not in vars(twin.criterion)
     assert "forward" in vars(model.criterion)
+
+
+def test_a_copy_of_what_stands_in_for_a_model_leaves_the_trial_behind():
+    ours = standing_in(Model(), Adapter)
+    ours.loss_of, ours.kept = types.SimpleNamespace(on_trial=True), 3
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert (type(twin), twin.kept, "loss_of" in vars(twin)) == (type(ours), 3, False)
+        torch.testing.assert_close(twin.state_dict(), ours.state_dict())
 
 
 def test_at_once_and_of_a_loss_itself():

@@ -32,6 +32,15 @@ TESTS = [
     *(f"tests/core/test_{name}.py" for name in ("dispatch", "ops")),
     *(f"tests/backends/test_cuda_{name}.py" for name in ("layouts", "together", "on_host")),
 ]
+NO_TESTS, ELSEWHERE = 5, 99  # pytest's exit status, and none of its own
+# The tests in one process with the check that the copy is what they import: torch is slow to load.
+RUN = f"""
+import os, sys, fused_nce, pytest
+if os.path.dirname(fused_nce.__file__) != os.path.join(os.getcwd(), "fused_nce"):
+    print(fused_nce.__file__, file=sys.stderr)
+    sys.exit({ELSEWHERE})
+sys.exit(pytest.main(sys.argv[1:]))
+"""
 SELECT = "not fresh and not opcheck and not compile"
 IGNORE = shutil.ignore_patterns("__pycache__", "*.pyc", "mutants")
 MARK = re.compile(r"\s*(?:#|//) fault: ([\w-]+(?:, [\w-]+)*)$")
@@ -146,15 +155,14 @@ def suite(fault: Fault | None, *, kernels: bool = False, tests: Sequence[str] = 
                 built = command(["setup.py", "-q", "build_ext", "--inplace"], folder)
                 if built.returncode:
                     raise RuntimeError(f"it does not compile:\n{built.stderr[-2000:]}")
-            where = command(["-c", "import fused_nce; print(fused_nce.__file__)"], folder)
-            if not where.returncode and Path(where.stdout.strip()).parent != folder / "fused_nce":
-                raise RuntimeError(f"the copy in {folder} is not what is imported: {where.stdout.strip()}")
             select = SELECT if named or not kernels else f"{SELECT} and (cpu or test_cuda) and not contract_holds"
-            done = command(
-                ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", select, *(named or TESTS)], folder
-            )
+            done = command(["-c", RUN, "-q", "-x", "-p", "no:cacheprovider", "-k", select, *(named or TESTS)], folder)
         except subprocess.TimeoutExpired:
             return False, f"hangs for {TIMEOUT_S} s"
+    if done.returncode == NO_TESTS:
+        raise RuntimeError(f"no test is selected: {' '.join(named or TESTS)}")
+    if done.returncode == ELSEWHERE:
+        raise RuntimeError(f"the copy in {folder} is not what is imported: {done.stderr.strip()}")
     lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return done.returncode == 0, (lines or done.stdout.splitlines() or [done.stderr[-200:]])[0 if lines else -1]
 
