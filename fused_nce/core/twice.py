@@ -100,8 +100,8 @@ def _fold(names: Sequence[str], x: Scores, dim: int) -> Tensor:
             continue
         inside, scores = getattr(x.of, stat.over), x.s if stat.of == "s" else x.t
         some = inside.any(dim, keepdim=True)
+        value = stat.fold(scores.masked_fill(~inside, stat.empty), dim)
         # fault: double-backward-empty
-        value = stat.fold(torch.where(some, scores.masked_fill(~inside, stat.empty), 0.0), dim)
         value = torch.where(some.squeeze(dim), value, stat.fold(torch.full_like(scores, stat.empty), dim))
         found.append(value + poison(x.s, dim) if stat.poisoned else value)
     return torch.stack(found)

@@ -61,7 +61,6 @@ def pair_contrastive(
         Pairs(weight=margin**2),
         scale=1 / margin**2,
         row_ids=labels,
-        parts=False,
         backend=backend,
     )
     others = max(features.shape[0] - 1, 1)

@@ -80,7 +80,7 @@ def triplet_margin(
     scale = 1 / margin if isinstance(transform, (Identity, SqDist)) else 1 / margin**2
     tail = TAILS[mining](weight=margin)
     spec = Spec(Labels(), transform, tail.READS, drop_self=True)
-    parts = tile_loss(z, None, spec, tail, scale=scale, row_ids=labels, parts=False, backend=backend)
+    parts = tile_loss(z, None, spec, tail, scale=scale, row_ids=labels, backend=backend)
     if mining == "hard":
         return output(parts.loss, parts.report)
     n, positives = features.shape[0], parts.rows["pos_count"]
