@@ -45,7 +45,7 @@ class Pass {
  public:
   Pass(const Call& call, const Given& x) : call_(call), form_(*call.form), x_(x) {
     Tensor q = x.q, k = x.k.defined() ? x.k : x.q;
-    const bool on_the_way = divides(call, x);
+    const bool on_the_way = divides(call, x), prefixes = !form_.widths.empty();
     if (on_the_way) {
       q = with_rows(q);
       k = x.k.defined() ? with_rows(k) : q;
@@ -56,6 +56,9 @@ class Pass {
       if (x.k.defined() && !x.own_keys.defined()) unit_k_ = unit_rows(x.k);
       q = unit_q_.wide.to(x.q.scalar_type());
       k = !x.k.defined() ? q : unit_k_.wide.defined() ? unit_k_.wide.to(x.k.scalar_type()) : x.k;
+    } else if (prefixes) {
+      q = q.to(at::kFloat);
+      k = x.k.defined() ? k.to(at::kFloat) : q;
     }
     scale_ = static_cast<float>(call.scale);
     if (x.scale_tensor.defined()) scale_ *= x.scale_tensor.to(at::kFloat).item<float>();
@@ -72,7 +75,7 @@ class Pass {
       if (form_.clip > 0.0) positives_ = at::tanh(positives_ / form_.clip) * form_.clip + positives_ * 0.0f;
       if (form_.biased) positives_ += bias;
     }
-    const bool shared = !x.k.defined();
+    const bool shared = !x.k.defined() && !prefixes;  // whose sweep takes them for two
     const auto& needs = call.needs;
     const bool need_q = needs[0], need_scale = needs[2] || needs[3];
     const int64_t itself = form_.drop_self ? call.offset * form_.n_c : -1;
@@ -80,7 +83,7 @@ class Pass {
     const Tensor keys = shared ? q : k.is_same(q) ? k.alias() : k;
     in_ = std::make_unique<SweepInputs>(inputs(q, keys, scale_, form_.n_c, form_.rows_per_image,
                                                form_.layout == LayoutKind::block ? call.offset : 0, form_.clip, need_q,
-                                               shared ? need_q : needs[1], need_scale, call.workspace_bytes,
+                                               x.k.defined() ? needs[1] : need_q, need_scale, call.workspace_bytes,
                                                layout_of(q, keys, form_.n_c, optional_of(x.row_ids), itself,
                                                          optional_of(positives_), optional_of(x.column_ids))));
     in_->scoring.bias = bias;
@@ -95,6 +98,7 @@ class Pass {
   int64_t elements() const { return in_->q.size(0) * elements_a_row(form_.tail, in_->layout); }
 
   StatisticTensors statistics(Gradients& out, Tensor& d_pos) {
+    if (!form_.widths.empty()) return of_prefixes({}, out);
     const StatisticTensors found = new_statistics(*in_);
     out = new_gradients_of(*in_, true);
     const double unit = form_.tail.unit(elements());
@@ -120,8 +124,13 @@ class Pass {
     if (d_nce.defined()) d_element = d_element + d_nce.to(at::kFloat) * mean;
     const double d_sum = on_loss + (d_penalty.defined() ? d_penalty.item<double>() : 0.0);  // fault: whole-penalty
     const StatisticTensors d = slopes_of(tail, *in_, found, d_element, d_sum);
-    const Gradients out = new_gradients_of(*in_, false);
-    if (any_gradient(*in_)) sweep(*in_, {false, true, found, d, {}, out});
+    Gradients out;
+    if (!form_.widths.empty()) {
+      of_prefixes({found.pos, found.rows, d.pos, d.rows}, out);
+    } else {
+      out = new_gradients_of(*in_, false);
+      if (any_gradient(*in_)) sweep(*in_, {false, true, found, d, {}, out});
+    }
     return finish(out, d.pos);
   }
 
@@ -153,6 +162,28 @@ class Pass {
   }
 
  private:
+  // The statistics of all prefixes, or the gradients of `given` ones and dL/d statistic; each has norms of its own.
+  StatisticTensors of_prefixes(const variable_list& given, Gradients& out) const {
+    const auto& widths = form_.widths;
+    const int64_t n = in_->q.size(0), parts = static_cast<int64_t>(widths.size());
+    const bool shared = !x_.k.defined();
+    variable_list found;  // (K, N, P), (K, S, N)
+    for (const Tensor& x : given)
+      found.push_back(found.size() % 2 ? x.view({parts, -1, n}) : x.view({n, parts, -1}).transpose(0, 1));
+    const Tensor of_q = prefix_norms(in_->q, widths), of_k = shared ? of_q : prefix_norms(in_->k, widths);
+    const PrefixTask task =
+        prefix_task(*in_, static_cast<int64_t>(in_->wanted.rows.size()), of_q, of_k, widths,
+                    given.empty() ? form_.tail.weights : std::vector<double>{}, form_.tail.unit(elements()), found);
+    sweep_prefixes(*in_, task);
+    out = task.out;
+    if (in_->need_q) less_prefix_norms(out.dq, in_->q, of_q, task.row_sums * scale_, widths);
+    if (in_->need_k) less_prefix_norms(out.dk, in_->k, of_k, task.line_sums * scale_, widths);
+    if (in_->need_scale) out.dscale = task.row_sums.sum();
+    if (shared && in_->need_q) out.dq.add_(out.dk);  // fault: whole-prefix-shared
+    return {task.pos.transpose(0, 1).reshape({n, -1}), task.rows.flatten(0, 1),
+            at::empty({0, in_->k.size(0)}, of_k.options())};
+  }
+
   const Call& call_;
   const Form& form_;
   const Given& x_;
@@ -351,7 +382,8 @@ py::object loss(const std::shared_ptr<Form>& form, py::handle q, py::handle k, p
 std::shared_ptr<Form> form_of(const std::string& layout, int64_t n_c, int64_t rows_per_image, int64_t positives,
                               bool drop_self, bool biased, double clip, double hardness, std::vector<int64_t> rows,
                               std::vector<int64_t> columns, const std::string& tail, double penalty, double weight,
-                              const std::string& reduction, std::vector<std::string> report, const std::string& code) {
+                              const std::string& reduction, std::vector<std::string> report, const std::string& code,
+                              std::vector<int64_t> widths, std::vector<double> weights) {
   const auto place = [](const std::string& name, std::initializer_list<const char*> names) {
     const auto found = std::find(names.begin(), names.end(), name);
     TORCH_CHECK_VALUE(found != names.end(), "got ", name, ", needed: one of ",
@@ -371,18 +403,21 @@ std::shared_ptr<Form> form_of(const std::string& layout, int64_t n_c, int64_t ro
                                           clip,
                                           hardness_of(hardness, clip == 0.0 && !biased && columns.empty()),
                                           {std::move(rows), std::move(columns)},
-                                          {tail_named(tail), penalty, weight, reduced},
+                                          {tail_named(tail), penalty, weight, reduced, std::move(weights)},
                                           std::move(report),
-                                          code});
-  TORCH_CHECK_VALUE(static_cast<int64_t>(form->report.size()) == numbers_reported(form->tail.name), "report has ",
-                    form->report.size(), " names, needed: ", numbers_reported(form->tail.name));
+                                          code,
+                                          std::move(widths)});
+  const auto numbers =
+      static_cast<size_t>(numbers_reported(form->tail.name)) * std::max<size_t>(1, form->widths.size());
+  TORCH_CHECK_VALUE(form->report.size() == numbers, "report has ", form->report.size(), " names, needed: ", numbers);
   return form;
 }
 
 // A problem's statistics as the operators in Python have them; of its scores nothing but their places.
 SweepInputs places_of(const Form& form, int64_t m, int64_t offset, const std::optional<Tensor>& row_ids,
                       const Tensor& pos) {
-  Layout layout{pos.size(1), {}, form.drop_self ? offset * form.n_c : -1, {}, {}};
+  const int64_t parts = std::max<int64_t>(1, static_cast<int64_t>(form.widths.size()));
+  Layout layout{pos.size(1) / parts, {}, form.drop_self ? offset * form.n_c : -1, {}, {}};
   TORCH_CHECK_VALUE(row_ids.has_value() == (form.layout == LayoutKind::index), "row_ids: only an index has them");
   if (row_ids) layout.row_ids = row_ids->contiguous();
   if (form.layout == LayoutKind::separate) layout.positives = pos;
@@ -418,7 +453,7 @@ void bind_loss(py::module_& m) {
       .def(py::init(&form_of), py::kw_only(), py::arg("layout"), py::arg("n_c"), py::arg("rows_per_image"),
            py::arg("positives"), py::arg("drop_self"), py::arg("biased"), py::arg("clip"), py::arg("hardness"),
            py::arg("rows"), py::arg("columns"), py::arg("tail"), py::arg("penalty"), py::arg("weight"),
-           py::arg("reduction"), py::arg("report"), py::arg("code"));
+           py::arg("reduction"), py::arg("report"), py::arg("code"), py::arg("widths"), py::arg("weights"));
   m.def("loss", &loss, py::arg("form"), py::arg("q"), py::arg("k"), py::arg("scale_tensor"), py::arg("bias"),
         py::arg("positives"), py::arg("own_keys"), py::arg("row_ids"), py::arg("column_ids"), py::arg("scale"),
         py::arg("offset"), py::arg("normalize"), py::arg("parts"), py::arg("report_groups"),

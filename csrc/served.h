@@ -12,6 +12,7 @@
 #include <memory>
 #include <string>
 
+#include "cpu/prefixes.h"
 #include "cpu/sweep.h"
 #include "tails.h"
 
@@ -29,6 +30,7 @@ struct Form {
   TailOf tail;
   std::vector<std::string> report;  // the names of its numbers
   std::string code;                 // of the spec
+  std::vector<int64_t> widths;      // of the prefixes; none: the rows as they are
 };
 
 // What a call is told beside tensors.
@@ -111,6 +113,7 @@ inline bool sound(const Form& form, const Call& call, const Given& x) {
       (x.row_ids == at::arange(call.offset, call.offset + n, x.row_ids.options())).any().item<bool>())
     return false;
   if (call.report_groups < 1 || n % call.report_groups) return false;
+  if (!form.widths.empty() && (form.widths.back() > x.q.size(1) || call.normalize)) return false;
   return m != (form.layout == LayoutKind::block ? n_c : apart ? 0 : 1);  // no negatives: worth a warning
 }
 
@@ -122,16 +125,20 @@ inline bool fits(const Form& form, const Call& call, const Given& x) {
   const int64_t image = std::max<int64_t>(form.n_c, form.positives);
   const Elements elements = elements_of(x.q.scalar_type(), x.q.size(1));
   const bool divided = divides(call, x);
-  const std::array<int64_t, 11> key{x.q.size(0), k.size(0), x.q.size(1), image,   static_cast<int64_t>(elements),
+  const auto parts = static_cast<int64_t>(form.widths.size());
+  const std::array<int64_t, 12> key{x.q.size(0), k.size(0), x.q.size(1), image,   static_cast<int64_t>(elements),
                                     shared,      labels,    rows,        columns, call.workspace_bytes,
-                                    divided};
-  static thread_local std::array<int64_t, 11> last{};
+                                    divided,     parts};
+  static thread_local std::array<int64_t, 12> last{};
   if (key == last) return true;
+  for (const bool both : {true, false})
+    if (parts && !prefix_workspace_bytes(key[0], key[1], key[2], image, parts, both, true, false, false, key[9]))
+      return false;  // fault: whole-prefix-room
   for (const auto& [statistics, gradients] : {std::pair{true, true}, {true, false}, {false, true}}) {
     Work work{x.q.size(0), k.size(0), x.q.size(1), image, elements, statistics && gradients, gradients, gradients,
               gradients,   shared,    labels,      rows,  columns};
     work.divided = divided;
-    if (make_plan(work, call.workspace_bytes).lanes == 0) return false;
+    if (parts == 0 && make_plan(work, call.workspace_bytes).lanes == 0) return false;
   }
   last = key;
   return true;

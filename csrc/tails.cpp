@@ -1,6 +1,8 @@
 #include "tails.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
@@ -108,12 +110,31 @@ void write_report(const TailOf& tail, const SweepInputs& in, const Sums& sums, d
   }
 }
 
+// What of a tail, and of the statistics of all, is of one prefix.
+TailOf tail_of(const TailOf& all, size_t part) {
+  return {all.name, 0.0, all.weight * all.weights[part], all.reduction};  // fault: whole-prefix-weight
+}
+
+StatisticTensors statistics_of(const StatisticTensors& all, size_t part, size_t parts) {
+  const auto i = static_cast<int64_t>(part), k = static_cast<int64_t>(parts);
+  return {all.pos.tensor_split(k, 1)[part].contiguous(), all.rows.view({k, -1, all.rows.size(1)})[i], all.columns};
+}
+
 }  // namespace
 
 int64_t numbers_reported(Tail tail) { return tail == kNce ? kNceReport : tail == kSigmoid ? 2 : 4; }
 
 LossNumbers summary_of(const TailOf& tail, const SweepInputs& in, const StatisticTensors& found,
                        int64_t report_groups) {
+  LossNumbers sum;
+  std::vector<at::Tensor> reports;
+  for (size_t part = 0, parts = tail.weights.size(); part < parts; ++part) {
+    const LossNumbers one = summary_of(tail_of(tail, part), in, statistics_of(found, part, parts), report_groups);
+    reports.push_back(one.report);
+    if (part == 0) sum = one;
+    else sum.loss.add_(one.loss), sum.nce.add_(one.nce);
+  }
+  if (!reports.empty()) return {sum.loss, sum.nce, sum.penalty, at::cat(reports, 1)};
   const Rows x(in, found);
   const int64_t width = elements_a_row(tail, in.layout), parts = ceil_div(x.n, kRows);
   const auto options = floats(in.q);
@@ -153,6 +174,13 @@ LossNumbers summary_of(const TailOf& tail, const SweepInputs& in, const Statisti
 
 StatisticTensors slopes_of(const TailOf& tail, const SweepInputs& in, const StatisticTensors& found,
                            const at::Tensor& d_element, double d_penalty) {
+  std::vector<at::Tensor> pos_of, rows_of;
+  for (size_t part = 0, parts = tail.weights.size(); part < parts; ++part) {
+    const StatisticTensors one = slopes_of(tail_of(tail, part), in, statistics_of(found, part, parts),
+                                           d_element * tail.weights[part], 0.0);  // fault: whole-prefix-slope
+    pos_of.push_back(one.pos), rows_of.push_back(one.rows);
+  }
+  if (!pos_of.empty()) return {at::cat(pos_of, 1), at::cat(rows_of), found.columns};
   const Rows x(in, found);
   StatisticTensors out{at::zeros(found.pos.sizes(), found.pos.options()),
                        at::zeros(found.rows.sizes(), found.rows.options()),

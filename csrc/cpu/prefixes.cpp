@@ -93,8 +93,10 @@ PrefixPlan plan_prefixes(const Shape& s, int64_t workspace_bytes) {
   const int64_t limit = workspace_bytes - workspace_bytes / 16;
   PrefixPlan p;
   // A strip reads all keys, and writes all their gradients: the more rows it has, the less often. But one of few rows
-  // whose cosines stay in the L2 until they are weighed does better where keys are narrow.
-  const bool few = !s.both || (s.width < kWide && 4 * s.parts * kFewLanes * s.columns <= kL2Bytes);
+  // whose cosines stay in the L2 until they are weighed does better where keys are narrow, unless those of many do too.
+  const int64_t a_lane = 4 * s.parts * s.columns;
+  const bool stay = kFewLanes * a_lane <= kL2Bytes && kMostLanes * a_lane > kL2Bytes;
+  const bool few = !s.both || (s.width < kWide && stay);
   const int64_t most = few ? kFewLanes : kMostLanes;
   for (const auto& [stored, least_groups] :
        {std::pair{true, kLeastGroups}, {true, int64_t{1}}, {false, kLeastGroups}, {false, int64_t{1}}}) {

@@ -167,9 +167,7 @@ def summary(
     problems: Sequence[Problem], tail_of: Sequence[Tail], found: Sequence[Statistics], report_groups: Sequence[int]
 ) -> Summary:
     """As `defaults.summary`, in one pass over the rows."""
-    form, tail = form_of(problems[0].spec, tail_of[0]), tail_of[0]
-    if isinstance(tail, Prefixed) and problems[0].blocks == 1:
-        return kernel_prefixes.summary(problems[0], tail, found[0], report_groups[0], summary)
+    form = form_of(problems[0].spec, tail_of[0])
     if form is None or len(problems) > 1 or problems[0].blocks > 1:
         return defaults.summary(problems, tail_of, found, report_groups)
     return Summary(*_module().summary(form, *_finished(problems[0], found[0]), report_groups[0]))
@@ -198,7 +196,10 @@ def whole_loss(
 @lru_cache(maxsize=256)
 def form_of(spec: Spec, tail: Tail) -> Any:
     """Both as the kernels know them; None for what they do not know."""
-    if type(tail) not in KERNEL_TAILS or not spec.atoms <= ATOMS or isinstance(spec.layout, Several):
+    prefixed = isinstance(tail, Prefixed)  # fault: whole-prefixes-unserved
+    if not (prefixed or type(tail) in KERNEL_TAILS) or not spec.atoms <= ATOMS or isinstance(spec.layout, Several):
+        return None
+    if prefixed and kernel_prefixes.why_not(spec, 1, 1):
         return None
     if spec.columns and spec.hardness:
         return None
@@ -214,12 +215,14 @@ def form_of(spec: Spec, tail: Tail) -> Any:
         hardness=spec.hardness,
         rows=_numbers(spec.stats),
         columns=_numbers(spec.columns),
-        tail=tail.NAME,
+        tail=Nce.NAME if prefixed else tail.NAME,
         penalty=tail.penalty,
         weight=tail.weight,
         reduction=tail.reduction,
         report=tail.REPORT,
         code=spec.code,
+        widths=spec.prefixes,
+        weights=tail.weights if isinstance(tail, Prefixed) else (),
     )
 
 

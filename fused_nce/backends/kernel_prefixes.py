@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fused_nce.core import prefixes
 from fused_nce.core.prefixes import Prefixed
-from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
+from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import STATISTICS, Separate, Several, Spec
-from fused_nce.core.tails import Coefficients, Nce, Tail
+from fused_nce.core.tails import Coefficients, Tail
 
 NO_NEEDS = Needs(False, False, False)
 
@@ -65,21 +65,8 @@ def grads(
 
 def loss(problem: Problem, tail: Tail, needs: Needs, kernels: Kernels) -> tuple[Statistics, Gradients]:
     """One sweep."""
-    unit = tail.unit(problem.n * tail.per_row(problem.spec))
-    if not isinstance(tail, Prefixed):
-        found = stats(problem, kernels)
-        d = tail.slopes(problem.spec, *found[:2], None, unit)
-        return found, grads(problem, found, d, needs, kernels)
-    return _Call(problem, kernels).run(tail.weights, unit, [], needs)
-
-
-def summary(problem: Problem, tail: Prefixed, found: Statistics, groups: int, of: Callable[..., Summary]) -> Summary:
-    """What the losses report: `of` each prefix as of a loss of its own, added up by the weights."""
-    of_each = zip(prefixes.parts(problem), prefixes.split(problem.spec, *found[:2]), strict=True)
-    each = [of([part], [Nce(0.0, tail.reduction)], [Statistics(*statistics)], [groups]) for part, statistics in of_each]
-    weights = [tail.weight * weight for weight in tail.weights]
-    loss, nce = (torch.stack([w * x[i] for w, x in zip(weights, each, strict=True)]).sum(dim=0) for i in range(2))
-    return Summary(loss, nce, torch.zeros_like(loss), torch.cat([x.report for x in each], dim=1))
+    unit, weights = tail.unit(problem.n * tail.per_row(problem.spec)), cast(Prefixed, tail).weights
+    return _Call(problem, kernels).run(weights, unit, [], needs)
 
 
 class _Call:

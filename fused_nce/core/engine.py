@@ -426,6 +426,8 @@ def _check_tail(spec: Spec, tail: Tail) -> None:
     checks.check_choice("tail.reduction", tail.reduction, REDUCTIONS)
     checks.check_number("tail.penalty", tail.penalty, at_least=0)
     checks.check_number("tail.weight", tail.weight)
+    if getattr(tail, "widths", ()) != spec.prefixes:
+        raise ValueError(f"tail: got {tail.code} with prefixes {spec.prefixes}, need Prefixed of those widths")
     if tail.penalty and spec.prefixes:
         raise ValueError(f"tail.penalty: got {tail.penalty} with prefixes {spec.prefixes}, need 0")
     if tail.READS_POS and isinstance(spec.layout, Labels):

@@ -34,7 +34,7 @@ from fused_nce.core.engine import as_matmul, loss_of, tile_stats
 from fused_nce.core.gathered import gathered_scores
 from fused_nce.core.group import Group, peers
 from fused_nce.core.prefixes import Prefixed
-from fused_nce.core.spec import Block, Index, Labels, Layout, Separate, Several, Spec
+from fused_nce.core.spec import Block, Index, Labels, Layout, Separate, Several, Spec, cached
 from fused_nce.core.statistics import deficit, poison, softplus
 from fused_nce.core.tails import bad, fixed_sum
 from fused_nce.losses import candidates
@@ -179,17 +179,22 @@ def contrast_prefixes(
     ways = 1 if rules.directions == ("q2k",) else 2  # or they need more than one block
     if not candidates.one_block(x, rules, symmetric=False) or (ways == 2 and x.targets is not None):
         return contrast(x._replace(unit=True), scale, rules, prefixes, weights, **how)
-    layout: Layout = Block(1) if x.targets is None else Index()
-    transform = candidates.transform(rules.clip, rules.hardness)
-    filters, tail = candidates.filters(x, rules), Prefixed(0.0, rules.reduction, 1.0 / ways, prefixes, weights)
-    spec = Spec(layout, transform, tail.stats, unit_norm=True, filters=filters, prefixes=prefixes)
+    spec, tail = _prefixed(x.targets is not None, rules, candidates.filters(x, rules), ways, prefixes, weights)
     more = candidates.filter_arguments(x, rules, prefixes)
-    found = [loss_of(x.q, x.k, spec, tail, scale=scale, row_ids=x.targets, **more, **how)]
+    loss, nce, penalty, report, *_ = loss_of(x.q, x.k, spec, tail, scale=scale, row_ids=x.targets, **more, **how)
     if ways == 2:
-        found.append(loss_of(x.k, x.q, spec, tail, scale=scale, **how))  # fault: prefixes-one-way
-    loss, nce, penalty = (torch.stack(each).sum(dim=0) for each in zip(*(y[:3] for y in found), strict=True))
-    report = reported(found[0].report, rules.hardness)
+        back = loss_of(x.k, x.q, spec, tail, scale=scale, **how)  # fault: prefixes-one-way
+        loss, nce, penalty = loss + back.loss, nce + back.nce, penalty + back.penalty
+    report = reported(report, rules.hardness)
     return NCEOutput(loss, nce.squeeze(1) if rules.reduction == "none" else nce, penalty, report)
+
+
+@cached
+def _prefixed(targets: bool, rules: Rules, filters: tuple[str, ...], ways: int, *each: Any) -> tuple[Spec, Prefixed]:
+    """`each`: widths and weights."""
+    tail, transform = Prefixed(0.0, rules.reduction, 1 / ways, *each), candidates.transform(rules.clip, rules.hardness)
+    layout: Layout = Index() if targets else Block(1)
+    return Spec(layout, transform, tail.stats, unit_norm=True, filters=filters, prefixes=tail.widths), tail
 
 
 class _Blocks:

@@ -137,6 +137,8 @@ def guides(x: Batch) -> tuple[Tensor, ...] | None:
 
 def ceilings(x: Batch, rules: Rules, prefixes: Sequence[int] = ()) -> Tensor | None:
     """(F, N), of K prefixes (K·F, N): a candidate whose dot product is above is no negative."""
+    if not filters(x, rules):
+        return None
     each, found, keys = [], guides(x), own(x)  # of each filter, a line a prefix
     with torch.no_grad():
         if rules.margin is not None:  # else nobody needs the prefixes' unit rows, a tenth of a call
@@ -147,7 +149,7 @@ def ceilings(x: Batch, rules: Rules, prefixes: Sequence[int] = ()) -> Tensor | N
             height = height + _slack(found[0], found[1][keys])
             line = height - rules.guide_margin * (height.abs() if rules.relative else 1.0)
             each.append([line] * max(1, len(prefixes)))
-    return torch.stack([line for lines in zip(*each, strict=True) for line in lines]) if each else None
+    return torch.stack([line for lines in zip(*each, strict=True) for line in lines])
 
 
 def cut(q: Tensor, k: Tensor, prefixes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

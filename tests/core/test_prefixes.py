@@ -237,6 +237,9 @@ def test_messages():
         with pytest.raises(ValueError, match=f"^{message}"):
             tile_stats(q, k, spec, **more)
     spec = Spec(Block(1), stats=(*Nce.READS, "square"), prefixes=(3, 5))
+    for tail in (Nce(), Prefixed(0.0, "mean", 1.0, (3, 6), (1.0, 1.0))):
+        with pytest.raises(ValueError, match=r"^tail: got .* with prefixes \(3, 5\), need Prefixed of those widths"):
+            tile_loss(q, k, spec, tail)
     with pytest.raises(ValueError, match=r"^tail.penalty: got 0\.1 with prefixes \(3, 5\), need 0"):
         tile_loss(q, k, spec, Prefixed(0.1, "mean", 1.0, (3, 5), (1.0, 1.0)))
     with pytest.raises(ValueError, match=r"^scale: got -0\.5 with hardness 0\.5, need a sum that is not 0"):

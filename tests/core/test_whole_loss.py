@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import pytest
@@ -11,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from fused_nce import _extension, amdim_nce, info_nce, last_path, moco_nce, nt_xent, sup_con
 from fused_nce.backends import cpu
 from fused_nce.core.engine import tile_loss, tile_stats
-from fused_nce.core.spec import Bias, Block, Separate, Spec, TanhClip
+from fused_nce.core.prefixes import Prefixed
+from fused_nce.core.spec import Bias, Block, Hardness, Identity, Index, Separate, Spec, TanhClip
 from fused_nce.core.statistics import KERNEL_STATISTICS
 from fused_nce.core.tails import KERNEL_TAILS, Nce
 from fused_nce.losses.registry import LOSSES, Size
@@ -89,9 +91,7 @@ def test_the_same_bits_as_the_operators(name, dtype, served):
                     elif x is not None:
                         torch.testing.assert_close(grads[key], x, rtol=1e-6, atol=0 if x.dim() else 1e-6)
     expected = {"amdim_nce", "info_nce", "clip_loss", "nt_xent", "moco_nce", "siglip_loss", "sup_con", "npid_softmax"}
-    choices = (entry.name == "info_nce" and entry.paths > 1) or any(
-        word in name for word in ("margin", "guide", "prefixes")
-    )
+    choices = (entry.name == "info_nce" and entry.paths > 1) or any(word in name for word in ("margin", "guide"))
     assert entry.name not in expected or choices or (used and all(used))
 
 
@@ -280,18 +280,55 @@ def test_the_kernels_know_the_names_in_the_same_order():
     assert tails == [tail.NAME for tail in KERNEL_TAILS]
 
 
-def test_a_call_passes_at_most_eighty_functions():
-    """Forward and backward, counted as a profiler sees them."""
+def test_a_call_passes_few_functions():
+    """Forward and backward, counted as a profiler sees them; prefixes bring their own checks, and no torch."""
     a, c = torch.randn(2, 8, requires_grad=True), torch.randn(2, 3, 8, requires_grad=True)
-    calls: list[str] = []
-    for _ in range(2):  # the first fills the caches
-        calls.clear()
-        sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
-        try:
-            amdim_nce(a, c).loss.backward()
-        finally:
-            sys.setprofile(None)
-    assert 5 < len(calls) <= 80, calls
+    for call, most in (
+        (lambda: amdim_nce(a, c), 80),
+        (lambda: info_nce(a, c[:, 0], normalize=True), 70),
+        (lambda: info_nce(a, c[:, 0], prefixes=(2, 3, 5, 8)), 105),
+    ):
+        calls: list[str] = []
+        for _ in range(2):  # the first fills the caches
+            calls.clear()
+            sys.setprofile(
+                lambda frame, event, _, calls=calls: calls.append(frame.f_code.co_name) if event == "call" else None
+            )
+            try:
+                call().loss.backward()
+            finally:
+                sys.setprofile(None)
+        assert 5 < len(calls) <= most, calls
+
+
+def test_prefixes_are_served(served):
+    """As the operators have them: what a tail and a layout may be, one tensor in both roles, parts by themselves."""
+    draw = torch.Generator().manual_seed(3)
+    rows = [torch.randn(n, 24, generator=draw) for n in (70, 70, 90)]
+    targets, widths, weights = torch.randint(90, (70,), generator=draw), (3, 16, 20), (0.5, 1.0, 2.0)
+    every = itertools.product(
+        (Identity(), TanhClip(2.0), Hardness(3.0)), ("mean", "sum", "none"), (0, 1, 2), (torch.float32, torch.bfloat16)
+    )
+    for transform, reduction, other, dtype in every:
+        tail = Prefixed(0.0, reduction, 0.5, widths, weights)
+        spec = Spec(Index() if other == 2 else Block(1), transform, tail.stats, prefixes=widths)
+        found = []
+        for on in (True, False):
+            served.on() if on else served.off()
+            q, k = (rows[i].to(dtype).requires_grad_() for i in (0, other))
+            scale = torch.tensor(5.0, requires_grad=True)
+            how = {"row_ids": targets if other == 2 else None, "report_groups": 2}
+            out = tile_loss(q, k if other else None, spec, tail, scale=scale, **how)
+            leaves = (q, k, scale) if other else (q, scale)
+            by_loss = torch.autograd.grad(out.loss * 3.0, leaves, retain_graph=True)
+            by_part = torch.autograd.grad(
+                (out.nce * torch.linspace(-1, 2, out.nce.numel()).view_as(out.nce)).sum(), leaves
+            )
+            found.append((out.loss, out.nce, *out.report.values(), out.pos, *out.rows.values(), *by_loss, *by_part))
+        for ours, theirs in zip(*found, strict=True):
+            near = 1e-2 if ours.dtype == torch.bfloat16 else 2e-6
+            torch.testing.assert_close(ours, theirs, rtol=near, atol=near * float(theirs.detach().abs().max()))
+    assert served() == [True] * 54
 
 
 def test_rows_that_are_divided_on_the_way(monkeypatch, served):
