@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -283,17 +284,15 @@ def test_the_kernels_know_the_names_in_the_same_order():
 def test_a_call_passes_few_functions():
     """Forward and backward, counted as a profiler sees them; prefixes bring their own checks, and no torch."""
     a, c = torch.randn(2, 8, requires_grad=True), torch.randn(2, 3, 8, requires_grad=True)
+    calls: list[str] = []
     for call, most in (
         (lambda: amdim_nce(a, c), 80),
         (lambda: info_nce(a, c[:, 0], normalize=True), 70),
         (lambda: info_nce(a, c[:, 0], prefixes=(2, 3, 5, 8)), 105),
     ):
-        calls: list[str] = []
         for _ in range(2):  # the first fills the caches
             calls.clear()
-            sys.setprofile(
-                lambda frame, event, _, calls=calls: calls.append(frame.f_code.co_name) if event == "call" else None
-            )
+            sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
             try:
                 call().loss.backward()
             finally:
@@ -306,9 +305,8 @@ def test_prefixes_are_served(served):
     draw = torch.Generator().manual_seed(3)
     rows = [torch.randn(n, 24, generator=draw) for n in (70, 70, 90)]
     targets, widths, weights = torch.randint(90, (70,), generator=draw), (3, 16, 20), (0.5, 1.0, 2.0)
-    every = itertools.product(
-        (Identity(), TanhClip(2.0), Hardness(3.0)), ("mean", "sum", "none"), (0, 1, 2), (torch.float32, torch.bfloat16)
-    )
+    transforms: tuple[Any, ...] = (Identity(), TanhClip(2.0), Hardness(3.0))
+    every = itertools.product(transforms, ("mean", "sum", "none"), (0, 1, 2), (torch.float32, torch.bfloat16))
     for transform, reduction, other, dtype in every:
         tail = Prefixed(0.0, reduction, 0.5, widths, weights)
         spec = Spec(Index() if other == 2 else Block(1), transform, tail.stats, prefixes=widths)
@@ -317,7 +315,7 @@ def test_prefixes_are_served(served):
             served.on() if on else served.off()
             q, k = (rows[i].to(dtype).requires_grad_() for i in (0, other))
             scale = torch.tensor(5.0, requires_grad=True)
-            how = {"row_ids": targets if other == 2 else None, "report_groups": 2}
+            how: dict[str, Any] = {"row_ids": targets if other == 2 else None, "report_groups": 2}
             out = tile_loss(q, k if other else None, spec, tail, scale=scale, **how)
             leaves = (q, k, scale) if other else (q, scale)
             by_loss = torch.autograd.grad(out.loss * 3.0, leaves, retain_graph=True)
