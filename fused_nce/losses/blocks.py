@@ -189,7 +189,7 @@ def contrast_prefixes(
     return NCEOutput(loss, nce.squeeze(1) if rules.reduction == "none" else nce, penalty, report)
 
 
-@cached
+@cached  # fault: prefixes-made-anew
 def _prefixed(targets: bool, rules: Rules, filters: tuple[str, ...], ways: int, *each: Any) -> tuple[Spec, Prefixed]:
     """`each`: widths and weights."""
     tail, transform = Prefixed(0.0, rules.reduction, 1 / ways, *each), candidates.transform(rules.clip, rules.hardness)
