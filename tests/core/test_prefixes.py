@@ -222,6 +222,8 @@ def test_the_memory_is_what_the_formula_says(monkeypatch):
     for backend in KERNELS:
         with pytest.raises(ValueError, match=message):
             tile_stats(q, k, spec, backend=backend)
+        with pytest.raises(ValueError, match=message):
+            info_nce(q, k[:N], prefixes=WIDTHS, backend=backend)
 
 
 def test_messages():
