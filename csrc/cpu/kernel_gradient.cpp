@@ -150,9 +150,7 @@ Tensor cpu_kernel_gradient(const Tensor& dy, const Tensor& x, int64_t kernel, in
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
-  m.def("cpu_kernel_gradient(Tensor dy, Tensor x, int kernel, int stride, int padding) -> Tensor");
-}
+// fused_nce/models/encoders/convolution.py has its schema and its shapes.
 TORCH_LIBRARY_IMPL(fused_nce, CPU, m) { m.impl("cpu_kernel_gradient", cpu_kernel_gradient); }
 
 }  // namespace fused_nce

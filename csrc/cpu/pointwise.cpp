@@ -135,15 +135,12 @@ std::tuple<Tensor, Tensor, Tensor> cpu_pointwise_grads(const Tensor& dy, const T
     at::native::cpublas::brgemm_release();
   });
   const Tensor total = parts == 1 ? sums[0] : sums.sum(0);
-  return {dx, total[0], total[1]};
+  return {dx, total[0].clone(), total[1].clone()};  // an operator's results share no storage
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
-  m.def("cpu_pointwise(Tensor x, Tensor w1, Tensor w2) -> Tensor");
-  m.def("cpu_pointwise_grads(Tensor dy, Tensor x, Tensor w1, Tensor w2) -> (Tensor dx, Tensor dw1, Tensor dw2)");
-}
+// fused_nce/models/encoders/pointwise.py has their schemas and shapes.
 TORCH_LIBRARY_IMPL(fused_nce, CPU, m) {
   m.impl("cpu_pointwise", cpu_pointwise);
   m.impl("cpu_pointwise_grads", cpu_pointwise_grads);

@@ -6,10 +6,13 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
+from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_nce.models.encoders import convolution
+from fused_nce.models.encoders.blocks import ResNxN
 from fused_nce.models.encoders.convolution import Conv2d
 
 needs_kernel = pytest.mark.skipif(
@@ -87,6 +90,7 @@ def _autocast(layer, x):
 
 
 @needs_kernel
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_elsewhere_it_is_plain(monkeypatch):
     """Under transforms, tangents, compilers and modes; with a bias, dilation or groups; and without a gradient."""
     monkeypatch.setattr(convolution._Convolution, "apply", lambda *args: pytest.fail("ours"))
@@ -106,11 +110,15 @@ def test_elsewhere_it_is_plain(monkeypatch):
             plain(x)
         return torch.tensor(counter.get_total_flops())
 
+    class Other(torch.Tensor): ...
+
     ways = (
         torch.func.grad(lambda x: plain(x).float().square().sum()),
         tangent,
         torch.compile(plain, backend="eager"),
         counted,
+        torch.jit.trace(plain, x),
+        lambda x: plain(x.as_subclass(Other)),
     )
     frozen = layer().requires_grad_(False)
     wide = layer().double()
@@ -140,3 +148,25 @@ def test_without_onednn_the_gradients_are_torchs():
             found.append(torch.autograd.grad(out.float().square().sum(), (x, layer.weight)))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], atol=0.05, rtol=0.05)
+
+
+@needs_kernel
+def test_a_traced_backward_has_the_same_bits():
+    """Compiled autograd, in one graph of each size and in one of symbolic sizes, after a forward that is eager."""
+    calls, w = torch.ops.fused_nce, torch.randn(6, 6).bfloat16()
+    opcheck(calls.cpu_kernel_gradient, (maps(2, 5, 4, 4), maps(2, 3, 4, 4), 3, 1, 1))
+    opcheck(calls.cpu_pointwise, (w[:5], w, w))
+    opcheck(calls.cpu_pointwise_grads, (w[:5], w[:5], w, w))
+    for layer in (Conv2d(32, 40, 3, 2, 1, bias=False), ResNxN(32, 32, 1, 1, init="kaiming")):
+        layer.bfloat16().to(memory_format=LAST)
+        for dynamic, height in product((False, True), (6, 9)):
+            x, found = maps(3, 32, height, 7), []
+            compiler = torch.compile(backend="aot_eager", fullgraph=True, dynamic=dynamic)
+            for around in (contextlib.nullcontext(), compiled_autograd._enable(compiler, dynamic=dynamic)):
+                layer.zero_grad()
+                inside = x.clone().requires_grad_()
+                out = layer(inside).float().square().sum()
+                with around:
+                    out.backward()
+                found.append((inside.grad, *(weight.grad for weight in layer.parameters())))
+            torch.testing.assert_close(*found, atol=0, rtol=0)

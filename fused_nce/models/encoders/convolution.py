@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fused_nce import _extension
+from fused_nce.core.ops import LIBRARY
 
 FEWEST_CHANNELS = 32  # with fewer, packing costs more than it saves
 
@@ -50,12 +51,14 @@ def served(x: Tensor, weight: Tensor) -> bool:
     products = torch.get_autocast_dtype("cpu") if autocast else weight.dtype
     return (
         x.device.type == "cpu"
+        and {type(x), type(weight)} <= {Tensor, nn.Parameter}  # no subclass  # fault: convolution-subclass
         and products == torch.bfloat16
         and (autocast or x.dtype == torch.bfloat16)
         and torch.float64 not in (x.dtype, weight.dtype)  # which autocast leaves alone
         and weight.requires_grad
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
@@ -67,6 +70,11 @@ def served(x: Tensor, weight: Tensor) -> bool:
 def multiplies() -> bool:
     """Whether the C++ kernels may now multiply bfloat16: `torch.backends.mkldnn.flags(enabled=False)` forbids it."""
     return bool(torch._C._get_mkldnn_enabled()) and has_kernel()
+
+
+def still_multiplies() -> bool:
+    """In a backward whose forward did. Under compiled autograd, which cannot ask, the kernels themselves do."""
+    return torch.compiler.is_compiling() or multiplies()
 
 
 @functools.cache
@@ -88,6 +96,15 @@ def plain_gradients(
     return [next(found) if need else None for _, need in zip(inputs, needed, strict=False)]
 
 
+LIBRARY.define("cpu_kernel_gradient(Tensor dy, Tensor x, int kernel, int stride, int padding) -> Tensor")
+
+
+@torch.library.register_fake("fused_nce::cpu_kernel_gradient", lib=LIBRARY)
+def _(dy: Tensor, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    sums = x.new_empty((kernel, kernel, dy.shape[1], x.shape[1]), dtype=torch.float32)
+    return sums.permute(2, 3, 0, 1)  # fault: kernel-gradient-fake
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
@@ -99,7 +116,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), stride, padding = ctx.saved_tensors, ctx.stride, ctx.padding
         again = torch.is_grad_enabled()  # the gradient is to be differentiated  # fault: convolution-once
-        if again or not multiplies():
+        if again or not still_multiplies():
             plain = functools.partial(F.conv2d, stride=stride, padding=padding)
             return *plain_gradients(plain, (x, weight), ctx.needs_input_grad, dy, again), None, None
         dy, dx = dy.contiguous(memory_format=torch.channels_last), None

@@ -8,9 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_nce.models.encoders.convolution import multiplies, plain_gradients
+from fused_nce.core.ops import LIBRARY
+from fused_nce.models.encoders.convolution import plain_gradients, still_multiplies
 
 WIDEST = 128  # channels: with more, the products take so long that what lies between them hardly counts
+
+
+LIBRARY.define("cpu_pointwise(Tensor x, Tensor w1, Tensor w2) -> Tensor")
+LIBRARY.define("cpu_pointwise_grads(Tensor dy, Tensor x, Tensor w1, Tensor w2) -> (Tensor dx, Tensor dw1, Tensor dw2)")
+torch.library.register_fake("fused_nce::cpu_pointwise", lambda x, *weights: torch.empty_like(x), lib=LIBRARY)
+
+
+@torch.library.register_fake("fused_nce::cpu_pointwise_grads", lib=LIBRARY)
+def _(dy: Tensor, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    return torch.empty_like(x), *(torch.empty_like(weight, dtype=torch.float32) for weight in weights)
 
 
 def plain(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -38,7 +49,7 @@ class Pointwise(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, first, second = ctx.saved_tensors
         again = torch.is_grad_enabled()  # the gradient is to be differentiated  # fault: pointwise-once
-        if again or not multiplies():
+        if again or not still_multiplies():
             return tuple(plain_gradients(plain, ctx.saved_tensors, ctx.needs_input_grad, dy, again))
         up = _rows(dy.contiguous(memory_format=torch.channels_last))
         dx, d1, d2 = torch.ops.fused_nce.cpu_pointwise_grads(up, _rows(x), *_matrices(x, first, second))
