@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
+from fused_nce.core.group import gathered
 from fused_nce.losses.common import widened
 from fused_nce.models.adversary import GameLoss, as_constant
 from fused_nce.models.base import Embedded
@@ -28,8 +29,8 @@ class PriorGenerator(Decoded):
 
     The encoder's one number is matched to N(0, 1) for images and to N(−a, 1) for generated ones, by a discriminator
     each; the two overlap, whatever the images are. The generator moves the mean of its own towards 0: it minimises
-    (mean E(G(z)))², in which the encoder is constant. Both kinds of images are one batch to BatchNorm, which would hide
-    from the generator how its own differ in the mean.
+    (mean E(G(z)))² of all processes' codes, in which the encoder is constant. Both kinds of images are one batch to
+    BatchNorm, which would hide from the generator how its own differ in the mean.
 
     Args:
         architecture: of the encoder, see `DIM`.
@@ -88,5 +89,7 @@ class PriorGenerator(Decoded):
         code = widened(seen["Y"])
         # fault: generated-prior-shifted
         games = [self.priors[0](code[:count]), self.priors[1](code[count:] + self.apart)]
-        moment = widened(as_constant(self.encoder, torch.cat((images, made)))["Y"])[count:].mean().square()
-        return Embedded(({name: tap[:count] for name, tap in seen.items()},), (moment, games))
+        mean = widened(as_constant(self.encoder, torch.cat((images, made)))["Y"])[count:].mean()
+        # Of all processes: DDP's average of these gradients is then that of the square, which no average of squares is.
+        mean = mean + (gathered(mean[None]).mean() - mean.detach())  # fault: generator-own-mean
+        return Embedded(({name: tap[:count] for name, tap in seen.items()},), (mean.square(), games))

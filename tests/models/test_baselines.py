@@ -13,6 +13,7 @@ from fused_nce.models.adversary import GameLoss, GameOutput
 from fused_nce.models.dim_prior import PriorMatching
 from fused_nce.models.nat import Targets, assign
 from fused_nce.models.vae import VAELoss
+from tests.distributed.launch import run
 
 ALL = {"VAE": VAE, "AAE": AAE, "BiGAN": BiGAN, "NAT": NAT, "PriorGenerator": PriorGenerator}
 DECODED = ("VAE", "AAE", "BiGAN", "PriorGenerator")
@@ -318,3 +319,24 @@ def test_the_generator_follows_the_mean_of_its_codes_alone():
         torch.testing.assert_close(game.encoder, -F.softplus(judged).mean())
         assert reached(game.encoder, model) == {"encoder"}
         assert reached(game.discriminator, model) == {"priors"}
+
+
+def generated(rank, alone=False):
+    """The generator's term and its gradient by the decoder, of one process' draws; `alone`: its mean's instead."""
+    model, x = small("PriorGenerator").double(), images().double() * (1 + rank)
+    torch.manual_seed(rank)
+    if alone:
+        made = model.decode(torch.randn(4, 8, dtype=torch.double))
+        term = model.encode(torch.cat((x, made)))["Y"][4:].mean()
+    else:
+        term = model.embed(x).inputs[0]
+    return term.detach(), torch.autograd.grad(term, list(model.decoder.parameters()))
+
+
+def test_the_generators_mean_is_of_all_processes(tmp_path):
+    """What DDP makes of both gradients is that of the square of the mean of both."""
+    means, slopes = zip(*(generated(rank, alone=True) for rank in range(2)), strict=True)
+    mean = sum(means) / 2
+    assert abs(means[0] - means[1]) > 0.1 * abs(mean)  # or it would not tell
+    for (term, slope), own in zip(run(tmp_path, 2, generated), slopes, strict=True):
+        torch.testing.assert_close((term, slope), (mean.square(), tuple(2 * mean * x for x in own)))
