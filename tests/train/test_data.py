@@ -5,15 +5,18 @@ import io
 import json
 import logging
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import fused_nce
 from fused_nce.train.data import loader
 from fused_nce.train.data.images import load_split
 from fused_nce.train.data.sources import ImageSource
 from fused_nce.train.methods.amdim import AMDIMConfig
+from fused_nce.train.seeded import seeded
 from fused_nce.train.settings import AugmentConfig, OptimConfig, RunConfig
 
 
@@ -245,3 +248,15 @@ def test_images_of_the_models_own_size_are_held_for_crops_too(tmp_path):
     source, batches = first_batches(tmp_path / "other", "crop", 0, 64)
     assert source.held is None
     assert batches[0].images.shape == (4, 2, 3, 32, 32)
+
+
+def test_draws_from_a_seed_leave_all_generators_alone(monkeypatch):
+    """`torch.manual_seed` starts every GPU's anew, and no fork of the CPU's puts those back: only the loop calls it."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's generator"))
+    before = torch.get_rng_state()
+    with seeded(-3):
+        found = torch.randn(4)
+    assert torch.equal(found, torch.randn(4, generator=torch.Generator().manual_seed(-3)))
+    assert torch.equal(before, torch.get_rng_state())
+    sources = Path(fused_nce.__file__).parent.rglob("*.py")
+    assert {path.name for path in sources if "torch.manual_seed(" in path.read_text(encoding="utf-8")} == {"loop.py"}

@@ -20,6 +20,7 @@ from fused_nce.train.data.images import (
 )
 from fused_nce.train.data.readers import Readers
 from fused_nce.train.data.sources import Damage, ImageSource, fit
+from fused_nce.train.seeded import seeded
 from fused_nce.train.settings import AugmentConfig
 
 AHEAD = 4  # batches that the disk has, beyond those that a buffer holds, before they are asked for
@@ -281,8 +282,7 @@ class Reader(Dataset[tuple[Tensor, int, int]]):
         side = self.side(position) if self.side is not None else self.size
         if self.augment.geometry != "crop":
             return fit(fit(image, self.size, self.size), side, side)
-        with torch.random.fork_rng(devices=[]):  # without workers this is the trainer's own generator
-            torch.manual_seed(hash((self.seed, position, asked)))  # fault: same-crops-image
+        with seeded(hash((self.seed, position, asked))):  # fault: same-crops-image
             return crops(image, self.augment, side, self.views)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fused_nce.losses import MINELoss, mine_dv
 from fused_nce.train.evaluation.features import mean_and_sd
+from fused_nce.train.seeded import seeded
 
 SHUFFLES = 5  # of the test split, for the mean over pairs drawn apart
 MINE_UPDATES, MINE_BATCH, MINE_RATE, MINE_AVERAGE = 1500, 128, 5e-4, 0.01
@@ -56,8 +57,7 @@ def mine(
     def pixels(x: Tensor) -> Tensor:
         return x.float() / 127.5 - 1
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         critic, loss = ImageCritic(bank.shape[1]), MINELoss(MINE_AVERAGE)
         with torch.enable_grad():
             optimizer = torch.optim.Adam(critic.parameters(), MINE_RATE)
@@ -87,8 +87,7 @@ def ndm(
     The joint of the units against the product of their marginals, each unit shuffled over the batch by itself; a
     network of 1000 and 200 units, trained on the f-GAN bound of the KL divergence, judged by Donsker and Varadhan's.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         net = nn.Sequential(
             nn.Linear(bank.shape[1], 1000), nn.ReLU(), nn.Linear(1000, 200), nn.ReLU(), nn.Linear(200, 1)
         )

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from fused_nce.models.base import Model
 from fused_nce.train.evaluation.knn import METRICS, nearest
+from fused_nce.train.seeded import seeded
 
 THUMBNAIL_PX = 64
 PCA_WIDTH = 50  # t-SNE's authors reduce to about 50 first: it drops noise and makes 2,000 points a matter of seconds
@@ -91,8 +92,7 @@ def sheet(
 
 def samples(model: Model, seed: int) -> bytes | None:
     """A sheet of images that a model makes; None of one that makes none."""
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        torch.manual_seed(seed)
+    with seeded(seed), torch.inference_mode():
         made = model.generate(SAMPLES**2)
     if made is None:
         return None

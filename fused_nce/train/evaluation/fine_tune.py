@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fused_nce.train import threads
 from fused_nce.train.evaluation.features import as_vectors, mean_and_sd
+from fused_nce.train.seeded import seeded
 
 Labels = NDArray[np.int64]
 Transform = Callable[[Tensor], Tensor]
@@ -147,7 +148,6 @@ def choose(
 
 def _tuned(subject: Subject, bank: Tensor, labels: Labels, chosen: Labels, rate: float, seed: int) -> Tuned:
     rows, known = torch.from_numpy(chosen), torch.from_numpy(labels)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         net = Tuned.of(subject, bank, int(known.max()) + 1)
         return tune(net, subject.probe[rows], known[rows], rate=rate, seed=seed)

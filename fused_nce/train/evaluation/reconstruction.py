@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_nce.models.decoder import Decoder
+from fused_nce.train.seeded import seeded
 
 WINDOW, SIGMA, C1, C2 = 11, 1.5, 0.01**2, 0.03**2  # Wang et al. 2004, of images in [0, 1]
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of the scales, finest first (Wang et al. 2003)
@@ -23,8 +24,7 @@ def train_decoder(
     updates: int = UPDATES,
 ) -> Decoder:
     """Trains it by squared error with Adam and a cosine schedule, and sets eval mode."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
+    with seeded(seed), torch.enable_grad():
         decoder = Decoder(features.shape[1], images.shape[-1])
         optimizer = torch.optim.Adam(decoder.parameters(), RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from fused_nce.train.evaluation import episodes
 from fused_nce.train.evaluation.fine_tune import Subject
 from fused_nce.train.evaluation.probes import HELD_OUT, draw, hold_out
 from fused_nce.train.evaluation.protocols import PROTOCOLS, FeatureSet, Labels, Plan, Row
+from fused_nce.train.seeded import seeded
 
 TRAINED, PIXELS = "trained", "pixels"  # the encoder of the run, and the tap of no encoder
 
@@ -55,8 +55,7 @@ class Asked(NamedTuple):
         """The trained model by its name; then, as baselines, those that the method compares with, from one seed."""
         yield TRAINED, model
         for name, other in config.untrained().items() if self.baselines else ():
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
+            with seeded(self.seed):
                 untrained = other.build()
             yield name, untrained
 

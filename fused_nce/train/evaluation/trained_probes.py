@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_nce.train.evaluation.probes import HELD_OUT, Array, Labels, hold_out, standardise
+from fused_nce.train.seeded import seeded
 from fused_nce.train.threads import look
 
 BATCH = 256
@@ -83,8 +84,7 @@ def mlp_probe(bank: Array, labels: Labels, queries: Array, *, seed: int = 0, epo
     bank, queries = standardise(bank, queries)
     names, numbers = np.unique(labels, return_inverse=True)
     x, y = torch.from_numpy(bank), torch.from_numpy(numbers)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
+    with seeded(seed), torch.enable_grad():
         net = nn.Sequential(
             nn.Linear(x.shape[1], MLP_UNITS),
             nn.Dropout(MLP_DROPOUT),
