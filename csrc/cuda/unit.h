@@ -23,6 +23,7 @@ struct Units {
   UnitSide q, k;
   int64_t width;
   float* positives;  // (rows of q) out: q and k have as many rows, and this is scale * <q, k>; null: they are apart
+                     // with a scale tensor as many more: <q, k>
   float scale;
   const float* scale_tensor;  // one more factor, or null
 
@@ -88,7 +89,9 @@ FUSED_NCE_HD void unit_rows(Group& group, const Units& all, int64_t g) {
            unit_at<Numbers>(all.k.x, g * all.k.stride + d, of_k);
   });
   const float scale = all.scale_tensor ? all.scale * *all.scale_tensor : all.scale;
-  if (group.first()) all.positives[g] = scale * product;  // fault: gpu-own-score
+  if (!group.first()) return;
+  all.positives[g] = scale * product;  // fault: gpu-own-score
+  if (all.scale_tensor) all.positives[all.q.rows + g] = product;
 }
 
 struct ThroughSide {

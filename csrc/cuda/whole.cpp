@@ -43,7 +43,7 @@ struct Sides {
   Tensor q, k;                         // in the scores
   Tensor x_q, x_k, own;                // as given, rows of adjacent elements
   Tensor q_norms, k_norms, own_norms;  // (N), (M), (N)
-  Tensor positives;                    // (N, 1) of own keys
+  Tensor positives, products;          // (N, 1) of own keys; before a scale tensor, only with one
   Tensor scale;                        // a factor on the device
 };
 
@@ -81,7 +81,8 @@ Sides sides_of(const WholeCall& call, const Given& x, const Machine& machine) {
   }
   if (x.own_keys.defined()) {
     out.own = with_rows(x.own_keys);
-    out.positives = at::empty({x.q.size(0), 1}, wide);
+    const Tensor both = at::empty({out.scale.defined() ? 2 : 1, x.q.size(0), 1}, wide);
+    out.positives = both[0], out.products = both[-1];
     units.k = side(out.own, {}, out.own_norms);
     units.positives = floats_of(out.positives);
   }
@@ -152,12 +153,12 @@ Found forward(const WholeCall& call, const Given& x) {
   if (in.need_q) out.dq = waits(task.out.dq);
   if (in.need_k) out.dk = waits(task.out.dk);
   if (needs[2]) {
-    out.dscale = task.out.dscale * call.scale;
-    if (out.sides.own.defined()) {  // d positive / d scale tensor is the positive over the tensor
+    out.dscale = task.out.dscale;
+    if (out.sides.own.defined()) {
       const Tensor behind = out.rows.select(0, kNegLse).unsqueeze(1) - out.pos;
-      out.dscale =
-          out.dscale - (at::sigmoid(behind) * out.pos).sum() * unit / out.sides.scale;  // fault: gpu-whole-scale
+      out.dscale = out.dscale - (at::sigmoid(behind) * out.sides.products).sum() * unit;  // fault: gpu-whole-scale
     }
+    out.dscale = out.dscale * call.scale;
   }
   return out;
 }

@@ -62,7 +62,7 @@ def unit_kernel(
     unit_k,  # (m, D) out, but for own keys
     q_norms,  # (n,) out
     k_norms,  # (m,), or (n,) of own keys, out
-    positives,  # (n,) out: the scores of own keys
+    positives,  # (n,) out: the scores of own keys; with a scale tensor n more, before the scale
     scale,  # a number, or a 0-d tensor
     n,
     m,
@@ -85,6 +85,8 @@ def unit_kernel(
             mine = unit_at(q, rows, n, stride_q, d0, of_q, D, WIDTH)
             product += tl.sum(mine * unit_at(k, rows, n, stride_k, d0, of_k, D, WIDTH), 1)
         tl.store(positives + rows, load_scale(scale, TENSOR_SCALE) * product, mask=rows < n)
+        if TENSOR_SCALE:
+            tl.store(positives + n + rows, product, mask=rows < n)
     else:
         before = tl.cdiv(n, X)
         if tl.program_id(0) < before:

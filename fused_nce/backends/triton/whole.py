@@ -138,6 +138,7 @@ class Sides(NamedTuple):
     q_norms: Tensor
     k_norms: Tensor  # or of the own keys
     positives: Tensor | None = None  # (N, 1) of own keys
+    products: Tensor | None = None  # theirs before the scale, where that is a tensor
 
 
 def _shape(d: int) -> dict[str, int]:
@@ -161,7 +162,7 @@ def _sides(call: Call, q: Tensor, k: Tensor | None, scale: float | Tensor, own: 
         unit_q, unit_k = q.new_empty(q.shape), none if y is None or own is not None else y.new_empty(y.shape)
     m = 0 if second is None or own is not None else len(second)
     q_norms, k_norms = none.new_empty(n), none.new_empty(0 if second is None else len(second))
-    positives = none.new_empty(0 if own is None else n, 1)
+    positives = none.new_empty(1 + isinstance(scale, Tensor), 0 if own is None else n, 1)
     programs = triton.cdiv(n, shape["X"]) + triton.cdiv(m, shape["X"])
     norms.unit_kernel[(programs,)](
         x, none if second is None else second, unit_q, unit_k, q_norms, k_norms, positives, scale, n, m,
@@ -171,7 +172,7 @@ def _sides(call: Call, q: Tensor, k: Tensor | None, scale: float | Tensor, own: 
     if call.twins:
         unit_q = both.view(-1, d)
     elif own is not None:
-        return Sides(unit_q, y, False, q_norms, k_norms, positives)  # type: ignore[arg-type]
+        return Sides(unit_q, y, False, q_norms, k_norms, positives[0], positives[-1])  # type: ignore[arg-type]
     return Sides(unit_q, unit_q if shared else unit_k, shared, q_norms, k_norms)
 
 
@@ -243,11 +244,6 @@ def _close(
     return launch, launch_both
 
 
-def _on_own(call: Call, own: Tensor | None, d_pos: Tensor, pos: Tensor, factor: float | Tensor) -> Tensor | float:
-    """dL/d scale tensor by the scores of own keys: d positive is the positive over the tensor."""
-    return 0.0 if own is None else fixed_sum(d_pos * pos) / factor * call.scale  # fault: triton-own-scale
-
-
 def _forward(
     call: Call, q: Tensor, k: Tensor | None, scale: Tensor | None, own: Tensor | None
 ) -> tuple[tuple[Tensor, ...], Found]:
@@ -273,8 +269,10 @@ def _forward(
             d = Coefficients(made["d_pos"], made["d_rows"], made["d_columns"] if columns is not None else None)
             gradients = sweep.gradients(Statistics(pos, rows, columns), d, bool(call.tail.penalty), needs)
         if needs.scale:
-            dscale = gradients.dscale * call.scale if call.scale != 1.0 else gradients.dscale
-            gradients = gradients._replace(dscale=dscale + _on_own(call, own, made["d_pos"], pos, factor))
+            dscale = gradients.dscale
+            if sides.products is not None:
+                dscale = dscale + fixed_sum(made["d_pos"] * sides.products)  # fault: triton-own-scale
+            gradients = gradients._replace(dscale=dscale * call.scale if call.scale != 1.0 else dscale)
     nce = made["elements"] if call.tail.reduction == "none" else made["nce"]
     values = (made["loss"], nce, made["penalty"], made["report"], pos, rows)
     return values, Found(gradients, sweep.empty if columns is None else columns, made["d_pos"], sides)
@@ -346,8 +344,6 @@ def _again(
     needs = [wanted.q, wanted.k, wanted.scale, False, False]
     found = (pos, rows, columns, d.d_pos, d.d_rows, d_columns)
     dq, dk, dscale, *_ = torch.ops.fused_nce.grads(*scores, *found, needs, "triton")
-    if wanted.scale:
-        dscale = dscale + _on_own(call, x.own, d.d_pos, pos, _scale_of(call, x.scale))
     return Gradients(dq, dk, dscale), d.d_pos, (sides.q_norms, sides.k_norms)
 
 
