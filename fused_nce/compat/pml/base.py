@@ -163,11 +163,17 @@ class PairLoss(Upstreams):
         """Whether rows are brought to norm 1."""
         return self.distance is None or bool(getattr(self.distance, "normalize_embeddings", False))
 
+    def unfused(self) -> str | None:
+        """The part of `reason` that is a subclass's own; a compiler follows `super()` to methods alone."""
+        return None
+
     @property
     def reason(self) -> str | None:
         """What the kernels cannot honour; None for nothing."""
         if self.overridden is not None:
             return f"{self.overridden} of its own"
+        if (own := self.unfused()) is not None:
+            return own
         seen = self.distance
         plain = seen is None or (
             _packages(seen, self.DISTANCES) and (getattr(seen, "p", 2), getattr(seen, "power", 1)) == (2, 1)

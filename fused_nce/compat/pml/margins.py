@@ -23,11 +23,10 @@ class _MarginLoss(PairLoss):
     DISTANCES = ("LpDistance", *SIMILARITIES)
     REDUCER = "AvgNonZeroReducer"
 
-    @property
-    def reason(self) -> str | None:
-        """Margins that are tensors too: they may be learned."""
+    def unfused(self) -> str | None:
+        """Margins that are tensors: they may be learned."""
         learned = [name for name in self.SHOWN if isinstance(getattr(self, name), Tensor)]
-        return f"a tensor {learned[0]}" if learned else super().reason
+        return f"a tensor {learned[0]}" if learned else None
 
     @property
     def similar(self) -> bool:
@@ -129,13 +128,12 @@ class TripletMarginLoss(_MarginLoss, upstreams("TripletMarginLoss")):  # type: i
         }
         super().__init__(words, options)
 
-    @property
-    def reason(self) -> str | None:
+    def unfused(self) -> str | None:
         fused = {"swap": False, "smooth_loss": False, "triplets_per_anchor": "all"}
         for name, value in fused.items():
             if getattr(self, name) != value:
                 return f"{name}={getattr(self, name)!r}"
-        reason = super().reason
+        reason = super().unfused()
         return f"margin={self.margin}" if reason is None and self.margin <= 0 else reason
 
     def of(self, rows: Rows) -> Tensor:
