@@ -104,15 +104,15 @@ class Boards:
     def close(self) -> None:
         """Flush everything."""
         for board in self.open:
-            self._try(board.close, f"{board.name}: the last events are lost")
+            self._try(board.close, f"{board.name}: the last events are lost", "")
         for board in self.failed:  # at the end: one may wait for a service that is gone
             with suppress(Exception):  # that was said
                 board.close()
 
-    def _try(self, action: Callable[[], Any], otherwise: str) -> bool:
+    def _try(self, action: Callable[[], Any], otherwise: str, then: str = "; training goes on") -> bool:
         try:
             action()
         except Exception as error:  # of a writer's own thread, of a service
-            log.warning("%s (%s); training goes on", otherwise, one_line(str(error)))
+            log.warning("%s (%s)%s", otherwise, one_line(str(error)), then)
             return False
         return True

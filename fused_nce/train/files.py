@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("fused_nce")
 
 MAX_JSON_BYTES = 64 << 20
 
@@ -71,6 +74,15 @@ def write_bytes(path: Path, data: bytes) -> None:
 def one_line(text: str) -> str:
     """Without line breaks, tabs and runs of blanks."""
     return " ".join(text.split())
+
+
+def settle(*ends: Callable[[], Any]) -> None:
+    """Each end of a run, where an error may be on its way: what one raises is said, and stands in no other's place."""
+    for end in ends:
+        try:
+            end()
+        except Exception as error:  # fault: end-hides-error
+            log.warning("the end of the run: %s", one_line(f"{type(error).__name__}: {error}"))
 
 
 def printable(text: object) -> str:

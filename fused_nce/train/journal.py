@@ -8,11 +8,12 @@ import json
 import logging
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fused_nce.train.boards import Boards
-from fused_nce.train.files import write_text
+from fused_nce.train.files import settle, write_text
 
 log = logging.getLogger("fused_nce")
 
@@ -48,13 +49,10 @@ class Journal:
 
     def close(self) -> None:
         """Flush everything."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        file, self._file = self._file, -1
+        settle(*[partial(os.close, file)] * (file >= 0), *[] if self.boards is None else [self.boards.close])
         if self.lost:
             log.warning("%s lacks %d lines that could not be written", self.path, self.lost)
-        if self.boards is not None:
-            self.boards.close()
 
     def _open(self) -> None:
         """The new one first: a number that is closed belongs to whoever opens a file next."""

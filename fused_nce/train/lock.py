@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +67,8 @@ def release(run_dir: Path, *, refused: bool = False) -> None:
     if held is None:
         return
     if _is_at(held.file, path) and not (refused and held.left_behind):
-        path.unlink()
+        with suppress(OSError):  # it names a process that is gone, as one that was killed leaves it
+            path.unlink()
     os.close(held.file)
 
 

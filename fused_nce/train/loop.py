@@ -32,7 +32,7 @@ from fused_nce.train import (
 )
 from fused_nce.train import config as config_module
 from fused_nce.train.evaluation import features
-from fused_nce.train.files import one_line
+from fused_nce.train.files import one_line, settle
 from fused_nce.train.interrupt import Interrupt
 from fused_nce.train.method import Method
 from fused_nce.train.online_probes import OnlineProbes
@@ -209,9 +209,7 @@ class Trainer:
                 if self.step > window[1]:  # after the save: a resumed run takes the open window up where it was
                     self._log(book, bar, window, update_s)
         finally:
-            bar.close()
-            if book is not None:
-                book.close()
+            settle(bar.close, *[] if book is None else [book.close])
         return reason
 
     @contextmanager
@@ -220,23 +218,24 @@ class Trainer:
         try:
             yield
         except Diverged:
-            self._try(
-                self.writer.wait
-            )  # all processes are here; the run's lock is let go next, and no thread may write
+            # All processes are here; the run's lock is let go next, and no thread may write.
+            settle(lambda: self._try(self.writer.wait))
             raise
         except Exception as error:
             if self._together:
-                self._try(self.writer.wait)  # a checkpoint in flight has the folder and the group that this one needs
-            if self._steady and self._together and self.step > 0 and self._try(lambda: self._save(wait=True)):
-                log.warning("an error ends the run at step %d, which is saved: --resume goes on from there", self.step)
-            if self._together:
-                self.close()  # a launcher ends all processes with the first one: not before the first has saved
+                # A checkpoint in flight has the folder and the group that this one needs; a launcher ends all processes
+                # with the first one, so none leaves before the first has saved.
+                settle(lambda: self._try(self.writer.wait), self._rescue, self.close)
             elif self.accelerator.num_processes > 1 and BROKEN.search(str(error)):
                 raise RuntimeError(
                     f"processes: another one died or came too late ({one_line(str(error))[:200]}); --resume goes on "
                     "from the last checkpoint"
                 ) from error
             raise
+
+    def _rescue(self) -> None:
+        if self._steady and self.step > 0 and self._try(lambda: self._save(wait=True)):
+            log.warning("an error ends the run at step %d, which is saved: --resume goes on from there", self.step)
 
     def close(self) -> None:
         """Leave the process group together: gloo's threads abort a process that exits under them."""

@@ -81,6 +81,8 @@ class Profile:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self._update.__exit__(kind, value, tb)
+        if kind is not None:
+            self._profiler.on_trace_ready = None  # of an update that is not whole  # fault: profile-hides-error
         self._profiler.stop()
         part.on_gpu = False
 

@@ -1,14 +1,16 @@
 """What is shown beside the log: TensorBoard, and Weights & Biases, played by a module of its name."""
 
 import importlib.machinery
+import os
 import sys
 import types
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from fused_nce.train import command, config
-from tests.train.runs import log, resumed, trainer
+from fused_nce.train import boards, command, config, loop, profile
+from tests.train.runs import TINY, log, resumed, trainer
 
 
 @pytest.fixture
@@ -76,3 +78,28 @@ def test_without_the_package_the_setting_is_refused(tmp_path, monkeypatch):
         command.parse("amdim", ["--run.wandb=", f"--out={tmp_path / 'b'}"])
     trainer(tmp_path / "c", "--max-steps=1").run()
     assert not (tmp_path / "c" / "tensorboard").exists()
+
+
+def test_an_error_is_what_is_seen_whatever_the_end_of_the_run_raises(tmp_path, monkeypatch, caplog):
+    """The bar, the log, its boards, the trace of half an update, and the save and the farewell that follow an error."""
+
+    def failing(said):
+        def fail(*_, **__):
+            raise RuntimeError(said)
+
+        return fail
+
+    update = loop.Trainer._update
+    monkeypatch.setattr(loop.Trainer, "_update", lambda run, *a: update(run, *a) if run.step < 7 else failing("real")())
+    monkeypatch.setattr(profile.Profile, "_read", failing("trace"))
+    run = loop.Trainer(*command.parse("amdim", [*TINY, f"--out={tmp_path / 'a'}"])[:2], profile=True)
+    bar, system = Mock(), types.SimpleNamespace(**vars(os))
+    monkeypatch.setattr(loop.host, "progress_bar", lambda **_: bar)
+    monkeypatch.setattr(loop.journal, "os", system)
+    ends = {"save": run.writer, "close": run, "bar": bar, "log": system, "board": boards.Boards}
+    for said, holder in ends.items():
+        monkeypatch.setattr(holder, "save" if said == "save" else "close", failing(said))
+    with pytest.raises(RuntimeError, match=r"^real$"):
+        run.run()
+    monkeypatch.undo()
+    assert [line.rpartition(" ")[2] for line in caplog.messages if line.startswith("the end of")] == list(ends)
