@@ -38,18 +38,29 @@ def processor() -> str:
     return cpuinfo("model name") or platform.processor() or platform.machine()
 
 
+def able() -> set[int]:
+    """The numbers of the cores that the system may run this process on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 def affinity() -> int:
-    """The cores that the system may run this process on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many those are."""
+    return len(able())
 
 
-def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """The cores that this process may use: those that it may run on, or fewer where a container limits its time."""
+def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max"), among: int | None = None) -> int:
+    """The cores that this process may use: those that it may run on, or fewer where a container limits its time.
+
+    Args:
+        quota: where the system has the limit.
+        among: those that several processes may run on, instead of its own.
+    """
+    among = affinity() if among is None else among
     try:
         most, period = quota.read_text(encoding="ascii").split()
-        return max(1, min(affinity(), int(most) // int(period)))
+        return max(1, min(among, int(most) // int(period)))
     except (OSError, ValueError):  # no control group, or "max"
-        return affinity()
+        return among
 
 
 def core_ticks(proc: Path = Path("/proc")) -> tuple[int, int]:

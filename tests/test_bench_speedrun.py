@@ -190,6 +190,10 @@ def test_a_checkpoint_keeps_the_most_cores_and_every_device_of_its_run(monkeypat
     assert extra == [[None, None], [4, both], [4, both], [None, both], [8, both]]
     old = going_on.environment({"environment": {"fused_nce": "0.1.0"}}, 1)  # an older version's
     assert old == {"cores": 2, "device": "CPU", "processes": 1}
+    pinned = [("a", {0}), ("a", {5}), ("a", {5, 6}), ("b", {0})]
+    monkeypatch.setattr(going_on, "gather_object", lambda mine: pinned)
+    monkeypatch.setattr(measure, "cores", lambda among: among)
+    assert going_on.environment({}, 4).items() >= {"cores": 4, "processes": 4}.items()
 
 
 def test_the_presets_keep_their_time_at_the_pace_of_the_first_entry():

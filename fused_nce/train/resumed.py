@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import platform
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -57,7 +59,8 @@ def for_processes(config: Method, state: dict[str, Any], world: int) -> Method:
 def environment(state: dict[str, Any], world: int) -> dict[str, Any]:
     """What a checkpoint says of where it was made, and of when the first process of its run started.
 
-    Where an earlier process had more cores or another device, `most cores` and `devices` say so.
+    Its cores are all that any of the processes may run on, each once: two that are pinned to one each have two. Where
+    an earlier process had more cores or another device, `most cores` and `devices` say so.
 
     Args:
         state: of the checkpoint that the run goes on from; empty for a new run.
@@ -67,6 +70,11 @@ def environment(state: dict[str, Any], world: int) -> dict[str, Any]:
     # fault: clock-of-resume
     began = state.get("environment", {}).get("began_utc") if state else now  # older checkpoints do not say
     found, before = measure.environment(), state.get("environment", {})
+    if world > 1:
+        machines: dict[str, set[int]] = {}
+        for machine, able in gather_object([(platform.node(), measure.able())]):
+            machines.setdefault(machine, set()).update(able)  # fault: cores-of-first
+        found["cores"] = sum(measure.cores(among=len(able)) for able in machines.values())
     most = max(found["cores"], *(before.get(key, 0) for key in ("cores", "most cores")))  # fault: cores-of-last
     devices = {*before.get("devices", []), before.get("device", found["device"]), found["device"]}
     more = {"most cores": most} if most > found["cores"] else {}
