@@ -70,6 +70,10 @@ def _report(error: Exception) -> int:
         said = printable(one_line(str(error))) or kind
         if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
             said = f"memory: {said}; a smaller optim.batch_size needs less"
+        if isinstance(error, ModuleNotFoundError):
+            from fused_nce.doctor import missing
+
+            said += "".join(f"; add: pip install {' '.join(missing()[x])}" for x in ("train",) if x in missing())
         print(f"fused-nce: {said}", file=sys.stderr)
         return USERS
     traceback.print_exception(error)

@@ -37,14 +37,15 @@ ABSENT = "not installed, or does not compute this loss"
 
 def main(argv: Sequence[str]) -> int:
     """`fused-nce bench [options]`."""
-    parser = argparse.ArgumentParser(prog="fused-nce bench", description=__doc__)
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="fused-nce bench", description=__doc__, formatter_class=form)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--loss", choices=list(FORMULAS), default="info_nce")
+    parser.add_argument("--loss", choices=list(FORMULAS), default="info_nce", help="what is timed")
     parser.add_argument("--n", type=int, default=1024, help="rows: the batch (of both views for nt_xent)")
     parser.add_argument("--d", type=int, default=256, help="width of the embeddings")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("fused-nce-bench"), help="folder (default: %(default)s)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the embeddings")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
+    parser.add_argument("--out", type=Path, default=Path("fused-nce-bench"), help="folder")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes the longest")
     options = parser.parse_args(argv)
     for name in ("n", "d"):

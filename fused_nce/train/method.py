@@ -29,7 +29,9 @@ from fused_nce.train.settings import AugmentConfig, OptimConfig, RunConfig, Scal
 
 @dataclass
 class Method:
-    """All that decides a run. A method gives `model` and `loss` their types and the class variables their values.
+    """All that decides a run.
+
+    A method gives `model` and `loss` their types and the class variables their values.
 
     Args:
         data: "digits", a folder of images (one subfolder a class), or WebDataset shards (folder or glob).

@@ -122,7 +122,8 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Called by jsonargparse for whatever it refuses."""
         names = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-        raise ValueError(one_line(str(message), names)) from ex
+        said = one_line(str(message), names)
+        raise ValueError(f"{said}; usage: {self.usage}" if "are required" in said else said) from ex
 
 
 def read(path: str | Path) -> dict[str, str]:

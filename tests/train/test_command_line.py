@@ -4,6 +4,7 @@ import json
 import linecache
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,13 @@ def test_what_is_refused_is_one_line_and_status_2(monkeypatch, capsys, kind):
     assert cli.main(["train"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "seed: must be 1, got \\x1b[2J" in line
+
+
+def test_a_package_that_is_missing_is_named_with_the_command_that_adds_it(monkeypatch, capsys):
+    planted(monkeypatch, "import nowhere_at_all")
+    monkeypatch.setattr(sys.modules["fused_nce.doctor"], "missing", lambda: {"train": ["safetensors", "tqdm"]})
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err.endswith("No module named 'nowhere_at_all'; add: pip install safetensors tqdm\n")
 
 
 SLIPS = {
