@@ -1,25 +1,39 @@
 """The optimizers and their schedule."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fused_nce.train.host import use_bf16
 from fused_nce.train.settings import OptimConfig
 from fused_nce.train.sharding import is_sharded
 
 
-def build(module: nn.Module, config: OptimConfig, *, without: nn.Module | None = None) -> torch.optim.Optimizer:
-    """One over all that is trained, the online classifiers included, with weight decay in the gradient.
+def build(
+    module: nn.Module, config: OptimConfig, *, name: str = "optimizer", without: nn.Module | None = None
+) -> dict[str, torch.optim.Optimizer]:
+    """One over all that is trained, the online classifiers included, by `name`; Muon has Adam beside it, `name`-adam.
 
     Args:
         module: what is trained.
         config: the settings.
-        without: a part of it that has an optimizer of its own.
+        name: what the optimizer is called in a checkpoint.
+        without: a part of the module that has an optimizer of its own.
     """
     apart = {id(p) for p in without.parameters()} if without is not None else set()
     trained = [p for p in module.parameters() if p.requires_grad and id(p) not in apart]
+    if config.name == "muon":
+        matrices, rest = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
+        made = Muon(matrices, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        adam = replace(config, name="adam", weight_decay=config.weight_decay if config.decay_all else 0.0)
+        return {name: made} | ({f"{name}-adam": _of(rest, adam)} if rest else {})
+    return {name: _of(trained, config)}
+
+
+def _of(trained: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = [{"params": trained}]
     if not config.decay_all:
         groups = [{"params": [p for p in trained if p.dim() > 1]}]
@@ -31,6 +45,53 @@ def build(module: nn.Module, config: OptimConfig, *, without: nn.Module | None =
         whole = not any(map(is_sharded, trained))  # torch's fused SGD knows no sharded weights
         return torch.optim.SGD(groups, **shared, momentum=config.momentum, fused=whole)
     return torch.optim.Adam(groups, **shared, betas=config.betas, eps=config.eps, fused=True)  # fault: adamw-adam
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, each weight as a matrix of (out, all the rest) (Jordan et al. 2024).
+
+    `v ← μv + g`, `w ← (1 − lr·λ)·w − lr·0.2·√max(rows, columns)·O(g + μv)`: O brings the singular values near 1, and
+    the factor gives an update the size of Adam's, whose rate it takes (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+    `torch.optim.Muon` is this without kernels of convolutions, and in bfloat16 where no hardware has it.
+
+    Args:
+        params: parameters of two dimensions or more, or groups of them.
+        lr: learning rate.
+        momentum: μ.
+        weight_decay: λ.
+    """
+
+    def __init__(self, params: Any, *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update; a parameter without a gradient stays."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                velocity = self.state[p]["momentum_buffer"].mul_(group["momentum"]).add_(p.grad)
+                update = _orthogonal(p.grad.add(velocity, alpha=group["momentum"]).flatten(1))  # fault: muon-nesterov
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                # fault: muon-size
+                p.add_(update.view(p.shape), alpha=-0.2 * group["lr"] * math.sqrt(max(update.shape)))
+        return loss
+
+
+def _orthogonal(x: Tensor) -> Tensor:
+    """U·S·Vᵀ of (M, N), the singular values S between 0.7 and 1.2 where they were no hundredth of the largest.
+
+    Five steps of y ← 3.4445·y − 4.7750·(y·yᵀ)·y + 2.0315·(y·yᵀ)²·y.
+    """
+    tall = x.shape[0] > x.shape[1]
+    y = (x.mT if tall else x).to(torch.bfloat16 if use_bf16("auto", x.device) else x.dtype)
+    y = y / y.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = y @ y.mT
+        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
+    return (y.mT if tall else y).to(x.dtype)
 
 
 class LARS(torch.optim.Optimizer):

@@ -92,16 +92,16 @@ class OptimConfig:
     """The optimizer and its schedule.
 
     Args:
-        name: "adam", "sgd" (Nesterov off) or "lars" (arXiv 1708.03888).
+        name: "adam", "sgd" (Nesterov off), "lars" (arXiv 1708.03888) or "muon" (of weights; the rest by Adam).
         epochs: length of the run, and of the cosine.
         batch_size: images of one process and one forward pass.
         accumulate: forward passes in one update.
         lr: peak learning rate.
         betas: of Adam.
         eps: of Adam.
-        momentum: of SGD and LARS.
+        momentum: of SGD, LARS and Muon.
         trust: LARS's trust coefficient.
-        weight_decay: added to the gradient.
+        weight_decay: added to the gradient; Muon's, times the rate, is taken off the weight.
         decay_all: of every parameter; false leaves biases and norms out (and LARS's scaling of their rate, too).
         warmup_updates: updates over which the rate grows linearly.
         schedule: "step" multiplies by `gamma` at each milestone, "cosine" falls to 0 at the last update.
@@ -109,7 +109,7 @@ class OptimConfig:
         gamma: factor at a milestone.
     """
 
-    name: Literal["adam", "sgd", "lars"] = "adam"
+    name: Literal["adam", "sgd", "lars", "muon"] = "adam"
     epochs: int = setting(300, AT_LEAST_1)
     batch_size: int = setting(200, number("at least 2 (the negatives are the other images)", lambda v: v >= 2))
     accumulate: int = setting(1, AT_LEAST_1)

@@ -203,7 +203,7 @@ def test_resume_is_exact(tmp_path, name, extra):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "muon"])
 def test_resume_is_exact_for_every_optimizer(tmp_path, optimizer):
     extra = [f"--optim.name={optimizer}", "--optim.decay_all=false", "--optim.accumulate=2"]
     trainer("moco", tmp_path / "a", "--max-steps=4", *extra).run()

@@ -22,7 +22,7 @@ MINI = [*(word for word in PLAIN if "backbone" not in word), "--batch-size=8"]
 WAYS = {
     "simclr": [*MINI, "--optim.name=lars", "--optim.trust=0.02", "--optim.accumulate=2"],
     "moco": [*MINI, "--model.splits=1", "--model.queue_size=48", "--checkpoint-activations=true"],
-    "amdim": [*TINY, "--precision=fp32", "--run.log_every=1"],
+    "amdim": [*TINY, "--precision=fp32", "--run.log_every=1", "--optim.name=muon"],
 }
 
 

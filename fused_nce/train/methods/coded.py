@@ -124,8 +124,8 @@ class CodedConfig(presets.TwoInits):
         """`optimizer`, and `discriminator` where there is one."""
         model: Coded = module.get_submodule("model")  # type: ignore[assignment]
         rivals = model.rivals()
-        found = {"optimizer": optim.build(module, self.optim, without=rivals)}
-        return found if rivals is None else found | {"discriminator": optim.build(rivals, self.optim)}
+        found = optim.build(module, self.optim, without=rivals)
+        return found if rivals is None else found | optim.build(rivals, self.optim, name="discriminator")
 
 
 @dataclass
