@@ -66,11 +66,13 @@ def test_our_presets_take_the_penalty_of_the_paper():
     assert [of_preset(preset).loss.penalty for preset in OURS] == [0.04] * len(OURS)
 
 
-def test_the_presets_of_a_time_differ_from_the_tiny_one_by_epochs_alone():
-    tiny = of_preset("cifar10-tiny")
+def test_the_presets_of_a_time_differ_from_the_tiny_one_by_optimizer_and_epochs_alone():
+    tiny, optimizer = of_preset("cifar10-tiny"), ["name: adam -> muon", "lr: 0.002 -> 0.005", "momentum: 0.9 -> 0.95"]
     for preset in TIMED:
-        (line,) = config.differences(tiny, of_preset(preset))
-        assert line.startswith("optim.epochs: 3 -> ")
+        lines = config.differences(tiny, of_preset(preset))
+        (epochs,) = {line.removeprefix("optim.") for line in lines} - set(optimizer)
+        assert len(lines) == 4
+        assert epochs.startswith("epochs: 3 -> ")
 
 
 def test_command_line_beats_yaml_beats_preset(tmp_path):
