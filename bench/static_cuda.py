@@ -116,8 +116,8 @@ def disassembler(nvcc: _nvcc.Nvcc) -> str | None:
     return next((str(path) for path in (beside, triton) if path.exists()), shutil.which("nvdisasm"))
 
 
-def compile_for(nvcc: _nvcc.Nvcc, source: Path, architecture: str) -> list[Kernel]:
-    """The kernels of one file.
+def compile_for(nvcc: _nvcc.Nvcc, source: Path, architecture: str, entries: Sequence[str] = ()) -> list[Kernel]:
+    """The kernels of one file; of PTX these entries alone, where some are named.
 
     Raises:
         RuntimeError: with the compiler's own words, where it fails.
@@ -125,6 +125,7 @@ def compile_for(nvcc: _nvcc.Nvcc, source: Path, architecture: str) -> list[Kerne
     with tempfile.TemporaryDirectory() as folder:
         binary = str(Path(folder, "out.cubin"))
         command = [nvcc.path, *_nvcc.FLAGS, "-std=c++17", "-cubin", f"-arch={architecture}", "-Xptxas", "-v"]
+        command += [f"-Xptxas=--entry={entry}" for entry in entries]
         done = subprocess.run([*command, str(source), "-o", binary], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"{source.name} for {architecture}: {done.stderr.strip()}")

@@ -82,7 +82,8 @@ class Rows:
         command += [f"-I{SOURCES}", str(SOURCES / "rows.cu"), str(HERE / "runtime.cpp"), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        self.text = (folder / "rows.ptx").read_text(encoding="utf-8")
+        self.ptx = folder / "rows.ptx"
+        self.text = self.ptx.read_text(encoding="utf-8")
         self.code = Module(self.text)
         self.library = ctypes.CDLL(str(library))
         self.fault = (ctypes.c_char * 512).in_dll(self.library, "fused_nce_fault")

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from bench import static_cuda
 from fused_nce import _extension, _nvcc, info_nce, moco_nce
 from fused_nce.backends import cuda
 from fused_nce.core.spec import Block, Spec, TanhClip
 from fused_nce.core.tails import Nce
 from tests.backends.test_cuda_on_host import ROUTES, statistics, summarize
+from tests.backends.test_cuda_static import MOST_ISSUED, NVCC, judge
 from tests.cases import Case, draw
 from tests.cases import run as run_case
 from tests.gpu.losses import OPEN, etas_of
@@ -46,6 +48,16 @@ def launched(library, monkeypatch):
     monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(MODULE, spec, q, k))
     with library.in_place() as names:
         yield names
+
+
+def test_the_dearest_loops_neither_spill_nor_issue_more_than_before(library):
+    """Of the machine code that ptxas makes of them for sm_90."""
+    assert NVCC is not None
+    names = {static_cuda.label(entry): entry for entry in re.findall(r"\.entry (\w+)\(", library.text)}
+    dearest = {name for passed in MOST_ISSUED for name in passed}
+    kernels = static_cuda.compile_for(NVCC, library.ptx, "sm_90", [names[name] for name in dearest])
+    assert {kernel.name for kernel in kernels} == dearest
+    judge(kernels)
 
 
 OPTIONS = ("margin", "guide, smoothing", "several positives, hard negatives", "prefixes")
