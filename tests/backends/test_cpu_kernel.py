@@ -57,24 +57,6 @@ def elsewhere(code, **environment):
     return json.loads(done.stdout)
 
 
-CLIPS = (0.0, 20.0, 60.0)
-
-
-ISAS = MODULE.build_info()["isa_compiled"] if MODULE else []  # from the oldest on
-
-
-@pytest.mark.parametrize("isa", ISAS[: ISAS.index(MODULE.build_info()["isa_active"])] if MODULE else [])
-def test_older_instruction_sets_agree(isa):
-    losses = f"[t.loss(t.arguments(37, 5, 33, clip=clip, extra_images=3, offset=2)) for clip in {CLIPS}]"
-    active, values = elsewhere(
-        f"out = t.MODULE.build_info()['isa_active'], [[x.tolist() for x in y] for y in {losses}]", FUSED_NCE_ISA=isa
-    )
-    assert active == isa
-    for clip, found in zip(CLIPS, values, strict=True):
-        wanted = loss(arguments(37, 5, 33, clip=clip, extra_images=3, offset=2))
-        assert_same([torch.tensor(v) for v in found], wanted, 3e-6)
-
-
 @pytest.mark.parametrize("isa", nightly_but(["AVX2"], ["AVX2", "SSE41"]))
 def test_bfloat16_where_onednn_may_not_multiply_it(isa):
     """oneDNN obeys ONEDNN_MAX_CPU_ISA whatever the CPU has; its bfloat16 GEMM then raises, so inputs are widened."""
@@ -82,16 +64,6 @@ def test_bfloat16_where_onednn_may_not_multiply_it(isa):
     found = [torch.tensor(x) for x in elsewhere(code, ONEDNN_MAX_CPU_ISA=isa)]
     wanted = loss(arguments(37, 5, 34, torch.bfloat16))
     assert_same(found, [x.float() for x in wanted], 2 * TOLERANCE[torch.bfloat16])
-
-
-def test_an_unknown_instruction_set_is_an_error():
-    done = subprocess.run(
-        [sys.executable, "-c", "from fused_nce import _C; _C.build_info()"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "FUSED_NCE_ISA": "sse9"},
-    )
-    assert "FUSED_NCE_ISA is 'sse9', needed: one of generic" in done.stderr
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -28,6 +28,7 @@ from fused_nce.core.spec import (
     TanhClip,
 )
 from fused_nce.core.statistics import STATISTIC
+from tests.backends import test_cpu_kernel
 
 MODULE, REASON = _extension.status()
 pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")
@@ -143,19 +144,35 @@ def test_every_statistic(layout, itself, transform, workspace_mb, monkeypatch):
 
 
 @pytest.mark.parametrize("isa", ISAS[: ISAS.index(MODULE.build_info()["isa_active"])] if MODULE else [])
-def test_filters_on_older_instruction_sets(isa, tmp_path):
+def test_older_instruction_sets_agree(isa, tmp_path):
+    """Of filters and of losses, in a process that first asks for an unknown one."""
     code = (
-        "import torch; from tests.backends.test_cpu_statistics import *\n"
+        "import os, torch; from fused_nce import _C\n"
+        "try: said = str(_C.build_info())\n"
+        "except ValueError as error: said = str(error)\n"
+        f"os.environ['FUSED_NCE_ISA'] = {isa!r}\n"
+        "from tests.backends.test_cpu_statistics import *\n"
         "every = [found('cpu', x, Identity(), y, False, filters=FILTERS) for x, y in LAYOUTS.values()]\n"
-        f"assert MODULE.build_info()['isa_active'] == {isa!r}\n"
-        f"torch.save([{{x: y.detach() for x, y in each.items()}} for each in every], {str(tmp_path / 'found')!r})"
+        "every = [{x: y.detach() for x, y in each.items()} for each in every], losses()\n"
+        f"torch.save((said, MODULE.build_info()['isa_active'], *every), {str(tmp_path / 'found')!r})"
     )
     oldest = {"avx2": "AVX2"}.get(isa, "SSE41")
-    environment = os.environ | {"FUSED_NCE_ISA": isa, "ONEDNN_MAX_CPU_ISA": oldest, "ATEN_CPU_CAPABILITY": "default"}
+    environment = os.environ | {"FUSED_NCE_ISA": "sse9", "ONEDNN_MAX_CPU_ISA": oldest, "ATEN_CPU_CAPABILITY": "default"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    for ours, (place, arguments) in zip(torch.load(tmp_path / "found"), LAYOUTS.values(), strict=True):
+    said, active, filtered, plain = torch.load(tmp_path / "found")
+    assert "FUSED_NCE_ISA is 'sse9', needed: one of generic" in said
+    assert active == isa
+    for ours, (place, arguments) in zip(filtered, LAYOUTS.values(), strict=True):
         compare(ours, found("reference", place, Identity(), arguments, False, torch.float64, FILTERS))
+    for ours, here in zip(plain, losses(), strict=True):
+        test_cpu_kernel.assert_same(ours, here, 3e-6)
+
+
+def losses():
+    """Without a clip, and with a narrow and a wide one."""
+    given = partial(test_cpu_kernel.arguments, 37, 5, 33, extra_images=3, offset=2)
+    return [test_cpu_kernel.loss(given(clip=clip)) for clip in (0.0, 20.0, 60.0)]
 
 
 def test_hardness_counts_where_exponentials_are_bounded():

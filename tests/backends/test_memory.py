@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from fused_nce import amdim_nce, tile_stats, workspace_bytes
+from fused_nce.core import dispatch
 from fused_nce.core.spec import Block, Index, Spec, TanhClip
 from fused_nce.core.tails import Nce
-from tests.conftest import why_not
+from tests.conftest import ABSENT, why_not
 
 LINUX = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to reset a high-water mark"
@@ -29,31 +30,36 @@ import json, os, sys, torch
 from fused_nce import amdim_nce
 from fused_nce.measure import peak_bytes
 
-backend, cases = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 
-def run(dtype, n, n_c, d):
+def run(backend, dtype, n, n_c, d):
     a = torch.randn(n, d, dtype=dtype).requires_grad_()
     c = torch.randn(n, n_c, d, dtype=dtype).requires_grad_()
     return peak_bytes(lambda: amdim_nce(a, c, backend=backend).loss.backward())
 
-peaks = []
-for dtype, n, n_c, d, workspace_mb in cases:
-    os.environ["FUSED_NCE_WORKSPACE_MB"] = workspace_mb
-    for rows in (8, 8, n):
-        peak = run(getattr(torch, dtype), rows, n_c, d)
-    peaks.append(peak)
+peaks = {}
+for backend, cases in json.loads(sys.argv[1]).items():
+    peaks[backend] = []
+    for dtype, n, n_c, d, workspace_mb in cases:
+        os.environ["FUSED_NCE_WORKSPACE_MB"] = workspace_mb
+        for rows in (8, 8, n):
+            peak = run(backend, getattr(torch, dtype), rows, n_c, d)
+        peaks[backend].append(peak)
 print(json.dumps(peaks))
 """
 
 
-def peaks_bytes(backend, cases):
-    """Peaks above the inputs of one loss and its gradients, in a process of their own.
+@pytest.fixture(scope="module")
+def peaks_bytes():
+    """Peaks above the inputs of one loss and its gradients, by backend, in one process of their own.
 
     Each tensor is a mapping of its own: in a heap that grows, some runs kept four score tensors more than others.
     """
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROBE, json.dumps([backend, cases])]
+    cases = {name: [(*shape, "16") for shape in SHAPES] for name in dispatch.BACKENDS if name not in ABSENT}
+    for name in cases.keys() - {"reference"}:
+        cases[name] += [(*shape, "4") for shape in GROWN]
+    command = [sys.executable, "-c", PROBE, json.dumps(cases)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -72,17 +78,16 @@ GROWN = [("float32", n, 25, 64) for n in (256, 1024)]
 
 
 @LINUX
-def test_peak_is_within_the_formula_and_grows_like_the_gradients_alone(backend):
+def test_peak_is_within_the_formula_and_grows_like_the_gradients_alone(backend, peaks_bytes):
     """At a fixed workspace four times the batch costs four times the gradients, while the scores grow sixteenfold."""
-    grown = GROWN if backend != "reference" else []
-    peaks = peaks_bytes(backend, [*((*shape, "16") for shape in SHAPES), *((*shape, "4") for shape in grown)])
+    peaks = peaks_bytes[backend]
     for (dtype, n, n_c, d), peak in zip(SHAPES, peaks, strict=False):
         formula = workspace_bytes(
             Spec(Block(n_c), TanhClip(20.0)), n, n * n_c, d, getattr(torch, dtype), backend=backend
         )
         assert peak <= outputs_bytes(dtype, n, n_c, d) + 1.1 * formula + SLACK, (dtype, n, n_c, d)
-    if grown:
-        extra = [peak - outputs_bytes(*shape) for shape, peak in zip(grown, peaks[len(SHAPES) :], strict=True)]
+    if backend != "reference":
+        extra = [peak - outputs_bytes(*shape) for shape, peak in zip(GROWN, peaks[len(SHAPES) :], strict=True)]
         scores = 4 * 1024 * 1024 * 25
         assert max(extra) <= (4 << 20) * 1.1 + SLACK < scores / 8
         assert extra[1] - extra[0] <= SLACK
