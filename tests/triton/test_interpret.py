@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 def interpret(*arguments: str, selected: str = "", marked: str = "not nightly") -> str:
     """Run tests under the interpreter; their last line. Fails with all they say."""
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
+    command += ["-p", "tests.triton.once"]
     done = subprocess.run(
         [*command, "-k", selected, "-m", marked, *arguments],
         cwd=ROOT,
