@@ -43,7 +43,7 @@ def test_fixed_cases(backend, dtype, block, record_eta):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fresh_cases(backend, dtype, fresh_seed, record_eta):
-    sweep(backend, dtype, fresh_seed, BLOCK, record_eta)
+    sweep(backend, dtype, fresh_seed, BLOCK // 4, record_eta)
 
 
 @pytest.mark.nightly

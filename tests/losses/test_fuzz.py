@@ -56,7 +56,7 @@ def test_fixed_cases(dtype, block, record_eta):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fresh_cases(dtype, fresh_seed, record_eta):
-    sweep(dtype, fresh_seed, BLOCK // 2, record_eta)
+    sweep(dtype, fresh_seed, BLOCK // 4, record_eta)
 
 
 @pytest.mark.nightly
