@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,13 +36,18 @@ def from_dict(values: dict[str, Any]) -> Method:
 
 
 def _parser(name: str) -> tuple[type[Method], Any]:
+    method = methods.get(name)
+    return method, _parser_of(method)
+
+
+@functools.cache  # it takes longer to make than to use
+def _parser_of(method: type[Method]) -> Any:
     from fused_nce.train import options
 
-    method = methods.get(name)
     parser = options.parser(prog=method.method)
     parser.fixed = {"method": method.method}
     parser.add_class_arguments(method)
-    return method, parser
+    return parser
 
 
 def instantiate(method: type[Method], parser: Any, namespace: Any) -> Method:
