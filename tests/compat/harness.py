@@ -1,4 +1,4 @@
-"""What the tests of the adapters share: random configurations, in two dtypes, against a dense formula: 50, nightly 200.
+"""What the tests of the adapters share: random configurations, in two dtypes, against a dense formula: 25, nightly 200.
 
 float64 shows a wrong formula: within 1e-10 of the largest gradient. float32, on whatever backend is chosen, is held to
 5e-5 of it: 2^-24·(4 + √D)·|s| for the scores, whose largest here is 1/0.07, with a factor of ten to spare.
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-CONFIGURATIONS, NIGHTLY = 50, 200
+CONFIGURATIONS, NIGHTLY = 25, 200
 WITHIN = {torch.float64: 1e-10, torch.float32: 5e-5}
 
 

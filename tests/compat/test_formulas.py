@@ -1,4 +1,4 @@
-"""Every adapter on 50 random configurations: values and gradients are those of the formula that it stands in for."""
+"""Every adapter on random configurations: values and gradients are those of the formula that it stands in for."""
 
 from __future__ import annotations
 

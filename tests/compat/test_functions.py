@@ -1,4 +1,4 @@
-"""Projects whose losses are functions: solo-learn, Inf-CL and Deep InfoMax, on 50 random configurations each."""
+"""Projects whose losses are functions: solo-learn, Inf-CL and Deep InfoMax, on random configurations each."""
 
 from __future__ import annotations
 

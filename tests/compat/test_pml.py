@@ -1,4 +1,4 @@
-"""pytorch-metric-learning's losses on 50 random configurations, its memory, its state, and the way out to upstream."""
+"""pytorch-metric-learning's losses on random configurations, its memory, its state, and the way out to upstream."""
 
 from __future__ import annotations
 

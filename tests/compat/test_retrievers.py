@@ -20,11 +20,11 @@ from torch import nn
 from fused_nce import patch
 from fused_nce.compat import flagembedding, known, swift, tevatron
 from tests.compat import packages
-from tests.compat.harness import CONFIGURATIONS
 from tests.distributed import launch
 
 pytestmark = pytest.mark.nightly
 DTYPES = (torch.float64, torch.float32)
+CONFIGURATIONS = 50
 
 
 def drawn(seed):

@@ -1,4 +1,4 @@
-"""lightly's decoupled losses and the tasks of Lightning Bolts, on 50 random configurations each."""
+"""lightly's decoupled losses and the tasks of Lightning Bolts, on random configurations each."""
 
 from __future__ import annotations
 
