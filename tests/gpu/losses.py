@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from fused_nce.losses.registry import LOSSES
 from tests.budget import eta, precision
-from tests.losses.sensitivity import exact
-from tests.losses.test_registry import posed, run, widened
+from tests.losses.test_registry import budget_of, posed, run
 
 OPEN = [name for name, entry in LOSSES.items() if not entry.closed]
 
@@ -26,9 +24,7 @@ def etas_of(
 ) -> dict[str, float]:
     """η of the registered example's value and gradients."""
     entry, inputs, leaves = posed(name, seed, dtype)
-    wide = {key: widened(x, key in leaves) for key, x in inputs.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        budget = exact(entry, wide, leaves, precision(dtype, backend), patch)
+    budget = budget_of(name, seed, dtype, precision(dtype, backend))
     here = {key: placed(x, device) for key, x in inputs.items()}
     out, grads = run(entry, here, leaves, backend, upstream)
     etas = {"loss": eta(out.loss, budget.loss.numpy(), budget.loss_budget.numpy())}
