@@ -33,21 +33,9 @@ from fused_nce.bench.rivals import make
 
 UNIT = re.compile(r"_(ms|s|bytes|kib|mib|gib|share)(_|$)|gflop_per_s|^flop$")
 UNITLESS = {
-    "schema",
-    "n_a",
-    "n_c",
-    "d",
-    "rounds",
-    "cores",
-    "threads",
-    "dirty",
-    "virtual",
-    "judged",
-    "mm",
-    "onednn",
-    "openblas",
+    "schema", "n_a", "n_c", "d", "rounds", "cores", "threads", "dirty", "virtual", "judged", "mm", "onednn", "openblas",
     "zendnn",
-}
+}  # fmt: skip
 SHAPES = [(8, 4, 16), (16, 4, 16), (24, 4, 16), (32, 4, 16)]
 
 

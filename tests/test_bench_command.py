@@ -14,19 +14,7 @@ from fused_nce.bench.rivals import RIVALS, Rival
 
 
 def test_a_run_prints_a_table_and_leaves_a_picture_and_a_json(tmp_path, capsys):
-    options = [
-        "--loss",
-        "info_nce",
-        "--n",
-        "48",
-        "--d",
-        "16",
-        "--device",
-        "cpu",
-        "--no-compile",
-        "--out",
-        str(tmp_path),
-    ]
+    options = ["--loss=info_nce", "--n=48", "--d=16", "--device=cpu", "--no-compile", f"--out={tmp_path}"]
     assert cli.main(["bench", *options]) == 0
     said = capsys.readouterr().out
     record = json.loads((tmp_path / "bench.json").read_text())

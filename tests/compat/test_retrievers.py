@@ -179,11 +179,7 @@ def test_what_is_refused(monkeypatch):
     model.temperature, model.kd_loss_type = 1.0, "mse"
     for kind, message, call in (
         (ValueError, r"y: got 8 passages, need 3 for each of 4", lambda: simple(3)(q, p)),
-        (
-            ValueError,
-            r"p: got 7 passages, need a multiple of the 4",
-            lambda: simple()(q, p[1:]),
-        ),
+        (ValueError, r"p: got 7 passages, need a multiple of the 4", lambda: simple()(q, p[1:])),
         (ValueError, r"reduction: got 'max', need", lambda: simple(2)(q, p, reduction="max")),
         (NotImplementedError, r"target: got one among", lambda: everywhere(q, p, torch.arange(4))),
         (NotImplementedError, r"reduction: got 'sum' among", lambda: everywhere(q, p, reduction="sum")),

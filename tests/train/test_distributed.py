@@ -125,19 +125,10 @@ def test_torchrun_replaces_a_killed_process_and_the_run_goes_on_exactly(tmp_path
 def test_accelerate_launches_as_torchrun_does(tmp_path):
     """`--multi_gpu` is its word for several processes by torchrun; `--cpu` takes MPI."""
     words = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        *words,
-        "--main_process_port=0",
-        *CLI,
-        "train",
-        "amdim",
-    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *words, "--main_process_port=0", *CLI]
     options = [*TINY, "--max-steps=4"]
     done = subprocess.run(
-        [*command, *options, f"--out={tmp_path / 'a'}"],
+        [*command, "train", "amdim", *options, f"--out={tmp_path / 'a'}"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
