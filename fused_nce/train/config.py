@@ -36,7 +36,7 @@ def from_dict(values: dict[str, Any]) -> Method:
 
 
 def _parser(name: str) -> tuple[type[Method], Any]:
-    method = methods.get(name)
+    method: Any = methods.get(name)  # a class, which mypy takes for as hashable as its instances
     return method, _parser_of(method)
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from triton.runtime import interpreter
 
-patch_all, Scope = interpreter._patch_lang, interpreter._LangPatchScope
+patch_all = interpreter._patch_lang
+Scope: Any = interpreter._LangPatchScope
 patched: set[int] = set()  # namespaces of functions, in the launch that runs
 
 
-class Launch(Scope):  # type: ignore[misc]
+class Launch(Scope):
     """Of the first call, which is the launch: the interpreter takes back this one alone."""
 
     def restore(self) -> None:
