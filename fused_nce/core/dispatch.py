@@ -51,14 +51,15 @@ def backend_module(name: str) -> Backend:
     return cast(Backend, importlib.import_module(f"fused_nce.backends.{name}"))
 
 
-def why_not(backend: str, spec: Spec, q: Tensor, k: Tensor | None) -> str | None:
+def why_not(backend: str, spec: Spec, q: Tensor, k: Tensor | None, scale: float | Tensor = 1.0) -> str | None:
     """Why a backend cannot run a spec on these tensors; None if it can. k None is q: one gradient for both roles."""
     module = backend_module(backend)
     used = spec.atoms | ({"self"} if k is None else {"mixed"} if k.dtype != q.dtype else set())
     missing = used - module.ATOMS
     if missing:
         return f"it has no {', '.join(sorted(missing))}"
-    return module.why_not(spec, q, q if k is None else k) or first_contact.why_not(backend, backend_module, spec, q, k)
+    reason = module.why_not(spec, q, q if k is None else k)
+    return reason or first_contact.why_not(backend, backend_module, spec, q, k, scale)
 
 
 def planned(call: Call, spec: Spec, q: Tensor, k: Tensor | None) -> Call:
@@ -83,8 +84,8 @@ def backend_of(problem: Problem, requested: str, call: Call = ANY_CALL) -> tuple
     if requested.startswith(RING):
         from fused_nce.core.distributed import ring
 
-        return ring.backend(problem, requested, choose)
-    return choose(problem.spec, problem.q, None if problem.shared else problem.k, requested, call)
+        return ring.backend(problem, requested, functools.partial(choose, scale=problem.scale))
+    return choose(problem.spec, problem.q, None if problem.shared else problem.k, requested, call, problem.scale)
 
 
 def whole_loss(
@@ -111,14 +112,14 @@ def whole_loss(
         if q.device.type == "cpu" and requested in ("", AUTOMATIC[0]):
             return None
         q, k = q.detach()[:1].expand(2 * q.shape[0], -1), None
-    name = requested or AUTOMATIC[0]
+    name, by = requested or AUTOMATIC[0], scale if leaves[2] is None else leaves[2]
     if not requested and q.device.type != "cpu":
         graph = torch.is_grad_enabled()
         on_q, on_k, on_scale = (graph and x is not None and x.requires_grad for x in leaves[:3])
         needs = Needs(on_q or on_k, False, on_scale) if twins else Needs(on_q, on_k, on_scale)
-        name = choose(spec, q, k, "", Call.of("loss", needs, bool(tail.penalty)))[0]
+        name = choose(spec, q, k, "", Call.of("loss", needs, bool(tail.penalty)), by)[0]
     whole = backend_module(name).whole_loss
-    if whole is None or (name != "cpu" and why_not(name, spec, q, k) is not None):
+    if whole is None or (name != "cpu" and why_not(name, spec, q, k, by) is not None):
         return None
     found = whole(spec, tail, leaves, scale, offset, normalize, parts, report_groups, twins)
     if found is not None and (requested or q.device.type == "cpu"):
@@ -135,7 +136,9 @@ def blocks_of(requested: str) -> int:
     return ring.parse(requested)[0].size
 
 
-def choose(spec: Spec, q: Tensor, k: Tensor | None, requested: str, call: Call = ANY_CALL) -> tuple[str, Backend]:
+def choose(
+    spec: Spec, q: Tensor, k: Tensor | None, requested: str, call: Call = ANY_CALL, scale: float | Tensor = 1.0
+) -> tuple[str, Backend]:
     """The backend to run: the requested one (the call's, else `FUSED_NCE_BACKEND`), else the fastest that can.
 
     Args:
@@ -144,13 +147,14 @@ def choose(spec: Spec, q: Tensor, k: Tensor | None, requested: str, call: Call =
         k: (M, D) columns; None if they are the rows.
         requested: a backend's name, or "".
         call: which gradients are wanted; its other fields follow from the spec and the tensors.
+        scale: of the scores.
 
     Raises:
         ValueError: for an unknown name, or when a requested backend cannot run this.
         RuntimeError: under `FUSED_NCE_STRICT=1`, when the automatic choice would be a fallback.
     """
     names = automatic(q, k, planned(call, spec, q, k))
-    return choose_by(lambda name: why_not(name, spec, q, k), names, requested, f"{spec.code} on {q.device}")
+    return choose_by(lambda name: why_not(name, spec, q, k, scale), names, requested, f"{spec.code} on {q.device}")
 
 
 def choose_by(

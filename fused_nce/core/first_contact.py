@@ -1,9 +1,9 @@
 """The first use of a GPU backend: no number of it is believed before a small problem came out right on this very card.
 
 A card, driver, torch, Triton and build that meet for the first time were never seen together by anybody. So the first
-call of each spec, dtype and width runs a problem of a few odd rows on the GPU and in float64 on the CPU, and one of
-some more rows that backends take for a large one. A verdict is kept in memory and in the user's cache folder, a file
-for each such combination; a backend that failed is one that cannot run the call, and says so.
+call of each spec, dtype, width and kind of scale runs a problem of a few odd rows on the GPU and in float64 on the CPU,
+and one of some more rows that backends take for a large one. A verdict is kept in memory and in the user's cache
+folder, a file for each such combination; a backend that failed is one that cannot run the call, and says so.
 `FUSED_NCE_FIRST_CONTACT=0` believes everything.
 """
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fused_nce import _extension
 from fused_nce._version import __version__
-from fused_nce.core import tails
+from fused_nce.core import atoms, tails
 from fused_nce.core.prefixes import Prefixed
 from fused_nce.core.problem import Backend, Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import Bias, Block, Index, Labels, Separate, Several, Spec
@@ -39,20 +39,26 @@ ON = ("cuda", "triton")  # backends with code for one kind of card
 ROWS, COLUMNS = 37, 53  # odd, beyond one tile of rows, and no multiple of a vector
 # Of what is taken for large: more of both than a walk of 256, and three blocks of as many where rows are columns.
 LARGE, LARGE_ITSELF = (261, 277), (549, 549)
-MOST_SCORES, MOST_NUMBERS = 1 << 20, 1 << 23  # of a problem of images, and of its q or k: an oracle takes its time
+MOST_SCORES, MOST_NUMBERS = 1 << 20, 1 << 22  # of a problem of images, and of its q or k: an oracle takes its time
 # Of the largest entry of a statistic or gradient. What a wrong kernel gives is off by its own size; what rounds
 # differently, by less than this: weights enter 16-bit products in 16 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+TF32_TOLERANCE = TOLERANCE[torch.float16]  # of float32 whose products may be TF32's, of as many digits as float16's
+SCALE = 0.9
+FAR = 50.0  # of rows of length one: scores have a shift
+STEEP = 30.0  # scores' size where e^t overflows without a shift
 
 PLAYED = "cuda"  # the device type that counts as a card; a test has another
 _logger = logging.getLogger("fused_nce")
-_verdicts: dict[tuple[str, str], str] = {}  # by device; backend, dtypes, width and spec; "" is sound
+_verdicts: dict[tuple[str, str], str] = {}  # by device; backend, dtypes, width, scale and spec; "" is sound
 _failures: Counter[tuple[str, str]] = Counter()  # of trials whose failure may not last
 TRIES = 3
 _busy = threading.local()
 
 
-def why_not(name: str, of: Callable[[str], Backend], spec: Spec, q: Tensor, k: Tensor | None) -> str | None:
+def why_not(
+    name: str, of: Callable[[str], Backend], spec: Spec, q: Tensor, k: Tensor | None, scale: float | Tensor
+) -> str | None:
     """Why a backend is not to be believed with this spec on this card, or None. k None is q; `of` gives backends.
 
     A call within a trial, or one that is being captured in a CUDA graph, is not tried.
@@ -61,14 +67,16 @@ def why_not(name: str, of: Callable[[str], Backend], spec: Spec, q: Tensor, k: T
     if name not in ON or device.type != PLAYED or os.environ.get("FUSED_NCE_FIRST_CONTACT", "1") == "0":
         return None
     there = str(device)
-    key = f"{name} {_short(q)} {'itself' if k is None else _short(k)} {q.shape[1]} {spec.code}"
+    products = "tf32 " if tf32(q.dtype, q.dtype if k is None else k.dtype) else ""
+    key = f"{name} {_short(q)} {'itself' if k is None else _short(k)} {products}{q.shape[1]} {_kind(spec, scale)} "
+    key += spec.code
     if (there, key) not in _verdicts:
         if getattr(_busy, "now", False) or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
             return None
         _verdicts.update({(there, kept): verdict for kept, verdict in _read(path(device)).items()})
     if (there, key) not in _verdicts:  # fault: trial-never
         with torch.device("cpu"):
-            tried = problems(spec, q.dtype, None if k is None else k.dtype, q.shape[1])
+            tried = problems(spec, q.dtype, None if k is None else k.dtype, q.shape[1], scale)
         found, lasts = trial(of(name), of("reference"), tried, device)
         _failures[there, key] += not lasts
         if not lasts and _failures[there, key] < TRIES:
@@ -90,7 +98,7 @@ def trial(
     """
     try:
         for p, as_large in zip(tried, (False, True), strict=True):  # fault: trial-large
-            tolerance = TOLERANCE[p.q.dtype]
+            tolerance = allowed(p)
             with believing(as_large), torch.no_grad(), torch.autocast(device.type, enabled=False):
                 for what, found, right in _compared(p, backend, reference, device):
                     if (difference := off(found, right)) > tolerance:
@@ -134,10 +142,51 @@ def _compared(
         yield from _plain(there, exact, backend, reference, tail)
 
 
-def problems(spec: Spec, q_dtype: torch.dtype, k_dtype: torch.dtype | None, width: int) -> tuple[Problem, Problem]:
-    """A small one for a spec, and one to be taken for large, on the CPU, always the same. k_dtype None: k is q."""
+def tf32(*dtypes: torch.dtype) -> bool:
+    """Whether products of these may be TF32's."""
+    allowed = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return torch.float32 in dtypes and allowed
+
+
+def allowed(p: Problem) -> float:
+    """The tolerance of a problem: of the coarser dtype, and by how much more its scale makes of a score's rounding."""
+    found = max(TOLERANCE[x.dtype] for x in (p.q, p.k))  # fault: trial-mixed-fine
+    scale = float(p.scale) / (p.q.shape[1] ** 0.5 if p.spec.unit_norm else 1.0)  # scores' size
+    if tf32(p.q.dtype, p.k.dtype):  # fault: trial-tf32-fine
+        return max(found, TF32_TOLERANCE) + 2.5e-4 * scale
+    return found + 4e-6 * scale
+
+
+def _kind(spec: Spec, scale: float | Tensor) -> str:
+    """What kernels are compiled for, of a scale."""
+    if isinstance(scale, Tensor):
+        return "tensor"  # fault: trial-number-for-tensor
+    none = torch.empty(0)
+    return "near" if atoms.shiftless(Problem(none, none, scale, spec, 0)) else "far"
+
+
+def _scales(spec: Spec, width: int, scale: float | Tensor, exact: bool) -> tuple[float | Tensor, float | Tensor]:
+    """Of the small problem and of the large one, of the given scale's kind: where nothing bounds scores and products
+    are exact, e^t of the large one's overflows without a shift.
+    """
+    kind = _kind(spec, scale)
+    first = FAR if kind == "far" and spec.unit_norm and spec.clip is None else SCALE
+    steep = kind != "near" and spec.clip is None and exact  # fault: trial-never-steep
+    second = STEEP * (width**0.5 if spec.unit_norm else 1.0) if steep else first
+    return (torch.tensor(first), torch.tensor(second)) if kind == "tensor" else (first, second)
+
+
+def problems(
+    spec: Spec, q_dtype: torch.dtype, k_dtype: torch.dtype | None, width: int, scale: float | Tensor = SCALE
+) -> tuple[Problem, Problem]:
+    """A small one for a spec, and one to be taken for large, on the CPU, always the same. k_dtype None: k is q.
+
+    `scale`: a call's, of whose kind theirs are.
+    """
     more = LARGE_ITSELF if k_dtype is None else LARGE
-    return problem(spec, q_dtype, k_dtype, width), problem(spec, q_dtype, k_dtype, width, *more)
+    small, large = _scales(spec, width, scale, not tf32(q_dtype, k_dtype or q_dtype))
+    one, two = problem(spec, q_dtype, k_dtype, width), problem(spec, q_dtype, k_dtype, width, *more)
+    return one._replace(scale=small), two._replace(scale=large)
 
 
 def problem(
@@ -175,7 +224,7 @@ def problem(
     return Problem(
         q,
         q if shared else k,
-        0.9,
+        SCALE,
         spec,
         0,
         bias=torch.tensor(-0.5) if isinstance(spec.transform, Bias) else 0.0,
@@ -277,36 +326,47 @@ def _plain(
 
         leaves = [x.clone().requires_grad_() for x in of(there)]
         scored = there.k if own else leaves[1] if len(leaves) > 1 else None
-        given = (leaves[0], scored, None, None, None, leaves[1].detach() if own else None, None, None)
+        learnt = [there.scale.clone().requires_grad_()] if isinstance(there.scale, Tensor) else []
+        rows = (leaves[0], scored, *(learnt or [None]), None, None, leaves[1].detach() if own else None, None, None)
         with torch.enable_grad():
-            made = backend.whole_loss(spec, tail, given, 0.9, 0, normalize, False, 1, twins)
+            factor = 1.0 if learnt else cast(float, there.scale)
+            made = backend.whole_loss(spec, tail, rows, factor, 0, normalize, False, 1, twins)
             if made is None:
                 continue
-            found = torch.autograd.grad(made[0], leaves[:1] if own else leaves)
+            given = leaves[:1] if own else leaves
+            found = torch.autograd.grad(made[0], [*given, *learnt])
             roots = [x.clone().requires_grad_() for x in of(exact)]
             unit = [torch.nn.functional.normalize(x, dim=1) if normalize else x * 1 for x in roots]
         q, second = (x.detach() for x in (unit[0], unit[-1]))
         if twins:
             q = second = torch.stack([q, second], dim=1).flatten(0, 1)
-        small = exact._replace(q=q, k=exact.k if own else second, scale=0.9)
+        small = exact._replace(q=q, k=exact.k if own else second)
         if own:
-            small = small._replace(positives=0.9 * (q * second).sum(dim=1, keepdim=True))
-        known, g = _run(small, reference, tail, Needs(True, not exact.shared and not own, False))
-        (value, *_, report), wanted = reference.summary([small], [tail], [known], [1]), [g.dq, g.dk]
+            small = small._replace(positives=small.scale * (q * second).sum(dim=1, keepdim=True))
+        known, g = _run(small, reference, tail, Needs(True, not exact.shared and not own, bool(learnt)))
+        (value, *_, report), wanted, dscale = reference.summary([small], [tail], [known], [1]), [g.dq, g.dk], g.dscale
         if twins:
             wanted = [g.dq[0::2], g.dq[1::2]]
         if own:
             on = reference.slopes(small, tail, known, tail.unit(small.n), 1.0)
-            wanted[0] = wanted[0] + 0.9 * on.d_pos * second
+            wanted[0] = wanted[0] + small.scale * on.d_pos * second
+            dscale = dscale + (on.d_pos * small.positives).sum() / small.scale if learnt else dscale
         yield "a plain call's loss", made[0], value
         yield "a plain call's report", torch.stack([*made[3].values()]), report[0]
-        for what, x, root, through, d in zip(("dq", "dk"), found, roots, unit, wanted, strict=False):
+        for what, x, root, through, d in zip(("dq", "dk"), found[: len(given)], roots, unit, wanted, strict=False):
             yield f"a plain call's {what}", x, torch.autograd.grad(through, root, d)[0]
+        if learnt:
+            yield "a plain call's dscale", found[-1], dscale
 
 
 def off(found: Tensor, wanted: Tensor) -> float:
     """The largest difference in units of the largest entry; inf where other entries are finite, or other infinities."""
     found, wanted = found.detach().double().cpu(), wanted.detach().double()
+    if found.shape != wanted.shape:
+        return float("inf")
+    most, size = (float(x.abs().amax()) if x.numel() else 0.0 for x in (found - wanted, wanted))
+    if math.isfinite(most):  # then so are all
+        return most / max(size, 1e-30)
     finite = wanted.isfinite()
     if not torch.equal(found.isfinite(), finite):  # fault: trial-nan-unseen
         return float("inf")

@@ -31,8 +31,9 @@ def executed(call: Call, x: Scores, requested: str) -> int:
     spec, (n, d), m = specs.parse(x.spec), x.q.shape, x.keys.shape[0]
     name = requested or os.environ.get("FUSED_NCE_BACKEND", "")
     if name not in dispatch.BACKENDS:  # one is to be chosen, or the ring's
-        able = (name for name in dispatch.automatic(x.q, x.k, call) if not dispatch.why_not(name, spec, x.q, x.k))
-        name = next(able, "chunked")
+        scale = x.scale if x.scale_tensor is None else x.scale_tensor
+        names = dispatch.automatic(x.q, x.k, call)
+        name = next((name for name in names if not dispatch.why_not(name, spec, x.q, x.k, scale)), "chunked")
     of_plan = getattr(dispatch.backend_module(name), "tiles", None)
     tiles = of_plan(spec, call, n, m, d, x.q.dtype) if of_plan else call.strip_tiles()
     products = call.gemms(name, tiles, x.q.dtype)

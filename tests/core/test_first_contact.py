@@ -39,9 +39,9 @@ SPECS = {
 needs_kernels = pytest.mark.skipif(_extension.status()[0] is None, reason="no C++ kernels on this machine")
 
 
-def trial(backend, name, dtype, width=40):
+def trial(backend, name, dtype, width=40, scale=first_contact.SCALE, k_dtype=None):
     spec = SPECS[name]
-    problems = first_contact.problems(spec, dtype, None if spec.drop_self else dtype, width)
+    problems = first_contact.problems(spec, dtype, None if spec.drop_self else k_dtype or dtype, width, scale)
     return first_contact.trial(backend, dispatch.backend_module("reference"), problems, CPU)
 
 
@@ -53,16 +53,21 @@ def test_problems_of_images_are_bounded(layout, width):
         assert p.n // layout.rows_per_image == p.m // layout.n_c >= 15
 
 
+SCALES = {"near": first_contact.SCALE, "far": 64.0, "tensor": torch.tensor(2.0)}
+
+
 @needs_kernels
 def test_sound_kernels_pass(monkeypatch):
-    """By the operators and by plain calls."""
+    """By the operators and by plain calls, by each kind of scale."""
     module: Any = _extension.status()[0]
     monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k))
     failed = {
-        (name, dtype): found
-        for name in SPECS
+        (name, dtype, kind): found
+        for name, spec in SPECS.items()
         for dtype in first_contact.TOLERANCE
-        if (found := trial(cuda, name, dtype)) != ("", True)
+        for kind, scale in SCALES.items()
+        if dtype != torch.float16 or kind == "tensor"  # one kind is enough for it
+        if (spec.unit_norm or kind != "far") and (found := trial(cuda, name, dtype, scale=scale)) != ("", True)
     }
     assert failed == {}
 
@@ -86,13 +91,13 @@ def test_a_plain_call_is_tried_too(normalize, monkeypatch):
 
 
 class Faulty:
-    """`chunked`, wrong in one place."""
+    """A backend, wrong in one place of what it makes, or of what it is given."""
 
-    def __init__(self, field, change):
-        self.field, self.change = field, change
+    def __init__(self, field="", change=lambda x: x, of=chunked, given=lambda problem: problem):
+        self.field, self.change, self.of, self.given = field, change, of, given
 
     def __getattr__(self, name):
-        return getattr(chunked, name)
+        return getattr(self.of, name)
 
     def spoilt(self, made):
         return tuple(
@@ -100,14 +105,14 @@ class Faulty:
             for x in made
         )
 
-    def loss(self, *args):
-        return self.spoilt(chunked.loss(*args))
+    def loss(self, problem, *args):
+        return self.spoilt(self.of.loss(self.given(problem), *args))
 
-    def stats(self, *args):
-        return self.spoilt([chunked.stats(*args)])[0]
+    def stats(self, problem):
+        return self.spoilt([self.of.stats(self.given(problem))])[0]
 
-    def grads(self, *args):
-        return self.spoilt([chunked.grads(*args)])[0]
+    def grads(self, problem, *args):
+        return self.spoilt([self.of.grads(self.given(problem), *args)])[0]
 
 
 def first_to_zero(x):
@@ -128,6 +133,84 @@ def test_one_wrong_number_is_seen(field):
             assert "its first test on this card failed: " + field in found, (change, dtype)
             assert lasts
     assert trial(Faulty(field, lambda x: x), "amdim", torch.float32) == ("", True)
+
+
+def louder(problem):
+    """A scale that is a tensor, a fifth too large."""
+    return problem._replace(scale=problem.scale * 1.2) if isinstance(problem.scale, torch.Tensor) else problem
+
+
+@pytest.mark.parametrize("of", [chunked, pytest.param(cuda, marks=needs_kernels)])
+def test_a_tensor_as_scale_is_tried_where_a_call_has_one(of, monkeypatch):
+    module: Any = _extension.status()[0]
+    monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k))
+    for name in ("both ways", "amdim"):
+        assert trial(Faulty(of=of, given=louder), name, torch.bfloat16) == ("", True)
+        assert "is off by" in trial(Faulty(of=of, given=louder), name, torch.bfloat16, scale=SCALES["tensor"])[0]
+
+
+@needs_kernels
+def test_a_plain_call_learns_its_scale(monkeypatch):
+    """The gradient of a scale that is a tensor, of rows and of one's own keys: here it is lost."""
+
+    class Lost(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, scale):
+            return scale.clone()
+
+        @staticmethod
+        def backward(ctx, d):
+            return d * 0.8
+
+    module: Any = _extension.status()[0]
+    whole: Any = cuda.whole_loss
+
+    def spoilt(spec, tail, leaves, *rest):
+        return whole(spec, tail, (*leaves[:2], leaves[2] and Lost.apply(leaves[2]), *leaves[3:]), *rest)
+
+    monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k))
+    for name in ("views", "queue, a key a row"):
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda, "whole_loss", spoilt)
+            assert "a plain call's dscale" in trial(cuda, name, torch.bfloat16, scale=SCALES["tensor"])[0]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("both ways", "near"), ("both ways", "tensor"), ("queue", "far")])
+def test_a_shift_that_is_missing_is_seen(name, kind):
+    """e^t, which nothing bounds, overflows without one; of rows of length one and a small number it does not."""
+    for dtype in first_contact.TOLERANCE:
+        assert "rows: neg_lse" in trial(Faulty("rows", lambda x: x.exp().log()), name, dtype, scale=SCALES[kind])[0]
+
+
+@pytest.fixture
+def allow_tf32():
+    """Torch's own switch, as a function of how it stands."""
+    before, on = torch.backends.cuda.matmul.fp32_precision, torch.backends.cuda.matmul
+    yield lambda precision: setattr(on, "fp32_precision", precision)
+    on.fp32_precision = before
+
+
+def tf32(x):
+    """10 digits of 23."""
+    return ((x.float().view(torch.int32) + 4096) & -8192).view(torch.float32)
+
+
+def test_tf32_is_allowed_where_torch_allows_it(allow_tf32):
+    coarse = Faulty(given=lambda p: p._replace(q=tf32(p.q), k=tf32(p.k)))
+    for name, kind in (("amdim", "near"), ("both ways", "tensor"), ("queue", "far")):
+        allow_tf32("ieee")
+        assert "is off by" in trial(coarse, name, torch.float32, scale=SCALES[kind])[0]
+        allow_tf32("tf32")
+        for sound in (coarse, Faulty()):
+            assert trial(sound, name, torch.float32, scale=SCALES[kind]) == ("", True)
+        assert "dq" in trial(Faulty("dq", first_to_zero), name, torch.float32, scale=SCALES[kind])[0]
+
+
+def test_a_gradient_of_mixed_dtypes_may_be_as_coarse_as_its_input():
+    for wrong, change in ((False, lambda x: x.bfloat16()), (True, lambda x: first_to_zero(x).bfloat16())):
+        found, lasts = trial(Faulty("dk", change), "amdim", torch.float32, k_dtype=torch.bfloat16)
+        assert bool(found) == wrong
+        assert lasts
 
 
 def test_infinities_have_a_sign():
@@ -173,9 +256,9 @@ def backend_used():
     return path.backend
 
 
-def run():
+def run(**options):
     q, k = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
-    return info_nce(q, k)
+    return info_nce(q, k, **options)
 
 
 def test_a_failed_backend_is_not_used_and_says_why(card, caplog, monkeypatch):
@@ -190,6 +273,19 @@ def test_a_failed_backend_is_not_used_and_says_why(card, caplog, monkeypatch):
     monkeypatch.setenv("FUSED_NCE_FIRST_CONTACT", "0")
     run()
     assert backend_used() == "cuda"
+
+
+def test_each_kind_of_call_has_a_verdict_of_its_own(card, allow_tf32):
+    """By a number or a tensor as scale, near or far, and with TF32 or without."""
+    file = card(Faulty(given=louder))
+    used = []
+    for options in ({}, {"temperature": torch.tensor(0.5)}, {"temperature": 0.01}, {}):
+        run(normalize=True, **options)
+        used.append(backend_used())
+    allow_tf32("tf32")
+    run(normalize=True)
+    assert [*used, backend_used()] == ["cuda", "chunked", "cuda", "cuda", "cuda"]
+    assert len(json.loads(file.read_text())) == 4
 
 
 def test_a_sound_backend_is_tried_once_and_the_verdict_kept(card, monkeypatch):

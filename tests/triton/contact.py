@@ -35,9 +35,10 @@ def _two_blocks(monkeypatch):
     monkeypatch.setattr(first_contact, "LARGE_ITSELF", (270, 270))
 
 
-def trial(spec: Spec) -> tuple[str, bool]:
-    dtype = torch.float32 if spec.columns else torch.float16  # whose weights are not stored
-    problems = first_contact.problems(spec, dtype, None if spec.drop_self else dtype, 16)
+def trial(spec: Spec, scale: float | torch.Tensor = 1.0, mixed: bool = False) -> tuple[str, bool]:
+    dtype = torch.float32 if spec.columns or mixed else torch.float16  # whose weights are not stored
+    k_dtype = None if spec.drop_self else torch.float16 if mixed else dtype
+    problems = first_contact.problems(spec, dtype, k_dtype, 16, scale)
     sides: Any = (backend, reference)  # modules
     return first_contact.trial(sides[0], sides[1], problems, CPU)
 
@@ -45,6 +46,14 @@ def trial(spec: Spec) -> tuple[str, bool]:
 @pytest.mark.parametrize("name", nightly_but(["views", "both ways"], TAKEN))
 def test_sound_kernels_pass(name):
     assert trial(TAKEN[name]) == ("", True)
+
+
+KINDS = [("views", torch.tensor(1.0), False), ("both ways", torch.tensor(1.0), True), ("targets", 1.0, True)]
+
+
+@pytest.mark.parametrize(("name", "scale", "mixed"), nightly_but(KINDS[1:2], KINDS))
+def test_a_tensor_as_scale_and_mixed_dtypes(name, scale, mixed):
+    assert trial(TAKEN[name], scale, mixed) == ("", True)
 
 
 # Of each kernel what it writes, and of which launches: all ways that a call may take it, those of large problems first.
