@@ -75,8 +75,9 @@ GradientTuple gradients(const SweepInputs& in, const Gradients& out) {
 
 GradientTuple cpu_grads(FUSED_NCE_SCORES, const Tensor& pos, const Tensor& found_rows, const Tensor& found_columns,
                         const Tensor& d_pos, const Tensor& d_rows, const Tensor& d_columns, bool need_q, bool need_k,
-                        bool need_scale, int64_t workspace_bytes, double hardness) {
-  const auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes, hardness);
+                        bool need_scale, int64_t workspace_bytes, double hardness, bool wide) {
+  auto in = score_inputs(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes, hardness);
+  in.wide = wide;
   const Gradients out = new_gradients_of(in, false);
   if (in.need_q || in.need_k || in.need_scale)
     sweep(in, {false,
@@ -251,7 +252,7 @@ TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
         "int workspace_bytes, float hardness=0.0) -> (Tensor pos, Tensor rows, Tensor columns)");
   m.def("cpu_grads(" FUSED_NCE_SCORES_SCHEMA
         "Tensor pos, Tensor found_rows, Tensor found_columns, Tensor d_pos, Tensor d_rows, Tensor d_columns, "
-        "bool need_q, bool need_k, bool need_scale, int workspace_bytes, float hardness=0.0) -> "
+        "bool need_q, bool need_k, bool need_scale, int workspace_bytes, float hardness=0.0, bool wide=False) -> "
         "(Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
   m.def("cpu_prefixes(" FUSED_NCE_SCORES_SCHEMA FUSED_NCE_PREFIXES_SCHEMA);
   m.def("cpu_loss(" FUSED_NCE_SCORES_SCHEMA

@@ -58,6 +58,7 @@ struct SweepInputs {
   Wanted wanted = {};
   Filters filters = {};
   at::Tensor q_norms = {}, k_norms = {};  // (N), (M) float: rows count divided by these; undefined: as they are
+  bool wide = false;  // gradients are shares of a sum over processes, which alone is rounded to 16 bits
 };
 
 // Statistics, written by stats and loss and read by grads; and dL/d statistic in the same shapes.

@@ -44,11 +44,15 @@ int64_t quarter(const Work& w, int64_t columns) {
   return few && scores * w.width <= kFewProducts ? columns : round_up(ceil_div(columns, 4), 2);
 }
 
+bool may_round_dk(const Work& w) {
+  return w.need_k && !w.shared && !w.wide && w.elements == Elements::bfloat16;  // fault: cpu-share-rounded
+}
+
 // Cuts rows and columns evenly; false if even that does not fit.
 bool try_plan(const Work& w, Plan& p, int64_t strips, int64_t most_columns, int64_t least_groups, int64_t limit) {
   p.lanes = round_up(ceil_div(w.rows, strips), kLaneBlock);
   p.strips = ceil_div(w.rows, p.lanes);
-  p.dk_rounded = w.need_k && !w.shared && p.strips == 1 && w.elements == Elements::bfloat16;
+  p.dk_rounded = may_round_dk(w) && p.strips == 1;
   p.tiles = ceil_div(w.columns, std::min(most_columns, quarter(w, w.columns)));
   p.tile_columns = round_up(ceil_div(w.columns, p.tiles), 2);
   p.tiles = ceil_div(w.columns, p.tile_columns);
@@ -72,7 +76,7 @@ bool try_two_sided(const Work& w, Plan& p, int64_t strips, int64_t most_columns,
   p.symmetric = w.symmetric;
   p.lanes = round_up(ceil_div(w.rows, strips), kLaneBlock);
   p.strips = ceil_div(w.rows, p.lanes);
-  p.dk_rounded = w.need_k && !w.shared && p.strips == 1 && w.elements == Elements::bfloat16;
+  p.dk_rounded = may_round_dk(w) && p.strips == 1;
   const int64_t columns = w.symmetric ? std::min(p.lanes, w.rows) : w.columns;
   p.tile_columns = std::min(most_columns, quarter(w, columns));
   p.tile_columns = round_up(ceil_div(columns, ceil_div(columns, p.tile_columns)), 2);

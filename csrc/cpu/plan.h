@@ -47,6 +47,7 @@ struct Work {
   bool symmetric = false;  // and the scores are: one above the diagonal counts for its row and for its column
   bool divided = false;    // rows are divided by their norms on the way
   bool marked = false, guided = false;  // filters mark columns of each row, by the dot products of guides too
+  bool wide = false;                    // no gradient leaves in 16 bits
 
   // Whether every GEMM reads copies of rows, widened or divided; or, further apart, those of the gradients do.
   bool changes_rows() const { return elements == Elements::widened || divided; }

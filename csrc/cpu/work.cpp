@@ -44,7 +44,8 @@ Work work_of(const SweepInputs& in, bool statistics, bool gradients) {
           .column_stats = Wanted::mask(in.wanted.columns),
           .divided = in.q_norms.defined(),
           .marked = in.filters.any(),
-          .guided = in.filters.guide_ceiling.defined()};
+          .guided = in.filters.guide_ceiling.defined(),
+          .wide = in.wide};
 }
 
 }  // namespace

@@ -121,8 +121,9 @@ Statistics stats(FUSED_NCE_SCORES, int64_t optional, bool column_stats, int64_t 
 GradientTuple grads(FUSED_NCE_SCORES, const Tensor& pos, const Tensor& neg_lse, const Tensor& d_pos,
                     const Tensor& d_neg_lse, const Tensor& d_square, const Maybe& optional, const Maybe& d_optional,
                     const Maybe& column_neg_lse, const Maybe& d_column_neg_lse, const Maybe& d_column_square,
-                    bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes, double hardness) {
-  const Call call = call_of(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes, hardness);
+                    bool need_q, bool need_k, bool need_scale, int64_t workspace_bytes, double hardness, bool wide) {
+  Call call = call_of(FUSED_NCE_SCORES_GIVEN, need_q, need_k, need_scale, workspace_bytes, hardness);
+  call.in.wide = wide;
   const SweepInputs& in = call.in;
   check_columns(in, column_neg_lse.has_value());
   const int64_t n = q.size(0), m = in.k.size(0), n_pos = in.layout.n_pos;
@@ -352,7 +353,7 @@ TORCH_LIBRARY_FRAGMENT(fused_nce, m) {
   m.def("cuda_grads(" FUSED_NCE_SCORES_SCHEMA
         "Tensor pos, Tensor neg_lse, Tensor d_pos, Tensor d_neg_lse, Tensor d_square, Tensor? optional, "
         "Tensor? d_optional, Tensor? column_neg_lse, Tensor? d_column_neg_lse, Tensor? d_column_square, bool need_q, "
-        "bool need_k, bool need_scale, int workspace_bytes, float hardness=0.0) -> "
+        "bool need_k, bool need_scale, int workspace_bytes, float hardness=0.0, bool wide=False) -> "
         "(Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)");
   m.def("cuda_loss(" FUSED_NCE_SCORES_SCHEMA
         "int optional, str tail, float unit, float square_weight, bool need_q, bool need_k, bool need_scale, "

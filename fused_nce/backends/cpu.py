@@ -126,7 +126,7 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
         x if x is not None else none
         for x in (*statistics[:2], statistics.columns, *coefficients[:2], coefficients.d_columns)
     )
-    on = (*given, *needs, _limit(), problem.spec.hardness)
+    on = (*given, *needs, _limit(), problem.spec.hardness, problem.blocks > 1)
     found = torch.ops.fused_nce.cpu_grads(*_arguments(problem), *on)
     return _gradients(problem, found)
 

@@ -162,6 +162,7 @@ def grads(problem: Problem, statistics: Statistics, coefficients: Coefficients, 
         *needs,
         _limit(problem),
         spec.hardness,
+        problem.blocks > 1,
     )
     return _gradients(problem, found if factor is None else [x.div_(factor) for x in found])
 

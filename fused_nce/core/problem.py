@@ -73,7 +73,7 @@ class Statistics(NamedTuple):
 
 class Gradients(NamedTuple):
     """At upstream 1, in the accumulation dtype or the inputs'; the op casts them to what they wait in. Empty where not
-    wanted.
+    wanted. Where a problem has several blocks, in the accumulation dtype: they are shares of a sum.
     """
 
     dq: Tensor  # (N, D)

@@ -276,7 +276,7 @@ class Sweep:
         """As `gradients`, from the scores once more: a strip of weights at a time, by cuBLAS into both sums."""
         p, q, k, tile = self.p, self.rows_side.x, self.rows_side.y, self.square and self.square[1]
         assert tile is not None
-        self.stash = q.dtype
+        self.stash = q.dtype if p.blocks == 1 else torch.float32  # fault: triton-share-rounded
         by_row, terms = needs.q or (needs.scale and not needs.k), self.terms(found, d, form)
         # A target's share is in the weights, as its column needs it there.
         side = self.rows_side._replace(as_row=form.ids != "target")
