@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from bench import calls, compiled, counted, static_cuda, tables
 from bench.gpu import machine, problems, rivals
 from bench.gpu import tables as gpu_tables
-from fused_nce import _extension
+from fused_nce import _extension, amdim_nce
 from fused_nce.bench import formulas
 from fused_nce.core import dispatch
 from tests.marks import nightly_but
@@ -54,6 +55,49 @@ def test_a_launch_more_is_seen(monkeypatch):
     found, moved = calls.operators(run)
     assert found == {"cat": 1, "sum": 1, "copy_": 1}
     assert moved == 4 * (2 * 24 + 24 + 48 + 3 * 24)
+
+
+def host(backend):
+    """Calls of Python's functions, and dispatched operators, of AMDIM 128×49 forward and backward, once it is warm."""
+    q, k = (x.bfloat16().requires_grad_() for x in (torch.randn(128, 1024), torch.randn(128, 49, 1024)))
+    functions = 0
+
+    def run():
+        q.grad = k.grad = None
+        amdim_nce(q, k, backend=backend).loss.backward()
+
+    def heard(frame, event, argument):
+        nonlocal functions
+        functions += event == "call"
+
+    run()
+    sys.setprofile(heard)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        run()
+    return functions, len(profiled.events())
+
+
+@COUNTS
+def test_an_eager_call_on_a_gpu_costs_the_host_what_one_on_a_cpu_does():
+    """One C++ operator forward and one backward, the kernels stubbed."""
+    own = host("cpu")
+    with calls.counting_cuda():
+        found = host("cuda")
+    assert found[0] <= own[0] + 25 <= 80
+    assert found[1] <= own[1] + 10 <= 75
+
+
+@COUNTS
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_an_eager_call_by_triton_stays_within_what_its_launches_in_python_cost():
+    with calls.counting_triton(False):
+        functions, operators = host("triton")
+    assert functions <= 550
+    assert operators <= 90
 
 
 @COUNTS
@@ -106,9 +150,9 @@ def test_a_problem_names_the_spec_and_the_gradients_of_its_loss(p, monkeypatch):
     seen = []
     choose = dispatch.choose
 
-    def listen(spec, q, k, requested, call=dispatch.ANY_CALL):
+    def listen(spec, q, k, requested, call=dispatch.ANY_CALL, scale=1.0):
         seen.append((spec, call._replace(shared=k is None, columns=bool(spec.columns))))
-        return choose(spec, q, k, requested, call)
+        return choose(spec, q, k, requested, call, scale)
 
     monkeypatch.setattr(dispatch, "choose", listen)
     monkeypatch.setenv("FUSED_NCE_BACKEND", "chunked")  # by the ops, as on a GPU

@@ -118,8 +118,10 @@ def whole_loss(
         on_q, on_k, on_scale = (graph and x is not None and x.requires_grad for x in leaves[:3])
         needs = Needs(on_q or on_k, False, on_scale) if twins else Needs(on_q, on_k, on_scale)
         name = choose(spec, q, k, "", Call.of("loss", needs, bool(tail.penalty)), by)[0]
+    elif name != "cpu" and backend_module(name).whole_loss is not None and why_not(name, spec, q, k, by) is not None:
+        return None
     whole = backend_module(name).whole_loss
-    if whole is None or (name != "cpu" and why_not(name, spec, q, k, by) is not None):
+    if whole is None:
         return None
     found = whole(spec, tail, leaves, scale, offset, normalize, parts, report_groups, twins)
     if found is not None and (requested or q.device.type == "cpu"):

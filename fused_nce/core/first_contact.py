@@ -54,6 +54,7 @@ _verdicts: dict[tuple[str, str], str] = {}  # by device; backend, dtypes, width,
 _failures: Counter[tuple[str, str]] = Counter()  # of trials whose failure may not last
 TRIES = 3
 _busy = threading.local()
+_NONE = torch.empty(0)
 
 
 def why_not(
@@ -144,8 +145,9 @@ def _compared(
 
 def tf32(*dtypes: torch.dtype) -> bool:
     """Whether products of these may be TF32's."""
-    allowed = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return torch.float32 in dtypes and allowed
+    if torch.float32 not in dtypes or torch.version.hip is not None:
+        return False
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def allowed(p: Problem) -> float:
@@ -161,8 +163,7 @@ def _kind(spec: Spec, scale: float | Tensor) -> str:
     """What kernels are compiled for, of a scale."""
     if isinstance(scale, Tensor):
         return "tensor"  # fault: trial-number-for-tensor
-    none = torch.empty(0)
-    return "near" if atoms.shiftless(Problem(none, none, scale, spec, 0)) else "far"
+    return "near" if atoms.shiftless(Problem(_NONE, _NONE, scale, spec, 0)) else "far"
 
 
 def _scales(spec: Spec, width: int, scale: float | Tensor, exact: bool) -> tuple[float | Tensor, float | Tensor]:
