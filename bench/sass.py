@@ -11,12 +11,39 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-SPECIAL = "MUFU"  # exponentials and reciprocals: a fraction of the rate of other instructions
 MATRIX = "HGMMA"  # of four warps, asynchronous; the only ones whose clocks are counted
 LINE = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ +)?([A-Z0-9_]+)([^;]*);")
 GUARD = re.compile(r"/\*[0-9a-f]+\*/\s+@")
-TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 SHAPE = re.compile(r"^\.64x(\d+)x(\d+)\S* +R\d+, (R\d+)?")
+
+
+class Dialect(NamedTuple):
+    """How a disassembler writes."""
+
+    label: re.Pattern[str]
+    line: re.Pattern[str]  # an instruction's name and operands
+    target: re.Pattern[str]  # of a jump
+    ends: re.Pattern[str]  # a block
+    goes_on: re.Pattern[str]  # a line with such an end may go on
+    special: re.Pattern[str]  # exponentials and reciprocals: a fraction of the rate of other instructions
+
+
+SASS = Dialect(
+    re.compile(r"(\.L_x_\d+):"),
+    LINE,
+    re.compile(r"`\((\.L_x_\d+)\)"),
+    re.compile("BRA|EXIT|RET"),
+    GUARD,
+    re.compile("MUFU"),
+)
+AMD = Dialect(
+    re.compile(r"(\.LBB\d+_\d+):"),
+    re.compile(r"^\s+([a-z]\w*)([^;]*)"),
+    re.compile(r"(\.LBB\d+_\d+)"),
+    re.compile(r"s_c?branch\w*|s_endpgm|s_setpc_b64"),
+    re.compile(r"^\s+s_cbranch"),
+    re.compile(r"v_(?:exp|log|rcp|rsq|sqrt)_f32\w*"),
+)
 
 
 class Turn(NamedTuple):
@@ -62,7 +89,7 @@ def functions(listing: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def blocks_of(text: str) -> list[Block]:
+def blocks_of(text: str, by: Dialect = SASS) -> list[Block]:
     """The basic blocks of a function, in the order of its text.
 
     A predicated branch may go on; an unconditional one, EXIT and RET may not. Calls are treated as instructions.
@@ -70,15 +97,15 @@ def blocks_of(text: str) -> list[Block]:
     raw: list[tuple[list[tuple[str, str]], str | None, bool]] = [([], None, True)]
     labels: dict[str, int] = {}
     for line in text.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
+        if label := by.label.match(line):
             if raw[-1][0] or len(raw) == 1:
                 raw.append(([], None, True))
             labels[label[1]] = len(raw) - 1
-        elif found := LINE.search(line):
+        elif found := by.line.search(line):
             raw[-1][0].append((found[1], found[2]))
-            if found[1] in ("BRA", "EXIT", "RET"):
-                jump = TARGET.search(found[2]) if found[1] == "BRA" else None
-                raw[-1] = (raw[-1][0], jump[1] if jump else None, bool(GUARD.search(line)))
+            if by.ends.fullmatch(found[1]):
+                jump = by.target.search(found[2])
+                raw[-1] = (raw[-1][0], jump[1] if jump else None, bool(by.goes_on.search(line)))
                 raw.append(([], None, True))
     out = []
     for index, (code, target, goes_on) in enumerate(raw):
@@ -86,20 +113,22 @@ def blocks_of(text: str) -> list[Block]:
         if goes_on and index + 1 < len(raw):
             follows.append(index + 1)
         names = [name for name, _ in code]
+        special = sum(bool(by.special.fullmatch(name)) for name in names)
         clocks = sum(matrix_clocks(operands) for name, operands in code if name == MATRIX)
-        out.append(Block(Turn(len(names), names.count(SPECIAL), clocks), tuple(follows)))
+        out.append(Block(Turn(len(names), special, clocks), tuple(follows)))
     return out
 
 
-def turns(text: str, least: int, inner: int = 1) -> list[Turn]:
+def turns(text: str, least: int, inner: int = 1, by: Dialect = SASS) -> list[Turn]:
     """The loops of a function with `least` or more exponentials a turn, in the order of its text.
 
     Args:
         text: of the function.
         least: exponentials.
         inner: turns of a loop within such a turn.
+        by: what wrote it.
     """
-    blocks = blocks_of(text)
+    blocks = blocks_of(text, by)
     heads = sorted({to for index, block in enumerate(blocks) for to in block.follows if to <= index})
     ways = [way for head in heads if (way := _cheapest(blocks, head, least))]
     # An outer loop's way leads through the inner one's, and the same way has more than one head.

@@ -139,8 +139,8 @@ class Build:
     matrix_instructions: int  # of the architecture's own kind
     mufu_per_score: float  # special functions a score and thread, all copies of the loop counted
     source: str  # `digest` of what was compiled
+    issued_per_score: float | None = None  # of sm_90 and AMD's: instructions of the main loop's cheapest turn
     # Of the sm_90 code alone, whose matrix instructions are asynchronous:
-    issued_per_score: float | None = None  # instructions a score and thread of the main loop's cheapest turn
     matrix_clocks_per_score: float | None = None  # of a multiprocessor's tensor cores
     shapes: dict[str, int] = field(default_factory=dict)  # matrix instructions of each, `sass.shapes`
     serialised: int = 0  # ptxas' warnings C75xx: matrix instructions that wait for each other
@@ -209,7 +209,6 @@ def asked(variant: str, architecture: str, dtype: torch.dtype, width: int) -> tu
     assert tile is not None, "asked for a pass that the architecture has not"
     kernel = getattr(stored if chosen.kernel in STORED else kernels, chosen.kernel)
     constants = {name: x for name, x in chosen.constants(width, tile).items() if name in kernel.arg_names}
-    constants["FORM"] = replace(chosen.form, masked=architecture in configs.MASKED)
     signature, attributes = {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -265,7 +264,7 @@ def source_of(variant: str, architecture: str, dtype: torch.dtype, width: int) -
 
 def read(compiled: Any, variant: str, architecture: str, dtype: torch.dtype, width: int, tile: configs.Tile) -> Build:
     """What a compiled kernel is."""
-    code = (_of_amd if architecture.startswith("gfx") else _of_nvidia)(compiled.asm)
+    code = (_of_amd if amd(architecture) else _of_nvidia)(compiled.asm)
     scores = tile.x * tile.y / (target_of(architecture).warp_size * tile.warps)
     found = Build(
         variant,
@@ -281,18 +280,38 @@ def read(compiled: Any, variant: str, architecture: str, dtype: torch.dtype, wid
         round(code.special / scores, 2),
         digest(compiled.asm["ttir"]),
     )
-    return replace(found, **main_loop(compiled.asm, code, tile, width)) if architecture == "sm_90" else found
+    if architecture == "sm_90":
+        return replace(found, **main_loop(compiled.asm, code, tile, width))
+    return replace(found, issued_per_score=turn_of(code, tile, width, 64, sass.AMD)[1]) if amd(architecture) else found
+
+
+def amd(architecture: str) -> bool:
+    """Whether it is one of AMD's."""
+    return architecture.startswith("gfx")
+
+
+def turn_of(code: Code, tile: configs.Tile, width: int, warp: int, by: sass.Dialect) -> tuple[sass.Turn, float]:
+    """The one loop over scores, and what it issues for a score and thread.
+
+    LLVM may have written it twice, for a condition that no turn changes: of AMD's the dearer one counts.
+
+    Raises:
+        ValueError: for none or several.
+    """
+    threads, scores = warp * tile.warps, tile.x * tile.y
+    found = sass.turns(code.text, scores // threads, inner=-(-width // tile.chunk), by=by)
+    if not found or (len(found) > 1 and by is sass.SASS):
+        raise ValueError(f"machine code: got {len(found)} loops over scores, need one")
+    turn = max(found, key=lambda turn: turn.issued)
+    return turn, round(turn.issued * threads / scores, 2)
 
 
 def main_loop(asm: Any, code: Code, tile: configs.Tile, width: int) -> dict[str, Any]:
     """What `Build` says of sm_90 code."""
-    threads, scores = 32 * tile.warps, tile.x * tile.y
-    (turn, *more) = sass.turns(code.text, scores // threads, inner=-(-width // tile.chunk))
-    if more:
-        raise ValueError(f"sm_90 code: got {1 + len(more)} loops over scores, need one")
+    turn, issued = turn_of(code, tile, width, 32, sass.SASS)
     return {
-        "issued_per_score": round(turn.issued * threads / scores, 2),
-        "matrix_clocks_per_score": round(turn.matrix_clocks * tile.warps / 4 / scores, 4),
+        "issued_per_score": issued,
+        "matrix_clocks_per_score": round(turn.matrix_clocks * tile.warps / 4 / (tile.x * tile.y), 4),
         "shapes": sass.shapes(code.text),
         "serialised": serialised(asm["ptx"]),
     }
@@ -384,9 +403,10 @@ def committed(version: str) -> list[Build]:
 
 
 def _row(one: Build) -> dict[str, Any]:
-    """Without what is only known of sm_90, elsewhere."""
+    """Without what is only known of sm_90, elsewhere, or of it and AMD's."""
     row = asdict(one)
-    return row if one.architecture == "sm_90" else {name: row[name] for name in list(row)[:12]}
+    known = len(row) if one.architecture == "sm_90" else 12 + amd(one.architecture)
+    return {name: row[name] for name in list(row)[:known]}
 
 
 Planned = tuple[str, str, torch.dtype, int]  # variant, architecture, dtype and width

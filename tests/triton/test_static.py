@@ -190,3 +190,26 @@ def test_serialised_matrix_instructions_are_seen():
     """
     assert static.serialised(body.replace("READ", "")) == 0
     assert static.serialised(body.replace("READ", "add.f32 %f0, %f0, %f1;")) > 0
+
+
+AMD = """
+.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
+	v_mov_b32_e32 v0, v1
+	v_exp_f32_e32 v1, v1                ; v_exp_f32
+	s_cbranch_vccnz .LBB0_3
+; %bb.2:
+	v_cndmask_b32_e32 v1, v2, v1, vcc
+.LBB0_3:
+	s_cmp_lt_i32 s0, s1
+	s_cbranch_scc1 .LBB0_1
+	s_endpgm
+"""
+
+
+def test_the_cheapest_turn_in_amds_assembly():
+    assert sass.turns(AMD, 1, by=sass.AMD) == [sass.Turn(5, 1)]
+    assert sass.turns(AMD, 2, by=sass.AMD) == []
+    code = static.Code(0, 0, 0, AMD, 1)
+    assert static.turn_of(code, configs.Tile(16, 16, 16, 16, 4, 1), 16, 64, sass.AMD) == (sass.Turn(5, 1), 5.0)
+    twice = code._replace(text=AMD + AMD.replace("LBB0", "LBB1").replace("v_mov_b32_e32 v0, v1", "s_nop 0\n\ts_nop 0"))
+    assert static.turn_of(twice, configs.Tile(16, 16, 16, 16, 4, 1), 16, 64, sass.AMD)[1] == 6.0

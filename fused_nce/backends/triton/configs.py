@@ -74,23 +74,23 @@ _SM80 = {
     ),
     torch.float32: (*_FLOAT32[:2], _FLOAT32[2]._replace(registers=ALL), *_FLOAT32[3:]),
 }
-# AMD's MI300 and MI200: 64 threads a warp, 64 KiB of local memory, and registers that hold no second stage.
-_NARROW = (
-    Tile(128, 64, 64, 64, 8, 1, both=16),
-    Tile(64, 64, 128, 128, 8, 1, both=16),
-    Tile(64, 32, 64, 256, 8, 2, both=16),
-    Tile(64, 32, 64, 512, 8, 2),
-    Tile(64, 32, 64, 512, 8, 2),
+# AMD's MI300 and MI200: 64 threads a warp and 64 KiB of local memory. Of eight warps two or four would compute the same
+# scores; of four, each thread has up to 512 registers.
+_MATRIX = (
+    Tile(128, 64, 64, 64, 4, 1, both=32),
+    Tile(64, 64, 128, 128, 4, 1, both=32),
+    Tile(64, 64, 64, 256, 4, 2),
+    *2 * (Tile(64, 32, 64, 512, 4, 2),),
 )
 _CDNA = {
-    torch.bfloat16: _NARROW,
-    torch.float16: (
-        _NARROW[0],
-        Tile(64, 32, 128, 128, 8, 1, both=16),
-        _NARROW[2],
-        *2 * (Tile(64, 16, 64, 512, 8, 2),),
+    torch.bfloat16: _MATRIX,
+    torch.float16: _MATRIX,
+    torch.float32: (
+        Tile(64, 32, 16, 64, 4, 2),
+        Tile(64, 32, 32, 128, 4, 2),
+        Tile(64, 32, 32, 256, 4, 2, both=16),
+        *2 * (Tile(32, 32, 32, 512, 4, 2),),
     ),
-    torch.float32: _FLOAT32,
 }
 # 128 rows where they fit: half the traffic of 64. At D >= 256 the sums, X·SLICE float32, take most of the registers.
 TABLE: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
@@ -99,7 +99,12 @@ TABLE: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
     ("sm_120", torch.bfloat16): (
         Tile(128, 32, 64, 64, 8, 3),
         *_SM80[torch.bfloat16][1:4],
-        Tile(64, 32, 64, 512, 8, 2),
+        Tile(64, 32, 64, 512, 8, 2, ALL),
+    ),
+    ("sm_120", torch.float16): (
+        Tile(128, 32, 64, 64, 8, 3),
+        *_SM80[torch.float16][1:3],
+        *2 * (Tile(64, 32, 64, 256, 8, 2, ALL),),
     ),
     **{(card, torch.float32): tuple(tile._replace(registers=ALL) for tile in _FLOAT32) for card in CONSUMER},
     ("sm_90", torch.bfloat16): (  # four warps: two or three programs on a multiprocessor, which take turns at its units
@@ -160,7 +165,6 @@ STORED: dict[tuple[str, torch.dtype], tuple[Tile, Tile]] = {
     (INTERPRETED, torch.float16): (Tile(256, 64, 32, 32, 4, 1), Tile(64, 64, 32, 32, 4, 1)),
     (INTERPRETED, torch.float32): 2 * (Tile(64, 64, 32, 32, 4, 1),),
 }
-MASKED = ("gfx942", "gfx90a")  # architectures whose registers hold no branch for the few tiles that need a mask
 ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _ in TABLE if architecture != INTERPRETED))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

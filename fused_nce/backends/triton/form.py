@@ -139,7 +139,6 @@ class Form:
     shared: bool  # k is q
     rows: Wanted
     columns: Wanted
-    masked: bool = False  # every tile has masks, on a card whose registers hold no branch
 
     @property
     def two_way(self) -> bool:
@@ -155,7 +154,7 @@ class Form:
         asked = _asked(self.rows) | _asked(self.columns)
         alike = self.rows_per_image == self.n_c or not self.shared
         itself = self.drop_self and "square" in asked
-        placed = self.ids in ("image", "none") and not self.ceiling and not self.masked
+        placed = self.ids in ("image", "none") and not self.ceiling
         return placed and asked <= OF_NEGATIVES and alike and not itself
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -70,7 +69,6 @@ class Sweep:
         self.row_sums: Sums | None = None  # dq's, where the statistics' own pass gave them
         architecture = configs.architecture_of(q.device)
         assert architecture is not None, "why_not was not asked"
-        self.form = dataclasses.replace(self.form, masked=architecture in configs.MASKED)
         kind = architecture, torch.promote_types(q.dtype, k.dtype), self.d
         self.tile = configs.tile(*kind)
         clip = self.spec.clip
