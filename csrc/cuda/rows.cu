@@ -94,13 +94,25 @@ __global__ void __launch_bounds__(32)
   finish_optional_row(cta, rules, rows, first_row + blockIdx.x, tail);
 }
 
+// No column is marked beside statistics of columns; what the compiler knows needs no registers.
+template <Extras kExtras>
+__device__ decltype(auto) known(const RowArrays& rows) {
+  if constexpr (kExtras == Extras::marks) {
+    RowArrays out = rows;
+    out.columns = {};
+    return out;
+  } else {
+    return (rows);
+  }
+}
+
 template <bool kClip, bool kShift, Extras kExtras, class E>
 __global__ void __launch_bounds__(kMostThreads, 1)
     weigh_kernel(const Strip strip, const Rules rules, const RowArrays rows) {
   __shared__ Slot shared[33];
   Cta cta(shared);
   const Place at(rules);
-  weigh_row<kClip, kShift, kExtras, StoreAs<E>>(cta, strip, rules, rows, at.row, at.part);
+  weigh_row<kClip, kShift, kExtras, StoreAs<E>>(cta, strip, rules, known<kExtras>(rows), at.row, at.part);
 }
 
 __global__ void __launch_bounds__(kMostThreads, 1)
