@@ -328,7 +328,8 @@ def _plain(
         leaves = [x.clone().requires_grad_() for x in of(there)]
         scored = there.k if own else leaves[1] if len(leaves) > 1 else None
         learnt = [there.scale.clone().requires_grad_()] if isinstance(there.scale, Tensor) else []
-        rows = (leaves[0], scored, *(learnt or [None]), None, None, leaves[1].detach() if own else None, None, None)
+        learned = learnt[0] if learnt else None
+        rows = (leaves[0], scored, learned, None, None, leaves[1].detach() if own else None, None, None)
         with torch.enable_grad():
             factor = 1.0 if learnt else cast(float, there.scale)
             made = backend.whole_loss(spec, tail, rows, factor, 0, normalize, False, 1, twins)
@@ -351,7 +352,7 @@ def _plain(
         if own:
             on = reference.slopes(small, tail, known, tail.unit(small.n), 1.0)
             wanted[0] = wanted[0] + small.scale * on.d_pos * second
-            dscale = dscale + (on.d_pos * small.positives).sum() / small.scale if learnt else dscale
+            dscale = dscale + (on.d_pos * cast(Tensor, small.positives)).sum() / small.scale if learnt else dscale
         yield "a plain call's loss", made[0], value
         yield "a plain call's report", torch.stack([*made[3].values()]), report[0]
         for what, x, root, through, d in zip(("dq", "dk"), found[: len(given)], roots, unit, wanted, strict=False):
