@@ -11,7 +11,7 @@ struct TailOf {
   Tail name;
   double penalty, weight;
   Reduction reduction;
-  std::vector<double> weights = {};  // of prefixes, whose statistics are (N, K P) and (K S, N); none: of one problem
+  std::vector<double> weights;  // of prefixes, whose statistics are (N, K P) and (K S, N); none: of one problem
 
   // d loss / d element, of so many.
   double unit(int64_t elements) const {

@@ -324,7 +324,8 @@ Gradients new_results(const SweepInputs& in, const OnDevice& numbers, const Task
   const auto options = in.q.options(), wide = floats(in.q);
   const bool wanted = in.need_q || in.need_k || in.need_scale;
   // float16 gradients wait for a GradScaler's upstream, in float32.
-  const bool narrow = wanted && in.q.scalar_type() == at::kBFloat16 && !in.shared && !in.wide;  // fault: gpu-share-rounded
+  const bool narrow =
+      wanted && in.q.scalar_type() == at::kBFloat16 && !in.shared && !in.wide;  // fault: gpu-share-rounded
   const Plan plan = wanted ? plan_for(in, numbers, task) : Plan();
   const bool narrow_q = narrow && plan.panels == 1, narrow_k = narrow && plan.block == in.q.size(0);
   const auto number = [&](bool needed) { return needed ? at::empty({}, wide) : at::empty({0}, wide); };

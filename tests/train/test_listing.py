@@ -21,16 +21,17 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def scanned(monkeypatch):
-    """The folders that are read."""
+def scanned(tmp_path, monkeypatch):
+    """The folders that are read, until pytest takes away its own."""
     real, seen = os.scandir, []
 
     def scandir(folder):
         seen.append(os.path.basename(folder))
         return real(folder)
 
-    monkeypatch.setattr(listing.os, "scandir", scandir)
-    return seen
+    with monkeypatch.context() as patched:
+        patched.setattr(listing.os, "scandir", scandir)
+        yield seen
 
 
 @pytest.fixture(autouse=True)
