@@ -85,7 +85,7 @@ TINY: dict[str, Any] = {
     "optim": {"epochs": 3, "batch_size": 128, "lr": 2e-3, "warmup_updates": 100, "schedule": "cosine"},
 }
 MUON: dict[str, Any] = {"name": "muon", "lr": 5e-3, "momentum": 0.95}
-EPOCHS = {12: 5, 30: 13, 60: 27}  # in so many minutes, start and save included, at 400 images/s: two Zen 5 cores
+EPOCHS = {12: 5, 30: 12, 60: 26}  # in so many minutes, start and save included, at 365 images/s: two Zen 5 cores
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "digits": {
