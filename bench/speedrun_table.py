@@ -105,7 +105,8 @@ def block(folder: Path = ENTRIES) -> str:
             hosts.setdefault(_host(entry), []).append(name)
         for tap in first["accuracy_pct"]:
             rows.append([
-                str(first["minutes_allowed"]), first["method"], str(first["epochs"]), tap,
+                str(first["minutes_allowed"]), first["method"], first["config"]["optim"]["name"],
+                str(first["epochs"]), tap,
                 *(spread(_by_tap(group.values(), probe)[tap]) for probe in PROBES),
                 _minutes(entry["seconds"] for entry in group.values()), _minutes(map(scaled_s, group.values())),
                 ", ".join(links),
@@ -113,6 +114,7 @@ def block(folder: Path = ENTRIES) -> str:
     head = [
         "minutes allowed",
         "method",
+        "optimizer",
         "epochs",
         "tap",
         *(f"{label}, %" for label in PROBES.values()),
@@ -137,8 +139,9 @@ def draw(folder: Path = ENTRIES) -> Path | None:
         return None
     lines: dict[tuple[str, str], list[dict[str, Entry]]] = {}
     for group in groups:
-        for tap in _of(group)["accuracy_pct"]:
-            lines.setdefault((_of(group)["method"], tap), []).append(group)
+        first = _of(group)
+        for tap in first["accuracy_pct"]:
+            lines.setdefault((f"{first['method']}, {first['config']['optim']['name']}", tap), []).append(group)
     figure = Figure(figsize=(10, 4), dpi=150, facecolor="white", layout="constrained")
     for ax, (probe, label) in zip(figure.subplots(1, 2, sharey=True), PROBES.items(), strict=True):
         for index, ((method, tap), members) in enumerate(lines.items()):
@@ -149,10 +152,10 @@ def draw(folder: Path = ENTRIES) -> Path | None:
             ax.plot(*zip(*chain(*runs), strict=True), marker, color=colour, markersize=6, label=f"{method}, {tap}")
         ax.set_title(f"{label}, test accuracy in %", fontsize=10, loc="left")
         ax.set_xlabel("minutes from the start of the process to the saved encoder", fontsize=9)
-        ax.set_xlim(left=0)
+        ax.set_xlim(0, 1.05 * ax.dataLim.xmax)
         ax.grid(True, color="#DDDDDD", linewidth=0.8)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(fontsize=8, frameon=False, loc="lower right")
+        ax.legend(fontsize=8, frameon=False, loc="lower left")
     path = folder.with_suffix(".png")
     figure.savefig(path)
     return path

@@ -103,6 +103,6 @@ class Decoded(Coded):
         return images
 
     def generate(self, count: int) -> Tensor:  # (count, 3, H, H) in [−1, 1]
-        """New images."""
+        """New images, of noise that the CPU draws, on every device the same."""
         like = next(self.decoder.parameters())
-        return self.decode(torch.randn(count, self.noise, device=like.device, dtype=like.dtype))
+        return self.decode(torch.randn(count, self.noise, dtype=like.dtype).to(like.device))

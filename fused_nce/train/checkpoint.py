@@ -256,8 +256,8 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> Tensors:
     return {f"{i}.{name}": v for i, values in state.items() for name, v in values.items() if v is not None}
 
 
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """The inverse of `pack_optimizer`, in the memory format of each parameter.
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, name: str = "optimizer") -> None:
+    """The inverse of `pack_optimizer`, in the memory format of each parameter; `name` is what an error says.
 
     A fused step walks a parameter and its moments by address: moments in another memory format would be applied to
     the wrong weights, in silence.
@@ -265,15 +265,15 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        number, _, name = key.partition(".")
+        number, _, moment = key.partition(".")
         if not number.isdigit() or int(number) >= len(params):
-            raise CheckpointError(f"optimizer.safetensors: {key} belongs to none of the {len(params)} parameters")
+            raise CheckpointError(f"{name}.safetensors: {key} belongs to none of the {len(params)} parameters")
         like = params[int(number)]
         if value.dim() and value.shape != like.shape:
-            raise CheckpointError(f"optimizer.safetensors: {key} is {tuple(value.shape)}, not {tuple(like.shape)}")
+            raise CheckpointError(f"{name}.safetensors: {key} is {tuple(value.shape)}, not {tuple(like.shape)}")
         # fault: moments-another-memory
         fits = torch.empty_like(like, dtype=value.dtype) if value.dim() else torch.empty_like(value)
-        state.setdefault(int(number), {})[name] = fits.copy_(sharding.like(value, fits))
+        state.setdefault(int(number), {})[moment] = fits.copy_(sharding.like(value, fits))
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -340,9 +341,9 @@ class Trainer:
         """All processes were started with the same settings, or all stop."""
         if self.accelerator.num_processes == 1:
             return
-        for rank, other in enumerate(gather_object([config_module.to_dict(self.config)])):
-            changed = config_module.differences(config_module.from_dict(other), self.config)
-            if changed:
+        own = replace(self.config, precision="bf16" if self.bf16 else "fp32")  # "auto" goes by the hardware
+        for rank, other in enumerate(gather_object([config_module.to_dict(own)])):
+            if changed := config_module.differences(config_module.from_dict(other), own):
                 raise ValueError(f"processes: differ in their settings, {changed[0]} (process {rank} -> this one)")
 
     def _differentiate(self, batch: tuple[Tensor, ...], labels: Tensor, last: bool) -> Tensor:
@@ -484,7 +485,7 @@ class Trainer:
         if self.probes is not None:
             checkpoint.load_into(self.probes, checkpoint.load_tensors(path, "probes"), f"{path}/probes.safetensors")
         for name, optimizer in self.optimizers.items():
-            checkpoint.unpack_optimizer(optimizer, checkpoint.load_tensors(path, name))
+            checkpoint.unpack_optimizer(optimizer, checkpoint.load_tensors(path, name), name)
         host.keep_memory()
         self.step, self.logged, self.time_s = int(state["step"]), int(state["logged"]), float(state["time_s"])
         self.skipped, self.skipped_in_a_row = int(state["skipped"]), int(state["skipped_in_a_row"])

@@ -140,7 +140,7 @@ class Method:
 
     def optimizers(self, module: nn.Module) -> dict[str, torch.optim.Optimizer]:
         """By name. All step after each update; the rate of a group that has an `lr_scale` is multiplied by it."""
-        return optim.build(module, self.optim)
+        return optim.build(module, self.optim, precision=self.precision)
 
     def leaves_some_unused(self) -> bool:
         """Whether a pass leaves some of the model's trained parameters without a gradient, as DDP must know."""

@@ -7,13 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_nce.train import sharding
 from fused_nce.train.host import use_bf16
 from fused_nce.train.settings import OptimConfig
-from fused_nce.train.sharding import is_sharded
 
 
 def build(
-    module: nn.Module, config: OptimConfig, *, name: str = "optimizer", without: nn.Module | None = None
+    module: nn.Module,
+    config: OptimConfig,
+    *,
+    name: str = "optimizer",
+    without: nn.Module | None = None,
+    precision: str = "fp32",
 ) -> dict[str, torch.optim.Optimizer]:
     """One over all that is trained, the online classifiers included, by `name`; Muon has Adam beside it, `name`-adam.
 
@@ -22,14 +27,16 @@ def build(
         config: the settings.
         name: what the optimizer is called in a checkpoint.
         without: a part of the module that has an optimizer of its own.
+        precision: of the products within Muon, as the method's setting.
     """
     apart = {id(p) for p in without.parameters()} if without is not None else set()
     trained = [p for p in module.parameters() if p.requires_grad and id(p) not in apart]
     if config.name == "muon":
         matrices, rest = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
-        made = Muon(matrices, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        dtype = torch.bfloat16 if use_bf16(precision, matrices[0].device) else torch.float32
+        shared: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
         adam = replace(config, name="adam", weight_decay=config.weight_decay if config.decay_all else 0.0)
-        return {name: made} | ({f"{name}-adam": _of(rest, adam)} if rest else {})
+        return {name: Muon(matrices, **shared, dtype=dtype)} | ({f"{name}-adam": _of(rest, adam)} if rest else {})
     return {name: _of(trained, config)}
 
 
@@ -42,27 +49,36 @@ def _of(trained: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimiz
     if config.name == "lars":
         return LARS(groups, **shared, momentum=config.momentum, trust=config.trust)
     if config.name == "sgd":
-        whole = not any(map(is_sharded, trained))  # torch's fused SGD knows no sharded weights
+        whole = not any(map(sharding.is_sharded, trained))  # torch's fused SGD knows no sharded weights
         return torch.optim.SGD(groups, **shared, momentum=config.momentum, fused=whole)
     return torch.optim.Adam(groups, **shared, betas=config.betas, eps=config.eps, fused=True)  # fault: adamw-adam
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, each weight as a matrix of (out, all the rest) (Jordan et al. 2024).
+    """Momentum made orthogonal, each weight as a matrix of (its first side, all the rest) (Jordan et al. 2024).
 
     `v ← μv + g`, `w ← (1 − lr·λ)·w − lr·0.2·√max(rows, columns)·O(g + μv)`: O brings the singular values near 1, and
     the factor gives an update the size of Adam's, whose rate it takes (Liu et al. 2025, arXiv:2502.16982, section 2.2).
-    `torch.optim.Muon` is this without kernels of convolutions, and in bfloat16 where no hardware has it.
+    `torch.optim.Muon` is this without kernels of convolutions, and in bfloat16 whatever the hardware.
 
     Args:
         params: parameters of two dimensions or more, or groups of them.
         lr: learning rate.
         momentum: μ.
         weight_decay: λ.
+        dtype: of the products.
     """
 
-    def __init__(self, params: Any, *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "dtype": dtype})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -73,20 +89,20 @@ class Muon(torch.optim.Optimizer):
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 velocity = self.state[p]["momentum_buffer"].mul_(group["momentum"]).add_(p.grad)
-                update = _orthogonal(p.grad.add(velocity, alpha=group["momentum"]).flatten(1))  # fault: muon-nesterov
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                # fault: muon-size
-                p.add_(update.view(p.shape), alpha=-0.2 * group["lr"] * math.sqrt(max(update.shape)))
+                ahead = p.grad.add(velocity, alpha=group["momentum"]).flatten(1)  # fault: muon-nesterov
+                size = 0.2 * math.sqrt(max(ahead.shape))  # fault: muon-size
+                update = sharding.placed(_orthogonal(ahead, group["dtype"]).view(p.shape), p)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * size)
         return loss
 
 
-def _orthogonal(x: Tensor) -> Tensor:
-    """U·S·Vᵀ of (M, N), the singular values S between 0.7 and 1.2 where they were no hundredth of the largest.
+def _orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """U·S·Vᵀ of (M, N): singular values S from 0.6 to 1.3 of those that were 0.005 of the root of their squares' sum.
 
     Five steps of y ← 3.4445·y − 4.7750·(y·yᵀ)·y + 2.0315·(y·yᵀ)²·y.
     """
     tall = x.shape[0] > x.shape[1]
-    y = (x.mT if tall else x).to(torch.bfloat16 if use_bf16("auto", x.device) else x.dtype)
+    y = (x.mT if tall else x).to(dtype)
     y = y / y.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = y @ y.mT

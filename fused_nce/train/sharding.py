@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -59,6 +59,11 @@ def like(value: Tensor, other: Any) -> Tensor:
 
     mesh = other.device_mesh
     return distribute_tensor(value.to(mesh.device_type), mesh, other.placements, src_data_rank=None)
+
+
+def placed(value: Tensor, other: Any) -> Tensor:
+    """A result sharded as another tensor is: torch keeps no shards of fewer rows than processes."""
+    return cast(Any, value).redistribute(other.device_mesh, other.placements) if is_sharded(other) else value
 
 
 class Writer:

@@ -16,7 +16,7 @@ from tests.marks import nightly_but
 
 OPEN = [name for name, entry in LOSSES.items() if not entry.closed]
 # Banks may change before the backward; of triplets and pairs only the loss is differentiable.
-NO_INPUTS_KEPT = ("moco_nce", "npid_softmax", "pair_contrastive", "triplet_margin")
+NO_INPUTS_KEPT = ("moco_nce", "npid_softmax")
 
 
 def loss_of(name, backend, only, seed=0, dtype=torch.float32):
@@ -35,7 +35,8 @@ LEAVES = nightly_but(
     [(name, posed(name)[2][0]) for name in OPEN], [(name, key) for name in OPEN for key in posed(name)[2]]
 )
 # The row's dot products with its own hard negatives are torch's, and have every derivative on any backend.
-PLAIN_TORCH = [("info_nce/own hard negatives, row weights", "hard_negatives")]
+OWN = ("own hard negatives, row weights", "own hard negatives, label smoothing", "several positives, hard negatives")
+PLAIN_TORCH = [(f"info_nce/{name}", "hard_negatives") for name in OWN]
 
 # ---- derivatives ------------------------------------------------------------------------------------------------
 

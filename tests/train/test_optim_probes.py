@@ -1,6 +1,7 @@
 """Schedule and online classifiers, by their formulas."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -118,15 +119,14 @@ def test_lars_moves_a_weight_of_zeros_and_stays_without_a_gradient():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_muon_is_torchs_of_kernels_as_matrices_and_adam_of_the_rest(monkeypatch, layout):
-    """Two updates, in either memory format; torch's is in bfloat16 everywhere, so ours is too here."""
-    monkeypatch.setattr(optim, "use_bf16", lambda *_: True)
+def test_muon_is_torchs_of_kernels_as_matrices_and_adam_of_the_rest(layout):
+    """Two updates, in either memory format, in torch's bfloat16."""
     layers = weights((6, 4, 3, 3), (40, 5), (3,), (2, 2))
     layers[3].grad = None
     layers[0].data = layers[0].data.to(memory_format=layout)
     flat = [nn.Parameter(p.detach().clone().flatten(min(1, p.dim() - 1))) for p in layers]
     config = OptimConfig(name="muon", lr=0.01, momentum=0.9, weight_decay=0.1, decay_all=False)
-    ours = optim.build(layers, config)
+    ours = optim.build(layers, config, precision="bf16")
     theirs = torch.optim.Muon(flat[:2], lr=0.01, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.Adam(flat[2:3], lr=0.01, betas=config.betas, fused=True)
     for _ in range(2):
@@ -140,11 +140,12 @@ def test_muon_is_torchs_of_kernels_as_matrices_and_adam_of_the_rest(monkeypatch,
 
 
 def test_muon_makes_singular_values_alike():
-    """In the host's own precision, of tall and of wide ones; a root mean square of about 0.2 times the rate, Adam's."""
-    for shape in ((40, 12), (12, 4, 3, 3)):
+    """Of tall and of wide ones, in either precision; a root mean square of about 0.2 times the rate, Adam's."""
+    for shape, precision in product(((40, 12), (12, 4, 3, 3)), ("fp32", "bf16")):
         layer = weights(shape)
         before = layer[0].detach().clone()
-        optim.build(layer, OptimConfig(name="muon", lr=1.0, weight_decay=0.0))["optimizer"].step()
+        config = OptimConfig(name="muon", lr=1.0, weight_decay=0.0)
+        optim.build(layer, config, precision=precision)["optimizer"].step()
         moved = (before - layer[0].detach()).flatten(1)
         found = torch.linalg.svdvals(moved) / (0.2 * math.sqrt(max(moved.shape)))
         assert 0.6 < found.min() < found.max() < 1.3

@@ -124,8 +124,10 @@ class CodedConfig(presets.TwoInits):
         """`optimizer`, and `discriminator` where there is one."""
         model: Coded = module.get_submodule("model")  # type: ignore[assignment]
         rivals = model.rivals()
-        found = optim.build(module, self.optim, without=rivals)
-        return found if rivals is None else found | optim.build(rivals, self.optim, name="discriminator")
+        found = optim.build(module, self.optim, without=rivals, precision=self.precision)
+        if rivals is None:
+            return found
+        return found | optim.build(rivals, self.optim, name="discriminator", precision=self.precision)
 
 
 @dataclass
