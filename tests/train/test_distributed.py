@@ -141,17 +141,22 @@ def test_accelerate_launches_as_torchrun_does(tmp_path):
     assert [k for k in theirs if not torch.equal(ours[k], theirs[k])] == []
 
 
-OTHER_SETTINGS = """
+OTHER = """
 import os, sys
 from fused_nce import cli
-rank = os.environ["RANK"]
-sys.exit(cli.main(["train", "amdim", *sys.argv[1:], f"--optim.lr=0.00{int(rank) + 1}"]))
+from fused_nce.train import host
+rank = int(os.environ["RANK"])
+if {unlike_hosts}:
+    host.use_bf16 = lambda precision, device: precision == "auto" and rank == 0
+sys.exit(cli.main(["train", "amdim", *sys.argv[1:], f"--optim.lr=0.00{{1 if {unlike_hosts} else rank + 1}}"]))
 """
 
 
 @pytest.mark.nightly
-def test_processes_that_were_started_with_other_settings_say_so(tmp_path):
-    (tmp_path / "other.py").write_text(OTHER_SETTINGS)
+@pytest.mark.parametrize(("unlike_hosts", "said"), [(False, "optim.lr: 0.00"), (True, "precision: ")])
+def test_processes_that_were_started_with_other_settings_say_so(tmp_path, unlike_hosts, said):
+    """Or on hosts of which one alone has bfloat16, where "auto" would train in two precisions."""
+    (tmp_path / "other.py").write_text(OTHER.format(unlike_hosts=unlike_hosts))
     done = subprocess.run(
         [*LAUNCH, str(tmp_path / "other.py"), *TINY, "--max-steps=2", f"--out={tmp_path / 'a'}"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
@@ -160,7 +165,7 @@ def test_processes_that_were_started_with_other_settings_say_so(tmp_path):
         timeout=300,
     )
     assert done.returncode != 0
-    assert "processes: differ in their settings, optim.lr: 0.00" in done.stderr
+    assert f"processes: differ in their settings, {said}" in done.stderr
     assert not (tmp_path / "a").exists()
 
 
