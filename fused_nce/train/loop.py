@@ -40,6 +40,7 @@ from fused_nce.train.online_probes import OnlineProbes
 from fused_nce.train.profile import Profile, part
 from fused_nce.train.rehearsal import rehearse, trainable
 from fused_nce.train.step import LossTimer, Meter, TrainStep, gradient_norm, memory_names
+from fused_nce.train.window import Window
 
 log = logging.getLogger("fused_nce")
 
@@ -145,10 +146,10 @@ class Trainer:
         self._steady = True  # between updates, so that what a checkpoint holds belongs together
         self._together = world == 1  # all processes know of the error that ends the run
         self.made_anew: int | None = None  # the step at which the run's folder was found deleted
+        labels = self.loader.labels[: self.loader.order.batch_size]
+        self.window = Window(rehearse(step, self.cache, config, self._batch, labels))
         if path:
             self._resume(path, state, other_data)
-        else:
-            self._rehearse()
         self.profile = Profile(run_dir, self.device) if profile and self.accelerator.is_main_process else None
         if profile:  # fault: profile-trains-on
             self.end = min(self.end, self.step + Profile.count)
@@ -171,7 +172,8 @@ class Trainer:
             total=self.end, initial=min(self.step, self.end), unit="step", desc="training", disable=not main
         )
         started, time_before = time.perf_counter(), self.time_s
-        saved_at, failed_saves, window, profile = started, 0, (started, self.step), self.profile or nullcontext()
+        saved_at, failed_saves, profile = started, 0, self.profile or nullcontext()
+        self.window.open(self.step)
         batches = self.loader.batches(self.step * config.optim.accumulate)  # fault: resumed-run-starts
         try:
             # The readers end after the rescue, and before a handler is put back that would raise for those who died.
@@ -187,8 +189,8 @@ class Trainer:
                     self.time_s = time_before + now - started
                     bar.update()
                     if logged:
-                        self._log(book, bar, window, update_s)
-                        self.logged, window = self.step, (now, self.step)
+                        self._log(book, bar, update_s)
+                        self.logged = self.step
                     out_of_time = config.run.max_minutes is not None and now - started > 60 * config.run.max_minutes
                     due = now - saved_at > 60 * config.run.save_minutes
                     wishes = (interrupt.requested, interrupt.preempted is not None, out_of_time, due)
@@ -207,8 +209,8 @@ class Trainer:
                     )
                 self._try(self.writer.wait)
                 self._save(wait=True)
-                if self.step > window[1]:  # after the save: a resumed run takes the open window up where it was
-                    self._log(book, bar, window, update_s)
+                if self.step > self.window.step:  # after the save: a resumed run takes the open window up where it was
+                    self._log(book, bar, update_s)
         finally:
             settle(bar.close, *[] if book is None else [book.close])
         return reason
@@ -301,6 +303,7 @@ class Trainer:
             with nullcontext() if last else self.accelerator.no_sync(self.module):
                 numbers = self._differentiate(batch, labels, last)
             self.timer.after_backward()
+            self.window.passed(batch[0].shape)
             passes.append(numbers)
         return passes, used
 
@@ -308,7 +311,7 @@ class Trainer:
         """The next batch; where one process has none, all of them end."""
         batch = failed = None
         try:
-            with self.interrupt.reading():
+            with self.interrupt.reading(), self.window.waiting():
                 batch = next(batches)
         except Exception as error:
             failed = error
@@ -331,11 +334,6 @@ class Trainer:
         known = {"labels": labels.to(self.device), "indices": indices.to(self.device)}
         views = tuple(self._place(view) for view in self.views(images))
         return views + tuple(known[name] for name in self.config.extras), known["labels"]
-
-    def _rehearse(self) -> None:
-        drawn = checkpoint.generators()
-        rehearse(self.step_module, self.config, self._batch, self.loader.labels)
-        checkpoint.put_back(drawn)
 
     def _same_settings(self) -> None:
         """All processes were started with the same settings, or all stop."""
@@ -397,17 +395,15 @@ class Trainer:
             f"loss {losses}, gradient norm {norm}); image numbers and random state are in {dump}"
         )
 
-    def _log(self, book: journal.Journal | None, bar: Any, window: tuple[float, int], update_s: float) -> None:
+    def _log(self, book: journal.Journal | None, bar: Any, update_s: float) -> None:
         """A line of the log: averages since the last one, and the state of the run."""
-        c, (since, since_step) = self.config.optim, window
-        images = (self.step - since_step) * self.loader.order.batch_size * c.accumulate * self.accelerator.num_processes
         line: dict[str, Any] = {
             "step": self.step,
-            "epoch": round(self.step * c.accumulate / self.loader.order.per_epoch, 4),
+            "epoch": round(self.step * self.config.optim.accumulate / self.loader.order.per_epoch, 4),
             "time_s": round(self.time_s, 3),
             **self.meter.close(),
             "lr": next(iter(self.optimizers.values())).param_groups[0]["lr"],
-            "images_per_s": round(images / (time.perf_counter() - since), 2),
+            **self.window.facts(self.accelerator.num_processes),
             "loss_share": round(self.timer.seconds / update_s, 5) if self.timer.active else None,
             "loss_ms": round(1e3 * self.timer.seconds, 3) if self.timer.active else None,
             "peak_memory_mb": round(host.peak_memory_mb(self.device), 1),
@@ -415,6 +411,7 @@ class Trainer:
             "probes_skipped": self.probes_skipped,
             "damaged": self.loader.damaged,
         }
+        self.window.open(self.step)
         bar.set_postfix(words.postfix(line), refresh=False)
         if book is not None:
             book.write(line)

@@ -1,14 +1,18 @@
-"""What cannot be trained is found out before the first update: one forward pass, and one save to memory."""
+"""What cannot be trained is found out before the first update: one pass, whose products are counted, and one save."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from fused_nce import GradientCache
 from fused_nce.train import checkpoint
 from fused_nce.train.files import one_line
 from fused_nce.train.method import Method
@@ -40,22 +44,27 @@ def trainable(config: Method, shape: Sequence[int] | None = None) -> Iterator[No
 Batched = Callable[[Tensor, Tensor, Tensor], tuple[tuple[Tensor, ...], Tensor]]
 
 
-def rehearse(step: TrainStep, config: Method, batched: Batched, labels: Tensor) -> None:
-    """A forward pass in training mode for each size of input that the run will have, of which nothing is left, and a
-    save of the model to memory.
-
-    The caller puts the random generators back.
+def rehearse(
+    step: TrainStep, cache: GradientCache | None, config: Method, batched: Batched, labels: Tensor
+) -> dict[tuple[int, ...], int]:
+    """A pass in training mode for each size of input that the run will have, of which nothing is left, and a save of
+    the model to memory.
 
     Args:
         step: of the model.
+        cache: around it, where a pass has more images than an encoder sees at a time.
         config: of the run.
         batched: what the step is given of images, labels and indices.
-        labels: of at least a batch of images.
+        labels: of the images of a pass.
+
+    Returns:
+        FLOP of the products of a pass, forward and backward, by the shape of its first view. What a kernel of ours
+        makes once more in its backward, where torch's operators keep it, is left out.
 
     Raises:
         ValueError: naming the encoder, the images and the batch, or the stage whose images it does not take.
     """
-    count, own = config.optim.batch_size, config.sample().shape[1:]
+    count, own, flop, drawn = len(labels), config.sample().shape[1:], {}, checkpoint.generators()
     for side in (None, *(side for _, side in getattr(config.augment, "stages", ()))):
         shape = own if side is None else (3, side, side)
         noise = torch.randn((count, *shape), generator=torch.Generator().manual_seed(0))
@@ -64,20 +73,45 @@ def rehearse(step: TrainStep, config: Method, batched: Batched, labels: Tensor) 
             images = images.unsqueeze(1).expand(-1, config.view_count, *shape)
         try:
             with trainable(config, shape):
-                _try(step, *batched(images, labels[:count], torch.arange(count)))
+                batch, known = batched(images, labels, torch.arange(count))
+                flop[tuple(batch[0].shape)] = _try(step, cache, batch, known)
         except ValueError as error:
             if side is not None:
                 raise ValueError(f"augment.stages: {side} px: {error}") from error
             raise
+    checkpoint.put_back(drawn)
+    return flop
 
 
-def _try(step: TrainStep, batch: tuple[Tensor, ...], labels: Tensor) -> None:
+class Products(TorchDispatchMode):
+    """FLOP of what runs under it. `FlopCounterMode` itself hooks modules, which the gradient cache's pass refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flop, self.formulas = 0, FlopCounterMode(display=False).flop_registry
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if formula := self.formulas.get(func.overloadpacket):
+            self.flop += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def _try(step: TrainStep, cache: GradientCache | None, batch: tuple[Tensor, ...], labels: Tensor) -> int:
     buffers = [(buffer, buffer.clone()) for buffer in step.buffers()]
+    with Products() as counted:
+        if cache is not None:
+            cache.backward((batch, labels))
+        else:
+            loss = step(batch, labels).loss
+            if loss.dim() or not loss.is_floating_point():
+                raise TypeError(f"the loss must be one number, got {loss.dtype} {tuple(loss.shape)}")
+            loss.backward()
     with torch.no_grad():
-        loss = step(batch, labels).loss
-        if loss.dim() or not loss.is_floating_point():
-            raise TypeError(f"the loss must be one number, got {loss.dtype} {tuple(loss.shape)}")
         save(checkpoint.plain(step.model.state_dict()))
         step.model.after_step(skipped=True)
         for buffer, before in buffers:
             buffer.copy_(before)
+    for p in step.parameters():
+        p.grad = None  # fault: rehearsal-leaves-gradient
+    return counted.flop

@@ -17,7 +17,7 @@ TINY = [
     "--run.log_every=4",
     "--run.threads=1",  # the same bits on a busy machine
 ]
-TIMES = {"time_s", "images_per_s", "loss_share", "loss_ms", "peak_memory_mb"}
+TIMES = {"time_s", "images_per_s", "loss_share", "loss_ms", "peak_memory_mb", "data_wait_share", "matrix_gflop_per_s"}
 KEYS = TIMES | {"step", "epoch", "loss", "nce", "nce_minus_chance", "penalty", "top1", "linear_acc", "mlp_acc", "lr"}
 
 

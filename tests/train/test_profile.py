@@ -1,14 +1,18 @@
-"""`--profile`: a few updates, their parts, and a trace; the updates are those of a run without it."""
+"""`--profile`: a few updates, their parts, and a trace; what the log says of their time."""
 
 import gzip
 import json
 import re
+import time
 
 import torch
 
 from fused_nce import cli
+from fused_nce.models.encoders import backbones
+from fused_nce.train import command
+from fused_nce.train.loop import Trainer
 from fused_nce.train.profile import Profile
-from tests.train.runs import TINY, tensors, trainer
+from tests.train.runs import TINY, log, tensors, trainer
 
 
 def test_profile_says_where_an_update_went(tmp_path, capsys):
@@ -34,3 +38,33 @@ def test_profile_says_where_an_update_went(tmp_path, capsys):
 def test_profile_of_a_run_that_ends_before(tmp_path, capsys):
     assert cli.main(["train", "amdim", *TINY, "--out", str(tmp_path), "--max-steps=3", "--profile"]) == 0
     assert "profile: no table, it takes 16 updates, got 3" in capsys.readouterr().out
+
+
+def test_the_log_has_the_rate_of_the_products_and_the_wait_for_data(tmp_path, monkeypatch):
+    """Of layers counted by hand: y = x·W, dW, and dx where the input has a gradient; the loss's products are few."""
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 16))
+    monkeypatch.setattr(backbones, "_torchvision", lambda name: (net, 16))
+    options = ["--preset=digits", "--model.image_size=32", "--model.backbone=odd", "--probes=false", "--batch-size=4"]
+    options += ["--optim.accumulate=2", "--max-steps=8", "--run.log_every=4", f"--out={tmp_path / 'run'}"]
+    run = Trainer(*command.parse("simclr", options)[:2])
+    assert all(p.grad is None for p in run.step_module.parameters())
+    batches = run.loader.batches
+
+    def slow(position):
+        for i, batch in enumerate(batches(position)):
+            time.sleep(0.15 * (i >= 8))  # of the second line, in both of an update's passes
+            yield batch
+
+    monkeypatch.setattr(run.loader, "batches", slow)
+    run.run()
+    first, second = log(tmp_path / "run")
+    layers = [layer for layer in run.model.modules() if isinstance(layer, torch.nn.Linear)]
+    rows, sizes = 8, [layer.in_features * layer.out_features for layer in layers]  # two views of four images
+    by_hand = 2 * rows * (3 * sum(sizes) - sizes[0])
+    most = by_hand + 3 * 2 * rows * rows * layers[-1].out_features
+    for line in (first, second):
+        flop = 4 * 1e9 * line["matrix_gflop_per_s"] / line["images_per_s"]
+        assert 0.99 * by_hand < flop < 1.01 * most
+    assert 0 < first["data_wait_share"] < 0.5 < second["data_wait_share"] < 1
+    run.window.passed((4, 1, 7, 7))  # views of a size that was not counted
+    assert run.window.facts(1)["matrix_gflop_per_s"] is None
