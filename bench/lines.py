@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 54_880, ("tests",): 35_275}
+BUDGET = {("fused_nce", "csrc", "bench"): 54_910, ("tests",): 35_305}
 
 
 def lines(folder: str) -> int:

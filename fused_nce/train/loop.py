@@ -39,7 +39,7 @@ from fused_nce.train.method import Method
 from fused_nce.train.online_probes import OnlineProbes
 from fused_nce.train.profile import Profile, part
 from fused_nce.train.rehearsal import rehearse, trainable
-from fused_nce.train.step import LossTimer, Meter, TrainStep, gradient_norm, memory_names
+from fused_nce.train.step import Kept, LossTimer, Meter, TrainStep, gradient_norm, memory_names
 from fused_nce.train.window import Window
 
 log = logging.getLogger("fused_nce")
@@ -126,7 +126,7 @@ class Trainer:
         if sharded:
             sharding.shard(module, scale.all_blocks(self.model, own=False), self.device)
         self.step_module, self.optimizers = step, config.optimizers(step)
-        self.memories = set(memory_names(step, self.model))
+        self.kept = Kept(step, without=memory_names(step, self.model))
         # Each process writes the same into its own: nothing to broadcast.
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             module, memory_names(module, self.model)
@@ -256,13 +256,13 @@ class Trainer:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
         # A batch that is not finite would stay in the running statistics of BatchNorm for ever.
         with part("checks"):
-            buffers = {n: b.clone() for n, b in self.step_module.named_buffers() if n not in self.memories}
+            self.kept.keep()
             drawn = checkpoint.generators()
         try:
             passes, used = self._passes(batches)
         except Exception:  # a reader that died, memory that ran out: as before the update, so that it can be saved
             checkpoint.put_back(drawn)
-            self._restore(buffers)
+            self.kept.restore()
             self.model.after_step(skipped=True)
             raise
         self._steady = False
@@ -272,11 +272,11 @@ class Trainer:
             # Now, not at the next log: an update must not happen if any process saw a number that is not finite.
             bad, bad_probes = self._agree(not bool(finite), not bool(probes_norm.isfinite()))
         if bad:  # fault: broken-probe-holds
-            self._restore(buffers)  # fault: skipped-update-leaves
+            self.kept.restore()  # fault: skipped-update-leaves
             self._skip(used, [n[0].item() for n in passes], norm.item())
         else:
             if bad_probes:
-                self._skip_probes(buffers)
+                self._skip_probes()
             with part("optimizer"):
                 for optimizer in self.optimizers.values():
                     optimizer.step()
@@ -362,19 +362,12 @@ class Trainer:
         layout = torch.channels_last if self.channels_last and view.dim() == 4 else torch.contiguous_format
         return view.to(self.device, memory_format=layout, non_blocking=True)
 
-    def _restore(self, buffers: dict[str, Tensor], prefix: str = "") -> None:
-        """Running statistics as they were, of all modules or of those below a prefix."""
-        with torch.no_grad():
-            for name, buffer in self.step_module.named_buffers():
-                if name in buffers and name.startswith(prefix):
-                    buffer.copy_(buffers[name])
-
-    def _skip_probes(self, buffers: dict[str, Tensor]) -> None:
+    def _skip_probes(self) -> None:
         """The online classifiers only watch: what goes wrong in them must not hold up the encoder."""
         self.probes_skipped += 1
         if self.probes_skipped == 1:
             log.warning("update %d: the gradient of the online probes is not finite; they alone skip it", self.step + 1)
-        self._restore(buffers, "probes.")
+        self.kept.restore("probes.")
         for p in self.probes.parameters() if self.probes is not None else ():
             p.grad = None
 

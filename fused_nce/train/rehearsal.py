@@ -16,7 +16,7 @@ from fused_nce import GradientCache
 from fused_nce.train import checkpoint
 from fused_nce.train.files import one_line
 from fused_nce.train.method import Method
-from fused_nce.train.step import TrainStep
+from fused_nce.train.step import Kept, TrainStep
 
 
 @contextmanager
@@ -98,7 +98,8 @@ class Products(TorchDispatchMode):
 
 
 def _try(step: TrainStep, cache: GradientCache | None, batch: tuple[Tensor, ...], labels: Tensor) -> int:
-    buffers = [(buffer, buffer.clone()) for buffer in step.buffers()]
+    kept = Kept(step)
+    kept.keep()
     with Products() as counted:
         if cache is not None:
             cache.backward((batch, labels))
@@ -110,8 +111,7 @@ def _try(step: TrainStep, cache: GradientCache | None, batch: tuple[Tensor, ...]
     with torch.no_grad():
         save(checkpoint.plain(step.model.state_dict()))
         step.model.after_step(skipped=True)
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    kept.restore()
     for p in step.parameters():
         p.grad = None  # fault: rehearsal-leaves-gradient
     return counted.flop

@@ -1,7 +1,7 @@
 """One forward pass as one module (the unit that DDP and autocast wrap), the loss's own time, and window averages."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -155,6 +155,45 @@ def memory_names(module: nn.Module, model: Model) -> list[str]:
     """The buffers of a module that no forward pass of the model in it writes."""
     held = {id(b) for name in model.memories for b in model.get_submodule(name).buffers()}
     return [name for name, buffer in module.named_buffers() if id(buffer) in held]
+
+
+class Kept:
+    """Copies of a module's buffers, made once and filled before each update, so that it can be undone.
+
+    Args:
+        module: whose buffers; they may come, go, and change their shape between updates.
+        without: names of those that are left out.
+    """
+
+    def __init__(self, module: nn.Module, without: Collection[str] = ()) -> None:
+        self.module, self.without = module, frozenset(without)
+        self._live: dict[str, Tensor] = {}
+        self._copies: dict[str, Tensor] = {}
+        self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []  # of a dtype: a launch each on a GPU
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """As they are now."""
+        live = {n: b for n, b in self.module.named_buffers() if n not in self.without}
+        held = zip(live.values(), self._live.values(), self._copies.values(), strict=False)
+        # fault: kept-once
+        if live.keys() != self._live.keys() or any(b is not was or b.shape != c.shape for b, was, c in held):
+            self._live, self._copies = live, {n: torch.empty_like(b) for n, b in live.items()}
+            kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+            for name, buffer in live.items():
+                pair = kinds.setdefault((buffer.dtype, buffer.device), ([], []))
+                pair[0].append(self._copies[name])
+                pair[1].append(buffer)
+            self._pairs = list(kinds.values())
+        for copies, buffers in self._pairs:
+            torch._foreach_copy_(copies, buffers)
+
+    @torch.no_grad()
+    def restore(self, prefix: str = "") -> None:
+        """As they were: all of them, or those whose names begin so."""
+        for name, buffer in self.module.named_buffers():
+            if name in self._copies and name.startswith(prefix):
+                buffer.copy_(self._copies[name])
 
 
 def gradient_norm(module: nn.Module | None) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from fused_nce.train import checkpoint, command
 from fused_nce.train.loop import Diverged, Trainer
+from fused_nce.train.step import Kept
 from tests.train.runs import TINY, log, tensors, trainer
 
 
@@ -31,6 +32,26 @@ def test_updates_that_are_not_finite_are_skipped_without_a_trace(tmp_path):
     saved = tensors(tmp_path / "a", 8)
     assert all(bool(v.isfinite().all()) for v in saved.values())
     assert int(saved["model/encoder.head5.out_norm.num_batches_tracked"]) == 2 * 5
+
+
+def test_buffers_are_put_back_by_name_into_copies_that_are_made_once():
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(2))
+    kept = Kept(module, without=["1.running_var"])
+    for width, late in ((3, {}), (3, {}), (4, {}), (4, {"late": torch.ones(2)}), (4, {})):
+        module._buffers = late  # one comes and goes
+        module[0].running_mean = torch.randn(width)  # another object
+        before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        kept.keep()
+        for buffer in module.buffers():
+            buffer.add_(1)
+        kept.restore("1.")
+        moved = {n for n, b in module.named_buffers() if not torch.equal(b, before[n])}
+        assert moved == {n for n in before if n[0] != "1"} | {"1.running_var"}
+        kept.restore()
+        assert {n for n, b in module.named_buffers() if not torch.equal(b, before[n])} == {"1.running_var"}
+    copies = dict(kept._copies)
+    kept.keep()
+    assert all(kept._copies[name] is copy for name, copy in copies.items())
 
 
 def test_a_run_without_a_single_update_is_no_success(tmp_path, capsys, monkeypatch):
