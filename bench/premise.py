@@ -5,6 +5,9 @@ compares: the rest of an update is other losses, accumulated. MoCo's batch stays
 trained by `fused-nce train` and judged by `fused-nce eval`, from several seeds. A study goes on where it stopped:
 finished runs in `--runs` are kept. After each run `docs/results/premise.json` and its picture are written anew, and
 `python -m bench.tables` has the table.
+
+Negatives of a batch cannot outnumber an update's images, so what goes beyond 512 of them is a study of its own with
+fewer and larger updates, `--largest`: a run costs up to an hour. `--plan` prints what all runs would take.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,12 +32,14 @@ from bench.text import markdown
 matplotlib.use("Agg")
 
 RECORD = host.ROOT / "docs/results/premise.json"
-IMAGES = 512  # of an update
+IMAGES, LARGEST = 512, 8192  # of an update
+LONGER = 4  # times the epochs of the rest, for updates that are so large
+GFLOP_PER_S = 500  # of two AVX-512 cores, nothing else running: `matrix_gflop_per_s` of a run's log has a machine's own
 TRAINING = 50_000  # CIFAR-10's
 PART = 128  # that an encoder sees at a time where the loss's images can come in parts: of BatchNorm's statistics
 PROBES = {"knn": "kNN-200", "linear": "linear"}
+HEAD = ("method", "updates × images", "images compared, or the queue")
 JUDGED = ("--protocols=knn,linear", "--baselines=false", "--cost=false")
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # of Okabe and Ito
 Row = dict[str, Any]
 
 
@@ -44,53 +50,85 @@ class Arm(NamedTuple):
     method: str
     counts: tuple[int, ...]
     tap: str
+    mflop: tuple[float, float]  # of an image, forward and backward, and of each image that its loss compares it with
     options: tuple[str, ...] = ()
     in_parts: bool = False
     queue: bool = False
 
-    def arguments(self, negatives: int) -> list[str]:
+    def gflop(self, negatives: int) -> float:
+        """Of an image; the queue's share of MoCo's is below a hundredth."""
+        encoder, loss = self.mflop
+        again = 4 / 3 if self.in_parts and negatives > PART else 1  # the gradient cache's first pass
+        return (again * encoder + negatives * loss) / 1e3
+
+    def arguments(self, negatives: int, images: int = IMAGES) -> list[str]:
         """Of `fused-nce train`."""
         compared = PART if self.queue else negatives
         seen = min(PART, compared) if self.in_parts else compared
-        found = [*self.options, f"--optim.batch_size={seen}", f"--optim.accumulate={IMAGES // compared}"]
+        found = [*self.options, f"--optim.batch_size={seen}", f"--optim.accumulate={images // compared}"]
         if seen < compared:
             found.append(f"--scale.negatives={compared}")
         return [*found, f"--model.queue_size={negatives}"] if self.queue else found
 
 
-IN_BATCH = (16, 64, 256, 512)
+IN_BATCH, MORE = (16, 64, 256, 512), (512, 2048, 8192)
 ARMS = {
-    "amdim": Arm("AMDIM", "amdim", IN_BATCH, "f1", in_parts=True),
-    "dim-nce": Arm("DIM, infoNCE", "dim", IN_BATCH, "fc", ("--loss.estimator=nce",)),
-    "dim-jsd": Arm("DIM, JSD", "dim", IN_BATCH, "fc", ("--loss.estimator=jsd",)),
-    "moco": Arm("MoCo, queue", "moco", (16, 128, 1024, 8192), "h", queue=True),
+    "amdim": Arm("AMDIM", "amdim", IN_BATCH, "f1", (1223, 0.304), in_parts=True),
+    "dim-nce": Arm("DIM, infoNCE", "dim", IN_BATCH, "fc", (334, 0.098), ("--loss.estimator=nce",)),
+    "dim-jsd": Arm("DIM, JSD", "dim", IN_BATCH, "fc", (334, 0.131), ("--loss.estimator=jsd",)),
+    "moco": Arm("MoCo, queue", "moco", (16, 128, 1024, 8192), "h", (723, 0.0), queue=True),
 }
 
 
-def command(name: str, negatives: int, seed: int, data: str, epochs: int, run: Path) -> list[str]:
-    """What trains one run: as many updates as a pass has that compares all its images."""
-    arm, updates = ARMS[name], epochs * (TRAINING // IMAGES)
-    shared = [f"--data={data}", "--preset=cifar10-tiny", f"--optim.epochs={epochs}", f"--seed={seed}", f"--out={run}"]
-    shared += [f"--max-steps={updates}", "--overwrite"]  # what a run left that was stopped before its first checkpoint
-    quiet = ["--optim.warmup_updates=20", "--run.tensorboard=false"]
-    return ["train", arm.method, *shared, *quiet, *arm.arguments(negatives)]
+COLOURS = dict(zip(ARMS, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))  # of Okabe and Ito
 
 
-def run_one(name: str, negatives: int, seed: int, data: str, epochs: int, run: Path) -> Row:
+class Run(NamedTuple):
+    """One of the study."""
+
+    name: str  # of its arm
+    negatives: int
+    seed: int
+    epochs: int
+    images: int = IMAGES
+
+    @property
+    def updates(self) -> int:
+        """As many as the epochs have where a loss compares all of an update's images."""
+        return self.epochs * (TRAINING // self.images)
+
+    @property
+    def folder(self) -> str:
+        large = "" if self.images == IMAGES else f"-images-{self.images}"
+        return f"{self.name}-{self.negatives}-{self.seed}-epochs-{self.epochs}{large}"
+
+
+def command(wanted: Run, data: str, run: Path) -> list[str]:
+    """What trains one run."""
+    arm, epochs, updates = ARMS[wanted.name], wanted.epochs, wanted.updates
+    shared = [f"--data={data}", "--preset=cifar10-tiny", f"--optim.epochs={epochs}"]
+    shared += [f"--seed={wanted.seed}", f"--out={run}", f"--max-steps={updates}"]
+    shared.append("--overwrite")  # what a run left that was stopped before its first checkpoint
+    quiet = [f"--optim.warmup_updates={updates // 10}", "--run.tensorboard=false"]
+    return ["train", arm.method, *shared, *quiet, *arm.arguments(wanted.negatives, wanted.images)]
+
+
+def run_one(wanted: Run, data: str, run: Path) -> Row:
     """Train and judge what of it is not done yet; the row of the record."""
     program = [sys.executable, "-m", "fused_nce.cli"]
     judged = run / "eval.json"
     if not judged.exists():
         resume = any((run / "checkpoints").glob("step_*"))
-        train = ["train", "--resume", str(run)] if resume else command(name, negatives, seed, data, epochs, run)
-        evaluate = ["eval", str(run), *JUDGED, f"--taps={ARMS[name].tap}"]
+        train = ["train", "--resume", str(run)] if resume else command(wanted, data, run)
+        evaluate = ["eval", str(run), *JUDGED, f"--taps={ARMS[wanted.name].tap}"]
         for arguments in (train, evaluate):
             subprocess.run([*program, *arguments], check=True, stdout=subprocess.DEVNULL)
     found = json.loads(judged.read_text(encoding="utf-8"))
     accuracies = {row["probe"]: round(row["accuracy_pct"], 2) for row in found["probes"] if row["labels"] == "all"}
     training = found["training"]
     return {
-        "arm": name, "negatives": negatives, "seed": seed, "updates": training["steps"], "images": IMAGES,
+        "arm": wanted.name, "negatives": wanted.negatives, "seed": wanted.seed, "updates": training["steps"],
+        "images": wanted.images,
         "minutes": round(training["minutes"], 2), **{probe: accuracies[probe] for probe in PROBES},
     }  # fmt: skip
 
@@ -100,28 +138,30 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def grouped(rows: Iterable[Row]) -> dict[str, dict[int, list[Row]]]:
-    """Arm → negatives → its seeds."""
-    found: dict[str, dict[int, list[Row]]] = {}
-    for row in sorted(rows, key=lambda row: (list(ARMS).index(row["arm"]), row["negatives"], row["seed"])):
-        found.setdefault(row["arm"], {}).setdefault(row["negatives"], []).append(row)
+def grouped(rows: Iterable[Row]) -> dict[tuple[int, str], dict[int, list[Row]]]:
+    """Images of an update and arm → negatives → its seeds."""
+    found: dict[tuple[int, str], dict[int, list[Row]]] = {}
+    order = list(ARMS)
+    for row in sorted(rows, key=lambda r: (r["images"], order.index(r["arm"]), r["negatives"], r["seed"])):
+        found.setdefault((row["images"], row["arm"]), {}).setdefault(row["negatives"], []).append(row)
     return found
 
 
 def table(record: dict[str, Any]) -> str:
     """Of a record, and how it was made."""
     rows = []
-    for arm, counts in grouped(record["runs"]).items():
+    for (images, arm), counts in grouped(record["runs"]).items():
         for negatives, seeds in counts.items():
             cells = [mean_and_spread([row[probe] for row in seeds]) for probe in PROBES]
             shown = [f"{mean:.1f}" + ("" if sd is None else f" ± {sd:.1f}") for mean, sd in cells]
-            rows.append([ARMS[arm].label, f"{negatives:,}", *shown, str(len(seeds))])
-    head = ["method", "images compared, or the queue", *(f"{label}, %" for label in PROBES.values()), "seeds"]
-    steps = sorted({row["updates"] for row in record["runs"]})
+            updates = " or ".join(str(n) for n in sorted({row["updates"] for row in seeds}))
+            size = f"{updates} × {images:,}"
+            rows.append([ARMS[arm].label, size, f"{negatives:,}", *shown, str(len(seeds))])
+    head = [*HEAD, *(f"{label}, %" for label in PROBES.values()), "seeds"]
+    host_, code = record["host"], record["code"]
     made = (
-        f"CIFAR-10, `cifar10-tiny`, {' or '.join(map(str, steps))} updates of {IMAGES} images; mean ± standard "
-        f"deviation of the seeds. {record['host']['cpu_model']}; torch {record['versions']['torch']}; commit "
-        f"{record['code']['commit'][:7]}."
+        f"CIFAR-10, `cifar10-tiny`; mean ± standard deviation of the seeds. {host_['cpu_model']}; "
+        f"torch {record['versions']['torch']}; commit {code['commit'][:7]}."
     )
     return f"{markdown(head, rows)}\n\n{made}"
 
@@ -137,9 +177,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
     """Accuracy against the number of negatives: each seed a point, the means a line."""
     figure = Figure(figsize=(10, 4), dpi=150, facecolor="white", layout="constrained")
     for ax, (probe, label) in zip(figure.subplots(1, 2), PROBES.items(), strict=True):
-        for (arm, counts), colour in zip(grouped(record["runs"]).items(), COLOURS, strict=False):
-            means = [statistics.mean(row[probe] for row in seeds) for seeds in counts.values()]
-            ax.plot(list(counts), means, "-", color=colour, linewidth=1.5, label=ARMS[arm].label)
+        for (images, arm), counts in grouped(record["runs"]).items():
+            means, colour = [statistics.mean(r[probe] for r in seeds) for seeds in counts.values()], COLOURS[arm]
+            label = ARMS[arm].label + ("" if images == IMAGES else f", {images:,} an update")
+            ax.plot(list(counts), means, "-" if images == IMAGES else "--", color=colour, linewidth=1.5, label=label)
             points = [(negatives, row[probe]) for negatives, seeds in counts.items() for row in seeds]
             ax.plot(*zip(*points, strict=True), "o", color=colour, markersize=4, alpha=0.6)
         ax.set_xscale("log", base=2)
@@ -151,28 +192,53 @@ def draw(record: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
+def plan(runs: Sequence[Run], gflop_per_s: float) -> str:
+    """What each kind of run takes, and all of them."""
+    rows, total = [], 0.0
+    for run, seeds in Counter(run._replace(seed=0) for run in runs).items():
+        minutes = run.updates * run.images * ARMS[run.name].gflop(run.negatives) / gflop_per_s / 60
+        total += seeds * minutes / 60
+        size = f"{run.updates} × {run.images:,}"
+        rows.append([ARMS[run.name].label, size, f"{run.negatives:,}", f"{minutes:.0f}", str(seeds)])
+    rate = f"at {gflop_per_s:,.0f} GFLOP/s, evaluations left out"
+    return f"{markdown([*HEAD, 'minutes a run', 'seeds'], rows)}\n\n{len(runs)} runs, {total:.1f} hours {rate}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, and write the record and the picture after each run."""
     parser = argparse.ArgumentParser(prog="python -m bench.premise", description=__doc__)
-    parser.add_argument("--data", required=True, help="CIFAR-10 as shards or folders")
+    parser.add_argument("--data", help="CIFAR-10 as shards or folders")
     parser.add_argument("--runs", type=Path, default=host.ROOT / "runs/premise", help="where runs are kept")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--negatives", nargs="+", type=int, help="these alone")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--largest", action="store_true", help="up to 8,192 of a batch, instead of up to 512")
+    parser.add_argument("--plan", action="store_true", help="print what the runs would take, and do none")
+    parser.add_argument("--gflop-per-s", type=float, default=GFLOP_PER_S, help="that the plan is made for")
     parser.add_argument("--out", type=Path, default=RECORD, help="JSON; the picture lies beside it")
     options = parser.parse_args(argv)
+    large = options.largest
     wanted = [
-        (name, negatives, seed)
+        Run(name, negatives, seed, options.epochs * (LONGER if large else 1), LARGEST if large else IMAGES)
         for seed in range(options.seeds)
         for name in options.arms
-        for negatives in ARMS[name].counts
+        if not (large and ARMS[name].queue)  # which has had so many already
+        for negatives in (MORE if large else ARMS[name].counts)
         if options.negatives is None or negatives in options.negatives
     ]
+    if options.plan:
+        print(plan(wanted, options.gflop_per_s))
+        return 0
+    if options.data is None:
+        parser.error("--data: needed unless with --plan")
     record: dict[str, Any] = {"code": host.commit(), "host": host.facts(), "versions": host.versions(), "runs": []}
-    for name, negatives, seed in tqdm(wanted, unit="run", disable=None, dynamic_ncols=True):
-        run = options.runs / f"{name}-{negatives}-{seed}-epochs-{options.epochs}"
-        record["runs"].append(run_one(name, negatives, seed, options.data, options.epochs, run))
+    if options.out.exists():  # what this call does not ask for stays
+        asked = {(run.name, run.negatives, run.seed, run.images) for run in wanted}
+        kept = json.loads(options.out.read_text(encoding="utf-8"))["runs"]
+        record["runs"] = [r for r in kept if (r["arm"], r["negatives"], r["seed"], r["images"]) not in asked]
+    for run in tqdm(wanted, unit="run", disable=None, dynamic_ncols=True):
+        record["runs"].append(run_one(run, options.data, options.runs / run.folder))
         part = options.out.with_suffix(".part")
         part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         part.replace(options.out)

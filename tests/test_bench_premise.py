@@ -10,22 +10,23 @@ import pytest
 from bench import premise
 from fused_nce.train import command
 
-RUNS = [(name, negatives) for name, arm in premise.ARMS.items() for negatives in arm.counts]
+RUNS = [premise.Run(name, count, 3, 2) for name, arm in premise.ARMS.items() for count in arm.counts]
+RUNS += [premise.Run(name, count, 3, 8, 8192) for name in ("amdim", "dim-nce", "dim-jsd") for count in premise.MORE]
 
 
-@pytest.mark.parametrize(("name", "negatives"), RUNS)
-def test_an_update_has_the_same_images_whatever_a_loss_compares(name, negatives, tmp_path):
-    arguments = premise.command(name, negatives, 3, "digits", 2, tmp_path / "run")
+@pytest.mark.parametrize("run", RUNS)
+def test_an_update_has_the_same_images_whatever_a_loss_compares(run, tmp_path):
+    arguments = premise.command(run, "digits", tmp_path / "run")
     settings = command.parse(arguments[1], arguments[2:])[0]
     settings.check()
     compared = settings.local_batch(1)
-    assert compared * settings.optim.accumulate == premise.IMAGES
+    assert compared * settings.optim.accumulate == run.images
     assert settings.seed == 3
     batches = premise.TRAINING // compared
-    assert settings.run.max_steps == 194
-    assert batches // settings.optim.accumulate * 2 >= 194
-    arm = premise.ARMS[name]
-    assert (settings.model.queue_size if arm.queue else compared) == negatives
+    assert settings.run.max_steps == {512: 194, 8192: 48}[run.images]
+    assert batches // settings.optim.accumulate * run.epochs >= settings.run.max_steps
+    arm = premise.ARMS[run.name]
+    assert (settings.model.queue_size if arm.queue else compared) == run.negatives
     assert arm.tap in settings.taps
 
 
@@ -60,6 +61,21 @@ def test_runs_that_are_done_are_kept_and_a_started_one_goes_on(tmp_path, monkeyp
     assert premise.main(options) == 0
     assert len(told) == 4
     assert json.loads(out.read_text())["runs"] == json.loads(first)["runs"]
-    assert "| MoCo, queue | 16 | 50.0 ± 0.0 | 51.0 ± 0.0 | 2 |" in premise.block(out)
+    others = json.loads(first)["runs"]
+    others[0] |= {"arm": "amdim", "negatives": 8192, "images": 8192, "updates": 48}
+    out.write_text(json.dumps({"runs": others}))  # what is not asked for stays
+    assert premise.main(options) == 0
+    assert "| MoCo, queue | 97 × 512 | 16 | 50.0 ± 0.0 | 51.0 ± 0.0 | 2 |" in premise.block(out)
+    assert "| AMDIM | 48 × 8,192 | 8,192 | 50.0 | 51.0 | 1 |" in premise.block(out)
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert premise.block(tmp_path / "none.json").startswith("No record is committed yet")
+
+
+def test_the_plan_is_images_by_flop_by_rate(capsys):
+    assert premise.main(["--plan", "--largest", "--arms", "amdim", "moco", "--gflop-per-s=1000"]) == 0
+    said = capsys.readouterr().out
+    minutes = 48 * 8192 * (4 / 3 * 1.223 + 8192 * 0.304e-3) / 1000 / 60
+    assert f"| AMDIM | 48 × 8,192 | 8,192 | {minutes:.0f} | 3 |" in said
+    assert "\n9 runs" in said
+    with pytest.raises(SystemExit):
+        premise.main([])

@@ -38,7 +38,7 @@ def test_buffers_are_put_back_by_name_into_copies_that_are_made_once():
     module = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(2))
     kept = Kept(module, without=["1.running_var"])
     for width, late in ((3, {}), (3, {}), (4, {}), (4, {"late": torch.ones(2)}), (4, {})):
-        module._buffers = late  # one comes and goes
+        module._buffers = {**late}  # one comes and goes
         module[0].running_mean = torch.randn(width)  # another object
         before = {name: buffer.clone() for name, buffer in module.named_buffers()}
         kept.keep()
