@@ -7,13 +7,14 @@ PY := $(VENV)/bin/python
 NOW := $(shell date +%Y%m%d-%H%M%S)
 RUN ?= runs/demo-$(NOW)
 UPSTREAM := build/upstream
+EXAMPLES := build/examples
 OLDEST_TORCH := build/torch-2.11.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu)
 KERNELS := setup.py pyproject.toml $(SOURCES)
 
-.PHONY: demo docs wheel test test-compat test-upstream nightly mutants bench gpu lint tidy format install clean release-check
+.PHONY: demo docs wheel test test-compat test-examples test-upstream nightly mutants bench gpu lint tidy format install clean release-check
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -38,13 +39,21 @@ demo: install  ## train AMDIM on scikit-learn's digits, evaluate it, write a rep
 test: install  ## the default suite
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal
 
-$(UPSTREAM)/.installed: tests/compat/upstream.txt | install
+$(UPSTREAM)/.installed: tests/compat/upstream.txt tests/compat/examples.txt | install
 	@echo "Installing the packages that the adapters stand in for into $(UPSTREAM)"
 	@$(PY) -m pip install --quiet --no-deps --upgrade --target $(UPSTREAM) --requirement $<
 	@touch $@
 
 test-compat: install $(UPSTREAM)/.installed  ## the adapters against the packages themselves
 	@OMP_NUM_THREADS=1 PYTHONPATH=$(UPSTREAM) $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not demo" tests/compat tests/test_build.py
+
+$(EXAMPLES)/.installed: tests/compat/examples.txt | install
+	@echo "Installing what the examples import into $(EXAMPLES) (85 MB)"
+	@$(PY) -m pip install --quiet --no-deps --no-compile --upgrade --target $(EXAMPLES) --requirement $<
+	@touch $@
+
+test-examples: install $(EXAMPLES)/.installed  ## Lightning Fabric, Hugging Face's Trainer, accelerate and submitit
+	@OMP_NUM_THREADS=1 PYTHONPATH=$(EXAMPLES) $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m nightly tests/compat/test_examples.py
 
 test-upstream: install $(UPSTREAM)/.installed  ## upstream's own suites, fetched at pinned commits, with the adapters in place
 	@$(PY) -m tests.compat.suites $(UPSTREAM) build/suites

@@ -1,4 +1,4 @@
-"""Beside other packages: the examples run as their first lines say, on a CPU, one process and two; W&B takes a run."""
+"""Beside other packages: the examples run as their first lines say, on one process and two; so do submitit and W&B."""
 
 import importlib.util
 import os
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.runs import resumed, trainer
+from fused_nce.train import checkpoint
+from tests.train.runs import TINY, resumed, trainer
 
 pytestmark = pytest.mark.nightly
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +22,7 @@ ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_po
 
 def need(package):
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed (make test-compat installs it)")
+        pytest.skip(f"{package} is not installed (make test-compat installs it, make test-examples all but wandb)")
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,24 @@ def test_an_example_learns(name, package, launcher, options):
     assert losses[-1] < losses[0] - 0.3, done.stdout
     (accuracy,) = re.findall(r"kNN accuracy ([\d.]+)%", done.stdout)  # of one process alone
     assert float(accuracy) > 85
+
+
+def test_submitit_starts_a_run_as_the_documents_say(tmp_path, monkeypatch):
+    need("submitit")
+    import submitit
+
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python no-run\n(class Training:.*?)```", page, re.DOTALL)
+    command = ["train", "amdim", *TINY, "--max-steps=3", f"--out={tmp_path / 'run'}"]
+    snippet, replaced = re.subn(r"main\(\[.*?\]\)", lambda _: f"main({command})", snippet)
+    assert replaced == 1
+    space = {"submitit": submitit, "__name__": "__main__"}  # so that the class travels with the job
+    exec(snippet, space)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    executor = submitit.LocalExecutor(folder=tmp_path / "jobs")
+    executor.update_parameters(timeout_min=5)
+    assert executor.submit(space["Training"]()).result() == 0
+    assert checkpoint.newest(tmp_path / "run").name == "step_00000003"
 
 
 def test_weights_and_biases_takes_a_run_offline(tmp_path, monkeypatch, caplog):
