@@ -38,7 +38,7 @@ def block(folder: Path) -> str:
     """The table of the newest record."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("decode-*.json")]
     if not found:
-        return "No record is committed yet: `python -m bench.decode` makes one."
+        return "No record is committed yet: `python -m bench.decode --out bench/results/decode-HOST.json` makes one."
     return table(max(found, key=lambda record: str(record["date_utc"])))
 
 

@@ -1,5 +1,6 @@
 """Beside other packages: the examples run as their first lines say, on one process and two; so do submitit and W&B."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,14 +56,13 @@ def test_an_example_learns(name, package, launcher, options):
 
 def test_submitit_starts_a_run_as_the_documents_say(tmp_path, monkeypatch):
     need("submitit")
-    import submitit
-
+    submitit = importlib.import_module("submitit")
     page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python no-run\n(class Training:.*?)```", page, re.DOTALL)
     command = ["train", "amdim", *TINY, "--max-steps=3", f"--out={tmp_path / 'run'}"]
     snippet, replaced = re.subn(r"main\(\[.*?\]\)", lambda _: f"main({command})", snippet)
     assert replaced == 1
-    space = {"submitit": submitit, "__name__": "__main__"}  # so that the class travels with the job
+    space: dict[str, Any] = {"submitit": submitit, "__name__": "__main__"}  # so that the class travels with the job
     exec(snippet, space)
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     executor = submitit.LocalExecutor(folder=tmp_path / "jobs")
