@@ -15,7 +15,7 @@ from fused_nce.backends import gathered
 from fused_nce.backends.prefixed import PrefixSweep
 from fused_nce.backends.strips import Sweep, plan, score_buffers
 from fused_nce.core import workspace
-from fused_nce.core.defaults import slopes, summary  # noqa: F401  (handed on)
+from fused_nce.core.defaults import mirrored, slopes, summary, tiles, ways  # noqa: F401  (handed on)
 from fused_nce.core.problem import GatheredGradients, Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import VOCABULARY, Spec
 from fused_nce.core.tails import Coefficients, Tail

@@ -19,6 +19,7 @@ from fused_nce.backends import kernel_prefixes
 from fused_nce.backends.kernel_prefixes import Kernels
 from fused_nce.core import defaults, workspace
 from fused_nce.core.cost import Call, Tiles
+from fused_nce.core.defaults import ways  # noqa: F401  (handed on)
 from fused_nce.core.prefixes import Prefixed
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
 from fused_nce.core.spec import MARGINS, VOCABULARY, Bias, Block, Index, Labels, Several, Spec

@@ -21,7 +21,7 @@ from fused_nce import _extension
 from fused_nce.backends import cpu, kernel_prefixes
 from fused_nce.backends.kernel_prefixes import Kernels
 from fused_nce.core import defaults, workspace
-from fused_nce.core.defaults import slopes  # noqa: F401  (handed on)
+from fused_nce.core.defaults import mirrored, slopes, tiles, ways  # noqa: F401  (handed on)
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
 from fused_nce.core.spec import MARGINS, VOCABULARY, Bias, Block, Index, Labels, Separate, Spec
 from fused_nce.core.statistics import KERNEL_STATISTICS

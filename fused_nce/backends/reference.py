@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_nce.backends import gathered
 from fused_nce.core import atoms, prefixes
-from fused_nce.core.defaults import slopes, summary  # noqa: F401  (handed on)
+from fused_nce.core.defaults import mirrored, slopes, summary, tiles, ways  # noqa: F401  (handed on)
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import VOCABULARY, Bias, Separate, Spec
 from fused_nce.core.statistics import Scores

@@ -19,8 +19,6 @@ from typing import NamedTuple
 
 import torch
 
-from fused_nce.core.problem import Needs
-
 PATH = Path(__file__).with_name("cost.json")
 BOTH_WAYS = ", both ways"  # after the name of a backend: of its calls with statistics of columns
 
@@ -47,9 +45,10 @@ class Call(NamedTuple):
     stored: bool = True  # of `triton`: weights of both sides are stored for cuBLAS, where a dtype has the exponents
 
     @classmethod
-    def of(cls, op: str, needs: Needs, penalised: bool = False) -> Call:
-        """One that wants these gradients."""
-        return cls(op, needs.q or (needs.scale and not needs.k), needs.k, penalised=penalised)
+    def of(cls, op: str, needs: tuple[bool, bool, bool], penalised: bool = False) -> Call:
+        """One that wants these gradients (`problem.Needs`)."""
+        q, k, scale = needs
+        return cls(op, q or (scale and not k), k, penalised=penalised)
 
     def tiles(self, *, kept: bool) -> Tiles:
         """Of large problems, with all scores kept from statistics to weights, or none that both sides' must precede."""

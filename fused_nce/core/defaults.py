@@ -1,4 +1,4 @@
-"""What an op does with a backend's statistics in plain torch; a backend hands these on where it has nothing faster."""
+"""The members of a `Backend` that it hands on where it has nothing of its own: a loss' end in plain torch, its plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from fused_nce.core import atoms
+from fused_nce.core.cost import Call, Tiles
 from fused_nce.core.problem import Problem, Statistics, Summary
+from fused_nce.core.spec import Spec
 from fused_nce.core.tails import Coefficients, Tail
 
 
@@ -39,3 +41,18 @@ def summary(
         return Summary(*values[0], lines[0])
     loss, nce, penalty = (torch.stack(each).sum() for each in zip(*values, strict=True))
     return Summary(loss, nce, penalty, torch.cat(lines))
+
+
+def mirrored(spec: Spec, tail: Tail, offset: int) -> bool:
+    """No score counts twice."""
+    return False
+
+
+def tiles(spec: Spec, call: Call, n: int, m: int, d: int, dtype: torch.dtype) -> Tiles:
+    """A strip of scores is held for all that is made of it."""
+    return call.strip_tiles()
+
+
+def ways(spec: Spec, q: Tensor, k: Tensor, shared: bool) -> tuple[bool, int]:
+    """Statistics of both sides come at once, and no weight is stored."""
+    return True, 0

@@ -66,8 +66,7 @@ def planned(call: Call, spec: Spec, q: Tensor, k: Tensor | None) -> Call:
     """With what follows from statistics of columns: how `triton` takes them (`backends/triton/plan.py`)."""
     if not spec.columns:
         return call
-    of_plan = getattr(backend_module("triton"), "ways")  # noqa: B009  (of this backend alone)
-    at_once, strip = of_plan(spec, q, q if k is None else k, k is None)
+    at_once, strip = backend_module("triton").ways(spec, q, q if k is None else k, k is None)
     return call._replace(columns=True, at_once=at_once, stored=strip > 0)
 
 

@@ -13,6 +13,7 @@ from fused_nce.core import batch, checks, dispatch
 from fused_nce.core import flop as _flop  # noqa: F401  (the ops' formulas)
 from fused_nce.core.group import Group, Peers, peers
 from fused_nce.core.ops import Scores  # and defines torch.ops.fused_nce
+from fused_nce.core.prefixes import Prefixed
 from fused_nce.core.spec import Block, Index, Labels, Spec
 from fused_nce.core.statistics import STATISTIC
 from fused_nce.core.tails import REDUCTIONS, Nce, Tail
@@ -426,7 +427,7 @@ def _check_tail(spec: Spec, tail: Tail) -> None:
     checks.check_choice("tail.reduction", tail.reduction, REDUCTIONS)
     checks.check_number("tail.penalty", tail.penalty, at_least=0)
     checks.check_number("tail.weight", tail.weight)
-    if getattr(tail, "widths", ()) != spec.prefixes:
+    if (tail.widths if isinstance(tail, Prefixed) else ()) != spec.prefixes:
         raise ValueError(f"tail: got {tail.code} with prefixes {spec.prefixes}, need Prefixed of those widths")
     if tail.penalty and spec.prefixes:
         raise ValueError(f"tail.penalty: got {tail.penalty} with prefixes {spec.prefixes}, need 0")

@@ -17,8 +17,8 @@ from fused_nce.core.ops import COUNT, Scores
 def call_of(op: str, x: Scores, tail: str = "", needs: list[bool] | None = None) -> Call:
     """What an op asks of a backend."""
     spec, (q, k) = specs.parse(x.spec), (needs or [False] * 2)[:2]
-    mirrored = getattr(dispatch.backend_module("cpu"), "mirrored")  # noqa: B009  (of this backend alone)
-    symmetric = bool(tail) and x.k is None and q and mirrored(spec, tails.parse(tail), x.offset)
+    cpu = dispatch.backend_module("cpu")
+    symmetric = bool(tail) and x.k is None and q and cpu.mirrored(spec, tails.parse(tail), x.offset)
     call = Call(op, q, k and x.k is not None, x.k is None, symmetric=symmetric)
     return dispatch.planned(call, spec, x.q, x.k)
 
@@ -34,8 +34,7 @@ def executed(call: Call, x: Scores, requested: str) -> int:
         scale = x.scale if x.scale_tensor is None else x.scale_tensor
         names = dispatch.automatic(x.q, x.k, call)
         name = next((name for name in names if not dispatch.why_not(name, spec, x.q, x.k, scale)), "chunked")
-    of_plan = getattr(dispatch.backend_module(name), "tiles", None)
-    tiles = of_plan(spec, call, n, m, d, x.q.dtype) if of_plan else call.strip_tiles()
+    tiles = dispatch.backend_module(name).tiles(spec, call, n, m, d, x.q.dtype)
     products = call.gemms(name, tiles, x.q.dtype)
     if name == "cuda" and spec.prefixes and x.q.dtype == torch.bfloat16:  # gradients of what rounding leaves too
         products += products - tiles.seen - tiles.again

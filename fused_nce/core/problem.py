@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from fused_nce.core.cost import Call, Tiles
 from fused_nce.core.spec import FILTERS, Several, Spec
 from fused_nce.core.tails import Coefficients, Tail
 
@@ -137,6 +139,15 @@ class Backend(Protocol):
         report_groups: Sequence[int],
     ) -> Summary:
         """What the losses report, added up."""
+
+    def mirrored(self, spec: Spec, tail: Tail, offset: int) -> bool:
+        """Whether `loss` sees the symmetric scores of one matrix in both roles once."""
+
+    def tiles(self, spec: Spec, call: Call, n: int, m: int, d: int, dtype: torch.dtype) -> Tiles:
+        """Which scores a call computes, by its plan."""
+
+    def ways(self, spec: Spec, q: Tensor, k: Tensor, shared: bool) -> tuple[bool, int]:
+        """How it takes statistics of columns: with those of rows at once; rows of a strip of stored weights, or 0."""
 
     losses: Losses | None
     whole_loss: WholeLoss | None

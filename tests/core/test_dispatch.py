@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import re
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ import torch
 import fused_nce
 from fused_nce import amdim_nce, info_nce, tile_stats, workspace_bytes
 from fused_nce.core import dispatch
+from fused_nce.core.distributed import ring
+from fused_nce.core.problem import Backend
 from fused_nce.core.spec import Bias, Block, Labels, Spec, TanhClip
 from tests.conftest import why_not
 
@@ -118,6 +122,23 @@ def test_a_backend_refuses_what_it_has_no_atom_for(monkeypatch):
     assert dispatch.why_not("cpu", SPEC, q, torch.ones(12, 8).bfloat16()) == "it has no mixed"
     for name in ("reference", "chunked"):
         assert dispatch.why_not(name, spec, q, None) is None
+
+
+def test_a_backend_has_every_member_and_core_looks_none_up_by_name():
+    members = {name for name in (*vars(Backend), *Backend.__annotations__) if not name.startswith("_")}
+    assert {"ATOMS", "loss", "whole_loss", "mirrored", "tiles", "ways"} <= members
+    for x in (*map(dispatch.backend_module, dispatch.BACKENDS), ring.Ring):
+        before = {"ATOMS", "why_not", "workspace_bytes"} if x is ring.Ring else set()  # whose blocks have been asked
+        assert {name for name in members if not hasattr(x, name)} == before, x
+    wrong = []
+    for path in Path(dispatch.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+                of, name = node.args[:2]
+                fixed = isinstance(name, ast.Constant) and not ast.unparse(of).startswith("_")  # of a thread
+                if fixed or "backend" in ast.unparse(of):
+                    wrong.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
+    assert not wrong, wrong
 
 
 def test_backends_and_doctor():

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fused_nce.backends.triton import configs, plan
 from fused_nce.core import workspace
-from fused_nce.core.defaults import slopes, summary  # noqa: F401  (handed on)
+from fused_nce.core.defaults import mirrored, slopes, summary, tiles  # noqa: F401  (handed on)
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import MARGINS, VOCABULARY, Spec
 from fused_nce.core.tails import Coefficients, Tail

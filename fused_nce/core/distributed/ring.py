@@ -60,9 +60,10 @@ class KeyBlock(NamedTuple):
 
 
 class Ring:
-    """A `Backend` (`core/problem.py`): the rows of this process against the keys of all."""
+    """A `Backend` (`core/problem.py`) that has been chosen: the rows of this process against the keys of all."""
 
-    summary, slopes = staticmethod(defaults.summary), staticmethod(defaults.slopes)
+    slopes, summary = staticmethod(defaults.slopes), staticmethod(defaults.summary)
+    mirrored, tiles, ways = staticmethod(defaults.mirrored), staticmethod(defaults.tiles), staticmethod(defaults.ways)
     losses = whole_loss = gathered_scores = gathered_grads = None
     BOTH_WAYS = False
 
