@@ -23,9 +23,9 @@ from fused_nce.core import atoms as definition
 from fused_nce.core import dispatch, workspace
 from fused_nce.core.engine import tile_loss as engine_loss
 from fused_nce.core.problem import Problem
-from fused_nce.core.spec import Bias, Block, Hardness, Identity, Index, Spec, TanhClip
+from fused_nce.core.spec import Bias, Block, Hardness, Identity, Index, Labels, Spec, TanhClip
 from fused_nce.core.statistics import softplus
-from fused_nce.core.tails import Nce
+from fused_nce.core.tails import LogOut, Nce
 from tests.backends.test_atoms import SIZES, U, compare
 from tests.cases import Case, can_run, draw, run
 from tests.core.problems import features, grads_of
@@ -231,15 +231,16 @@ def test_symmetric_scores_are_seen_once(once, alpha, monkeypatch):
 
 
 @pytest.mark.parametrize("penalty", nightly_but([0.04], [0.0, 0.04]))
-@pytest.mark.parametrize("layout", [Block(1), Block(3, 3)], ids=str)
+@pytest.mark.parametrize("layout", [Block(1), Block(3, 3), Labels()], ids=str)
 def test_hardness_of_one_tensor(layout, penalty):
-    """Neither the row itself nor the others of its image are weighed."""
-    spec, found = Spec(layout, Hardness(0.4), Nce(penalty).stats, drop_self=layout.n_c > 1), []
+    """Neither the row itself nor the others of its image or label are weighed."""
+    tail, ids = (LogOut(penalty), torch.arange(150) % 40) if isinstance(layout, Labels) else (Nce(penalty), None)
+    spec, found = Spec(layout, Hardness(0.4), tail.stats, drop_self=layout != Block(1)), []
     x = torch.randn(150, 9, generator=torch.Generator().manual_seed(0))
     for backend in ("triton", "reference"):
         q, scale = x.clone().requires_grad_(), torch.tensor(0.3).requires_grad_()
         k = None if spec.drop_self else x.flip(0)
-        loss = engine_loss(q, k, spec, Nce(penalty), scale=scale, backend=backend).loss
+        loss = engine_loss(q, k, spec, tail, scale=scale, row_ids=ids, column_ids=ids, backend=backend).loss
         found.append([loss, *torch.autograd.grad(loss, (q, scale))])
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
