@@ -3,10 +3,9 @@
 from fused_nce import backends as _package  # noqa: F401  (loaded before `doctor.backends` takes the name, or it would take it back)
 from fused_nce import losses
 from fused_nce._version import __version__
-from fused_nce.core.dispatch import last_path
+from fused_nce.core.dispatch import last_path, workspace_bytes
 from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.gathered import gathered_scores
-from fused_nce.core.workspace import workspace_bytes
 from fused_nce.doctor import backends, doctor
 from fused_nce.grad_cache import GradientCache
 from fused_nce.losses import *  # noqa: F403  (its `__all__` is the one list of losses)

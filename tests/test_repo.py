@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import fnmatch
 import io
 import json
 import os
@@ -108,6 +109,15 @@ def test_imports_go_one_way():
     assert not wrong, "\n".join(wrong)
 
 
+# Modules that another loads by name while it runs, which import it or what imports it.
+BY_NAME = {
+    "fused_nce.backends.triton": {
+        "fused_nce.backends.triton.whole"
+    },  # whose second backward is an op's, of any backend
+    "fused_nce.train.methods": {"fused_nce.train.methods.distil"},  # whose teacher is a run of any method
+}
+
+
 def arrows():
     """Module → the modules of the package that it imports, wherever in the file: in functions and for types too."""
     modules = {}
@@ -117,8 +127,22 @@ def arrows():
     found = {}
     for name, path in modules.items():
         targets = {next((m for m in (x, x.rpartition(".")[0]) if m in modules), name) for x, _ in imports_of(path)}
-        found[name] = targets - {name}
+        named = (x for x in named_to_import(path, name) if x.startswith("fused_nce."))
+        targets |= {m for x in named for m in fnmatch.filter(modules, x) if m.count(".") == x.count(".")}
+        found[name] = targets - {name} - BY_NAME.get(name, set())
     return found
+
+
+def named_to_import(path, module):
+    """What a file may hand to `import_module`, `*` for what is known at run time; of a variable, any of its strings."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    calls = [x for x in nodes if isinstance(x, ast.Call) and ast.unparse(x.func).endswith("import_module")]
+    for given in (call.args[0] for call in calls):
+        if isinstance(given, ast.JoinedStr):
+            named = ast.unparse(given)[2:-1].replace("{__name__}", module)
+            yield re.sub(r"{\w+}", "*", named)
+        else:
+            yield from (x.value for x in nodes if isinstance(x, ast.Constant) and isinstance(x.value, str))
 
 
 def test_no_import_goes_round_in_a_circle():
@@ -133,14 +157,31 @@ def test_no_import_goes_round_in_a_circle():
     assert not left, "\n".join(f"{name} imports {sorted(targets & left.keys())}" for name, targets in left.items())
 
 
-def test_bench_and_the_trainer_do_not_import_each_other():
-    wrong = [
-        f"{name_of(path)} imports {module}"
-        for path in FILES
-        if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in ("bench", "fused_nce")
-        for module, _ in imports_of(path)
-        if module.startswith("fused_nce.train" if path.is_relative_to(ROOT / "bench") else "bench.")
-    ]
+LOOP = r"command|compare|config|evaluate|export|loop|method|methods|options|report|resumed|step|teacher"
+# What no file of a folder imports, and what none calls.
+ROOMS = {
+    "bench": (r"fused_nce\.train", None),
+    "fused_nce": ("bench", None),
+    "fused_nce/train/data": (
+        rf"fused_nce\.(models|losses|train\.({LOOP}|evaluation|settings\.(?!AugmentConfig\b)\w+))",
+        None,
+    ),
+    "fused_nce/train/evaluation": (
+        rf"fused_nce\.train\.({LOOP}|files\.write_\w+)",
+        r"(.*\.)?(dump|mkdir|open|save(?!\(buffer\b)|save_file|savefig|savez|touch|write_\w+)\(.*",
+    ),
+    "fused_nce/train/report": (r"numpy|sklearn|torch|fused_nce\.(core|losses|train\.(data|loop|step))", None),
+}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_keeps_to_its_work(room):
+    imported, called = ROOMS[room]
+    wrong = []
+    for path in (path for path in FILES if path.suffix == ".py" and path.is_relative_to(ROOT / room)):
+        wrong += [f"{name_of(path)}: {x}" for x, _ in imports_of(path) if re.match(rf"(?:{imported})(\.|$)", x)]
+        calls = (ast.unparse(x) for x in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(x, ast.Call))
+        wrong += [f"{name_of(path)}: {x}" for x in calls if called and re.fullmatch(called, x, re.S)]
     assert not wrong, "\n".join(wrong)
 
 
@@ -169,7 +210,9 @@ present = set(sys.modules)
 import fused_nce
 seconds = time.process_time() - start
 brought = sorted(set(sys.modules) - present)
-print(json.dumps(dict(seconds=seconds, brought=brought, cuda=torch.cuda.is_initialized())))
+fused_nce.info_nce(torch.eye(4, requires_grad=True), torch.ones(4, 4)).loss.backward()
+grouped = [name for name in sys.modules if name.startswith("fused_nce.core.distributed")]
+print(json.dumps(dict(seconds=seconds, brought=brought, cuda=torch.cuda.is_initialized(), grouped=grouped)))
 """
 
 
@@ -179,11 +222,12 @@ def probe_import():
     return json.loads(done.stdout)
 
 
-def test_importing_costs_half_a_second_at_most_beyond_torch_and_brings_no_extra_and_no_cuda_context():
+def test_importing_costs_half_a_second_at_most_beyond_torch_and_brings_no_extra_group_or_cuda_context():
     found = probe_import()
     # Processor time, up to three tries: the machine may be busy with other tests.
     assert found["seconds"] < 0.5 or any(probe_import()["seconds"] < 0.5 for _ in range(2))
     assert found["cuda"] is False
+    assert found["grouped"] == []  # by a loss without a group
     roots = {name.partition(".")[0] for name in found["brought"]} - set(sys.stdlib_module_names)
     assert roots <= {"torch", "fused_nce"} | {name for name in roots if name.startswith("__editable__")}
     parts = {".".join(name.split(".")[:2]) for name in found["brought"]}

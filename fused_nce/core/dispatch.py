@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fused_nce.core import cost, first_contact
+from fused_nce.core import cost, first_contact, workspace
 from fused_nce.core.cost import Call
 from fused_nce.core.problem import Backend, Needs, Problem
 from fused_nce.core.spec import Spec
@@ -49,6 +49,31 @@ def backend_module(name: str) -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, need one of {BACKENDS}")
     return cast(Backend, importlib.import_module(f"fused_nce.backends.{name}"))
+
+
+def workspace_bytes(
+    spec: Spec, n: int, m: int, d: int, dtype: torch.dtype = torch.float32, backend: str = "cpu", device: str = "cpu"
+) -> int:
+    """Peak bytes that one call of a backend allocates beside its inputs, outputs and gradients.
+
+    Args:
+        spec: what happens to a score.
+        n: rows N.
+        m: columns M.
+        d: width D.
+        dtype: of the inputs.
+        backend: a name of `fused_nce.backends()`.
+        device: the device type whose limit holds.
+
+    Raises:
+        ValueError: for an unknown backend, or a dtype that it does not run.
+
+    Example:
+        ```
+        workspace_bytes(Spec(Block(1)), 4096, 4096, 256, backend="chunked")
+        ```
+    """
+    return backend_module(backend).workspace_bytes(spec, n, m, d, dtype.itemsize, workspace.limit_bytes(device))
 
 
 def why_not(backend: str, spec: Spec, q: Tensor, k: Tensor | None, scale: float | Tensor = 1.0) -> str | None:
