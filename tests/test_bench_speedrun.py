@@ -15,8 +15,8 @@ import pytest
 from bench import host, speedrun, speedrun_table
 from fused_nce import cli, measure
 from fused_nce.train import methods
-from fused_nce.train import resumed as going_on
 from fused_nce.train.methods import amdim
+from fused_nce.train.saving import resumed as going_on
 from tests.train.runs import TINY, log, resumed, trainer
 
 REFERENCE = speedrun_table.REFERENCE_GFLOP_PER_S

@@ -157,7 +157,7 @@ def test_no_import_goes_round_in_a_circle():
     assert not left, "\n".join(f"{name} imports {sorted(targets & left.keys())}" for name, targets in left.items())
 
 
-LOOP = r"command|compare|config|evaluate|export|loop|method|methods|options|report|resumed|step|teacher"
+LOOP = r"command|compare|config|evaluate|export|loop|method|methods|monitor|options|report|saving|step|teacher"
 # What no file of a folder imports, and what none calls.
 ROOMS = {
     "bench": (r"fused_nce\.train", None),

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fused_nce.train import checkpoint, config, journal, lock, methods, slurm
+from fused_nce.train import config, methods
 from fused_nce.train.files import printable
+from fused_nce.train.machine import slurm
 from fused_nce.train.method import Method
+from fused_nce.train.monitor import journal
+from fused_nce.train.saving import checkpoint, lock
 
 SHORT = {
     "--epochs": "--optim.epochs",

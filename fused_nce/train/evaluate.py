@@ -22,16 +22,18 @@ import torch
 
 from fused_nce import measure
 from fused_nce.models.base import Model
-from fused_nce.train import checkpoint, host, loss_cost
+from fused_nce.train import loss_cost
 from fused_nce.train.config import CONFIG_NAME
 from fused_nce.train.evaluation import features
 from fused_nce.train.evaluation.figures import samples
 from fused_nce.train.evaluation.protocols import DEFAULT, check_names
 from fused_nce.train.evaluation.scoring import Asked
 from fused_nce.train.files import printable, write_bytes, write_text
+from fused_nce.train.machine import host
+from fused_nce.train.machine.threads import Threads
 from fused_nce.train.method import Method
 from fused_nce.train.report import evaluated, runlog, terminal
-from fused_nce.train.threads import Threads
+from fused_nce.train.saving import checkpoint
 
 MOST_NEIGHBOURS = 100  # of a picture that a person looks at
 

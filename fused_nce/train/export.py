@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from fused_nce import measure
 from fused_nce.models.encoders.backbones import TIMM
 from fused_nce.models.frozen import FrozenEncoder, Tensors
-from fused_nce.train import checkpoint, config
+from fused_nce.train import config
 from fused_nce.train.data import images as data
 from fused_nce.train.files import aside, printable, read_json, reading
 from fused_nce.train.method import Method
 from fused_nce.train.report import model_card
+from fused_nce.train.saving import checkpoint
 
 WEIGHTS, ONNX, CONFIG, CARD = "model.safetensors", "model.onnx", "config.json", "README.md"
 ONNX_NEEDS = ("onnx", "onnxscript")

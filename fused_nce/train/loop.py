@@ -17,28 +17,18 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 
 from fused_nce import GradientCache
-from fused_nce.train import (
-    boards,
-    checkpoint,
-    host,
-    journal,
-    lock,
-    optim,
-    resumed,
-    scale,
-    sharding,
-    threads,
-    trained_on,
-    words,
-)
 from fused_nce.train import config as config_module
+from fused_nce.train import optim, scale, words
 from fused_nce.train.evaluation import features
 from fused_nce.train.files import one_line, settle
-from fused_nce.train.interrupt import Interrupt
+from fused_nce.train.machine import host, threads
+from fused_nce.train.machine.interrupt import Interrupt
 from fused_nce.train.method import Method
-from fused_nce.train.online_probes import OnlineProbes
-from fused_nce.train.profile import Profile, part
+from fused_nce.train.monitor import boards, journal
+from fused_nce.train.monitor.online_probes import OnlineProbes
+from fused_nce.train.monitor.profile import Profile, part
 from fused_nce.train.rehearsal import rehearse, trainable
+from fused_nce.train.saving import checkpoint, lock, resumed, sharding, trained_on
 from fused_nce.train.step import Kept, LossTimer, Meter, TrainStep, gradient_norm, memory_names
 from fused_nce.train.window import Window
 

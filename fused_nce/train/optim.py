@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_nce.train import sharding
-from fused_nce.train.host import use_bf16
+from fused_nce.train.machine.host import use_bf16
+from fused_nce.train.saving import sharding
 from fused_nce.train.settings import OptimConfig
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fused_nce.train import config
 from fused_nce.train.data import geometry
-from fused_nce.train.data.sources import to_rgb
+from fused_nce.train.data.image_source import to_rgb
 from fused_nce.train.methods.amdim import PRESETS
 
 AREA, RATIO = (0.3, 1.0), (0.7, 1.4)  # amdim-public's crops

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_nce import GradientCache
-from fused_nce.train import checkpoint
 from fused_nce.train.files import one_line
 from fused_nce.train.method import Method
+from fused_nce.train.saving import checkpoint
 from fused_nce.train.step import Kept, TrainStep
 
 

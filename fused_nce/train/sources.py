@@ -1,6 +1,6 @@
 """The readers of images by the names that they had before `fused_nce.train.data`."""
 
-from fused_nce.train.data.sources import Damage, ImageSource, fit, to_rgb
+from fused_nce.train.data.image_source import Damage, ImageSource, fit, to_rgb
 
 FolderSource = ShardSource = ImageSource
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fused_nce.models.base import Embedded, Losses, Model
-from fused_nce.train import sharding
 from fused_nce.train.evaluation.features import as_vectors
 from fused_nce.train.method import Method
-from fused_nce.train.online_probes import OnlineProbes
-from fused_nce.train.profile import part
+from fused_nce.train.monitor.online_probes import OnlineProbes
+from fused_nce.train.monitor.profile import part
+from fused_nce.train.saving import sharding
 
 # The order of the numbers that a step returns: means over images, then those that a method adds, then counts.
 MEANS = ("loss", "nce", "nce_minus_chance", "penalty", "top1", "mi_bound")

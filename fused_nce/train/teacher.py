@@ -12,13 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fused_nce.train import checkpoint
 from fused_nce.train.data.augment import Normalise
 from fused_nce.train.data.images import load_labelled
 from fused_nce.train.evaluation import features, scoring
 from fused_nce.train.evaluation.fine_tune import Subject, Tuned, choose
 from fused_nce.train.files import reading
-from fused_nce.train.threads import Threads
+from fused_nce.train.machine.threads import Threads
+from fused_nce.train.saving import checkpoint
 
 NAME = "fine-tuned.safetensors"
 

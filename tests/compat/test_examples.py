@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fused_nce.train import checkpoint
+from fused_nce.train.saving import checkpoint
 from tests.train.runs import TINY, resumed, trainer
 
 pytestmark = pytest.mark.nightly

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from fused_nce import cli
-from fused_nce.train import checkpoint, command
+from fused_nce.train import command
 from fused_nce.train.evaluation import figures
 from fused_nce.train.loop import Trainer
+from fused_nce.train.saving import checkpoint
 from tests.marks import nightly_but
 from tests.train.runs import log, tensors
 

@@ -9,7 +9,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from fused_nce.train import boards, command, config, loop, profile
+from fused_nce.train import command, config, loop
+from fused_nce.train.monitor import boards, profile
 from tests.train.runs import TINY, log, resumed, trainer
 
 
@@ -71,7 +72,7 @@ def test_a_service_that_fails_is_left_out(tmp_path, wandb, caplog):
 
 
 def test_without_the_package_the_setting_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("fused_nce.train.boards.find_spec", lambda name: None)
+    monkeypatch.setattr("fused_nce.train.monitor.boards.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"run\.wandb: must be null without wandb \(pip install wandb\), got mine"):
         trainer(tmp_path / "a", "--run.wandb=mine")
     with pytest.raises(ValueError, match=r"run\.wandb: must be null or the name of a project, got ''"):

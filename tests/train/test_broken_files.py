@@ -5,8 +5,10 @@ import random
 
 import pytest
 
-from fused_nce.train import checkpoint, command, config, export, files, journal, options, teacher
+from fused_nce.train import command, config, export, files, options, teacher
+from fused_nce.train.monitor import journal
 from fused_nce.train.report import runlog
+from fused_nce.train.saving import checkpoint
 from tests.train.test_export import make_run
 
 PIECES = [b"{", b"[", b"&a *a", b"\n", b": ", b"\x00", b"- ", b"1e999", b"null", b"<<: "]

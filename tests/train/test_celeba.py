@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from fused_nce import cli
+from fused_nce.train.data.image_source import ImageSource
 from fused_nce.train.data.images import load_attributes
-from fused_nce.train.data.sources import ImageSource
 from fused_nce.train.evaluation import attributes
 from fused_nce.train.evaluation.logistic import fit, principal_axes
 

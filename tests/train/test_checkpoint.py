@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from fused_nce.train import checkpoint, config
+from fused_nce.train import config
 from fused_nce.train.methods.amdim import AMDIMConfig, ModelConfig
+from fused_nce.train.saving import checkpoint
 
 TINY = ModelConfig(ndf=4, n_rkhs=16, n_depth=1)
 

@@ -96,7 +96,7 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path):
-    from fused_nce.train import checkpoint
+    from fused_nce.train.saving import checkpoint
 
     settings = parse(tmp_path, "--model.ndf=4", "--model.n_rkhs=16", "--model.n_depth=1")
     model = settings.build()

@@ -13,8 +13,8 @@ from PIL import Image
 
 import fused_nce
 from fused_nce.train.data import loader
+from fused_nce.train.data.image_source import ImageSource
 from fused_nce.train.data.images import load_split
-from fused_nce.train.data.sources import ImageSource
 from fused_nce.train.methods.amdim import AMDIMConfig
 from fused_nce.train.seeded import seeded
 from fused_nce.train.settings import AugmentConfig, OptimConfig, RunConfig

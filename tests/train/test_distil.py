@@ -9,9 +9,10 @@ from torch.nn import functional
 
 from fused_nce import cli
 from fused_nce.models.distil import DistillationLoss, Distilled
-from fused_nce.train import checkpoint, command, teacher
+from fused_nce.train import command, teacher
 from fused_nce.train.evaluation import fine_tune
 from fused_nce.train.loop import Trainer
+from fused_nce.train.saving import checkpoint
 from tests.train.runs import log, tensors, untimed
 
 DIGITS = ["--preset=digits", "--precision=fp32", "--run.log_every=4"]

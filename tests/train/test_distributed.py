@@ -144,7 +144,7 @@ def test_accelerate_launches_as_torchrun_does(tmp_path):
 OTHER = """
 import os, sys
 from fused_nce import cli
-from fused_nce.train import host
+from fused_nce.train.machine import host
 rank = int(os.environ["RANK"])
 if {unlike_hosts}:
     host.use_bf16 = lambda precision, device: precision == "auto" and rank == 0

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from fused_nce import cli
-from fused_nce.train import checkpoint, config, evaluate, loss_cost
+from fused_nce.train import config, evaluate, loss_cost
 from fused_nce.train.data import images as images_module
 from fused_nce.train.data.images import ImageSet
 from fused_nce.train.evaluation import scoring
 from fused_nce.train.methods.amdim import AMDIMConfig, ModelConfig
+from fused_nce.train.saving import checkpoint
 from fused_nce.train.settings import AugmentConfig
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from fused_nce import cli
 from fused_nce.models.frozen import FrozenEncoder
-from fused_nce.train import checkpoint, command, export, methods
+from fused_nce.train import command, export, methods
+from fused_nce.train.saving import checkpoint
 from tests.marks import nightly_but
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

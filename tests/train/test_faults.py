@@ -15,9 +15,11 @@ import torch
 
 from fused_nce import cli
 from fused_nce.models.encoders import backbones
-from fused_nce.train import checkpoint, command, config, journal, lock, loop, trained_on
-from fused_nce.train.interrupt import SAME_S, Interrupt
+from fused_nce.train import command, config, loop
 from fused_nce.train.loop import Trainer
+from fused_nce.train.machine.interrupt import SAME_S, Interrupt
+from fused_nce.train.monitor import journal
+from fused_nce.train.saving import checkpoint, lock, trained_on
 from tests.train.runs import TINY, log, resumed, tensors, trainer
 from tests.train.test_loop import write_images
 
@@ -316,7 +318,7 @@ def test_a_deleted_folder_is_made_anew_and_said(tmp_path, caplog):
 def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
     out = tmp_path / "run"
     code = (
-        "import sys, time; from pathlib import Path; from fused_nce.train import lock\n"
+        "import sys, time; from pathlib import Path; from fused_nce.train.saving import lock\n"
         "lock.take(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     )
     trainer(out, "--max-steps=1").run()
@@ -388,7 +390,7 @@ def test_nohup_stays():
 
 SECOND = """
 import os, signal, sys, time
-from fused_nce.train.interrupt import Interrupt
+from fused_nce.train.machine.interrupt import Interrupt
 with Interrupt() as interrupt:
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)  # at once: the same wish

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-from fused_nce.train import checkpoint, words
+from fused_nce.train import words
 from fused_nce.train.data import loader
+from fused_nce.train.saving import checkpoint
 from tests.marks import nightly_but
 from tests.train.runs import KEYS, TINY, log, resumed, tensors, trainer, untimed
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fused_nce import cli
-from fused_nce.train import checkpoint, command, config, limits, methods
+from fused_nce.train import command, config, limits, methods
 from fused_nce.train.loop import Trainer
+from fused_nce.train.saving import checkpoint
 from tests.marks import nightly_but
 from tests.train.runs import ill_refused, log, own_rules, tensors, untimed
 

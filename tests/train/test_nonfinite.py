@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from fused_nce.train import checkpoint, command
+from fused_nce.train import command
 from fused_nce.train.loop import Diverged, Trainer
+from fused_nce.train.saving import checkpoint
 from fused_nce.train.step import Kept
 from tests.train.runs import TINY, log, tensors, trainer
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fused_nce.train import optim
-from fused_nce.train.online_probes import OnlineProbes, sum_losses
+from fused_nce.train.monitor.online_probes import OnlineProbes, sum_losses
 from fused_nce.train.settings import OptimConfig
 
 

@@ -11,8 +11,9 @@ import yaml
 from torch import nn
 
 from fused_nce.models.encoders import backbones
-from fused_nce.train import command, resumed
+from fused_nce.train import command
 from fused_nce.train.loop import Trainer
+from fused_nce.train.saving import resumed
 from tests.distributed import launch
 from tests.marks import nightly_but
 from tests.train.runs import tensors

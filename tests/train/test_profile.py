@@ -11,7 +11,7 @@ from fused_nce import cli
 from fused_nce.models.encoders import backbones
 from fused_nce.train import command
 from fused_nce.train.loop import Trainer
-from fused_nce.train.profile import Profile
+from fused_nce.train.monitor.profile import Profile
 from tests.train.runs import TINY, log, tensors, trainer
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset, _utils
 
 from fused_nce.train.data import readers
-from fused_nce.train.interrupt import Interrupt
+from fused_nce.train.machine.interrupt import Interrupt
 
 
 class Numbers(Dataset):

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from fused_nce.train.data import images, sources
-from fused_nce.train.data.sources import ImageSource, to_rgb
+from fused_nce.train.data import images
+from fused_nce.train.data.image_source import ImageSource, to_rgb
 from tests.train.test_data import picture
 
 P = [picture(v) for v in range(8)]
@@ -346,5 +346,5 @@ def test_an_image_above_the_pixel_limit_is_damaged_like_any_other(tmp_path, monk
 def test_the_names_of_before_are_still_there():
     from fused_nce.train import sources as before
 
-    assert before.to_rgb is sources.to_rgb
+    assert before.to_rgb is to_rgb
     assert before.FolderSource is before.ShardSource is ImageSource

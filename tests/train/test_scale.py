@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from fused_nce.distributed import Processes
-from fused_nce.train import command, lock, scale
+from fused_nce.train import command, scale
 from fused_nce.train.loop import Trainer
+from fused_nce.train.saving import lock
 from fused_nce.train.step import LossTimer, TrainStep
 from tests.marks import nightly_but
 from tests.train.runs import TINY, log, resumed, tensors, trainer, untimed

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from fused_nce.train.loop import Diverged
-from fused_nce.train.sharding import Writer
+from fused_nce.train.saving.sharding import Writer
 from tests.train.runs import trainer
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import multiprocessing
 
 from fused_nce import cli
-from fused_nce.train import checkpoint
 from fused_nce.train.loop import Diverged
+from fused_nce.train.saving import checkpoint
 from tests.train.runs import TINY, log
 from tests.train.test_processes import PLAIN, go
 

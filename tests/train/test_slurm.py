@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
-from fused_nce.train import command, slurm
-from fused_nce.train.interrupt import Interrupt
+from fused_nce.train import command
 from fused_nce.train.loop import Trainer
+from fused_nce.train.machine import slurm
+from fused_nce.train.machine.interrupt import Interrupt
 from tests.train.runs import TINY, log, resumed, trainer
 
 STEP = {

@@ -8,8 +8,8 @@ import torch
 
 from bench import busy
 from fused_nce import cli, measure
-from fused_nce.train import threads
-from fused_nce.train.threads import LONGEST_S, WAIT_S, Threads, Usage, usage
+from fused_nce.train.machine import threads
+from fused_nce.train.machine.threads import LONGEST_S, WAIT_S, Threads, Usage, usage
 from tests.train.runs import TINY
 
 

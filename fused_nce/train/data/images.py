@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fused_nce.train.data.account import Account
+from fused_nce.train.data.image_source import Damage, ImageSource, digits, fit
 from fused_nce.train.data.labels import Classes
 from fused_nce.train.data.members import Attributes
-from fused_nce.train.data.sources import Damage, ImageSource, digits, fit
-from fused_nce.train.host import progress_bar
+from fused_nce.train.machine.host import progress_bar
 
 # Short side that an image is resized to before the centre crop of the tests (amdim-public: 70 -> 64, 146 -> 128).
 TEST_RESIZE = {32: 32, 64: 70, 128: 146, 224: 256}

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fused_nce.train.data.augment import crops
+from fused_nce.train.data.image_source import Damage, ImageSource, fit
 from fused_nce.train.data.images import (
     DEFAULT_LIMIT_BYTES,
     ImageSet,
@@ -19,7 +20,6 @@ from fused_nce.train.data.images import (
     load_split,
 )
 from fused_nce.train.data.readers import Readers
-from fused_nce.train.data.sources import Damage, ImageSource, fit
 from fused_nce.train.seeded import seeded
 from fused_nce.train.settings import AugmentConfig
 

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fused_nce.train.interrupt import ENDING, PREEMPTION
+from fused_nce.train.machine.interrupt import ENDING, PREEMPTION
 
 T = TypeVar("T")
 LIMIT_S = 300  # a stuck reader is an error, not a wait for ever

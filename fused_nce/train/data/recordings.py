@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fused_nce.train.data import wav
 from fused_nce.train.data.account import some
+from fused_nce.train.data.image_source import Damage, open_samples
 from fused_nce.train.data.labels import Classes
 from fused_nce.train.data.loader import Batch, Order
 from fused_nce.train.data.members import RECORDING
-from fused_nce.train.data.sources import Damage, open_samples
 from fused_nce.train.data.wav import FULL_SCALE
 from fused_nce.train.limits import ABOVE_0, AT_LEAST_1, Rule, optional, setting
 

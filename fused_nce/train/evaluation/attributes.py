@@ -15,7 +15,7 @@ from fused_nce.train.evaluation.images import feature_sets
 from fused_nce.train.evaluation.logistic import fit, principal_axes
 from fused_nce.train.evaluation.probes import C_GRID, HELD_OUT, standardise
 from fused_nce.train.evaluation.scoring import Asked
-from fused_nce.train.host import progress_bar
+from fused_nce.train.machine.host import progress_bar
 
 PLAIN, BALANCED = "attributes", "attributes, balanced"
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fused_nce.train import threads
-from fused_nce.train.host import progress_bar
+from fused_nce.train.machine import threads
+from fused_nce.train.machine.host import progress_bar
 
 Encode = Callable[[Tensor], dict[str, Tensor]]
 Transform = Callable[[Tensor], Tensor]

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fused_nce.train import threads
 from fused_nce.train.evaluation.features import as_vectors, mean_and_sd
+from fused_nce.train.machine import threads
 from fused_nce.train.seeded import seeded
 
 Labels = NDArray[np.int64]

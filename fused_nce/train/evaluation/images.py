@@ -14,7 +14,7 @@ from fused_nce.train.evaluation.figures import Figures, draw_figures
 from fused_nce.train.evaluation.fine_tune import Subject
 from fused_nce.train.evaluation.protocols import LEFT_OUT, described
 from fused_nce.train.evaluation.scoring import Asked
-from fused_nce.train.host import autocast_dtype, progress_bar
+from fused_nce.train.machine.host import autocast_dtype, progress_bar
 
 
 def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any], Figures]:

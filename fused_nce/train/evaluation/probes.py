@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fused_nce.train.evaluation.logistic import Axes, Kind, fit, principal_axes
-from fused_nce.train.threads import look
+from fused_nce.train.machine.threads import look
 
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]

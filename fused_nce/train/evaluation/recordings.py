@@ -14,7 +14,7 @@ from fused_nce.train.data.recordings import Recordings
 from fused_nce.train.evaluation import features, figures, scoring
 from fused_nce.train.evaluation.protocols import FROZEN, LEFT_OUT, PROTOCOLS, described
 from fused_nce.train.evaluation.scoring import Asked
-from fused_nce.train.host import progress_bar
+from fused_nce.train.machine.host import progress_bar
 
 LOG_MEL = "log-mel mean"
 

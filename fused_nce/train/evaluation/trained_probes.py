@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_nce.train.evaluation.probes import HELD_OUT, Array, Labels, hold_out, standardise
+from fused_nce.train.machine.threads import look
 from fused_nce.train.seeded import seeded
-from fused_nce.train.threads import look
 
 BATCH = 256
 # MoCo's linear protocol: momentum 0.9, no decay, 100 epochs, the rate a tenth from epochs 60 and 80. Its rate, 30, is

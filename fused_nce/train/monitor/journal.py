@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fused_nce.train.boards import Boards
 from fused_nce.train.files import settle, write_text
+from fused_nce.train.monitor.boards import Boards
 
 log = logging.getLogger("fused_nce")
 

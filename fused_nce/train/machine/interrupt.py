@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-from fused_nce.train.slurm import PREEMPTION
+from fused_nce.train.machine.slurm import PREEMPTION
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME_S = 1.0  # two signals within it are one: Ctrl-C reaches a process from its terminal and from torchrun

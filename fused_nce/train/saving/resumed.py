@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fused_nce import measure
-from fused_nce.train import trained_on
 from fused_nce.train.method import Method
+from fused_nce.train.saving import trained_on
 
 log = logging.getLogger("fused_nce")
 

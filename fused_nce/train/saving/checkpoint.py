@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from fused_nce.models.base import Model
 from fused_nce.train import config as config_module
-from fused_nce.train import sharding
 from fused_nce.train.files import read_json
 from fused_nce.train.method import Method
+from fused_nce.train.saving import sharding
 
 log = logging.getLogger("fused_nce")
 
