@@ -187,7 +187,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "extra"), nightly_but([*WAYS[:1], ("nat", [])], WAYS))
+@pytest.mark.parametrize(("name", "extra"), nightly_but(WAYS[:1], WAYS))
 def test_resume_is_exact(tmp_path, name, extra):
     """Weights, moments, queue, bank, momentum encoder, classifiers and log, bit by bit."""
     assert trainer(name, tmp_path / "a", "--max-steps=5", *extra).run() == "finished"

@@ -100,6 +100,7 @@ def test_held_or_read_the_images_are_the_same_and_the_system_is_asked_for_whole_
     assert len(asked) <= 3 + 15  # a stretch of each shard, and the rest by batches
 
 
+@pytest.mark.nightly
 def test_a_resumed_run_goes_on_in_the_middle_of_a_buffer(tmp_path, monkeypatch):
     write_shards(tmp_path)
     monkeypatch.setattr(loader, "decoded_bytes", lambda source, size: 1 << 40)
