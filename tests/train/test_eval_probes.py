@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
 
 from fused_nce.train.evaluation import logistic, probes
 from fused_nce.train.evaluation.probes import C_GRID, Fitted
@@ -58,6 +57,8 @@ def test_draw_is_balanced_and_stays_in_the_pool():
 
 @pytest.mark.parametrize("c", [1e-2, 1.0])
 def test_rotating_into_the_rows_changes_no_prediction(c):
+    from sklearn.linear_model import LogisticRegression
+
     features, labels = blobs(60, 200, spread=1.5)
     queries, labels_of_queries = blobs(90, 200, spread=1.5, seed=1)
     exact = LogisticRegression(C=c, max_iter=10_000, tol=1e-9).fit(features.astype(np.float64), labels)
@@ -70,6 +71,8 @@ def test_rotating_into_the_rows_changes_no_prediction(c):
 
 def test_correlated_features_do_not_stall_the_solver():
     """Singular values over five orders of magnitude: the usual coordinates would need thousands of steps."""
+    from sklearn.linear_model import LogisticRegression
+
     features, labels = blobs(3000, 60, classes=5, spread=2.0)
     mixing = np.random.default_rng(1).standard_normal((60, 60)) @ np.diag(np.logspace(0, -5, 60))
     x = features @ mixing.astype(np.float32)
@@ -82,6 +85,8 @@ def test_correlated_features_do_not_stall_the_solver():
 
 
 def test_the_weights_are_those_of_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+
     features, labels = blobs(400, 20, spread=2.0)
     x, _ = probes.standardise(features, features)
     for c in (1e-2, 1.0):

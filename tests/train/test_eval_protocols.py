@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.svm import LinearSVC
 
 from fused_nce.train.evaluation import episodes, logistic, probes, protocols, scoring, trained_probes
 from fused_nce.train.evaluation.protocols import FROZEN, PROTOCOLS, FeatureSet
@@ -57,6 +55,8 @@ def test_a_second_run_gives_the_same_predictions_and_leaves_the_random_state(nam
 
 
 def test_the_svm_has_scikit_learns_weights():
+    from sklearn.svm import LinearSVC
+
     features, labels = blobs(400, 20, spread=2.0)
     x, _ = probes.standardise(features, features)
     known = torch.from_numpy(x)
@@ -142,6 +142,8 @@ def test_the_prototype_is_the_mean_and_the_nearest_wins():
 
 @pytest.mark.parametrize("shots", [1, 5])
 def test_few_coordinates_change_nothing_in_the_logistic_classifier(shots):
+    from sklearn.linear_model import LogisticRegression
+
     generator = torch.Generator().manual_seed(0)
     support, queries = (torch.randn(*shape, generator=generator) for shape in ((5, shots, 40), (200, 40)))
     exact = LogisticRegression(C=episodes.C, tol=1e-8, max_iter=10_000)
