@@ -44,8 +44,8 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
     strip, panel = plan(spec, n, m, d, wide, dtype_bytes < 4, limit_bytes)
     cast = (strip + panel) * d if dtype_bytes < 4 else 0
     waiting = len(spec.columns) * m * (2 + math.ceil(math.log2(-(-n // strip)))) if spec.columns else 0
-    norms = 2 * spec.parts * (n + m) if spec.prefixes else 0  # and what they add to the gradients
-    return wide * (score_buffers(spec) * strip * panel + strip * d + cast + waiting + 8 * spec.parts * n + norms)
+    norms = 2 * spec.n_widths * (n + m) if spec.prefixes else 0  # and what they add to the gradients
+    return wide * (score_buffers(spec) * strip * panel + strip * d + cast + waiting + 8 * spec.n_widths * n + norms)
 
 
 def stats(problem: Problem) -> Statistics:

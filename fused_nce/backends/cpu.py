@@ -275,7 +275,7 @@ def _less_norms(spec: Spec, dx: Tensor, x: Tensor, norms: Tensor, sums: Tensor) 
 
 def _prefix_bytes(module: ModuleType, spec: Spec, n: int, m: int, d: int, limit: int) -> int:
     """The larger of both plans; 0 where one does not fit."""
-    sizes, filters = (n, m, d, max(1, spec.n_pos), spec.parts), (bool(spec.filters), "guide" in spec.filters)
+    sizes, filters = (n, m, d, max(1, spec.n_pos), spec.n_widths), (bool(spec.filters), "guide" in spec.filters)
     plans = [module.prefix_workspace_bytes(*sizes, both, True, *filters, limit) for both in (True, False)]
     return max(plans) if all(plans) else 0
 

@@ -308,7 +308,7 @@ def _prefix_kernels(problem: Problem) -> Kernels:
 
 def _prefix_bytes(module: ModuleType, spec: Spec, n: int, m: int, element_bytes: int, limit: int) -> int:
     """The largest of its plans: 16 bits may be float16, which is widened."""
-    sizes = [(n, m, spec.n_pos, spec.parts, size) for size in {4, element_bytes}]
+    sizes = [(n, m, spec.n_pos, spec.n_widths, size) for size in {4, element_bytes}]
     return max(module.cuda_prefix_bytes(*s, back, spec.marked, limit) for s in sizes for back in (True, False))
 
 

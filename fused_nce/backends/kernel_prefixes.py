@@ -34,13 +34,13 @@ def why_not(spec: Spec, needed: int, limit: int) -> str | None:
     if isinstance(spec.layout, (Separate, Several)) or not set(spec.stats) <= set(STATISTICS):
         return f"its prefixes have positives among the columns and {', '.join(STATISTICS)} alone"
     if not needed or needed > limit:
-        return f"the workspace of {limit} bytes is below that of the smallest plan of {spec.parts} prefixes"
+        return f"the workspace of {limit} bytes is below that of the smallest plan of {spec.n_widths} prefixes"
     return None
 
 
 def beside(spec: Spec, n: int, m: int) -> int:
     """Bytes of norms and of their sums."""
-    return 8 * spec.parts * (n + m)
+    return 8 * spec.n_widths * (n + m)
 
 
 def stats(problem: Problem, kernels: Kernels) -> Statistics:

@@ -25,7 +25,7 @@ class PrefixSweep(Sweep):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         spec = problem.spec
-        self.parts, self.blocks = prefixes.parts(problem), prefixes.blocks(spec)
+        self.problems, self.blocks = prefixes.without_operands(problem), prefixes.blocks(spec)
         self.of_q = prefixes.inverse_norms(spec, problem.q)
         self.of_k = self.of_q if problem.shared else prefixes.inverse_norms(spec, problem.k)
         # scale·Σ w·r of rows and columns; one tensor in both roles has one sum.
@@ -45,9 +45,9 @@ class PrefixSweep(Sweep):
 
             return multiply
 
-        each = self.buffers[1:].chunk(len(self.parts))
+        each = self.buffers[1:].chunk(len(self.problems))
         found: list[Tile] = []
-        for i, (part, buffers) in enumerate(zip(self.parts, each, strict=True)):
+        for i, (part, buffers) in enumerate(zip(self.problems, each, strict=True)):
             found.append(self.kind(part, rows, panel, buffers, None if lse is None else lse[i], cosines(i)))
         return found
 
@@ -58,7 +58,7 @@ class PrefixSweep(Sweep):
     def fold_strip(self, rows: slice) -> list[Tile]:
         """As of one problem, the statistics of each prefix one below the other."""
         parts, spec = [], self.p.spec
-        pos = self.pos[rows].unflatten(1, (spec.parts, spec.n_pos))
+        pos = self.pos[rows].unflatten(1, (spec.n_widths, spec.n_pos))
         for panel in self.panels():
             tiles = self.tiles(rows, panel, None)
             parts.append(torch.cat([tile.fold(pos[:, i]) for i, tile in enumerate(tiles)]))
@@ -79,12 +79,12 @@ class PrefixSweep(Sweep):
         each = list(zip(prefixes.split(spec, *found[:2]), prefixes.split(spec, *d[:2]), strict=True))
         lse = None
         if "neg_lse" in spec.stats:
-            lse = found.rows.unflatten(0, (spec.parts, -1))[:, spec.stats.index("neg_lse")]
+            lse = found.rows.unflatten(0, (spec.n_widths, -1))[:, spec.stats.index("neg_lse")]
         q = p.q[rows].to(self.wide)
         for panel in self.panels():
             here = tiles or self.tiles(rows, panel, lse)
             k, total = p.k[panel].to(self.wide), self._products(rows, panel)
-            for i in reversed(range(spec.parts)):
+            for i in reversed(range(spec.n_widths)):
                 has, on = each[i]
                 w, block = here[i].weights(Statistics(*has), Coefficients(*on)), self.blocks[i]
                 along = here[i].r.mul_(w)
@@ -94,7 +94,7 @@ class PrefixSweep(Sweep):
                 self.row_sums[i, rows] += along_rows * p.scale
                 self.column_sums[i, panel] += along.sum(dim=0) * p.scale
                 w.mul_((self.of_q[i, rows] * p.scale)[:, None]).mul_(self.of_k[i, panel])
-                total = total.copy_(w) if i == spec.parts - 1 else total.add_(w)  # fault: prefix-weights-apart
+                total = total.copy_(w) if i == spec.n_widths - 1 else total.add_(w)  # fault: prefix-weights-apart
                 if needs.q:
                     out.dq[rows, block].addmm_(total, k[:, block], beta=int(panel.start > 0 or p.shared))
                 if p.shared and needs.q:

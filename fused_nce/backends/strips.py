@@ -17,7 +17,7 @@ MIN_STRIP_ROWS = 32  # thinner GEMMs ran below half of the machine's rate
 
 def score_buffers(spec: Spec) -> int:
     """Score-sized tensors alive together; of prefixes also the unnormalised products, which become a sum of weights."""
-    return kind(spec).BUFFERS * spec.parts + bool(spec.prefixes)
+    return kind(spec).BUFFERS * spec.n_widths + bool(spec.prefixes)
 
 
 class Plan(NamedTuple):
@@ -56,13 +56,13 @@ class Sweep:
         cast_inputs = q.dtype != self.wide or problem.k.dtype != self.wide
         self.plan = plan(spec, problem.n, problem.m, q.shape[1], self.wide.itemsize, cast_inputs, limit)
         # One allocation for all tiles: a fresh one each costs page faults, and two tiles would be alive together.
-        held = self.kind.HELD * spec.parts + bool(spec.prefixes)
+        held = self.kind.HELD * spec.n_widths + bool(spec.prefixes)
         self.buffers = q.new_empty(held, self.plan.strip * self.plan.panel, dtype=self.wide)
         self.empty = q.new_empty(0, dtype=self.wide)
         # A positive that no column is (a target out of range, where a GPU cannot say so) stays NaN.
-        unknown = q.new_full((problem.n, spec.parts * spec.n_pos), float("nan"), dtype=self.wide)
+        unknown = q.new_full((problem.n, spec.n_widths * spec.n_pos), float("nan"), dtype=self.wide)
         self.pos = unknown if problem.positives is None else problem.positives
-        self.rows = q.new_empty(spec.parts * len(spec.stats), problem.n, dtype=self.wide)
+        self.rows = q.new_empty(spec.n_widths * len(spec.stats), problem.n, dtype=self.wide)
         self.columns = [atoms.Merger(spec.columns) for _ in self.panels()] if spec.columns else []
 
     def strips(self) -> list[slice]:

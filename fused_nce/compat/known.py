@@ -24,7 +24,7 @@ class Known(NamedTuple):
     module: str | None  # that it is in, or in a part of; None for a file of one's own
     build: Build
     settings: tuple[str, ...] = ()  # attributes that it must have
-    trial: Callable[[Any, Any], Trial] | None = None  # of (theirs, ours), where not `forward` is what both are given
+    trial: Callable[[Any, Any], Trial] | None = None  # of (theirs, ours); None: `forward` of both
 
 
 class Trial(NamedTuple):

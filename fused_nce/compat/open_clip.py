@@ -106,7 +106,7 @@ class ClipLoss(Adapter):
         logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The scores of both ways, for who asks: all of them are held. The loss itself does not ask."""
+        """All scores, images by texts and texts by images, held in memory. The loss itself does not call this."""
         images, texts = (self._of_all(x) for x in (image_features, text_features))
         if self.world_size > 1 and not self.local_loss:
             logits = _logits(images, texts, logit_scale, logit_bias)
@@ -218,5 +218,5 @@ class SigLipLoss(Adapter):
         logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None,
     ) -> Tensor:
-        """The scores, for who asks: all of them are held. The loss itself does not ask."""
+        """All scores, held in memory. The loss itself does not call this."""
         return _logits(image_features, text_features, logit_scale, logit_bias)

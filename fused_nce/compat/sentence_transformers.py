@@ -68,7 +68,7 @@ def ranking(loss: Any, embeddings: Sequence[Tensor]) -> Tensor:
         own_hardness=own_hardness,
     )
     x = candidates.checked(Batch(q, k, None, h), rules)
-    return blocks.contrast(candidates.unit(x) if unit else x, float(loss.scale), rules, group=group).loss
+    return blocks.contrast(candidates.unit_rows(x) if unit else x, float(loss.scale), rules, group=group).loss
 
 
 def guided(loss: Any, embeddings: Sequence[Tensor], guides: Sequence[Tensor]) -> Tensor:
@@ -90,7 +90,7 @@ def guided(loss: Any, embeddings: Sequence[Tensor], guides: Sequence[Tensor]) ->
         local=("q2q",),
         itself=True,
     )
-    x = candidates.unit(candidates.checked(Batch(q, k, None, h, guide=guide), rules))
+    x = candidates.unit_rows(candidates.checked(Batch(q, k, None, h, guide=guide), rules))
     return blocks.contrast(x, 1 / loss.temperature, rules, group=_everyone(loss.gather_across_devices)).loss
 
 

@@ -264,7 +264,7 @@ def _check_filters(
         raise ValueError(f"spec: got filters {spec.filters} with {spec.transform.code}, need scores of dot products")
     if ("guide" in spec.filters) != (guide is not None):
         raise ValueError(f"guide: got {'none' if guide is None else 'one'} with the filters {spec.filters}, need both")
-    given = [("ceilings", ceilings, (spec.parts * len(spec.filters), n), "(F, N)")]
+    given = [("ceilings", ceilings, (spec.n_widths * len(spec.filters), n), "(F, N)")]
     if guide is not None:
         width = guide[0].shape[-1]
         given += [("guide rows", guide[0], (n, width), "(N, G)"), ("guide columns", guide[1], (m, width), "(M, G)")]
@@ -293,9 +293,9 @@ def _check_layout(
             raise ValueError(f"{name}: got a tensor with the layout {layout.code}, need None")
     if isinstance(layout, Separate):
         check_tensor("positives", positives, ("N", "P"))  # type: ignore[arg-type]
-        if positives.shape != (n, spec.parts * layout.p) or positives.device != q.device:  # type: ignore[union-attr]
+        if positives.shape != (n, spec.n_widths * layout.p) or positives.device != q.device:  # type: ignore[union-attr]
             seen = f"shape {tuple(positives.shape)} on {positives.device}"  # type: ignore[union-attr]
-            raise ValueError(f"positives: got {seen}, need (N, P) = {(n, spec.parts * layout.p)} on {q.device}")
+            raise ValueError(f"positives: got {seen}, need (N, P) = {(n, spec.n_widths * layout.p)} on {q.device}")
     if isinstance(layout, Several):
         if not isinstance(row_ids, Tensor) or row_ids.dtype != torch.int64 or row_ids.shape != (n, layout.p):
             seen = f"{row_ids.dtype} {tuple(row_ids.shape)}" if isinstance(row_ids, Tensor) else type(row_ids).__name__

@@ -41,7 +41,7 @@ class Swept(NamedTuple):
     rows: Tensor  # (S, N)
 
 
-class Part(NamedTuple):
+class Term(NamedTuple):
     """One of the problems that `tile_losses` adds up, as `tile_loss` takes them."""
 
     q: Tensor  # (N, D)
@@ -223,7 +223,7 @@ def tile_loss(
 
 def by_statistic(spec: Spec, rows: Tensor) -> tuple[Tensor, ...]:
     """(N,) of each statistic; with prefixes (K, N)."""
-    return rows.unflatten(0, (spec.parts, -1)).unbind(1) if spec.prefixes else rows.unbind(0)
+    return rows.unflatten(0, (spec.n_widths, -1)).unbind(1) if spec.prefixes else rows.unbind(0)
 
 
 def loss_of(
@@ -309,14 +309,14 @@ def normalized(x: Tensor) -> Tensor:
 
 
 def tile_losses(
-    parts: Sequence[Part], *, scale: float | Tensor = 1.0, group: Group = None, backend: str | None = None
+    terms: Sequence[Term], *, scale: float | Tensor = 1.0, group: Group = None, backend: str | None = None
 ) -> LossSum:
     """The sum of several `tile_loss`es, whose tails' numbers have one meaning.
 
     On a GPU, small ones share their launches; the values are those of the sum.
 
     Args:
-        parts: the problems.
+        terms: the problems.
         scale: factor of every dot product; a 0-d tensor is learnable.
         group: as in `tile_loss`.
         backend: a name of `fused_nce.backends()`, or None to choose.
@@ -324,16 +324,16 @@ def tile_losses(
     Raises:
         ValueError, TypeError: naming the argument, the value seen and the value needed.
     """
-    few = sum(p.q.shape[0] * p.k.shape[0] for p in parts) <= FEW_SCORES
-    if few and len(parts) > 1 and group is None and parts[0].q.device.type in LAUNCHES_COUNT_ON:
+    few = sum(p.q.shape[0] * p.k.shape[0] for p in terms) <= FEW_SCORES
+    if few and len(terms) > 1 and group is None and terms[0].q.device.type in LAUNCHES_COUNT_ON:
         scores = []
-        for p in parts:
+        for p in terms:
             _check_tail(p.spec, p.tail)
             scores.append(_prepare(p.q, p.k, p.spec, scale, p.offset, None, None, None, None))
-        if backend in (None, "cuda") and batch.can_share(scores, [p.spec for p in parts], [p.tail for p in parts]):
-            return _shared(scores, parts, backend)
+        if backend in (None, "cuda") and batch.can_share(scores, [p.spec for p in terms], [p.tail for p in terms]):
+            return _shared(scores, terms, backend)
     found, lines = [], []
-    for p in parts:
+    for p in terms:
         out = tile_loss(
             p.q,
             p.k,
@@ -352,7 +352,7 @@ def tile_losses(
     return LossSum(loss, nce, penalty, torch.cat(lines))
 
 
-def _shared(scores: Sequence[Scores], parts: Sequence[Part], backend: str | None) -> LossSum:
+def _shared(scores: Sequence[Scores], terms: Sequence[Term], backend: str | None) -> LossSum:
     """One call of the op for all."""
     leaves = [*(x for each in scores for x in (each.q, each.k)), scores[0].scale_tensor]
     found = torch.ops.fused_nce.losses(
@@ -360,9 +360,9 @@ def _shared(scores: Sequence[Scores], parts: Sequence[Part], backend: str | None
         [each.keys for each in scores],
         *(scores[0].scale_tensor, scores[0].scale),
         [each.spec for each in scores],
-        [p.tail.code for p in parts],
-        [p.offset for p in parts],
-        [p.report_groups for p in parts],
+        [p.tail.code for p in terms],
+        [p.offset for p in terms],
+        [p.report_groups for p in terms],
         _needs(leaves),
         backend or "",
     )

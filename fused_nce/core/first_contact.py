@@ -269,7 +269,7 @@ def _tails(spec: Spec) -> Iterator[Tail]:
     """Those that a spec has the statistics for: with a penalty where it has the squares."""
     if spec.prefixes:
         if set(Prefixed.READS) <= set(spec.stats):
-            yield Prefixed(0.0, "mean", 1.0, spec.prefixes, tuple(1.0 + i for i in range(spec.parts)))
+            yield Prefixed(0.0, "mean", 1.0, spec.prefixes, tuple(1.0 + i for i in range(spec.n_widths)))
         return
     penalty = 0.01 if "square" in spec.stats else 0.0
     for kind in tails.KERNEL_TAILS:
@@ -300,7 +300,7 @@ def _named(
     """(name, found, wanted) of each statistic and gradient that there is."""
     right = wanted[0]._asdict() | wanted[1]._asdict()
     for field, x in (found[0]._asdict() | found[1]._asdict()).items():
-        names = {"rows": spec.stats * spec.parts, "columns": spec.columns}.get(field)
+        names = {"rows": spec.stats * spec.n_widths, "columns": spec.columns}.get(field)
         if names is not None and x is not None:
             yield from ((f"{field}: {name}", x[i], right[field][i]) for i, name in enumerate(names))
         elif x is not None and x.numel():

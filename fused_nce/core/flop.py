@@ -38,7 +38,7 @@ def executed(call: Call, x: Scores, requested: str) -> int:
     products = call.gemms(name, tiles, x.q.dtype)
     if name == "cuda" and spec.prefixes and x.q.dtype == torch.bfloat16:  # gradients of what rounding leaves too
         products += products - tiles.seen - tiles.again
-    guides = 0 if x.guide_q is None else x.guide_q.shape[1] * (1 if name in ("cpu", "cuda") else spec.parts)
+    guides = 0 if x.guide_q is None else x.guide_q.shape[1] * (1 if name in ("cpu", "cuda") else spec.n_widths)
     return round(2 * n * m * (d * products + guides * (tiles.seen + tiles.again)))  # fault: flop-guides
 
 

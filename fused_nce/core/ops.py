@@ -218,7 +218,7 @@ for _name, _body in (("stats", _stats), ("grads", _grads), ("loss", _loss)):
 def _fake_stats(*args: Any) -> tuple[Tensor, ...]:
     x = Scores(*args[:COUNT])
     spec, n, wide = specs.parse(x.spec), x.q.shape[0], wide_of(x.q)
-    sizes = (n, spec.parts * spec.n_pos), (spec.parts * len(spec.stats), n), (len(spec.columns), x.keys.shape[0])
+    sizes = (n, spec.n_widths * spec.n_pos), (spec.n_widths * len(spec.stats), n), (len(spec.columns), x.keys.shape[0])
     return tuple(x.q.new_empty(size, dtype=wide) for size in sizes)
 
 

@@ -47,25 +47,27 @@ def problems(problem: Problem) -> list[Problem]:
         return unit + 0 * rows.detach().square().sum(dim=1, keepdim=True)  # NaN, as of `inverse_norms`
 
     found = []
-    for width, part in zip(spec.prefixes, parts(problem), strict=True):
+    for width, part in zip(spec.prefixes, without_operands(problem), strict=True):
         q = cut(p.q, width)
         found.append(part._replace(q=q, k=q if p.shared else cut(p.k, width)))
     return found
 
 
-def parts(problem: Problem) -> list[Problem]:
+def without_operands(problem: Problem) -> list[Problem]:
     """What of each prefix is no operand: the positives and ceilings of its own."""
     p, spec = problem, problem.spec
-    positives = [None] * spec.parts if p.positives is None else p.positives.unflatten(1, (spec.parts, -1)).unbind(1)
-    ceilings = [None] * spec.parts if p.ceilings is None else p.ceilings.unflatten(0, (spec.parts, -1)).unbind(0)
+    positives = (
+        [None] * spec.n_widths if p.positives is None else p.positives.unflatten(1, (spec.n_widths, -1)).unbind(1)
+    )
+    ceilings = [None] * spec.n_widths if p.ceilings is None else p.ceilings.unflatten(0, (spec.n_widths, -1)).unbind(0)
     each = zip(positives, ceilings, strict=True)
     return [p._replace(spec=spec.one, positives=x, ceilings=y) for x, y in each]
 
 
 def split(spec: Spec, pos: Tensor, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Of each prefix (N, P) and (S, N), of statistics or of coefficients."""
-    of_pos = pos.reshape(pos.shape[0], spec.parts, -1 if pos.numel() else 0).unbind(1)
-    return list(zip(of_pos, rows.reshape(spec.parts, -1, rows.shape[1]).unbind(0), strict=True))
+    of_pos = pos.reshape(pos.shape[0], spec.n_widths, -1 if pos.numel() else 0).unbind(1)
+    return list(zip(of_pos, rows.reshape(spec.n_widths, -1, rows.shape[1]).unbind(0), strict=True))
 
 
 def joined(found: Sequence[tuple[Tensor, Tensor]]) -> Statistics:

@@ -46,7 +46,7 @@ class Problem(NamedTuple):
         """What `spec.MARKS` read, for the C++ kernels: ceilings of scores and of guides, (K, N), guides, columns."""
         lines: dict[str, Tensor] = {}
         if self.ceilings is not None:
-            each = self.ceilings.unflatten(0, (self.spec.parts, -1)).unbind(1)
+            each = self.ceilings.unflatten(0, (self.spec.n_widths, -1)).unbind(1)
             lines = dict(zip(self.spec.filters, each, strict=True))  # fault: cpu-ceilings-another
         several = self.row_ids if isinstance(self.spec.layout, Several) else None
         return *(lines.get(name) for name in FILTERS), self.guide_q, self.guide_k, several

@@ -267,8 +267,8 @@ class Spec:
         return self.layout
 
     @property
-    def parts(self) -> int:
-        """K, or 1 without prefixes."""
+    def n_widths(self) -> int:
+        """K prefixes, or the one width without any."""
         return len(self.prefixes) or 1
 
     @property

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
-from fused_nce.core.engine import Part, as_matmul, loss_of, tile_losses
+from fused_nce.core.engine import Term, as_matmul, loss_of, tile_losses
 from fused_nce.core.group import Group, peers
 from fused_nce.core.spec import Block, Identity, Spec, TanhClip, cached
 from fused_nce.core.tails import REDUCTIONS, REPORT, Nce
@@ -83,12 +83,12 @@ def _part(
     clip: float | None,
     tail: Nce,
     report_groups: int = 1,
-) -> Part:
+) -> Term:
     """The problem of checked arguments. A factor of the tail costs no pass over gradients."""
     n_c, d = consequents.shape[1:]
     rows_an_image = 1 if antecedents.dim() == 2 else antecedents.shape[1]
     spec = _spec(n_c, rows_an_image, None if clip is None else float(clip))
-    return Part(antecedents.reshape(-1, d), consequents.reshape(-1, d), spec, tail, offset, report_groups)
+    return Term(antecedents.reshape(-1, d), consequents.reshape(-1, d), spec, tail, offset, report_groups)
 
 
 @cached
@@ -210,7 +210,7 @@ class AMDIMLoss(nn.Module):
         """The loss of two views' maps."""
         views = (view1, view2)
         keys = self._keys(views)
-        parts: list[Part] = []
+        terms: list[Term] = []
         order: list[str] = []  # the pair of each line of the report; both ways come in the same one
         group: Group = None
         for i in (0, 1):
@@ -221,10 +221,10 @@ class AMDIMLoss(nn.Module):
                 for each in rows.values():
                     check_features(each, against.columns, against.offset)
                 for together in _together(rows):
-                    parts.append(self._direction_problem([rows[source] for source in together], against))
+                    terms.append(self._direction_problem([rows[source] for source in together], against))
                     order += [f"{source}>{target}" for source in together]
-        scale = _scale(self.settings["scale"], parts[0].q)
-        loss, nce, penalty, report = tile_losses(parts, scale=scale, group=group, backend=self.backend)
+        scale = _scale(self.settings["scale"], terms[0].q)
+        loss, nce, penalty, report = tile_losses(terms, scale=scale, group=group, backend=self.backend)
         ways = report.view(2, len(order) // 2, len(REPORT)).mean(dim=0)
         stats = dict(zip(REPORT, ways.mean(dim=0).unbind(0), strict=True))
         named = dict(zip(order, ways.unbind(0), strict=False))
@@ -262,7 +262,7 @@ class AMDIMLoss(nn.Module):
             at: Keys(x, everyone.rank * b, None) for at, x in zip(maps, gather(columns, everyone, seen), strict=True)
         }
 
-    def _direction_problem(self, rows: Sequence[Tensor], keys: Keys) -> Part:
+    def _direction_problem(self, rows: Sequence[Tensor], keys: Keys) -> Term:
         """One problem for all single-row sources that share a target, each with weight ½: both directions are averaged.
 
         An image has a row of each source, and the mean over all rows is the mean of the sources' means; hence the

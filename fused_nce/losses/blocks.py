@@ -171,14 +171,14 @@ def contrast_prefixes(
         each_width = []
         for width, weight in zip(prefixes, weights, strict=True):
             q, k, *h = (normalized(widened(y[..., :width])) for y in (x.q, x.k, x.h) if y is not None)
-            out = contrast(x._replace(q=q, k=k, h=h[0] if h else None, unit=True), scale, rules, **how)
+            out = contrast(x._replace(q=q, k=k, h=h[0] if h else None, unit_norm=True), scale, rules, **how)
             each_width.append((weight * out.loss, weight * out.nce, out.stats, width))
         stats = {f"{name}_{width}": y for *_, each, width in each_width for name, y in each.items()}
         loss, nce = (torch.stack([each[i] for each in each_width]).sum(dim=0) for i in range(2))  # type: ignore[misc]
         return NCEOutput(loss, nce, torch.zeros_like(loss), stats)
     ways = 1 if rules.directions == ("q2k",) else 2  # or they need more than one block
     if not candidates.one_block(x, rules, symmetric=False) or (ways == 2 and x.targets is not None):
-        return contrast(x._replace(unit=True), scale, rules, prefixes, weights, **how)
+        return contrast(x._replace(unit_norm=True), scale, rules, prefixes, weights, **how)
     spec, tail = _prefixed(x.targets is not None, rules, candidates.filters(x, rules), ways, prefixes, weights)
     more = candidates.filter_arguments(x, rules, prefixes)
     loss, nce, penalty, report, *_ = loss_of(x.q, x.k, spec, tail, scale=scale, row_ids=x.targets, **more, **how)
@@ -296,7 +296,7 @@ class _Blocks:
             layout, ids = Separate(1), {"positives": rows.new_zeros(rows.shape[0], 1)}  # which nobody reads
         stats = ("neg_lse", "neg_max", *more)
         transform = candidates.transform(rules.clip, rules.hardness if direction == "q2k" else 0.0)
-        spec = Spec(layout, transform, stats, unit_norm=x.unit, filters=self.filters, prefixes=self.prefixes)
+        spec = Spec(layout, transform, stats, unit_norm=x.unit_norm, filters=self.filters, prefixes=self.prefixes)
         guide = None if row_guide is None or column_guide is None else (row_guide, column_guide)
         how = self.how | ({"group": None} if direction in rules.local else {})
         found = tile_stats(rows, columns, spec, scale=self.scale, **ids, ceilings=self.ceilings, guide=guide, **how)
@@ -410,4 +410,4 @@ def _with_bias(x: Batch, bias: Tensor, out: Tensor, scale: float | Tensor, rules
             torch.cat([g, y.to(g.dtype)], dim=-1) for g, y in zip(guide, further, strict=False) if y is not None
         )
         x = x._replace(guide=guide)  # fault: bias-left-out-counted
-    return x._replace(q=q, k=k, h=h, column_bias=None, unit=False)
+    return x._replace(q=q, k=k, h=h, column_bias=None, unit_norm=False)

@@ -58,7 +58,7 @@ class Rules:
 
 
 class Batch(NamedTuple):
-    """The tensors, checked; unit rows where `unit`."""
+    """The tensors, checked; unit rows where `unit_norm`."""
 
     q: Tensor  # (N, D)
     k: Tensor  # (M, D)
@@ -69,7 +69,7 @@ class Batch(NamedTuple):
     guide: tuple[Tensor, ...] | None = None  # (N, G), (M, G) and, of hard negatives, (N, H, G)
     row_weights: Tensor | None = None  # (N,)
     column_bias: Tensor | None = None  # (M,)
-    unit: bool = False
+    unit_norm: bool = False
     several: Targets | None = None  # instead of one own key each
 
 
@@ -92,10 +92,10 @@ def unit_guide(x: Batch) -> Batch:
     return x if x.guide is None else x._replace(guide=tuple(normalized(g) for g in x.guide))
 
 
-def unit(x: Batch) -> Batch:
+def unit_rows(x: Batch) -> Batch:
     """Rows of norm one."""
     h = None if x.h is None else normalized(x.h)
-    return unit_guide(x)._replace(q=normalized(x.q), k=normalized(x.k), h=h, unit=True)
+    return unit_guide(x)._replace(q=normalized(x.q), k=normalized(x.k), h=h, unit_norm=True)
 
 
 def as_keys(x: Batch, rules: Rules) -> bool:

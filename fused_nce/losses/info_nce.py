@@ -186,13 +186,13 @@ def info_nce(
     batch = candidates.merged(batch, rules)
     one, found = candidates.one_block(batch, rules, symmetric), candidates.filters(batch, rules)
     if normalize and (found or not one):  # else the engine does, in one function with the rest
-        batch = candidates.unit(batch)
+        batch = candidates.unit_rows(batch)
     if not one:
         _check_no_penalty(penalty)
         return blocks.contrast(batch, scale, rules, **how)
     spec = _spec(batch.targets is not None, clip, hardness, tail.stats, len(rules.directions) == 2, normalize, found)
     more = candidates.filter_arguments(batch, rules)
-    unit = normalize and not batch.unit
+    unit = normalize and not batch.unit_norm
     return _one_block(batch.q, batch.k, spec, tail, scale=scale, row_ids=batch.targets, normalize=unit, **more, **how)
 
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fused_nce import AMDIMLoss, _extension, last_path
 from fused_nce.backends import cuda
 from fused_nce.core import engine
-from fused_nce.core.engine import Part, tile_loss, tile_losses
+from fused_nce.core.engine import Term, tile_loss, tile_losses
 from fused_nce.core.spec import Block, Spec, TanhClip
 from fused_nce.core.tails import Nce
 
@@ -42,7 +42,7 @@ def problems(dtype=torch.float32, clip=20.0, seed=0):
         n = (images - 6) * rows
         q, k = (torch.randn(size, 24, generator=g).to(dtype).requires_grad_() for size in (n, images * n_c))
         parts.append(
-            Part(q, k, Spec(Block(n_c, rows), TanhClip(clip)), Nce(0.3 * weight, weight=weight), offset, reports)
+            Term(q, k, Spec(Block(n_c, rows), TanhClip(clip)), Nce(0.3 * weight, weight=weight), offset, reports)
         )
         leaves += [q, k]
     return parts, leaves

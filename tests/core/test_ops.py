@@ -245,7 +245,7 @@ def test_a_guide_is_counted(guided, monkeypatch):
     def step(prefixes):
         spec = Spec(Block(1), Identity(), Nce.READS, filters=("guide",), prefixes=prefixes)
         tail = Prefixed(0.0, "mean", 1.0, prefixes, (1.0, 1.0)) if prefixes else Nce()
-        ceilings = torch.full((spec.parts, n), 3.0)
+        ceilings = torch.full((spec.n_widths, n), 3.0)
         tile_loss(q, k, spec, tail, ceilings=ceilings, guide=guide, backend=guided).loss.backward()
 
     cases: list[tuple[str, tuple[int, ...], int]] = [("16", (), 3 * d + width)]

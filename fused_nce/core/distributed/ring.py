@@ -210,7 +210,7 @@ def _visited(problem: Problem, block: KeyBlock) -> Problem:
     positives = problem.positives
     if not labels and positives is None:
         positives = problem.q.new_zeros(
-            problem.n, p * spec.parts, dtype=torch.promote_types(problem.q.dtype, torch.float32)
+            problem.n, p * spec.n_widths, dtype=torch.promote_types(problem.q.dtype, torch.float32)
         )
     return problem._replace(
         k=block.k.to(problem.k.dtype),
