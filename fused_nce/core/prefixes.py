@@ -55,11 +55,9 @@ def problems(problem: Problem) -> list[Problem]:
 
 def without_operands(problem: Problem) -> list[Problem]:
     """What of each prefix is no operand: the positives and ceilings of its own."""
-    p, spec = problem, problem.spec
-    positives = (
-        [None] * spec.n_widths if p.positives is None else p.positives.unflatten(1, (spec.n_widths, -1)).unbind(1)
-    )
-    ceilings = [None] * spec.n_widths if p.ceilings is None else p.ceilings.unflatten(0, (spec.n_widths, -1)).unbind(0)
+    p, spec, count = problem, problem.spec, problem.spec.n_widths
+    positives = [None] * count if p.positives is None else p.positives.unflatten(1, (count, -1)).unbind(1)
+    ceilings = [None] * count if p.ceilings is None else p.ceilings.unflatten(0, (count, -1)).unbind(0)
     each = zip(positives, ceilings, strict=True)
     return [p._replace(spec=spec.one, positives=x, ceilings=y) for x, y in each]
 
