@@ -15,15 +15,7 @@ from torch import Tensor
 from fused_nce.core import spec as specs
 from fused_nce.core import tails, twice, upstream
 from fused_nce.core.cost import Call
-from fused_nce.core.ops import (
-    LIBRARY,
-    Scores,
-    coefficients_of,
-    prepared,
-    stash_of,
-    warn_without_negatives,
-    wide_of,
-)
+from fused_nce.core.ops import LIBRARY, Scores, coefficients_of, prepared, stash_of, warn_without_negatives, wide_of
 from fused_nce.core.problem import Needs, Problem, Statistics
 from fused_nce.core.spec import Block, Spec
 

@@ -119,12 +119,7 @@ class SupConLoss(LossModule):
 
 
 def oracle(
-    features: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float | Tensor = 0.1,
-    variant: str = "out",
-    normalize: bool = True,
+    features: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1, variant: str = "out", normalize: bool = True
 ) -> Tensor:
     """The loss, dense: log softmax_p as a logistic loss against all others, its slope precise where p → 1."""
     z = nn.functional.normalize(features, dim=1) if normalize else features
@@ -152,15 +147,7 @@ def _entry(variant: str) -> Entry:
         }
 
     formula = {"out": "mean_i −1/|P| Σ_p log softmax_A(s_i)_p", "in": "mean_i −log 1/|P| Σ_p softmax_A(s_i)_p"}
-    return Entry(
-        "sup_con",
-        sup_con,
-        SupConLoss,
-        formula[variant],
-        "Khosla et al. 2020, arXiv:2004.11362",
-        draw,
-        oracle,
-    )
+    return Entry("sup_con", sup_con, SupConLoss, formula[variant], "Khosla et al. 2020, arXiv:2004.11362", draw, oracle)
 
 
 register(_entry("out"))

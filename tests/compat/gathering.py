@@ -272,9 +272,7 @@ CASES = {
         lambda x: inf_cl(x, torch.arange(N)),
     ),
     "cal_ring_loss with labels": Case(
-        "inf_cl",
-        lambda m, x: m.cal_ring_loss(x.a, x.b, TARGETS, x.scale, WIDTH),
-        lambda x: inf_cl(x, TARGETS),
+        "inf_cl", lambda m, x: m.cal_ring_loss(x.a, x.b, TARGETS, x.scale, WIDTH), lambda x: inf_cl(x, TARGETS)
     ),
 }
 

@@ -79,9 +79,7 @@ UPSTREAM = {
     "solo.mocov3_loss_func": Upstream("solo.losses", "query, key, temperature=0.2"),
     "solo.nnclr_loss_func": Upstream("solo.losses", "nn, p, temperature=0.1"),
     "supcontrast.SupConLoss": Upstream(
-        "losses",
-        "temperature=0.07, contrast_mode='all', base_temperature=0.07",
-        "features, labels=None, mask=None",
+        "losses", "temperature=0.07, contrast_mode='all', base_temperature=0.07", "features, labels=None, mask=None"
     ),
 }
 

@@ -226,10 +226,7 @@ def made() -> dict[str, tuple[nn.Module, Callable[[], list[Any]]]]:
                 "train",
             ],
         ),
-        (
-            stand_in("LossMultiNCE", "costs", multi_nce, nce_func=nce, masks_r5=nn.Parameter(torch.ones(25))),
-            maps,
-        ),
+        (stand_in("LossMultiNCE", "costs", multi_nce, nce_func=nce, masks_r5=nn.Parameter(torch.ones(25))), maps),
     ]
     return {f"{type(x).__module__}.{type(x).__name__}": (x, draw) for x, draw in cases}
 

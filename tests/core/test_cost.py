@@ -121,10 +121,7 @@ def test_between_and_beyond_the_entries():
     assert times == pytest.approx([6, 6, 7, 8, 17])
 
 
-TRUTH = {
-    ("cuda", 2): Cost(25.0, {64: 0.7, 256: 1.3}),
-    ("triton", 2): Cost(40.0, {64: 0.3, 256: 1.6}),
-}
+TRUTH = {("cuda", 2): Cost(25.0, {64: 0.7, 256: 1.3}), ("triton", 2): Cost(40.0, {64: 0.3, 256: 1.6})}
 SHAPES = [(128, 6272, 64), (4096, 4096, 64), (8192, 9000, 256), (512, 65536, 256)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import logging
 import re
 import sys
@@ -130,15 +129,10 @@ def test_a_backend_has_every_member_and_core_looks_none_up_by_name():
     for x in (*map(dispatch.backend_module, dispatch.BACKENDS), ring.Ring):
         before = {"ATOMS", "why_not", "workspace_bytes"} if x is ring.Ring else set()  # whose blocks have been asked
         assert {name for name in members if not hasattr(x, name)} == before, x
-    wrong = []
-    for path in Path(dispatch.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
-                of, name = node.args[:2]
-                fixed = isinstance(name, ast.Constant) and not ast.unparse(of).startswith("_")  # of a thread
-                if fixed or "backend" in ast.unparse(of):
-                    wrong.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
-    assert not wrong, wrong
+    code = "".join(path.read_text(encoding="utf-8") for path in Path(dispatch.__file__).parent.rglob("*.py"))
+    asked = re.findall(r"\b(?:get|has)attr\((.*?), (.*?)[,)]", code)
+    # A name that is written out is looked up in what a thread has of its own alone.
+    assert not [x for x in asked if "backend" in x[0] or (x[1][0] == '"' and x[0][0] != "_")]
 
 
 def test_backends_and_doctor():

@@ -93,13 +93,7 @@ def test_oracle_is_exact(name):
             own = slice((i + offset) * n_c, (i + offset + 1) * n_c)
             k[own] += margin / scale / (q[i] @ q[i]) * q[i]
     g, d_square = rng.standard_normal((n, n_c)), 0.03
-    arguments: Any = {
-        "scale": scale,
-        "n_c": n_c,
-        "rows_per_image": rows_per_image,
-        "offset": offset,
-        "clip": clip,
-    }
+    arguments: Any = {"scale": scale, "n_c": n_c, "rows_per_image": rows_per_image, "offset": offset, "clip": clip}
     with mpmath.workdps(8000 if scale > 100 and not clip else 60):
         exact = high_precision(q, k, **arguments, g=g.tolist(), d_square=d_square)
     oracle = Oracle(q, k, **arguments, real=np.longdouble)

@@ -187,8 +187,7 @@ def test_derived_statistics_are_finished_after_the_merge():
     own[0], own[1] = False, torch.arange(10) == 3  # no positive; one
     of = [Sets(part, ~part, torch.ones_like(part)) for part in (own[:, :3], own[:, 3:])]
     found = atoms.merge_tiles(
-        names,
-        [atoms.fold_tile(names, Scores(y, y, o)) for y, o in zip((x[:, :3], x[:, 3:]), of, strict=True)],
+        names, [atoms.fold_tile(names, Scores(y, y, o)) for y, o in zip((x[:, :3], x[:, 3:]), of, strict=True)]
     )
     for i in range(4):
         exact = (x[i][own[i]].logsumexp(0) - x[i][own[i]].mean()).item() if own[i].any() else 0.0

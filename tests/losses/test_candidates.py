@@ -392,10 +392,7 @@ ERRORS: dict[str, dict[str, Any]] = {
     "label_smoothing: got 1.0, need < 1": {"label_smoothing": 1.0},
     "row_weights: got shape (5,) on cpu, need (N,) = (6,) on cpu": {"row_weights": torch.ones(5)},
     "column_bias: got it with directions ('q2k', 'k2q'), false_negative_margin None, clip None, hardness 0.0, "
-    "need ('q2k',), None, None and 0": {
-        "column_bias": torch.ones(6),
-        "directions": ("k2q", "q2k"),
-    },
+    "need ('q2k',), None, None and 0": {"column_bias": torch.ones(6), "directions": ("k2q", "q2k")},
     "penalty: got 0.1 with more than keys, clip and filters, need 0": {"penalty": 0.1, "hardness": 1.0},
     "positives: got torch.float64, need (N, P) int64 indices": {"positives": Q},
     "positives: got shape (6,) on cpu, need (N, P) indices of N = 6 rows on cpu": {"positives": IDS},
@@ -410,7 +407,7 @@ ERRORS: dict[str, dict[str, Any]] = {
     "soft_targets: got Tensor, need a pair (indices, weights)": {"soft_targets": Q},
     "soft_targets: got weights torch.float64 (6, 5), need floats of (6, 1) on cpu": {"soft_targets": (IDS[:, None], Q)},
     "soft_targets: got weights of sum 0.5 for row 0, need weights >= 0 of sum 1": {
-        "soft_targets": (IDS[:, None], torch.full((6, 1), 0.5)),
+        "soft_targets": (IDS[:, None], torch.full((6, 1), 0.5))
     },
     "prefixes: got them with positives or soft_targets, need one of the two": {
         "positives": IDS[:, None],

@@ -46,11 +46,7 @@ ERRORS = [
     (lambda: cpc_nce(S, S, negatives="sequence"), TypeError, r"^groups: got NoneType, need a \(N,\) int64 tensor$"),
     (lambda: cpc_nce(S, S, groups=T), ValueError, r"^groups: got a tensor with negatives='batch', need None.*$"),
     (lambda: CPCLoss(negatives="all"), ValueError, r"^negatives: got 'all', need one of .*$"),
-    (
-        lambda: amdim_mixture_nce(A, S, tau=1),
-        ValueError,
-        r"^consequents: got n_k = 2 images for n_a = 4 .*$",
-    ),
+    (lambda: amdim_mixture_nce(A, S, tau=1), ValueError, r"^consequents: got n_k = 2 images for n_a = 4 .*$"),
     (lambda: amdim_mixture_nce(A[:2], S, tau=1), ValueError, r"^antecedents: got shape \(2, 3\), need \(n_a, m, D\)$"),
     (lambda: amdim_mixture_nce(S, S, tau=0), ValueError, r"^tau: got 0, need a finite number > 0$"),
     (lambda: npid_softmax(A, A[:, :2], T), ValueError, r"^bank: got width D = 2, need features's 3$"),

@@ -213,11 +213,7 @@ ERRORS = [
     (lambda: InfoNCELoss(0.0), ValueError, r"^temperature: got 0.0, need a finite number > 0$"),
     # the engine's own
     (lambda: tile_stats(A, B, Spec(Index())), TypeError, r"^targets: got NoneType, need a \(N,\) int64 tensor$"),
-    (
-        lambda: tile_stats(A, B, Spec(Block()), row_ids=T),
-        ValueError,
-        r"^row_ids: got a tensor with the layout bl.*$",
-    ),
+    (lambda: tile_stats(A, B, Spec(Block()), row_ids=T), ValueError, r"^row_ids: got a tensor with the layout bl.*$"),
     (lambda: tile_stats(A, B, Spec(Separate())), TypeError, r"^positives: got NoneType, need a \(N, P\) tensor$"),
     (lambda: tile_stats(A, B, Spec(Block()), bias=1.0), ValueError, r"^bias: got one with identity\(\), need .*$"),
     (lambda: tile_stats(A, B, Spec(Block()), offset=FLOAT), TypeError, r"^offset: got float, need an int$"),

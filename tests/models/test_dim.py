@@ -117,8 +117,7 @@ def test_the_gradient_penalty_is_of_every_sample():
 
 
 @pytest.mark.parametrize(
-    ("estimator", "anchor"),
-    [("jsd", "global"), ("dv", "global"), ("nce", "global"), ("nce", "local"), ("nce", "both")],
+    ("estimator", "anchor"), [("jsd", "global"), ("dv", "global"), ("nce", "global"), ("nce", "local"), ("nce", "both")]
 )
 def test_the_loss_of_pairs_is_the_estimator_where_all_images_are_compared(estimator, anchor):
     torch.manual_seed(0)

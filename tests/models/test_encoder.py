@@ -34,13 +34,7 @@ def test_tap_shapes(image_size):
     taps = encoder(torch.randn(2, 3, image_size, image_size))
     width = 16 if image_size == 32 else 32
     shapes = {name: tuple(tap.shape[1:]) for name, tap in taps.items()}
-    assert shapes == {
-        "f1": (40, 1, 1),
-        "f5": (40, 5, 5),
-        "f7": (40, 7, 7),
-        "h5": (width, 5, 5),
-        "h7": (width, 7, 7),
-    }
+    assert shapes == {"f1": (40, 1, 1), "f5": (40, 5, 5), "f7": (40, 7, 7), "h5": (width, 5, 5), "h7": (width, 7, 7)}
 
 
 @pytest.mark.parametrize(

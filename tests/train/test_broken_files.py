@@ -25,9 +25,7 @@ def broken(whole, draw):
     elif kind == 2:
         del content[place : place + draw.randrange(1, 40)]
     elif kind == 3:
-        content[place:place] = draw.choice(
-            [b"{", b"[", b"&a *a", b"\n", b": ", b"\x00", b"- ", b"1e999", b"null", b"<<: "]
-        )
+        content[place:place] = draw.choice(PIECES)
     else:
         content = bytearray(draw.randbytes(draw.randrange(200)))
     return bytes(content)

@@ -17,6 +17,12 @@ def blobs(n, width, classes=3, spread=1.0, seed=0):
     return features.astype(np.float32), labels
 
 
+def exactly(features, labels, **options):
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(**options).fit(features.astype(np.float64), labels)
+
+
 def test_standardise_uses_the_bank_alone():
     bank, _ = blobs(200, 5)
     bank[:, 3] = 7.0
@@ -57,11 +63,9 @@ def test_draw_is_balanced_and_stays_in_the_pool():
 
 @pytest.mark.parametrize("c", [1e-2, 1.0])
 def test_rotating_into_the_rows_changes_no_prediction(c):
-    from sklearn.linear_model import LogisticRegression
-
     features, labels = blobs(60, 200, spread=1.5)
     queries, labels_of_queries = blobs(90, 200, spread=1.5, seed=1)
-    exact = LogisticRegression(C=c, max_iter=10_000, tol=1e-9).fit(features.astype(np.float64), labels)
+    exact = exactly(features, labels, C=c, max_iter=10_000, tol=1e-9)
     direct = exact.predict(queries)
     found = probes.fit_predict(features, labels, queries, c)
     # A point within the solver's tolerance of a boundary may fall either way.
@@ -71,28 +75,24 @@ def test_rotating_into_the_rows_changes_no_prediction(c):
 
 def test_correlated_features_do_not_stall_the_solver():
     """Singular values over five orders of magnitude: the usual coordinates would need thousands of steps."""
-    from sklearn.linear_model import LogisticRegression
-
     features, labels = blobs(3000, 60, classes=5, spread=2.0)
     mixing = np.random.default_rng(1).standard_normal((60, 60)) @ np.diag(np.logspace(0, -5, 60))
     x = features @ mixing.astype(np.float32)
     x, _ = probes.standardise(x, x)
     found = probes.fit_predict(x, labels, x, 1.0)
-    exact = LogisticRegression(C=1.0, solver="newton-cholesky", tol=1e-8).fit(x.astype(np.float64), labels)
+    exact = exactly(x, labels, C=1.0, solver="newton-cholesky", tol=1e-8)
     assert found.converged
     assert (found.predicted == exact.predict(x)).mean() > 0.995
     assert 0.5 < (found.predicted == labels).mean() < 0.95
 
 
 def test_the_weights_are_those_of_scikit_learn():
-    from sklearn.linear_model import LogisticRegression
-
     features, labels = blobs(400, 20, spread=2.0)
     x, _ = probes.standardise(features, features)
     for c in (1e-2, 1.0):
         known = torch.from_numpy(x)
         model = logistic.fit(known, torch.from_numpy(labels), c, logistic.principal_axes(known))
-        exact = LogisticRegression(C=c, solver="newton-cholesky", tol=1e-10).fit(x.astype(np.float64), labels)
+        exact = exactly(x, labels, C=c, solver="newton-cholesky", tol=1e-10)
         centred = model.bias - model.bias.mean()
         np.testing.assert_allclose(model.weight.numpy(), exact.coef_, atol=0.01 * np.abs(exact.coef_).max())
         np.testing.assert_allclose(centred.numpy(), exact.intercept_ - exact.intercept_.mean(), atol=0.01)

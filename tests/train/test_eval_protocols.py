@@ -6,7 +6,7 @@ import torch
 
 from fused_nce.train.evaluation import episodes, logistic, probes, protocols, scoring, trained_probes
 from fused_nce.train.evaluation.protocols import FROZEN, PROTOCOLS, FeatureSet
-from tests.train.test_eval_probes import blobs
+from tests.train.test_eval_probes import blobs, exactly
 
 SINGLE = ("linear", "knn", "sgd", "svm", "mlp")  # one set of predictions each
 
@@ -142,12 +142,10 @@ def test_the_prototype_is_the_mean_and_the_nearest_wins():
 
 @pytest.mark.parametrize("shots", [1, 5])
 def test_few_coordinates_change_nothing_in_the_logistic_classifier(shots):
-    from sklearn.linear_model import LogisticRegression
-
     generator = torch.Generator().manual_seed(0)
     support, queries = (torch.randn(*shape, generator=generator) for shape in ((5, shots, 40), (200, 40)))
-    exact = LogisticRegression(C=episodes.C, tol=1e-8, max_iter=10_000)
-    exact.fit(support.flatten(0, 1).double().numpy(), np.repeat(np.arange(5), shots))
+    few, labels = support.flatten(0, 1).numpy(), np.repeat(np.arange(5), shots)
+    exact = exactly(few, labels, C=episodes.C, tol=1e-8, max_iter=10_000)
     assert (episodes.logistic(support, queries).numpy() == exact.predict(queries.double().numpy())).mean() > 0.99
 
 

@@ -76,8 +76,7 @@ def together(results):
 
 
 @pytest.mark.parametrize(
-    ("way", "sizes"),
-    nightly_but([("moco", (1, 2))], [("moco", (1, 2)), *((way, (3, 2, 1)) for way in WAYS)]),
+    ("way", "sizes"), nightly_but([("moco", (1, 2))], [("moco", (1, 2)), *((way, (3, 2, 1)) for way in WAYS)])
 )
 def test_other_processes_go_on_with_the_same_images_and_weights(tmp_path, way, sizes):
     whole, parts, last = tmp_path / "whole", tmp_path / "parts", 2 * len(sizes)

@@ -57,8 +57,7 @@ def test_a_failed_save_gives_its_room_back_at_once(tmp_path, group, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("error", "calls"),
-    [(Diverged("not finite"), ["wait"]), (ValueError("no more data"), ["wait", "save", "wait"])],
+    ("error", "calls"), [(Diverged("not finite"), ["wait"]), (ValueError("no more data"), ["wait", "save", "wait"])]
 )
 def test_an_error_waits_for_the_checkpoint_that_is_being_written(tmp_path, caplog, error, calls):
     """A second one would take its folder, and the run's lock would be let go under it."""

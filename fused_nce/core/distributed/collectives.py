@@ -63,13 +63,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        name: str,
-        size: int,
-        timeout_s: float,
-        wire: torch.dtype | None,
-        seen: Seen | None,
+        ctx: Any, x: Tensor, name: str, size: int, timeout_s: float, wire: torch.dtype | None, seen: Seen | None
     ) -> Tensor:
         ctx.how = (name, size, timeout_s, wire)
         sent = _on_wire(x, wire)
@@ -107,10 +101,7 @@ class _Scatter(torch.autograd.Function):
             else:
                 got = torch.empty_like(sent)
                 finish(
-                    "all-to-all",
-                    timeout_s,
-                    lambda: named_group(name).alltoall_base(got, sent, [], []),
-                    host=on_host,
+                    "all-to-all", timeout_s, lambda: named_group(name).alltoall_base(got, sent, [], []), host=on_host
                 )
             return got.view(size, *shape).sum(dim=0, dtype=torch.float32).to(g.dtype)
         if torch.compiler.is_compiling():
