@@ -98,8 +98,8 @@ struct Upstreams {
   ByStatistic found, d;
 };
 
-// What further statistics add to the weights of a tile.
-struct Further {
+// What optional statistics add to the weights of a tile.
+struct OptionalWeights {
   const float* on_t;      // (columns, lanes), dL/ds through t
   const float* d_square;  // (columns), dL/d square of the columns; null: none
   float* d_bias;          // (lanes), to which dL/dt is added
@@ -141,10 +141,10 @@ struct RowKernels {
   // line and a lane is at line * line_stride + lane * lane_stride.
   void (*positives)(const Tile&, const Scoring&, int64_t line_stride, int64_t lane_stride, int64_t n_pos, float* pos);
   // Writes to `on_t` (columns, lanes) what statistics of rows and columns beyond the coefficients put on t.
-  void (*weigh_further)(const Tile&, const Scoring&, const Upstreams& rows, const Upstreams& columns, float* on_t);
+  void (*weigh_optional)(const Tile&, const Scoring&, const Upstreams& rows, const Upstreams& columns, float* on_t);
   // Writes scale * w as bfloat16 to `rounded` (columns, lanes), or, where that is null, as float over the scores; and
-  // adds w * <q, k> to `d_scale` (lanes; null: not wanted, but needed with `further`). `further` null: nothing.
-  void (*weigh)(const Tile&, const Scoring&, const Coefficients&, const Further* further, uint16_t* rounded,
+  // adds w * <q, k> to `d_scale` (lanes; null: not wanted, but needed with `optional`). `optional` null: nothing.
+  void (*weigh)(const Tile&, const Scoring&, const Coefficients&, const OptionalWeights* optional, uint16_t* rounded,
                 float* d_scale);
   // The same of a weight with two sides, `d_scale` always wanted.
   void (*weigh_both)(const Tile&, const Scoring&, const TwoSided&, uint16_t* rounded, float* d_scale);

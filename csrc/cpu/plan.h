@@ -55,7 +55,7 @@ struct Work {
 
   // Every weight needs the statistics of a row and of a column, so all of them come before any weight.
   bool two_sided() const { return both && (symmetric || column_stats); }
-  bool further() const { return column_stats || (row_stats & ~kFused); }
+  bool optional() const { return column_stats || (row_stats & ~kFused); }
 };
 
 struct Plan {

@@ -2,7 +2,7 @@
 // header with inline functions may come in here.
 //
 // What most losses are made of, neg_lse, neg_max and square, is folded and weighed in one pass. Every other statistic
-// is a small type of its own with a pass of its own (further.inl) over a tile that is still in the cache.
+// is a small type of its own with a pass of its own (optional.inl) over a tile that is still in the cache.
 #include "../atoms.h"
 #include "../params.h"
 
@@ -191,11 +191,11 @@ void fold_as(const Tile& tile, const Scoring& scoring, const Accumulators& acc) 
   fold(tile, scoring, acc);
 }
 
-#include "further.inl"
+#include "optional.inl"
 
 void fold(const Tile& tile, const Scoring& scoring, const Accumulators& acc) {
   by_marks(tile, [&]<Out kOut> { fold_as<kOut>(tile, scoring, acc); });
-  fold_further(tile, scoring, acc);
+  fold_optional(tile, scoring, acc);
 }
 
 // Row by row, since a row knows its image: the columns of that image which lie in this tile.
@@ -233,9 +233,9 @@ struct Rounded {
   static Element of(float weight) { return to_bf16(weight); }
 };
 
-// kScale: dL/dscale too. kFurther: it and what other statistics put on t.
-template <bool kClip, bool kShift, Out kOut, bool kScale, bool kFurther, class To>
-void weigh_tile(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Further* further,
+// kScale: dL/dscale too. kOptional: it and what other statistics put on t.
+template <bool kClip, bool kShift, Out kOut, bool kScale, bool kOptional, class To>
+void weigh_tile(const Tile& tile, const Scoring& scoring, const Coefficients& row, const OptionalWeights* optional,
                 typename To::Element* out, float* d_scale) {
   const Transform f(scoring);
   const float outward = scoring.scale;
@@ -247,7 +247,7 @@ void weigh_tile(const Tile& tile, const Scoring& scoring, const Coefficients& ro
   const int* __restrict ids = tile.ids;
   const int* __restrict itself = tile.itself;
   float* __restrict sum = d_scale;
-  float* __restrict d_bias = kFurther ? further->d_bias : nullptr;
+  float* __restrict d_bias = kOptional ? optional->d_bias : nullptr;
   Location location(tile, scoring);
   Line value, slope;
   for (int64_t c = 0; c < tile.columns; ++c, location.next()) {
@@ -255,8 +255,8 @@ void weigh_tile(const Tile& tile, const Scoring& scoring, const Coefficients& ro
     typename To::Element* to = out + c * tile.lanes;
     const float* __restrict d_pos = row.d_pos + location() * tile.lanes;
     const int* __restrict marks = marks_of<kOut>(tile, c);
-    const float* __restrict on_t = kFurther ? further->on_t + c * tile.lanes : nullptr;
-    const float column = kFurther && further->d_square ? 2.0f * further->d_square[c] : 0.0f;
+    const float* __restrict on_t = kOptional ? optional->on_t + c * tile.lanes : nullptr;
+    const float column = kOptional && optional->d_square ? 2.0f * optional->d_square[c] : 0.0f;
     const int id = tile.line_ids[c], index = static_cast<int>(tile.first_column + c);
     clip_line<kClip, true>(scores, lanes, f, value, slope);
 #pragma omp simd
@@ -269,7 +269,7 @@ void weigh_tile(const Tile& tile, const Scoring& scoring, const Coefficients& ro
       // fault: kernels-marked-weighed
       float weight = ids[l] == id ? positive : kOut == Out::marks && left ? 0.0f : negative;
       float square = two_d_square[l];
-      if (kFurther) {
+      if (kOptional) {
         weight += on_t[l];
         d_bias[l] += left == kOutside ? 0.0f : weight;
         square += column;
@@ -283,30 +283,30 @@ void weigh_tile(const Tile& tile, const Scoring& scoring, const Coefficients& ro
 }
 
 template <bool kClip, bool kShift, Out kOut, class To>
-void weigh_either(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Further* further,
+void weigh_either(const Tile& tile, const Scoring& scoring, const Coefficients& row, const OptionalWeights* optional,
                   typename To::Element* out, float* d_scale) {
-  const auto weigh = further   ? &weigh_tile<kClip, kShift, kOut, true, true, To>
+  const auto weigh = optional  ? &weigh_tile<kClip, kShift, kOut, true, true, To>
                      : d_scale ? &weigh_tile<kClip, kShift, kOut, true, false, To>
                                : &weigh_tile<kClip, kShift, kOut, false, false, To>;
-  weigh(tile, scoring, row, further, out, d_scale);
+  weigh(tile, scoring, row, optional, out, d_scale);
 }
 
 template <Out kOut, class To>
-void weigh_as(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Further* further,
+void weigh_as(const Tile& tile, const Scoring& scoring, const Coefficients& row, const OptionalWeights* optional,
               typename To::Element* out, float* d_scale) {
   const bool clip = scoring.clip > 0.0f;
   const auto weigh = clip && scoring.no_shift ? &weigh_either<true, false, kOut, To>
                      : clip                   ? &weigh_either<true, true, kOut, To>
                      : scoring.no_shift       ? &weigh_either<false, false, kOut, To>
                                               : &weigh_either<false, true, kOut, To>;
-  weigh(tile, scoring, row, further, out, d_scale);
+  weigh(tile, scoring, row, optional, out, d_scale);
 }
 
-void weigh(const Tile& tile, const Scoring& scoring, const Coefficients& row, const Further* further, uint16_t* rounded,
-           float* d_scale) {
+void weigh(const Tile& tile, const Scoring& scoring, const Coefficients& row, const OptionalWeights* optional,
+           uint16_t* rounded, float* d_scale) {
   by_marks(tile, [&]<Out kOut> {
-    if (rounded) weigh_as<kOut, Rounded>(tile, scoring, row, further, rounded, d_scale);
-    else weigh_as<kOut, InPlace>(tile, scoring, row, further, tile.scores, d_scale);
+    if (rounded) weigh_as<kOut, Rounded>(tile, scoring, row, optional, rounded, d_scale);
+    else weigh_as<kOut, InPlace>(tile, scoring, row, optional, tile.scores, d_scale);
   });
 }
 
@@ -318,8 +318,8 @@ void weigh(const Tile& tile, const Scoring& scoring, const Coefficients& row, co
 
 extern const RowKernels kernels;
 const RowKernels kernels = {
-    FUSED_NCE_ISA_NAME, fold,           mark,    fold_both,     positives,       weigh_further, weigh,
-    weigh_both,         largest_square, divide,  transpose,     transpose_pairs, narrow,        interleave,
+    FUSED_NCE_ISA_NAME, fold,           mark,    fold_both,     positives,       weigh_optional, weigh,
+    weigh_both,         largest_square, divide,  transpose,     transpose_pairs, narrow,         interleave,
     widen_bf16,         widen_fp16,     cosines, weigh_cosines, rectify,         add_narrow};
 
 }  // namespace FUSED_NCE_ISA

@@ -39,7 +39,7 @@ void finish_strip(const Strip& strip, const Scoring& scoring, const std::vector<
                   const StatisticArrays& out, const Coefficients& coefficients);
 
 // The statistics that a tail reads beyond those.
-inline std::vector<Statistic> further_of(Tail tail) {
+inline std::vector<Statistic> optional_of(Tail tail) {
   if (tail == kSigmoid) return {kNegSoftplus};
   return tail == kNce ? std::vector<Statistic>{} : std::vector<Statistic>{kPosLse, kPosGap};
 }

@@ -42,7 +42,7 @@ class Sweep {
     scoring_.no_shift = bounded_ || portable::needs_no_shift(scoring_.clip);
     if (task.statistics) {
       if (work_.both)
-        for (const Statistic name : further_of(task.tail.name)) d_further_[name] = space_.d_further[name];
+        for (const Statistic name : optional_of(task.tail.name)) d_optional_[name] = space_.d_optional[name];
     } else {
       upstream_ = arrays(task.upstream, in.wanted);
       d_columns_ = arrays_of(task.upstream.columns, in.wanted.columns);
@@ -75,9 +75,10 @@ class Sweep {
         finish_strip(strip_, scoring_, accumulators_, stats_, space_.coefficients);
       }
       if (!task_.gradients) continue;
-      if (task_.statistics) coefficients_of_loss(strip_, scoring_, stats_, task_.tail, space_.coefficients, d_further_);
+      if (task_.statistics)
+        coefficients_of_loss(strip_, scoring_, stats_, task_.tail, space_.coefficients, d_optional_);
       else coefficients_of_caller(strip_, scoring_, stats_, upstream_, space_.coefficients);
-      if (need_scale_ && !work_.further()) d_bias_ += slope_of_bias(strip_, space_.coefficients, own_columns_);
+      if (need_scale_ && !work_.optional()) d_bias_ += slope_of_bias(strip_, space_.coefficients, own_columns_);
       for_each_group([this](Group<E>& group, int64_t begin, int64_t end) { weigh(group, begin, end); });
       end_weights();
     }
@@ -372,11 +373,11 @@ class Sweep {
   }
 
   // What the statistics beyond the coefficients put on t, in the group's tile on the side.
-  Further weigh_further(const Group<E>& group, const Tile& tile) const {
+  OptionalWeights weigh_optional(const Group<E>& group, const Tile& tile) const {
     const Upstreams of_rows{from(stats_.rows, strip_.first),
-                            task_.statistics ? d_further_ : from(upstream_.rows, strip_.first)};
+                            task_.statistics ? d_optional_ : from(upstream_.rows, strip_.first)};
     const Upstreams of_columns{from(columns_, tile.first_column), from(d_columns_, tile.first_column)};
-    rows_.weigh_further(tile, scoring_, of_rows, of_columns, group.side);
+    rows_.weigh_optional(tile, scoring_, of_rows, of_columns, group.side);
     std::fill_n(group.d_bias_lanes, plan_.lanes, 0.0f);
     return {group.side, of_columns.d[kSquare], group.d_bias_lanes};
   }
@@ -388,10 +389,10 @@ class Sweep {
       const Operand keys = strip_scores_ && !need_q_ ? Operand{nullptr, 0} : keys_of(group, tile);
       if (!strip_scores_) score(group, tile, keys);
       std::fill_n(group.d_scale_lanes, plan_.lanes, 0.0f);
-      const Further further = work_.further() ? weigh_further(group, tile) : Further{};
-      rows_.weigh(tile, scoring_, space_.coefficients, work_.further() ? &further : nullptr, group.rounded,
-                  need_scale_ || work_.further() ? group.d_scale_lanes : nullptr);
-      for (int64_t l = 0; work_.further() && l < strip_.rows; ++l) group.d_bias += group.d_bias_lanes[l];
+      const OptionalWeights optional = work_.optional() ? weigh_optional(group, tile) : OptionalWeights{};
+      rows_.weigh(tile, scoring_, space_.coefficients, work_.optional() ? &optional : nullptr, group.rounded,
+                  need_scale_ || work_.optional() ? group.d_scale_lanes : nullptr);
+      for (int64_t l = 0; work_.optional() && l < strip_.rows; ++l) group.d_bias += group.d_bias_lanes[l];
       for (int64_t l = 0; l < strip_.rows; ++l) group.d_scale += group.d_scale_lanes[l];
       if (need_k_) write_dk(group, tile);
       if (need_q_) add_dq(group, tile, keys, t > begin);
@@ -471,7 +472,7 @@ class Sweep {
   const Workspace<E> space_;
   const Ids ids_;
   const Marks marks_;
-  ByStatistic d_further_;  // (lanes), of those that the tail reads
+  ByStatistic d_optional_;  // (lanes), of those that the tail reads
   StatisticArrays upstream_{};
   ByStatistic d_columns_;
   std::vector<Group<E>> groups_;

@@ -78,7 +78,7 @@ struct Group {
   float *d_scale_lanes, *d_bias_lanes;  // (lanes), of a tile
   int32_t* line_ids;                    // (tile_columns)
   int32_t* column_rows = nullptr;       // (tile_columns), the row that each column is; null: no column statistics
-  float* side = nullptr;    // (tile_columns, lanes): a tile turned around, or what further statistics put on t
+  float* side = nullptr;    // (tile_columns, lanes): a tile turned around, or what optional statistics put on t
   float* scores = nullptr;  // a tile of them, unless the strip stores its own
   MarkRoom marks;
   float* key_rows = nullptr;    // (tile_columns, padded D), copies of keys; null: used where they are
@@ -95,7 +95,7 @@ struct Group {
     d_bias_lanes = arena.take<float>(p.lanes);
     line_ids = arena.take<int32_t>(columns);
     if (w.column_stats || w.symmetric) column_rows = arena.take<int32_t>(columns);
-    if (w.two_sided() || (w.further() && (w.gradients || w.column_stats))) side = arena.take<float>(tile);
+    if (w.two_sided() || (w.optional() && (w.gradients || w.column_stats))) side = arena.take<float>(tile);
     if (!p.stored) scores = arena.take<float>(tile);
     if (w.marked) marks.take(w.guided, !p.stored, columns, p.lanes, arena);
     if (w.changes_rows() || (w.copies_rows() && w.gradients && w.need_q))
@@ -125,7 +125,7 @@ struct Workspace {
   Side row_side{}, column_side{};  // (N), (M), of two-sided weights; symmetric ones have but one
   int32_t *lane_ids, *itself;      // (lanes)
   Coefficients coefficients;
-  ByStatistic d_further;  // (lanes), of the statistics that a tail may read beyond the coefficients
+  ByStatistic d_optional;  // (lanes), of the statistics that a tail may read beyond the coefficients
 
   Workspace(const Work& w, const Plan& p, Arena& arena) {
     const int64_t lanes = p.lanes;
@@ -151,8 +151,8 @@ struct Workspace {
                     .d_neg_lse = arena.take<float>(lanes),
                     .two_d_square = arena.take<float>(lanes),
                     .d_pos = arena.take<float>(w.image * lanes)};
-    if (w.both && w.further())
-      for (const Statistic name : {kNegSoftplus, kPosLse, kPosGap}) d_further[name] = arena.take<float>(lanes);
+    if (w.both && w.optional())
+      for (const Statistic name : {kNegSoftplus, kPosLse, kPosGap}) d_optional[name] = arena.take<float>(lanes);
   }
 };
 

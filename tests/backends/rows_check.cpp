@@ -84,12 +84,12 @@ struct Check {
   }
 
   // Arrays for `count` rows or columns, cleared.
-  Accumulators cleared(int count, std::vector<Floats>& memory, bool further) {
+  Accumulators cleared(int count, std::vector<Floats>& memory, bool optional) {
     Accumulators acc{};
     const auto take = [&](float value) { return memory.emplace_back(count, value).data(); };
     acc.negatives = {take(static_cast<float>(-kInfinity)), take(0), take(0), take(0)};
     acc.square = take(0), acc.square_error = take(0), acc.bad = take(0);
-    if (!further) return acc;
+    if (!optional) return acc;
     acc.softplus = take(0), acc.softplus_error = take(0);
     acc.negative_total = take(0), acc.negative_total_error = take(0);
     counts.assign(count, 0);

@@ -259,7 +259,7 @@ def test_a_checkpoint_and_hooks_see_it(served):
     assert packed
 
 
-def test_a_bias_has_its_gradient_without_further_statistics():
+def test_a_bias_has_its_gradient_without_optional_statistics():
     """Beside separate positives, whose scores it moves too, and of each statistic by itself."""
     draw = torch.Generator().manual_seed(2)
     q, k, pos = (torch.randn(*shape, generator=draw) for shape in ((5, 6), (9, 6), (5, 2)))

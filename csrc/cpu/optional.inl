@@ -76,7 +76,7 @@ void fold_negatives(const Tile& tile, const Scoring& scoring, const Accumulators
   }
 }
 
-void fold_further(const Tile& tile, const Scoring& scoring, const Accumulators& acc) {
+void fold_optional(const Tile& tile, const Scoring& scoring, const Accumulators& acc) {
   const auto fold = [&]<bool kClip, Out kOut> {
     if (acc.count) fold_positives<kClip, kOut>(tile, scoring, acc);
     if (acc.softplus) fold_softplus<kClip, kOut>(tile, scoring, acc);
@@ -120,8 +120,8 @@ void weigh_each(const Tile& tile, const Scoring& scoring, const Upstreams& of, f
 }
 
 template <bool kClip>
-void weigh_further_as(const Tile& tile, const Scoring& scoring, const Upstreams& rows, const Upstreams& columns,
-                      float* on_t) {
+void weigh_optional_as(const Tile& tile, const Scoring& scoring, const Upstreams& rows, const Upstreams& columns,
+                       float* on_t) {
   __builtin_memset(on_t, 0, static_cast<unsigned long>(tile.columns * tile.lanes) * sizeof(float));
   const auto weigh = tile.marks ? &weigh_each<true, kClip, Out::marks, NegSoftplus, NegSum, PosLse, PosSum, PosGap>
                                 : &weigh_each<true, kClip, Out::none, NegSoftplus, NegSum, PosLse, PosSum, PosGap>;
@@ -130,8 +130,8 @@ void weigh_further_as(const Tile& tile, const Scoring& scoring, const Upstreams&
                                                                                            on_t);
 }
 
-void weigh_further(const Tile& tile, const Scoring& scoring, const Upstreams& rows, const Upstreams& columns,
-                   float* on_t) {
-  if (scoring.clip > 0.0f) weigh_further_as<true>(tile, scoring, rows, columns, on_t);
-  else weigh_further_as<false>(tile, scoring, rows, columns, on_t);
+void weigh_optional(const Tile& tile, const Scoring& scoring, const Upstreams& rows, const Upstreams& columns,
+                    float* on_t) {
+  if (scoring.clip > 0.0f) weigh_optional_as<true>(tile, scoring, rows, columns, on_t);
+  else weigh_optional_as<false>(tile, scoring, rows, columns, on_t);
 }
