@@ -82,12 +82,8 @@ MAY_IMPORT = {
 
 def public_names():
     """What `import fused_nce` offers: the trainer and the command line stand above it, and may use it as anyone may."""
-    names = {""}
-    for folder in ("fused_nce", "fused_nce/losses"):
-        text = (ROOT / folder / "__init__.py").read_text(encoding="utf-8")
-        (listed,) = re.findall(r"__all__ = (\[.*?\])", text, re.S)
-        names |= set(ast.literal_eval(listed))
-    return names
+    texts = ((ROOT / folder / "__init__.py").read_text("utf-8") for folder in ("fused_nce", "fused_nce/losses"))
+    return {""}.union(*(ast.literal_eval(re.findall(r"__all__ = (\[.*?\])", text, re.S)[0]) for text in texts))
 
 
 def test_imports_go_one_way():
@@ -116,10 +112,7 @@ BY_NAME = {
 
 def arrows():
     """Module → the modules of the package that it imports, wherever in the file: in functions and for types too."""
-    modules = {}
-    for path in PACKAGE:
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    modules = {".".join(x.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): x for x in PACKAGE}
     found = {}
     for name, path in modules.items():
         targets = {next((m for m in (x, x.rpartition(".")[0]) if m in modules), name) for x, _ in imports_of(path)}

@@ -27,10 +27,10 @@ from fused_nce.train.method import Method
 from fused_nce.train.monitor import boards, journal
 from fused_nce.train.monitor.online_probes import OnlineProbes
 from fused_nce.train.monitor.profile import Profile, part
+from fused_nce.train.monitor.window import Window
 from fused_nce.train.rehearsal import rehearse, trainable
 from fused_nce.train.saving import checkpoint, lock, resumed, sharding, trained_on
 from fused_nce.train.step import Kept, LossTimer, Meter, TrainStep, gradient_norm, memory_names
-from fused_nce.train.window import Window
 
 log = logging.getLogger("fused_nce")
 
