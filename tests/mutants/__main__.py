@@ -138,6 +138,8 @@ def command(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[s
     """Python in the copy, which comes before any installed package."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "FUSED_NCE_BUILD": "cpu"}
     environment["PYTEST_ADDOPTS"] = "-x"  # of the tests that run others in a process of their own too
+    # torch compiles with ccache where that is installed: of all copies, then, only what a fault changes.
+    environment |= {"CCACHE_BASEDIR": str(folder), "CCACHE_NOHASHDIR": "1"}
     return subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
     )
