@@ -208,6 +208,8 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "cifar10-accuracy": lambda record: training.accuracy_table("cifar10"),
     "baselines-budget": lambda record: training.budget_table("cifar10", training.RESULTS / "baselines"),
     "baselines-accuracy": lambda record: training.accuracy_table("cifar10", training.RESULTS / "baselines"),
+    "recipes-budget": lambda record: training.budget_table("cifar10", training.RESULTS / "recipes"),
+    "recipes-accuracy": lambda record: training.accuracy_table("cifar10", training.RESULTS / "recipes"),
     "fsdd-budget": lambda record: training.budget_table("fsdd"),
     "fsdd-accuracy": lambda record: training.accuracy_table("fsdd"),
     "premise": lambda record: premise.block(),
