@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import calls, compiled, static_cuda
-from bench.gpu.problems import TABLE, Problem
+from bench.gpu.problems import SWEEP, TABLE, Problem
 from bench.roofline import GEMM_FLOP_PER_S, HBM_BYTES_PER_S
 from bench.text import markdown, number
 from fused_nce.core import cost
@@ -111,18 +111,19 @@ def compiled_ms(problem: Problem) -> float:
 
 def choice(problem: Problem) -> str:
     """The backend that a call takes."""
-    return cost.fastest_first(problem.call, problem.n, problem.m, problem.d, torch.bfloat16)[0]
+    return cost.fastest_first(problem.call(), problem.n, problem.m, problem.d, torch.bfloat16)[0]
 
 
 def cost_times() -> list[Measured]:
     """The model's times of the calls that a record has measured ones of: what the rule of the choice is fitted to."""
     found = []
     for label, (problem, dtype) in calls.problems_counted().items():
-        both_ways = problem.call.stores(dtype)
-        for backend in calls.BACKENDS if both_ways or problem.fits_cost else ():
+        call, sizes = problem.call(dtype), (problem.n, problem.m, problem.d)
+        both = call.columns or (problem.fits_cost and dtype != torch.float16)
+        # Else the loss or the dtype has other row kernels by `cuda`, and Triton's share alone is asked for.
+        for backend in calls.BACKENDS if both else ("triton",) if problem.role == SWEEP else ():
             us = 1e3 * sum(parts(calls.committed()[label, backend]))
-            sizes, name = (problem.n, problem.m, problem.d), backend + cost.BOTH_WAYS * both_ways
-            found.append(Measured(name, dtype.itemsize, problem.call.gemms(backend), *sizes, us))
+            found.append(Measured(backend, dtype.itemsize, call, *sizes, us))
     return found
 
 

@@ -18,6 +18,7 @@ import torch
 from bench import counted
 from bench.gpu import verdict
 from bench.text import markdown, number
+from fused_nce.backends.triton import plan
 from fused_nce.core import cost
 from fused_nce.core.cost import Call, Measured, Table
 
@@ -36,20 +37,21 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 def crossover(call: Call, costs: Table) -> int | None:
     """The width from which `cuda` is the faster in 16 bits, for many rows and columns; None where it never is."""
-    fastest = (cost.fastest_first(call, MANY, MANY, d, torch.bfloat16, costs)[0] for d in WIDTHS)
-    return next((d for d, name in zip(WIDTHS, fastest, strict=True) if name == "cuda"), None)
+
+    def fastest(d: int) -> str:
+        stored = not call.shared and (call.columns or d > plan.WIDE)
+        return cost.fastest_first(call._replace(stored=stored), MANY, MANY, d, torch.bfloat16, costs)[0]
+
+    return next((d for d in WIDTHS if fastest(d) == "cuda"), None)
 
 
 def wrong_choices(rows: Sequence[Measured], costs: Table) -> list[str]:
     """The shapes at which the rule takes a backend that was slower than the fastest."""
     found = []
-    shapes: dict[tuple[int, int, int, int, bool], dict[str, float]] = {}
+    shapes: dict[tuple[int, int, int, int, Call], dict[str, float]] = {}
     for row in rows:
-        key = row.n, row.m, row.d, row.element_bytes, row.backend.endswith(cost.BOTH_WAYS)
-        shapes.setdefault(key, {})[row.backend.removesuffix(cost.BOTH_WAYS)] = row.time_us
-    for (n, m, d, size, both_ways), here in sorted(shapes.items()):
-        # The other sweep is of one loss, whose penalty is in its count of GEMMs.
-        call = Call(columns=both_ways, penalised=not both_ways)
+        shapes.setdefault((row.n, row.m, row.d, row.element_bytes, row.call), {})[row.backend] = row.time_us
+    for (n, m, d, size, call), here in sorted(shapes.items()):
         order = cost.fastest_first(call, n, m, d, DTYPES[size], costs)
         guess, best = next(name for name in order if name in here), min(here, key=here.__getitem__)
         lost = here[guess] / here[best]
@@ -62,9 +64,8 @@ def report(rows: Sequence[Measured], costs: Table) -> str:
     """Markdown."""
     errors: dict[tuple[str, int], float] = {}
     for row in rows:
-        key = row.backend, row.element_bytes
-        error = abs(costs[key].time_us(row.gemms, row.n, row.m, row.d) / row.time_us - 1)
-        errors[key] = max(error, errors.get(key, 0.0))
+        error = abs(costs[row.entry].time_us(row.gemms, row.n, row.m, row.d) / row.time_us - 1)
+        errors[row.entry] = max(error, errors.get(row.entry, 0.0))
     fitted = [
         [f"{key[0]}, {key[1]} bytes", number(costs[key].launch_us),
          ", ".join(f"{width}: {number(ps)}" for width, ps in sorted(costs[key].gemm_ps.items())), f"{error:.0%}"]

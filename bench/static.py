@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from fused_nce.backends.triton import configs
+from fused_nce.backends.triton import configs, plan
 from fused_nce.backends.triton.form import Form, Partials
 from fused_nce.core.problem import Problem
 from fused_nce.core.spec import Bias, Block, Identity, Index, Labels, Separate, Spec, TanhClip
@@ -68,14 +68,16 @@ class Variant:
 
     def tile(self, architecture: str, dtype: torch.dtype, width: int) -> configs.Tile | None:
         """What a launch takes; None where there is none."""
+        square = configs.square(architecture, dtype, width)
         if self.flags.get("MIRRORED"):
             return configs.mirrored_tile(architecture, dtype, width)
         if self.kernel in STORED:
-            tiles = configs.stored_tiles(architecture, dtype, width)
-            return tiles and tiles[STORED.index(self.kernel)]
+            if not self.spec.columns and width <= plan.WIDE:
+                return None
+            return square and (square.both if self.kernel == "both_kernel" and self.spec.columns else square.strip)
         found = configs.tile(architecture, dtype, width)
         if self.kernel == "fold_kernel":
-            return configs.fold_tile(found, Partials.of(self.form.rows))
+            return configs.fold_tile(found, square, width, Partials.of(self.form.rows), self.flags["GRADIENT"])
         return configs.weights_tile(found, all(self.flags.values()))
 
     def constants(self, width: int, tile: configs.Tile) -> dict[str, Any]:
@@ -87,7 +89,7 @@ class Variant:
 
 NCE = Nce().stats
 CLIPPED, WIDELY, FREE = (Spec(Block(49), transform) for transform in (TanhClip(20.0), TanhClip(300.0), Identity()))
-STORED = ("both_kernel", "strip_kernel")  # of both sides, in the order of their tiles
+STORED = ("both_kernel", "strip_kernel")  # of both sides, and of wide rows
 BOTH_WAYS = Spec(Block(1), stats=NCE, columns=("neg_lse",))
 MARGIN = Spec(Labels(), stats=("neg_lse", "neg_sum", "neg_count"), filters=("ceiling",))
 ROWS = {"BY_COLUMN": False, "GRADIENT": False, "MIRRORED": False}
@@ -113,6 +115,10 @@ VARIANTS = {
     "two ways: dq": Variant("weights_kernel", BOTH_WAYS, DQ),
     "two ways: rows and columns": Variant("both_kernel", BOTH_WAYS, {}),
     "two ways: strip": Variant("strip_kernel", BOTH_WAYS, {}),
+    "wide: rows, clip": Variant("both_kernel", CLIPPED, {}),
+    "wide: rows": Variant("both_kernel", FREE, {}, penalised=False),
+    "wide: strip, clip, penalty": Variant("strip_kernel", CLIPPED, {}),
+    "wide: strip, margin": Variant("strip_kernel", MARGIN, {}),
     "pairs: rows, dq": Variant("fold_kernel", Spec(Block(1), Bias(), stats=Sigmoid().stats), ROWS_DQ),
     "pairs: dk": Variant("weights_kernel", Spec(Block(1), Bias(), stats=Sigmoid().stats), DK),
     "labels: rows": Variant("fold_kernel", Spec(Labels(), stats=LogOut.READS, drop_self=True), ROWS),

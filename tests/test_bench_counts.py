@@ -14,6 +14,7 @@ from bench.gpu import tables as gpu_tables
 from fused_nce import _extension, amdim_nce
 from fused_nce.bench import formulas
 from fused_nce.core import dispatch
+from fused_nce.core.cost import Call
 from tests.marks import nightly_but
 from tests.test_bench_gpu import made_up, record_of
 
@@ -97,7 +98,7 @@ def test_an_eager_call_by_triton_stays_within_what_its_launches_in_python_cost()
     with calls.counting_triton(False):
         functions, operators = host("triton")
     assert functions <= 550
-    assert operators <= 90
+    assert operators <= 92  # of a strip, views
 
 
 @COUNTS
@@ -162,8 +163,8 @@ def test_a_problem_names_the_spec_and_the_gradients_of_its_loss(p, monkeypatch):
     spec, call = seen[0]
     assert spec.code == tiny.spec.code
     assert call.op == "loss"
-    assert call.gemms("cuda") == p.call.gemms("cuda")
-    assert call.gemms("triton") == p.call.gemms("triton")
+    asked = problems.CALLS.get(p.loss, Call())
+    assert (call.gemms("cuda"), call.gemms("triton")) == (asked.gemms("cuda"), asked.gemms("triton"))
 
 
 def test_a_full_record_reaches_the_documents():

@@ -27,7 +27,7 @@ def made_by(truth):
     rows = []
     for p in problems.ALL:
         if p.loss == "amdim_nce":
-            ms = {name: 1e-3 * one.time_us(p.call.gemms(name), p.n, p.m, p.d) for (name, _), one in truth.items()}
+            ms = {name: 1e-3 * one.time_us(p.call().gemms(name), p.n, p.m, p.d) for (name, _), one in truth.items()}
             rows.append(made_up(p.label, ms["cuda"], 1.0, 1.0, 0.01, backends={"triton": ms["triton"]}))
     return record_of(*rows)
 
@@ -38,10 +38,13 @@ def times_of(record):
 
 def test_a_fit_finds_the_costs_of_a_record():
     costs = cost.fit(times_of(made_by(TRUTH)))
-    assert costs.keys() == TRUTH.keys()
-    for key, one in TRUTH.items():
-        assert costs[key].launch_us == pytest.approx(one.launch_us, abs=0.1)
-        assert costs[key].gemm_ps == pytest.approx(one.gemm_ps, rel=0.01)
+    assert costs.keys() == TRUTH.keys() | {("triton" + cost.STORED, 2)}
+    for (name, size), one in costs.items():
+        truth = TRUTH[name.partition(",")[0], size]
+        assert one.launch_us == pytest.approx(truth.launch_us, abs=0.1)
+        assert one.gemm_ps == pytest.approx({d: truth.gemm_ps[d] for d in one.gemm_ps}, rel=0.01)
+    found = [d for (name, _), one in costs.items() if name.startswith("triton") for d in one.gemm_ps]
+    assert sorted(found) == sorted(TRUTH["triton", 2].gemm_ps)
 
 
 def test_the_shipped_table_is_what_the_counts_say():

@@ -21,7 +21,7 @@ from bench.gpu.collect import collect
 from bench.gpu.problems import Problem
 from bench.text import number
 from fused_nce.bench import formulas, timers
-from fused_nce.core.cost import Measured
+from fused_nce.core.cost import Call, Measured
 from tests.marks import nightly_but
 from tests.test_bench import numbers
 
@@ -309,7 +309,7 @@ def test_the_times_of_both_backends_are_there_to_fit_a_cost_to():
     assert rows[0]["label"] in gpu_tables.backends_table(record_of(*rows))
     times = verdict.cost_times(rows, "device")
     assert len(times) == 2 * len(rows)
-    assert Measured("cuda", 2, 3, 256, 12544, 512, 35.12) in times
+    assert Measured("cuda", 2, Call(penalised=True, stored=True), 256, 12544, 512, 35.12) in times
 
 
 def test_documents_say_when_there_are_no_gpu_figures():

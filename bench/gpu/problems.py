@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from bench.cases import CLIP, PENALTY
+from fused_nce.backends.triton import plan
 from fused_nce.core.cost import Call
 from fused_nce.core.spec import Bias, Block, Separate, Spec, TanhClip
 from fused_nce.core.tails import Nce, Sigmoid
+from fused_nce.core.workspace import GPU_DEFAULT_MB
 
 TINY = "tiny "
 SWEEP = "sweep over widths"
@@ -54,10 +58,11 @@ class Problem:
         """Of the least GEMMs, 2·N·M·D each."""
         return len(self.gemms) * self.steps * 2 * self.n * self.m * self.d
 
-    @property
-    def call(self) -> Call:
+    def call(self, dtype: torch.dtype = torch.bfloat16) -> Call:
         """What it asks of a backend."""
-        return CALLS.get(self.loss, Call())
+        found, sizes = CALLS.get(self.loss, Call()), (self.n, self.m, self.d, (dtype, dtype))
+        limit = (self.workspace_mb or GPU_DEFAULT_MB) << 20
+        return found.planned(found.columns, *plan.ways(self.spec, *sizes, found.shared, limit))
 
     @property
     def spec(self) -> Spec:
@@ -137,6 +142,11 @@ LARGER = tuple(replace(amdim(1024, d), role=SIZES) for d in (64, 128, 512))
 # Of losses both ways, whose weights the Triton kernels store: for the rule of the choice, from counts alone.
 BOTH_WAYS = tuple(square("clip_loss", "CLIP", 8192, d, role=SWEEP) for d in (64, 128, 256, 512, 1024, 2560))
 
+# Wide rows by the Triton kernels: whose weights they store, in few strips, and, float16 having no exponents for any,
+# by thin passes.
+WIDE = tuple(square("info_nce", "InfoNCE", 8192, d, role=SWEEP) for d in (384, 512, 1024, 2560))
+THIN = tuple(replace(p, role=SWEEP) for p in (*CROSSOVER[4:], *TABLE[:3], LARGER[-1]))
+
 # Where launches are what a call costs.
 SMALL = (
     square("info_nce", "InfoNCE", 1024, 256),
@@ -151,4 +161,4 @@ PUBLISHED = (
 
 ALL = (*TABLE, *SMALL, *CROSSOVER, *LARGER, *PUBLISHED)  # in the order of a run: what is judged first
 QUICK_TABLE = tuple(p for p in TABLE if p.loss in ("amdim_nce", "moco_nce"))
-QUICK_CROSSOVER = tuple(p for p in CROSSOVER if p.d in (64, 192, 512))
+QUICK_CROSSOVER = (*(p for p in CROSSOVER if p.d in (64, 192, 512)), *LARGER[:1])

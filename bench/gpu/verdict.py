@@ -98,7 +98,7 @@ def best_other(row: Row, clock: str) -> tuple[str, float] | None:
 def cost_times(rows: Iterable[Row], clock: str) -> list[Measured]:
     """Times of both backends: what the rule of the choice is fitted to."""
     return [
-        Measured(name, 2, problem.call.gemms(name), row["n"], row["m"], row["d"], round(1e3 * ms, 2))
+        Measured(name, 2, problem.call(), row["n"], row["m"], row["d"], round(1e3 * ms, 2))
         for row in rows
         if (problem := problem_of(row)) is not None and problem.fits_cost
         for name, ms in backends_ms(row, clock).items()

@@ -3,8 +3,8 @@
 A call of N rows, M columns and width D takes launch + GEMMs·N·M·gemm(D) on each backend. `cuda` moves its scores
 through the L2 but multiplies at cuBLAS' rate; `triton` never lets a score off the chip, computes it again for each
 gradient, and its tiles get thin as D grows. With both gradients they meet near D = 145 in 16 bits, further up where
-only the queries want one. Calls with statistics of columns, whose weights `triton` stores for cuBLAS, have costs of
-their own, as far as its plan has room for them (`backends/triton/plan.py`). The table is `cost.json`;
+only the queries want one. Calls with statistics of columns, and those whose weights `triton` stores for cuBLAS, have
+costs of their own, as far as its plan has room for them (`backends/triton/plan.py`). The table is `cost.json`;
 `python -m bench.fit` makes another from a measured record.
 """
 
@@ -21,6 +21,7 @@ import torch
 
 PATH = Path(__file__).with_name("cost.json")
 BOTH_WAYS = ", both ways"  # after the name of a backend: of its calls with statistics of columns
+STORED = ", stored"  # of statistics of rows alone, where weights are stored
 
 
 class Tiles(NamedTuple):
@@ -42,7 +43,7 @@ class Call(NamedTuple):
     penalised: bool = False
     symmetric: bool = False  # and so are the scores, which the CPU's tiles then see once
     at_once: bool = True  # of `triton`: one pass gives the statistics of rows and columns, else two
-    stored: bool = True  # of `triton`: weights of both sides are stored for cuBLAS, where a dtype has the exponents
+    stored: bool = False  # of `triton`: weights are stored for cuBLAS, as its plan says
 
     @classmethod
     def of(cls, op: str, needs: tuple[bool, bool, bool], penalised: bool = False) -> Call:
@@ -60,17 +61,23 @@ class Call(NamedTuple):
         """Of a backend that holds a strip of scores for all that is made of it, and says no more of its plan."""
         return self._replace(symmetric=False).tiles(kept=False)
 
-    def stores(self, dtype: torch.dtype) -> bool:
-        """Whether `triton` keeps weights of both sides for cuBLAS: float16 has no exponents to spare for them."""
-        return self.columns and self.stored and not self.shared and dtype != torch.float16
+    def planned(self, columns: bool, at_once: bool, strip: int) -> Call:
+        """With what `backends/triton/plan.ways` says."""
+        return self._replace(columns=columns, at_once=at_once or not columns, stored=strip > 0)
 
-    def gemms(self, backend: str, tiles: Tiles | None = None, dtype: torch.dtype = torch.bfloat16) -> float:
+    def entry(self, backend: str) -> str:
+        """The table's name for what a backend does; thin passes of `triton` cost the same wherever it takes them."""
+        stored = backend == "triton" and self.stored and self.at_once
+        if self.columns and (stored or (backend == "cuda" and not self.shared)):
+            return backend + BOTH_WAYS
+        return backend + STORED * stored  # fault: cost-stored
+
+    def gemms(self, backend: str, tiles: Tiles | None = None) -> float:
         """N·M·D products that a backend computes: the scores and, of each gradient, w·y.
 
         Args:
             backend: its name.
             tiles: where they are known better than from what is asked: those of a plan.
-            dtype: of the inputs.
         """
         first = self.op != "grads"  # statistics are to be made
         if backend != "triton":
@@ -81,7 +88,7 @@ class Call(NamedTuple):
         passes = first * (2.0 if self.columns and not self.at_once else 1.0)  # fault: cost-two-folds
         if self.op == "stats":
             return passes
-        if self.stores(dtype):
+        if self.stored:
             return passes + (self.q or self.k) + self.q + self.k
         if self.shared:  # one pass has both roles
             return passes + 2 * self.q
@@ -117,11 +124,21 @@ class Measured(NamedTuple):
 
     backend: str
     element_bytes: int
-    gemms: float
+    call: Call
     n: int
     m: int
     d: int
     time_us: float
+
+    @property
+    def entry(self) -> tuple[str, int]:
+        """Of the table."""
+        return self.call.entry(self.backend), self.element_bytes
+
+    @property
+    def gemms(self) -> float:
+        """Products that were computed."""
+        return self.call.gemms(self.backend)
 
 
 def table() -> Table:
@@ -178,12 +195,10 @@ def fastest_first(call: Call, n: int, m: int, d: int, dtype: torch.dtype, costs:
         costs: the shipped table by default.
     """
     size, costs = min(dtype.itemsize, 4), table() if costs is None else costs
-    # Where `triton` takes a pass for each side or gradient, these cost what they do elsewhere.
-    sweeps = {"triton": call.stores(dtype) and call.at_once, "cuda": call.columns and not call.shared}
     times = {
-        name: costs.get((name + BOTH_WAYS * sweeps[name], size), one).time_us(call.gemms(name, dtype=dtype), n, m, d)
+        name: costs.get((call.entry(name), size), one).time_us(call.gemms(name), n, m, d)
         for (name, known), one in costs.items()
-        if known == size and not name.endswith(BOTH_WAYS)
+        if known == size and "," not in name
     }
     return sorted(times, key=times.__getitem__)
 
@@ -196,7 +211,7 @@ def fit(measured: Iterable[Measured]) -> Table:
     """
     groups: dict[tuple[str, int], list[Measured]] = {}
     for row in measured:
-        groups.setdefault((row.backend, row.element_bytes), []).append(row)
+        groups.setdefault(row.entry, []).append(row)
     return {key: _fit_one(key[0], rows) for key, rows in groups.items()}
 
 

@@ -88,11 +88,9 @@ def why_not(backend: str, spec: Spec, q: Tensor, k: Tensor | None, scale: float 
 
 
 def planned(call: Call, spec: Spec, q: Tensor, k: Tensor | None) -> Call:
-    """With what follows from statistics of columns: how `triton` takes them (`backends/triton/plan.py`)."""
-    if not spec.columns:
-        return call
-    at_once, strip = backend_module("triton").ways(spec, q, q if k is None else k, k is None)
-    return call._replace(columns=True, at_once=at_once, stored=strip > 0)
+    """With how `triton` takes wide rows and statistics of columns (`backends/triton/plan.py`)."""
+    found = backend_module("triton").ways(spec, q, q if k is None else k, k is None)
+    return call.planned(bool(spec.columns), *found)
 
 
 def automatic(q: Tensor, k: Tensor | None, call: Call = ANY_CALL) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ def executed(call: Call, x: Scores, requested: str) -> int:
         names = dispatch.automatic(x.q, x.k, call)
         name = next((name for name in names if not dispatch.why_not(name, spec, x.q, x.k, scale)), "chunked")
     tiles = dispatch.backend_module(name).tiles(spec, call, n, m, d, x.q.dtype)
-    products = call.gemms(name, tiles, x.q.dtype)
+    products = call.gemms(name, tiles)
     if name == "cuda" and spec.prefixes and x.q.dtype == torch.bfloat16:  # gradients of what rounding leaves too
         products += products - tiles.seen - tiles.again
     guides = 0 if x.guide_q is None else x.guide_q.shape[1] * (1 if name in ("cpu", "cuda") else spec.n_widths)

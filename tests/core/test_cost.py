@@ -44,16 +44,20 @@ def test_the_gradients_decide():
 
 
 def test_both_ways_have_costs_of_their_own():
-    """Those of calls with statistics of columns, where float16 does not keep them from it."""
-    table = TRUTH | {("triton" + cost.BOTH_WAYS, 2): Cost(10.0, {64: 0.01})}
-    both = Call(columns=True)
-    for call, dtype, name in (
-        (both, torch.bfloat16, "triton"),
-        (both, torch.float16, "cuda"),
-        (TWO, torch.bfloat16, "cuda"),
+    """As calls whose weights are stored have."""
+    fast = Cost(10.0, {64: 0.01})
+    both = Call(columns=True, stored=True)
+    for name, call, other in (
+        (cost.BOTH_WAYS, both, both._replace(stored=False)),
+        (cost.STORED, TWO._replace(stored=True), TWO),
     ):
-        assert cost.fastest_first(call, 8192, 8192, 256, dtype, table)[0] == name
-        assert len(cost.fastest_first(call, 8192, 8192, 256, dtype, table)) == 2
+        table = TRUTH | {("triton" + name, 2): fast}
+        for one, first_one in ((call, "triton"), (other, "cuda")):
+            found = cost.fastest_first(one, 8192, 8192, 256, torch.bfloat16, table)
+            assert (found[0], len(found)) == (first_one, 2)
+    assert both._replace(at_once=False).entry("triton") == "triton"
+    assert (both.entry("cuda"), both._replace(shared=True).entry("cuda")) == ("cuda" + cost.BOTH_WAYS, "cuda")
+    assert TWO._replace(stored=True).entry("cuda") == "cuda"
 
 
 def test_both_ways_beyond_the_plan_cost_what_runs():
@@ -80,14 +84,16 @@ GEMMS = {  # as `core/problem.py` and the backends' docstrings count them: (trit
     Call(q=False): (3, 2),
     Call(q=False, k=False): (1, 1),
     Call(k=False, shared=True): (3, 3),
-    Call(columns=True): (4, 4),
+    Call(columns=True, stored=True): (4, 4),
+    Call(stored=True): (4, 3),
+    Call(k=False, penalised=True, stored=True): (3, 2),
     Call(q=False, k=False, columns=True): (1, 1),
     Call("stats"): (1, 1),
     Call("stats", columns=True): (1, 1),
     Call("stats", columns=True, at_once=False): (2, 1),
-    Call(columns=True, at_once=False): (5, 4),
-    Call(columns=True, stored=False): (5, 4),
-    Call("grads", columns=True, stored=False): (4, 3),
+    Call(columns=True, at_once=False, stored=True): (5, 4),
+    Call(columns=True): (5, 4),
+    Call("grads", columns=True): (4, 3),
     Call("grads"): (4, 3),
     Call("grads", k=False, shared=True): (2, 3),
 }
@@ -96,9 +102,6 @@ GEMMS = {  # as `core/problem.py` and the backends' docstrings count them: (trit
 @pytest.mark.parametrize("call", GEMMS, ids=str)
 def test_gemms_of_a_call(call):
     assert (call.gemms("triton"), call.gemms("cuda")) == GEMMS[call]
-    if call.columns and call.op != "stats":  # float16 weights are not stored
-        first = 0 if call.op == "grads" else 2 - call.at_once
-        assert call.gemms("triton", dtype=torch.float16) == first + 2 * (call.q + call.k)
 
 
 def test_the_cpu_sees_symmetric_scores_once_and_keeps_what_fits():
@@ -127,7 +130,7 @@ SHAPES = [(128, 6272, 64), (4096, 4096, 64), (8192, 9000, 256), (512, 65536, 256
 
 def times_of(table: cost.Table) -> list[Measured]:
     return [
-        Measured(name, size, TWO.gemms(name), *shape, model.time_us(TWO.gemms(name), *shape))
+        Measured(name, size, TWO, *shape, model.time_us(TWO.gemms(name), *shape))
         for (name, size), model in table.items()
         for shape in SHAPES
     ]
@@ -179,7 +182,7 @@ def test_the_choice_knows_what_is_wanted(monkeypatch):
     monkeypatch.setattr(dispatch, "why_not", lambda *_: None)
     dispatch.choose(SPEC, x, None, "", ONE)
     dispatch.choose(Spec(Block(1), columns=("neg_lse",)), x, x, "", Call("stats"))
-    assert asked == [Call(k=False, shared=True), Call("stats", columns=True)]
+    assert asked == [Call(k=False, shared=True), Call("stats", columns=True, stored=True)]
 
 
 @pytest.mark.parametrize(("wanted", "call"), [("q", Call("loss", True, False)), ("qk", Call("loss", True, True))])

@@ -37,6 +37,8 @@ def test_a_few_losses(monkeypatch, record_eta):
     assert hold(("clip_loss",), "bfloat16", "triton", record_eta) == 1  # both sides at once, and stored weights
     filtered = ("info_nce/margin", "info_nce/own hard negatives, row weights")  # the second smooths its labels
     assert hold(filtered, "bfloat16", "triton", record_eta) == 2
+    monkeypatch.setattr(plan, "WIDE", 8)  # statistics by a pass without sums, and stored weights
+    assert hold(("amdim_nce", "info_nce"), "bfloat16", "triton", record_eta) == 2
 
 
 @pytest.mark.nightly

@@ -148,6 +148,8 @@ def test_strips(n, m, d, limit, size):
         assert n <= plan.STRIP or rows < 2 * n
         sums = 4 * m * d if size < 4 else 0  # of columns, beside a strip's weights and sums where they have room
         assert plan.strip_bytes(rows, m, d, size) + sums * (sums <= limit // 2) <= limit - limit // 16
+        wide = plan.workspace_bytes(Spec(Block(1)), n, m, d, size, limit) >= plan.strip_bytes(rows, m, d, size)
+        assert wide or d <= plan.WIDE
     if back := plan.back_bytes(n, m, 2, size, limit):
         parts = plan.both_split(n, m, 2, back, limit).splits
         assert parts == 1 or back + 8 * n * parts <= limit
@@ -173,10 +175,19 @@ def test_what_is_stored_and_what_is_not():
         (spec, (wide, brain), False, (False, False)),
         (replace(spec, transform=Bias()), (wide, wide), False, (True, False)),
         (replace(spec, columns=("square",)), (wide, wide), False, (False, True)),
-        (replace(spec, columns=()), (wide, wide), False, (False, False)),
     ):
         at_once, strip = plan.ways(given, 300, 400, 64, dtypes, shared, 256 << 20)
         assert (at_once, strip > 0) == found, (given, dtypes, shared)
+    rows = replace(spec, columns=())
+    for given, d, dtype, shared, found in (
+        (rows, plan.WIDE, wide, False, (False, False)),
+        (rows, plan.WIDE + 1, wide, False, (True, True)),
+        (rows, 300, half, False, (True, False)),
+        (rows, 300, brain, True, (True, False)),
+        (replace(rows, stats=("neg_softplus",)), 300, brain, False, (False, True)),
+    ):
+        at_once, strip = plan.ways(given, 300, 400, d, (dtype, dtype), shared, 256 << 20)
+        assert (at_once, strip > 0) == found, (given, d, dtype, shared)
 
 
 def test_clips_strips():

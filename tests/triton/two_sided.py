@@ -1,4 +1,4 @@
-"""Statistics of rows and of columns on the Triton backend, under the interpreter: one pass for both, stored weights.
+"""Statistics of rows and of columns, and wide rows, on the Triton backend, under the interpreter: stored weights.
 
 `test_interpret.py` runs this file in a process of its own.
 """
@@ -19,6 +19,7 @@ from fused_nce.core.engine import tile_loss
 from fused_nce.core.spec import Bias, Block, Hardness, Identity, Index, Labels, Spec, TanhClip
 from fused_nce.core.tails import Nce
 from tests.marks import nightly_but
+from tests.triton.heard import Heard
 
 PLAIN = Spec(Block(1), Identity(), Nce().stats, ("neg_lse",))
 SMALL = "0.2"  # MiB: strips of 128 rows for 140 columns
@@ -98,6 +99,44 @@ def test_both_sides_at_once_and_strips_of_weights(name, launched, monkeypatch):
     assert launched.passes == 2  # of the loss and of the statistics
 
 
+ROWS = {name: replace(spec, columns=()) for name, spec in SPECS.items()}
+ROWS |= {
+    "a margin": Spec(Index(), stats=(*Nce().stats, "neg_sum", "neg_count"), filters=("ceiling",)),
+    "no shift": replace(ROWS["plain"], unit_norm=True),
+}
+
+
+@pytest.mark.parametrize("name", nightly_but(["plain", "images, a clip and a penalty", "a margin"], ROWS))
+def test_wide_rows_store_their_weights(name, launched, monkeypatch):
+    """Without statistics of columns; in two strips, the last a ragged one."""
+    monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", SMALL)
+    monkeypatch.setattr(plan, "WIDE", 8)
+    spec = ROWS[name]
+    n = 140 if spec.layout == Block(1) else 144
+    block = spec.layout if isinstance(spec.layout, Block) else Block(1)
+    m = n // block.rows_per_image * block.n_c
+    given: dict[str, Any] = {"row_ids": torch.arange(3, n + 3) % 40} if isinstance(spec.layout, Index) else {}
+    d = 40 if name == "targets" else 9
+    q, k = draw(0, n, d), draw(1, m, d)
+    if spec.unit_norm:
+        q, k = (torch.nn.functional.normalize(x, dim=1) for x in (q, k))
+    if spec.filters:
+        given["ceilings"] = (q @ k.T).sort(dim=1).values[:, m // 2][None] + 1e-3
+    fold = Heard(monkeypatch, kernels, "fold_kernel")
+    hold(spec, q, k, scale=3.0 if spec.unit_norm else 0.3, **given)
+    rows = plan.strip_rows(n, m, d, 4, workspace.limit_bytes("cpu"))
+    assert launched.products == 2 * -(-n // rows) > 2
+    assert (launched.passes + len(fold.launches), launched.weighed) == (2, 0)  # of the loss and of the statistics
+    assert {x["X"] for x in fold.launches} == ({64} if spec.filters else set())  # else the pass that has no sums
+
+
+@pytest.mark.parametrize("wanted", nightly_but(["k"], ["q", "k", "s", "qs"]))
+def test_wanted_gradients_of_wide_rows(wanted, launched, monkeypatch):
+    monkeypatch.setattr(plan, "WIDE", 8)
+    hold(ROWS["plain"], draw(0, 70), draw(1, 75), wanted)
+    assert (launched.products, launched.strips) == (1, 1)
+
+
 def test_one_strip_of_an_offset():
     hold(replace(PLAIN, layout=Block(2)), draw(0, 37), draw(1, 600), offset=200)
 
@@ -151,7 +190,10 @@ def test_flop_are_those_that_run(launched, monkeypatch):
         (replace(PLAIN, transform=Bias()), k, "16", 1 + 4),
         (PLAIN, k, "0.001", 1 + 4),
         (PLAIN, k, "0.0005", 2 + 4),
+        (ROWS["plain"], k, "16", 1 + 3),
+        (replace(ROWS["plain"], transform=Bias()), k, "16", 1 + 4),
     ):
+        monkeypatch.setattr(plan, "WIDE", 256 if spec.columns else 8)
         monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", mb)
         launched.passes = launched.strips = launched.products = launched.weighed = 0
         ids: Any = {"row_ids": torch.arange(n) % 7, "column_ids": torch.arange(n) % 5} if spec is labels else {}

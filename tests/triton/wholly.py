@@ -12,7 +12,7 @@ import torch
 
 from fused_nce import info_nce, moco_nce, nt_xent
 from fused_nce.backends import triton
-from fused_nce.backends.triton import kernels, plan, tail, whole
+from fused_nce.backends.triton import kernels, plan, stored, tail, whole
 from tests.backends.test_cuda_whole import LOSSES, close, draw, gradients, hold_to_the_operators
 from tests.marks import nightly_but
 from tests.triton.heard import Heard
@@ -37,6 +37,15 @@ FEW = [*((name, torch.float32) for name in LOSSES), ("moco", torch.float16)]
 @pytest.mark.parametrize(("name", "dtype"), nightly_but(FEW, product(LOSSES, (torch.float32, torch.float16))))
 def test_it_is_what_the_operators_are(name, dtype, served, monkeypatch):
     hold_to_the_operators(triton, name, dtype, served, monkeypatch)
+
+
+@pytest.mark.parametrize("name", nightly_but(["amdim", "moco"], LOSSES))
+def test_wide_rows(name, served, monkeypatch):
+    """Whose statistics have a pass without sums, and whose weights are stored."""
+    monkeypatch.setattr(plan, "WIDE", 1)
+    strip = Heard(monkeypatch, stored, "strip_kernel")
+    hold_to_the_operators(triton, name, torch.float32, served, monkeypatch)
+    assert bool(strip.launches) == (name != "nt_xent")
 
 
 def test_rows_of_several_programs(monkeypatch):

@@ -1,11 +1,11 @@
 """Flash-style kernels in Triton: a tile of scores is computed, used and dropped on the chip, without a C++ compiler.
 
 Without a penalty, one pass over the scores gives the row statistics and the unnormalised dq; dk takes a second
-pass. Where k is q, one more pass gives the gradient of both roles. Where columns have statistics too, one pass gives
-all of them, and weights are stored for cuBLAS, a strip of rows at a time (`stored.py`). A bank of another dtype is cast
-tile by tile. Inputs are used in place where the elements of a row are adjacent, as the `cpu` backend does; any other
-layout is copied first, beyond the workspace. Triton itself is imported when the first kernel is launched: `fused_nce`
-needs torch alone.
+pass. Where k is q, one more pass gives the gradient of both roles. Where columns have statistics too, or rows are
+wide, one pass gives all of them, and weights are stored for cuBLAS, a strip of rows at a time (`stored.py`). A bank of
+another dtype is cast tile by tile. Inputs are used in place where the elements of a row are adjacent, as the `cpu`
+backend does; any other layout is copied first, beyond the workspace. Triton itself is imported when the first kernel is
+launched: `fused_nce` needs torch alone.
 """
 
 from __future__ import annotations

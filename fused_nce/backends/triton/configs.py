@@ -151,19 +151,33 @@ MIRRORED: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
     **{(card, dtype): _SEEN_ONCE for card in ("sm_80", "sm_90", "sm_100") for dtype in (torch.bfloat16, torch.float16)},
     **{(INTERPRETED, dtype): 2 * (Tile(256, 32, 64, 64, 4, 1),) for dtype in (torch.float16, torch.float32)},
 }
-# Of a pass for statistics of both sides, whose x is `plan.back_block`'s, and of one that stores its weights: neither
-# keeps sums, so that D asks for nothing. Without, the passes are those of each side.
-_SQUARE = (Tile(256, 128, 64, 64, 8, 2), Tile(128, 256, 64, 64, 8, 3))
+
+
+class Square(NamedTuple):
+    """The tiles of passes that keep no sums, so that D asks for nothing."""
+
+    both: Tile  # for statistics of both sides; x is `plan.back_block`'s
+    strip: Tile  # for stored weights, and for nce's statistics of rows
+    fold: Tile  # for any statistics of rows
+
+
+# Without, the passes are those of each side, and of the tiles above.
+_FOLD = Tile(128, 64, 64, 64, 8, 3)
+_SQUARE = Square(Tile(256, 128, 64, 64, 8, 2), Tile(128, 256, 64, 64, 8, 3), _FOLD)
 # Where operands of matrix instructions are registers.
-_SMALL = (Tile(256, 32, 64, 64, 8, 2, ALL), Tile(128, 64, 64, 64, 8, 2, ALL))
-_SQUARE32 = (Tile(64, 32, 32, 32, 8, 2, ALL), Tile(64, 64, 32, 32, 8, 2, ALL))
-STORED: dict[tuple[str, torch.dtype], tuple[Tile, Tile]] = {
+_SMALL = Square(Tile(256, 32, 64, 64, 8, 2, ALL), Tile(128, 64, 64, 64, 8, 2, ALL), _FOLD)
+_SQUARE32 = Square(Tile(64, 32, 32, 32, 8, 2, ALL), *2 * (Tile(64, 64, 32, 32, 8, 2, ALL),))
+SQUARE: dict[tuple[str, torch.dtype], Square] = {
     **{("sm_90", dtype): _SQUARE for dtype in (torch.bfloat16, torch.float16)},
-    **{("sm_100", dtype): (Tile(256, 64, 64, 64, 8, 3), _SQUARE[1]) for dtype in (torch.bfloat16, torch.float16)},
+    **{
+        ("sm_100", dtype): _SQUARE._replace(both=Tile(256, 64, 64, 64, 8, 3))
+        for dtype in (torch.bfloat16, torch.float16)
+    },
     **{(card, dtype): _SMALL for card in ("sm_80", *CONSUMER) for dtype in (torch.bfloat16, torch.float16)},
+    **{("sm_120", dtype): _SMALL._replace(fold=_FOLD._replace(stages=2)) for dtype in (torch.bfloat16, torch.float16)},
     **{(card, torch.float32): _SQUARE32 for card in ("sm_80", "sm_90", "sm_100", *CONSUMER)},
-    (INTERPRETED, torch.float16): (Tile(256, 64, 32, 32, 4, 1), Tile(64, 64, 32, 32, 4, 1)),
-    (INTERPRETED, torch.float32): 2 * (Tile(64, 64, 32, 32, 4, 1),),
+    (INTERPRETED, torch.float16): Square(Tile(256, 64, 32, 32, 4, 1), *2 * (Tile(64, 64, 32, 32, 4, 1),)),
+    (INTERPRETED, torch.float32): Square(*3 * (Tile(64, 64, 32, 32, 4, 1),)),
 }
 ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _ in TABLE if architecture != INTERPRETED))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -192,8 +206,9 @@ def fitted(found: Tile, d: int) -> Tile:
     return found._replace(chunk=min(found.chunk, width), slice=min(found.slice, width))
 
 
-def fold_tile(tile: Tile, parts: Partials) -> Tile:
+def fold_tile(tile: Tile, square: Square | None, d: int, parts: Partials, gradient: bool) -> Tile:
     """The tile of a pass for statistics: with sums over positives too, half the walked rows, or registers run out."""
+    tile = tile if square is None or gradient or d <= plan.WIDE else square.fold  # fault: triton-thin-statistics
     return tile if parts.pos_sum == ABSENT else tile._replace(y=max(16, tile.y // 2))
 
 
@@ -203,10 +218,10 @@ def mirrored_tile(architecture: str, dtype: torch.dtype, d: int) -> Tile | None:
     return fitted(found[column], d)._replace(x=plan.MIRROR) if column < len(found) else None
 
 
-def stored_tiles(architecture: str, dtype: torch.dtype, d: int) -> tuple[Tile, Tile] | None:
-    """The tiles of those passes; None without."""
-    found = STORED.get((architecture, dtype))
-    return None if found is None else (fitted(found[0], d), fitted(found[1], d))
+def square(architecture: str, dtype: torch.dtype, d: int) -> Square | None:
+    """The tiles of passes that keep no sums; None without."""
+    found = SQUARE.get((architecture, dtype))
+    return None if found is None else Square(*(fitted(tile, d) for tile in found))
 
 
 def weights_tile(tile: Tile, both: bool) -> Tile:

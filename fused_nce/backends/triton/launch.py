@@ -77,8 +77,8 @@ class Sweep:
         once = self.form.symmetric and plan.mirrored_bytes(problem.n, lines, self.limit) > 0
         self.mirrors = configs.mirrored_tile(*kind) if once else None  # of a statistics pass
         self.biased = isinstance(self.spec.transform, Bias)
-        # Of both sides: their statistics from the same tiles, and weights that are stored.
-        self.square = configs.stored_tiles(*kind) if self.form.two_way else None
+        # All statistics from the same tiles, and weights that are stored: for both sides, or wide rows.
+        self.square = configs.square(*kind)
         sizes = problem.n, problem.m, self.d, (q.dtype, k.dtype), problem.shared, self.limit
         self.both, self.strip = plan.ways(self.spec, *sizes) if self.square else plan.Ways()
         bias: Any = problem.bias if self.biased else self.empty  # which nobody reads
@@ -144,7 +144,7 @@ class Sweep:
         wanted = self.form.columns if side.as_column else self.form.rows
         parts, names = Partials.of(wanted), self.spec.columns if side.as_column else self.spec.stats
         slices = triton.cdiv(self.d, self.tile.slice) if gradient else 1
-        tile, programs = configs.fold_tile(self.tile, parts), plan.PROGRAMS
+        tile, programs = configs.fold_tile(self.tile, self.square, self.d, parts, gradient), plan.PROGRAMS
         mirrored = self.empty
         if self.mirrors and not gradient:
             tile, programs = self.mirrors, plan.MIRROR_PROGRAMS
@@ -165,13 +165,14 @@ class Sweep:
         self.row_sums = Sums(sums, tallies, partial) if gradient else None
         return out
 
-    def fold_both(self) -> tuple[Tensor, Tensor]:
-        """(S, N) statistics of rows and (S', M) of columns, in one pass."""
+    def fold_both(self, merge: Merge | None = None) -> tuple[Tensor, Tensor | None]:
+        """(S, N) statistics of rows, merged by `merge`, and (S', M) of columns, in one pass."""
         assert self.square is not None
-        p, form, tile = self.p, self.form, self.square[0]
+        p, form = self.p, self.form
+        tile = self.square.both if form.two_way else self.square.strip
         parts, back = Partials.of(form.rows), Partials.of(form.columns)
         count = triton.cdiv(p.n, tile.x)
-        blocks = self.new(count, back.lines, p.m)
+        blocks = self.new(count, back.lines, p.m) if form.two_way else self.empty
         split = plan.both_split(p.n, p.m, parts.lines, 4 * blocks.numel(), self.limit)
         partial = self.new(split.splits, parts.lines, p.n)
         stored.both_kernel[(count, split.splits)](
@@ -179,18 +180,20 @@ class Sweep:
             blocks, p.n, p.m, self.first, self.itself, split.walk, self.rows_side.x.stride(0),
             self.rows_side.y.stride(0), FORM=form, PARTIALS=parts, BACK=back, **self.compiled(tile),
         )  # fmt: skip
-        rows, columns = self.new(len(self.spec.stats), p.n), self.new(len(self.spec.columns), p.m)
-        for found, out, wanted, lines in ((partial, rows, form.rows, parts), (blocks, columns, form.columns, back)):
-            constants = {"FORM": form, "WANTED": wanted, "PARTIALS": lines, "MIRRORED": 0}
-            self.merge(found, self.empty, out, len(found), constants)
+        rows, columns = self.new(len(self.spec.stats), p.n), None
+        constants: dict[str, Any] = {"FORM": form, "WANTED": form.rows, "PARTIALS": parts, "MIRRORED": 0}
+        (merge or self.merge)(partial, self.empty, rows, len(partial), constants)
+        if form.two_way:
+            columns = self.new(len(self.spec.columns), p.m)
+            self.merge(blocks, self.empty, columns, count, constants | {"WANTED": form.columns, "PARTIALS": back})
         return rows, columns
 
-    def statistics(self, gradient: bool = False, pos: Tensor | None = None) -> Statistics:
-        """Of rows and columns, and the positives where they are not known."""
-        if self.both:
-            rows, columns = self.fold_both()
+    def statistics(self, gradient: bool = False, pos: Tensor | None = None, merge: Merge | None = None) -> Statistics:
+        """Of rows, merged by `merge`, and columns, and the positives where they are not known."""
+        if self.both and not gradient:
+            rows, columns = self.fold_both(merge)
         else:
-            rows, columns = self.fold(self.rows_side, gradient), None
+            rows, columns = self.fold(self.rows_side, gradient, merge), None
             columns = self.fold(self.columns_side) if self.spec.columns else None
         return Statistics(self.positives() if pos is None else pos, rows, columns)
 
@@ -272,7 +275,7 @@ class Sweep:
 
     def store(self, found: Statistics, d: Coefficients, form: Form, needs: Needs) -> Gradients:
         """As `gradients`, from the scores once more: a strip of weights at a time, by cuBLAS into both sums."""
-        p, q, k, tile = self.p, self.rows_side.x, self.rows_side.y, self.square and self.square[1]
+        p, q, k, tile = self.p, self.rows_side.x, self.rows_side.y, self.square and self.square.strip
         assert tile is not None
         self.stash = q.dtype if p.blocks == 1 else torch.float32  # fault: triton-share-rounded
         by_row, terms = needs.q or (needs.scale and not needs.k), self.terms(found, d, form)
@@ -290,8 +293,9 @@ class Sweep:
             )  # fmt: skip
             w = weights[:rows, : p.m]
             if room is not None:
-                stored.multiply(w, k, sums[:rows])
-                self.finish_rows(side, Sums(sums[None, :rows], self.empty, None), found, d, room, start)
+                part = sums[:rows]
+                stored.multiply(w, k, part)
+                self.finish_rows(side, Sums(part[None], self.empty, None), found, d, room, start)
             if needs.k:
                 stored.multiply(w.T, q[start : start + rows], of_columns, add=start > 0)  # fault: triton-strips-add
         dq = dk = dscale = self.empty
@@ -338,7 +342,9 @@ class Sweep:
     def sums_at_once(self, tail: Tail, needs: Needs) -> bool:
         """Whether the statistics' pass sums dq too."""
         wanted = needs.q or (needs.scale and not needs.k)
-        return wanted and self.known_before(tail) and not self.p.shared
+        return (
+            wanted and self.known_before(tail) and not (self.p.shared or self.strip or self.spec.columns)
+        )  # fault: triton-wide-sums
 
 
 def stats(problem: Problem) -> Statistics:
@@ -362,7 +368,8 @@ def loss(problem: Problem, tail: Tail, needs: Needs) -> tuple[Statistics, Gradie
     With a penalty dq has two terms whose ratio is known only when the row is finished. A second accumulator would need
     a GEMM of its own, which costs as much as computing the scores again, so dq takes a second pass: 1u + 2u, then 2u
     for dk. Where k is q, one pass after the statistics gives the whole gradient: 1u + 2u,
-    or 0.5u + 2u where `plan.mirrored_bytes` lets the statistics see each pair of rows once.
+    or 0.5u + 2u where `plan.mirrored_bytes` lets the statistics see each pair of rows once. Rows beyond `plan.WIDE`
+    take 2u and 1u for each gradient where `plan.ways` stores their weights.
     """
     sweep, spec = Sweep(problem), problem.spec
     with sweep.device():

@@ -22,6 +22,7 @@ STRIP = 128  # rows of a strip of stored weights are a multiple of this: of ever
 STRIP_WALK = 2 * STEP  # columns of a program that stores weights
 MOST_STORED = 65535 * STRIP_WALK  # columns: of programs beside each other
 OF_BOTH = {"neg_lse", "neg_max", "square"}  # statistics of rows that one pass for both sides has; the last of no column
+WIDE = 256  # beyond this width sums of rows leave their tiles too thin: statistics of rows alone come that way too
 
 
 class Split(NamedTuple):
@@ -100,9 +101,9 @@ def strip_bytes(rows: int, m: int, d: int, element_bytes: int) -> int:
 
 
 class Ways(NamedTuple):
-    """What a call with statistics of columns takes."""
+    """What a call with statistics of columns takes, or one of WIDE rows."""
 
-    at_once: bool = False  # one pass for the statistics of both sides, else two
+    at_once: bool = False  # one pass for all statistics, which keeps no sums; else one of each side
     strip: int = 0  # rows whose weights are stored together; 0: the scores once more for each gradient
 
 
@@ -114,22 +115,26 @@ def ways(
     float16 has no exponents to spare for stored weights; a bias wants their sums.
     """
     (dtype, other), limit = dtypes, limit_bytes
-    if not spec.columns or dtype != other:
+    if not _swept_both_ways(spec, d) or dtype != other:
         return Ways()
     lines = Partials.of(Wanted.of(spec.columns)).lines
     asked = set(spec.stats) <= OF_BOTH and set(spec.columns) <= OF_BOTH - {"square"}
     stores = not (shared or dtype == torch.float16 or isinstance(spec.transform, Bias))
     return Ways(
-        asked and back_bytes(n, m, lines, dtype.itemsize, limit) > 0,
+        asked and (not spec.columns or back_bytes(n, m, lines, dtype.itemsize, limit) > 0),
         strip_rows(n, m, d, dtype.itemsize, limit) if stores else 0,
     )
+
+
+def _swept_both_ways(spec: Spec, d: int) -> bool:
+    return bool(spec.columns) or d > WIDE  # fault: triton-wide-swept
 
 
 def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_bytes: int) -> int:
     """The larger of both passes' partial sums, partial statistics, and the tail's coefficients and temporaries.
 
-    Symmetric scores' statistics of columns count, where the blocks leave them; of both sides those and a strip's
-    weights.
+    Symmetric scores' statistics of columns count, where the blocks leave them; of both sides, and of wide rows, those
+    and a strip's weights.
     One split needs no partial sums: the gradient is their place. A scale's gradient wanted alone costs one dq more, and
     inputs whose rows are not adjacent elements are copied, beyond this.
     """
@@ -148,9 +153,9 @@ def workspace_bytes(spec: Spec, n: int, m: int, d: int, dtype_bytes: int, limit_
     tail = 4 * n * (4 * spec.n_pos + 3 * len(spec.stats) + 8) + 12 * m * len(spec.columns)
     if n == m and spec.drop_self and (mirrored := mirrored_bytes(n, row_lines, limit_bytes)):
         rows = max(rows, mirrored + 4 * n * row_lines * split(n, n, 1, row_lines, limit_bytes, MIRROR_PROGRAMS).splits)
-    if spec.columns:
+    if _swept_both_ways(spec, d):  # fault: triton-wide-unplanned
         strip = strip_bytes(strip_rows(n, m, d, dtype_bytes, limit_bytes), m, d, dtype_bytes)
         back = back_bytes(n, m, column_lines, dtype_bytes, limit_bytes)
-        parts = both_split(n, m, max(1, row_lines), back, limit_bytes).splits if back else 0
+        parts = both_split(n, m, max(1, row_lines), back, limit_bytes).splits if back or not spec.columns else 0
         rows = max(rows, strip, back + 4 * n * row_lines * parts)
     return max(rows, columns) + dots + terms + tail + 4 * n * row_lines

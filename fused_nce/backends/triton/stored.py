@@ -1,12 +1,12 @@
-"""The passes for statistics of both sides: those of rows and columns from the same tiles, and weights that are stored.
+"""The passes for statistics of both sides, and for wide rows: all statistics from the same tiles, and stored weights.
 
 | kernel | reads | gives |
 |---|---|---|
-| `both_kernel` | q, k | partial statistics of rows, and of columns, of each block of rows |
+| `both_kernel` | q, k | partial statistics of rows, and of each block of rows those of columns, where they have any |
 | `strip_kernel` | q, k, finished statistics and dL/d them | w of a strip of rows for cuBLAS, in their precision |
 
 Neither keeps a sum, whose registers leave a tile too thin for the tensor cores at large D: it is as large as the
-product that makes its scores wants it, and what is made of them is made a quarter of the columns at a time.
+product that makes its scores wants it, and what is made of them is made of a part of the columns at a time.
 """
 
 from __future__ import annotations
@@ -39,6 +39,14 @@ def quarters(r):
     first, second = halves(left)
     third, fourth = halves(right)
     return first, second, third, fourth
+
+
+@triton.jit
+def eighths(r):
+    left, right = halves(r)
+    first, second, third, fourth = quarters(left)
+    fifth, sixth, seventh, eighth = quarters(right)  # fault: triton-eighths
+    return first, second, third, fourth, fifth, sixth, seventh, eighth
 
 
 @triton.jit
@@ -77,6 +85,7 @@ def both_kernel(
     SLICE: tl.constexpr,
 ):
     """One block of rows against one split of the columns, of which it meets each once."""
+    PARTS: tl.constexpr = 8 if FORM.transform == "tanh_clip" else 4  # a clip takes more registers
     block, split = tl.program_id(0), tl.program_id(1)
     factor = load_scale(scale, FORM.tensor_scale)
     xs = block * X + tl.arange(0, X)
@@ -92,10 +101,10 @@ def both_kernel(
         r, _ = score_tile(
             kept, x, y, xs, j + tl.arange(0, Y), n_x, n_y, stride_x, stride_y, 0, FORM, D, CHUNK, SLICE, PRECISION
         )
-        parts = quarters(r)
-        for part in tl.static_range(4):
+        parts = eighths(r) if PARTS == 8 else quarters(r)
+        for part in tl.static_range(PARTS):
             found = fold_part(
-                parts[part], j + part * (Y // 4), found, factor, clip, inverse_clip, bias, xs, row_marks, places,
+                parts[part], j + part * (Y // PARTS), found, factor, clip, inverse_clip, bias, xs, row_marks, places,
                 n_x, n_y, given, block * X + X > n_x, of_columns, PARTIALS, BACK, FORM,
             )  # fmt: skip
     total, _, top, square = found

@@ -257,13 +257,10 @@ def _forward(
         needs, sweep = call.wanted(sides.shared), Sweep(problem, ops.stash_of(sides.q))
         pos, made = sweep.positives(), dict[str, Tensor]()
         close, close_both = _close(sweep, call, pos, made)
-        columns: Tensor | None = None
-        if call.spec.columns:
-            _, rows, columns = sweep.statistics(pos=pos)
-            assert columns is not None
+        merge = None if call.spec.columns else close
+        _, rows, columns = sweep.statistics(sweep.sums_at_once(call.tail, needs), pos, merge)
+        if columns is not None:
             close_both(rows, columns)
-        else:
-            rows = sweep.fold(sweep.rows_side, sweep.sums_at_once(call.tail, needs), close)
         gradients = Gradients(sweep.empty, sweep.empty, sweep.empty)
         if any(needs):
             d = Coefficients(made["d_pos"], made["d_rows"], made["d_columns"] if columns is not None else None)
