@@ -67,7 +67,7 @@ SUMS = ("launches", "bytes", "scores", "flop", "strip_bytes", "walked_bytes")  #
 def problems_counted() -> dict[str, tuple[Problem, torch.dtype]]:
     """By label: the benchmark's in bfloat16, and, for the cost, sweeps in other dtypes and some that no card runs."""
     sweep = [*problems.CROSSOVER, *problems.LARGER]
-    found = {p.label: (p, torch.bfloat16) for p in (*problems.ALL, *problems.BOTH_WAYS, *problems.WIDE)}
+    found = {p.label: (p, torch.bfloat16) for p in (*problems.ALL, *problems.BOTH_WAYS, *problems.PLAIN)}
     found |= {f"{p.label}, float32": (p, torch.float32) for p in sweep}
     return found | {f"{p.label}, float16": (p, torch.float16) for p in problems.THIN}
 

@@ -119,9 +119,8 @@ def cost_times() -> list[Measured]:
     found = []
     for label, (problem, dtype) in calls.problems_counted().items():
         call, sizes = problem.call(dtype), (problem.n, problem.m, problem.d)
-        both = call.columns or (problem.fits_cost and dtype != torch.float16)
-        # Else the loss or the dtype has other row kernels by `cuda`, and Triton's share alone is asked for.
-        for backend in calls.BACKENDS if both else ("triton",) if problem.role == SWEEP else ():
+        fits = problem.fits_cost or problem.role == SWEEP or call.columns
+        for backend in [name for name in calls.BACKENDS if fits and (dtype != torch.float16 or name == "triton")]:
             us = 1e3 * sum(parts(calls.committed()[label, backend]))
             found.append(Measured(backend, dtype.itemsize, call, *sizes, us))
     return found

@@ -96,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = f"fitted to {options.record.name}: {card}, commit {code}, {record['date_utc'][:10]}"
     if not rows:
         parser.error(f"record: got {options.record} without times, need one that `python -m bench.gpu` wrote on a GPU")
-    costs = cost.table() | cost.fit(rows)
+    # A card's times serve plain calls too: none of a record's are those of counts.
+    kept = {key: x for key, x in cost.table().items() if options.record is None or not key[0].endswith(cost.PLAIN)}
+    costs = kept | cost.fit(rows)
     print(report(rows, costs))
     if options.write:
         cost.write(costs, source)

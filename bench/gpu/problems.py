@@ -142,10 +142,13 @@ LARGER = tuple(replace(amdim(1024, d), role=SIZES) for d in (64, 128, 512))
 # Of losses both ways, whose weights the Triton kernels store: for the rule of the choice, from counts alone.
 BOTH_WAYS = tuple(square("clip_loss", "CLIP", 8192, d, role=SWEEP) for d in (64, 128, 256, 512, 1024, 2560))
 
-# Wide rows by the Triton kernels: whose weights they store, in few strips, and, float16 having no exponents for any,
-# by thin passes.
-WIDE = tuple(square("info_nce", "InfoNCE", 8192, d, role=SWEEP) for d in (384, 512, 1024, 2560))
-THIN = tuple(replace(p, role=SWEEP) for p in (*CROSSOVER[4:], *TABLE[:3], LARGER[-1]))
+# Likewise, of losses without a clip and a penalty.
+PLAIN = (
+    square("info_nce", "InfoNCE", 1024, 256, role=SWEEP),
+    *(square("info_nce", "InfoNCE", 8192, d, role=SWEEP) for d in (64, 128, 192, 256, 384, 512, 1024, 2560)),
+)
+# In float16, whose weights the Triton kernels never store: thin passes over wide rows.
+THIN = tuple(replace(p, role=SWEEP) for p in (*CROSSOVER[4:], *TABLE[:3], LARGER[-1], *PLAIN[-4:]))
 
 # Where launches are what a call costs.
 SMALL = (

@@ -2,10 +2,10 @@
 
 A call of N rows, M columns and width D takes launch + GEMMs·N·M·gemm(D) on each backend. `cuda` moves its scores
 through the L2 but multiplies at cuBLAS' rate; `triton` never lets a score off the chip, computes it again for each
-gradient, and its tiles get thin as D grows. With both gradients they meet near D = 145 in 16 bits, further up where
-only the queries want one. Calls with statistics of columns, and those whose weights `triton` stores for cuBLAS, have
-costs of their own, as far as its plan has room for them (`backends/triton/plan.py`). The table is `cost.json`;
-`python -m bench.fit` makes another from a measured record.
+gradient, and its tiles get thin as D grows. With both gradients they meet near D = 130 in 16 bits beside a penalty, at
+256 without, where a score costs less. Calls with statistics of columns, and those whose weights `triton` stores for
+cuBLAS, have costs of their own, as far as its plan has room for them (`backends/triton/plan.py`). The table is
+`cost.json`; `python -m bench.fit` makes another from a measured record.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 PATH = Path(__file__).with_name("cost.json")
 BOTH_WAYS = ", both ways"  # after the name of a backend: of its calls with statistics of columns
 STORED = ", stored"  # of statistics of rows alone, where weights are stored
+PLAIN = ", plain"  # likewise, where they are not, and there is no penalty
 
 
 class Tiles(NamedTuple):
@@ -68,9 +69,9 @@ class Call(NamedTuple):
     def entry(self, backend: str) -> str:
         """The table's name for what a backend does; thin passes of `triton` cost the same wherever it takes them."""
         stored = backend == "triton" and self.stored and self.at_once
-        if self.columns and (stored or (backend == "cuda" and not self.shared)):
-            return backend + BOTH_WAYS
-        return backend + STORED * stored  # fault: cost-stored
+        if self.columns:
+            return backend + BOTH_WAYS * (stored or (backend == "cuda" and not self.shared))
+        return backend + (STORED if stored else PLAIN * (not self.penalised))  # fault: cost-stored
 
     def gemms(self, backend: str, tiles: Tiles | None = None) -> float:
         """N·M·D products that a backend computes: the scores and, of each gradient, w·y.

@@ -14,7 +14,7 @@ from fused_nce.core.problem import Needs
 from fused_nce.core.spec import Block, Spec
 
 SPEC = Spec(Block(1))
-TWO, ONE = Call(), Call(k=False)
+TWO, ONE, PENALISED = Call(), Call(k=False), Call(penalised=True)
 
 
 def first(call: Call, n: int, m: int, d: int, dtype: torch.dtype = torch.bfloat16) -> str:
@@ -24,23 +24,17 @@ def first(call: Call, n: int, m: int, d: int, dtype: torch.dtype = torch.bfloat1
 @pytest.mark.parametrize(("n", "m"), [(4096, 65536), (32768, 32768)])
 def test_the_width_decides(n, m):
     """Recomputing wins while D is small; for float32 the tensor cores that it does without decide at any D."""
-    assert first(TWO, n, m, 64) == "triton"
-    assert first(TWO, n, m, 150) == first(TWO, n, m, 256) == "cuda"
+    assert first(TWO, n, m, 64) == first(TWO, n, m, 256) == first(PENALISED, n, m, 100) == "triton"
+    assert first(TWO, n, m, 300) == first(PENALISED, n, m, 150) == "cuda"
     assert cost.fastest_first(TWO, n, m, 2560, torch.float16) == ["cuda", "triton"]
     assert first(TWO, n, m, 64, torch.float32) == "cuda"
 
 
-def test_the_crossover():
-    """Between D = 100 and 150, where launches are nothing beside the scores."""
-    assert first(TWO, 65536, 65536, 100) == "triton"
-    assert first(TWO, 65536, 65536, 150) == "cuda"
-
-
 def test_the_gradients_decide():
     """A pass of its own for each gradient is what `triton` pays: not for the first without a penalty."""
-    assert first(ONE, 32768, 32768, 160) == "triton"
-    assert first(TWO, 32768, 32768, 140) == "triton"
-    assert first(Call(penalised=True), 32768, 32768, 140) == "cuda"
+    costs = {(name, 2): Cost(0.0, {128: ps}) for name, ps in (("triton", 1.0), ("cuda", 1.5))}
+    for call, name in ((ONE, "triton"), (TWO, "triton"), (PENALISED, "cuda")):
+        assert cost.fastest_first(call, 32768, 32768, 128, torch.bfloat16, costs)[0] == name
 
 
 def test_both_ways_have_costs_of_their_own():
@@ -50,6 +44,7 @@ def test_both_ways_have_costs_of_their_own():
     for name, call, other in (
         (cost.BOTH_WAYS, both, both._replace(stored=False)),
         (cost.STORED, TWO._replace(stored=True), TWO),
+        (cost.PLAIN, TWO, PENALISED),
     ):
         table = TRUTH | {("triton" + name, 2): fast}
         for one, first_one in ((call, "triton"), (other, "cuda")):
@@ -57,7 +52,7 @@ def test_both_ways_have_costs_of_their_own():
             assert (found[0], len(found)) == (first_one, 2)
     assert both._replace(at_once=False).entry("triton") == "triton"
     assert (both.entry("cuda"), both._replace(shared=True).entry("cuda")) == ("cuda" + cost.BOTH_WAYS, "cuda")
-    assert TWO._replace(stored=True).entry("cuda") == "cuda"
+    assert TWO._replace(stored=True).entry("cuda") == "cuda" + cost.PLAIN
 
 
 def test_both_ways_beyond_the_plan_cost_what_runs():
@@ -130,7 +125,7 @@ SHAPES = [(128, 6272, 64), (4096, 4096, 64), (8192, 9000, 256), (512, 65536, 256
 
 def times_of(table: cost.Table) -> list[Measured]:
     return [
-        Measured(name, size, TWO, *shape, model.time_us(TWO.gemms(name), *shape))
+        Measured(name, size, PENALISED, *shape, model.time_us(PENALISED.gemms(name), *shape))
         for (name, size), model in table.items()
         for shape in SHAPES
     ]

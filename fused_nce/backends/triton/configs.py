@@ -110,7 +110,7 @@ TABLE: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
     ("sm_90", torch.bfloat16): (  # four warps: two or three programs on a multiprocessor, which take turns at its units
         Tile(64, 64, 64, 64, 4, 3),
         Tile(64, 64, 128, 128, 4, 3),
-        Tile(128, 32, 256, 256, 8, 2),
+        Tile(64, 32, 256, 256, 4, 3, both=16),
         *2 * (Tile(64, 32, 64, 512, 8, 3),),
     ),
     ("sm_90", torch.float16): (
@@ -209,7 +209,10 @@ def fitted(found: Tile, d: int) -> Tile:
 def fold_tile(tile: Tile, square: Square | None, d: int, parts: Partials, gradient: bool) -> Tile:
     """The tile of a pass for statistics: with sums over positives too, half the walked rows, or registers run out."""
     tile = tile if square is None or gradient or d <= plan.WIDE else square.fold  # fault: triton-thin-statistics
-    return tile if parts.pos_sum == ABSENT else tile._replace(y=max(16, tile.y // 2))
+    crowded = (
+        gradient and parts.softplus != ABSENT and tile.chunk > 128 and tile.warps == 4
+    )  # few threads load a wide row
+    return tile._replace(y=max(16, tile.y // 2)) if crowded or parts.pos_sum != ABSENT else tile
 
 
 def mirrored_tile(architecture: str, dtype: torch.dtype, d: int) -> Tile | None:

@@ -342,9 +342,8 @@ class Sweep:
     def sums_at_once(self, tail: Tail, needs: Needs) -> bool:
         """Whether the statistics' pass sums dq too."""
         wanted = needs.q or (needs.scale and not needs.k)
-        return (
-            wanted and self.known_before(tail) and not (self.p.shared or self.strip or self.spec.columns)
-        )  # fault: triton-wide-sums
+        alone = not (self.p.shared or self.strip or self.spec.columns)  # fault: triton-wide-sums
+        return wanted and self.known_before(tail) and alone
 
 
 def stats(problem: Problem) -> Statistics:
