@@ -10,6 +10,7 @@ import torch
 from fused_nce import _extension, cli
 from fused_nce.backends import chunked, cuda
 from fused_nce.bench import card
+from fused_nce.core import first_contact
 from fused_nce.losses.registry import LOSSES
 
 CPU = torch.device("cpu")
@@ -49,6 +50,22 @@ def test_a_wrong_kernel_is_named(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "  WRONG  amdim_nce, width 24: the gradient of consequents is off by 0.2 of the largest" in printed
     assert "please send this report" in printed
+
+
+def test_a_kernel_that_is_wrong_for_many_rows_alone_is_named(monkeypatch, capsys):
+    """Symmetric scores seen once, strips after the first: what few rows never meet."""
+    sound = chunked.loss
+
+    def spoilt(*args):
+        found, out = sound(*args)
+        return found, out._replace(dq=out.dq * (1.2 if first_contact.large() else 1.0))
+
+    monkeypatch.setattr(chunked, "loss", spoilt)
+    monkeypatch.setattr(card, "LOSSES", {name: LOSSES[name] for name in ("info_nce", "nt_xent")})
+    assert card.shown(CPU, ("chunked",), (24,)) == 1
+    printed = capsys.readouterr().out
+    assert "WRONG  nt_xent, width 24: the gradient of " in printed
+    assert " of a problem taken for large is off by 0.2 of the largest" in printed
 
 
 def test_nothing_that_ran_is_no_success(monkeypatch, capsys):
