@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fused_nce import _extension, info_nce
 from fused_nce.backends import chunked, cuda, reference
@@ -51,6 +53,18 @@ def test_problems_of_images_are_bounded(layout, width):
         assert p.n * p.m <= first_contact.MOST_SCORES
         assert max(p.n, p.m) * width <= first_contact.MOST_NUMBERS
         assert p.n // layout.rows_per_image == p.m // layout.n_c >= 15
+
+
+@pytest.mark.parametrize("width", [128, 1024, 2560])
+def test_the_oracle_takes_at_most_three_seconds(width):
+    """Of one core, in every kind of spec, on a card that takes no time; compilation is beside it."""
+    for name, spec in SPECS.items():
+        tried = first_contact.problems(spec, torch.float32, None if spec.drop_self else torch.float32, width)
+        begin = time.process_time()
+        with FlopCounterMode(display=False) as counter:
+            assert first_contact.trial(reference, reference, tried, CPU) == ("", True)  # the oracle twice
+        assert counter.get_total_flops() <= 14e9, name
+        assert time.process_time() - begin <= 3.0, name
 
 
 SCALES = {"near": first_contact.SCALE, "far": 64.0, "tensor": torch.tensor(2.0)}
