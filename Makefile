@@ -9,12 +9,13 @@ RUN ?= runs/demo-$(NOW)
 UPSTREAM := build/upstream
 EXAMPLES := build/examples
 OLDEST_TORCH := build/torch-2.11.0
+OLDEST_TRITON := build/triton-3.6.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu)
 KERNELS := setup.py pyproject.toml $(SOURCES)
 
-.PHONY: demo docs wheel test test-compat test-examples test-upstream nightly mutants bench gpu lint tidy format install clean release-check
+.PHONY: demo docs wheel test test-compat test-examples test-oldest test-upstream nightly mutants bench gpu lint tidy format install clean release-check
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -75,12 +76,17 @@ docs: install  ## the site, into build/site; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
-# The oldest torch that is supported, beside the newest that requirements.lock pins; it shares that one's dependencies.
-$(OLDEST_TORCH)/.installed: | $(VENV)/.locked
-	@echo "Installing the oldest torch that is supported into $(OLDEST_TORCH) (530 MB)"
-	@rm -rf $(OLDEST_TORCH)
-	@$(PY) -m pip install --quiet --no-deps --no-compile --target $(OLDEST_TORCH) $(notdir $(subst torch-,torch==,$(OLDEST_TORCH)))
+# The oldest torch that is supported and its Triton, beside the newest that requirements.lock pins; they share its dependencies, but
+# for NumPy: since 2.4 an array of one number is no index, which that Triton's interpreter takes it for.
+$(OLDEST_TORCH)/.installed $(OLDEST_TRITON)/.installed: build/%/.installed: | $(VENV)/.locked
+	@echo "Installing $* into build/$* (530 MB of torch, 190 of Triton)"
+	@rm -rf build/$*
+	@$(PY) -m pip install --quiet --no-deps --no-compile --target build/$* $(subst -,==,$*) $(if $(filter triton%,$*),'numpy<2.4')
 	@touch $@
+
+test-oldest: install $(OLDEST_TORCH)/.installed $(OLDEST_TRITON)/.installed  ## Triton's kernels, compiled and interpreted, with the oldest torch and Triton
+	@OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(OLDEST_TORCH):$(CURDIR)/$(OLDEST_TRITON) $(PY) -m pytest -q -n $(JOBS) --dist worksteal \
+		-m "" tests/ptx tests/triton
 
 wheel: install $(OLDEST_TORCH)/.installed  ## dist/: source archive, pure wheel, manylinux wheels for the oldest and the newest torch
 	@PYTHON=$(PY) bash release/wheel.sh $(OLDEST_TORCH)

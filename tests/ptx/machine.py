@@ -30,6 +30,10 @@ TYPES: dict[str, Any] = {
 BITS = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 Handler = Callable[["Machine", Instruction], None]
 HANDLERS: dict[str, tuple[Handler, frozenset[str]]] = {}
+# What these make of a register that some threads never wrote, those have not written either: a reduction among 16 warps
+# shuffles all 32 lanes of one. Whatever acts on a number, an address or a predicate takes none such.
+COMPUTE = "add sub mul div rem min max and or xor neg abs not sqrt rcp ex2 lg2 fma mad shl shr bfe lop3 prmt"
+PASS_ON = frozenset(f"{COMPUTE} setp selp cvt mov shfl".split())
 AT_ONCE = 4096  # threads: more hide the interpreter's cost no better, and take memory
 
 
@@ -101,6 +105,8 @@ class Machine:
         self.registers: list[Array | None] = [None] * len(kernel.indices)
         self.partly: dict[int, Array] = {}  # registers that only some threads have written: which
         self.mask: Array | None = None  # threads that execute the current instruction; None: all
+        self.passes_on = False  # it is one of PASS_ON
+        self.missing: Array | None = None  # threads that never wrote what it reads
         self.copies: list[Any] = []  # of cp.async, not yet there
         self.groups = np.zeros(self.n, np.int64)  # that a thread has committed
         self.products: list[Any] = []  # of wgmma, whose operands are still read
@@ -116,7 +122,9 @@ class Machine:
             if wrote is not None:
                 missing = ~wrote if self.mask is None else self.mask & ~wrote
                 if (missing if where is None else missing & where).any():
-                    raise Fault("reads a register that not each of the threads wrote")
+                    if not self.passes_on:
+                        raise Fault("reads a register that not each of the threads wrote")
+                    self.missing = missing if self.missing is None else self.missing | missing
             if bits is None:
                 raise Fault("reads a register that nothing wrote")
             if bits.dtype.itemsize < dtype.itemsize:
@@ -143,7 +151,13 @@ class Machine:
             value = value.astype(BITS[size])
         else:
             raise Fault(f"writes {value.dtype} into a register of {operand.type}")
-        if self.mask is None:
+        if self.missing is not None:
+            active = np.ones(self.n, bool) if self.mask is None else self.mask
+            before, wrote = self.registers[operand.place], self.partly.get(operand.place)
+            wrote = np.full(self.n, before is not None) if wrote is None else wrote
+            self.partly[operand.place] = (wrote & ~active) | (active & ~self.missing)
+            value = np.where(active, value, value.dtype.type(0) if before is None else before)
+        elif self.mask is None:
             self.partly.pop(operand.place, None)
         else:
             before, wrote = self.registers[operand.place], self.partly.get(operand.place)
@@ -228,7 +242,7 @@ class Machine:
             i = code[place]
             place += 1
             self.text = i.text
-            execute, rest = mask, None
+            execute, rest, self.passes_on, self.missing = mask, None, False, None
             if i.guard is not None:
                 self.mask = None if whole else mask
                 guard = self.read(i.guard, "pred")
@@ -238,6 +252,7 @@ class Machine:
             if handler is not None:
                 if rest is None or execute.any():
                     self.mask = None if whole and (rest is None or execute.all()) else execute
+                    self.passes_on = i.name in PASS_ON
                     handler(self, i)
                 continue
             if i.name == "bra":

@@ -90,7 +90,8 @@ def shuffle(x: Machine, i: Instruction) -> None:
     lane = {"down": x.lane + by, "up": x.lane - by, "bfly": x.lane ^ by, "idx": first | by & ~segment}[how]
     inside = lane >= last if how == "up" else lane <= last
     lane = np.where(inside, lane, x.lane)
-    to = several(i.operands[0])
-    x.write(to[0], np.broadcast_to(word, x.n)[x.warp * 32 + lane])
+    to, source = several(i.operands[0]), x.warp * 32 + lane
+    x.missing = None if x.missing is None else x.missing[source]
+    x.write(to[0], np.broadcast_to(word, x.n)[source])
     if len(to) > 1:
         x.write(to[1], inside)

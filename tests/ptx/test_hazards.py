@@ -117,18 +117,25 @@ def test_a_register_that_not_every_thread_wrote_is_told():
     x = np.arange(512, dtype=np.uint32)
     some, others = "@%p1 mov.b32 %r20, 1;", "@!%p1 mov.b32 %r20, 2;"
     branch = "@%p1 bra $L; mov.b32 %r20, 1; bra $M; $L: mov.b32 %r21, 2; $M:"
-    read, both, out = "add.u32 %r22, %r20, 1;", f"{some} {others}", "st.global.b32 [%w4], %r20;"
+    both, out = f"{some} {others}", "st.global.b32 [%w4], %r20;"
+    read, guarded = (f"{by} add.u32 %r22, %r20, 1; {by} st.global.b32 [%w4], %r22;" for by in ("", "@%p1"))
+    sum_of_40 = "setp.lt.u32 %p2, %r0, 40; shfl.sync.bfly.b32 %r23, %r20, BY, 31, -1; add.u32 %r24, %r20, %r23;"
+    sum_of_40 += " @%p2 st.global.b32 [%w4], %r24;"  # of lanes below 8 of the second warp
     sums = f"{GET} {PUT} {BAR} setp.eq.u32 %p3, %r6, 0; @%p3 mov.b32 %r30, 0; @%p3 mov.b32 %r31, 0;"
     sums = f"mov.u32 %r6, %ctaid.x; {sums} @%p3 mov.b32 %r32, 0; @%p3 mov.b32 %r33, 0; mov.b64 %w5, 0;"
     wgmma = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r30, %r31, %r32, %r33}, %w5, %w5, <add>, 1, 1, 0, 0;"
     for body, told in (
         (f"{some} {read}", True),
-        (f"{some} @!%p1 {read}", True),
+        (f"{some} {guarded.replace('@', '@!')}", True),
         (f"{some} {out}", True),
         (f"{branch} {read}", True),
-        (f"{some} @%p1 {read}", False),
+        (f"{some} {guarded}", False),
+        (f"{some} {sum_of_40.replace('BY', '4')}", False),
+        (f"{some} {sum_of_40.replace('BY', '8')}", True),
+        (f"mov.b32 %r24, 3; {some} {sum_of_40.replace('BY', '8')}", True),
+        (f"{some} setp.eq.u32 %p2, %r20, 1; @%p2 mov.b32 %r22, 1;", True),
         (f"{both} {read}", False),
-        (f"{branch} @!%p1 {read}", False),
+        (f"{branch} {guarded.replace('@', '@!')}", False),
         (f"mov.b32 %r20, 3; {some} {read}", False),
         (f"{some} mov.b32 %r20, 3; {read}", False),
         ("@%p1 setp.eq.u32 %p2, %r0, 0; @%p2 mov.b32 %r20, 1;", True),
@@ -137,7 +144,7 @@ def test_a_register_that_not_every_thread_wrote_is_told():
         (f"{sums} {wgmma.replace('<add>', '%p3')}", False),  # no sum is read where nothing is added to it
     ):
         with pytest.raises(Fault, match="not each of the threads wrote") if told else nullcontext():
-            run(f"setp.lt.u32 %p1, %r0, 40; {body}", x, x.copy(), ctas=2)
+            run(f"setp.lt.u32 %p1, %r0, 40; {body}", x, x.copy(), ctas=1 + ("ctaid" in body))
 
 
 SUMS = "{%r20, %r21, %r22, %r23}"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+PATHS = [x for x in [os.environ.get("PYTHONPATH", "")] if x]  # of another torch and Triton: `make test-oldest`
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -21,7 +22,7 @@ def interpret(*arguments: str, selected: str = "", marked: str = "not nightly") 
     done = subprocess.run(
         [*command, "-k", selected, "-m", marked, *arguments],
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), *PATHS))},
         capture_output=True,
         text=True,
     )
