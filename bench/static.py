@@ -72,9 +72,8 @@ class Variant:
         if self.flags.get("MIRRORED"):
             return configs.mirrored_tile(architecture, dtype, width)
         if self.kernel in STORED:
-            if not self.spec.columns and width <= plan.WIDE:
-                return None
-            return square and (square.both if self.kernel == "both_kernel" and self.spec.columns else square.strip)
+            tile = square and (square.both if self.kernel == "both_kernel" and self.spec.columns else square.strip)
+            return tile if self.spec.columns or width > plan.WIDE else None
         found = configs.tile(architecture, dtype, width)
         if self.kernel == "fold_kernel":
             return configs.fold_tile(found, square, width, Partials.of(self.form.rows), self.flags["GRADIENT"])
@@ -91,6 +90,7 @@ NCE = Nce().stats
 CLIPPED, WIDELY, FREE = (Spec(Block(49), transform) for transform in (TanhClip(20.0), TanhClip(300.0), Identity()))
 STORED = ("both_kernel", "strip_kernel")  # of both sides, and of wide rows
 BOTH_WAYS = Spec(Block(1), stats=NCE, columns=("neg_lse",))
+VIEWS = Spec(Block(2, 2), stats=NCE, drop_self=True)
 MARGIN = Spec(Labels(), stats=("neg_lse", "neg_sum", "neg_count"), filters=("ceiling",))
 ROWS = {"BY_COLUMN": False, "GRADIENT": False, "MIRRORED": False}
 ROWS_DQ = ROWS | {"GRADIENT": True}
@@ -105,13 +105,9 @@ VARIANTS = {
     "dq, clip, penalty": Variant("weights_kernel", CLIPPED, DQ),
     "queue: rows, dq": Variant("fold_kernel", Spec(Separate(1), stats=NCE), ROWS_DQ),
     "targets: dk": Variant("weights_kernel", Spec(Index(), stats=NCE), DK),
-    "views: rows": Variant("fold_kernel", Spec(Block(2, 2), stats=NCE, drop_self=True), ROWS),
-    "views: rows, once": Variant(
-        "fold_kernel",
-        Spec(Block(2, 2), stats=NCE, drop_self=True, unit_norm=True),
-        ROWS | {"MIRRORED": True},
-    ),
-    "views: both roles": Variant("weights_kernel", Spec(Block(2, 2), stats=NCE, drop_self=True), SELF),
+    "views: rows": Variant("fold_kernel", VIEWS, ROWS),
+    "views: rows, once": Variant("fold_kernel", replace(VIEWS, unit_norm=True), ROWS | {"MIRRORED": True}),
+    "views: both roles": Variant("weights_kernel", VIEWS, SELF),
     "two ways: dq": Variant("weights_kernel", BOTH_WAYS, DQ),
     "two ways: rows and columns": Variant("both_kernel", BOTH_WAYS, {}),
     "two ways: strip": Variant("strip_kernel", BOTH_WAYS, {}),
@@ -439,10 +435,9 @@ def stale(plan: Sequence[Planned]) -> list[Planned]:
 
     def fresh(variant: str, architecture: str, dtype: torch.dtype, width: int) -> bool:
         found = known.get((variant, architecture, DTYPES[dtype], width))
-        tile = VARIANTS[variant].tile(architecture, dtype, width)
-        return (
-            found is not None and found.tile == tile and found.source == source_of(variant, architecture, dtype, width)
-        )
+        if found is None or found.tile != VARIANTS[variant].tile(architecture, dtype, width):
+            return False
+        return found.source == source_of(variant, architecture, dtype, width)
 
     return [one for one in plan if not fresh(*one)]
 
@@ -483,9 +478,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, choices=WIDTHS, help="one alone")
     parser.add_argument("--write", action="store_true", help=f"what was built into {TABLE.relative_to(ROOT)}")
     options = parser.parse_args(argv)
-    plan = planned(options.all, options.architecture, options.width)
-    if options.stale:
-        plan = stale(plan)
+    every = planned(options.all, options.architecture, options.width)
+    plan = stale(every) if options.stale else every
     found = [build(*one) for one in tqdm(plan, unit="kernel", disable=None, dynamic_ncols=True)]
     print(report(found))
     if options.write:
