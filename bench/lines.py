@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 54_975, ("tests",): 35_340}
+BUDGET = {("fused_nce", "csrc", "bench"): 55_055, ("tests",): 35_555}
 
 
 def lines(folder: str) -> int:
