@@ -3,7 +3,7 @@
 Each problem of `bench.gpu.problems` runs at its full size, forward and backward, with nothing computed: the driver of
 `csrc/cuda` over a machine that counts (`tally.cpp`), Triton's kernels taken down with their grids, and torch's own
 operators by its profiler, which sees those within ours too. What a call launches, how much it reads and writes, and
-how many scores each kernel meets is committed, `bench/results/static-calls.json`; a test fails where a call grows.
+how many scores each kernel meets is committed, `bench/results/static-calls.json`; a test fails where one changes.
 `--write` also compiles Triton's kernels for sm_90 and takes down what their main loops issue.
 """
 
@@ -290,8 +290,25 @@ def moved_bytes(call: Call) -> int:
     return sum(k.get("bytes", 0) + k.get("strip_bytes", 0) for k in call["kernels"]) + int(call["torch_bytes"])
 
 
+def numbers(call: Call) -> dict[str, float]:
+    """All that is counted of a call, by what it is of: the sums over a kernel's launches, whose code may be several."""
+    found = {"launches": call["launches"], "bytes of torch's": call["torch_bytes"]}
+    found |= {f"launches of torch's {name}": times for name, times in call["torch"].items()}
+    for kernel in call["kernels"]:
+        strips, programs = (kernel["launches"] * kernel.get(name, 0) for name in ("strip", "programs"))
+        sums = {name: kernel.get(name, 0) for name in SUMS}
+        sums |= {"strips": strips, "programs": programs, "tiles": programs * kernel.get("tiles", 0)}
+        for name, count in sums.items():
+            of = f"{name} of {kernel['name']}"
+            found[of] = found.get(of, 0) + count
+    return {of: round(count, 3) for of, count in found.items()}  # tiles are a float
+
+
 def regressions(found: Sequence[Call]) -> list[str]:
-    """A line for each call that launches or moves more than the committed table says, or that it lacks."""
+    """A line for each number that is not the committed table's, and each call that it lacks.
+
+    One that became less too: the model is made from the table, so a stale row is as wrong as a dearer call.
+    """
     lines = []
     for call in found:
         name = f"{call['label']}, {call['backend']}"
@@ -299,12 +316,12 @@ def regressions(found: Sequence[Call]) -> list[str]:
         if before is None:
             lines.append(f"{name}: not in {TABLE.name}")
             continue
-        for what, now, was in (
-            ("launches", call["launches"], before["launches"]),
-            ("bytes", moved_bytes(call), moved_bytes(before)),
-        ):
-            if now > was:
-                lines.append(f"{name}: {now} {what}, was {was}; torch's operators: {call['torch']}")
+        new, old = numbers(call), numbers(before)
+        lines += [
+            f"{name}: {new.get(of, 0)} {of}, was {old.get(of, 0)}"
+            for of in old | new
+            if new.get(of, 0) != old.get(of, 0)
+        ]
     return lines
 
 

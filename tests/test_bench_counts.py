@@ -34,13 +34,26 @@ FEW = (
 
 @COUNTS
 @pytest.mark.parametrize("label", nightly_but(FEW, calls.problems_counted()))
-def test_no_call_launches_or_moves_more_than_before(label):
+def test_a_call_counts_what_the_table_says(label):
     found = [calls.count(label, backend) for backend in calls.BACKENDS]
-    assert calls.regressions(found) == []
-    for call in found:
-        assert call["launches"] == calls.committed()[label, call["backend"]]["launches"], (
-            "python -m bench.calls --write"
-        )
+    assert calls.regressions(found) == [], "python -m bench.calls --write"
+
+
+def test_each_number_that_is_not_the_tables_is_seen():
+    """Of a call and of each of its kernels, more or less than before; code is what no count without a compiler has."""
+    for backend in calls.BACKENDS:
+        whole = calls.committed()["CLIP 8,192², D 64", backend]
+        assert calls.regressions([{**whole, "kernels": [{**k, "code": {}} for k in whole["kernels"]]}]) == []
+        wrong = [whole | {name: whole[name] + 1} for name in ("launches", "torch_bytes")]
+        wrong += [whole | {"torch": whole["torch"] | {"mul": 0}}, whole | {"kernels": whole["kernels"][1:]}]
+        for place, kernel in enumerate(whole["kernels"]):
+            for name in kernel.keys() - {"name", "code"}:
+                for by in (-1, 1):
+                    kernels = [*whole["kernels"]]
+                    kernels[place] = kernel | {name: kernel[name] + by}
+                    wrong.append(whole | {"kernels": kernels})
+        assert all(calls.regressions([call]) for call in wrong)
+        assert "not in static-calls.json" in calls.regressions([whole | {"label": "?"}])[0]
 
 
 @COUNTS
