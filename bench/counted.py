@@ -26,7 +26,7 @@ LANES = 128  # threads of a multiprocessor that issue an instruction in a clock:
 ISSUE_RATE = 0.8  # of that, in a loop over scores, and in products of float32 by plain multiply-adds
 CUBLAS_RATE = 0.92  # of the rate that a GEMM of 16 bits sustains, at these shapes
 LAUNCH_S = 2e-6  # of each kernel: drain, gap and fill between it and the next
-L2_BYTES, L2_BYTES_PER_S = 50e6, 5.5e12  # scores of a strip that it holds cost no memory traffic
+L2_BYTES, L2_BYTES_PER_S = 50 << 20, 5.5e12  # of 60; scores of a strip that it holds cost no memory traffic
 
 
 class Parts(NamedTuple):
@@ -43,7 +43,7 @@ def assumptions() -> str:
     return (
         f"{GEMM_FLOP_PER_S / 1e12:.0f} TFLOP/s of bf16 GEMM, {CUBLAS_RATE:.0%} of it by cuBLAS; "
         f"{MULTIPROCESSORS} multiprocessors at {CLOCK_HZ / 1e9:.3f} GHz, {ISSUE_RATE:.0%} of their issue slots used; "
-        f"{HBM_BYTES_PER_S / 1e12:.1f} TB/s of memory, {L2_BYTES_PER_S / 1e12:.1f} of {L2_BYTES / 1e6:.0f} MB of L2; "
+        f"{HBM_BYTES_PER_S / 1e12:.1f} TB/s of memory, {L2_BYTES_PER_S / 1e12:.1f} of {L2_BYTES >> 20} MiB of L2; "
         f"{LAUNCH_S * 1e6:.0f} µs a launch. A Triton program alone on its multiprocessor multiplies and computes in "
         "turns; two or more do both at once. What it walks through comes from the L2."
     )

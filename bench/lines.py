@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 55_065, ("tests",): 35_565}
+BUDGET = {("fused_nce", "csrc", "bench"): 55_067, ("tests",): 35_569}
 
 
 def lines(folder: str) -> int:

@@ -1,8 +1,10 @@
 // How a call is cut up on a GPU, and what that costs: a function of the shapes, the element size and the limit alone.
 // The sum of the parts is the published formula.
 //
-//   strip   rows whose scores, in float, are alive together: 24 MB stay in the L2 between the GEMM that writes them and
-//           the kernel that reads them. Never below 128 rows where memory allows: thinner GEMMs waste their tiles
+//   strip   rows whose scores, in float, are alive together: 32 MiB stay in the L2 between the GEMM that writes them and
+//           the kernel that reads them, whose 16-bit weights take half as much again. Whatever the card has: a call's
+//           memory and bits are a function of its shapes. Never below 128 rows where memory allows: thinner GEMMs waste
+//           their tiles
 //   block   rows whose weights are held together, in the inputs' precision: one pair of gradient GEMMs a block. A dk
 //           that is read and written once a block costs 8 D / block bytes a score, which 735 rows hide behind the GEMM
 //   panel   columns. One panel holds them all as long as a block of 256 rows fits: 3 GEMMs. Otherwise the statistics
@@ -53,7 +55,7 @@ struct Plan {
   int64_t sum_bytes = 0;  // of float gradients that will leave in 16 bits
 };
 
-constexpr int64_t kL2Bytes = 24 << 20;       // of an H100's 50 MB: the operands need their share
+constexpr int64_t kL2Bytes = 32 << 20;       // of an H100's 50 MiB, an H200's 60: the weights need their share
 constexpr int64_t kAtOnceBytes = 64 << 20;   // of scores that are one strip although the L2 holds only most of them
 constexpr int64_t kRowTile = 128;            // rows of a GEMM tile
 constexpr int64_t kLeastBlock = 256;         // rows for which one panel is worth keeping

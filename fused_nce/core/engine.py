@@ -64,7 +64,7 @@ class LossSum(NamedTuple):
 # On these, problems of so few scores in all that the L2 holds them (csrc/cuda/plan.h) go into one op: their launches
 # would take longer than their work.
 LAUNCHES_COUNT_ON = ("cuda",)
-FEW_SCORES = 6 << 20
+FEW_SCORES = 8 << 20
 
 
 def tile_stats(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.counted import L2_BYTES
 from fused_nce import _extension
 from fused_nce.backends import cuda
 from fused_nce.core.spec import Block, Spec, TanhClip
@@ -53,6 +54,9 @@ def test_published_shapes():
     large = plan(1008, 1008 * 49, 2560, 49)
     assert (large["panels"], large["block_rows"]) == (1, 1008)  # one pair of gradient GEMMs
     assert large["score_bytes"] < 25 * MIB  # strips stay in the L2
+    cpc = plan(12544, 12544, 1024)
+    assert (cpc["block_rows"], cpc["strip_rows"]) == (6272, 640)  # ten strips a block
+    assert 1.5 * cpc["score_bytes"] <= L2_BYTES  # with their weights
     clip = plan(65536, 65536, 768)
     assert clip["panels"] == 1
     assert clip["block_rows"] >= 735  # dk's traffic hides behind its GEMM
