@@ -50,8 +50,8 @@ class Kernel(NamedTuple):
 
     @property
     def clean(self) -> bool:
-        """Everything is in registers; sm_120 keeps a problem's place elsewhere, outside the loop over scores."""
-        few = 96 if self.architecture == "sm_120" and self.name.endswith("together") else 0
+        """Everything is in registers; the latest keep a problem's place elsewhere, outside the loop over scores."""
+        few = 96 if self.architecture in ("sm_100", "sm_120") and self.name.endswith("together") else 0
         return max(self.stack_bytes, self.spill_bytes) <= few
 
 

@@ -72,7 +72,7 @@ FUSED_NCE_HD void fold_column_turn(const Column& column, int r, Fold& fold) {
     negative[u] = inside && !(kMasked && column.own(row));  // fault: gpu-column-positives
     square += s * s;
     bad += s * 0.0f;
-    top = negative[u] && t[u] > top ? t[u] : top;
+    top = negative[u] ? __builtin_fmaxf(t[u], top) : top;
   }
   add_turn<kShift>(fold, t, negative, top, square, bad);
 }

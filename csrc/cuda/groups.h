@@ -81,14 +81,15 @@ FUSED_NCE_HD void finish_optional_row(Group& group, const Rules& rules, const Ro
 
 // A share of a row from scores to weights, which a `Store` made with `beside` takes. Panels add to dscale and dbias one
 // after the other.
-template <bool kClip, bool kShift, Extras kExtras, class Store, class Group, class... Beside>
+template <bool kClip, bool kShift, Extras kExtras, class Store, class Turns, class Group, class... Beside>
 FUSED_NCE_HD void weigh_row(Group& group, const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t r,
-                            int part, const Beside&... beside) {
+                            int part, const Turns& turns, const Beside&... beside) {
   const Row row = row_of(strip, rules, r, part);
   const Store store(strip, r, beside...);
   const Slopes found = group.reduce(
       [&](int thread, int threads) {
-        return weigh_thread<kClip, kShift, kExtras>(row, rules, rows, rows.d_scale != nullptr, store, thread, threads);
+        return weigh_thread<kClip, kShift, kExtras>(row, rules, rows, rows.d_scale != nullptr, turns, store, thread,
+                                                    threads);
       },
       AddSlopes());
   if (!rows.d_scale || !group.first()) return;
@@ -100,17 +101,20 @@ FUSED_NCE_HD void weigh_row(Group& group, const Strip& strip, const Rules& rules
   if (kExtras >= Extras::all && rows.d_bias) add(rows.d_bias, found.bias);
 }
 
-// A whole row from scores to statistics to weights, in one go.
+// A whole row from scores to statistics to weights, in one go. `memory` is the group's, for `keeps` of them: a thread
+// finds there what it has put there, so that no barrier is needed, and a score leaves the strip once.
 template <bool kClip, bool kShift, class Store, class Group>
-FUSED_NCE_HD void loss_row(Group& group, const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t r) {
+FUSED_NCE_HD void loss_row(Group& group, const Strip& strip, const Rules& rules, const RowArrays& rows, int64_t r,
+                           Four* memory, bool keeps) {
   const Row row = row_of(strip, rules, r, 0);
+  const InCta turns = {memory, keeps ? static_cast<int>(strip.stride / kColumns) : 0, nullptr};
   const RowPart all = group.reduce(
       [&](int thread, int threads) {
-        return fold_thread<kClip, kShift, Extras::none>(row, rules, rows, thread, threads);
+        return fold_thread<kClip, kShift, Extras::none>(row, rules, rows, thread, threads, turns);
       },
       MergeParts<kShift>());
   finish_tail<kShift>(group, rules, rows, all, row.index, true);
-  weigh_row<kClip, kShift, Extras::none, Store>(group, strip, rules, rows, r, 0);
+  weigh_row<kClip, kShift, Extras::none, Store>(group, strip, rules, rows, r, 0, turns);
 }
 
 }  // namespace cuda

@@ -4,6 +4,7 @@
 #include <c10/util/Half.h>
 
 #include <atomic>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -57,6 +58,7 @@ struct CtaEmulator {
 template <class E>
 class StoreAs {
  public:
+  static constexpr bool kRounds = sizeof(E) == 2;
   StoreAs(const Strip& strip, int64_t row) : row_(static_cast<E*>(strip.weights) + row * strip.stride) {}
 
   void operator()(int column, const float (&w)[kColumns]) const {
@@ -143,7 +145,8 @@ class Emulator final : public Machine {
           using Store = StorePrefix<Whole, !std::is_same_v<Whole, StoreAs<float>>>;
           for (int64_t r = 0; r < strip.rows; ++r)
             for (int part = 0; part < rules.ctas_per_row; ++part)
-              weigh_row<clip.value, shift.value, extras.value, Store>(group, strip, rules, rows, r, part, rules, by);
+              weigh_row<clip.value, shift.value, extras.value, Store>(group, strip, rules, rows, r, part, InStrip(),
+                                                                      rules, by);
         });
       });
     });
@@ -200,7 +203,7 @@ class Emulator final : public Machine {
           using Store = std::decay_t<decltype(*store)>;
           for (int64_t r = 0; r < strip.rows; ++r)
             for (int part = 0; part < rules.ctas_per_row; ++part)
-              weigh_row<clip.value, shift.value, extras.value, Store>(group, strip, rules, rows, r, part);
+              weigh_row<clip.value, shift.value, extras.value, Store>(group, strip, rules, rows, r, part, InStrip());
         });
       });
     });
@@ -211,13 +214,17 @@ class Emulator final : public Machine {
     CtaEmulator group{tasks->rules.threads};
     with_store(element, [&](auto* store) {
       with_transform(tasks->rules.scoring.clip, [&](auto clip, auto shift) {
+        using Store = std::decay_t<decltype(*store)>;
+        const int64_t kept = kept_bytes(tasks, count, kSharedBytes);
+        const float nan = std::numeric_limits<float>::quiet_NaN();
         int64_t rows = 0;
         for (int t = 0; t < count; ++t) rows += tasks[t].strip.rows;
         for (int64_t i = 0; i < rows; ++i) {
           int64_t r = i;
           const RowTask& task = task_of(tasks, r);
-          loss_row<clip.value, shift.value, std::decay_t<decltype(*store)>>(group, task.strip, task.rules, task.rows,
-                                                                            r);
+          std::vector<Four> memory(kept / sizeof(Four), Four{nan, nan, nan, nan});
+          loss_row<clip.value, shift.value, Store>(group, task.strip, task.rules, task.rows, r, memory.data(),
+                                                   kept > 0);
         }
       });
     });

@@ -2,6 +2,8 @@
 // (host.cpp).
 #pragma once
 
+#include <algorithm>
+
 #include "columns.h"
 #include "marks.h"
 #include "prefixes.h"
@@ -28,6 +30,28 @@ struct Gemm {
   int64_t out_stride = 0;
   Element out_element = Element::float32;  // or that of the operands
 };
+
+// Shared memory that a CTA may have on an sm_90, which is what is emulated and counted.
+constexpr int64_t kSharedBytes = 227 << 10;
+
+// What the scores of a row take of a CTA's shared memory, if the `loss` kernel keeps them there between its two looks
+// at them; 0 where it does not: fewer threads than kMostThreads, which the registers leave room for, would then run on
+// a multiprocessor.
+inline int64_t kept_bytes(const Strip& strip, const Rules& rules, int64_t shared_bytes) {
+  const int64_t bytes = strip.stride * 4, left = shared_bytes - (2 << 10);  // reductions, and what the system takes
+  return bytes * kMostThreads <= left * rules.threads ? bytes : 0;  // fault: gpu-kept-room
+}
+
+// Of several strips in one launch: room for each, or none.
+inline int64_t kept_bytes(const RowTask* tasks, int count, int64_t shared_bytes) {
+  int64_t most = 0;
+  for (const RowTask* task = tasks; task < tasks + count; ++task) {
+    const int64_t bytes = kept_bytes(task->strip, task->rules, shared_bytes);
+    if (bytes == 0) return 0;
+    most = std::max(most, bytes);
+  }
+  return most;
+}
 
 // Numbers of one type in one or two places.
 struct Products {

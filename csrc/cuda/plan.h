@@ -1,10 +1,10 @@
 // How a call is cut up on a GPU, and what that costs: a function of the shapes, the element size and the limit alone.
 // The sum of the parts is the published formula.
 //
-//   strip   rows whose scores, in float, are alive together: 32 MiB stay in the L2 between the GEMM that writes them and
-//           the kernel that reads them, whose 16-bit weights take half as much again. Whatever the card has: a call's
-//           memory and bits are a function of its shapes. Never below 128 rows where memory allows: thinner GEMMs waste
-//           their tiles
+//   strip   rows whose scores, in float, are alive together: 32 MiB stay in the L2 between the GEMM that writes them
+//           and the kernel that reads them, whose 16-bit weights take half as much again. Whatever the card has: a
+//           call's memory and bits are a function of its shapes. Never below 128 rows where memory allows: thinner
+//           GEMMs waste their tiles
 //   block   rows whose weights are held together, in the inputs' precision: one pair of gradient GEMMs a block. A dk
 //           that is read and written once a block costs 8 D / block bytes a score, which 735 rows hide behind the GEMM
 //   panel   columns. One panel holds them all as long as a block of 256 rows fits: 3 GEMMs. Otherwise the statistics

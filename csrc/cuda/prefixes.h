@@ -42,6 +42,7 @@ FUSED_NCE_HD void cosines_thread(const Strip& strip, const Rules& rules, const P
 template <class Store, bool kTwice>
 class StorePrefix {
  public:
+  static constexpr bool kRounds = false;
   FUSED_NCE_HD StorePrefix(const Strip& strip, int64_t row, const Rules& rules, const PrefixStrip& by)
       : store_(strip, row), rest_(with_weights(strip, by.rest), row), along_(strip.scores + row * strip.stride),
         total_(by.products + row * strip.stride), of_columns_(by.of_columns + strip.first_column),

@@ -28,6 +28,7 @@ __device__ unsigned pack(__half*, float a, float b) {
 template <class E>
 class StoreAs {
  public:
+  static constexpr bool kRounds = sizeof(E) == 2;
   __device__ StoreAs(const Strip& strip, int64_t row) : row_(static_cast<E*>(strip.weights) + row * strip.stride) {}
 
   __device__ void operator()(int column, const float (&w)[kColumns]) const {
@@ -47,6 +48,9 @@ __device__ void StoreAs<float>::operator()(int column, const float (&w)[kColumns
   at[0] = make_float4(w[0], w[1], w[2], w[3]);
   at[1] = make_float4(w[4], w[5], w[6], w[7]);
 }
+
+// A row's scores, where a launch has asked for room for them.
+extern __shared__ Four kept_scores[];
 
 // Rows may be many, so they lie on the unbounded axis of the grid, parts next to each other.
 struct Place {
@@ -112,7 +116,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   __shared__ Slot shared[33];
   Cta cta(shared);
   const Place at(rules);
-  weigh_row<kClip, kShift, kExtras, StoreAs<E>>(cta, strip, rules, known<kExtras>(rows), at.row, at.part);
+  weigh_row<kClip, kShift, kExtras, StoreAs<E>>(cta, strip, rules, known<kExtras>(rows), at.row, at.part, InStrip());
 }
 
 __global__ void __launch_bounds__(kMostThreads, 1)
@@ -128,7 +132,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   Cta cta(shared);
   const Place at(rules);
   weigh_row<kClip, kShift, kExtras, StorePrefix<StoreAs<E>, sizeof(E) == 2>>(cta, strip, rules, rows, at.row, at.part,
-                                                                             rules, by);
+                                                                             InStrip(), rules, by);
 }
 
 // By value: a launch that is captured in a graph keeps its arguments.
@@ -140,24 +144,25 @@ struct RowTasks {
 // The rows of several strips, one after the other.
 // The 1: some versions of ptxas would rather spill than have one CTA of an SM less.
 template <bool kClip, bool kShift, class E, int kMost>
-__global__ void __launch_bounds__(kMostThreads, 1) loss_kernel(const __grid_constant__ RowTasks<kMost> tasks) {
-  static_assert(sizeof(tasks) <= 4096, "a launch takes 4 KB of arguments");
+__global__ void __launch_bounds__(kBound<kClip>, 1)
+    loss_kernel(const __grid_constant__ RowTasks<kMost> tasks, bool keeps) {
+  static_assert(sizeof(tasks) + 8 <= 4096, "a launch takes 4 KB of arguments");
   __shared__ Slot shared[33];
   Cta cta(shared);
   int64_t row = blockIdx.x;
   const RowTask& task = kMost > 1 ? task_of(tasks.of, row) : tasks.of[0];
-  loss_row<kClip, kShift, StoreAs<E>>(cta, task.strip, task.rules, task.rows, row);
+  loss_row<kClip, kShift, StoreAs<E>>(cta, task.strip, task.rules, task.rows, row, kept_scores, keeps);
 }
 
 // The rows of one strip. The CTA whose part comes last adds up all parts, always in their order; which one it is
 // changes nothing.
 template <bool kClip, bool kShift, class E>
-__global__ void __launch_bounds__(kMostThreads, 1)
-    loss_summary_kernel(const __grid_constant__ RowTask task, const __grid_constant__ Summaries all,
-                        unsigned* counter) {
+__global__ void __launch_bounds__(kBound<kClip>, 1)
+    loss_summary_kernel(const __grid_constant__ RowTask task, const __grid_constant__ Summaries all, unsigned* counter,
+                        bool keeps) {
   __shared__ Slot shared[33];
   Cta cta(shared);
-  loss_row<kClip, kShift, StoreAs<E>>(cta, task.strip, task.rules, task.rows, blockIdx.x);
+  loss_row<kClip, kShift, StoreAs<E>>(cta, task.strip, task.rules, task.rows, blockIdx.x, kept_scores, keeps);
   sum_up_row(cta, all, blockIdx.x);
   const auto draw = [&](int thread, int) {
     if (thread > 0) return 0u;
@@ -257,6 +262,18 @@ struct Pointee<E*> {
   using type = E;
 };
 
+// Bytes of shared memory in which a launch keeps its rows' scores. Beyond 48 KB a kernel has to be allowed them.
+template <class Kernel>
+unsigned kept_by(Kernel* kernel, const RowTask* tasks, int count) {
+  int device = 0, most = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const auto bytes = static_cast<int>(kept_bytes(tasks, count, most));
+  if (bytes + sizeof(Slot[33]) > 48 << 10)  // fault: gpu-kept-allowed
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  return static_cast<unsigned>(bytes);
+}
+
 unsigned grid_of(const Strip& strip, const Rules& rules) {
   return static_cast<unsigned>(strip.rows * rules.ctas_per_row);
 }
@@ -325,9 +342,10 @@ void Device::loss(const RowTask* tasks, int count, Element element) const {
     std::copy_n(tasks, count, all.of);
     with_element(element, [&](auto* e) {
       with_transform(tasks->rules.scoring.clip, [&](auto clip, auto shift) {
-        loss_kernel<decltype(clip)::value, decltype(shift)::value, typename Pointee<decltype(e)>::type,
-                    sizeof(all) / sizeof(RowTask)>
-            <<<static_cast<unsigned>(rows), tasks->rules.threads, 0, stream_>>>(all);
+        const auto kernel = loss_kernel<decltype(clip)::value, decltype(shift)::value,
+                                        typename Pointee<decltype(e)>::type, sizeof(all) / sizeof(RowTask)>;
+        const unsigned kept = kept_by(kernel, tasks, count);
+        kernel<<<static_cast<unsigned>(rows), tasks->rules.threads, kept, stream_>>>(all, kept > 0);
       });
     });
   };
@@ -339,8 +357,11 @@ void Device::loss_and_summary(const RowTask& task, const Summaries& all, Element
   unsigned* const count = counter();
   with_element(element, [&](auto* e) {
     with_transform(task.rules.scoring.clip, [&](auto clip, auto shift) {
-      loss_summary_kernel<decltype(clip)::value, decltype(shift)::value, typename Pointee<decltype(e)>::type>
-          <<<static_cast<unsigned>(task.strip.rows), task.rules.threads, 0, stream_>>>(task, all, count);
+      const auto kernel =
+          loss_summary_kernel<decltype(clip)::value, decltype(shift)::value, typename Pointee<decltype(e)>::type>;
+      const unsigned kept = kept_by(kernel, &task, 1);
+      const auto rows = static_cast<unsigned>(task.strip.rows);
+      kernel<<<rows, task.rules.threads, kept, stream_>>>(task, all, count, kept > 0);
     });
   });
   check(cudaGetLastError());

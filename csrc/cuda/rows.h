@@ -10,6 +10,9 @@ namespace cuda {
 constexpr int kColumns = 8;  // of one thread's turn
 // Of a CTA: at 1024 the 64 registers that are left to a thread spill, at 896 the 72 do on sm_100; here there are 80.
 constexpr int kMostThreads = 768;
+// What a kernel is bound to that needs but 64 registers without a clip: more CTAs of fewer threads run at once.
+template <bool kClip>
+constexpr int kBound = kClip ? kMostThreads : 1024;
 constexpr int kMostTogether = 8;  // problems that share a launch: their arguments are 4 KB at most
 
 enum class Element { float32, bfloat16, float16 };
@@ -169,11 +172,11 @@ struct Row {
   template <Extras kExtras>
   FUSED_NCE_HD bool masked(int column) const {
     const int next = column + kColumns;
-    if (kExtras >= Extras::all && column_ids) return true;
-    if constexpr (kExtras == Extras::marks)
-      if (marks[column / kColumns]) return true;  // fault: gpu-unmasked-mark
-    // fault: gpu-unmasked-end, gpu-unmasked-positive, gpu-unmasked-itself
-    return next > end || (column < own_end && next > own_begin) || (column <= self_column && next > self_column);
+    const bool own = (column < own_end) & (next > own_begin), itself = (column <= self_column) & (next > self_column);
+    bool met = (next > end) | own | itself;  // fault: gpu-unmasked-end, gpu-unmasked-positive, gpu-unmasked-itself
+    if constexpr (kExtras >= Extras::all) met |= column_ids != nullptr;
+    if constexpr (kExtras == Extras::marks) met |= marks[column / kColumns] != 0;  // fault: gpu-unmasked-mark
+    return met;
   }
 
   // Place of an own column among the row's positives, counted from image_begin.
@@ -232,6 +235,44 @@ FUSED_NCE_HD Eight load(const float* at, float scale) {
   }
   return out;
 }
+
+// A thread's turns of a row, which are read once or twice: from the strip.
+struct InStrip {
+  FUSED_NCE_HD InStrip at(const float*, int) const { return *this; }
+  FUSED_NCE_HD void step(int) const {}
+  FUSED_NCE_HD Eight first(const float* scores, int c) const { return load(scores + c, 1.0f); }
+  FUSED_NCE_HD Eight again(const float* scores, int c) const { return load(scores + c, 1.0f); }
+};
+
+// The second time from memory of the CTA, where that has room. A turn's halves lie apart: a warp's threads then meet no
+// bank twice.
+struct InCta {
+  Four* memory;  // a turn's first half; its second one is a row's turns further
+  int turns;     // of the row; 0: there is no room
+  const float* strip;
+
+  FUSED_NCE_HD InCta at(const float* scores, int c) const { return {memory + c / kColumns, turns, scores + c}; }
+
+  // So many turns on.
+  FUSED_NCE_HD void step(int count) {
+    memory += count;  // fault: gpu-kept-turn
+    strip += count * kColumns;
+  }
+
+  FUSED_NCE_HD Eight first(const float*, int) const {
+    const Eight x = load(strip, 1.0f);
+    if (turns == 0) return x;
+    memory[0] = {x.s[0], x.s[1], x.s[2], x.s[3]};
+    memory[turns] = {x.s[4], x.s[5], x.s[6], x.s[7]};  // fault: gpu-kept-half
+    return x;
+  }
+
+  FUSED_NCE_HD Eight again(const float*, int) const {
+    if (turns == 0) return load(strip, 1.0f);
+    const Four a = memory[0], b = memory[turns];
+    return {a.x[0], a.x[1], a.x[2], a.x[3], b.x[0], b.x[1], b.x[2], b.x[3]};
+  }
+};
 
 FUSED_NCE_HD float sum_of(const float (&x)[4]) { return (x[0] + x[1]) + (x[2] + x[3]); }
 
@@ -301,9 +342,8 @@ FUSED_NCE_HD void add_turn(Fold& fold, const float (&t)[kTerms], const bool (&ne
 
 // A turn of eight columns. kMasked: see `Row::masked`.
 template <bool kClip, bool kShift, Extras kExtras, bool kMasked>
-FUSED_NCE_HD void fold_turn(const Row& row, int c, float* pos, Fold& fold) {
+FUSED_NCE_HD void fold_turn(const Row& row, int c, const Eight& eight, float* pos, Fold& fold) {
   constexpr bool all = kExtras >= Extras::all;
-  const Eight eight = load(row.scores + c, row.scale);
   float t[kColumns], top = fold.part.max, square[2] = {0.0f, 0.0f}, bad[2] = {0.0f, 0.0f};
   bool negative[kColumns];
   FUSED_NCE_UNROLL
@@ -311,7 +351,7 @@ FUSED_NCE_HD void fold_turn(const Row& row, int c, float* pos, Fold& fold) {
     const int column = c + u;
     const bool inside = !kMasked || (column < row.end && column != row.self_column);
     const bool own = kMasked && inside && row.own<all>(column);
-    const float s = inside ? eight.s[u] : 0.0f;
+    const float s = inside ? eight.s[u] * row.scale : 0.0f;
     t[u] = transform<kClip>(s, row.clip, row.inverse_clip).value;
     if (all) t[u] += row.bias;
     negative[u] = inside && !own;  // fault: gpu-padding-counted, gpu-row-itself
@@ -320,19 +360,22 @@ FUSED_NCE_HD void fold_turn(const Row& row, int c, float* pos, Fold& fold) {
     square[u % 2] += s * s;
     bad[u % 2] += s * 0.0f;
     if (own && !(all && row.column_ids)) pos[row.pos_index(column)] = t[u] * row.share;  // fault: gpu-hard-positive
-    top = negative[u] && t[u] > top ? t[u] : top;
+    top = negative[u] ? __builtin_fmaxf(t[u], top) : top;  // a NaN is no maximum
   }
   add_turn<kShift>(fold, t, negative, top, square[0] + square[1], bad[0] + bad[1]);
 }
 
 // One thread's columns into a part; their positives go to `pos`.
-template <bool kClip, bool kShift, Extras kExtras>
-FUSED_NCE_HD RowPart fold_thread(const Row& row, const Rules& rules, const RowArrays& rows, int thread, int threads) {
+template <bool kClip, bool kShift, Extras kExtras, class Turns = InStrip>
+FUSED_NCE_HD RowPart fold_thread(const Row& row, const Rules& rules, const RowArrays& rows, int thread, int threads,
+                                 const Turns& all = Turns()) {
   float* pos = rows.stats.pos + row.index * rules.positives - row.image_begin;
   Fold fold = {no_part(), 0.0f, 0.0f};
-  for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
-    if (row.masked<kExtras>(c)) fold_turn<kClip, kShift, kExtras, true>(row, c, pos, fold);
-    else fold_turn<kClip, kShift, kExtras, false>(row, c, pos, fold);
+  int c = row.begin + thread * kColumns;
+  for (Turns turns = all.at(row.scores, c); c < row.end; c += threads * kColumns, turns.step(threads)) {
+    const Eight eight = turns.first(row.scores, c);
+    if (row.masked<kExtras>(c)) fold_turn<kClip, kShift, kExtras, true>(row, c, eight, pos, fold);
+    else fold_turn<kClip, kShift, kExtras, false>(row, c, eight, pos, fold);
   }
   return found(fold);
 }

@@ -87,13 +87,16 @@ class Tally final : public Machine {
 
   void loss(const RowTask* tasks, int count, Element element) const override {
     const std::string name = with(named("loss", tasks->rules.scoring.clip), element) + (count > 1 ? " together" : "");
-    for (int t = 0; t < count; ++t) pass(name, tasks[t].strip, 8, bytes_of(element));
+    const int64_t looks = kept_bytes(tasks, count, kSharedBytes) > 0 ? 1 : 2;  // at a score in the strip
+    for (int t = 0; t < count; ++t) pass(name, tasks[t].strip, 4 * looks, bytes_of(element));
     counts[name].launches -= count - 1;
   }
 
   void loss_and_summary(const RowTask& task, const Summaries& all, Element element) const override {
-    pass(with(named("loss_summary", task.rules.scoring.clip), element), task.strip, 8, bytes_of(element));
-    counts[with(named("loss_summary", task.rules.scoring.clip), element)].bytes += statistics_bytes(all);
+    const std::string name = with(named("loss_summary", task.rules.scoring.clip), element);
+    const int64_t looks = kept_bytes(&task, 1, kSharedBytes) > 0 ? 1 : 2;
+    pass(name, task.strip, 4 * looks, bytes_of(element));
+    counts[name].bytes += statistics_bytes(all);
   }
 
   void finish(int64_t, int64_t count, const Rules& rules, const RowArrays& rows, bool) const override {

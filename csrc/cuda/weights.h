@@ -71,12 +71,13 @@ FUSED_NCE_HD Weighing weighing_of(const Row& row, const Rules& rules, const RowA
   return out;
 }
 
-// A turn of eight columns: their weights times fp16_gain into w, and what they add to the slopes.
-template <bool kClip, bool kShift, Extras kExtras, bool kMasked>
+// A turn of eight columns: their weights times fp16_gain into w, and what they add to the slopes. kRounds: w will be
+// rounded to 16 bits, which hide what a tanh near 0 lacks; not where the terms of a gap cancel, or under a large clip.
+template <bool kClip, bool kShift, Extras kExtras, bool kMasked, bool kRounds, class Turns>
 FUSED_NCE_HD Slopes weigh_turn(const Row& row, const Rules& rules, const RowArrays& rows, const Weighing& by, int c,
-                               float (&w)[kColumns]) {
-  constexpr bool all = kExtras >= Extras::all;
-  const Eight dot = load(row.scores + c, 1.0f);
+                               const Turns& turns, float (&w)[kColumns]) {
+  constexpr bool all = kExtras >= Extras::all, near = all || kShift || !kRounds;  // fault: gpu-near-left
+  const Eight dot = turns.again(row.scores, c);
   float product[2] = {0.0f, 0.0f}, on_bias[2] = {0.0f, 0.0f};
   FUSED_NCE_UNROLL
   for (int u = 0; u < kColumns; ++u) {
@@ -84,9 +85,9 @@ FUSED_NCE_HD Slopes weigh_turn(const Row& row, const Rules& rules, const RowArra
     const bool inside = !kMasked || (column < row.end && column != row.self_column);
     const bool own = kMasked && inside && row.own<all>(column);
     const float r = inside ? dot.s[u] : 0.0f, s = r * row.scale;
-    Score t = transform<kClip>(s, row.clip, row.inverse_clip);
+    Score t = transform<kClip, near>(s, near ? row.clip : row.clip * kLog2E, row.inverse_clip);
     if (all) t.value += row.bias;  // fault: gpu-bias-left
-    const float e = exp_shifted<kShift>(t.value, by.soft.shift);
+    const float e = near ? exp_shifted<kShift>(t.value, by.soft.shift) : exp2_value(t.value);
     float weight = negative_weight(e, by.soft.inverse, by.d_neg_lse, t.slope);
     if (all && inside) weight += by.optional.negative(t.value) * t.slope;
     // fault: gpu-columns-weigh
@@ -108,15 +109,18 @@ FUSED_NCE_HD Slopes weigh_turn(const Row& row, const Rules& rules, const RowArra
 }
 
 // One thread's columns into weights.
-template <bool kClip, bool kShift, Extras kExtras, class Store>
+template <bool kClip, bool kShift, Extras kExtras, class Turns, class Store>
 FUSED_NCE_HD Slopes weigh_thread(const Row& row, const Rules& rules, const RowArrays& rows, bool want_scale,
-                                 const Store& store, int thread, int threads) {
+                                 const Turns& all, const Store& store, int thread, int threads) {
   const Weighing by = weighing_of<kShift, kExtras>(row, rules, rows);
   Slopes sum = {0.0f, 0.0f}, error = {0.0f, 0.0f};
-  for (int c = row.begin + thread * kColumns; c < row.end; c += threads * kColumns) {
+  int c = row.begin + thread * kColumns;
+  for (Turns turns = all.at(row.scores, c); c < row.end; c += threads * kColumns, turns.step(threads)) {
     float w[kColumns];
-    const Slopes found = row.masked<kExtras>(c) ? weigh_turn<kClip, kShift, kExtras, true>(row, rules, rows, by, c, w)
-                                                : weigh_turn<kClip, kShift, kExtras, false>(row, rules, rows, by, c, w);
+    const Slopes found =
+        row.masked<kExtras>(c)
+            ? weigh_turn<kClip, kShift, kExtras, true, Store::kRounds>(row, rules, rows, by, c, turns, w)
+            : weigh_turn<kClip, kShift, kExtras, false, Store::kRounds>(row, rules, rows, by, c, turns, w);
     if (want_scale) add_exactly(sum.scale, error.scale, found.scale);
     if (kExtras >= Extras::all) add_exactly(sum.bias, error.bias, found.bias);
     store(c, w);

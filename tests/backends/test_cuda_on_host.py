@@ -77,6 +77,10 @@ ROUTES = {
         Case("cuda", "", 1, images=70, n_k=80, offset=3, n_c=9, d=24),
         {"panels": 1, "ctas_per_row": 1},
     ),
+    "two turns a thread": (
+        Case("cuda", "", 6, images=66, n_k=6400, n_c=1, d=4, scale=0.3),
+        {"panels": 1, "ctas_per_row": 1, "threads": 416},
+    ),
     "parts of a row": (Case("cuda", "", 2, images=3, n_k=2500, offset=7, n_c=3, d=8, scale=0.3), {"ctas_per_row": 3}),
     "strips and blocks": (Case("cuda", "", 3, images=700, n_k=700, n_c=2, d=8, workspace_mb=2.2), {"panels": 1}),
     "panels": (Case("cuda", "", 4, images=150, n_k=700, n_c=3, d=8, scale=0.3, workspace_mb=0.4), {"ctas_per_row": 1}),

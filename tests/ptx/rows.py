@@ -40,7 +40,8 @@ class Gemm(ctypes.Structure):
 
 
 ELEMENTS = ("f32", "bf16", "f16")  # in the order of `Element`
-LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p))
+LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, *4 * (ctypes.c_uint,), ctypes.POINTER(ctypes.c_void_p))
+SHARED_BYTES = 48 << 10  # that every kernel may have
 PRODUCT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Gemm))
 
 
@@ -88,6 +89,7 @@ class Rows:
         self.library = ctypes.CDLL(str(library))
         self.fault = (ctypes.c_char * 512).in_dll(self.library, "fused_nce_fault")
         assert ctypes.c_size_t.in_dll(self.library, "fused_nce_gemm_bytes").value == ctypes.sizeof(Gemm)
+        self.most = ctypes.c_int.in_dll(self.library, "fused_nce_shared_bytes")
         self.callbacks = (LAUNCH(self._launch), PRODUCT(self._product))  # kept: C++ holds their addresses
         self.library.fused_nce_run_by(*self.callbacks)
         self.launched: list[str] = []  # kernels, by their names in `bench.static_cuda`
@@ -104,14 +106,18 @@ class Rows:
     def _product(self, gemm: Any) -> int:
         return self._guarded(lambda: multiply(gemm.contents))
 
-    def _launch(self, name: bytes, ctas: int, threads: int, arguments: Any) -> int:
+    def _launch(self, name: bytes, ctas: int, threads: int, dynamic: int, allowed: int, arguments: Any) -> int:
         def run() -> None:
             kernel = self.code[name.decode()]
+            if kernel.shared_bytes + dynamic > max(SHARED_BYTES, kernel.shared_bytes + allowed):
+                raise Fault(
+                    f"{kernel.name}: {kernel.shared_bytes} + {dynamic} bytes of shared memory, allowed: {allowed}"
+                )
             packed = bytearray(kernel.parameter_bytes)
             for slot, argument in zip(kernel.parameters.values(), arguments, strict=False):
                 packed[slot.offset : slot.offset + slot.size] = ctypes.string_at(argument, slot.size)
             self.launched.append(re.search(r"\d+([a-z_]+)_kernel", kernel.name)[1])  # type: ignore[index]
-            launch(kernel, (ctas, 1, 1), threads, bytes(packed))
+            launch(kernel, (ctas, 1, 1), threads, bytes(packed), dynamic)
 
         return self._guarded(run)
 

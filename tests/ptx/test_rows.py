@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from bench import static_cuda
-from fused_nce import _extension, _nvcc, info_nce, moco_nce
+from fused_nce import _extension, _nvcc, info_nce, moco_nce, tile_loss
 from fused_nce.backends import cuda
-from fused_nce.core.spec import Block, Spec, TanhClip
+from fused_nce.core.spec import Block, Identity, Spec, TanhClip
 from fused_nce.core.tails import Nce
 from tests.backends.test_cuda_on_host import ROUTES, statistics, summarize
 from tests.backends.test_cuda_static import MOST_ISSUED, NVCC, judge
@@ -112,6 +112,32 @@ def test_a_summary_of_many_and_a_product(launched):
     assert launched == ["summary", "last_summary", *["multiply"] * 6]
 
 
+@pytest.mark.parametrize(
+    "columns", [72, pytest.param(12544, marks=pytest.mark.nightly)], ids=["few", "more than 48 KB of them"]
+)
+def test_scores_that_a_cta_keeps_give_the_bits_of_those_it_reads_again(columns, library, launched, monkeypatch):
+    """Of a card that lets a CTA have the room, and of one that does not."""
+    bytes_of: list[int] = []
+
+    def start(*arguments: Any) -> None:
+        bytes_of.append(arguments[-1])
+        launch(*arguments)
+
+    monkeypatch.setattr(ptx_rows, "launch", start)
+    q, k = (torch.linspace(-2, 3, n * 6).sin().reshape(n, 6).bfloat16() for n in (64, columns))
+    found = []
+    for room in (library.most.value, 1 << 10):
+        monkeypatch.setattr(library.most, "value", room)
+        leaves = [q.clone().requires_grad_(), k.clone().requires_grad_()]
+        for clip in (20.0, None):
+            spec = Spec(Block(1), TanhClip(clip) if clip else Identity())
+            tile_loss(*leaves, spec, Nce(0.05), backend="cuda").loss.backward()
+        found.append([x.grad for x in leaves])
+    assert set(bytes_of) == {0, 4 * columns}
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_loss(dtype, launched, record_eta):
@@ -155,22 +181,33 @@ NOT_NEEDED = {
     # The last of a `reduce` whose result only the thread that wrote it takes.
     "fold": {1},
     "fold_optional": {1},
-    "loss": {1, 4},
-    "loss_summary": {1, 4},
+    "loss": {4},
+    "loss_summary": {4},
     # One warp, whose lanes go together.
     "finish": {0, 1, 2, 3, 4, 5},
     "finish_optional": {0, 1},
 }
 
 
+def name_of(entry: str) -> str:
+    """A kernel's, without its template's."""
+    return re.search(r"\d+([a-z_]+)_kernel", entry)[1]  # type: ignore[index]
+
+
+def normalised(loss: Any, *options: Any, **names: Any) -> None:
+    """Forward and backward of rows that are to have norm 1."""
+    q, k = torch.linspace(-3, 3, 2 * 6 * 41).reshape(2, 6, 41).bfloat16().requires_grad_()
+    loss(q, k, *options, backend="cuda", **names).loss.backward()
+
+
 @pytest.mark.nightly
-def test_a_barrier_less_is_a_hazard(launched, monkeypatch):
+def test_a_barrier_less_is_a_hazard(library, launched, monkeypatch):
     """Each barrier of each kernel is taken out in turn: the interpreter reports all but those that are not needed."""
     removed: tuple[str, int] = ("", 0)
     kernels: dict[str, int] = {}
 
     def start(kernel: Any, *arguments: Any) -> None:
-        name = re.search(r"\d+([a-z_]+)_kernel", kernel.name)[1]  # type: ignore[index]
+        name = name_of(kernel.name)
         barriers = [n for n, i in enumerate(kernel.code) if i.name == "bar"]
         kernels[name] = len(barriers)
         if removed[0] != name:
@@ -186,12 +223,16 @@ def test_a_barrier_less_is_a_hazard(launched, monkeypatch):
     monkeypatch.setattr(ptx_rows, "launch", start)
     wide = Case("cuda", "bfloat16", 1, images=3, n_k=6, n_c=300, d=8, scale=0.3)
     runs = [partial(run_case, wide)]
-    runs += [partial(etas_of, n, "cpu", "cuda", torch.bfloat16) for n in ("clip_loss", "sup_con", "amdim_nce")]
+    names = ("clip_loss", "sup_con", "amdim_nce", "info_nce/prefixes")
+    runs += [partial(etas_of, n, "cpu", "cuda", torch.bfloat16) for n in names]
+    runs.append(partial(summarize, *statistics(9000, 4), 4, 9000, 0.05, reports=3))
+    queue = torch.linspace(-1, 2, 10 * 41).reshape(10, 41).bfloat16()
+    at_once = [runs[0], partial(normalised, info_nce, normalize=True)]
+    runs.append(at_once[1])
+    at_once.append(partial(normalised, lambda q, k, **names: moco_nce(q, k.detach(), queue, **names)))
     seen: dict[str, set[int]] = defaultdict(set)
-    for run, whole in [
-        *((run, None) for run in runs),
-        (runs[0], cuda.whole_loss),
-    ]:  # by operators, then as one function
+    # By operators, then as one function.
+    for run, whole in [*((run, None) for run in runs), *((run, cuda.whole_loss) for run in at_once)]:
         monkeypatch.setattr(cuda, "whole_loss", whole)
         removed = ("", 0)
         kernels.clear()
@@ -205,19 +246,6 @@ def test_a_barrier_less_is_a_hazard(launched, monkeypatch):
                     if "hazard" not in str(error):
                         raise
                     seen[name].add(number)
-    # `finish` has those of a tail in one of its two forms; kernels of one thread a column have none.
-    unseen = {name: set(range(count)) - seen[name] for name, count in BARRIERS.items()}
+    every = {entry: sum(i.name == "bar" for i in library.code[entry].code) for entry in library.code.heads}
+    unseen = {name_of(entry): set(range(count)) - seen[name_of(entry)] for entry, count in every.items()}
     assert {name: numbers for name, numbers in unseen.items() if numbers} == NOT_NEEDED
-
-
-BARRIERS = {
-    "loss_summary": 14,
-    "fold": 2,
-    "fold_optional": 2,
-    "loss": 8,
-    "finish": 6,
-    "finish_optional": 2,
-    "weigh": 2,
-    "fold_columns": 3,
-    "summary": 2,
-}
