@@ -146,10 +146,11 @@ def table(problems: Iterable[Problem] = TABLE) -> str:
         rest = found.small + found.launches
         times = bound_ms(problem), sum(found), found.gemms, found.rows, rest, time_ms(problem, "triton")
         theirs, chosen = compiled_ms(problem), choice(problem)
-        ahead = f"{theirs / time_ms(problem, chosen):.2f}×"
-        rows.append([problem.label, *(number(ms) for ms in times), chosen, asked, number(theirs), ahead])
+        ours = time_ms(problem, chosen)
+        share, ahead = f"{bound_ms(problem) / ours:.0%}", f"{theirs / ours:.2f}×"
+        rows.append([problem.label, *(number(ms) for ms in times), chosen, share, asked, number(theirs), ahead])
     header = ["shape (modelled), times in ms", "least GEMMs", "`cuda`", "its GEMMs", "its rows", "the rest"]
-    header += ["`triton`", "chosen", "target", "`torch.compile`", "÷ chosen"]
+    header += ["`triton`", "chosen", "least GEMMs in it", "target", "`torch.compile`", "÷ chosen"]
     return f"{markdown(header, rows)}\n\n**Modelled from counts, not measured**: {assumptions()}"
 
 
