@@ -89,10 +89,12 @@ find_tool() {  # a CUDA tool, on the PATH or in the toolkit
 
 # A user's own settings must not steer what is measured, and no cache outlives the run.
 for name in "${!FUSED_NCE_@}"; do unset "$name"; done
-export TRITON_CACHE_DIR=$STAGE/cache/triton TORCHINDUCTOR_CACHE_DIR=$STAGE/cache/inductor PYTHONUNBUFFERED=1
+export XDG_CACHE_HOME=$STAGE/cache PYTHONUNBUFFERED=1  # verdicts of first contact
+export TRITON_CACHE_DIR=$STAGE/cache/triton TORCHINDUCTOR_CACHE_DIR=$STAGE/cache/inductor
 export MAX_JOBS=${MAX_JOBS:-$(nproc)}
 
-if ! phase machine 60 8 "$PYTHON" - "$DEVICE" <<'CODE'
+# What the phases before the memory checker may take is what a quick run has in all: the checker has what they leave.
+if ! phase machine $((QUICK ? 20 : 60)) 8 "$PYTHON" - "$DEVICE" <<'CODE'
 import platform, shutil, sys
 import torch
 print(f"Python {platform.python_version()}, torch {torch.__version__} (CUDA {torch.version.cuda})")
@@ -129,7 +131,7 @@ if [[ ! $DRY ]]; then
 fi
 cd "$([[ $DRY ]] && echo "$ROOT" || echo "$STAGE")" || exit 2
 # Before pyproject.toml is there: an old setuptools, as some torch images have, cannot read it, and need not.
-phase build $((DEVICE_IS_CPU ? 600 : 200)) 3 env FUSED_NCE_BUILD=$PARTS "$PYTHON" setup.py build_ext --inplace ||
+phase build $((DEVICE_IS_CPU ? 600 : QUICK ? 80 : 200)) 3 env FUSED_NCE_BUILD=$PARTS "$PYTHON" setup.py build_ext --inplace ||
   echo "   going on without the C++ and CUDA kernels"
 [[ $DRY ]] || cp "$ROOT/pyproject.toml" .
 "$PYTHON" -c 'import fused_nce; print(fused_nce.doctor())' 2>&1 | tee -a "$LOG" | sed 's/^/   /'
@@ -141,7 +143,7 @@ if has pytest; then
   [[ -z $QUICK ]] || MARKS="$MARKS and not nightly"
   WORKERS=()
   if [[ $DEVICE == cuda ]] && has xdist; then WORKERS=(-n 6 --dist worksteal); fi
-  phase tests $((DEVICE_IS_CPU ? 600 : QUICK ? 85 : 240)) 25 "$PYTHON" -m pytest -q tests/gpu -m "$MARKS" "${WORKERS[@]}"
+  phase tests $((DEVICE_IS_CPU ? 600 : QUICK ? 35 : 240)) 25 "$PYTHON" -m pytest -q tests/gpu -m "$MARKS" "${WORKERS[@]}"
 else
   printf '\n== tests\n   pytest is not installed for %s\n' "$PYTHON"
   note FAILED tests 0 "pytest is not installed"
@@ -153,7 +155,7 @@ ARGUMENTS=(--device "$DEVICE" --out "$OUT")
 [[ -z $QUICK ]] || ARGUMENTS+=(--quick)
 [[ $DEVICE == cuda ]] || ARGUMENTS+=(--rounds 5)
 [[ -z $COMMIT ]] || ARGUMENTS+=(--commit "$COMMIT" ${DIRTY:+--dirty})
-phase benchmark $((QUICK ? 80 : 220)) 80 "$PYTHON" -m bench.gpu "${ARGUMENTS[@]}" --budget-s $((QUICK ? 40 : 150))
+phase benchmark $((QUICK ? 45 : 220)) 80 "$PYTHON" -m bench.gpu "${ARGUMENTS[@]}" --budget-s $((QUICK ? 30 : 150))
 
 # ---- memory checker -------------------------------------------------------------------------------------------------
 

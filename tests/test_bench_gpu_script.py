@@ -15,13 +15,13 @@ from bench.host import ROOT
 from tests.gpu import probe
 
 
-def script(*arguments):
+def script(*arguments, **environment):
     return subprocess.run(
         ["bash", str(ROOT / "bench/gpu.sh"), *arguments],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"PYTHON": sys.executable},
+        env=os.environ | {"PYTHON": sys.executable} | environment,
     )
 
 
@@ -54,13 +54,27 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_quick_run_has_time_for_all_that_comes_before_the_memory_checker():
+    limits = {}
+    for arguments in ((), ("--quick",)):
+        plan = script("--dry-run", *arguments).stdout
+        found = dict(re.findall(r"^(machine|build|tests|benchmark) +(\d+) s at most", plan, re.M))
+        limits[arguments] = {name: int(seconds) for name, seconds in found.items()}
+        assert len(found) == 4
+    assert sum(limits["--quick",].values()) <= 180
+    assert max(limits[()].values()) <= 480
+
+
 @pytest.mark.nightly
 def test_the_whole_script_on_a_cpu(tmp_path):
-    done = script("--device", "cpu", "--quick", "--out", str(tmp_path))
+    home = tmp_path / "home"
+    home.mkdir()
+    done = script("--device", "cpu", "--quick", "--out", str(tmp_path / "out"), HOME=str(home))
     assert done.returncode == 0, done.stdout[-3000:]
+    assert not (home / ".cache").exists()  # verdicts and compilers' caches go with the run
     for name in ("build", "tests", "benchmark", "problems for memcheck"):
         assert re.search(rf"^passed +{name} ", done.stdout, re.M), done.stdout[-3000:]
-    assert list(tmp_path.glob("trial-*.json"))
+    assert list((tmp_path / "out").glob("trial-*.json"))
 
 
 @pytest.mark.parametrize("backend", ["chunked", "reference"])

@@ -131,7 +131,7 @@ def test_scores_that_a_cta_keeps_give_the_bits_of_those_it_reads_again(columns, 
         leaves = [q.clone().requires_grad_(), k.clone().requires_grad_()]
         for clip in (20.0, None):
             spec = Spec(Block(1), TanhClip(clip) if clip else Identity())
-            tile_loss(*leaves, spec, Nce(0.05), backend="cuda").loss.backward()
+            tile_loss(leaves[0], leaves[1], spec, Nce(0.05), backend="cuda").loss.backward()
         found.append([x.grad for x in leaves])
     assert set(bytes_of) == {0, 4 * columns}
     for x, y in zip(*found, strict=True):
@@ -222,12 +222,13 @@ def test_a_barrier_less_is_a_hazard(library, launched, monkeypatch):
 
     monkeypatch.setattr(ptx_rows, "launch", start)
     wide = Case("cuda", "bfloat16", 1, images=3, n_k=6, n_c=300, d=8, scale=0.3)
-    runs = [partial(run_case, wide)]
+    runs: list[partial[Any]] = [partial(run_case, wide)]
     names = ("clip_loss", "sup_con", "amdim_nce", "info_nce/prefixes")
     runs += [partial(etas_of, n, "cpu", "cuda", torch.bfloat16) for n in names]
-    runs.append(partial(summarize, *statistics(9000, 4), 4, 9000, 0.05, reports=3))
+    pos, rows = statistics(9000, 4)
+    runs.append(partial(summarize, pos, rows, 4, 9000, 0.05, reports=3))
     queue = torch.linspace(-1, 2, 10 * 41).reshape(10, 41).bfloat16()
-    at_once = [runs[0], partial(normalised, info_nce, normalize=True)]
+    at_once: list[partial[Any]] = [runs[0], partial(normalised, info_nce, normalize=True)]
     runs.append(at_once[1])
     at_once.append(partial(normalised, lambda q, k, **names: moco_nce(q, k.detach(), queue, **names)))
     seen: dict[str, set[int]] = defaultdict(set)
