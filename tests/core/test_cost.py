@@ -24,7 +24,7 @@ def first(call: Call, n: int, m: int, d: int, dtype: torch.dtype = torch.bfloat1
 @pytest.mark.parametrize(("n", "m"), [(4096, 65536), (32768, 32768)])
 def test_the_width_decides(n, m):
     """Recomputing wins while D is small; for float32 the tensor cores that it does without decide at any D."""
-    assert first(TWO, n, m, 64) == first(TWO, n, m, 256) == first(PENALISED, n, m, 100) == "triton"
+    assert first(TWO, n, m, 64) == first(TWO, n, m, 250) == "triton"
     assert first(TWO, n, m, 300) == first(PENALISED, n, m, 150) == "cuda"
     assert cost.fastest_first(TWO, n, m, 2560, torch.float16) == ["cuda", "triton"]
     assert first(TWO, n, m, 64, torch.float32) == "cuda"
