@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -45,11 +44,6 @@ def test_a_record_brings_the_measured_time():
     assert found == pytest.approx(2e-3 / scaling.GLOBAL.scores)
     with pytest.raises(ValueError, match="record: has no case"):
         scaling.score_s({"clock": "device", "cases": []})
-
-
-def test_the_document_has_the_tables():
-    text = Path(__file__).parent.parent.joinpath("docs/scaling.md").read_text(encoding="utf-8")
-    assert scaling.tables() in text
 
 
 def test_the_data_path_is_measured_on_images_like_imagenets(tmp_path):
