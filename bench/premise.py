@@ -38,6 +38,7 @@ GFLOP_PER_S = 500  # of two AVX-512 cores, nothing else running: `matrix_gflop_p
 TRAINING = 50_000  # CIFAR-10's
 PART = 128  # that an encoder sees at a time where the loss's images can come in parts: of BatchNorm's statistics
 PROBES = {"knn": "kNN-200", "linear": "linear"}
+MADE = ("processor", "torch", "commit")  # of a row: a study may go on elsewhere, and later
 HEAD = ("method", "updates × images", "images compared, or the queue")
 JUDGED = ("--protocols=knn,linear", "--baselines=false", "--cost=false")
 Row = dict[str, Any]
@@ -119,7 +120,7 @@ def run_one(wanted: Run, data: str, run: Path) -> Row:
     judged = run / "eval.json"
     if not judged.exists():
         resume = any((run / "checkpoints").glob("step_*"))
-        train = ["train", "--resume", str(run)] if resume else command(wanted, data, run)
+        train = ["train", ARMS[wanted.name].method, "--resume", str(run)] if resume else command(wanted, data, run)
         evaluate = ["eval", str(run), *JUDGED, f"--taps={ARMS[wanted.name].tap}"]
         for arguments in (train, evaluate):
             subprocess.run([*program, *arguments], check=True, stdout=subprocess.DEVNULL)
@@ -128,7 +129,7 @@ def run_one(wanted: Run, data: str, run: Path) -> Row:
     training = found["training"]
     return {
         "arm": wanted.name, "negatives": wanted.negatives, "seed": wanted.seed, "updates": training["steps"],
-        "images": wanted.images,
+        "images": wanted.images, "made": {key: found["environment"][key] for key in MADE},
         "minutes": round(training["minutes"], 2), **{probe: accuracies[probe] for probe in PROBES},
     }  # fmt: skip
 
@@ -158,12 +159,9 @@ def table(record: dict[str, Any]) -> str:
             size = f"{updates} × {images:,}"
             rows.append([ARMS[arm].label, size, f"{negatives:,}", *shown, str(len(seeds))])
     head = [*HEAD, *(f"{label}, %" for label in PROBES.values()), "seeds"]
-    host_, code = record["host"], record["code"]
-    made = (
-        f"CIFAR-10, `cifar10-tiny`; mean ± standard deviation of the seeds. {host_['cpu_model']}; "
-        f"torch {record['versions']['torch']}; commit {code['commit'][:7]}."
-    )
-    return f"{markdown(head, rows)}\n\n{made}"
+    made = sorted({"{processor}, torch {torch}, commit {commit:.7}".format(**row["made"]) for row in record["runs"]})
+    said = f"CIFAR-10, `cifar10-tiny`; mean ± standard deviation of the seeds. {'; '.join(made)}."
+    return f"{markdown(head, rows)}\n\n{said}"
 
 
 def block(path: Path = RECORD) -> str:
@@ -232,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.data is None:
         parser.error("--data: needed unless with --plan")
-    record: dict[str, Any] = {"code": host.commit(), "host": host.facts(), "versions": host.versions(), "runs": []}
+    record: dict[str, list[Row]] = {"runs": []}
     if options.out.exists():  # what this call does not ask for stays
         asked = {(run.name, run.negatives, run.seed, run.images) for run in wanted}
         kept = json.loads(options.out.read_text(encoding="utf-8"))["runs"]

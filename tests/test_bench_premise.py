@@ -43,7 +43,8 @@ def test_runs_that_are_done_are_kept_and_a_started_one_goes_on(tmp_path, monkeyp
             probes = [
                 {"probe": probe, "labels": "all", "accuracy_pct": 50.0 + i} for i, probe in enumerate(premise.PROBES)
             ]
-            found = {"probes": probes, "training": {"steps": 97, "minutes": 1.234}}
+            made = {"processor": "A CPU", "torch": "2.14.1", "commit": f"{len(told)}234567890", "cores": 2}
+            found = {"probes": probes, "training": {"steps": 97, "minutes": 1.234}, "environment": made}
             (folder / "eval.json").write_text(json.dumps(found))
         else:
             folder.mkdir(exist_ok=True)
@@ -56,7 +57,7 @@ def test_runs_that_are_done_are_kept_and_a_started_one_goes_on(tmp_path, monkeyp
     assert premise.main(options) == 0
     assert [words[0] for words in told] == ["train", "eval"] * 2
     assert told[0][1] == "moco"
-    assert told[2][1:] == ["--resume", str(tmp_path / "moco-16-1-epochs-2")]
+    assert told[2][1:] == ["moco", "--resume", str(tmp_path / "moco-16-1-epochs-2")]
     first = out.read_text()
     assert premise.main(options) == 0
     assert len(told) == 4
@@ -67,6 +68,7 @@ def test_runs_that_are_done_are_kept_and_a_started_one_goes_on(tmp_path, monkeyp
     assert premise.main(options) == 0
     assert "| MoCo, queue | 97 × 512 | 16 | 50.0 ± 0.0 | 51.0 ± 0.0 | 2 |" in premise.block(out)
     assert "| AMDIM | 48 × 8,192 | 8,192 | 50.0 | 51.0 | 1 |" in premise.block(out)
+    assert "A CPU, torch 2.14.1, commit 2234567; A CPU, torch 2.14.1, commit 4234567." in premise.block(out)
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert premise.block(tmp_path / "none.json").startswith("No record is committed yet")
 

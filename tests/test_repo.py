@@ -146,7 +146,10 @@ ROOMS = {  # what no file of a folder imports
     "fused_nce/train/evaluation": rf"fused_nce\.train\.({ABOVE}|files\.write_\w+)",
     "fused_nce/train/report": r"numpy|sklearn|torch|fused_nce\.(core|losses|train\.(data|loop|step))",
 }
-WRITES = r"(.*\.)?(dump|mkdir|open|save(?!\(buffer\b)|save_file|savefig|savez|touch|write_\w+)\([^\n]*\)"
+WRITES = (
+    r"(.*\.)?(dump|mkdir|makedirs|open|save(?!\(buffer\b)|save_file|savefig|savez\w*|savetxt|tofile|copy2|copyfile|touch"
+    r"|write_\w+)\([^\n]*\)"
+)
 
 
 def test_rooms_keep_to_their_work():

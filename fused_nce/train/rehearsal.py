@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from fused_nce import GradientCache
 from fused_nce.train.files import one_line
@@ -46,7 +46,7 @@ Batched = Callable[[Tensor, Tensor, Tensor], tuple[tuple[Tensor, ...], Tensor]]
 
 def rehearse(
     step: TrainStep, cache: GradientCache | None, config: Method, batched: Batched, labels: Tensor
-) -> dict[tuple[int, ...], int]:
+) -> dict[tuple[int, ...], int | None]:
     """A pass in training mode for each size of input that the run will have, of which nothing is left, and a save of
     the model to memory.
 
@@ -59,7 +59,8 @@ def rehearse(
 
     Returns:
         FLOP of the products of a pass, forward and backward, by the shape of its first view. What a kernel of ours
-        makes once more in its backward, where torch's operators keep it, is left out.
+        makes once more in its backward, where torch's operators keep it, is left out. None where an operator has
+        products that are not known: a recurrent net that cuDNN or oneDNN runs whole.
 
     Raises:
         ValueError: naming the encoder, the images and the batch, or the stage whose images it does not take.
@@ -83,21 +84,34 @@ def rehearse(
     return flop
 
 
+ATEN = torch.ops.aten
+# torch's formulas, and what it has none for: a CPU's attention, and recurrent nets that one operator runs whole.
+FORMULAS = flop_registry | {
+    ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[ATEN._scaled_dot_product_flash_attention],
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        ATEN._scaled_dot_product_flash_attention_backward
+    ],
+}
+UNKNOWN = {ATEN._cudnn_rnn, ATEN.miopen_rnn, ATEN.mkldnn_rnn_layer}
+
+
 class Products(TorchDispatchMode):
     """FLOP of what runs under it. `FlopCounterMode` itself hooks modules, which the gradient cache's pass refuses."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.flop, self.formulas = 0, FlopCounterMode(display=False).flop_registry
+        self.flop: int | None = 0  # None: something ran whose products nobody counts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if formula := self.formulas.get(func.overloadpacket):
+        if func.overloadpacket in UNKNOWN:
+            self.flop = None
+        if self.flop is not None and (formula := FORMULAS.get(func.overloadpacket)):
             self.flop += formula(*args, **(kwargs or {}), out_val=out)
         return out
 
 
-def _try(step: TrainStep, cache: GradientCache | None, batch: tuple[Tensor, ...], labels: Tensor) -> int:
+def _try(step: TrainStep, cache: GradientCache | None, batch: tuple[Tensor, ...], labels: Tensor) -> int | None:
     kept = Kept(step)
     kept.keep()
     with Products() as counted:

@@ -177,7 +177,8 @@ class Kept:
         live = {n: b for n, b in self.module.named_buffers() if n not in self.without}
         held = zip(live.values(), self._live.values(), self._copies.values(), strict=False)
         # fault: kept-once
-        if live.keys() != self._live.keys() or any(b is not was or b.shape != c.shape for b, was, c in held):
+        known = [(b is was, b.shape, b.dtype, b.device) == (True, c.shape, c.dtype, c.device) for b, was, c in held]
+        if live.keys() != self._live.keys() or not all(known):
             self._live, self._copies = live, {n: torch.empty_like(b) for n, b in live.items()}
             kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
             for name, buffer in live.items():

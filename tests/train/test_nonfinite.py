@@ -50,6 +50,10 @@ def test_buffers_are_put_back_by_name_into_copies_that_are_made_once():
         assert moved == {n for n in before if n[0] != "1"} | {"1.running_var"}
         kept.restore()
         assert {n for n, b in module.named_buffers() if not torch.equal(b, before[n])} == {"1.running_var"}
+    module[0].running_mean.data = torch.tensor([1e300] * 4, dtype=torch.float64)  # the same object, of another dtype
+    kept.keep()
+    kept.restore()
+    assert module[0].running_mean.isfinite().all()
     copies = dict(kept._copies)
     kept.keep()
     assert all(kept._copies[name] is copy for name, copy in copies.items())

@@ -11,10 +11,11 @@ class Window:
     """From a line of the log to the next, of this process.
 
     Args:
-        flop: of the products of one pass, forward and backward, by the shape of its first view: see `rehearsal`.
+        flop: of the products of one pass, forward and backward, by the shape of its first view, None where unknown: see
+            `rehearsal`.
     """
 
-    def __init__(self, flop: Mapping[tuple[int, ...], int]) -> None:
+    def __init__(self, flop: Mapping[tuple[int, ...], int | None]) -> None:
         self._flop_of = flop
         self.open(0)
 
@@ -41,7 +42,7 @@ class Window:
     def facts(self, processes: int) -> dict[str, float | None]:
         """For the log: rates of all processes together, and this one's share of waiting."""
         seconds = time.perf_counter() - self._since
-        rate = None if self._flop is None else round(processes * self._flop / seconds / 1e9, 4)
+        rate = None if self._flop is None else float(f"{processes * self._flop / seconds / 1e9:.5g}")
         return {
             "images_per_s": round(processes * self._images / seconds, 2),
             "data_wait_share": round(self._waited_s / seconds, 5),  # fault: wait-not-shared
