@@ -308,6 +308,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "by kernel: launches, scores, FLOP, bytes, bytes of scores, of a strip's; from now on calls are counted, or emulated");
 #endif
   m.def("cuda_prefix_bytes", &cuda_prefix_bytes);
+  m.def("cuda_kept_bytes", pybind11::overload_cast<int64_t, int, float, int64_t>(&cuda::kept_bytes), py::arg("stride"),
+        py::arg("threads"), py::arg("clip"), py::arg("shared_bytes") = cuda::kSharedBytes,
+        "of a row's scores in shared memory; 0 where they stay in the strip");
   m.def("cuda_plan", &cuda_plan, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("positives"),
         py::arg("element_bytes"), py::arg("workspace_bytes"), py::kw_only(), py::arg("statistics") = true,
         py::arg("gradients") = true, py::arg("sums") = 1, py::arg("column_stats") = false, py::arg("optional") = false,

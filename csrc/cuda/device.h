@@ -29,10 +29,10 @@ class Device final : public Machine {
   void multiply(const Products&, Element element, const float* factor) const override;
   void unit_rows(const Units&, Element element) const override;
   void through_rows(const Throughs&, Element element) const override;
+  void check(int error) const;  // of CUDA's runtime: raises torch's own
 
  private:
-  unsigned* counter() const;    // 0 between launches: of this stream, or of the graph that is being captured
-  void check(int error) const;  // of cudaGetLastError(): raises torch's own
+  unsigned* counter() const;  // 0 between launches: of this stream, or of the graph that is being captured
 
   CUstream_st* stream_;
 };

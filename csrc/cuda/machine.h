@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "../integers.h"
 #include "columns.h"
 #include "marks.h"
 #include "prefixes.h"
@@ -33,20 +34,25 @@ struct Gemm {
 
 // Shared memory that a CTA may have on an sm_90, which is what is emulated and counted.
 constexpr int64_t kSharedBytes = 227 << 10;
+constexpr int64_t kReductionBytes = 33 * 32;  // of them, in every kernel
+constexpr int64_t kSystemBytes = 1 << 10;     // that each CTA takes besides; a multiprocessor has them for one
+constexpr int64_t kSharedStep = 128;          // what a CTA gets is a multiple of
 
 // What the scores of a row take of a CTA's shared memory, if the `loss` kernel keeps them there between its two looks
-// at them; 0 where it does not: fewer threads than kMostThreads, which the registers leave room for, would then run on
-// a multiprocessor.
-inline int64_t kept_bytes(const Strip& strip, const Rules& rules, int64_t shared_bytes) {
-  const int64_t bytes = strip.stride * 4, left = shared_bytes - (2 << 10);  // reductions, and what the system takes
-  return bytes * kMostThreads <= left * rules.threads ? bytes : 0;  // fault: gpu-kept-room
+// at them; 0 where it does not: fewer CTAs than the registers leave room for would then run on a multiprocessor.
+inline int64_t kept_bytes(int64_t stride, int threads, float clip, int64_t shared_bytes) {
+  const int64_t bytes = stride * 4;
+  const int64_t ctas = (clip > 0.0f ? kBound<true> : kBound<false>) / threads;  // fault: gpu-kept-bound
+  // fault: gpu-kept-once
+  const int64_t each = round_up(bytes + kReductionBytes, kSharedStep) + kSystemBytes;
+  return each * ctas <= shared_bytes + kSystemBytes ? bytes : 0;  // fault: gpu-kept-room
 }
 
 // Of several strips in one launch: room for each, or none.
 inline int64_t kept_bytes(const RowTask* tasks, int count, int64_t shared_bytes) {
   int64_t most = 0;
   for (const RowTask* task = tasks; task < tasks + count; ++task) {
-    const int64_t bytes = kept_bytes(task->strip, task->rules, shared_bytes);
+    const int64_t bytes = kept_bytes(task->strip.stride, task->rules.threads, task->rules.scoring.clip, shared_bytes);
     if (bytes == 0) return 0;
     most = std::max(most, bytes);
   }

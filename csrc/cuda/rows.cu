@@ -262,15 +262,18 @@ struct Pointee<E*> {
   using type = E;
 };
 
-// Bytes of shared memory in which a launch keeps its rows' scores. Beyond 48 KB a kernel has to be allowed them.
+// Bytes of shared memory in which a launch keeps its rows' scores. Beyond 48 KB a kernel has to be allowed them: always
+// all that there are, or the call of another thread, or a later one of a graph, took back what this launch needs.
 template <class Kernel>
-unsigned kept_by(Kernel* kernel, const RowTask* tasks, int count) {
+unsigned kept_by(const Device& on, Kernel* kernel, const RowTask* tasks, int count) {
+  static_assert(sizeof(Slot[33]) == kReductionBytes, "kept_bytes leaves them room");
   int device = 0, most = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const auto bytes = static_cast<int>(kept_bytes(tasks, count, most));
-  if (bytes + sizeof(Slot[33]) > 48 << 10)  // fault: gpu-kept-allowed
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  on.check(cudaGetDevice(&device));
+  on.check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  const int64_t bytes = kept_bytes(tasks, count, most), all = most - kReductionBytes;
+  if (bytes + kReductionBytes > 48 << 10)  // fault: gpu-kept-allowed
+    // fault: gpu-kept-taken
+    on.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(all)));
   return static_cast<unsigned>(bytes);
 }
 
@@ -344,7 +347,7 @@ void Device::loss(const RowTask* tasks, int count, Element element) const {
       with_transform(tasks->rules.scoring.clip, [&](auto clip, auto shift) {
         const auto kernel = loss_kernel<decltype(clip)::value, decltype(shift)::value,
                                         typename Pointee<decltype(e)>::type, sizeof(all) / sizeof(RowTask)>;
-        const unsigned kept = kept_by(kernel, tasks, count);
+        const unsigned kept = kept_by(*this, kernel, tasks, count);
         kernel<<<static_cast<unsigned>(rows), tasks->rules.threads, kept, stream_>>>(all, kept > 0);
       });
     });
@@ -359,7 +362,7 @@ void Device::loss_and_summary(const RowTask& task, const Summaries& all, Element
     with_transform(task.rules.scoring.clip, [&](auto clip, auto shift) {
       const auto kernel =
           loss_summary_kernel<decltype(clip)::value, decltype(shift)::value, typename Pointee<decltype(e)>::type>;
-      const unsigned kept = kept_by(kernel, &task, 1);
+      const unsigned kept = kept_by(*this, kernel, &task, 1);
       const auto rows = static_cast<unsigned>(task.strip.rows);
       kernel<<<rows, task.rules.threads, kept, stream_>>>(task, all, count, kept > 0);
     });

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,26 @@ def test_every_plan_keeps_its_promises(element_bytes):
         assert p["threads"] % 32 == 0
         assert 64 <= p["threads"] <= 768
         assert p["strip_rows"] * p["ctas_per_row"] < 2**31
+
+
+def test_a_row_is_kept_where_as_many_ctas_run_with_it():
+    """Of the 228 KiB of a multiprocessor each of them takes its scores, 1,056 bytes in steps of 128, and 1 KiB."""
+    most = {(20.0, 256): 18936, (20.0, 384): 28664, (20.0, 416): 57848, (20.0, 768): 57848}
+    most |= {(0.0, 256): 14072, (0.0, 320): 18936, (0.0, 512): 28664, (0.0, 544): 57848}
+    for (clip, threads), stride in most.items():
+        assert MODULE.cuda_kept_bytes(stride, threads, clip) == 4 * stride
+        assert MODULE.cuda_kept_bytes(stride + 8, threads, clip) == 0
+        assert MODULE.cuda_kept_bytes(stride, threads, clip, (227 << 10) - 1024) == 0
+
+
+def test_the_longest_row_that_is_kept():
+    """docs/performance.md has the number."""
+    strides, clips = range(50_000, 60_000, 8), (20.0, 0.0)
+    for clip in clips:
+        kept = [m for m in strides if MODULE.cuda_kept_bytes(m, plan(128, m, 64)["threads"], clip)]
+        assert kept == [*range(50_000, 57_849, 8)]
+    text = (Path(__file__).parent.parent.parent / "docs/performance.md").read_text(encoding="utf-8")
+    assert "up to 57,848 of them" in text
 
 
 def test_published_shapes():

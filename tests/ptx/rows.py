@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +94,7 @@ class Rows:
         self.callbacks = (LAUNCH(self._launch), PRODUCT(self._product))  # kept: C++ holds their addresses
         self.library.fused_nce_run_by(*self.callbacks)
         self.launched: list[str] = []  # kernels, by their names in `bench.static_cuda`
+        self.allowed: dict[str, set[int]] = defaultdict(set)  # bytes of shared memory in all, by entry
 
     def _guarded(self, f: Callable[[], None]) -> int:
         try:
@@ -113,6 +115,7 @@ class Rows:
                 raise Fault(
                     f"{kernel.name}: {kernel.shared_bytes} + {dynamic} bytes of shared memory, allowed: {allowed}"
                 )
+            self.allowed[kernel.name].add(kernel.shared_bytes + allowed)
             packed = bytearray(kernel.parameter_bytes)
             for slot, argument in zip(kernel.parameters.values(), arguments, strict=False):
                 packed[slot.offset : slot.offset + slot.size] = ctypes.string_at(argument, slot.size)
@@ -125,6 +128,7 @@ class Rows:
     def in_place(self) -> Iterator[list[str]]:
         """While it lasts, the `cuda` backend's kernels on a CPU are these; the names of those launched."""
         self.launched.clear()
+        self.allowed.clear()
         MODULE.cuda_emulate_by(ctypes.cast(self.library.fused_nce_machine, ctypes.c_void_p).value)
         try:
             yield self.launched

@@ -138,6 +138,16 @@ def test_scores_that_a_cta_keeps_give_the_bits_of_those_it_reads_again(columns, 
         assert torch.equal(x, y)
 
 
+def test_a_launch_takes_nothing_back_that_another_is_allowed(library, launched, monkeypatch):
+    """Of shared memory beyond 48 KB: a kernel has all that there is, whichever rows it was launched with before."""
+    monkeypatch.setattr(ptx_rows, "launch", lambda *arguments: None)
+    for columns in (12_320, 50_000, 12_320):
+        q, k = torch.zeros(64, 2).bfloat16().requires_grad_(), torch.zeros(columns, 2).bfloat16()
+        tile_loss(q, k, Spec(Block(1), TanhClip(20.0)), Nce(0.05), backend="cuda").loss.backward()
+    (allowed,) = (each for name, each in library.allowed.items() if "loss" in name)
+    assert allowed == {library.most.value}
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_loss(dtype, launched, record_eta):
