@@ -117,10 +117,15 @@ def trial(
 
 @contextmanager
 def believing(as_large: bool = False) -> Iterator[None]:
-    """No trial within, in this thread: what runs is one itself, of problems that count as large or not."""
+    """No trial within, in this thread: what runs is one itself, of problems that count as large or not.
+
+    A backward runs in this thread too, rather than in the card's own, which would know nothing of it. Calls of other
+    threads go on as ever: how they are cut up, and so their bits, must not depend on what this one does.
+    """
     _busy.now, _busy.large = True, as_large
     try:
-        yield
+        with torch.autograd.set_multithreading_enabled(False):  # fault: trial-other-thread
+            yield
     finally:
         _busy.now = _busy.large = False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from typing import Any
 
@@ -241,6 +242,19 @@ def test_an_exception_is_a_verdict_that_does_not_last():
     found, lasts = trial(Faulty("dq", out_of_memory), "amdim", torch.float32)
     assert found.startswith("it raised OutOfMemoryError in its first test on this card: CUDA out of memory")
     assert not lasts
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_backward_knows_of_its_trial(device):
+    """A card's runs in a thread of its own as a rule."""
+    seen, x = [], torch.ones(3, device=device, requires_grad=True)
+    with first_contact.believing(as_large=True):
+        y = x * 2
+        y.register_hook(lambda g: seen.append((threading.get_ident(), first_contact.large())))
+        y.sum().backward()
+        assert not torch._C._is_multithreading_enabled()  # all that tells a CPU from a card here
+    assert seen == [(threading.get_ident(), True)]
+    assert torch._C._is_multithreading_enabled()
 
 
 @pytest.fixture

@@ -26,3 +26,21 @@ class Heard:
             self.after(self.launches[-1])
 
         return launch
+
+
+def take_down(patch: pytest.MonkeyPatch) -> list[tuple[str, Launch]]:
+    """Launches by name, with what is compiled in, as for an sm_90: of CPU tensors, and none is run."""
+    from triton.runtime.jit import JITFunction
+
+    from fused_nce.backends import triton
+    from fused_nce.backends.triton import configs
+
+    taken: list[tuple[str, Launch]] = []
+
+    def launching(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: taken.append((kernel.__name__, options))
+
+    patch.setattr(triton, "why_not", lambda *call: None)
+    patch.setattr(configs, "architecture_of", lambda device: "sm_90")
+    patch.setattr(JITFunction, "__getitem__", launching)
+    return taken

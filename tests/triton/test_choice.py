@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -13,12 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from fused_nce import tile_stats, workspace_bytes
+from fused_nce import tile_loss, tile_stats, workspace_bytes
 from fused_nce.backends import triton
 from fused_nce.backends.triton import configs, plan
 from fused_nce.core import dispatch, first_contact
 from fused_nce.core.spec import Bias, Block, Spec, TanhClip
+from fused_nce.core.tails import Nce
+from tests.triton.heard import take_down
 
 SPEC = Spec(Block(3), TanhClip(20.0))
 
@@ -188,6 +192,29 @@ def test_what_is_stored_and_what_is_not():
     ):
         at_once, strip = plan.ways(given, 300, 400, d, (dtype, dtype), shared, 256 << 20)
         assert (at_once, strip > 0) == found, (given, d, dtype, shared)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_a_strips_memory_is_free_before_the_gradients_end(monkeypatch):
+    """Its weights and their sums; nothing is launched."""
+    from fused_nce.backends.triton import launch, stored
+
+    take_down(monkeypatch)
+    held: list[StorageWeakRef] = []
+    alive: list[int] = []
+    total = launch.Sweep.total
+    hear = lambda *given, **options: held.extend(StorageWeakRef(x.untyped_storage()) for x in (given[0], given[2]))  # noqa: E731
+    monkeypatch.setattr(stored, "multiply", hear)  # (w, k, sums), then (w, q, dk)
+
+    def totalled(*given):
+        alive.append(sum(not storage.expired() for storage in held[:3]))
+        return total(*given)
+
+    monkeypatch.setattr(launch.Sweep, "total", totalled)
+    q, k = (torch.randn(n, 16, requires_grad=True) for n in (70, 75))
+    spec = Spec(Block(1), stats=Nce().stats, columns=("neg_lse",))
+    torch.autograd.grad(tile_loss(q, k, spec, Nce(), backend="triton").loss, (q, k))
+    assert (len(held), alive) == (4, [0, 0])
 
 
 def test_clips_strips():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from fused_nce.backends.triton import configs, tune
 from fused_nce.backends.triton.configs import Tile
+from tests.triton.heard import take_down
 
 KEY = ("sm_90", torch.bfloat16, configs.column_of(128))
 SHIPPED = configs.TABLE["sm_90", torch.bfloat16][KEY[2]]
@@ -61,6 +63,25 @@ def test_the_fastest_wins_if_it_is_worth_it():
     assert tune.fastest(tiles, times.__getitem__) == SHIPPED
     times[tiles[5]] = 0.9
     assert tune.fastest(tiles, times.__getitem__) == tiles[5]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("width", [128, 512])
+@pytest.mark.parametrize("dtype", configs.DTYPES, ids=str)
+def test_a_step_launches_every_kernel_with_the_tile_in_question(dtype, width, tmp_path, monkeypatch):
+    """Statistics that sum dq, and the weights of dk and of one tensor in both roles: what is launched, and not run."""
+    tile, launches = Tile(64, 64, 64, width, 8, 2), take_down(monkeypatch)
+    configs.write({("sm_90", dtype, configs.column_of(width)): tile}, path := str(tmp_path / "tiles.json"))
+    monkeypatch.setenv("FUSED_NCE_TILES", path)
+    tune.Step(300, 400, width, dtype).on("cpu", "sm_90")()
+    sizes = {"X": tile.x, "CHUNK": tile.chunk, "SLICE": tile.slice, **tile.options}
+    taken = set()
+    for name, options in launches:
+        roles = tuple(role for role in ("GRADIENT", "AS_ROW", "AS_COLUMN") if options.get(role))
+        if sizes.items() <= options.items() and options["Y"] in (tile.y, tile.y // max(1, len(roles))):
+            taken.add((name, *roles))
+    wanted = {("fold_kernel", "GRADIENT"), ("weights_kernel", "AS_COLUMN"), ("weights_kernel", "AS_ROW", "AS_COLUMN")}
+    assert wanted <= taken
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -293,13 +293,12 @@ class Sweep:
             )  # fmt: skip
             w = weights[:rows, : p.m]
             if room is not None:
-                part = sums[:rows]
-                stored.multiply(w, k, part)
-                self.finish_rows(side, Sums(part[None], self.empty, None), found, d, room, start)
+                stored.multiply(w, k, sums[:rows])
+                self.finish_rows(side, Sums(sums[None, :rows], self.empty, None), found, d, room, start)
             if needs.k:
                 stored.multiply(w.T, q[start : start + rows], of_columns, add=start > 0)  # fault: triton-strips-add
         dq = dk = dscale = self.empty
-        del w, weights, sums  # their memory serves the columns' end
+        del w, weights, sums  # their memory serves the columns' end  # fault: triton-sums-alive
         if room is not None:
             dq, dscale, _ = self.total(side, room)
         if needs.k:

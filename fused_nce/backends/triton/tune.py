@@ -10,46 +10,60 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import torch
 
-from fused_nce.backends.triton import configs
+from fused_nce.backends.triton import configs, plan
 from fused_nce.backends.triton.configs import Tile
+from fused_nce.core import workspace
 from fused_nce.core.engine import tile_loss
-from fused_nce.core.spec import Block, Index, Spec, TanhClip
+from fused_nce.core.spec import Bias, Block, Index, Spec, TanhClip
 from fused_nce.core.tails import Nce
 
 SPEC = Spec(Index(), TanhClip(20.0), Nce().stats)
+BIASED = replace(SPEC, transform=Bias())  # whose weights are never stored: that takes tiles of its own
 VIEWS = Spec(Block(2, 2), stats=Nce().stats, drop_self=True)  # one tensor in both roles, as NT-Xent has it
 Clock = Callable[[Tile], float]  # a step's time; infinite for a tile that does not run
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is timed: InfoNCE with a clip and NT-Xent, with their gradients: every form of both kernels."""
+    """What is timed: InfoNCE with a clip and NT-Xent, with their gradients: every form of both kernels.
+
+    Where a clip's weights would be stored, a bias stands in its place.
+    """
 
     rows: int
     columns: int
     width: int
     dtype: torch.dtype
 
+    def on(self, device: str, architecture: str) -> Callable[[], None]:
+        """A step on a device."""
+        q, k = (torch.randn(n, self.width, device=device, dtype=self.dtype) for n in (self.rows, self.columns))
+        q, k = (x.mul_(self.width**-0.25).requires_grad_() for x in (q, k))
+        targets = torch.arange(self.rows, device=device) % self.columns
+        views = q[: len(q) // 2 * 2].detach().requires_grad_()
+        stores = configs.square(architecture, self.dtype, self.width) is not None
+        sizes = self.rows, self.columns, self.width, (self.dtype, self.dtype), False, workspace.limit_bytes(device)
+        spec = BIASED if stores and plan.ways(SPEC, *sizes).strip else SPEC  # fault: triton-tune-stored
+
+        def step() -> None:
+            loss = tile_loss(q, k, spec, Nce(), row_ids=targets, backend="triton").loss
+            torch.autograd.grad(loss, (q, k))
+            torch.autograd.grad(tile_loss(views, None, VIEWS, Nce(), backend="triton").loss, views)
+
+        return step
+
     def clock(self, key: tuple[str, torch.dtype, int], path: str) -> Clock:
         """A step's median time in ms on the current GPU, the tile being read from `path`."""
         from triton.runtime.errors import OutOfResources, PTXASError
         from triton.testing import do_bench
 
-        q, k = (torch.randn(n, self.width, device="cuda", dtype=self.dtype) for n in (self.rows, self.columns))
-        q, k = (x.mul_(self.width**-0.25).requires_grad_() for x in (q, k))
-        targets = torch.arange(self.rows, device="cuda") % self.columns
-        views = q[: len(q) // 2 * 2].detach().requires_grad_()
-
-        def step() -> None:
-            loss = tile_loss(q, k, SPEC, Nce(), row_ids=targets, backend="triton").loss
-            torch.autograd.grad(loss, (q, k))
-            torch.autograd.grad(tile_loss(views, None, VIEWS, Nce(), backend="triton").loss, views)
+        step = self.on("cuda", key[0])
 
         def time_ms(tile: Tile) -> float:
             configs.write({key: tile}, path)
