@@ -263,7 +263,8 @@ struct Pointee<E*> {
 };
 
 // Bytes of shared memory in which a launch keeps its rows' scores. Beyond 48 KB a kernel has to be allowed them: always
-// all that there are, or the call of another thread, or a later one of a graph, took back what this launch needs.
+// all that there are, or a launch of fewer columns, by another thread or while a graph is captured, would take back
+// what this one needs.
 template <class Kernel>
 unsigned kept_by(const Device& on, Kernel* kernel, const RowTask* tasks, int count) {
   static_assert(sizeof(Slot[33]) == kReductionBytes, "kept_bytes leaves them room");

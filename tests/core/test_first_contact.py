@@ -244,10 +244,9 @@ def test_an_exception_is_a_verdict_that_does_not_last():
     assert not lasts
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_backward_knows_of_its_trial(device):
-    """A card's runs in a thread of its own as a rule."""
-    seen, x = [], torch.ones(3, device=device, requires_grad=True)
+def test_a_backward_knows_of_its_trial():
+    """A card's runs in a thread of its own as a rule; `tests/gpu/test_torch.py` has that."""
+    seen, x = [], torch.ones(3, requires_grad=True)
     with first_contact.believing(as_large=True):
         y = x * 2
         y.register_hook(lambda g: seen.append((threading.get_ident(), first_contact.large())))

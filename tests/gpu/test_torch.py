@@ -7,7 +7,10 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from fused_nce import tile_loss
+from fused_nce.bench import card
+from fused_nce.core import dispatch, first_contact
 from fused_nce.core.tails import Nce
+from fused_nce.losses.registry import LOSSES
 from tests.core.test_ops import samples
 from tests.gpu.conftest import PLACES, Place, parameters, repeats, require
 from tests.gpu.problems import SCALE, features, spec_of
@@ -91,3 +94,20 @@ def test_autocast_with_a_loss_scaler(place, dtype, within):
         assert wide.grad.dtype == torch.float32
         assert torch.isfinite(wide.grad).all()
         assert torch.equal(wide.grad, narrow.grad.float())
+
+
+@pytest.mark.parametrize("name", ["dim_mi", "cpc_nce/sequence"])  # whose backwards compute with the backend anew
+def test_the_doctors_backward_is_no_call_of_its_own(name, kernels, monkeypatch):
+    """It has no first test, and is taken for large where the forward is."""
+    monkeypatch.setattr(first_contact, "_verdicts", {})
+    monkeypatch.setattr(first_contact, "trial", None)
+    module, seen = dispatch.backend_module(kernels.backend), []
+    grads = module.grads
+
+    def heard(*given):
+        seen.append(first_contact.large())
+        return grads(*given)
+
+    monkeypatch.setattr(module, "grads", heard)
+    wrong, _ = card.compared(LOSSES[name], 24, torch.float32, kernels.backend, torch.device(kernels.device))
+    assert (wrong, first_contact._verdicts, seen[-1]) == ("", {}, True)
