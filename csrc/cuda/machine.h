@@ -34,9 +34,9 @@ struct Gemm {
 
 // Shared memory that a CTA may have on an sm_90, which is what is emulated and counted.
 constexpr int64_t kSharedBytes = 227 << 10;
-constexpr int64_t kReductionBytes = 33 * 32;  // of them
-constexpr int64_t kSystemBytes = 1 << 10;     // each CTA takes besides, and a multiprocessor has beyond the most of one
-constexpr int64_t kSharedStep = 128;          // in bytes, of what is handed out
+constexpr int64_t kReductionBytes = 1056;  // of them
+constexpr int64_t kSystemBytes = 1 << 10;  // each CTA takes besides, and a multiprocessor has beyond the most of one
+constexpr int64_t kSharedStep = 128;       // in bytes, of what is handed out
 
 // What the scores of a row take of a CTA's shared memory, if the `loss` kernel keeps them there between its two looks
 // at them; 0 where it does not: fewer CTAs than the registers leave room for would then run on a multiprocessor.

@@ -256,7 +256,7 @@ struct InCta {
   // So many turns on.
   FUSED_NCE_HD void step(int count) {
     memory += count;  // fault: gpu-kept-turn
-    strip += count * kColumns;
+    strip += static_cast<int64_t>(count * kColumns);
   }
 
   FUSED_NCE_HD Eight first(const float*, int) const {
@@ -360,7 +360,7 @@ FUSED_NCE_HD void fold_turn(const Row& row, int c, const Eight& eight, float* po
     square[u % 2] += s * s;
     bad[u % 2] += s * 0.0f;
     if (own && !(all && row.column_ids)) pos[row.pos_index(column)] = t[u] * row.share;  // fault: gpu-hard-positive
-    top = negative[u] ? __builtin_fmaxf(t[u], top) : top;  // a NaN is no maximum
+    top = negative[u] ? __builtin_fmaxf(t[u], top) : top;                                // a NaN is no maximum
   }
   add_turn<kShift>(fold, t, negative, top, square[0] + square[1], bad[0] + bad[1]);
 }
