@@ -67,7 +67,8 @@ SUMS = ("launches", "bytes", "scores", "flop", "strip_bytes", "walked_bytes")  #
 def problems_counted() -> dict[str, tuple[Problem, torch.dtype]]:
     """By label: the benchmark's in bfloat16, and, for the cost, sweeps in other dtypes and some that no card runs."""
     sweep = [*problems.CROSSOVER, *problems.LARGER]
-    found = {p.label: (p, torch.bfloat16) for p in (*problems.ALL, *problems.BOTH_WAYS, *problems.PLAIN)}
+    for_cost = (*problems.BOTH_WAYS, *problems.PLAIN, *problems.SQUARES, *problems.ROWS_ALONE, *problems.HELD)
+    found = {p.label: (p, torch.bfloat16) for p in (*problems.ALL, *for_cost)}
     found |= {f"{p.label}, float32": (p, torch.float32) for p in sweep}
     return found | {f"{p.label}, float16": (p, torch.float16) for p in problems.THIN}
 
@@ -256,6 +257,8 @@ def count(label: str, backend: str, compile_them: bool = False) -> Call:
     problem, dtype = problems_counted()[label]
     formula = FORMULAS[problem.loss]
     inputs = formula.inputs(problem, partial(torch.zeros, dtype=dtype))
+    for keys in inputs[1:] if problem.rows_alone and not problem.call().shared else ():
+        keys.requires_grad_(False)
     loss = rivals.with_backend(formula.ours, backend)
     counting = counting_cuda() if backend == "cuda" else counting_triton(compile_them)
     with rivals.workspace(problem.workspace_mb or GPU_DEFAULT_MB), counting as kernels:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import calls, compiled, static_cuda
-from bench.gpu.problems import SWEEP, TABLE, Problem
+from bench.gpu.problems import HELD_OUT, MOCO, SWEEP, TABLE, Problem
 from bench.roofline import GEMM_FLOP_PER_S, HBM_BYTES_PER_S
 from bench.text import markdown, number
 from fused_nce.core import cost
@@ -114,16 +114,28 @@ def choice(problem: Problem) -> str:
     return cost.fastest_first(problem.call(), problem.n, problem.m, problem.d, torch.bfloat16)[0]
 
 
-def cost_times() -> list[Measured]:
-    """The model's times of the calls that a record has measured ones of: what the rule of the choice is fitted to."""
+def cost_times(held_out: bool = False) -> list[Measured]:
+    """The model's times of the calls that the rule of the choice is fitted to, or of those that try it.
+
+    Args:
+        held_out: the latter: those of TABLE and HELD that it is not fitted to.
+    """
     found = []
     for label, (problem, dtype) in calls.problems_counted().items():
         call, sizes = problem.call(dtype), (problem.n, problem.m, problem.d)
-        fits = problem.fits_cost or problem.role == SWEEP or call.columns
-        for backend in [name for name in calls.BACKENDS if fits and (dtype != torch.float16 or name == "triton")]:
-            us = 1e3 * sum(parts(calls.committed()[label, backend]))
+        fits = (
+            problem.fits_cost or problem.role == SWEEP or (call.columns and problem.role != HELD_OUT) or problem is MOCO
+        )
+        wanted = fits != held_out and problem.workspace_mb is None
+        for backend in [name for name in calls.BACKENDS if wanted and (dtype != torch.float16 or name == "triton")]:
+            us = 1e3 * sum(parts(calls.committed()[label, backend])) / problem.steps
             found.append(Measured(backend, dtype.itemsize, call, *sizes, us))
     return found
+
+
+def has_rate(row: Measured) -> bool:
+    """Whether a time tells a rate: few rows leave multiprocessors without a program of 16-bit `triton`, in any turn."""
+    return row.backend != "triton" or row.element_bytes > 2 or row.n >= (8192 if row.call.stored else 1008)
 
 
 def extra_mb(problem: Problem) -> float:

@@ -17,6 +17,7 @@ import torch
 
 from bench import counted
 from bench.gpu import verdict
+from bench.gpu.problems import MANY, MOST
 from bench.text import markdown, number
 from fused_nce.backends.triton import plan
 from fused_nce.core import cost
@@ -26,23 +27,40 @@ CALLS = {
     "both gradients": Call(),
     "both gradients, penalty": Call(penalised=True),
     "gradient of the rows": Call(k=False),
+    "gradient of the rows, penalty": Call(k=False, penalised=True),
     "one tensor in both roles": Call(k=False, shared=True),
     "column statistics": Call(columns=True),
+    "column statistics, gradient of the rows": Call(k=False, columns=True),
 }
-MANY = 32768  # rows and columns: a launch is nothing beside them
 WIDTHS = range(16, 2561)
 EQUAL = 1.02  # times that close are one: the counts know no better
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
-def crossover(call: Call, costs: Table) -> int | None:
-    """The width from which `cuda` is the faster in 16 bits, for many rows and columns; None where it never is."""
+def crossovers(call: Call, costs: Table, n: int = MANY) -> list[int]:
+    """The widths from which another backend than before is the faster, first `triton`, in 16 bits, of n².
 
-    def fastest(d: int) -> str:
+    Of two that are EQUAL neither is.
+    """
+    found: list[int] = []
+    before = "triton"
+    for d in WIDTHS:
         stored = not call.shared and (call.columns or d > plan.WIDE)
-        return cost.fastest_first(call._replace(stored=stored), MANY, MANY, d, torch.bfloat16, costs)[0]
+        times = cost.times_us(call._replace(stored=stored), n, n, d, torch.bfloat16, costs)
+        best = min(times, key=times.__getitem__)
+        if times[before] > EQUAL * times[best]:
+            found, before = [*found, d], best
+    return found
 
-    return next((d for d in WIDTHS if fastest(d) == "cuda"), None)
+
+def choice_table() -> str:
+    """The Markdown table of the shipped choice."""
+    sizes = 8192, MANY, MOST
+    rows = [
+        [name, *(", ".join(map("{:,}".format, crossovers(call, cost.table(), n))) for n in sizes)]
+        for name, call in CALLS.items()
+    ]
+    return markdown(["bfloat16: `cuda` is chosen from D", *(f"{n:,}²" for n in sizes)], rows)
 
 
 def wrong_choices(rows: Sequence[Measured], costs: Table) -> list[str]:
@@ -60,23 +78,27 @@ def wrong_choices(rows: Sequence[Measured], costs: Table) -> list[str]:
     return found
 
 
-def report(rows: Sequence[Measured], costs: Table) -> str:
-    """Markdown."""
+def report(rows: Sequence[Measured], costs: Table, fitted: Sequence[Measured]) -> str:
+    """Markdown, of all rows and those that the costs are fitted to."""
     errors: dict[tuple[str, int], float] = {}
-    for row in rows:
+    for row in fitted:
         error = abs(costs[row.entry].time_us(row.gemms, row.n, row.m, row.d) / row.time_us - 1)
         errors[row.entry] = max(error, errors.get(row.entry, 0.0))
-    fitted = [
-        [f"{key[0]}, {key[1]} bytes", number(costs[key].launch_us),
+    lines = [
+        [f"{key[0]}, {key[1]} bytes", number(costs[key].launch_us), number(costs[key].score_ps),
          ", ".join(f"{width}: {number(ps)}" for width, ps in sorted(costs[key].gemm_ps.items())), f"{error:.0%}"]
         for key, error in errors.items()
     ]  # fmt: skip
-    widths = [[name, *(str(crossover(call, table)) for table in (cost.table(), costs))] for name, call in CALLS.items()]
+    tables = cost.table(), costs
+    widths = [
+        [name, *(", ".join(map(str, crossovers(call, table))) or "none" for table in tables)]
+        for name, call in CALLS.items()
+    ]
     wrong = wrong_choices(rows, costs)
     return "\n\n".join(
         [
-            markdown(["cost", "launch, µs", "a score and GEMM, ps, by D", "largest error"], fitted),
-            markdown(["`cuda` is the faster from D", "shipped", "fitted"], widths),
+            markdown(["cost", "launch, µs", "a score, ps", "a score and GEMM, ps, by D", "largest error"], lines),
+            markdown([f"{MANY:,}²: `cuda` is the faster from D", "shipped", "fitted"], widths),
             "\n".join(["Not the fastest:", *(f"- {line}" for line in wrong)]) if wrong else "The fastest everywhere.",
         ]
     )
@@ -96,10 +118,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = f"fitted to {options.record.name}: {card}, commit {code}, {record['date_utc'][:10]}"
     if not rows:
         parser.error(f"record: got {options.record} without times, need one that `python -m bench.gpu` wrote on a GPU")
-    # A card's times serve plain calls too: none of a record's are those of counts.
-    kept = {key: x for key, x in cost.table().items() if options.record is None or not key[0].endswith(cost.PLAIN)}
-    costs = kept | cost.fit(rows)
-    print(report(rows, costs))
+    # A card's times serve plain calls too, and thin strips: none of a record's are those of counts.
+    own = (cost.PLAIN, cost.THIN)
+    kept = {key: x for key, x in cost.table().items() if options.record is None or not key[0].endswith(own)}
+    fitted = [row for row in rows if options.record is not None or counted.has_rate(row)]
+    costs = kept | cost.fit(fitted)
+    print(report(rows, costs, fitted))
     if options.write:
         cost.write(costs, source)
         print(f"wrote {cost.PATH}", file=sys.stderr)

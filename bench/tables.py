@@ -14,7 +14,19 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from bench import cases, counted, decode, family_tables, losses, premise, roofline, scaling, speedrun_table, training
+from bench import (
+    cases,
+    counted,
+    decode,
+    family_tables,
+    fit,
+    losses,
+    premise,
+    roofline,
+    scaling,
+    speedrun_table,
+    training,
+)
 from bench.gpu import problems as gpu_problems
 from bench.gpu import tables as gpu_tables
 from bench.host import ROOT
@@ -216,6 +228,7 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "speedrun": lambda record: speedrun_table.block(),
     "scaling": lambda record: scaling.tables(),
     "gpu-model": lambda record: counted.table(),
+    "gpu-choice": lambda record: fit.choice_table(),
     "gpu-launches": lambda record: counted.launches_table((*gpu_problems.TABLE, *gpu_problems.SMALL)),
     "gpu-memory": lambda record: counted.memory_table(),
     "decode": lambda record: decode.block(ROOT / "bench/results"),

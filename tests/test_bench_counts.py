@@ -176,7 +176,7 @@ def test_a_problem_names_the_spec_and_the_gradients_of_its_loss(p, monkeypatch):
     spec, call = seen[0]
     assert spec.code == tiny.spec.code
     assert call.op == "loss"
-    asked = problems.CALLS.get(p.loss, Call())
+    asked = problems.CALLS.get(p.loss, Call())._replace(k=not p.rows_alone)
     assert (call.gemms("cuda"), call.gemms("triton")) == (asked.gemms("cuda"), asked.gemms("triton"))
 
 

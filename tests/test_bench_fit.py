@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import counted, fit
+from bench import calls, counted, fit
 from bench.gpu import problems, verdict
 from fused_nce.core import cost, dispatch
 from fused_nce.core.cost import Call, Cost
@@ -48,16 +48,45 @@ def test_a_fit_finds_the_costs_of_a_record():
 
 
 def test_the_shipped_table_is_what_the_counts_say():
-    """Until a record of a card takes their place; and it takes the faster one at every shape that was counted."""
+    """Until a record of a card takes their place; and it takes the faster one at every shape that is fitted to."""
     text = json.loads(cost.PATH.read_text(encoding="utf-8"))["source"]
     assert text == f"fitted to counts, no measurement: {counted.assumptions()}"
-    found = cost.fit(counted.cost_times())
+    found = cost.fit(filter(counted.has_rate, counted.cost_times()))
     assert found.keys() == cost.table().keys()
     for key, one in found.items():
         shipped = cost.table()[key]
         assert shipped.launch_us == pytest.approx(one.launch_us, abs=0.01)
+        assert shipped.score_ps == pytest.approx(one.score_ps, abs=1e-4)
         assert shipped.gemm_ps == pytest.approx(one.gemm_ps, abs=1e-4)
     assert fit.wrong_choices(counted.cost_times(), cost.table()) == []
+
+
+@pytest.mark.parametrize("name", fit.CALLS)
+def test_the_shipped_choice_changes_once(name):
+    """From `triton` to `cuda` as rows get wider, at any size."""
+    for n in (8192, 16384, 32768, 65536):
+        assert len(fit.crossovers(fit.CALLS[name], cost.table(), n)) == 1, n
+
+
+def test_the_shipped_table_chooses_well_beyond_what_it_is_fitted_to():
+    """By the counts of shapes held out. It does not know how few rows more than 65,536 columns leave a block."""
+    rows = counted.cost_times(held_out=True)
+    assert {problem.label for problem in problems.HELD} <= {label for label, _ in calls.committed()}
+    assert {(row.call.penalised, row.call.columns, row.call.k) for row in rows} == {
+        (penalised, columns, k)
+        for penalised in (False, True)
+        for columns in (False, not penalised)
+        for k in (False, True)
+    }
+    assert fit.wrong_choices(rows, cost.table()) == ["2048 × 100352, D 256: cuda takes 1.13× as long as triton"]
+
+
+def test_a_tie_is_no_crossover():
+    flat = {("triton", 2): Cost(0.0, {64: 1.0}), ("cuda", 2): Cost(0.0, {64: 1.0})}
+    assert fit.crossovers(Call(penalised=True), flat) == [fit.WIDTHS[0]]  # of five products and three
+    for ps, found in ((5.05 / 3, []), (4.8 / 3, [fit.WIDTHS[0]])):
+        close = flat | {("cuda", 2): Cost(0.0, {64: ps}), ("triton, stored", 2): Cost(0.0, {64: 1.25})}
+        assert fit.crossovers(Call(penalised=True), close) == found
 
 
 def test_one_rule_chooses(monkeypatch):
@@ -70,7 +99,6 @@ def test_one_rule_chooses(monkeypatch):
         assert dispatch.choose(Spec(Block(1)), x, None, "")[0] == order[0]
         assert {counted.choice(p) for p in problems.TABLE} == {order[0]}
         assert all(f": {order[0]} takes" in line for line in fit.wrong_choices(rows, TRUTH))
-        assert fit.crossover(Call(), TRUTH) == (fit.WIDTHS[0] if order[0] == "cuda" else None)
 
 
 def test_a_record_moves_the_choice(tmp_path, monkeypatch, capsys):

@@ -17,10 +17,10 @@ from fused_nce.core.workspace import GPU_DEFAULT_MB
 TINY = "tiny "
 SWEEP = "sweep over widths"
 SIZES = "another size, for the cost model"
+HELD_OUT = "a shape that the cost model is tried at"
 CALLS = {  # what a loss asks of a backend, as the benchmark calls it
     "amdim_nce": Call(penalised=PENALTY > 0),
-    "moco_nce": Call(k=False),
-    "nt_xent": Call(k=False, shared=True),
+    "nt_xent": Call(shared=True),
     "clip_loss": Call(columns=True),
 }
 GRADIENTS = ("scores", "grad_q", "grad_k")  # the GEMMs that no loss with both gradients can do without
@@ -58,9 +58,15 @@ class Problem:
         """Of the least GEMMs, 2·N·M·D each."""
         return len(self.gemms) * self.steps * 2 * self.n * self.m * self.d
 
+    @property
+    def rows_alone(self) -> bool:
+        """Whether keys want no gradient of their own."""
+        return "grad_k" not in self.gemms
+
     def call(self, dtype: torch.dtype = torch.bfloat16) -> Call:
         """What it asks of a backend."""
-        found, sizes = CALLS.get(self.loss, Call()), (self.n, self.m, self.d, (dtype, dtype))
+        found = CALLS.get(self.loss, Call())._replace(k=not self.rows_alone)
+        sizes = self.n, self.m, self.d, (dtype, dtype)
         limit = (self.workspace_mb or GPU_DEFAULT_MB) << 20
         return found.planned(found.columns, *plan.ways(self.spec, *sizes, found.shared, limit))
 
@@ -81,7 +87,7 @@ class Problem:
     @property
     def fits_cost(self) -> bool:
         """Whether its time is one of those that the rule of the choice is fitted to."""
-        return self.loss == "amdim_nce" and self.workspace_mb is None
+        return self.loss == "amdim_nce" and self.workspace_mb is None and self.role != HELD_OUT
 
     @property
     def scores(self) -> int:
@@ -101,6 +107,11 @@ def amdim(images: int, d: int, n_c: int = 49, target: Target | None = None, work
     suffix = "" if workspace_mb is None else f", in {workspace_mb} MiB"
     label = f"AMDIM {images}×{n_c}, D {d}{suffix}"
     return Problem("amdim_nce", label, images, images * n_c, d, n_c, target=target, workspace_mb=workspace_mb)
+
+
+def of_rows(problem: Problem) -> Problem:
+    """The same whose keys want no gradient."""
+    return replace(problem, label=f"{problem.label}, rows alone", gemms=("scores", "grad_q"))
 
 
 def square(loss: str, name: str, n: int, d: int, target: Target | None = None, **more: Any) -> Problem:
@@ -142,10 +153,32 @@ LARGER = tuple(replace(amdim(1024, d), role=SIZES) for d in (64, 128, 512))
 # Of losses both ways, whose weights the Triton kernels store: for the rule of the choice, from counts alone.
 BOTH_WAYS = tuple(square("clip_loss", "CLIP", 8192, d, role=SWEEP) for d in (64, 128, 256, 512, 1024, 2560))
 
-# Likewise, of losses without a clip and a penalty.
+# Likewise, of losses without a clip and a penalty, and of those with both beyond what the card is to measure.
 PLAIN = (
     square("info_nce", "InfoNCE", 1024, 256, role=SWEEP),
     *(square("info_nce", "InfoNCE", 8192, d, role=SWEEP) for d in (64, 128, 192, 256, 384, 512, 1024, 2560)),
+)
+MANY, MOST = 32768, 65536
+SQUARES = (
+    *(replace(amdim(8192, d, 1), role=SWEEP) for d in (128, 384)),
+    *(replace(amdim(MANY, d, 1), role=SWEEP) for d in (64, 128, 192, 256, 384, 512, 1024, 2560)),
+    *(replace(amdim(MOST, d, 1), role=SWEEP) for d in (64, 128, 256, 384, 1024, 2560)),
+    replace(amdim(1344, 128), role=SWEEP),
+    *(square("info_nce", "InfoNCE", MANY, d, role=SWEEP) for d in (128, 384, 1024)),
+    *(square("info_nce", "InfoNCE", MOST, d, role=SWEEP) for d in (64, 128, 256, 384, 512, 1024, 2560)),
+    *(square("clip_loss", "CLIP", MANY, d, role=SWEEP) for d in (128, 2560)),
+)
+ROWS_ALONE = tuple(of_rows(p) for p in SQUARES if p.n == MANY or (p.n == MOST and p.d in (128, 1024)))
+# Beside those of TABLE that no cost is fitted to.
+HELD = tuple(
+    replace(p, role=HELD_OUT)
+    for p in (
+        *(square("info_nce", "InfoNCE", n, d) for n, d in ((16384, 256), (16384, 320), (32768, 512), (MOST, 768))),
+        *(amdim(n, d, n_c) for n, d, n_c in ((16384, 192, 1), (16384, 512, 1), (2048, 256, 49), (MOST, 768, 1))),
+        *(square("clip_loss", "CLIP", n, d) for n, d in ((16384, 768), (16384, 1536), (MOST, 1024))),
+        *(of_rows(p) for p in (amdim(8192, 256, 1), amdim(MOST, 256, 1), square("info_nce", "InfoNCE", MANY, 256))),
+        of_rows(square("clip_loss", "CLIP", MANY, 1024)),
+    )
 )
 # In float16, whose weights the Triton kernels never store: thin passes over wide rows.
 THIN = tuple(replace(p, role=SWEEP) for p in (*CROSSOVER[4:], *TABLE[:3], LARGER[-1], *PLAIN[-4:]))

@@ -1,11 +1,12 @@
 """Which backend is fastest on a GPU: a model of their times, its table, and its fit to measured ones.
 
-A call of N rows, M columns and width D takes launch + GEMMs·N·M·gemm(D) on each backend. `cuda` moves its scores
-through the L2 but multiplies at cuBLAS' rate; `triton` never lets a score off the chip, computes it again for each
-gradient, and its tiles get thin as D grows. With both gradients they meet near D = 130 in 16 bits beside a penalty, at
-256 without, where a score costs less. Calls with statistics of columns, and those whose weights `triton` stores for
-cuBLAS, have costs of their own, as far as its plan has room for them (`backends/triton/plan.py`). The table is
-`cost.json`; `python -m bench.fit` makes another from a measured record.
+A call of N rows, M columns and width D takes launch + N·M·(score + GEMMs·gemm(D)) on each backend. `cuda` moves its
+scores through the L2 but multiplies at cuBLAS' rate; `triton` never lets a score off the chip, computes it again for
+each gradient, and its tiles get thin as D grows: in 16 bits it leads up to D = 256, or beside a penalty, whose dq takes
+a pass of its own, where the keys want no gradient or the width is at most some 100. Calls with statistics of columns,
+those whose weights `triton` stores for cuBLAS, as far as its plan has room for them (`backends/triton/plan.py`), and
+those of so many columns that strips of `cuda` are thin have costs of their own. The table is `cost.json`;
+`python -m bench.fit` makes another from a measured record.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import torch
 PATH = Path(__file__).with_name("cost.json")
 BOTH_WAYS = ", both ways"  # after the name of a backend: of its calls with statistics of columns
 STORED = ", stored"  # of statistics of rows alone, where weights are stored
-PLAIN = ", plain"  # likewise, where they are not, and there is no penalty
+THIN = ", thin strips"  # likewise of `cuda`, from as many columns as leave its strips 128 rows: products wait for keys
+PLAIN = ", plain"  # likewise, where there is no penalty
+THIN_FROM = 50 << 10  # columns
 
 
 class Tiles(NamedTuple):
@@ -66,12 +69,16 @@ class Call(NamedTuple):
         """With what `backends/triton/plan.ways` says."""
         return self._replace(columns=columns, at_once=at_once or not columns, stored=strip > 0)
 
-    def entry(self, backend: str) -> str:
-        """The table's name for what a backend does; thin passes of `triton` cost the same wherever it takes them."""
+    def entry(self, backend: str, m: int) -> str:
+        """The table's name for what a backend does with so many columns.
+
+        Thin passes of `triton` cost the same wherever it takes them. A table without the name has one that begins it.
+        """
         stored = backend == "triton" and self.stored and self.at_once
         if self.columns:
             return backend + BOTH_WAYS * (stored or (backend == "cuda" and not self.shared))
-        return backend + (STORED if stored else PLAIN * (not self.penalised))  # fault: cost-stored
+        thin = backend == "cuda" and m >= THIN_FROM  # fault: cost-thin-strips
+        return backend + STORED * stored + THIN * thin + PLAIN * (not self.penalised)  # fault: cost-stored
 
     def gemms(self, backend: str, tiles: Tiles | None = None) -> float:
         """N·M·D products that a backend computes: the scores and, of each gradient, w·y.
@@ -103,10 +110,11 @@ class Cost:
 
     launch_us: float
     gemm_ps: dict[int, float]  # a score and GEMM by D; linear between the entries, constant below, proportional above
+    score_ps: float = 0.0  # a score, whatever is made of it
 
     def time_us(self, gemms: float, n: int, m: int, d: int) -> float:
         """What a call takes."""
-        return self.launch_us + gemms * n * m * self._gemm_ps_at(d) * 1e-6
+        return self.launch_us + n * m * (self.score_ps + gemms * self._gemm_ps_at(d)) * 1e-6
 
     def _gemm_ps_at(self, d: int) -> float:
         below = max((width for width in self.gemm_ps if width <= d), default=min(self.gemm_ps))
@@ -134,7 +142,7 @@ class Measured(NamedTuple):
     @property
     def entry(self) -> tuple[str, int]:
         """Of the table."""
-        return self.call.entry(self.backend), self.element_bytes
+        return self.call.entry(self.backend, self.m), self.element_bytes
 
     @property
     def gemms(self) -> float:
@@ -152,7 +160,7 @@ def _read(path: Path) -> Table:
     rows = json.loads(path.read_text(encoding="utf-8"))["costs"]
     return {
         (row["backend"], row["element_bytes"]): Cost(
-            row["launch_us"], {int(width): ps for width, ps in row["gemm_ps"].items()}
+            row["launch_us"], {int(width): ps for width, ps in row["gemm_ps"].items()}, row["score_ps"]
         )
         for row in rows
     }
@@ -171,6 +179,7 @@ def write(costs: Table, source: str) -> None:
                 "backend": backend,
                 "element_bytes": size,
                 "launch_us": round(cost.launch_us, 2),
+                "score_ps": round(cost.score_ps, 4),
                 "gemm_ps": {str(width): round(ps, 4) for width, ps in sorted(cost.gemm_ps.items())},
             }
         )
@@ -185,7 +194,13 @@ def write(costs: Table, source: str) -> None:
 
 
 def fastest_first(call: Call, n: int, m: int, d: int, dtype: torch.dtype, costs: Table | None = None) -> list[str]:
-    """The backends that the table knows for this element size, by predicted time.
+    """The backends that the table knows for this element size, by predicted time: `times_us`'s arguments."""
+    times = times_us(call, n, m, d, dtype, costs)
+    return sorted(times, key=times.__getitem__)
+
+
+def times_us(call: Call, n: int, m: int, d: int, dtype: torch.dtype, costs: Table | None = None) -> dict[str, float]:
+    """What the table predicts of each backend that it knows for this element size.
 
     Args:
         call: what is asked.
@@ -196,12 +211,17 @@ def fastest_first(call: Call, n: int, m: int, d: int, dtype: torch.dtype, costs:
         costs: the shipped table by default.
     """
     size, costs = min(dtype.itemsize, 4), table() if costs is None else costs
-    times = {
-        name: costs.get((call.entry(name), size), one).time_us(call.gemms(name), n, m, d)
-        for (name, known), one in costs.items()
+    return {
+        name: _of(costs, call.entry(name, m), size).time_us(call.gemms(name), n, m, d)
+        for name, known in costs
         if known == size and "," not in name
     }
-    return sorted(times, key=times.__getitem__)
+
+
+def _of(costs: Table, entry: str, size: int) -> Cost:
+    while (entry, size) not in costs:
+        entry = entry.rpartition(",")[0]
+    return costs[entry, size]
 
 
 def fit(measured: Iterable[Measured]) -> Table:
@@ -220,22 +240,23 @@ def _fit_one(name: str, rows: list[Measured]) -> Cost:
     widths = sorted({row.d for row in rows})
     if len(rows) <= len(widths):
         raise ValueError(f"measured: got {len(rows)} times of {name!r} at {len(widths)} widths, need more times")
-    terms = torch.zeros(len(rows), 1 + len(widths), dtype=torch.float64)
+    several = len({(row.d, row.gemms) for row in rows}) > len(widths)  # else a score's share is not to be told
+    terms = torch.zeros(len(rows), 2 + len(widths), dtype=torch.float64)
     for i, row in enumerate(rows):
-        terms[i, 0] = 1.0
-        terms[i, 1 + widths.index(row.d)] = row.gemms * row.n * row.m * 1e-6
+        terms[i, 0], terms[i, 1] = 1.0, several * row.n * row.m * 1e-6
+        terms[i, 2 + widths.index(row.d)] = row.gemms * row.n * row.m * 1e-6
     times = torch.tensor([[row.time_us] for row in rows], dtype=torch.float64)
-    launch, *products = _positive(terms / times).tolist()
-    return Cost(launch, {width: ps for width, ps in zip(widths, products, strict=True) if ps > 0})
+    launch, score, *products = _positive(terms / times).tolist()
+    return Cost(launch, {width: ps for width, ps in zip(widths, products, strict=True) if ps > 0}, score)
 
 
 def _positive(terms: torch.Tensor) -> torch.Tensor:
     """x ≥ 0 with terms·x nearest to 1: noise makes a small one negative, which is then 0."""
-    found, kept = torch.zeros(terms.shape[1], dtype=terms.dtype), torch.ones(terms.shape[1], dtype=torch.bool)
+    found, kept = torch.zeros(terms.shape[1], dtype=terms.dtype), terms.any(dim=0)
     while True:
         ones = torch.ones(terms.shape[0], 1, dtype=terms.dtype)
         found[kept] = torch.linalg.lstsq(terms[:, kept], ones).solution.squeeze(1)
         if bool((found >= 0).all()):
             return found
-        found[kept & (found < 0)] = 0.0
-        kept &= found > 0
+        least = int(found.argmin())
+        found[least], kept[least] = 0.0, False

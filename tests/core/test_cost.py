@@ -21,13 +21,16 @@ def first(call: Call, n: int, m: int, d: int, dtype: torch.dtype = torch.bfloat1
     return cost.fastest_first(call, n, m, d, dtype)[0]
 
 
-@pytest.mark.parametrize(("n", "m"), [(4096, 65536), (32768, 32768)])
+@pytest.mark.parametrize(("n", "m"), [(8192, 32768), (32768, 32768)])
 def test_the_width_decides(n, m):
     """Recomputing wins while D is small; for float32 the tensor cores that it does without decide at any D."""
     assert first(TWO, n, m, 64) == first(TWO, n, m, 250) == "triton"
-    assert first(TWO, n, m, 300) == first(PENALISED, n, m, 150) == "cuda"
+    wide = TWO._replace(stored=True)
+    assert first(TWO, n, m, 300) == first(wide, n, m, 300) == first(PENALISED, n, m, 150) == "cuda"
     assert cost.fastest_first(TWO, n, m, 2560, torch.float16) == ["cuda", "triton"]
     assert first(TWO, n, m, 64, torch.float32) == "cuda"
+    assert first(wide, n, 2 * m, 500) == first(PENALISED, n, 2 * m, 128) == "triton"  # products wait for keys
+    assert first(wide, n, 2 * m, 600) == first(PENALISED._replace(stored=True), n, 2 * m, 260) == "cuda"
 
 
 def test_the_gradients_decide():
@@ -50,9 +53,35 @@ def test_both_ways_have_costs_of_their_own():
         for one, first_one in ((call, "triton"), (other, "cuda")):
             found = cost.fastest_first(one, 8192, 8192, 256, torch.bfloat16, table)
             assert (found[0], len(found)) == (first_one, 2)
-    assert both._replace(at_once=False).entry("triton") == "triton"
-    assert (both.entry("cuda"), both._replace(shared=True).entry("cuda")) == ("cuda" + cost.BOTH_WAYS, "cuda")
-    assert TWO._replace(stored=True).entry("cuda") == "cuda" + cost.PLAIN
+    most = cost.THIN_FROM
+    assert both._replace(at_once=False).entry("triton", most) == "triton"
+    both_of = (both.entry("cuda", most), both._replace(shared=True).entry("cuda", most))
+    assert both_of == ("cuda" + cost.BOTH_WAYS, "cuda")
+    assert TWO._replace(stored=True).entry("cuda", most - 1) == "cuda" + cost.PLAIN
+    assert TWO._replace(stored=True).entry("triton", most) == "triton" + cost.STORED + cost.PLAIN
+
+
+def test_thin_strips_have_a_cost_of_their_own():
+    """Of `cuda` alone; a table without an entry has the one whose name begins alike."""
+    slow = Cost(10.0, {64: 100.0})
+    table = TRUTH | {("cuda" + cost.THIN, 2): slow}
+    for m, name in ((cost.THIN_FROM - 1, "cuda"), (cost.THIN_FROM, "triton")):
+        for call in (TWO, PENALISED):
+            assert cost.fastest_first(call, 8192, m, 256, torch.bfloat16, table)[0] == name
+
+
+def test_a_score_costs_beside_its_products():
+    truth = Cost(10.0, {64: 1.0, 128: 2.0}, 5.0)
+    rows = [
+        Measured("cuda", 2, call, n, n, d, truth.time_us(call.gemms("cuda"), n, n, d))
+        for call in (PENALISED, PENALISED._replace(k=False))
+        for n in (1024, 8192)
+        for d in (64, 128)
+    ]
+    found = cost.fit(rows)["cuda", 2]
+    assert (found.launch_us, found.score_ps) == pytest.approx((10.0, 5.0))
+    assert found.gemm_ps == pytest.approx(truth.gemm_ps)
+    assert cost.fit([row for row in rows if row.call.k])["cuda", 2].score_ps == 0.0
 
 
 def test_both_ways_beyond_the_plan_cost_what_runs():
@@ -120,7 +149,7 @@ def test_between_and_beyond_the_entries():
 
 
 TRUTH = {("cuda", 2): Cost(25.0, {64: 0.7, 256: 1.3}), ("triton", 2): Cost(40.0, {64: 0.3, 256: 1.6})}
-SHAPES = [(128, 6272, 64), (4096, 4096, 64), (8192, 9000, 256), (512, 65536, 256)]
+SHAPES = [(128, 6272, 64), (4096, 4096, 64), (8192, 9000, 256), (512, 49152, 256)]
 
 
 def times_of(table: cost.Table) -> list[Measured]:
