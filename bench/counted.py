@@ -134,7 +134,12 @@ def cost_times(held_out: bool = False) -> list[Measured]:
 
 
 def has_rate(row: Measured) -> bool:
-    """Whether a time tells a rate: few rows leave multiprocessors without a program of 16-bit `triton`, in any turn."""
+    """Whether a time tells a rate: few rows leave multiprocessors without a program of 16-bit `triton`, in any turn.
+
+    Nor of `cuda` between thick strips and thin ones.
+    """
+    if row.backend == "cuda" and row.element_bytes == 2 and not row.call.columns:
+        return not cost.THICK < row.m < cost.THIN_FROM
     return row.backend != "triton" or row.element_bytes > 2 or row.n >= (8192 if row.call.stored else 1008)
 
 

@@ -161,10 +161,10 @@ PLAIN = (
 MANY, MOST = 32768, 65536
 SQUARES = (
     *(replace(amdim(8192, d, 1), role=SWEEP) for d in (128, 384)),
-    *(replace(amdim(MANY, d, 1), role=SWEEP) for d in (64, 128, 192, 256, 384, 512, 1024, 2560)),
+    *(replace(amdim(MANY, d, 1), role=SWEEP) for d in (64, 128, 192, 256, 320, 384, 512, 1024, 2560)),
     *(replace(amdim(MOST, d, 1), role=SWEEP) for d in (64, 128, 256, 384, 1024, 2560)),
     replace(amdim(1344, 128), role=SWEEP),
-    *(square("info_nce", "InfoNCE", MANY, d, role=SWEEP) for d in (128, 384, 1024)),
+    *(square("info_nce", "InfoNCE", MANY, d, role=SWEEP) for d in (128, 320, 384, 1024)),
     *(square("info_nce", "InfoNCE", MOST, d, role=SWEEP) for d in (64, 128, 256, 384, 512, 1024, 2560)),
     *(square("clip_loss", "CLIP", MANY, d, role=SWEEP) for d in (128, 2560)),
 )
@@ -173,8 +173,14 @@ ROWS_ALONE = tuple(of_rows(p) for p in SQUARES if p.n == MANY or (p.n == MOST an
 HELD = tuple(
     replace(p, role=HELD_OUT)
     for p in (
-        *(square("info_nce", "InfoNCE", n, d) for n, d in ((16384, 256), (16384, 320), (32768, 512), (MOST, 768))),
-        *(amdim(n, d, n_c) for n, d, n_c in ((16384, 192, 1), (16384, 512, 1), (2048, 256, 49), (MOST, 768, 1))),
+        *(
+            square("info_nce", "InfoNCE", n, d)
+            for n, d in ((16384, 256), (16384, 320), (32768, 512), (49152, 320), (40960, 512), (MOST, 768))
+        ),
+        *(
+            amdim(n, d, n_c)
+            for n, d, n_c in ((16384, 192, 1), (16384, 512, 1), (49152, 128, 1), (2048, 256, 49), (MOST, 768, 1))
+        ),
         *(square("clip_loss", "CLIP", n, d) for n, d in ((16384, 768), (16384, 1536), (MOST, 1024))),
         *(of_rows(p) for p in (amdim(8192, 256, 1), amdim(MOST, 256, 1), square("info_nce", "InfoNCE", MANY, 256))),
         of_rows(square("clip_loss", "CLIP", MANY, 1024)),

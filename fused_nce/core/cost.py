@@ -3,7 +3,7 @@
 A call of N rows, M columns and width D takes launch + N·M·(score + GEMMs·gemm(D)) on each backend. `cuda` moves its
 scores through the L2 but multiplies at cuBLAS' rate; `triton` never lets a score off the chip, computes it again for
 each gradient, and its tiles get thin as D grows. From 8,192² to 32,768² scores it leads in 16 bits up to D = 256;
-beside a penalty, whose dq takes a pass of its own, up to D = 185 to 256 for one gradient, for both up to 123 at most.
+beside a penalty, whose dq takes a pass of its own, up to D = 187 to 256 for one gradient, for both up to 82 at most.
 Calls with statistics of columns, those whose weights `triton` stores for cuBLAS, as far as its plan has room for them
 (`backends/triton/plan.py`), and those of so many columns that strips of `cuda` are thin have costs of their own. The
 table is `cost.json`; `python -m bench.fit` makes another from a measured record.
@@ -23,9 +23,9 @@ import torch
 PATH = Path(__file__).with_name("cost.json")
 BOTH_WAYS = ", both ways"  # after the name of a backend: of its calls with statistics of columns
 STORED = ", stored"  # of statistics of rows alone, where weights are stored
-THIN = ", thin strips"  # likewise of `cuda`, from as many columns as leave its strips 128 rows: products wait for keys
+THIN = ", thin strips"  # likewise of `cuda`, with so many columns that its strips have few rows: products wait for keys
 PLAIN = ", plain"  # likewise, where there is no penalty
-THIN_FROM = 50 << 10  # columns
+THICK, THIN_FROM = 1 << 15, 1 << 16  # columns up to which strips are not thin, and from which they are: between, a mix
 
 
 class Tiles(NamedTuple):
@@ -211,8 +211,10 @@ def times_us(call: Call, n: int, m: int, d: int, dtype: torch.dtype, costs: Tabl
         costs: the shipped table by default.
     """
     size, costs = min(dtype.itemsize, 4), table() if costs is None else costs
+    thin = min(1.0, max(0.0, (m - THICK) / (THIN_FROM - THICK)))  # fault: cost-no-share
+    shares = ((1 - thin, THICK), (thin, THIN_FROM))
     return {
-        name: _of(costs, call.entry(name, m), size).time_us(call.gemms(name), n, m, d)
+        name: sum(x * _of(costs, call.entry(name, to), size).time_us(call.gemms(name), n, m, d) for x, to in shares)
         for name, known in costs
         if known == size and "," not in name
     }

@@ -65,8 +65,13 @@ def test_thin_strips_have_a_cost_of_their_own():
     """Of `cuda` alone; a table without an entry has the one whose name begins alike."""
     slow = Cost(10.0, {64: 100.0})
     table = TRUTH | {("cuda" + cost.THIN, 2): slow}
-    for m, name in ((cost.THIN_FROM - 1, "cuda"), (cost.THIN_FROM, "triton")):
-        for call in (TWO, PENALISED):
+    for call in (TWO, PENALISED):
+        less, half, more = (
+            cost.times_us(call, 8192, m, 256, torch.bfloat16, table)["cuda"] / m
+            for m in (cost.THICK, 49152, cost.THIN_FROM)
+        )
+        assert half == pytest.approx((less + more) / 2, rel=1e-3)  # but for a launch
+        for m, name in ((cost.THICK, "cuda"), (cost.THIN_FROM, "triton"), (2 * cost.THIN_FROM, "triton")):
             assert cost.fastest_first(call, 8192, m, 256, torch.bfloat16, table)[0] == name
 
 
