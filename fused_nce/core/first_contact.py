@@ -201,7 +201,7 @@ def problem(
     """One of so many rows and columns, or as many more as whole images have: scores of size one, repeated ids.
 
     Of fewer images, two at least, where they would have more than MOST_SCORES or MOST_NUMBERS. Those of 49 columns an
-    image and more than 668 features are then fewer rows than two strips of stored weights have (`triton`): no strip but
+    image and more than 663 features are then fewer rows than two strips of stored weights have (`triton`): no strip but
     the first is tried. At width 2,560 two would take the oracle 12 GFLOP and more, where `trial` has 7.
     """
     layout, g = spec.layout, torch.Generator().manual_seed(0)
