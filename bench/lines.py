@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 55_339, ("tests",): 35_863}
+BUDGET = {("fused_nce", "csrc", "bench"): 55_345, ("tests",): 35_870}
 
 
 def lines(folder: str) -> int:

@@ -66,13 +66,18 @@ def test_our_presets_take_the_penalty_of_the_paper():
     assert [of_preset(preset).loss.penalty for preset in OURS] == [0.04] * len(OURS)
 
 
-def test_the_presets_of_a_time_differ_from_the_tiny_one_by_optimizer_and_epochs_alone():
-    tiny, optimizer = of_preset("cifar10-tiny"), ["name: adam -> muon", "lr: 0.002 -> 0.005", "momentum: 0.9 -> 0.95"]
-    for preset in TIMED:
+def test_the_presets_of_a_time_differ_from_the_tiny_one_by_optimizer_width_and_epochs_alone():
+    tiny = of_preset("cifar10-tiny")
+    changed = {
+        "name: adam -> muon",
+        "lr: 0.002 -> 0.005",
+        "momentum: 0.9 -> 0.95",
+        "ndf: 64 -> 80",
+        "n_rkhs: 256 -> 448",
+    }
+    for preset, epochs in zip(TIMED, (set(), {"epochs: 3 -> 8"}, {"epochs: 3 -> 16"}), strict=True):
         lines = config.differences(tiny, of_preset(preset))
-        (epochs,) = {line.removeprefix("optim.") for line in lines} - set(optimizer)
-        assert len(lines) == 4
-        assert epochs.startswith("epochs: 3 -> ")
+        assert {line.partition(".")[2] for line in lines} == changed | epochs
 
 
 def test_command_line_beats_yaml_beats_preset(tmp_path):
