@@ -2,7 +2,7 @@
 
 ``FUSED_NCE_BUILD=none|cpu|cpu,cuda`` decides; unset, it is ``cpu`` where possible, and ``cuda`` too where torch sees a
 GPU. What is asked for by name and cannot be built is an error; what is merely possible and cannot be built is a line
-that says what to do. No GPU is needed to build.
+that says what to do. No GPU is needed to build. ``FUSED_NCE_CXXFLAGS`` come last.
 """
 
 from __future__ import annotations
@@ -190,7 +190,10 @@ def extension_arguments(parts: set[str]) -> dict[str, Any]:
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("FUSED_NCE_CUDA", None), ("FUSED_NCE_ARCHITECTURES", architectures())] if cuda else [],
         extra_compile_args={
-            "cxx": ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *openmp, *headers],
+            "cxx": [
+                *("-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *openmp, *headers),
+                *shlex.split(os.environ.get("FUSED_NCE_CXXFLAGS", "")),  # conda sets CXXFLAGS, to -O2
+            ],
             "nvcc": list(nvcc_finder.FLAGS),
         },
         # g++ code is linked without -fopenmp on purpose: its OpenMP calls then resolve to the runtime that torch has

@@ -13,8 +13,8 @@ constexpr float kLeastNorm = 1e-12f;  // a row below it is divided by it, and on
 struct UnitSide {
   const void* x;  // (rows, width), `stride` apart
   int64_t stride, rows;
-  void* unit;  // (rows, width) out, `unit_stride` apart: rounded to the inputs' type; null: of nobody's use
-  int64_t unit_stride;
+  void* out;  // (rows, width), `out_stride` apart: unit rows, rounded to the inputs' type; null: of nobody's use
+  int64_t out_stride;
   float* norms;  // (rows) out: NaN beyond float
 };
 
@@ -62,9 +62,9 @@ FUSED_NCE_HD float unit_row(Group& group, const UnitSide& side, int64_t width, i
   const float root = __builtin_sqrtf(square), norm = root + 0.0f * root;  // x / infinity would be zeros like any others
   const float divisor = divisor_of(norm);
   if (group.first()) side.norms[i] = norm;
-  if (side.unit)
+  if (side.out)
     for_width(group, width, [&](int64_t d) {
-      Numbers::write(side.unit, i * side.unit_stride + d, Numbers::read(side.x, from + d) / divisor);
+      Numbers::write(side.out, i * side.out_stride + d, Numbers::read(side.x, from + d) / divisor);
     });
   return divisor;
 }
@@ -98,7 +98,7 @@ struct ThroughSide {
   const void* x;  // (rows, width), `stride` apart
   int64_t stride, rows;
   const float* norms;    // (rows)
-  const void* gradient;  // (rows, width), `gradient_stride` apart: dL/d unit at upstream 1
+  const void* gradient;  // (rows, width), `gradient_stride` apart: dL/d unit row at upstream 1
   int64_t gradient_stride;
   bool wide;  // float, else of the inputs' type
   void* out;  // (rows, width) of the inputs' type: dL/dx

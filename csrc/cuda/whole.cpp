@@ -62,10 +62,9 @@ Sides sides_of(const WholeCall& call, const Given& x, const Machine& machine) {
   if (!call.normalize) return out;
   const auto wide = floats(x.q);
   const int64_t width = x.q.size(1);
-  const auto side = [&](const Tensor& from, const Tensor& unit, Tensor& norms) -> UnitSide {
+  const auto side = [&](const Tensor& from, const Tensor& to, Tensor& norms) -> UnitSide {
     norms = at::empty({from.size(0)}, wide);
-    return {from.data_ptr(), from.stride(0), from.size(0), data(unit), unit.defined() ? unit.stride(0) : 0,
-            floats_of(norms)};
+    return {from.data_ptr(), from.stride(0), from.size(0), data(to), to.defined() ? to.stride(0) : 0, floats_of(norms)};
   };
   const auto room = [&](const Tensor& like) { return at::empty(like.sizes(), like.options()); };
   Units units{.width = width, .scale = static_cast<float>(call.scale), .scale_tensor = floats_of(out.scale)};
