@@ -2,8 +2,11 @@
 # Everything that an hour on a GPU is for, in one command: builds csrc/ for the card at hand, runs the GPU tests, measures
 # against the rivals, and watches small problems with compute-sanitizer.
 #
-#   bash bench/gpu.sh              8 minutes on one H200, results into bench/results
-#   bash bench/gpu.sh --quick      3 minutes, into runs/bench
+#   bash bench/gpu.sh              8 minutes at most, results into bench/results
+#   bash bench/gpu.sh --quick      3 minutes at most, into runs/bench
+#
+# The minutes are limits: what they leave no time for is stopped or left out, and the summary says so. That all of it
+# fits is an estimate made without a card.
 #
 # Needs no network and no root: a Python (PYTHON, default python3) with a CUDA torch, setuptools and pytest; nvcc and a C++
 # compiler for the CUDA kernels (Triton's need neither). ninja and pytest-xdist make it faster. torch

@@ -93,9 +93,10 @@ def trial(
 ) -> tuple[str, bool]:
     """What a backend gets wrong in `problems`, in words, "" where all is right; and whether that will last.
 
-    It takes the compilation of kernels, those that the call needs and those of other sizes, which nothing bounds; and
-    the oracle's time, in float64 on the CPU: a second of one core at most, of all tails (a test holds it to 7 GFLOP and
-    3 s). An exception, of memory that is short for example, may not come again.
+    Bounded is the oracle's time, in float64 on the CPU, of all tails: a test holds it to 7 GFLOP, and to 3 s of a core
+    of the machine that tests. Nothing bounds the compilation of kernels, those that the call needs and those of other
+    sizes, nor the card's time; neither was timed on a card. An exception, of memory that is short for example, may not
+    come again.
     """
     try:
         for p, as_large in zip(tried, (False, True), strict=True):  # fault: trial-large
