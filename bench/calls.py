@@ -193,7 +193,7 @@ class Launch(NamedTuple):
         )
         dtype = named["x"].dtype
         build = static.read(compiled, "", ARCHITECTURE, dtype, named["D"], tile)
-        names = ("issued_per_score", "matrix_clocks_per_score", "registers", "shared_bytes", "shapes", "serialised")
+        names = (*static.PER_SCORE, "matrix_clocks_per_score", "registers", "shared_bytes", "shapes", "serialised")
         return {"scores": tile.x * tile.y, "resident": build.resident, **{name: getattr(build, name) for name in names}}
 
 

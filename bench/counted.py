@@ -1,8 +1,8 @@
 """What each shape should take on one H200, made from counts before it was measured: a MODEL to read a run against.
 
 `python -m bench.counted` prints the tables. Launches, bytes, FLOP and scores are counted in calls (`bench.calls`), what
-a score issues in machine code (`bench.static_cuda`, `bench.calls`). What no count tells is assumed, in the constants
-below and nowhere else. Memory is no model but the plan that the kernels follow.
+a score issues, and to which pipe, in machine code (`bench.static_cuda`, `bench.calls`). What no count tells is assumed,
+in the constants below and nowhere else. Memory is no model but the plan that the kernels follow.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import calls, compiled, static_cuda
+from bench import calls, compiled, sass, static, static_cuda
 from bench.gpu.problems import HELD_OUT, MOCO, SWEEP, TABLE, Problem
 from bench.roofline import GEMM_FLOP_PER_S, HBM_BYTES_PER_S
 from bench.text import markdown, number
@@ -23,7 +23,7 @@ from fused_nce.core.workspace import GPU_DEFAULT_MB
 
 MULTIPROCESSORS, CLOCK_HZ = 132, 1.755e9
 LANES = 128  # threads of a multiprocessor that issue an instruction in a clock: four warps
-ISSUE_RATE = 0.8  # of that, in a loop over scores, and in products of float32 by plain multiply-adds
+ISSUE_RATE = 0.8  # of that, or of the fullest pipe (`sass.Turn.slots`), in a loop over scores; of float32 products too
 CUBLAS_RATE = 0.92  # of the rate that a GEMM of 16 bits sustains, at these shapes
 LAUNCH_S = 2e-6  # of each kernel: drain, gap and fill between it and the next
 L2_BYTES, L2_BYTES_PER_S = 50 << 20, 5.5e12  # of 60; scores of a strip that it holds cost no memory traffic
@@ -42,7 +42,8 @@ def assumptions() -> str:
     """In words, for the documents."""
     return (
         f"{GEMM_FLOP_PER_S / 1e12:.0f} TFLOP/s of bf16 GEMM, {CUBLAS_RATE:.0%} of it by cuBLAS; "
-        f"{MULTIPROCESSORS} multiprocessors at {CLOCK_HZ / 1e9:.3f} GHz, {ISSUE_RATE:.0%} of their issue slots used; "
+        f"{MULTIPROCESSORS} multiprocessors at {CLOCK_HZ / 1e9:.3f} GHz, {ISSUE_RATE:.0%} of their issue slots used, "
+        "or of the ALU's or the special functions' pipe, whichever takes longest; "
         f"{HBM_BYTES_PER_S / 1e12:.1f} TB/s of memory, {L2_BYTES_PER_S / 1e12:.1f} of {L2_BYTES >> 20} MiB of L2; "
         f"{LAUNCH_S * 1e6:.0f} µs a launch. A Triton program alone on its multiprocessor multiplies and computes in "
         "turns; two or more do both at once. What it walks through comes from the L2."
@@ -63,12 +64,13 @@ def _compute_s(kernel: dict[str, Any]) -> float:
         return float(kernel["flop"]) / (2 * issued_per_s if wide else CUBLAS_RATE * GEMM_FLOP_PER_S)
     if "code" in kernel:
         code = kernel["code"]
-        issue = code["scores"] * code["issued_per_score"] / LANES / ISSUE_RATE
+        slots = sass.Turn(*(code[name] for name in static.PER_SCORE)).slots
+        issue = code["scores"] * slots / LANES / ISSUE_RATE
         matrix = code["scores"] * (code["matrix_clocks_per_score"] or 0.0)
         clocks = max(issue, matrix) if code["resident"] > 1 else issue + matrix
         waves = kernel["launches"] * -(-kernel["programs"] // MULTIPROCESSORS)
         return float(waves * kernel["tiles"] * clocks / CLOCK_HZ)
-    return scores * static_cuda.committed()["sm_90"][name] / issued_per_s if scores else 0.0
+    return scores * static_cuda.committed()["sm_90"][name]["slots"] / issued_per_s if scores else 0.0
 
 
 def parts(call: calls.Call) -> Parts:

@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 55_345, ("tests",): 35_870}
+BUDGET = {("fused_nce", "csrc", "bench"): 55_385, ("tests",): 35_915}
 
 
 def lines(folder: str) -> int:

@@ -15,6 +15,18 @@ MATRIX = "HGMMA"  # of four warps, asynchronous; the only ones whose clocks are 
 LINE = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ +)?([A-Z0-9_]+)([^;]*);")
 GUARD = re.compile(r"/\*[0-9a-f]+\*/\s+@")
 SHAPE = re.compile(r"^\.64x(\d+)x(\d+)\S* +R\d+, (R\d+)?")
+# Where sm_90 runs what: nvdisasm's own sets of operations, which put VIADD beside IMAD (`data12/sm90_2.txt` of
+# github.com/redplait/denvdis has them), and in words Nsight Compute's guide, "Pipelines". The rest is memory's,
+# control's, the tensor cores', or of a whole warp at once (U…).
+ALU = (
+    "BMSK|CS2R|F2FP|F2IP|FMNMX3?|FSEL|FSETP?|I2FP|I2IP?|IABS|IADD3?|IMNMX|ISETP|LEA|LOP3|MOV|P2R|PLOP3|PRMT|R2P|SEL"
+    "|SGXT|SHF|VABSDIFF4?|VIADDMNMX|VIMNMX3?|VOTE"
+)
+FMA = "FADD2?|FFMA2?|FMUL2?|FSWZADD|HADD2|HFMA2|HMUL2|IDP|IMAD|IMUL|VIADD"
+REST = (
+    r"LD\w*|ST\w*|RED|ATOM\w*|SHFL|S2U?R|R2UR|FENCE|MEMBAR|ERRBAR|CCTL|SYNCS|DEPBAR|BAR|B2R|NOP|BRA|CALL|RET|EXIT"
+    r"|BSSY|BSYNC|BREAK|WARPSYNC|WARPGROUP|YIELD|HMMA|HGMMA|U\w+"
+)
 
 
 class Dialect(NamedTuple):
@@ -26,6 +38,8 @@ class Dialect(NamedTuple):
     ends: re.Pattern[str]  # a block
     goes_on: re.Pattern[str]  # a line with such an end may go on
     special: re.Pattern[str]  # exponentials and reciprocals: a fraction of the rate of other instructions
+    alu: re.Pattern[str]  # of a pipe that takes fewer threads in a clock than are issued
+    rest: re.Pattern[str]  # all others that are known
 
 
 SASS = Dialect(
@@ -35,6 +49,8 @@ SASS = Dialect(
     re.compile("BRA|EXIT|RET"),
     GUARD,
     re.compile("MUFU"),
+    re.compile(ALU),
+    re.compile(f"{FMA}|{REST}"),
 )
 AMD = Dialect(
     re.compile(r"(\.LBB\d+_\d+):"),
@@ -43,15 +59,28 @@ AMD = Dialect(
     re.compile(r"s_c?branch\w*|s_endpgm|s_setpc_b64"),
     re.compile(r"^\s+s_cbranch"),
     re.compile(r"v_(?:exp|log|rcp|rsq|sqrt)_f32\w*"),
+    re.compile("(?!)"),  # integers and floats have one pipe, which takes what is issued
+    re.compile(".*"),
 )
 
 
 class Turn(NamedTuple):
     """The instructions of one turn of a loop, for one thread."""
 
-    issued: int
-    special: int
+    issued: float
+    special: float  # of them, and
+    alu: float = 0  # in the ALU pipe
     matrix_clocks: float = 0.0  # of the tensor cores, for the matrix instructions of four warps
+
+    @property
+    def slots(self) -> float:
+        """Issue slots of sm_90 that it takes at least.
+
+        In a clock a multiprocessor issues for 128 threads, and takes 64 in its ALU pipe and 16 in that of special
+        functions: CUDA's programming guide, "Throughput of Native Arithmetic Instructions". 128 find place in FMA's, 64
+        with integers, which are too few in any loop here to count.
+        """
+        return max(self.issued, 2 * self.alu, 8 * self.special)
 
 
 class Block(NamedTuple):
@@ -59,6 +88,7 @@ class Block(NamedTuple):
 
     cost: Turn
     follows: tuple[int, ...]
+    unknown: frozenset[str] = frozenset()  # instructions that no pipe is known of
 
 
 def matrix_clocks(operands: str) -> float:
@@ -113,9 +143,10 @@ def blocks_of(text: str, by: Dialect = SASS) -> list[Block]:
         if goes_on and index + 1 < len(raw):
             follows.append(index + 1)
         names = [name for name, _ in code]
-        special = sum(bool(by.special.fullmatch(name)) for name in names)
+        special, alu, rest = ([name for name in names if of.fullmatch(name)] for of in (by.special, by.alu, by.rest))
         clocks = sum(matrix_clocks(operands) for name, operands in code if name == MATRIX)
-        out.append(Block(Turn(len(names), special, clocks), tuple(follows)))
+        unknown = frozenset(names).difference(special, alu, rest)
+        out.append(Block(Turn(len(names), len(special), len(alu), clocks), tuple(follows), unknown))
     return out
 
 
@@ -127,6 +158,9 @@ def turns(text: str, least: int, inner: int = 1, by: Dialect = SASS) -> list[Tur
         least: exponentials.
         inner: turns of a loop within such a turn.
         by: what wrote it.
+
+    Raises:
+        ValueError: for an instruction in one whose pipe is not known.
     """
     blocks = blocks_of(text, by)
     heads = sorted({to for index, block in enumerate(blocks) for to in block.follows if to <= index})
@@ -134,6 +168,8 @@ def turns(text: str, least: int, inner: int = 1, by: Dialect = SASS) -> list[Tur
     # An outer loop's way leads through the inner one's, and the same way has more than one head.
     found = {tuple(sorted(way)) for way in ways}
     alone = [way for way in sorted(found) if not any(set(other) < set(way) for other in found)]
+    if unknown := {name for way in alone for i in way for name in blocks[i].unknown}:
+        raise ValueError(f"machine code: got {sorted(unknown)}, need instructions whose pipe is known")
     return [_sum(blocks, [*way, *(inner - 1) * _within(blocks, way)]) for way in alone]
 
 
@@ -153,7 +189,7 @@ def _within(blocks: list[Block], way: tuple[int, ...]) -> list[int]:
 
 def _cheapest(blocks: list[Block], head: int, least: int) -> list[int] | None:
     """The blocks of the cheapest way from `head` back to it with so many exponentials; None without."""
-    queue: list[tuple[int, int, int, list[int]]] = [(0, head, 0, [])]
+    queue: list[tuple[float, int, float, list[int]]] = [(0, head, 0, [])]
     seen = set()
     while queue:
         cost, at, special, path = heapq.heappop(queue)

@@ -48,6 +48,7 @@ MATRIX = {  # what 16-bit products compile to
     "sm_90": "HGMMA", "sm_100": "UTC[A-Z]*MMA", **dict.fromkeys(("gfx942", "gfx90a"), r"v_mfma\w+"),
 }  # fmt: skip
 REGISTERS_MAY_GROW_BY = 8
+PER_SCORE = ("issued_per_score", "special_per_score", "alu_per_score")  # of a main loop's cheapest turn, `sass.Turn`
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,8 @@ class Build:
     source: str  # `digest` of what was compiled
     issued_per_score: float | None = None  # of sm_90 and AMD's: instructions of the main loop's cheapest turn
     # Of the sm_90 code alone, whose matrix instructions are asynchronous:
+    special_per_score: float | None = None  # of that turn
+    alu_per_score: float | None = None
     matrix_clocks_per_score: float | None = None  # of a multiprocessor's tensor cores
     shapes: dict[str, int] = field(default_factory=dict)  # matrix instructions of each, `sass.shapes`
     serialised: int = 0  # ptxas' warnings C75xx: matrix instructions that wait for each other
@@ -188,11 +191,9 @@ class Build:
         for name in ("source", "tile"):
             if getattr(before, name) != getattr(self, name):
                 yield f"{name}: the table has {getattr(before, name)}, this is {getattr(self, name)}: --write"
-        slack = {"registers": REGISTERS_MAY_GROW_BY, **dict.fromkeys(("shared_bytes", "mufu_per_score"), 0)}
-        slack |= dict.fromkeys(("issued_per_score", "matrix_clocks_per_score"), 0)
-        for name, more in slack.items():
+        for name in ("registers", "shared_bytes", "mufu_per_score", *PER_SCORE, "matrix_clocks_per_score"):
             old, new = getattr(before, name), getattr(self, name)
-            if old is not None and (new is None or new > old + more):
+            if old is not None and (new is None or new > old + REGISTERS_MAY_GROW_BY * (name == "registers")):
                 yield f"{name}: {old} became {new}"
         if before.resident and (self.resident or 0) < before.resident:
             yield f"resident: {before.resident} became {self.resident}"
@@ -284,7 +285,8 @@ def read(compiled: Any, variant: str, architecture: str, dtype: torch.dtype, wid
     )
     if architecture == "sm_90":
         return replace(found, **main_loop(compiled.asm, code, tile, width))
-    return replace(found, issued_per_score=turn_of(code, tile, width, 64, sass.AMD)[1]) if amd(architecture) else found
+    issued = round(turn_of(code, tile, width, 64, sass.AMD).issued, 2) if amd(architecture) else None
+    return replace(found, issued_per_score=issued)
 
 
 def amd(architecture: str) -> bool:
@@ -292,8 +294,8 @@ def amd(architecture: str) -> bool:
     return architecture.startswith("gfx")
 
 
-def turn_of(code: Code, tile: configs.Tile, width: int, warp: int, by: sass.Dialect) -> tuple[sass.Turn, float]:
-    """The one loop over scores, and what it issues for a score and thread.
+def turn_of(code: Code, tile: configs.Tile, width: int, warp: int, by: sass.Dialect) -> sass.Turn:
+    """Of the one loop over scores, for a score and thread.
 
     LLVM may have written it twice, for a condition that no turn changes: of AMD's the dearer one counts.
 
@@ -304,16 +306,15 @@ def turn_of(code: Code, tile: configs.Tile, width: int, warp: int, by: sass.Dial
     found = sass.turns(code.text, scores // threads, inner=-(-width // tile.chunk), by=by)
     if not found or (len(found) > 1 and by is sass.SASS):
         raise ValueError(f"machine code: got {len(found)} loops over scores, need one")
-    turn = max(found, key=lambda turn: turn.issued)
-    return turn, round(turn.issued * threads / scores, 2)
+    return sass.Turn(*(count * threads / scores for count in max(found, key=lambda turn: turn.issued)))
 
 
 def main_loop(asm: Any, code: Code, tile: configs.Tile, width: int) -> dict[str, Any]:
     """What `Build` says of sm_90 code."""
-    turn, issued = turn_of(code, tile, width, 32, sass.SASS)
+    turn = turn_of(code, tile, width, 32, sass.SASS)
     return {
-        "issued_per_score": issued,
-        "matrix_clocks_per_score": round(turn.matrix_clocks * tile.warps / 4 / (tile.x * tile.y), 4),
+        **{name: round(count, 2) for name, count in zip(PER_SCORE, turn, strict=False)},
+        "matrix_clocks_per_score": round(turn.matrix_clocks / 128, 4),
         "shapes": sass.shapes(code.text),
         "serialised": serialised(asm["ptx"]),
     }
@@ -458,15 +459,14 @@ def judge(found: Sequence[Build]) -> list[str]:
 def report(found: Sequence[Build]) -> str:
     """A Markdown table."""
     header = ["kernel", "for", "dtype", "D", "tile", "registers", "shared KiB", "spills", "matrix", "resident"]
-    header += ["MUFU/score", "issued/score", "tensor clocks/score", "HGMMA"]
-    rows = [
+    header += ["MUFU/score", "issued/score", "ALU/score", "tensor clocks/score", "HGMMA"]
+    return markdown(header, [
         [one.variant, one.architecture, one.dtype, f"{one.width}", "×".join(map(str, filter(None, one.tile))),
-         f"{one.registers}", f"{one.shared_bytes / 1024:.0f}", f"{one.spill_instructions}",
-         f"{one.matrix_instructions}", f"{one.resident or '–'}", f"{one.mufu_per_score:.2f}",
-         f"{one.issued_per_score or '–'}", f"{one.matrix_clocks_per_score or '–'}", ", ".join(one.shapes)]
+         *map(str, (one.registers, round(one.shared_bytes / 1024), one.spill_instructions, one.matrix_instructions)),
+         f"{one.resident or '–'}", f"{one.mufu_per_score:.2f}", f"{one.issued_per_score or '–'}",
+         f"{one.alu_per_score or '–'}", f"{one.matrix_clocks_per_score or '–'}", ", ".join(one.shapes)]
         for one in found
-    ]  # fmt: skip
-    return markdown(header, rows)
+    ])  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,8 +3,8 @@
 Compiles `csrc/cuda/*.cu` for each architecture and prints registers, shared memory, stack and spills of each kernel,
 and what it issues for a score: the instructions of the main loops' cheapest turns (`sass.py`), which no turn without a
 positive, the row itself, the row's end or a new maximum exceeds. The exit status is 1 where a kernel has a stack or
-spills, since what a row kernel keeps in registers it touches for every score, and where one issues more than the
-committed table says for this nvcc. `--write` makes the table.
+spills, since what a row kernel keeps in registers it touches for every score, and where one issues more, in all or to
+one pipe, than the committed table says for this nvcc. `--write` makes the table.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TABLE = ROOT / "bench/results/static-cuda.json"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")  # 8.6 and 8.9 run sm_80's code
 TYPES = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
 
-
+COUNTS = ("issued", "special", "alu", "slots")  # of a score: in the table, none may grow
 # Kernels with a loop over scores, and how many scores a turn has: kColumns of rows.h, kRowsAtOnce of columns.h.
 TURNS = {"fold": 8, "fold_optional": 8, "weigh": 8, "weigh_prefix": 8, "loss": 8, "loss_summary": 8, "fold_columns": 4}
 
@@ -47,6 +47,8 @@ class Kernel(NamedTuple):
     spill_bytes: int
     issued: float | None = None  # instructions a score; None: no loop over scores, or nobody has looked
     special: float | None = None  # of them exponentials and reciprocals
+    alu: float | None = None  # of them in the ALU pipe
+    slots: float | None = None  # issue slots of an sm_90 (`sass.Turn.slots`), of one loop after the other
 
     @property
     def clean(self) -> bool:
@@ -109,8 +111,7 @@ def counted(kernel: Kernel, code: str) -> Kernel:
     turns = sass.turns(code, scores * specials(kernel.name))
     if not kernel.name.startswith("loss"):
         turns = [max(turns, default=sass.Turn(0, 0))]
-    issued, special = (sum(turn[field] for turn in turns) / scores for field in (0, 1))
-    return kernel._replace(issued=issued, special=special)
+    return kernel._replace(**{name: sum(getattr(turn, name) for turn in turns) / scores for name in COUNTS})
 
 
 def disassembler(nvcc: _nvcc.Nvcc) -> str | None:
@@ -144,22 +145,24 @@ def compile_for(nvcc: _nvcc.Nvcc, source: Path, architecture: str, entries: Sequ
 
 
 @cache
-def committed() -> dict[str, dict[str, float]]:
-    """The instructions a score of the committed table, by architecture and kernel."""
-    return dict(json.loads(TABLE.read_text(encoding="utf-8"))["issued"])
+def committed() -> dict[str, dict[str, dict[str, float]]]:
+    """COUNTS a score of the committed table, by architecture and kernel."""
+    return dict(json.loads(TABLE.read_text(encoding="utf-8"))["counts"])
 
 
 def regressions(nvcc: _nvcc.Nvcc, found: Sequence[Kernel]) -> list[str]:
-    """A line for each kernel that issues more than the table says, and each that it lacks; none for another nvcc."""
+    """A line for each count that is more than the table says, and each kernel that it lacks; none for another nvcc."""
     if json.loads(TABLE.read_text(encoding="utf-8"))["nvcc"] != list(nvcc.release):
         return []
     lines = []
     for kernel in found:
         if kernel.issued is None:
             continue
-        before = committed().get(kernel.architecture, {}).get(kernel.name)
-        if before is None or kernel.issued > before:
-            lines.append(f"{kernel.architecture} {kernel.name}: {kernel.issued} instructions a score, was {before}")
+        before = committed().get(kernel.architecture, {}).get(kernel.name, {})
+        for name in COUNTS:
+            if getattr(kernel, name) > before.get(name, -1):
+                was = f"{getattr(kernel, name)} {name} a score, was {before.get(name)}"
+                lines.append(f"{kernel.architecture} {kernel.name}: {was}")
     return lines
 
 
@@ -179,19 +182,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         for architecture in options.architectures
         for kernel in compile_for(nvcc, source, architecture)
     )
-    heads = ("registers", "shared", "stack", "spills", "issued", "special")
+    heads = ("registers", "shared", "stack", "spills", *COUNTS)
     print(f"{'kernel':32} {'arch':7} {' '.join(f'{head:>9}' for head in heads)}   bytes, instructions a score")
     for k in found:
-        counts = (f"{x:9.1f}" if x is not None else f"{'':9}" for x in (k.issued, k.special))
-        sizes = (k.registers, k.shared_bytes, k.stack_bytes, k.spill_bytes)
-        print(f"{k.name:32} {k.architecture:7} {' '.join([*(f'{x:9}' for x in sizes), *counts])}")
+        sizes = (f"{x:9}" if isinstance(x, int) else f"{x:9.1f}" if x is not None else f"{'':9}" for x in k[2:])
+        print(f"{k.name:32} {k.architecture:7} {' '.join(sizes)}")
     if options.write:
         same = json.loads(TABLE.read_text(encoding="utf-8"))["nvcc"] == list(nvcc.release)
-        issued = {a: x for a, x in committed().items() if same and a not in options.architectures}
+        counts = {a: x for a, x in committed().items() if same and a not in options.architectures}
         for k in found:
             if k.issued is not None:
-                issued.setdefault(k.architecture, {})[k.name] = k.issued
-        text = json.dumps({"nvcc": nvcc.release, "issued": dict(sorted(issued.items()))}, indent=1)
+                counts.setdefault(k.architecture, {})[k.name] = {name: getattr(k, name) for name in COUNTS}
+        text = json.dumps({"nvcc": nvcc.release, "counts": dict(sorted(counts.items()))}).replace("}, ", "},\n")
         TABLE.write_text(text + "\n", encoding="utf-8")
         committed.cache_clear()
     worse = regressions(nvcc, found)

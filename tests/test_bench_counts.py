@@ -134,12 +134,25 @@ def test_the_model_of_torch_compile_costs_bytes_products_and_launches(monkeypatc
     assert counted.compiled_ms(problems.MOCO) == pytest.approx(1.0 + 1e-3 + 1.0 / 0.92 + 4 * 2e-3)
 
 
+def test_the_model_waits_for_the_pipe_that_is_full_first(monkeypatch):
+    """Of a row kernel, of a Triton program with the multiprocessor to itself, and of two that share it."""
+    monkeypatch.setattr(static_cuda, "committed", lambda: {"sm_90": {"fold": {"issued": 16.0, "slots": 24.0}}})
+    per_s = 0.8 * 128 * 1.755e9  # issue slots of a multiprocessor
+    assert counted._compute_s({"name": "fold", "scores": 10**6}) == pytest.approx(24e6 / (132 * per_s))
+    code = {"scores": 4096, "matrix_clocks_per_score": 0.1, "issued_per_score": 16.0}
+    for special, alu, slots in ((1.0, 7.0, 16), (3.0, 7.0, 24), (1.0, 9.0, 18)):
+        code |= {"special_per_score": special, "alu_per_score": alu}
+        for resident, clocks in ((1, slots / (0.8 * 128) + 0.1), (2, slots / (0.8 * 128))):
+            kernel = {"name": "x", "launches": 2, "programs": 133, "tiles": 3, "code": code | {"resident": resident}}
+            assert counted._compute_s(kernel) == pytest.approx(2 * 2 * 3 * 4096 * clocks / 1.755e9)
+
+
 def test_the_model_is_made_of_counts():
     """A GEMM's FLOP, what the row kernels issue, every launch; and never below the bound."""
     whole, bounded = (counted.parts(counted.counted(p, "cuda")) for p in (problems.GLOBAL, problems.BOUNDED))
     assert whole.gemms == pytest.approx(counted.bound_ms(problems.GLOBAL) / 0.92)
-    issued = static_cuda.committed()["sm_90"]["loss clip bfloat16"]
-    assert whole.rows == pytest.approx(1e3 * problems.GLOBAL.scores * issued / (0.8 * 132 * 128 * 1.755e9))
+    slots = static_cuda.committed()["sm_90"]["loss clip bfloat16"]["slots"]
+    assert whole.rows == pytest.approx(1e3 * problems.GLOBAL.scores * slots / (0.8 * 132 * 128 * 1.755e9))
     assert whole.launches == pytest.approx(2e-3 * counted.counted(problems.GLOBAL, "cuda")["launches"])
     assert bounded.gemms / whole.gemms == pytest.approx(4 / 3, rel=0.02)
     assert bounded.launches > whole.launches

@@ -3,7 +3,7 @@
 A call of N rows, M columns and width D takes launch + N·M·(score + GEMMs·gemm(D)) on each backend. `cuda` moves its
 scores through the L2 but multiplies at cuBLAS' rate; `triton` never lets a score off the chip, computes it again for
 each gradient, and its tiles get thin as D grows. From 8,192² to 32,768² scores it leads in 16 bits up to D = 256;
-beside a penalty, whose dq takes a pass of its own, up to D = 187 to 256 for one gradient, for both up to 82 at most.
+beside a penalty, whose dq takes a pass of its own, as far for one gradient, for both up to 123 at most.
 Calls with statistics of columns, those whose weights `triton` stores for cuBLAS, as far as its plan has room for them
 (`backends/triton/plan.py`), and those of so many columns that strips of `cuda` are thin have costs of their own. The
 table is `cost.json`; `python -m bench.fit` makes another from a measured record.

@@ -45,6 +45,7 @@ SASS = """
         /*0020*/              @P0 BRA `(.L_x_2) ;
         /*0030*/                   MUFU.EX2 R5, R4 ;
         /*0040*/                   FADD R6, R6, R5 ;
+        /*0048*/                   FMNMX R9, R9, R4, !PT ;
 .L_x_1:
         /*0050*/              @!P1 BRA `(.L_x_0) ;
         /*0060*/                   EXIT ;
@@ -61,9 +62,9 @@ SASS = """
 
 
 def test_the_cheapest_turn_of_a_loop_is_counted():
-    """The way with masks has two instructions more; a loop without exponentials is none over scores."""
+    """The way with masks has an instruction more; a loop without exponentials is none over scores."""
     found = sass.functions(SASS)
-    assert sass.turns(found["kernel"], least=1) == [sass.Turn(5, 1)]
+    assert sass.turns(found["kernel"], least=1) == [sass.Turn(6, 1, 1)]
     assert sass.turns(found["kernel"], least=2) == []
     assert sass.turns(found["other"], least=1) == []
 
@@ -71,12 +72,23 @@ def test_the_cheapest_turn_of_a_loop_is_counted():
 def test_more_instructions_a_score_are_a_regression():
     release = tuple(json.loads(static_cuda.TABLE.read_text(encoding="utf-8"))["nvcc"])
     nvcc = _nvcc.Nvcc("nvcc", Path(), release)
-    issued = static_cuda.committed()["sm_90"]["fold shift"]
-    kernel = static_cuda.Kernel("fold shift", "sm_90", 40, 0, 0, 0, issued, 1.0)
+    kernel = static_cuda.Kernel("fold shift", "sm_90", 40, 0, 0, 0, **static_cuda.committed()["sm_90"]["fold shift"])
     assert static_cuda.regressions(nvcc, [kernel]) == []
     assert static_cuda.regressions(nvcc._replace(release=(1, 0)), [kernel._replace(issued=99.0)]) == []
-    for worse in (kernel._replace(issued=issued + 0.1), kernel._replace(name="fold unknown")):
-        assert "instructions a score" in static_cuda.regressions(nvcc, [worse])[0]
+    for name in static_cuda.COUNTS:
+        (line,) = static_cuda.regressions(nvcc, [kernel._replace(**{name: getattr(kernel, name) + 0.1})])
+        assert f" {name} a score, was " in line
+    assert len(static_cuda.regressions(nvcc, [kernel._replace(name="fold unknown")])) == len(static_cuda.COUNTS)
+
+
+def test_each_loop_of_a_loss_waits_for_its_own_pipe():
+    """Two of eight scores a turn: one issues 81 instructions, the other has 40 of 49 in the ALU pipe."""
+    code = ""
+    for label, body in enumerate((72 * ["FADD"], 40 * ["FMNMX"])):
+        lines = "".join(f"        /*00*/  {name} R1, R2 ;\n" for name in [*body, *8 * ["MUFU"]])
+        code += f".L_x_{label}:\n{lines}        /*00*/  @P0 BRA `(.L_x_{label}) ;\n"
+    found = static_cuda.counted(static_cuda.Kernel("loss shift float16", "sm_90", 0, 0, 0, 0), code)
+    assert found[6:] == (130 / 8, 2.0, 5.0, (81 + 80) / 8)
 
 
 # The most that a score may cost in all the row kernels that it passes, forward and backward, on every architecture.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -113,12 +114,13 @@ def test_a_split_is_whole_tiles(key):
 def test_regressions_are_told():
     tile = (128, 64, 64, 64, 8, 3, None, None)
     old: Any = static.Build(
-        "rows", "sm_90", "bf16", 64, tile, 100, 1000, 0, 0, 8, 3.0, "1f", 20.0, 0.1, {"64x64x16": 8}
+        "rows", "sm_90", "bf16", 64, tile, 100, 1000, 0, 0, 8, 3.0, "1f", 20.0, 3.0, 5.0, 0.1, {"64x64x16": 8}
     )
     assert old.resident == 2  # of 8 warps with 13312 registers each two times eight
     assert not list(dataclasses.replace(old, registers=108).regressions(old))
     worse: dict[str, Any] = {"registers": 109, "shared_bytes": 1001, "mufu_per_score": 3.1, "matrix_instructions": 7}
-    worse |= {"issued_per_score": 20.1, "matrix_clocks_per_score": 0.2, "source": "2f", "tile": tile[:-1]}
+    worse |= {"issued_per_score": 20.1, "special_per_score": 3.1, "alu_per_score": 5.1}
+    worse |= {"matrix_clocks_per_score": 0.2, "source": "2f", "tile": tile[:-1]}
     for name, value in worse.items():
         assert any(name in line for line in dataclasses.replace(old, **{name: value}).regressions(old)), name
     crowded = dataclasses.replace(old, registers=128)
@@ -155,16 +157,32 @@ LOOPS = """
         /*0000*/                   LDG.E R4, desc[UR6][R2.64] ;
 .L_x_1:
         /*0010*/                   HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24 ;
-        /*0020*/              @P0 BRA `(.L_x_1) ;
-        /*0030*/                   MUFU.EX2 R5, R4 ;
-        /*0040*/              @P1 BRA `(.L_x_0) ;
-        /*0050*/                   EXIT ;
+        /*0020*/                   IADD3 R8, R8, 0x1, RZ ;
+        /*0030*/              @P0 BRA `(.L_x_1) ;
+        /*0040*/                   MUFU.EX2 R5, R4 ;
+        /*0050*/                   VIADD R9, R9, 0x40 ;
+        /*0060*/                   F2FP.BF16.F32.PACK_AB R6, R5, R5 ;
+        /*0070*/              @P1 BRA `(.L_x_0) ;
+        /*0080*/                   EXIT ;
 """
 
 
 def test_a_loop_within_a_turn_counts_as_often_as_it_turns():
-    assert sass.turns(LOOPS, 1) == [sass.Turn(5, 1, 20.0)]
-    assert sass.turns(LOOPS, 1, inner=4) == [sass.Turn(11, 1, 80.0)]
+    assert sass.turns(LOOPS, 1) == [sass.Turn(8, 1, 2, 20.0)]
+    assert sass.turns(LOOPS, 1, inner=4) == [sass.Turn(17, 1, 5, 80.0)]
+
+
+def test_the_pipe_that_is_full_first_counts():
+    assert [sass.Turn(24, *more).slots for more in ((3, 12), (4, 12), (3, 13))] == [24, 32, 26]
+
+
+def test_an_instruction_of_an_unknown_pipe_is_told():
+    """In a loop over scores; elsewhere nobody counts it."""
+    assert sass.turns(LOOPS.replace("EXIT", "FROB"), 1) == sass.turns(LOOPS, 1)
+    with pytest.raises(ValueError, match=r"got \['FROB'\], need instructions whose pipe"):
+        sass.turns(LOOPS.replace("VIADD", "FROB"), 1)
+    both = [x for x in re.split(r"\W+", sass.ALU) if re.fullmatch(f"{sass.FMA}|{sass.REST}", x)]
+    assert both == []
 
 
 @TRITON
@@ -210,6 +228,6 @@ def test_the_cheapest_turn_in_amds_assembly():
     assert sass.turns(AMD, 1, by=sass.AMD) == [sass.Turn(5, 1)]
     assert sass.turns(AMD, 2, by=sass.AMD) == []
     code = static.Code(0, 0, 0, AMD, 1)
-    assert static.turn_of(code, configs.Tile(16, 16, 16, 16, 4, 1), 16, 64, sass.AMD) == (sass.Turn(5, 1), 5.0)
+    assert static.turn_of(code, configs.Tile(16, 16, 16, 16, 4, 1), 16, 64, sass.AMD) == (5, 1, 0, 0)
     twice = code._replace(text=AMD + AMD.replace("LBB0", "LBB1").replace("v_mov_b32_e32 v0, v1", "s_nop 0\n\ts_nop 0"))
-    assert static.turn_of(twice, configs.Tile(16, 16, 16, 16, 4, 1), 16, 64, sass.AMD)[1] == 6.0
+    assert static.turn_of(twice, configs.Tile(16, 16, 16, 16, 4, 1), 16, 64, sass.AMD).issued == 6.0
