@@ -82,7 +82,7 @@ def test_more_instructions_a_score_are_a_regression():
 
 
 def test_each_loop_of_a_loss_waits_for_its_own_pipe():
-    """Two of eight scores a turn: one issues 81 instructions, the other has 40 of 49 in the ALU pipe."""
+    """Two of eight scores a turn: one of 81 instructions, the other of 49, 40 of them in the ALU pipe."""
     code = ""
     for label, body in enumerate((72 * ["FADD"], 40 * ["FMNMX"])):
         lines = "".join(f"        /*00*/  {name} R1, R2 ;\n" for name in [*body, *8 * ["MUFU"]])
