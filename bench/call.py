@@ -1,7 +1,8 @@
-"""`python bench/call.py [--against PATH]`: what one small call costs, forward and backward, in CPU time of one thread.
+"""`python -m bench.call [--against PATH]`: what one small call costs, forward and backward, in CPU time of one thread.
 
 One row a loss and number of rows: this build, the same build's calls of Python functions, eager torch, and, where PATH
 is another built checkout, its time; their measurements take turns, and each is the least of many.
+`--out bench/results/call-HOST.json` keeps the record; `python -m bench.tables` puts it into `docs/performance.md`.
 """
 
 from __future__ import annotations
@@ -12,112 +13,19 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from tqdm import tqdm
+
+from bench import host
+from bench.text import markdown
 
 ROWS = (2, 8, 32, 64, 128, 256)
-WIDTH, LOCATIONS, QUEUE = 64, 9, 256
-TURNS, REPEATS = 6, 40
 LOSSES = ("amdim_nce", "info_nce", "info_nce normalized", "clip_loss", "nt_xent", "moco_nce")
-
-
-def eager_amdim(a: Tensor, c: Tensor) -> Tensor:
-    """The scores, the clip and the penalty in full."""
-    n, n_c, d = c.shape
-    s = (a @ c.reshape(-1, d).T).view(n, n, n_c) / d**0.5
-    t = 20 * torch.tanh(s / 20)
-    own = torch.eye(n, dtype=torch.bool)
-    others = t.masked_fill(own[:, :, None], float("-inf")).flatten(1).logsumexp(1, keepdim=True)
-    return torch.nn.functional.softplus(others - t[own]).mean() + 0.04 * s.square().mean()
-
-
-def eager_nt_xent(x: Tensor, y: Tensor) -> Tensor:
-    """Of all views but the own."""
-    z = normalize(torch.cat((x, y)), dim=1)
-    s = (z @ z.T / 0.5).fill_diagonal_(float("-inf"))
-    return cross_entropy(s, torch.arange(len(z)).roll(len(x)))
-
-
-def eager_moco(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
-    """MoCo's builder."""
-    q, k = normalize(q, dim=1), normalize(k.detach(), dim=1)
-    logits = torch.cat(((q * k).sum(1, keepdim=True), q @ queue.T), dim=1) / 0.07
-    return cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64))
-
-
-def eager_clip(x: Tensor, y: Tensor) -> Tensor:
-    """Both ways."""
-    s, own = 10.0 * x @ y.T, torch.arange(len(x))
-    return (cross_entropy(s, own) + cross_entropy(s.T, own)) / 2
-
-
-def problems(loss: str, rows: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor], list[Tensor]]:
-    """Ours, eager torch's and the leaves of one problem."""
-    import fused_nce as f
-
-    draw = torch.Generator().manual_seed(0)
-    x, y, more = (torch.randn(*n, WIDTH, generator=draw) for n in ((rows,), (rows,), (rows, LOCATIONS)))
-    queue = normalize(torch.randn(QUEUE, WIDTH, generator=draw), dim=1)
-    for leaf in (x, y, more):
-        leaf.requires_grad_()
-    own = torch.arange(rows)
-    ours, eager = {
-        "amdim_nce": (lambda: f.amdim_nce(x, more).loss, lambda: eager_amdim(x, more)),
-        "info_nce": (lambda: f.info_nce(x, y).loss, lambda: cross_entropy(x @ y.T / 0.1, own)),
-        "info_nce normalized": (
-            lambda: f.info_nce(x, y, normalize=True).loss,
-            lambda: cross_entropy(normalize(x, dim=1) @ normalize(y, dim=1).T / 0.1, own),
-        ),
-        "clip_loss": (lambda: f.clip_loss(x, y, 10.0).loss, lambda: eager_clip(x, y)),
-        "nt_xent": (lambda: f.nt_xent(x, y).loss, lambda: eager_nt_xent(x, y)),
-        "moco_nce": (lambda: f.moco_nce(x, y, queue).loss, lambda: eager_moco(x, y, queue)),
-    }[loss]
-    return ours, eager, [x, y, more]
-
-
-def step(loss: Callable[[], Tensor], leaves: list[Tensor]) -> None:
-    """Forward and backward."""
-    for leaf in leaves:
-        leaf.grad = None
-    loss().backward()
-
-
-def least_us(loss: Callable[[], Tensor], leaves: list[Tensor]) -> float:
-    """CPU time of the fastest of some calls."""
-    step(loss, leaves)
-    found = []
-    for _ in range(REPEATS):
-        begin = time.process_time_ns()
-        step(loss, leaves)
-        found.append(time.process_time_ns() - begin)
-    return min(found) / 1e3
-
-
-def python_calls(loss: Callable[[], Tensor], leaves: list[Tensor]) -> int:
-    """Python functions that a forward and backward enter, less those of this file."""
-    step(loss, leaves)
-    names: list[str] = []
-    sys.setprofile(lambda frame, event, _: names.append(frame.f_code.co_filename) if event == "call" else None)
-    try:
-        step(loss, leaves)
-    finally:
-        sys.setprofile(None)
-    return sum(name != __file__ for name in names)
-
-
-def work() -> None:
-    """Answer each line, a loss and a number of rows, with what this build takes."""
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        loss, rows = json.loads(line)
-        ours, eager, leaves = problems(loss, rows)
-        found = {"ours": least_us(ours, leaves), "eager": least_us(eager, leaves), "calls": python_calls(ours, leaves)}
-        print(json.dumps(found), flush=True)
+TURNS = 6
+Record = dict[str, Any]
 
 
 class Worker:
@@ -125,7 +33,7 @@ class Worker:
 
     def __init__(self, build: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": str(build.resolve()), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, "--worker"]
+        command = [sys.executable, str(Path(__file__).with_name("call_worker.py"))]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
 
@@ -137,34 +45,75 @@ class Worker:
         found: dict[str, Any] = json.loads(self.process.stdout.readline())
         return found
 
+    def close(self) -> None:
+        """End it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+
+def measured(builds: Sequence[Path], rows: Sequence[int]) -> list[Record]:
+    """A record a loss and number of rows; `other_us` where there is a second build."""
+    workers = [Worker(build) for build in builds]
+    found = []
+    for loss, n in tqdm([(loss, n) for loss in LOSSES for n in rows], disable=None, dynamic_ncols=True):
+        turns = [[worker.ask(loss, n) for worker in workers] for _ in range(TURNS)]
+        ours, eager = (min(turn[0][name] for turn in turns) for name in ("ours", "eager"))
+        row = {"loss": loss, "rows": n, "ours_us": ours, "eager_us": eager, "python_calls": turns[0][0]["calls"]}
+        found.append(row | ({"other_us": min(turn[1]["ours"] for turn in turns)} if len(builds) > 1 else {}))
+    for worker in workers:
+        worker.close()
+    return found
+
+
+def table(record: Record) -> str:
+    """Of a record, and where it is from."""
+    other = record.get("against")
+    header = ["loss", "rows", "µs", "eager, µs", "÷ eager", "Python calls"]
+    rows = [
+        [
+            *(row["loss"], str(row["rows"]), f"{row['ours_us']:.0f}", f"{row['eager_us']:.0f}"),
+            *(f"{row['ours_us'] / row['eager_us']:.2f}", str(row["python_calls"])),
+            *((f"{row['other_us']:.0f}", f"{row['ours_us'] / row['other_us']:.3f}") if other else ()),
+        ]
+        for row in record["calls"]
+    ]
+    header += [f"{other[:7]}, µs", f"÷ {other[:7]}"] if other else []
+    return (
+        f"{markdown(header, rows)}\n\nForward and backward, processor time of one thread, the least of "
+        f"{TURNS} turns. {record['host']['cpu_model']}; torch {record['versions']['torch']}; "
+        f"commit {record['code']['commit'][:7]}; others used {record['others_cpu_share']:.1%} of the cores."
+    )
+
+
+def block(folder: Path) -> str:
+    """The table of the newest record."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("call-*.json")]
+    if not found:
+        return "No record is committed yet: `python -m bench.call --out bench/results/call-HOST.json` makes one."
+    return table(max(found, key=lambda record: str(record["date_utc"])))
+
+
+def main(argv: Sequence[str] | None = None) -> Record:
+    """Measure, print, and write the record where asked to."""
+    parser = argparse.ArgumentParser(prog="python -m bench.call", description=__doc__)
     parser.add_argument("--against", type=Path, help="another built checkout")
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        work()
-        return
-    builds = [Path(__file__).parents[1], *([options.against] if options.against else [])]
-    workers = [Worker(build) for build in builds]
-    head = ["loss", "rows", "ours, us", "eager, us", "ours / eager", "Python calls"]
-    print(" | ".join([*head, *(["other, us", "ours / other"] if options.against else [])]))
-    for loss in LOSSES:
-        for rows in options.rows:
-            turns = [[worker.ask(loss, rows) for worker in workers] for _ in range(TURNS)]
-            ours, eager = (min(turn[0][name] for turn in turns) for name in ("ours", "eager"))
-            line = [loss, str(rows), f"{ours:.0f}", f"{eager:.0f}", f"{ours / eager:.2f}", str(turns[0][0]["calls"])]
-            if options.against:
-                other = min(turn[1]["ours"] for turn in turns)
-                line += [f"{other:.0f}", f"{ours / other:.3f}"]
-            print(" | ".join(line), flush=True)
-    for worker in workers:
-        if worker.process.stdin is not None:
-            worker.process.stdin.close()
-        worker.process.wait()
+    parser.add_argument("--out", type=Path, help="JSON record")
+    options = parser.parse_args(argv)
+    builds, meter = [host.ROOT], host.BusyMeter()
+    if options.against:
+        builds.append(options.against)
+    found: Record = {"calls": measured(builds, options.rows), "others_cpu_share": meter.share()}
+    found |= {"host": host.facts(), "versions": host.versions(), "code": host.commit()}
+    if options.against:
+        git = ["git", "-C", str(options.against), "rev-parse", "HEAD"]
+        found["against"] = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+    found["date_utc"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    print(table(found))
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
 
 
 if __name__ == "__main__":

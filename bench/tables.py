@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from bench import (
+    call,
     cases,
     counted,
     decode,
@@ -232,6 +233,7 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "gpu-launches": lambda record: counted.launches_table((*gpu_problems.TABLE, *gpu_problems.SMALL)),
     "gpu-memory": lambda record: counted.memory_table(),
     "decode": lambda record: decode.block(ROOT / "bench/results"),
+    "call": lambda record: call.block(ROOT / "bench/results"),
     "gpu": lambda record: gpu_tables.block(newest_gpu_record()),
 }
 

@@ -1,12 +1,15 @@
-"""The clock of CUDA events, over a make-believe GPU: how it spins, and when it takes a sample again."""
+"""The clocks of CUDA events, over a make-believe GPU (how it spins, when it takes a sample again), and of a call."""
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bench import call
+from bench.host import ROOT
 from fused_nce.bench import timers
 from fused_nce.bench.timers import DeviceTimer, synchronized_wall_ms
 
@@ -93,3 +96,15 @@ def test_wall_time_waits_before_and_after(gpu):
 
     assert synchronized_wall_ms(call) == pytest.approx(2)
     assert gpu.synchronized == 2
+
+
+def test_small_calls_are_timed_beside_another_build(tmp_path):
+    assert call.block(tmp_path).startswith("No record is committed yet")
+    record = call.main(["--rows", "2", "--against", str(ROOT), "--out", str(tmp_path / "call-a.json")])
+    assert [row["loss"] for row in record["calls"]] == list(call.LOSSES)
+    assert all(0.5 < row["ours_us"] / row["other_us"] < 2 for row in record["calls"])  # the same build twice
+    record["host"]["cpu_model"], record["against"] = "A CPU", 40 * "a"
+    record["calls"] = [record["calls"][0] | {"ours_us": 30.0, "eager_us": 60.0, "other_us": 120.0, "python_calls": 40}]
+    (tmp_path / "call-a.json").write_text(json.dumps(record))
+    assert "| amdim_nce | 2 | 30 | 60 | 0.50 | 40 | 120 | 0.250 |" in call.block(tmp_path)
+    assert "aaaaaaa, µs" in call.block(tmp_path)
