@@ -96,6 +96,24 @@ def test_the_same_as_the_whole_matrix(name, workspace_mb, monkeypatch):
         assert (found - exact).abs().max() <= 5e-6 * exact.abs().max()
 
 
+def test_labels_in_panels_and_in_parts_of_a_row(monkeypatch):
+    """Each has the labels of its own columns."""
+    for n, m, limit, wanted in ((60, 2100, 0.1, {"panels": 3}), (3, 7500, 16, {"ctas_per_row": 3})):
+        monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", str(limit))
+        plan = MODULE.cuda_plan(n, m, D, 1, 4, int(limit * (1 << 20)), optional=True)
+        assert {name: plan[name] for name in wanted} == wanted
+        torch.manual_seed(0)
+        q, k = (torch.randn(rows, D).requires_grad_() for rows in (n, m))
+        ids = torch.arange(n) % 11, torch.arange(m) % 13
+        results = []
+        for backend in ("reference", "cuda"):
+            out = tile_loss(q, k, Spec(Labels(), stats=LogOut.READS), LogOut(), row_ids=ids[0], column_ids=ids[1],
+                            scale=0.5, backend=backend)  # fmt: skip
+            results.append(gradients(out.loss, [q, k]))
+        for exact, found in zip(*results, strict=True):
+            assert (found - exact).abs().max() <= 5e-6 * exact.abs().max()
+
+
 def test_every_statistic_of_columns_and_its_gradient(monkeypatch):
     """Of rows and columns at once, in strips of few rows; a block of columns that is several rows' positives."""
     monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", "0.05")

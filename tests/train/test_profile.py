@@ -17,9 +17,10 @@ from tests.train.runs import TINY, log, tensors, trainer
 
 
 def test_profile_says_where_an_update_went(tmp_path, capsys):
-    """Parts add up to the update, the trace has each of them, and the weights are the run's own."""
+    """Parts add up to the update, the trace has each of them, and the weights are the run's own; it ends with them."""
     assert cli.main(["train", "amdim", *TINY, "--out", str(tmp_path / "a"), "--profile"]) == 0
     said = capsys.readouterr().out
+    assert log(tmp_path / "a")[-1]["step"] == Profile.count
     rows = {m[1]: (float(m[2]), float(m[3])) for m in re.finditer(r"^(\S+) +([\d.]+) +([\d.]+)%$", said, re.M)}
     parts = ("data", "views", "encoder", "probes", "loss", "backward", "checks", "optimizer", "rest")
     assert all(rows[name][0] > 0 for name in parts), said
