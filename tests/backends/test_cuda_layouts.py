@@ -196,6 +196,28 @@ def test_column_statistics_of_a_number_that_is_bad_show_it():
             assert found.nonzero().flatten().tolist() == [5], (transform, bad)
 
 
+def test_softplus_of_an_infinite_score_shows_it():
+    """That of -infinity would be 0."""
+    q, k = torch.randn(9, 4).abs(), torch.randn(9, 4)
+    for bad in (float("-inf"), float("inf"), float("nan")):
+        k[5, 0] = bad
+        found = tile_stats(q, k, Spec(Block(1), Bias(), stats=Sigmoid().stats), backend="cuda")["neg_softplus"]
+        assert found.isnan().sum() >= 8, bad  # row 5 has it as its positive
+
+
+def test_a_lone_positive_without_negatives_has_no_gradient():
+    """None at all: its softmax is 1, and not 1 but for rounding."""
+    torch.manual_seed(0)
+    q, k, ids = (
+        torch.randn(64, D).requires_grad_(),
+        torch.randn(1, D).requires_grad_(),
+        torch.zeros(64, dtype=torch.int64),
+    )
+    spec = Spec(Labels(), stats=LogOut.READS)
+    out = tile_loss(q, k, spec, LogOut(), row_ids=ids, column_ids=ids[:1], scale=0.5, backend="cuda")
+    assert [x.abs().max() for x in gradients(out.loss, [q, k])[1:]] == [0.0, 0.0]
+
+
 def test_where_an_index_points_nowhere_the_positive_is_no_number():
     """A GPU's targets are not read: a wrong one must show."""
     q, k, ids = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 7, -1, 4])
