@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_nce import tile_stats
 from fused_nce.backends.triton import kernels, plan, stored
+from fused_nce.backends.triton.configs import gather_tile
 from fused_nce.core import workspace
 from fused_nce.core.engine import tile_loss
 from fused_nce.core.spec import Bias, Block, Hardness, Identity, Index, Labels, Spec, TanhClip
@@ -139,6 +140,11 @@ def test_wanted_gradients_of_wide_rows(wanted, launched, monkeypatch):
 
 def test_one_strip_of_an_offset():
     hold(replace(PLAIN, layout=Block(2)), draw(0, 37), draw(1, 600), offset=200)
+
+
+def test_more_rows_of_an_image_than_a_turn_takes():
+    assert gather_tile(9, 18).partners < 18
+    hold(replace(PLAIN, layout=Block(2, 18)), draw(0, 72), draw(1, 8))
 
 
 @pytest.mark.parametrize("wanted", nightly_but(["q", "ks", "s"], ["q", "k", "s", "qs", "ks", "qk"]))
