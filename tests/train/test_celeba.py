@@ -172,6 +172,8 @@ def test_a_run_is_judged_by_attributes(tmp_path, capsys, caplog):
             (row["encoder"], row["tap"], row["labels"]): float(row["accuracy_pct"]) for row in csv.DictReader(file)
         }
     assert single["raw pixels", "pixels", "Red, balanced"] == 100
-    assert "Linear, attributes, balanced" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "Linear, attributes, balanced" in page
+    assert "chosen by the least mean cross-entropy on a held-out quarter" in page
     assert cli.main(["eval", str(run), "--protocols", "knn"]) == 2
     assert "protocols: images with attributes have linear alone, got knn" in capsys.readouterr().err

@@ -164,6 +164,19 @@ def test_terminal_table():
     assert "fused" not in terminal.table(make_result(cost=False))
 
 
+def test_long_names_of_columns_and_rows_stay_apart():
+    result = make_result(cost=False)
+    result["probes"] = [
+        row(name, "c_t, speaker", "linear", labels, 91.25)
+        for name in ("trained", "random, Kaiming init")
+        for labels in ("attributes, balanced", "attributes", "all")
+    ]
+    lines = terminal.table(result).splitlines()
+    assert "  Linear, attributes, balanced  " in lines[0] + "  "
+    assert len({len(line) for line in lines[:3]}) == 1
+    assert max(map(len, lines)) <= 100
+
+
 def test_training_summary():
     found = terminal.training(make_log())
     assert found["steps"] == 50

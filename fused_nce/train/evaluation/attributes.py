@@ -124,7 +124,7 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
         "confusion": None,
         "protocol": [
             f"Attributes: a logistic regression of each of {len(names)}, on standardised features, all of one penalty, "
-            "chosen by the mean balanced accuracy on a held-out quarter of the probe split; means over the attributes.",
+            "chosen by the least mean cross-entropy on a held-out quarter of the probe split; means over the attributes.",
             "Balanced: the mean of the accuracies among images with the attribute and among those without, where the "
             "answer is what is likelier than the attribute's share of the probe split; guessing is 50 %. The other "
             f"column is plain accuracy; always the commoner answer gives {commoner:.1f} %.",

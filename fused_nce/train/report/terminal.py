@@ -6,7 +6,7 @@ from typing import Any
 
 from fused_nce.train.report import evaluated, runlog
 
-COLUMNS = 4  # of accuracies, side by side on a terminal
+COLUMNS = 100  # of a terminal
 
 
 def training(log: list[runlog.Line]) -> dict[str, Any]:
@@ -25,21 +25,15 @@ def training(log: list[runlog.Line]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The accuracies, four columns a block, the speed and the cost of the loss, for a terminal of 100 columns."""
-    columns, lines = evaluated.columns(result), []
-    for start in range(0, len(columns), COLUMNS):
-        block = columns[start : start + COLUMNS]
-        heads = [f"{evaluated.NAMES[probe]}, {labels.removeprefix('5-way ')}" for probe, labels in block]
-        lines.append(f"{'test accuracy, %':28}" + "".join(f"{head:>18}" for head in heads))
-        for encoder, tap in dict.fromkeys((row["encoder"], row["tap"]) for row in result["probes"]):
-            cells = [evaluated.shown(evaluated.find(result, encoder, tap, *column)) for column in block]
-            name = encoder if tap == evaluated.PIXELS else f"{tap}  {encoder}"
-            lines.append(f"{name:28}" + "".join(f"{cell:>18}" for cell in cells))
-        lines.append("")
+    """The accuracies, the other measures, the speed and the cost of the loss."""
+    columns = evaluated.columns(result)
+    heads = [f"{evaluated.NAMES[probe]}, {labels.removeprefix('5-way ')}" for probe, labels in columns]
+    accuracies = [["test accuracy, %", *heads]]
+    for encoder, tap in dict.fromkeys((row["encoder"], row["tap"]) for row in result["probes"]):
+        name = encoder if tap == evaluated.PIXELS else f"{tap}  {encoder}"
+        accuracies.append([name, *(evaluated.shown(evaluated.find(result, encoder, tap, *one)) for one in columns)])
     head, rows = evaluated.measures(result)
-    for line in [head, *(row.cells for row in rows)] if rows else []:
-        lines.append(f"{line[0]:28}" + "".join(f"{cell:>18}" for cell in line[1:]))
-    lines += [""] if rows else []
+    lines = _blocks(accuracies) + (_blocks([head, *(row.cells for row in rows)]) if rows else [])
     speed, cost = result["training"]["images_per_s"], result["loss_cost"]
     if speed is not None:
         minutes = result["training"]["minutes"]
@@ -50,3 +44,15 @@ def table(result: dict[str, Any]) -> str:
             time_ms, peak = cost[name]["time_ms"], evaluated.mebibytes(cost[name]["peak_bytes"])
             lines.append(f"{name:30}{time_ms:>15.1f} ms{peak:>18}")
     return "\n".join(lines)
+
+
+def _blocks(rows: list[list[str]]) -> list[str]:
+    """Aligned lines, the columns in as many blocks as a terminal's width asks for, a blank line behind each."""
+    first = max(28, *(len(row[0]) for row in rows))
+    width = max(18, *(2 + len(cell) for row in rows for cell in row[1:]))
+    many, lines = max(1, (COLUMNS - first) // width), []
+    for start in range(1, len(rows[0]), many):
+        for row in rows:
+            lines.append(f"{row[0]:{first}}" + "".join(f"{cell:>{width}}" for cell in row[start : start + many]))
+        lines.append("")
+    return lines
