@@ -39,9 +39,11 @@ def write(
         The rate of the encoder, the accuracy on the test images in percent, and what was read of each split.
 
     Raises:
-        ValueError: no run, no usable checkpoint, no labels, or an unknown tap.
+        ValueError: no run, no usable checkpoint, a run on recordings, no labels, or an unknown tap.
     """
     model, config = checkpoint.load_model(run)
+    if config.sample().dim() != 4:
+        raise ValueError(f"run: must be of images, got one of {config.method} (recordings)")
     tap = config.taps[0] if tap is None else tap
     features.check_taps(model, config.sample(), [tap])
     probe, test = load_labelled(

@@ -136,6 +136,8 @@ def test_a_window_too_short_for_the_steps_and_an_unknown_label_are_refused(data,
         trainer(data, tmp_path / "a", "--augment.window=240")
     with pytest.raises(ValueError, match=r"augment\.label: must be null or one of digit, speaker, got word"):
         trainer(data, tmp_path / "a", "--augment.label=word")
+    with pytest.raises(ValueError, match=r"absent does not exist; it must be a folder of recordings, or \.tar"):
+        recordings.load(str(tmp_path / "absent"), "train")
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------
@@ -222,6 +224,8 @@ def test_train_and_evaluate_from_the_command_line(data, tmp_path, capsys, caplog
     assert cli.main(["eval", str(out), "--draws=2", "--labels_per_class=3"]) == 0
     printed = capsys.readouterr().out
     assert "c_t, digit  trained" in printed
+    assert cli.main(["fine-tune", str(out)]) == 2
+    assert "fused-nce: run: must be of images, got one of cpc (recordings)\n" in capsys.readouterr().err
     result = json.loads((out / "eval.json").read_text())
     assert result["read"] == printed.splitlines()[:2] == [f"{data}, probe: 36 {holds}", f"{data}, test: 18 {holds}"]
     assert result["taps"] == ["c_t, digit", "c_t, speaker", "z_t, digit", "z_t, speaker"]
