@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 
+from fused_nce.train.monitor.journal import Journal
 from fused_nce.train.report import evaluated, plots, runlog, terminal
 from fused_nce.train.report.evaluated import Figures
 
@@ -247,13 +248,18 @@ def test_log_keeps_the_last_line_of_a_step_and_drops_a_cut_one(tmp_path):
     assert runlog.column([*log, {"step": 50, "loss": None}], "step", "loss") == ([10.0, 20.0, 30.0], [1.0, 3.0, 4.0])
 
 
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [(['{"step": 1}', "garbage", '{"step": 2}'], "line 2 is no JSON object: 'garbage'"), (["{}"], "holds no step")],
-)
-def test_damaged_log_is_refused(tmp_path, lines, message):
-    write_log(tmp_path, *lines)
-    with pytest.raises(ValueError, match=message):
+def test_damaged_lines_are_left_out_and_counted_as_by_a_resume(tmp_path, caplog):
+    lines = ['{"step": 1}', "garbage", "{}", '{"step": 1e999}', "[2]", '{"step": 2}', '{"st']
+    (tmp_path / "log.jsonl").write_bytes("\n".join(lines).encode().replace(b"garbage", b"gar\xffbage"))
+    assert runlog.read_log(tmp_path) == [{"step": 1}, {"step": 2}]
+    assert caplog.messages == [f"{tmp_path / 'log.jsonl'}: 4 damaged lines left out, the first of them line 2"]
+    Journal(tmp_path, 2).close()
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_log_without_a_step_is_refused(tmp_path):
+    write_log(tmp_path, "{}")
+    with pytest.raises(ValueError, match="holds no step"):
         runlog.read_log(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import statistics
@@ -11,33 +12,37 @@ from typing import Any
 
 from fused_nce.train.files import read_json, reading
 
+log = logging.getLogger("fused_nce")
+
 Line = dict[str, Any]
 
 
 def read_log(run_dir: Path) -> list[Line]:
     """The run's log in order of steps. After a resume the later line of a step counts.
 
-    A last line that is cut short (the process was killed while writing) is left out.
+    What is no line of a step is left out, as a resume leaves it out, and counted in a warning; but for a last line that
+    is cut short, since the process was killed while writing.
 
     Raises:
-        ValueError: no log, an empty log, or a damaged line that is not the last.
+        ValueError: no log, or one without a step.
     """
     path = run_dir / "log.jsonl"
     if not path.is_file():
         raise ValueError(f"run: {run_dir} has no log.jsonl; need the folder of a training run")
     with reading(path):
-        rows = path.read_text(encoding="utf-8").splitlines()
+        rows = path.read_text(encoding="utf-8", errors="replace").splitlines()
     steps: dict[int, Line] = {}
+    damaged = []
     for number, row in enumerate(rows, start=1):
         try:
             line = json.loads(row)
-            if "step" in line:
-                steps[int(line["step"])] = line
-        except (TypeError, ValueError, OverflowError):  # JSON has infinite numbers
-            if number < len(rows):
-                raise ValueError(f"{path}: line {number} is no JSON object: {row[:60]!r}") from None
+            steps[int(line["step"])] = line
+        except (KeyError, TypeError, ValueError, OverflowError):  # JSON has infinite numbers
+            damaged += [number] if number < len(rows) else []
     if not steps:
         raise ValueError(f"run: {path} holds no step; need a run that trained")
+    if damaged:
+        log.warning("%s: %d damaged lines left out, the first of them line %d", path, len(damaged), damaged[0])
     return [steps[step] for step in sorted(steps)]
 
 
