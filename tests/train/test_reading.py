@@ -286,6 +286,17 @@ def test_a_class_that_training_never_saw_is_refused_or_left_out(tmp_path, train,
     assert found.images[:, 0, 0, 0].tolist() == [0]
 
 
+def test_of_two_folders_to_test_on_the_one_with_classes_is_taken_and_the_other_named(tmp_path):
+    tree(tmp_path / "train", ant=["1.png"], bee=["1.png"])
+    tree(tmp_path / "val", bee=["1.png"])
+    tree(tmp_path, test=["1.png", "2.png"])
+    source = ImageSource(tmp_path, "test")
+    assert (source.labels, source.samples.name(0)) == ([1], f"{tmp_path}/val/bee/1.png")
+    assert f"left out: 1 other folders to test on ({tmp_path}/test)" in source.account()
+    tree(tmp_path / "test", ant=["1.png"])
+    assert f"left out: 1 other folders to test on ({tmp_path}/val)" in ImageSource(tmp_path, "test").account()
+
+
 def test_another_normal_form_of_a_name_is_the_same_class(tmp_path):
     composed, apart = "caf\u00e9", "cafe\u0301"
     tree(tmp_path / "train", **{composed: ["1.png"], "tea": ["1.png"]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from itertools import chain
@@ -27,7 +28,12 @@ class FolderSamples(Samples):
 
     def __init__(self, root: Path, split: str, kind: str) -> None:
         super().__init__(kind)
-        found = next((root / name for name in SPLIT_FOLDERS[split] if (root / name).is_dir()), None)
+        splits = [root / name for name in SPLIT_FOLDERS[split] if (root / name).is_dir()]
+        # ImageNet's `test` has no labels, its `val` does.
+        found = next(filter(_has_folders, splits), splits[0] if splits else None)
+        for other in splits:
+            if other != found:
+                self.account.leave_out(f"other folders to {split} on", str(other))
         others = [root / name for key, names in SPLIT_FOLDERS.items() if key != split for name in names]
         if found is None and (split == "test" or any(any(folder.glob("*")) for folder in others)):
             raise ValueError(f"data: {root} has no {split} split; it must hold {root / SPLIT_FOLDERS[split][0]}")
@@ -78,6 +84,11 @@ class FolderSamples(Samples):
     def keep(self, rows: list[int]) -> None:
         super().keep(rows)
         self.inner = [self.inner[i] for i in rows]
+
+
+def _has_folders(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(entry.is_dir() and not hidden(entry.name) for entry in entries)
 
 
 def walk(
