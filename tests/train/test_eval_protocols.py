@@ -178,6 +178,20 @@ def test_only_what_is_asked_for_is_drawn():
     assert list(make_plan(names=("few", "few-shot")).draws) == [2, 4]
 
 
+def test_a_class_of_one_image_is_refused_by_name_where_something_is_chosen_and_there_alone():
+    labels = torch.tensor([0, 0, 0, 1])
+    options = {"classes": ["ant", "bee"], "labels_per_class": [3], "draws": 2, "seed": 0}
+    for name in PROTOCOLS:
+        if PROTOCOLS[name].chooses:
+            with pytest.raises(ValueError, match="class bee has 1 image; need 2 or more"):
+                scoring.plan(labels, labels, protocols=["knn", name], **options)
+    plan = scoring.plan(labels, labels, protocols=[name for name in SINGLE if not PROTOCOLS[name].chooses], **options)
+    features = FeatureSet(torch.eye(4), torch.eye(4))
+    assert PROTOCOLS["knn"].run(features, plan).rows[0]["accuracy_pct"] >= 50
+    with pytest.raises(ValueError, match="labels_per_class: 3; class ant has only 2 images"):
+        scoring.plan(torch.tensor([0, 0, 0, 1, 1, 1]), labels, protocols=["few"], **options)
+
+
 def test_names_of_protocols():
     assert protocols.check_names(["svm", "linear"]) == ["linear", "svm"]
     assert protocols.check_names(["all"]) == list(FROZEN)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -48,23 +48,45 @@ def standardise(bank: Array, queries: Array) -> tuple[Array, Array]:
     return centred, (queries - mean) / sd
 
 
-def hold_out(labels: Labels, fraction: float, rng: np.random.Generator) -> tuple[Labels, Labels]:
+def hold_out(
+    labels: Labels,
+    fraction: float,
+    rng: np.random.Generator,
+    classes: Sequence[str] | None = None,
+    *,
+    single: bool = False,
+) -> tuple[Labels, Labels]:
     """Row indices (fit, held out), the given fraction of each class held out, at least one image of each in `fit`.
+
+    Args:
+        labels: (n,).
+        fraction: to hold out.
+        rng: of the draw.
+        classes: their names, by which an error calls them.
+        single: a class may have a single image, none of it held out.
 
     Raises:
         ValueError: a class with a single image, which can be in one part only.
     """
     held = []
     for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
-        if count < 2:
-            raise ValueError(f"labels: class {label} has {count} image; need 2 or more a class to choose the penalty")
+        if count < 2 and not single:
+            name = called(label, classes)
+            raise ValueError(f"labels: class {name} has {count} image; need 2 or more a class to choose on held-out ones")
         rows = rng.permutation(np.flatnonzero(labels == label))
         held.append(rows[: min(count - 1, max(1, round(fraction * count)))])
     out = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(labels)), out), out
 
 
-def draw(labels: Labels, pool: Labels, per_class: int, rng: np.random.Generator) -> Labels:
+def called(label: np.int64, classes: Sequence[str] | None) -> str:
+    """The name of a class, or its number."""
+    return classes[label] if classes else str(label)
+
+
+def draw(
+    labels: Labels, pool: Labels, per_class: int, rng: np.random.Generator, classes: Sequence[str] | None = None
+) -> Labels:
     """`per_class` rows of each class, drawn without replacement from the rows in `pool`.
 
     Raises:
@@ -74,7 +96,8 @@ def draw(labels: Labels, pool: Labels, per_class: int, rng: np.random.Generator)
     for label in np.unique(labels):
         rows = pool[labels[pool] == label]
         if len(rows) < per_class:
-            raise ValueError(f"labels_per_class: {per_class}; class {label} has only {len(rows)} images to draw from")
+            few = f"class {called(label, classes)} has only {len(rows)} images to draw from"
+            raise ValueError(f"labels_per_class: {per_class}; {few}")
         chosen.append(rng.choice(rows, per_class, replace=False))
     return np.sort(np.concatenate(chosen))
 

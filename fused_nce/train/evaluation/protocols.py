@@ -172,11 +172,13 @@ class Protocol(NamedTuple):
         text: a sentence or two.
         of_encoder: it trains beside or through an image encoder, takes minutes for each, and runs only where it is
             asked for by name.
+        chooses: it holds rows of each class out to choose on, so that a class needs two.
     """
 
     run: Callable[[FeatureSet, Plan], Found]
     text: str
     of_encoder: bool = False
+    chooses: bool = False
 
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -185,6 +187,7 @@ PROTOCOLS: dict[str, Protocol] = {
         "Linear: multinomial logistic regression on standardised features (full-batch L-BFGS to a gradient of 3e-4 in "
         "whitened coordinates); its penalty is chosen on a held-out quarter of the probe split, never on the test "
         "images.",
+        chooses=True,
     ),
     "knn": Protocol(
         _knn,
@@ -195,6 +198,7 @@ PROTOCOLS: dict[str, Protocol] = {
         _few,
         "Few labels a class: the linear probe and kNN on draws from three quarters of the probe split, the same for "
         "every encoder; mean ± standard deviation over the draws.",
+        chooses=True,
     ),
     "few-shot": Protocol(
         _few_shot,
@@ -206,11 +210,13 @@ PROTOCOLS: dict[str, Protocol] = {
         _trained("sgd", sgd_probe, {"epochs": SGD_EPOCHS}),
         f"Linear, SGD: {SGD_EPOCHS} epochs on standardised features without augmentation, momentum 0.9, no decay, the "
         "rate a tenth from 60 % and 80 % on and chosen on a held-out quarter of the probe split.",
+        chooses=True,
     ),
     "svm": Protocol(
         _full("svm", "svm"),
         "Linear SVM: one class against the rest, squared hinge, on standardised features; penalty chosen as the linear "
         "probe's.",
+        chooses=True,
     ),
     "mlp": Protocol(
         _trained("mlp", mlp_probe, {"epochs": MLP_EPOCHS, "units": MLP_UNITS}),
@@ -223,25 +229,26 @@ PROTOCOLS: dict[str, Protocol] = {
         "with the statistics of pre-training, Adam along a cosine; the encoder's rate chosen on labelled images that "
         "no draw contains; mean ± standard deviation over the draws. Of an untrained encoder: supervised learning from "
         "the same labels.",
-        True,
+        of_encoder=True,
+        chooses=True,
     ),
     "ms-ssim": Protocol(
         _ms_ssim,
         "MS-SSIM: a decoder learns from the features of the probe split and is compared on test images, by the finest "
         "scales that the window of 11 px fits into, and by one.",
-        True,
+        of_encoder=True,
     ),
     "mine": Protocol(
         _mine,
         "MINE: a lower bound on the information between image and features, its critic trained on the probe split and "
         "the bound taken on the test split.",
-        True,
+        of_encoder=True,
     ),
     "ndm": Protocol(
         _ndm,
         "NDM: how far the features' units are from independent, critic trained on the probe split, measured on the "
         "test split, without and with a sigmoid; 0 is independent.",
-        True,
+        of_encoder=True,
     ),
 }
 FROZEN = tuple(name for name, protocol in PROTOCOLS.items() if not protocol.of_encoder)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fused_nce.train.evaluation import episodes
 from fused_nce.train.evaluation.fine_tune import Subject
-from fused_nce.train.evaluation.probes import HELD_OUT, draw, hold_out
+from fused_nce.train.evaluation.probes import HELD_OUT, called, draw, hold_out
 from fused_nce.train.evaluation.protocols import PROTOCOLS, FeatureSet, Labels, Plan, Row
 from fused_nce.train.seeded import seeded
 
@@ -96,12 +96,13 @@ def plan(
     known, tested = labels.numpy().astype(np.int64), truth.numpy().astype(np.int64)
     missing = np.setdiff1d(tested, known)
     if len(missing):
-        name = classes[missing[0]] if classes else missing[0]
+        name = called(missing[0], classes)
         raise ValueError(f"labels: test class {name} has no example in the probe split; need every class there")
     rng = np.random.default_rng(seed)
-    pool, held = hold_out(known, HELD_OUT, rng)
+    single = not any(PROTOCOLS[name].chooses for name in protocols)
+    pool, held = hold_out(known, HELD_OUT, rng, classes, single=single)
     counts = labels_per_class if {"few", "fine-tune"} & set(protocols) else ()
-    few = {count: [draw(known, pool, count, rng) for _ in range(draws)] for count in counts}
+    few = {count: [draw(known, pool, count, rng, classes) for _ in range(draws)] for count in counts}
     shots = episodes.SHOTS if "few-shot" in protocols else ()
     drawn = {shot: episodes.draw(known, tested, shots=shot, count=tasks, rng=rng) for shot in shots}
     return Plan(known, tested, few, held, drawn, seed)
