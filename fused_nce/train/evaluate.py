@@ -52,6 +52,7 @@ def evaluate(
     seed: int = 0,
     leave_out_unseen: bool = False,
     neighbours: int = 5,
+    memory_limit_mb: int | None = None,
 ) -> dict[str, Any]:
     """Evaluates a finished (or still growing) run on frozen features, by the protocols asked for.
 
@@ -72,6 +73,7 @@ def evaluate(
         leave_out_unseen: leave out what is of classes that the training split lacks, instead of refusing the test
             split.
         neighbours: nearest training images that the pictures show beside each of a few test images, by the first tap.
+        memory_limit_mb: of a split's images, decoded; the run's own `run.memory_limit_mb` if left out.
 
     Returns:
         What RUN/eval.json holds.
@@ -91,6 +93,8 @@ def evaluate(
     trained_on, ending = Path(config.data).name, runlog.suffix(data)
     if data is not None:
         config = dataclasses.replace(config, data=data)
+    if memory_limit_mb is not None:
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, memory_limit_mb=memory_limit_mb))
     taps = list(taps or config.taps)
     log = runlog.read_log(folder)
     features.check_taps(model, config.sample(), taps)

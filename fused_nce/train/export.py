@@ -133,7 +133,7 @@ def describe(settings: Method, taps: Tensors) -> dict[str, Any]:
     inputs: dict[str, Any] = {"shape": shape}
     if len(shape) == 3:  # images, not sound
         mean, std = settings.augment.mean, settings.augment.std
-        inputs |= {"mean": list(mean), "std": list(std), "resize": data.TEST_RESIZE.get(shape[1], shape[1])}
+        inputs |= {"mean": list(mean), "std": list(std), "resize": data.resize_for(settings.augment, shape[1])}
     facts: dict[str, Any] = {
         "method": settings.method,
         "encoder": name or settings.method,

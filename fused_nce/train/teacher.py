@@ -24,7 +24,13 @@ NAME = "fine-tuned.safetensors"
 
 
 def write(
-    run: str, *, labels_per_class: int = 10, tap: str | None = None, seed: int = 0, leave_out_unseen: bool = False
+    run: str,
+    *,
+    labels_per_class: int = 10,
+    tap: str | None = None,
+    seed: int = 0,
+    leave_out_unseen: bool = False,
+    memory_limit_mb: int | None = None,
 ) -> dict[str, Any]:
     """Fine-tunes a run's encoder and writes the classifier beside it.
 
@@ -34,6 +40,7 @@ def write(
         tap: of the encoder, the method's first if left out.
         seed: of the draw of labels, and of the batches.
         leave_out_unseen: leave out test images of classes that no training image has, instead of refusing them.
+        memory_limit_mb: of a split's images, decoded; the run's own `run.memory_limit_mb` if left out.
 
     Returns:
         The rate of the encoder, the accuracy on the test images in percent, and what was read of each split.
@@ -47,8 +54,8 @@ def write(
     tap = config.taps[0] if tap is None else tap
     features.check_taps(model, config.sample(), [tap])
     probe, test = load_labelled(
-        config.data, config.model.image_size, seed=seed, limit_mb=config.run.memory_limit_mb,
-        upright=config.augment.upright, leave_out_unseen=leave_out_unseen,
+        config.data, config.model.image_size, config.augment, seed=seed,
+        limit_mb=memory_limit_mb or config.run.memory_limit_mb, leave_out_unseen=leave_out_unseen,
     )  # fmt: skip
     plan = scoring.plan(
         probe.labels, test.labels, classes=probe.classes, protocols=("fine-tune",),

@@ -14,6 +14,7 @@ from fused_nce.train.data.image_source import ImageSource
 from fused_nce.train.data.images import load_attributes
 from fused_nce.train.evaluation import attributes
 from fused_nce.train.evaluation.logistic import fit, principal_axes
+from fused_nce.train.settings import AugmentConfig
 
 NAMES = ["Red", "Rare", "Noise", "Always"]
 
@@ -90,7 +91,7 @@ def test_a_damaged_list_is_named_with_its_line(tmp_path, file, old, new, words):
 def test_a_damaged_image_brings_the_attributes_of_its_replacement(tmp_path):
     root = make(tmp_path, count=240)
     (root / "img_align_celeba/img_align_celeba/000002.jpg").write_bytes(b"")
-    train = load_attributes(str(root), 16, seed=0, limit_mb=64, upright=False)[0]
+    train = load_attributes(str(root), 16, AugmentConfig(), seed=0, limit_mb=64)[0]
     assert train.attributes is not None
     assert train.attributes.values[:4, 0].tolist() == [True, True, True, False]
     assert (train.images[1] == train.images[2]).all()
@@ -143,7 +144,7 @@ def test_an_empty_list_and_one_name_twice_are_said(tmp_path):
 
 def test_what_images_show_is_told_and_what_they_do_not_is_guessed(tmp_path):
     root = make(tmp_path, count=240)
-    sets = load_attributes(str(root), 16, seed=0, limit_mb=64, upright=False)
+    sets = load_attributes(str(root), 16, AugmentConfig(), seed=0, limit_mb=64)
     names, known, truth, said = attributes.usable(*sets, str(root))
     assert names == NAMES[:3]
     assert said == ["not judged, for all images of a split have it or lack it: Always"]

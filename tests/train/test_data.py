@@ -134,8 +134,10 @@ def test_refusals(tmp_path):
     write_folder(tmp_path, 2)
     with pytest.raises(ValueError, match=r"has no test split; it must hold .*test"):
         load_split(str(tmp_path), "test", 32)
-    with pytest.raises(ValueError, match="takes 6 MB as uint8 of 1024 px; the limit is 1 MB"):
-        load_split(str(tmp_path), "train", 1024, limit_bytes=1 << 20)
+    with pytest.raises(
+        ValueError, match="2 images take 6 MB as uint8 of 1000 px; need memory_limit_mb of as many, got 1"
+    ):
+        load_split(str(tmp_path), "train", 1000, limit_bytes=1 << 20)
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "train-0.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(ValueError, match=r"data: shard .*train-0\.tar cannot be read"):

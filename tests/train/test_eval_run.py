@@ -12,7 +12,6 @@ from PIL import Image
 from fused_nce import cli
 from fused_nce.train import config, evaluate, loss_cost
 from fused_nce.train.data import images as images_module
-from fused_nce.train.data.images import ImageSet
 from fused_nce.train.evaluation import scoring
 from fused_nce.train.methods.amdim import AMDIMConfig, ModelConfig
 from fused_nce.train.saving import checkpoint
@@ -240,21 +239,53 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):
     assert len(errors) == 2
 
 
-def test_a_data_set_without_labels_is_refused(evaluated, monkeypatch):
-    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
-    unlabelled = ImageSet(images, torch.full((4,), -1), ["a", "b"])
-    monkeypatch.setattr(images_module, "load_split", lambda *args, **kwargs: unlabelled)
-    with pytest.raises(ValueError, match="the probe split of digits has no labels of 2 or more classes"):
-        evaluate.evaluate(str(evaluated[0]))
+def test_a_data_set_without_labels_is_refused(evaluated, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (32, 32)).save(tmp_path / split / "a.png")
+    with pytest.raises(ValueError, match=f"the probe split of {tmp_path} has no labels of 2 or more classes"):
+        evaluate.evaluate(str(evaluated[0]), data=str(tmp_path))
 
 
-def test_images_without_a_label_are_left_out(monkeypatch):
-    images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 32, 32)
-    some = ImageSet(images, torch.tensor([0, -1, 1, -1]), ["a", "b"])
-    monkeypatch.setattr(images_module, "load_split", lambda *args, **kwargs: some)
-    for found in images_module.load_labelled("some", 32, seed=0):
-        assert found.labels.tolist() == [0, 1]
-        assert found.images[:, 0, 0, 0].tolist() == [0, 2]
+def test_images_without_a_label_and_those_not_drawn_are_left_out_before_any_is_decoded(tmp_path, monkeypatch):
+    make_folder(tmp_path, classes=2, train=40, test=2)
+    Image.new("RGB", (32, 32)).save(tmp_path / "train" / "a.png")
+    monkeypatch.setattr(images_module, "MAX_PROBE_IMAGES", 30)
+    options: Any = {"seed": 0, "limit_mb": 1}
+    size = 100  # of 81 images 2.3 MB, of 30 still 0.9
+    probe, test = images_module.load_labelled(str(tmp_path), size, AugmentConfig(), **options)
+    assert (len(probe.images), len(test.images)) == (30, 4)
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(0))
+    assert probe.labels.tolist() == [int(i >= 40) for i in order[:30].sort().values]  # of the labelled, as they stand
+    assert "probe: 30 images, 2 classes; left out: 1 images without a label" in probe.account
+    assert "50 images that were not drawn" in probe.account
+    assert probe.digest == images_module.load_split(str(tmp_path), "probe", size).digest  # of all
+    with pytest.raises(
+        ValueError, match=r"probe: 30 images take 2 MB as uint8 of 120 px; need memory_limit_mb .*got 1"
+    ):
+        images_module.load_labelled(str(tmp_path), 120, AugmentConfig(), **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "resize"),
+    [
+        ({"geometry": "none"}, 64),
+        ({"geometry": "translate"}, 64),
+        ({"geometry": "crop", "crop_area": (4 / 9, 4 / 9)}, 96),
+        ({"geometry": "crop"}, 70),
+    ],
+)
+def test_an_image_is_tested_at_the_scale_that_training_showed(tmp_path, changes, resize):
+    """A bar takes a quarter of an image of 96 px: how wide it is in the test image."""
+    for split in ("train", "test"):
+        for label in "ab":
+            (tmp_path / split / label).mkdir(parents=True)
+            image = torch.zeros(96, 96, 3, dtype=torch.uint8)
+            image[:, 48:] = 255
+            image[36:60, :] = 255 - image[36:60, :]  # a quarter of the image's height
+            Image.fromarray(image.numpy()).save(tmp_path / split / label / "1.png")
+    found = images_module.load_labelled(str(tmp_path), 64, AugmentConfig(**changes), seed=0)[1].images[0, 0]
+    assert ((found[:, 0] > 128).sum().item(), (found[0] > 128).sum().item()) == (round(24 * resize / 96), 32)
 
 
 def test_a_test_class_without_probe_images_is_refused():

@@ -13,6 +13,7 @@ from torchvision.datasets import ImageFolder
 
 from fused_nce.train.data import images
 from fused_nce.train.data.image_source import ImageSource, to_rgb
+from fused_nce.train.settings import AugmentConfig
 from tests.train.test_data import picture
 
 P = [picture(v) for v in range(8)]
@@ -259,7 +260,7 @@ def test_class_numbers_follow_the_training_split(tmp_path):
     shards(tmp_path / "names", train=pairs("ant", "bee", "cow"), test=pairs("bee", "cow"))
     shards(tmp_path / "numbers", train=pairs("0", "1", "2"), test=pairs("1\n", "2"))
     for name, classes in (("f", ["ant", "bee", "cow"]), ("names", ["ant", "bee", "cow"]), ("numbers", ["0", "1", "2"])):
-        probe, test = images.load_labelled(str(tmp_path / name), 32, seed=0)
+        probe, test = images.load_labelled(str(tmp_path / name), 32, AugmentConfig(), seed=0)
         assert (test.labels.tolist(), test.classes, probe.classes) == ([1, 2], classes, classes), name
         assert images.load_split(str(tmp_path / name), "test", 32).labels.tolist() == [1, 2]
 
@@ -279,8 +280,8 @@ def test_a_class_that_training_never_saw_is_refused_or_left_out(tmp_path, train,
     with pytest.raises(
         ValueError, match=rf"^data: no training image has class {unseen} have, the first .*test-0\.tar:"
     ):
-        images.load_labelled(str(data), 32, seed=0)
-    _, found = images.load_labelled(str(data), 32, seed=0, leave_out_unseen=True)
+        images.load_labelled(str(data), 32, AugmentConfig(), seed=0)
+    _, found = images.load_labelled(str(data), 32, AugmentConfig(), seed=0, leave_out_unseen=True)
     assert [found.classes[n] for n in found.labels] == ["b" if names else test[0]]
     assert f"{len(test) - 1} images of classes that training lacks" in found.account
     assert found.images[:, 0, 0, 0].tolist() == [0]

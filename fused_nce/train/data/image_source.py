@@ -125,6 +125,19 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def keep(self, rows: list[int]) -> None:
+        """Forget all other images, and say so in the account."""
+        kept = set(rows)
+        gone: dict[str, list[int]] = {}
+        for i, label in enumerate(self.labels):
+            if i not in kept:
+                bare = label < 0 and self.samples.attributes is None
+                gone.setdefault("without a label" if bare else "that were not drawn", []).append(i)
+        for why, those in gone.items():
+            self.samples.account.leave_out(f"images {why}", self.samples.name(those[0]), len(those))
+        self.samples.keep(rows)
+        self.labels = [self.labels[i] for i in rows]
+
     def account(self, damaged: int = 0) -> str:
         """One line: images, classes, and what was left out and why."""
         attributes = self.samples.attributes

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +16,9 @@ from fused_nce.train.data.image_source import Damage, ImageSource, digits, fit
 from fused_nce.train.data.labels import Classes
 from fused_nce.train.data.members import Attributes
 from fused_nce.train.machine.host import progress_bar
+from fused_nce.train.settings import AugmentConfig
 
-# Short side that an image is resized to before the centre crop of the tests (amdim-public: 70 -> 64, 146 -> 128).
+# Of crops of random area, by side (amdim-public: 70 -> 64, 146 -> 128).
 TEST_RESIZE = {32: 32, 64: 70, 128: 146, 224: 256}
 DEFAULT_LIMIT_BYTES = 4096 << 20
 MAX_PROBE_IMAGES = 50_000  # more labelled images than CIFAR's 50,000 change a probe little and cost minutes
@@ -47,18 +50,13 @@ class ImageSet:
     runs: Sequence[int] = ()
     attributes: Attributes | None = None
 
-    def at(self, rows: Tensor) -> ImageSet:
-        """Some of the images."""
-        kept = self.attributes and Attributes(self.attributes.names, self.attributes.values[rows.numpy()])
-        return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows], attributes=kept)
-
 
 def load_split(
     data: str,
     split: str,
     image_size: int,
     *,
-    canvas: int | None = None,
+    resize: int | None = None,
     limit_bytes: int = DEFAULT_LIMIT_BYTES,
     upright: bool = False,
     known: Classes | None = None,
@@ -72,8 +70,8 @@ def load_split(
         data: `"digits"`, a folder with one subfolder a class (below `train/` and `test/`), or WebDataset shards: a
             folder with `train-*.tar[.gz]` and `test-*.tar[.gz]`, or a glob.
         split: `"train"`, `"probe"` or `"test"`.
-        image_size: side in px of the test images: short side resized, centre cropped.
-        canvas: side of the square to decode to instead; by default `image_size` with the test protocol.
+        image_size: side in px.
+        resize: short side in px before the centre crop; `image_size` if left out.
         limit_bytes: refuse a split that takes more.
         upright: see `ImageSource`.
         known: see `ImageSource`.
@@ -83,66 +81,108 @@ def load_split(
         ValueError: for an unknown split, a missing folder, a split without images, a test class that training lacks,
             more than 1 % damaged images, or a split above the limit.
     """
-    if data == "digits":
-        images, labels, classes = digits(split, image_size)
-        line = Account().line(data, split, f"{len(labels):,} images", f"{len(classes)} classes")
-        return ImageSet(images, labels, classes, account=line, digest=data)
-    source = ImageSource(data, split, known=known, upright=upright, leave_out_unseen=leave_out_unseen)
-    size = canvas or image_size
-    if decoded_bytes(source, size) > limit_bytes:
-        need_mb = decoded_bytes(source, size) >> 20
-        raise ValueError(f"data: {data} takes {need_mb} MB as uint8 of {size} px; the limit is {limit_bytes >> 20} MB")
-    return decode(source, size, TEST_RESIZE.get(size, size) if canvas is None else size)
+    source = _open(data, split, image_size, known=known, upright=upright, leave_out_unseen=leave_out_unseen)
+    return _load(source, image_size, resize or image_size, limit_bytes)
+
+
+def _open(data: str, split: str, image_size: int, **options: Any) -> ImageSet | ImageSource:
+    """A split before anything of it is decoded, but for digits."""
+    if data != "digits":
+        return ImageSource(data, split, **options)
+    images, labels, classes = digits(split, image_size)
+    line = Account().line(data, split, f"{len(labels):,} images", f"{len(classes)} classes")
+    return ImageSet(images, labels, classes, account=line, digest=data)
+
+
+def _load(source: ImageSet | ImageSource, image_size: int, resize: int, limit_bytes: int) -> ImageSet:
+    if isinstance(source, ImageSet):
+        return source
+    if (need := decoded_bytes(source, image_size)) > limit_bytes:
+        raise ValueError(
+            f"data: {source.data}, {source.split}: {len(source):,} images take {-(-need >> 20)} MB as uint8 of "
+            f"{image_size} px; need memory_limit_mb of as many, got {limit_bytes >> 20}"
+        )
+    return decode(source, image_size, resize)
 
 
 def load_labelled(
     data: str,
     image_size: int,
+    augment: AugmentConfig,
     *,
     seed: int,
     limit_mb: int = 4096,
-    upright: bool = False,
     leave_out_unseen: bool = False,
 ) -> tuple[ImageSet, ImageSet]:
     """The labelled images to probe and to test on, with the same classes; of many to probe on, 50,000 drawn at random.
+
+    Args:
+        data: see `load_split`.
+        image_size: side in px.
+        augment: of the training, whose scale the images are given.
+        seed: of the draw.
+        limit_mb: refuse a split of which more is to be decoded.
+        leave_out_unseen: see `ImageSource`.
 
     Raises:
         ValueError: see `load_split`; and for a split without labels, or without 2 or more classes.
     """
     known, found = None, []
     for split in ("probe", "test"):
-        whole = load_split(
-            data, split, image_size, limit_bytes=limit_mb << 20, upright=upright, known=known,
-            leave_out_unseen=leave_out_unseen,
-        )  # fmt: skip
-        known = whole.known
-        labelled = whole.labels >= 0
-        if not bool(labelled.any()) or len(whole.classes) < 2:
+        source = _open(data, split, image_size, upright=augment.upright, known=known, leave_out_unseen=leave_out_unseen)
+        known = source.known
+        rows = (torch.as_tensor(source.labels) >= 0).nonzero().flatten()
+        if not len(rows) or len(source.classes) < 2:
             raise ValueError(
                 f"data: the {split} split of {data} has no labels of 2 or more classes; need them to evaluate"
             )
-        rows = labelled.nonzero().flatten()
-        found.append(_some(whole, rows, split, seed))
+        found.append(_some(source, rows, split, image_size, augment, seed=seed, limit_mb=limit_mb))
     return found[0], found[1]
 
 
 def load_attributes(
-    data: str, image_size: int, *, seed: int, limit_mb: int, upright: bool
+    data: str, image_size: int, augment: AugmentConfig, *, seed: int, limit_mb: int
 ) -> tuple[ImageSet, ImageSet]:
     """As `load_labelled`, of images that have attributes instead of a class."""
     found = []
     for split in ("probe", "test"):
-        whole = load_split(data, split, image_size, limit_bytes=limit_mb << 20, upright=upright)
-        found.append(_some(whole, torch.arange(len(whole.labels)), split, seed))
+        source = _open(data, split, image_size, upright=augment.upright)
+        rows = torch.arange(len(source.labels))
+        found.append(_some(source, rows, split, image_size, augment, seed=seed, limit_mb=limit_mb))
     return found[0], found[1]
 
 
-def _some(whole: ImageSet, rows: Tensor, split: str, seed: int) -> ImageSet:
-    """Those rows; of many to probe on, some at random."""
+def _some(
+    source: ImageSet | ImageSource,
+    rows: Tensor,
+    split: str,
+    image_size: int,
+    augment: AugmentConfig,
+    *,
+    seed: int,
+    limit_mb: int,
+) -> ImageSet:
+    """Those rows, decoded; of many to probe on, some at random. All others are forgotten first, but by the digest."""
     if split == "probe" and len(rows) > MAX_PROBE_IMAGES:
         generator = torch.Generator().manual_seed(seed)
         rows = rows[torch.randperm(len(rows), generator=generator)[:MAX_PROBE_IMAGES]].sort().values
-    return whole.at(rows) if len(rows) < len(whole.labels) else whole
+    if isinstance(source, ImageSet):
+        return source
+    digest = source.samples.digest()
+    source.keep(rows.tolist())
+    whole = _load(source, image_size, resize_for(augment, image_size), limit_mb << 20)
+    return dataclasses.replace(whole, digest=digest)
+
+
+def resize_for(augment: AugmentConfig, size: int) -> int:
+    """Short side in px before the centre crop of the tests, by which things are as large as in training.
+
+    That is known but for random crops of random area: there it is what amdim-public takes.
+    """
+    low, high = augment.crop_area
+    if augment.geometry != "crop":
+        return size
+    return round(size / math.sqrt(low)) if low == high else TEST_RESIZE.get(size, size)
 
 
 def decoded_bytes(source: ImageSource, size: int) -> int:

@@ -82,9 +82,8 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
     if "linear" not in asked.protocols:
         raise ValueError(f"protocols: images with attributes have linear alone, got {', '.join(asked.protocols)}")
     probe_set, test_set = load_attributes(
-        config.data, config.model.image_size, seed=asked.seed, limit_mb=config.run.memory_limit_mb,
-        upright=config.augment.upright,
-    )  # fmt: skip
+        config.data, config.model.image_size, config.augment, seed=asked.seed, limit_mb=config.run.memory_limit_mb
+    )
     names, known, truth, said = usable(probe_set, test_set, config.data)
     said += [f"not run, for want of one class an image: {name}" for name in asked.protocols if name != "linear"]
     rows: list[dict[str, Any]] = []
@@ -124,7 +123,7 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
         "confusion": None,
         "protocol": [
             f"Attributes: a logistic regression of each of {len(names)}, on standardised features, all of one penalty, "
-            "chosen by the least mean cross-entropy on a held-out quarter of the probe split; means over the attributes.",
+            "chosen by the least mean cross-entropy on a held-out quarter of the probe split; means over all.",
             "Balanced: the mean of the accuracies among images with the attribute and among those without, where the "
             "answer is what is likelier than the attribute's share of the probe split; guessing is 50 %. The other "
             f"column is plain accuracy; always the commoner answer gives {commoner:.1f} %.",

@@ -25,8 +25,8 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
     """
     taps = asked.taps
     probe, test = load_labelled(
-        config.data, config.model.image_size, seed=asked.seed, limit_mb=config.run.memory_limit_mb,
-        upright=config.augment.upright, leave_out_unseen=asked.leave_out_unseen,
+        config.data, config.model.image_size, config.augment, seed=asked.seed, limit_mb=config.run.memory_limit_mb,
+        leave_out_unseen=asked.leave_out_unseen,
     )  # fmt: skip
     plan = asked.plan(probe.labels, test.labels, probe.classes)
     rows: list[dict[str, Any]] = []

@@ -72,7 +72,9 @@ def hold_out(
     for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
         if count < 2 and not single:
             name = called(label, classes)
-            raise ValueError(f"labels: class {name} has {count} image; need 2 or more a class to choose on held-out ones")
+            raise ValueError(
+                f"labels: class {name} has {count} image; need 2 or more a class to choose on held-out ones"
+            )
         rows = rng.permutation(np.flatnonzero(labels == label))
         held.append(rows[: min(count - 1, max(1, round(fraction * count)))])
     out = np.sort(np.concatenate(held))
