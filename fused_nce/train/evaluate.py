@@ -3,7 +3,7 @@
 Writes RUN/eval.json (everything), RUN/eval.csv (the table of accuracies) and RUN/report.html (to read); pictures of
 test images with the training images nearest to them, RUN/neighbours-cosine.png and -l1.png; and RUN/samples.png, what a
 generator makes. While it runs, RUN/eval.partial.csv holds the accuracies so far. On another data set the names end in
-`-NAME`, its own.
+`-NAME`, its own, and the evaluation of a third of the same name is not overwritten.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fused_nce.train.evaluation import features
 from fused_nce.train.evaluation.figures import samples
 from fused_nce.train.evaluation.protocols import DEFAULT, check_names
 from fused_nce.train.evaluation.scoring import Asked
-from fused_nce.train.files import printable, write_bytes, write_text
+from fused_nce.train.files import printable, read_json, write_bytes, write_text
 from fused_nce.train.machine import host
 from fused_nce.train.machine.threads import Threads
 from fused_nce.train.method import Method
@@ -89,8 +89,8 @@ def evaluate(
     if not 1 <= neighbours <= MOST_NEIGHBOURS:
         raise ValueError(f"neighbours: {neighbours}; need 1 to {MOST_NEIGHBOURS}")
     names = check_names(list(protocols))
-    model, config = checkpoint.load_model(folder)
-    trained_on, ending = Path(config.data).name, runlog.suffix(data)
+    model, config, state = checkpoint.load_run(folder)
+    trained_on, ending = runlog.data_name(config.data), runlog.suffix(data)
     if data is not None:
         config = dataclasses.replace(config, data=data)
     if memory_limit_mb is not None:
@@ -103,9 +103,20 @@ def evaluate(
         "leave_out_unseen": leave_out_unseen,
     }  # fmt: skip
     partial = folder / f"eval{ending}.partial.csv"
+    digests: dict[str, str] = {}
+
+    def look(probe: Any, test: Any) -> None:
+        digests.update(probe=probe.digest, test=test.digest)
+        rate = state.get("data", {}).get("rate")  # of a run on recordings, but for those of earlier versions
+        if rate is not None and probe.rate != rate:
+            raise ValueError(f"data: must have the {rate} Hz that {run} was trained on, got {probe.rate} Hz")
+        if data is not None:
+            _refuse_another(folder / f"eval{ending}.json", data, digests)
+
     asked = Asked(
-        taps, **settings, baselines=baselines, keep=lambda rows: _write_csv(partial, rows), neighbours=neighbours
-    )
+        taps, **settings, baselines=baselines, keep=lambda rows: _write_csv(partial, rows), neighbours=neighbours,
+        look=look,
+    )  # fmt: skip
     with Threads(config.run.threads):
         judged, figures = config.judge(model, asked)
         drawn = samples(model, seed)
@@ -119,7 +130,8 @@ def evaluate(
         "views": config.optim.epochs * config.view_count,
         "parameters": _parameters(model),
         "data": config.data,
-        "data_name": Path(config.data).name,
+        "data_name": runlog.data_name(config.data),
+        "digests": digests,
         "trained_on": trained_on,
         "date": time.strftime("%Y-%m-%d"),
         "online_tap": config.taps[0],
@@ -163,6 +175,16 @@ def run_and_print(run: str, **options: Any) -> int:
         print(f"fused-nce: {result['loss_cost_error']}", file=sys.stderr)
         return 1
     return 0
+
+
+def _refuse_another(file: Path, data: str, digests: dict[str, str]) -> None:
+    """An evaluation on other data whose name is the same would be overwritten."""
+    try:
+        before = read_json(file).get("digests", digests)
+    except ValueError:  # none there, or none that says anything
+        return
+    if before != digests:
+        raise ValueError(f"data: {file} is of other data than {data}, by the same name; move it away")
 
 
 def _parameters(model: Model) -> int:

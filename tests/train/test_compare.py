@@ -11,6 +11,7 @@ from fused_nce import cli
 from fused_nce.train import compare, config
 from fused_nce.train.methods.amdim import AMDIMConfig, ModelConfig
 from fused_nce.train.methods.simclr import SimCLRConfig
+from fused_nce.train.report import runlog
 from tests.train.test_report import make_log, make_result, parse, row
 
 
@@ -114,6 +115,25 @@ def test_another_data_set_is_read_by_its_name(tmp_path):
         (folder / "eval-stl10.json").write_text(json.dumps(result))
     runs = compare.read_runs(list(map(str, folders)), data="/anywhere/stl10")
     assert {run.result["data_name"] for run in runs} == {"stl10"}
+
+
+def test_data_are_told_by_their_digests_where_both_evaluations_have_them(tmp_path):
+    digests = [{"probe": "p", "test": test} for test in ("t", "t", "u")]
+    names = ["imgs", "moved", "imgs"]
+    a, b, c = (
+        str(make_run(tmp_path / name, 50.0, data_name=data, data=f"/{name}/{data}", digests=digest))
+        for name, data, digest in zip("abc", names, digests, strict=True)
+    )
+    old = str(make_run(tmp_path / "old", 50.0, data_name="imgs"))
+    assert len(compare.read_runs([a, b])) == len(compare.read_runs([old, a])) == 2
+    wanted = r"a was evaluated on imgs, c on other images or labels of that name \(/c/imgs\); need one data set"
+    with pytest.raises(ValueError, match=wanted):
+        compare.read_runs([a, c])
+
+
+def test_a_glob_of_shards_has_the_name_of_its_folder():
+    assert runlog.suffix("/data/stl10/train-*.tar") == "-stl10_train-_.tar" != runlog.suffix("/data/c10/train-*.tar")
+    assert runlog.data_name("/data/stl10") == "stl10"
 
 
 def test_names_cannot_break_the_page(tmp_path):

@@ -224,6 +224,13 @@ def test_train_and_evaluate_from_the_command_line(data, tmp_path, capsys, caplog
     assert cli.main(["eval", str(out), "--draws=2", "--labels_per_class=3"]) == 0
     printed = capsys.readouterr().out
     assert "c_t, digit  trained" in printed
+    fast = [
+        (n, speech.wav(speech.tone(0, 0, 1), 16000) if n.endswith("wav") else c) for n, c in speech.members("train")
+    ]
+    for split in ("train", "test"):
+        speech.shard(tmp_path / f"{split}-0.tar", fast)
+    assert cli.main(["eval", str(out), "--data", str(tmp_path)]) == 2
+    assert f"data: must have the 8000 Hz that {out} was trained on, got 16000 Hz\n" in capsys.readouterr().err
     assert cli.main(["fine-tune", str(out)]) == 2
     assert "fused-nce: run: must be of images, got one of cpc (recordings)\n" in capsys.readouterr().err
     result = json.loads((out / "eval.json").read_text())

@@ -147,6 +147,13 @@ def test_another_data_set_by_every_protocol(tmp_path, capsys):
     assert "AMDIM on digits, evaluated on colours" in page
     assert "95 % interval of 4 tasks" in page
     assert not list(folder.glob("*.partial.csv"))
+    assert list(result["digests"]) == ["probe", "test"]
+    before = (folder / "eval-colours.json").read_bytes()
+    options[1] = str(make_folder(tmp_path / "third" / "colours", test=15))
+    assert cli.main(["eval", str(folder), *options]) == 2
+    said = f"data: {folder / 'eval-colours.json'} is of other data than {options[1]}, by the same name; move it away"
+    assert said in capsys.readouterr().err
+    assert (folder / "eval-colours.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("words", [["--taps", "f1,f7"], ["--taps=f1,f7"], ["--taps=[f1, f7]"], ["--taps", "[f1,f7]"]])

@@ -207,6 +207,8 @@ def test_what_changed_in_words():
     ):
         assert trained_on.changes(old, new) == words
         assert trained_on.changes({}, new) == []  # a checkpoint of an earlier version
+    assert trained_on.changes(old | {"rate": 8000}, old | {"rate": 16000}) == ["Hz 8000 -> 16000"]
+    assert trained_on.changes(old, old | {"rate": 16000}) == []  # an earlier version's, too
 
 
 # --- the disk -----------------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ class WindowLoader:
             raise ValueError(f"augment.label: must be null or one of {', '.join(held.tags)}, got {a.label}")
         self.waves = [scaled(x, a.level) for x in held.waves]
         self.window, self.seed = a.window, seed
-        self.count, self.damaged = len(self.waves), held.damaged
+        self.count, self.damaged, self.rate = len(self.waves), held.damaged, held.rate
         self.account, self.digest = held.account, held.digest
         self.classes = classes(held.tags[a.label]) if a.label is not None else []
         self.labels = held.labels(a.label, self.classes) if a.label is not None else torch.full((self.count,), -1)

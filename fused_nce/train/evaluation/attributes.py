@@ -84,6 +84,7 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
     probe_set, test_set = load_attributes(
         config.data, config.model.image_size, config.augment, seed=asked.seed, limit_mb=config.run.memory_limit_mb
     )
+    asked.look(probe_set, test_set)
     names, known, truth, said = usable(probe_set, test_set, config.data)
     said += [f"not run, for want of one class an image: {name}" for name in asked.protocols if name != "linear"]
     rows: list[dict[str, Any]] = []

@@ -28,6 +28,7 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
         config.data, config.model.image_size, config.augment, seed=asked.seed, limit_mb=config.run.memory_limit_mb,
         leave_out_unseen=asked.leave_out_unseen,
     )  # fmt: skip
+    asked.look(probe, test)
     plan = asked.plan(probe.labels, test.labels, probe.classes)
     rows: list[dict[str, Any]] = []
     measures: list[dict[str, Any]] = []

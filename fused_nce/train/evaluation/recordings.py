@@ -45,6 +45,7 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
     probe, test = (recordings.load(config.data, split) for split in ("probe", "test"))
     if probe.rate != test.rate:
         raise ValueError(f"data: training recordings have {probe.rate} Hz, test recordings {test.rate}; need one rate")
+    asked.look(probe, test)
     targets, said = find_targets(probe, test, config.data, leave_out_unseen=asked.leave_out_unseen)
     plans = {target.name: asked.plan(target.probe, target.test, target.classes) for target in targets}
     rows: list[dict[str, Any]] = []

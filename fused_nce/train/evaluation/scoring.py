@@ -31,6 +31,7 @@ class Asked(NamedTuple):
         leave_out_unseen: leave out test examples of classes that no training example has, instead of refusing them.
         keep: called with all rows so far after each feature set.
         neighbours: images that the pictures show beside each of a few test images.
+        look: called with both splits, images or recordings, before anything is computed; it may refuse them.
     """
 
     taps: list[str]
@@ -43,6 +44,7 @@ class Asked(NamedTuple):
     leave_out_unseen: bool
     keep: Callable[[list[dict[str, Any]]], None]
     neighbours: int = 5
+    look: Callable[[Any, Any], None] = lambda probe, test: None
 
     def plan(self, labels: Tensor, truth: Tensor, classes: Sequence[str]) -> Plan:
         """The draws of one labelling: see `scoring.plan`."""

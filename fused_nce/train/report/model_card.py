@@ -29,7 +29,7 @@ def text(run: Path, settings: Method, facts: dict[str, Any], state: dict[str, An
         if file.is_file()
         else None
     )
-    title = f"{settings.title} encoder, {Path(settings.data).name}"
+    title = f"{settings.title} encoder, {runlog.data_name(settings.data)}"
     parts = [
         f"---\n{_front(settings, facts, found)}---\n\n# {title}\n",
         f"{facts['encoder']}, {parameters:,} parameters, pre-trained by {settings.title} "
@@ -106,7 +106,7 @@ def _training(run: Path, settings: Method, state: dict[str, Any]) -> str:
     processes = int(environment.get("processes", 1))
     images = settings.local_batch(processes) * processes * optim.accumulate
     rows = {
-        "data": f"{Path(settings.data).name}, {int(state.get('images', 0)):,} images",
+        "data": f"{runlog.data_name(settings.data)}, {int(state.get('images', 0)):,} images",
         "preset": settings.preset,
         "updates": f"{int(state['step']):,} of {images:,} images",
         "time": f"{float(state.get('time_s', 0)) / 60:.1f} min",

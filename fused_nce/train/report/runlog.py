@@ -76,4 +76,10 @@ def median(log: list[Line], key: str) -> float | None:
 
 def suffix(data: str | None) -> str:
     """Ending of the names of an evaluation's files on another data set."""
-    return "" if data is None else "-" + re.sub(r"[^\w.-]+", "_", Path(data).name)
+    return "" if data is None else "-" + re.sub(r"[^\w.-]+", "_", data_name(data))
+
+
+def data_name(data: str) -> str:
+    """Of a data set: its folder's; of a glob of shards, that and the glob."""
+    path = Path(data).absolute()
+    return f"{path.parent.name}/{path.name}" if set(path.name) & set("*?[") else path.name

@@ -213,17 +213,23 @@ def load_into(module: nn.Module, tensors: Tensors, what: str) -> None:
     module.load_state_dict({key: sharding.like(value, own[key]) for key, value in tensors.items()})
 
 
-def load_model(run_dir: str | Path) -> tuple[Model, Method]:
-    """The newest model of a run, in eval mode, and the run's configuration.
+def load_run(run_dir: str | Path) -> tuple[Model, Method, dict[str, Any]]:
+    """The newest model of a run, in eval mode, the run's configuration, and the checkpoint's state.
 
     Raises:
         ValueError: if the folder holds no run, or no whole checkpoint.
     """
     config = config_module.load(run_dir)
     path = newest(run_dir)
-    model = config.build(images=int(load_state(path).get("images", 1)))  # fault: bank-one-image
+    state = load_state(path)
+    model = config.build(images=int(state.get("images", 1)))  # fault: bank-one-image
     load_into(model, load_tensors(path, "model"), f"{path}/model.safetensors")
-    return model.eval(), config
+    return model.eval(), config, state
+
+
+def load_model(run_dir: str | Path) -> tuple[Model, Method]:
+    """The first two of `load_run`."""
+    return load_run(run_dir)[:2]
 
 
 def _point_latest(root: Path, name: str) -> None:

@@ -8,13 +8,14 @@ MAX_NAMED = 4
 
 
 def facts(loader: Any) -> dict[str, Any]:
-    """Count, images a class, and a digest of names and labels in their order, of a loader."""
+    """Count, images a class, a digest of names and labels in their order, and recordings' rate in Hz, of a loader."""
     labels = loader.labels
     counts = labels[labels >= 0].bincount(minlength=len(loader.classes)).tolist()
     return {
         "count": int(loader.count),
         "classes": dict(zip(map(str, loader.classes), counts, strict=False)),
         "digest": getattr(loader, "digest", None),
+        **({"rate": loader.rate} if hasattr(loader, "rate") else {}),
     }
 
 
@@ -23,6 +24,8 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if not saved:
         return []
     lines = [f"images {saved['count']} -> {now['count']}"] if saved["count"] != now["count"] else []
+    if "rate" in saved and saved["rate"] != now.get("rate"):
+        lines.append(f"Hz {saved['rate']} -> {now.get('rate')}")
     old, new = saved["classes"], now["classes"]
     for what, names in (("gone", old.keys() - new.keys()), ("new", new.keys() - old.keys())):
         if names:
