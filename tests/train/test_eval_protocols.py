@@ -1,5 +1,7 @@
 """The protocols of `fused-nce eval`: the numbers of their definitions, none of which learns from test images."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -180,7 +182,7 @@ def test_only_what_is_asked_for_is_drawn():
 
 def test_a_class_of_one_image_is_refused_by_name_where_something_is_chosen_and_there_alone():
     labels = torch.tensor([0, 0, 0, 1])
-    options = {"classes": ["ant", "bee"], "labels_per_class": [3], "draws": 2, "seed": 0}
+    options: Any = {"classes": ["ant", "bee"], "labels_per_class": [3], "draws": 2, "seed": 0}
     for name in PROTOCOLS:
         if PROTOCOLS[name].chooses:
             with pytest.raises(ValueError, match="class bee has 1 image; need 2 or more"):

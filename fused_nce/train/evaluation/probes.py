@@ -83,7 +83,7 @@ def hold_out(
 
 def called(label: np.int64, classes: Sequence[str] | None) -> str:
     """The name of a class, or its number."""
-    return classes[label] if classes else str(label)
+    return classes[int(label)] if classes else str(label)
 
 
 def draw(

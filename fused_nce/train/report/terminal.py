@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fused_nce.train.report import evaluated, runlog
@@ -46,7 +47,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _blocks(rows: list[list[str]]) -> list[str]:
+def _blocks(rows: Sequence[Sequence[str]]) -> list[str]:
     """Aligned lines, the columns in as many blocks as a terminal's width asks for, a blank line behind each."""
     first = max(28, *(len(row[0]) for row in rows))
     width = max(18, *(2 + len(cell) for row in rows for cell in row[1:]))
