@@ -135,7 +135,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"has no test split; it must hold .*test"):
         load_split(str(tmp_path), "test", 32)
     with pytest.raises(
-        ValueError, match="2 images take 6 MB as uint8 of 1000 px; need memory_limit_mb of as many, got 1"
+        ValueError, match="2 images take 6 MB as uint8 of 1000 px; memory_limit_mb must be as large, got 1"
     ):
         load_split(str(tmp_path), "train", 1000, limit_bytes=1 << 20)
     (tmp_path / "shards").mkdir()

@@ -268,9 +268,18 @@ def test_images_without_a_label_and_those_not_drawn_are_left_out_before_any_is_d
     assert "50 images that were not drawn" in probe.account
     assert probe.digest == images_module.load_split(str(tmp_path), "probe", size).digest  # of all
     with pytest.raises(
-        ValueError, match=r"probe: 30 images take 2 MB as uint8 of 120 px; need memory_limit_mb .*got 1"
+        ValueError, match=r"probe: 30 images take 2 MB as uint8 of 120 px; memory_limit_mb must be as large, got 1"
     ):
         images_module.load_labelled(str(tmp_path), 120, AugmentConfig(), **options)
+
+
+def test_the_limit_of_the_runs_memory_is_an_option(evaluated, tmp_path, monkeypatch, capsys):
+    make_folder(tmp_path, classes=2, train=2, test=1)
+    monkeypatch.setattr(images_module, "decoded_bytes", lambda source, size: (5000 << 20) + 1)
+    for words, limit in (([], 4096), (["--memory_limit_mb=5000"], 5000)):
+        assert cli.main(["eval", str(evaluated[0]), "--data", str(tmp_path), *words]) == 2
+        need = f"take 5001 MB as uint8 of 32 px; memory_limit_mb must be as large, got {limit}"
+        assert need in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def _load(source: ImageSet | ImageSource, image_size: int, resize: int, limit_by
     if (need := decoded_bytes(source, image_size)) > limit_bytes:
         raise ValueError(
             f"data: {source.data}, {source.split}: {len(source):,} images take {-(-need >> 20)} MB as uint8 of "
-            f"{image_size} px; need memory_limit_mb of as many, got {limit_bytes >> 20}"
+            f"{image_size} px; memory_limit_mb must be as large, got {limit_bytes >> 20}"
         )
     return decode(source, image_size, resize)
 
