@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from fused_nce.train import config, methods
 from fused_nce.train.files import printable
-from fused_nce.train.machine import slurm
+from fused_nce.train.machine import slurm, torchrun
 from fused_nce.train.method import Method
 from fused_nce.train.monitor import journal
 from fused_nce.train.saving import checkpoint, lock
@@ -149,8 +149,8 @@ def _parse(name: str | None, argv: Sequence[str]) -> Start:
     values = parser.parse_args(argv)
     settings = config.instantiate(method, parser, values)
     run_dir = Path(values.out or f"runs/{method.method}-{settings.preset}")
-    # By torchrun after a process was lost, or by SLURM after the job was preempted.
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or slurm.goes_on(run_dir)
+    # By torchrun after a process was lost, or by SLURM after the job was preempted; never what another command began.
+    again = torchrun.goes_on(run_dir) or slurm.goes_on(run_dir)
     if again and any((run_dir / "checkpoints").glob("step_*")):
         return _resumed(method, parser, [word for word in argv if word != "--overwrite"], run_dir, values)
     if not _first_process():
@@ -161,6 +161,7 @@ def _parse(name: str | None, argv: Sequence[str]) -> Start:
     if (run_dir / config.CONFIG_NAME).exists() and not again and not (held.left_behind and not _began(run_dir)):
         lock.release(run_dir, refused=True)
         if not values.overwrite:
+            torchrun.refused(run_dir)
             raise ValueError(
                 f"out: {run_dir} holds a run already; use --resume {run_dir}, --overwrite, or another --out"
             )
@@ -171,6 +172,7 @@ def _parse(name: str | None, argv: Sequence[str]) -> Start:
         run_dir.mkdir(parents=True)
         lock.take(run_dir)
     config.save(settings, run_dir)
+    torchrun.began(run_dir)
     slurm.began(run_dir)
     return Start(settings, run_dir, False, [], made, values.profile)
 

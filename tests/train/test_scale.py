@@ -126,6 +126,7 @@ def test_norms_are_synchronised_on_gpus_alone(tmp_path):
 
 def test_a_restart_by_torchrun_goes_on_from_the_checkpoint(tmp_path, monkeypatch):
     """The command is the first one once more, with a count of restarts beside it."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # several launches may be called so
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     command.parse("amdim", [*TINY, f"--out={tmp_path / 'a'}", "--max-steps=2"])
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -135,9 +136,12 @@ def test_a_restart_by_torchrun_goes_on_from_the_checkpoint(tmp_path, monkeypatch
     again = command.parse("amdim", [*TINY, f"--out={tmp_path / 'a'}", "--max-steps=3", "--overwrite"])
     assert again[2]
     assert Trainer(*again[:2], resume=True).step == 2
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    with pytest.raises(ValueError, match="holds a run already"):
-        command.parse("amdim", [*TINY, f"--out={tmp_path / 'a'}"])
+    # Another launch does not get the run that it found, at no attempt, whatever it is called.
+    for attempt, launch in (("1", "other"), ("0", "none"), ("1", "none")):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        with pytest.raises(ValueError, match="holds a run already"):
+            command.parse("amdim", [*TINY, f"--out={tmp_path / 'a'}"])
 
 
 def test_a_resume_without_its_negatives_keeps_the_batch_of_its_settings(tmp_path):
