@@ -78,9 +78,10 @@ class Trainer:
         self.device = self.accelerator.device
         self.bf16 = host.use_bf16(config.precision, self.device)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        self._same_settings()
         path = checkpoint.newest(run_dir) if resume else None
         state = checkpoint.load_state(path) if path else {}
+        self.other_optimizer = resumed.other_optimizer(run_dir, config, state) if path else ""
+        self._same_settings(state.get("step", 0))
         if state:
             self.config = config = resumed.for_processes(config, state, world)
         self.environment = resumed.environment(state, world)  # now: the code may change while it runs
@@ -325,12 +326,14 @@ class Trainer:
         views = tuple(self._place(view) for view in self.views(images))
         return views + tuple(known[name] for name in self.config.extras), known["labels"]
 
-    def _same_settings(self) -> None:
-        """All processes were started with the same settings, or all stop."""
+    def _same_settings(self, step: int) -> None:
+        """All processes were started with the same settings, at the same update, or all stop."""
         if self.accelerator.num_processes == 1:
             return
         own = replace(self.config, precision="bf16" if self.bf16 else "fp32")  # "auto" goes by the hardware
-        for rank, other in enumerate(gather_object([config_module.to_dict(own)])):
+        for rank, (other, at) in enumerate(gather_object([(config_module.to_dict(own), step)])):
+            if at != step:  # one that torchrun has put in another's place does not know that the run goes on
+                raise ValueError(f"processes: must begin at one update, got {at} (process {rank}) and {step} (this one)")
             if changed := config_module.differences(config_module.from_dict(other), own):
                 raise ValueError(f"processes: differ in their settings, {changed[0]} (process {rank} -> this one)")
 
@@ -446,6 +449,7 @@ class Trainer:
         return {
             "step": self.step,
             "images": self.loader.count,
+            "optimizer": resumed.optimizer(self.config),
             "batch": resumed.batch(self.asked, self.config, len(states)),
             "time_s": self.time_s,
             "logged": self.logged,
@@ -464,7 +468,10 @@ class Trainer:
         checkpoint.load_into(self.model, checkpoint.load_tensors(path, "model"), f"{path}/model.safetensors")
         if self.probes is not None:
             checkpoint.load_into(self.probes, checkpoint.load_tensors(path, "probes"), f"{path}/probes.safetensors")
-        for name, optimizer in self.optimizers.items():
+        if self.other_optimizer:
+            said = f"{self.other_optimizer}: what the optimizer remembers begins anew"
+            log.log(logging.INFO if rank else logging.WARNING, "%s", said)
+        for name, optimizer in self.optimizers.items() if not self.other_optimizer else ():
             checkpoint.unpack_optimizer(optimizer, checkpoint.load_tensors(path, name), name)
         host.keep_memory()
         self.step, self.logged, self.time_s = int(state["step"]), int(state["logged"]), float(state["time_s"])

@@ -215,6 +215,23 @@ def test_resume_is_exact_for_every_optimizer(tmp_path, optimizer):
     assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
 
 
+def test_another_optimizer_begins_without_the_moments_of_the_one_before(tmp_path, monkeypatch, caplog):
+    trainer("moco", tmp_path / "a", "--max-steps=1", "--optim.name=sgd").run()
+    words = ["--allow-changed", "optim.name", "optim.decay_all", "--optim.decay_all=false", "--optim.name"]
+    saved = checkpoint.load_state
+    for older in (False, True):  # a checkpoint that does not say which optimizer it had
+        if older:
+            monkeypatch.setattr(checkpoint, "load_state", lambda path: {**saved(path), "optimizer": None})
+        run = resumed("moco", tmp_path / "a", "--max-steps=2", *words, "adam")
+        assert "optim.name sgd -> adam, optim.decay_all True -> False: what the optimizer" in caplog.text
+        assert run.optimizers["optimizer"].state == {}
+        caplog.clear()
+    monkeypatch.undo()
+    run.run()
+    assert resumed("moco", tmp_path / "a", "--max-steps=3", *words, "adam").optimizers["optimizer"].state
+    assert "begins anew" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["moco", "npid"])
 def test_an_update_that_is_skipped_leaves_memory_and_keys_alone(tmp_path, name):
     run = trainer(name, tmp_path / "a", "--max-steps=1")

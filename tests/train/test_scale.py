@@ -1,10 +1,12 @@
 """More negatives than a forward pass, activations made twice, and a restart after a process was lost."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fused_nce.distributed import Processes
-from fused_nce.train import command, scale
+from fused_nce.train import command, loop, scale
 from fused_nce.train.loop import Trainer
 from fused_nce.train.saving import lock
 from fused_nce.train.step import LossTimer, TrainStep
@@ -142,6 +144,16 @@ def test_a_restart_by_torchrun_goes_on_from_the_checkpoint(tmp_path, monkeypatch
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
         with pytest.raises(ValueError, match="holds a run already"):
             command.parse("amdim", [*TINY, f"--out={tmp_path / 'a'}"])
+
+
+def test_a_process_that_begins_at_another_update_stops_all(tmp_path, monkeypatch):
+    """One that torchrun has put in another's place was never restarted, and takes the run for a new one."""
+    run = trainer(tmp_path / "a")
+    run.accelerator = SimpleNamespace(num_processes=2)
+    monkeypatch.setattr(loop, "gather_object", lambda own: [(own[0][0], 7), *own])
+    with pytest.raises(ValueError, match=r"^processes: must begin at one update, got 7 \(process 0\) and 0 \(this one\)$"):
+        run._same_settings(0)
+    run._same_settings(7)
 
 
 def test_a_resume_without_its_negatives_keeps_the_batch_of_its_settings(tmp_path):

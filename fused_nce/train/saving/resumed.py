@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fused_nce import measure
+from fused_nce.train import config as config_module
 from fused_nce.train.method import Method
 from fused_nce.train.saving import trained_on
 
@@ -54,6 +55,19 @@ def for_processes(config: Method, state: dict[str, Any], world: int) -> Method:
     found = dataclasses.replace(config, optim=dataclasses.replace(config.optim, batch_size=share))
     found.check()
     return found
+
+
+def optimizer(config: Method) -> dict[str, Any]:
+    """What decides which moments an optimizer has, and in which order of the parameters."""
+    return {"name": config.optim.name, "decay_all": config.optim.decay_all}
+
+
+def other_optimizer(run_dir: Path, config: Method, state: dict[str, Any]) -> str:
+    """What changed of an optimizer, so that a checkpoint's moments are not for it, in words; empty if nothing did."""
+    # Older checkpoints do not say: there the settings of the run do, while nobody has written them anew.
+    saved = state.get("optimizer") or optimizer(config_module.load(run_dir))
+    now = optimizer(config)
+    return ", ".join(f"optim.{key} {saved[key]} -> {now[key]}" for key in now if saved[key] != now[key])
 
 
 def environment(state: dict[str, Any], world: int) -> dict[str, Any]:
