@@ -77,6 +77,8 @@ def mine_hard_negatives(
     checks.check_tensor("corpus", corpus, ("M", "D"))
     checks.check_pair("queries", queries, "corpus", corpus)
     n, m, device = queries.shape[0], corpus.shape[0], queries.device
+    _check_finite("queries", queries)
+    _check_finite("corpus", corpus)
     _check_counts(k, range_min, range_max)
     for name, x in (("min_score", min_score), ("max_score", max_score)):
         if x is not None:
@@ -168,6 +170,14 @@ def top_k(
 
 def _unit(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+
+
+def _check_finite(name: str, x: Tensor) -> None:
+    """A NaN would rank first, or vanish under a limit."""
+    low, high = torch.aminmax(x, dim=1)  # NaN where any is
+    bad = (~(low.isfinite() & high.isfinite())).nonzero()
+    if len(bad):
+        raise ValueError(f"{name}: row {int(bad[0])} has a NaN or an infinity, need finite numbers")
 
 
 def _check_counts(k: int, range_min: int, range_max: int | None) -> None:

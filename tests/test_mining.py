@@ -111,6 +111,7 @@ def test_a_bar_where_it_is_asked_for(capsys):
     assert not capsys.readouterr().err
 
 
+BAD = torch.tensor([[1.0, 2, 3], [4, float("nan"), 5], [1, 1, 1]])
 GIVEN: dict[str, Any] = {"queries": torch.ones(2, 3), "corpus": torch.ones(4, 3), "k": 1}
 ERRORS: dict[str, dict[str, Any]] = {
     "k: got 0, need >= 1": {"k": 0},
@@ -123,6 +124,8 @@ ERRORS: dict[str, dict[str, Any]] = {
     "absolute_margin: got 0.1 without positives, need some": {"absolute_margin": 0.1},
     "corpus: got width D = 2, need queries's 3": {"corpus": torch.ones(4, 2)},
     "max_score: got nan, need a finite number": {"max_score": float("nan")},
+    "corpus: row 1 has a NaN or an infinity, need finite numbers": {"corpus": BAD, "max_score": 0.5},
+    "queries: row 1 has a NaN or an infinity, need finite numbers": {"queries": -BAD[:2].nan_to_num().log()},
 }
 
 
