@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from fused_nce import cli
 from fused_nce.models.frozen import FrozenEncoder
-from fused_nce.train import command, export, methods
+from fused_nce.train import command, config, export, methods
+from fused_nce.train.report import model_card
 from fused_nce.train.saving import checkpoint
 from tests.marks import nightly_but
 
@@ -142,6 +143,14 @@ def test_the_card_says_where_the_weights_come_from(resnet):
     assert 'get_model("resnet18")' in card
     assert "None yet: `fused-nce eval RUN`" in card
     assert "backbone: resnet18" in card
+
+
+def test_the_card_has_the_images_of_an_update_whoever_went_on_with_the_run(resnet):
+    state, settings = checkpoint.load_state(checkpoint.newest(resnet[0])), config.load(resnet[0])
+    shared = {"batch": {"asked": 128, "all": 256}, "environment": {"processes": 1}}  # of two, and one goes on
+    settings.optim.accumulate = 2
+    assert "| updates | 2 of 512 images |" in model_card._training(resnet[0], settings, state | shared)
+    assert "| updates | 2 of 256 images |" in model_card._training(resnet[0], settings, state)
 
 
 def test_the_card_has_the_evaluation(tmp_path):

@@ -104,11 +104,12 @@ def _training(run: Path, settings: Method, state: dict[str, Any]) -> str:
     optim = settings.optim
     environment = state.get("environment", {})
     processes = int(environment.get("processes", 1))
-    images = settings.local_batch(processes) * processes * optim.accumulate
+    # The settings keep the batch of the processes that began the run; older checkpoints do not say what others shared.
+    images = state.get("batch", {}).get("all") or settings.local_batch(processes) * processes
     rows = {
         "data": f"{runlog.data_name(settings.data)}, {int(state.get('images', 0)):,} images",
         "preset": settings.preset,
-        "updates": f"{int(state['step']):,} of {images:,} images",
+        "updates": f"{int(state['step']):,} of {images * optim.accumulate:,} images",
         "time": f"{float(state.get('time_s', 0)) / 60:.1f} min",
         "run": run.resolve().name,
     }
