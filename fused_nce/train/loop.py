@@ -88,7 +88,7 @@ class Trainer:
         self.loader = config.open_loader(rank, world)
         log.info("%s", self.loader.account)
         self.views = config.make_views()
-        self.data = trained_on.facts(self.loader)
+        self.data = trained_on.facts(self.loader, config.beside_data())
         self.end = optim.updates(config.optim, self.loader.order.per_epoch)
         if self.end == 0:
             batches = config.optim.epochs * self.loader.order.per_epoch

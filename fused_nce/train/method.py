@@ -130,6 +130,10 @@ class Method:
             rank=rank, world=world, buffer=self.shuffle_buffer,
         )  # fmt: skip
 
+    def beside_data(self) -> dict[str, str]:
+        """What it learns from beside the data, by a digest each; a run goes on with the same."""
+        return {}
+
     def make_views(self) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """What turns the images of a batch into the views that the model is given."""
         return Views(self.augment, self.model.image_size, self.view_count)

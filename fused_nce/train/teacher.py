@@ -19,6 +19,7 @@ from fused_nce.train.evaluation.fine_tune import Subject, Tuned, choose
 from fused_nce.train.files import reading
 from fused_nce.train.machine.threads import Threads
 from fused_nce.train.saving import checkpoint
+from fused_nce.train.settings import AugmentConfig
 
 NAME = "fine-tuned.safetensors"
 
@@ -83,6 +84,11 @@ def classes(run: str) -> int:
         raise ValueError(f"model.teacher: {run} holds no {NAME}; make it by: fused-nce fine-tune {run}")
     with reading(path), safe_open(path, "pt") as file:
         return int(file.get_slice("head.bias").get_shape()[0])
+
+
+def digest(run: str) -> str:
+    """SHA-256 of the classifier that `write` left: another fine-tuning takes its place."""
+    return str(checkpoint.fingerprint(Path(run) / NAME)["sha256"])
 
 
 def load(run: str) -> Tuned:

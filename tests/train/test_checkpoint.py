@@ -117,7 +117,7 @@ def test_a_pickle_is_not_run(run, tmp_path):
 
     newest = checkpoint.steps(run)[-1]
     (newest / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
-    files = {p.name: checkpoint._fingerprint(p) for p in newest.iterdir() if p.name != "MANIFEST.json"}
+    files = {p.name: checkpoint.fingerprint(p) for p in newest.iterdir() if p.name != "MANIFEST.json"}
     (newest / "MANIFEST.json").write_text(json.dumps({"step": 3, "files": files}))
     with pytest.raises(checkpoint.CheckpointError, match=r"model\.safetensors cannot be read"):
         checkpoint.load_model(run)

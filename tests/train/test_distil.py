@@ -5,6 +5,8 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn import functional
 
 from fused_nce import cli
@@ -109,6 +111,19 @@ def test_a_student_outlives_its_teacher(taught, tmp_path):
     shutil.rmtree(copy)
     model, settings = checkpoint.load_model(tmp_path / "run")
     assert set(settings.taps) <= set(model.encode(settings.sample()))
+
+
+def test_a_student_goes_on_with_the_teacher_that_it_had(taught, tmp_path):
+    copy = shutil.copytree(taught, tmp_path / "teacher")
+    student(copy, tmp_path / "run", "--max-steps=1").run()
+    with safe_open(copy / teacher.NAME, "pt") as file:
+        tensors, facts = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors["head.bias"] += 1
+    save_file(tensors, copy / teacher.NAME, facts)
+    again = command.parse("distil", ["--resume", str(tmp_path / "run"), "--max-steps=2"])
+    with pytest.raises(ValueError, match=r"have changed since step 1 \(the teacher's classifier\); bring them back"):
+        Trainer(*again[:2], resume=True)
+    assert Trainer(*again[:2], resume=True, other_data=True).step == 1
 
 
 def test_a_teacher_that_does_not_fit_is_refused_before_any_work(taught, tmp_path):

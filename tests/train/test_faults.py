@@ -191,19 +191,21 @@ def test_a_resume_on_other_data_says_what_changed_and_changes_no_file(tmp_path, 
 
 
 def test_what_changed_in_words():
-    def found(names, labels, digest="d"):
-        return trained_on.facts(
-            SimpleNamespace(classes=names, labels=torch.tensor(labels), count=len(labels), digest=digest)
-        )
+    def found(names, labels, digest="d", teacher="t"):
+        loader = SimpleNamespace(classes=names, labels=torch.tensor(labels), count=len(labels), digest=digest)
+        return trained_on.facts(loader, {"teacher": teacher})
 
     old = found(["a", "b"], [0, 0, 1, -1])
-    assert old == {"count": 4, "classes": {"a": 2, "b": 1}, "digest": "d"} == json.loads(json.dumps(old))
+    own = {"count": 4, "classes": {"a": 2, "b": 1}, "digest": "d"}
+    assert old == {**own, "beside": {"teacher": "t"}} == json.loads(json.dumps(old))
+    assert trained_on.changes(own, old) == []  # a checkpoint that knows the data alone
     for new, words in (
         (old, []),
         (found(["a", "b"], [0, 0, 1, -1], "e"), ["names or labels of some images, with the same counts"]),
         (found(["a", "b"], [0, 1, 1, -1]), ["images of classes: a 2 -> 1, b 1 -> 2"]),
         (found(["b", "a"], [1, 1, 0, -1]), ["the order of the classes"]),
         (found(["a", "b"], [0, 0, 1]), ["images 4 -> 3"]),
+        (found(["a", "b"], [0, 0, 1], teacher="u"), ["images 4 -> 3", "teacher"]),
     ):
         assert trained_on.changes(old, new) == words
         assert trained_on.changes({}, new) == []  # a checkpoint of an earlier version

@@ -122,14 +122,14 @@ def test_a_checkpoint_has_the_numbers_of_its_step_though_the_training_goes_on(tm
 
 def killed(run):
     """The first process dies in the middle of its third checkpoint."""
-    real = checkpoint._fingerprint
+    real = checkpoint.fingerprint
 
     def dying(path):
         if run.step >= 3 and ".tmp" in str(path):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(path)
 
-    checkpoint._fingerprint = dying
+    checkpoint.fingerprint = dying
 
 
 def full(run, which=2):

@@ -110,3 +110,6 @@ class DistilConfig(projected.ProjectedConfig):
             if own != other:
                 raise ValueError(f"{name}: must be the teacher's {other}, got {own}")
         return super().open_loader(rank, world)
+
+    def beside_data(self) -> dict[str, str]:
+        return {} if self.model.teacher is None else {"the teacher's classifier": teacher.digest(self.model.teacher)}

@@ -80,7 +80,7 @@ def complete(temporary: Path, step: int, state: dict[str, Any], keep: int) -> Pa
             shutil.rmtree(temporary)
             return target
         (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
-        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        files = {path.name: fingerprint(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
@@ -178,7 +178,7 @@ def damage(path: Path) -> str | None:
                 return f"{MANIFEST} names a file outside the checkpoint: {name}"
             if not (path / name).is_file():
                 return f"{name} is missing"
-            if _fingerprint(path / name) != expected:
+            if fingerprint(path / name) != expected:
                 return f"{name} differs from its SHA-256 or size"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read: {error}"
@@ -240,7 +240,8 @@ def _point_latest(root: Path, name: str) -> None:
     _sync(root)
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while block := handle.read(1 << 20):

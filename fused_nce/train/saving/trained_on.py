@@ -7,8 +7,8 @@ from typing import Any
 MAX_NAMED = 4
 
 
-def facts(loader: Any) -> dict[str, Any]:
-    """Count, images a class, a digest of names and labels in their order, and recordings' rate in Hz, of a loader."""
+def facts(loader: Any, beside: dict[str, str]) -> dict[str, Any]:
+    """Count, images a class, digest of names and labels in order, rate in Hz, of a loader; beside it, digests by name."""
     labels = loader.labels
     counts = labels[labels >= 0].bincount(minlength=len(loader.classes)).tolist()
     return {
@@ -16,6 +16,7 @@ def facts(loader: Any) -> dict[str, Any]:
         "classes": dict(zip(map(str, loader.classes), counts, strict=False)),
         "digest": getattr(loader, "digest", None),
         **({"rate": loader.rate} if hasattr(loader, "rate") else {}),
+        "beside": beside,
     }
 
 
@@ -37,7 +38,8 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         lines.append("the order of the classes")
     if not lines and saved["digest"] and now["digest"] and saved["digest"] != now["digest"]:
         lines.append("names or labels of some images, with the same counts")
-    return lines
+    before = saved.get("beside", {})  # older checkpoints do not say
+    return lines + [name for name, digest in now["beside"].items() if before.get(name, digest) != digest]
 
 
 def _named(names: list[str]) -> str:
