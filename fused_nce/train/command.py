@@ -1,5 +1,6 @@
 """`fused-nce train`: settings from preset, YAML and command line, in that order, then the loop."""
 
+import difflib
 import logging
 import os
 import shutil
@@ -141,6 +142,13 @@ def _parse(name: str | None, argv: Sequence[str]) -> Start:
     values = parser.parse_args(argv)
     if values.preset not in method.presets:
         raise ValueError(f"preset: must be one of {', '.join(method.presets)}, got {values.preset!r}")
+    known = config.flatten(config.to_dict(method()))
+    for name in values.allow_changed:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ValueError(
+                f"--allow-changed: {name} is no setting; " + (f"did you mean {near[0]}?" if near else "--help lists them")
+            )
     if values.resume is not None and (values.out is not None or values.overwrite):
         raise ValueError(f"resume: goes on in {values.resume} itself; leave out --out and --overwrite")
     if values.resume is not None:

@@ -169,7 +169,7 @@ class Trainer:
         try:
             # The readers end after the rescue, and before a handler is put back that would raise for those who died.
             with self.threads, self.interrupt as interrupt, closing(batches), self._rescued(), profile:
-                reason = "finished"
+                reason = "finished" if self.step < self.end else "nothing left to train: finished"
                 while self.step < self.end:
                     threads.look()
                     logged = (self.step + 1) % config.run.log_every == 0
@@ -387,7 +387,7 @@ class Trainer:
             "step": self.step,
             "epoch": round(self.step * self.config.optim.accumulate / self.loader.order.per_epoch, 4),
             "time_s": round(self.time_s, 3),
-            **self.meter.close(),
+            **self.meter.close(self._total),
             "lr": next(iter(self.optimizers.values())).param_groups[0]["lr"],
             **self.window.facts(self.accelerator.num_processes),
             "loss_share": round(self.timer.seconds / update_s, 5) if self.timer.active else None,
@@ -409,6 +409,10 @@ class Trainer:
         votes = torch.tensor([float(f) for f in flags], device=self.device)
         return tuple(bool(v) for v in self.accelerator.reduce(votes, "sum") > 0)
 
+    def _total(self, numbers: Tensor) -> Tensor:
+        """Over all processes."""
+        return numbers if self.accelerator.num_processes == 1 else self.accelerator.reduce(numbers, "sum")
+
     def _try(self, save: Callable[[], None]) -> bool:
         try:
             save()
@@ -420,7 +424,7 @@ class Trainer:
 
     def _save(self, *, wait: bool = False) -> None:
         with self.interrupt.held():
-            states = gather_object([checkpoint.capture_rng()])
+            states = gather_object([(checkpoint.capture_rng(), self.meter.state())])
             if self.accelerator.is_main_process:
                 self._keep_folder()
             self.writer.save(self.step, self._tensors(), self._state(states))
@@ -456,8 +460,8 @@ class Trainer:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "probes_skipped": self.probes_skipped,
-            "meter": self.meter.state(),
-            "rng": states,
+            "meter": [meter for _, meter in states],
+            "rng": [rng for rng, _ in states],
             "environment": self.environment,
             "data": self.data,
         }
@@ -475,9 +479,13 @@ class Trainer:
             checkpoint.unpack_optimizer(optimizer, checkpoint.load_tensors(path, name), name)
         host.keep_memory()
         self.step, self.logged, self.time_s = int(state["step"]), int(state["logged"]), float(state["time_s"])
+        if self.step > self.end:
+            end = f"the run's end (run.max_steps, optim.epochs) is update {self.end}"
+            raise ValueError(f"resume: {end}, need at least the {self.step} that {self.run_dir} has made")
         self.skipped, self.skipped_in_a_row = int(state["skipped"]), int(state["skipped_in_a_row"])
         self.probes_skipped = int(state.get("probes_skipped", 0))  # older checkpoints do not count them
-        self.meter = Meter(self.meter.means, **state["meter"])
+        meters = [state["meter"]] if isinstance(state["meter"], dict) else state["meter"]  # older: the first one's alone
+        self.meter = Meter.shared(self.meter.means, meters, rank, world)
         log.info("resumed from %s", path)
         if len(state["rng"]) == world:
             checkpoint.restore_rng(state["rng"][rank])

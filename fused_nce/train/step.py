@@ -1,7 +1,9 @@
 """One forward pass as one module (the unit that DDP and autocast wrap), the loss's own time, and window averages."""
 
+from __future__ import annotations
+
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -225,11 +227,21 @@ class Meter:
         """JSON-able; `Meter(means, **state)` restores it."""
         return {"sums": self.sums.tolist(), "passes": self.passes}
 
-    def close(self) -> dict[str, float | None]:
-        """The averages of the window, which starts anew."""
-        sums = self.sums.tolist()
+    @classmethod
+    def shared(cls, means: Sequence[str], states: Sequence[dict[str, Any]], rank: int, world: int) -> Meter:
+        """A process's own of so many; where there were others, the first takes the sums of all."""
+        if len(states) == world:
+            return cls(means, **states[rank])
+        if rank:
+            return cls(means)
+        sums = [sum(values) for values in zip(*(state["sums"] for state in states), strict=True)]
+        return cls(means, sums, sum(state["passes"] for state in states))
+
+    def close(self, total: Callable[[Tensor], Tensor] = lambda numbers: numbers) -> dict[str, float | None]:
+        """The averages of the window, which starts anew; over all processes by what adds up their numbers."""
+        *sums, passes = total(torch.cat([self.sums, self.sums.new_tensor([self.passes])])).tolist()
         line: dict[str, float | None] = {
-            name: value / self.passes if self.passes else None for name, value in zip(self.means, sums, strict=False)
+            name: value / passes if passes else None for name, value in zip(self.means, sums, strict=False)
         }
         linear, mlp, labelled = sums[len(self.means) :]
         line["linear_acc"] = linear / labelled if labelled else None

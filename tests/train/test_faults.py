@@ -175,7 +175,7 @@ def test_the_environment_has_no_say_in_a_step(tmp_path, monkeypatch, caplog):
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_resume_on_other_data_says_what_changed_and_changes_no_file(tmp_path, capsys):
+def test_a_resume_on_other_data_or_to_an_earlier_end_says_so_and_changes_no_file(tmp_path, capsys):
     write_images(tmp_path / "images", 24)
     out = tmp_path / "run"
     assert cli.main(["train", "amdim", *TINY, f"--data={tmp_path / 'images'}", "--max-steps=2", f"--out={out}"]) == 0
@@ -188,6 +188,15 @@ def test_a_resume_on_other_data_says_what_changed_and_changes_no_file(tmp_path, 
     assert f"have changed since step 2 ({changes})" in said
     assert content(out) == before
     assert cli.main(["train", "amdim", f"--resume={out}", "--max-steps=3", "--allow-changed", "data"]) == 0
+    assert "\nfinished at step 3" in capsys.readouterr().out
+    again = ["train", "amdim", f"--resume={out}", "--allow-changed", "data"]
+    assert cli.main([*again, "--max-steps=3"]) == 0
+    assert "\nnothing left to train: finished at step 3" in capsys.readouterr().out
+    before = content(out)
+    assert cli.main([*again, "--max-steps=2"]) == 2
+    said = "resume: the run's end (run.max_steps, optim.epochs) is update 2, need at least the 3 that"
+    assert said in capsys.readouterr().err
+    assert content(out) == before
 
 
 def test_what_changed_in_words():

@@ -11,12 +11,12 @@ import yaml
 from torch import nn
 
 from fused_nce.models.encoders import backbones
-from fused_nce.train import command
+from fused_nce.train import command, step
 from fused_nce.train.loop import Trainer
 from fused_nce.train.saving import resumed
 from tests.distributed import launch
 from tests.marks import nightly_but
-from tests.train.runs import tensors
+from tests.train.runs import log, tensors
 
 # Nothing is drawn at random, and no image's features depend on another image.
 PLAIN = [
@@ -101,6 +101,20 @@ def test_other_processes_go_on_with_the_same_images_and_weights(tmp_path, way, s
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6, msg=name)
     assert yaml.safe_load((parts / "config.yaml").read_text())["optim"]["batch_size"] == size
+    losses = [[line["loss"] for line in log(folder)] for folder in (parts, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # of all processes, so their number does not show
+
+
+def test_a_line_of_the_log_is_of_all_processes_whoever_goes_on():
+    means, parts = step.MEANS, [[2.0] * 9, [4.0] * 9]
+    meters = [{"sums": sums, "passes": passes} for sums, passes in zip(parts, (1, 3), strict=True)]
+    one, two = (step.Meter.shared(means, meters, rank, 2) for rank in (0, 1))
+    together = one.close(lambda numbers: numbers + torch.cat([two.sums, two.sums.new_tensor([two.passes])]))
+    assert together["loss"] == (2 + 4) / (1 + 3)
+    assert together["linear_acc"] == 1
+    assert step.Meter.shared(means, meters, 0, 1).close() == together
+    later = [step.Meter.shared(means, meters, rank, 3).state() for rank in (0, 1, 2)]
+    assert [(meter["passes"], meter["sums"][0]) for meter in later] == [(4, 6.0), (0, 0.0), (0, 0.0)]
 
 
 def test_what_cannot_stay_is_said_and_what_cannot_be_shared_refused(tmp_path):
