@@ -89,8 +89,13 @@ def test_every_loss_of_the_benchmark_has_a_size():
         (["--n", "1"], "--n: must be at least 4, got 1"),
         (["--device", "tpu?"], "--device: must be cpu or cuda, got 'tpu?'"),
         (["--device", "meta"], "--device: must be cpu"),
+        (["--loss", "bogus"], "--loss: invalid choice: 'bogus' (choose from "),
+        (["--n", "many"], "--n: invalid int value: 'many'"),
+        (["--losss", "clip"], "unrecognized arguments: --losss clip"),
     ],
 )
 def test_a_bad_option_is_one_line(options, said, capsys):
     assert cli.main(["bench", *options]) == cli.USERS
-    assert said in capsys.readouterr().err
+    written = capsys.readouterr().err
+    assert written.startswith(f"fused-nce: {said}")
+    assert written.count("\n") == 1
