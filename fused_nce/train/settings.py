@@ -148,7 +148,10 @@ class ScaleConfig:
 
 @dataclass
 class RunConfig:
-    """How the run goes, and nothing that changes its numbers but for rounding: a resumed run may change all of these.
+    """How the run goes: a resumed run may change all of these.
+
+    None changes its numbers but for rounding, and for crops where images come to be held, or no longer are, which a
+    resume says.
 
     Args:
         max_steps: stop after this many updates, counted from the start of the run.
@@ -158,7 +161,8 @@ class RunConfig:
         keep: checkpoints kept, at least 2.
         workers: processes that read images that are not held in memory.
         memory_limit_mb: a data set that takes less as uint8 is decoded once and held; under the geometry "crop" only
-            if all images have the model's size already.
+            if all images have the model's size already, and they are then drawn from the run's generator, not from a
+            seed of each.
         tensorboard: write TensorBoard events too, if it is installed.
         wandb: project of Weights & Biases to log to as well; null for none.
         threads: of a process; "auto": as many as other processes leave cores free, at most OMP_NUM_THREADS, or all

@@ -245,10 +245,12 @@ def test_images_of_the_models_own_size_are_held_for_crops_too(tmp_path):
     write_folder(tmp_path, 10, size=(32, 32))
     source, batches = first_batches(tmp_path, "crop", 0, 64)
     assert source.held is not None
+    assert not source.seeded
     assert batches[0].images.shape == (4, 3, 32, 32)
     write_folder(tmp_path / "other", 10, size=(32, 33))
     source, batches = first_batches(tmp_path / "other", "crop", 0, 64)
     assert source.held is None
+    assert source.seeded
     assert batches[0].images.shape == (4, 2, 3, 32, 32)
 
 

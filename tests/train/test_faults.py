@@ -206,7 +206,7 @@ def test_what_changed_in_words():
 
     old = found(["a", "b"], [0, 0, 1, -1])
     own = {"count": 4, "classes": {"a": 2, "b": 1}, "digest": "d"}
-    assert old == {**own, "beside": {"teacher": "t"}} == json.loads(json.dumps(old))
+    assert old == {**own, "beside": {"teacher": "t"}, "seeded": None} == json.loads(json.dumps(old))
     assert trained_on.changes(own, old) == []  # a checkpoint that knows the data alone
     for new, words in (
         (old, []),

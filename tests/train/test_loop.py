@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 from fused_nce.train import words
 from fused_nce.train.data import loader
 from fused_nce.train.saving import checkpoint
+from fused_nce.train.saving.resumed import check_data
 from tests.marks import nightly_but
 from tests.train.runs import KEYS, TINY, log, resumed, tensors, trainer, untimed
 
@@ -55,6 +57,14 @@ def test_resume_is_exact_for_images_that_are_read_as_they_go(tmp_path, monkeypat
     resumed(tmp_path / "b", "--max-steps=5", "--run.workers=0").run()
     ours, theirs = tensors(tmp_path / "b", 5), tensors(tmp_path / "a", 5)
     assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
+
+
+def test_crops_that_a_resume_draws_otherwise_are_said(caplog):
+    """Those of held images come from the run's generator, those of others from a seed of each."""
+    data = {"count": 1, "classes": {}, "digest": None, "beside": {}, "seeded": True}
+    for before, said in ((True, 0), (None, 0), (False, 1)):
+        check_data(Path("a"), {"step": 1, "data": {**data, "seeded": before}}, data, False)
+        assert caplog.text.count("the images are read as they go, which were held: crops are not those of before") == said
 
 
 @pytest.mark.parametrize("dropped", nightly_but(["rng", "optimizer"], ["rng", "optimizer", "position", "meter"]))

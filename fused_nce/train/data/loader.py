@@ -200,6 +200,11 @@ class Loader:
         """Whether images are read as the run goes, so that a batch may fail."""
         return self.held is None
 
+    @property
+    def seeded(self) -> bool:
+        """Whether crops are drawn from a seed of image and position, not from the run's generator."""
+        return self.streamed and self.augment.geometry == "crop"
+
     def batches(self, position: int) -> Generator[Batch, None, None] | Readers[Batch]:
         """Endless, from a position on; `close` ends what they came from."""
         if self.source is None:
@@ -291,7 +296,7 @@ def open_data(
 ) -> tuple[ImageSet | None, ImageSource | None]:
     """The training images: decoded, if they fit in memory, or else the source to read them from.
 
-    The images of a batch are the same either way.
+    The images of a batch are the same either way; crops of those that are held are drawn later, for the whole batch.
     """
     if data == "digits":
         return load_split("digits", "train", size), None

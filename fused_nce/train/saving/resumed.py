@@ -124,3 +124,7 @@ def check_data(run_dir: Path, state: dict[str, Any], data: dict[str, Any], allow
         )
     if changed:
         log.warning("the data have changed since step %d: %s", state["step"], "; ".join(changed))
+    before, now = state.get("data", {}).get("seeded"), data["seeded"]
+    if before is not None and before != now:
+        held, was = ("read as they go", "held") if now else ("held", "read as they go")
+        log.warning("run.memory_limit_mb: the images are %s, which were %s: crops are not those of before", held, was)

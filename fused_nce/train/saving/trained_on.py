@@ -17,6 +17,7 @@ def facts(loader: Any, beside: dict[str, str]) -> dict[str, Any]:
         "digest": getattr(loader, "digest", None),
         **({"rate": loader.rate} if hasattr(loader, "rate") else {}),
         "beside": beside,
+        "seeded": getattr(loader, "seeded", None),
     }
 
 
