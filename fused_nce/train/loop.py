@@ -87,6 +87,8 @@ class Trainer:
         self.environment = resumed.environment(state, world)  # now: the code may change while it runs
         self.loader = config.open_loader(rank, world)
         log.info("%s", self.loader.account)
+        if said := words.other_batch(config, config.local_batch(world) * world * config.optim.accumulate):
+            log.info("%s", said)
         self.views = config.make_views()
         self.data = trained_on.facts(self.loader, config.beside_data())
         self.end = optim.updates(config.optim, self.loader.order.per_epoch)

@@ -48,6 +48,7 @@ class Method:
     method: ClassVar[str]  # its name on the command line
     title: ClassVar[str]  # its name in print
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]  # each lists what differs from the defaults
+    processes: ClassVar[Mapping[str, int]] = {}  # of the run that a preset is of, where it had several
     taps: ClassVar[tuple[str, ...]]  # that the evaluation probes; the online classifiers take the first
     view_count: ClassVar[int] = 2  # of an image in a batch
     in_parts: ClassVar[bool] = False  # its negatives are its batch, and its model encodes that a few images at a time

@@ -17,6 +17,21 @@ def describe(config: Method) -> str:
     return f"{config.title} on {config.data} ({config.preset}): {model}, {length}"
 
 
+def other_batch(config: Method, images: int) -> str:
+    """One line where the rate is the preset's and an update has other images than it was made for; else empty.
+
+    SGD's and LARS's, which go with the batch.
+    """
+    optim = dataclasses.replace(type(config)().optim, **config.presets.get(config.preset, {}).get("optim", {}))
+    made = optim.batch_size * optim.accumulate * config.processes.get(config.preset, 1)
+    if images == made or config.optim.lr != optim.lr or config.optim.name not in ("sgd", "lars"):
+        return ""
+    return (
+        f"optim.lr {optim.lr:g} of preset {config.preset} is for {made:,} images an update; this run has {images:,} "
+        f"(processes x optim.batch_size x optim.accumulate), for which {optim.lr * images / made:.3g} is in proportion"
+    )
+
+
 def postfix(line: dict[str, Any]) -> dict[str, str]:
     """What the progress bar shows: the NCE against guessing, or the loss where an estimator has no chance level."""
     above = line["nce_minus_chance"]

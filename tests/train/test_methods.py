@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fused_nce import cli
-from fused_nce.train import command, config, limits, methods
+from fused_nce.train import command, config, limits, methods, words
 from fused_nce.train.loop import Trainer
 from fused_nce.train.saving import checkpoint
 from tests.marks import nightly_but
@@ -159,6 +159,23 @@ def test_the_docs_list_every_method_and_preset(name):
     rows = [line for line in lines if line.startswith(f"| `{name}` |")]
     assert len(rows) == 2
     assert set(re.findall(r"`([\w-]+)`", rows[1])) == {name, *methods.get(name).presets}
+
+
+def test_a_preset_says_where_its_rate_is_for_other_images_an_update():
+    """SimCLR's on ImageNet is of eight processes."""
+    simclr = methods.get("simclr")()
+    said = words.other_batch(simclr, 512)
+    assert said.startswith("optim.lr 4.8 of preset default is for 4,096 images an update; this run has 512 (")
+    assert said.endswith(", for which 0.6 is in proportion")
+    own_rate = dataclasses.replace(simclr, optim=dataclasses.replace(simclr.optim, lr=0.6))
+    assert words.other_batch(simclr, 4096) == words.other_batch(own_rate, 512) == ""
+    assert words.other_batch(methods.get("moco")(), 256) == words.other_batch(methods.get("amdim")(), 9) == ""
+    assert all(set(each.processes) <= set(each.presets) for each in map(methods.get, methods.METHODS))
+
+
+def test_npids_published_run_on_imagenet_samples_its_noise(tmp_path):
+    loss = command.parse("npid", [f"--out={tmp_path / 'a'}"])[0].loss
+    assert (loss.loss, loss.noise, loss.temperature) == ("nce", 4096, 0.07)
 
 
 def test_supcontrast_divides_its_loss_by_a_temperature_that_its_rates_make_up_for():

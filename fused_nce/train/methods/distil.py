@@ -78,6 +78,7 @@ class DistilConfig(projected.ProjectedConfig):
     method: ClassVar[str] = "distil"
     title: ClassVar[str] = "Distillation"
     presets: ClassVar = PRESETS
+    processes: ClassVar = {"default": 8}
     stats: ClassVar = ("agreement",)
     view_count: ClassVar[int] = 1
 

@@ -38,7 +38,7 @@ class NPIDLossConfig(TemperatureConfig):
     proximal: float = setting(0.0, AT_LEAST_0)
 
 
-# `default` is lemniscate's main.py (ImageNet), `cifar10` its cifar.py with the exact softmax that its README
+# `default` is lemniscate's main.py (ImageNet), by NCE, `cifar10` its cifar.py with the exact softmax that its README
 # recommends: no flip there. `digits` and `cifar10-tiny` are ours.
 CIFAR: dict[str, Any] = {
     "model": CIFAR_R18,
@@ -46,7 +46,7 @@ CIFAR: dict[str, Any] = {
     "optim": {"batch_size": 128, "weight_decay": 5e-4},
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
+    "default": {"loss": {"loss": "nce"}},
     "cifar10": {**CIFAR, "augment": {"flip_p": 0.0, **CIFAR10_COLOURS}},
     "cifar100": {**CIFAR, "augment": {"flip_p": 0.0, **CIFAR100_COLOURS}},
     # One view an image, hence twice the epochs. At the other methods' rate an image's vector in the bank is out of date

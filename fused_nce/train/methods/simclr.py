@@ -79,6 +79,7 @@ class SimCLRConfig(projected.ProjectedConfig):
     title: ClassVar[str] = "SimCLR"
     in_parts: ClassVar[bool] = True
     presets: ClassVar = PRESETS
+    processes: ClassVar = dict.fromkeys(("default", "imagenet-v1", "imagenet-v2"), 8)
 
     model: SimCLRModelConfig = field(default_factory=SimCLRModelConfig)
     loss: TemperatureConfig = field(default_factory=TemperatureConfig)
