@@ -145,10 +145,8 @@ def _parse(name: str | None, argv: Sequence[str]) -> Start:
     known = config.flatten(config.to_dict(method()))
     for name in values.allow_changed:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise ValueError(
-                f"--allow-changed: {name} is no setting; " + (f"did you mean {near[0]}?" if near else "--help lists them")
-            )
+            near = [f"did you mean {other}?" for other in difflib.get_close_matches(name, known, 1)]
+            raise ValueError(f"--allow-changed: {name} is no setting; {(near or ['--help lists them'])[0]}")
     if values.resume is not None and (values.out is not None or values.overwrite):
         raise ValueError(f"resume: goes on in {values.resume} itself; leave out --out and --overwrite")
     if values.resume is not None:

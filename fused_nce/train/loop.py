@@ -335,7 +335,7 @@ class Trainer:
         own = replace(self.config, precision="bf16" if self.bf16 else "fp32")  # "auto" goes by the hardware
         for rank, (other, at) in enumerate(gather_object([(config_module.to_dict(own), step)])):
             if at != step:  # one that torchrun has put in another's place does not know that the run goes on
-                raise ValueError(f"processes: must begin at one update, got {at} (process {rank}) and {step} (this one)")
+                raise ValueError(f"processes: must begin at one update, got {at} (process {rank}), {step} (this one)")
             if changed := config_module.differences(config_module.from_dict(other), own):
                 raise ValueError(f"processes: differ in their settings, {changed[0]} (process {rank} -> this one)")
 
@@ -486,7 +486,7 @@ class Trainer:
             raise ValueError(f"resume: {end}, need at least the {self.step} that {self.run_dir} has made")
         self.skipped, self.skipped_in_a_row = int(state["skipped"]), int(state["skipped_in_a_row"])
         self.probes_skipped = int(state.get("probes_skipped", 0))  # older checkpoints do not count them
-        meters = [state["meter"]] if isinstance(state["meter"], dict) else state["meter"]  # older: the first one's alone
+        meters = state["meter"] if isinstance(state["meter"], list) else [state["meter"]]  # older: of the first alone
         self.meter = Meter.shared(self.meter.means, meters, rank, world)
         log.info("resumed from %s", path)
         if len(state["rng"]) == world:

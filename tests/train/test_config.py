@@ -267,7 +267,7 @@ def test_cli_errors_are_one_line_and_status_2(tmp_path, capsys):
         ("train amdim --augment.zoom [1]", "augment.zoom: Expected a tuple with 2 elements. Got value: [1]"),
         ("train amdim --optim.lr", "argument --optim.lr: expected one argument"),
         ("eval", "the following arguments are required: run; usage: fused-nce eval RUN [options]"),
-        ("train amdim --resume RUN --allow-changed data optim.lrr", "--allow-changed: optim.lrr is no setting; did you mean optim.lr?"),
+        ("train amdim --allow-changed optim.lrr", "--allow-changed: optim.lrr is no setting; did you mean optim.lr?"),
         ("eval RUN --drawss 3", "--drawss: no such option; did you mean --draws?"),
     ],
 )  # fmt: skip

@@ -151,7 +151,7 @@ def test_a_process_that_begins_at_another_update_stops_all(tmp_path, monkeypatch
     run = trainer(tmp_path / "a")
     run.accelerator = SimpleNamespace(num_processes=2)
     monkeypatch.setattr(loop, "gather_object", lambda own: [(own[0][0], 7), *own])
-    with pytest.raises(ValueError, match=r"^processes: must begin at one update, got 7 \(process 0\) and 0 \(this one\)$"):
+    with pytest.raises(ValueError, match=r"^processes: must begin at one update, got 7 \(process 0\), 0 \(this one\)$"):
         run._same_settings(0)
     run._same_settings(7)
 

@@ -8,7 +8,7 @@ MAX_NAMED = 4
 
 
 def facts(loader: Any, beside: dict[str, str]) -> dict[str, Any]:
-    """Count, images a class, digest of names and labels in order, rate in Hz, of a loader; beside it, digests by name."""
+    """Count, images a class, digest of names and labels in order, and rate of a loader; digests of the rest by name."""
     labels = loader.labels
     counts = labels[labels >= 0].bincount(minlength=len(loader.classes)).tolist()
     return {
