@@ -187,16 +187,13 @@ def test_a_resume_on_other_data_or_to_an_earlier_end_says_so_and_changes_no_file
     changes = "images 24 -> 23; classes gone: b; classes new: c; images of classes: a 12 -> 11"
     assert f"have changed since step 2 ({changes})" in said
     assert content(out) == before
-    assert cli.main(["train", "amdim", f"--resume={out}", "--max-steps=3", "--allow-changed", "data"]) == 0
-    assert "\nfinished at step 3" in capsys.readouterr().out
     again = ["train", "amdim", f"--resume={out}", "--allow-changed", "data"]
-    assert cli.main([*again, "--max-steps=3"]) == 0
-    assert "\nnothing left to train: finished at step 3" in capsys.readouterr().out
-    before = content(out)
+    for said in ("\nfinished at step 3", "\nnothing left to train: finished at step 3"):
+        assert cli.main([*again, "--max-steps=3"]) == 0
+        assert said in capsys.readouterr().out
     assert cli.main([*again, "--max-steps=2"]) == 2
     said = "resume: the run's end (run.max_steps, optim.epochs) is update 2, need at least the 3 that"
     assert said in capsys.readouterr().err
-    assert content(out) == before
 
 
 def test_what_changed_in_words():
