@@ -19,7 +19,6 @@ from fused_nce.train.evaluation.fine_tune import Subject, Tuned, choose
 from fused_nce.train.files import reading
 from fused_nce.train.machine.threads import Threads
 from fused_nce.train.saving import checkpoint
-from fused_nce.train.settings import AugmentConfig
 
 NAME = "fine-tuned.safetensors"
 
