@@ -223,8 +223,6 @@ def test_train_and_evaluate_from_the_command_line(data, tmp_path, capsys, caplog
     assert f"{data}, train: 36 {holds}" in caplog.messages
     assert cli.main(["eval", str(out), "--draws=2", "--labels_per_class=3"]) == 0
     printed = capsys.readouterr().out
-    assert cli.main(["fine-tune", str(out)]) == 2
-    assert capsys.readouterr().err == "fused-nce: run: must be of images, got one of cpc (recordings)\n"
     assert "c_t, digit  trained" in printed
     fast = [
         (n, speech.wav(speech.tone(0, 0, 1), 16000) if n.endswith("wav") else c) for n, c in speech.members("train")
