@@ -151,9 +151,19 @@ def check_indices(name: str, indices: Tensor, n: int, m: int, device: torch.devi
     if indices.device != device:
         raise ValueError(f"{name}: got device {indices.device}, need the inputs' {device}")
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in torch.aminmax(indices))
-        if low < 0 or high >= m:
-            raise ValueError(f"{name}: got {low if low < 0 else high}, need 0 <= index < {m}")
+        check_range(name, indices, m)
+
+
+def check_range(name: str, indices: Tensor, m: int) -> None:
+    """Indices among M columns, before anything is indexed by them, where -1 would be the last. Reads them, so for the
+    CPU alone.
+
+    Raises:
+        ValueError: for one out of range.
+    """
+    low, high = (int(x) for x in torch.aminmax(indices))
+    if low < 0 or high >= m:
+        raise ValueError(f"{name}: got {low if low < 0 else high}, need 0 <= index < {m}")
 
 
 def check_targets(targets: Tensor, m: int, itself: int | None) -> None:
@@ -167,9 +177,7 @@ def check_targets(targets: Tensor, m: int, itself: int | None) -> None:
     Raises:
         ValueError: for one out of range, or a row that is its own target and left out.
     """
-    low, high = (int(x) for x in torch.aminmax(targets))
-    if low < 0 or high >= m:
-        raise ValueError(f"targets: got {low if low < 0 else high}, need 0 <= target < M = {m}")
+    check_range("targets", targets, m)
     if itself is not None:
         own = targets == torch.arange(itself, itself + targets.shape[0])
         if own.any():

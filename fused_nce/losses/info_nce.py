@@ -104,7 +104,7 @@ def info_nce(
         tau_plus: the share of false negatives, whose part is taken out of the negatives' sum, down to no less than n
             negatives of cosine −1 would have (Chuang et al. 2020, arXiv:2007.00224); for unit rows.
         label_smoothing: ε: the target gives ε/n to each of a row's n candidates.
-        row_weights: (N,): the mean, and the sum, are weighted by them; elements under "none" are multiplied.
+        row_weights: (N,), differentiable: they weigh the mean, and the sum, and multiply elements under "none".
         column_bias: (M,), added to each score of its column: −log Q of sampled softmax. Differentiable; without clip
             and hardness. −∞ leaves the column out, and a row whose key it is has the loss ∞.
         max_scale: the largest 1 / temperature; a learned one has no gradient beyond it.
@@ -152,6 +152,8 @@ def info_nce(
     if chosen == NO_CHOICE and directions == ("q2k",) and guide_margin_kind == "absolute":
         spec = _spec(targets is not None, clip, 0.0, tail.stats, symmetric, normalize, ())
         return _one_block(queries, keys, spec, tail, scale=scale, row_ids=targets, normalize=normalize, **how)
+    if targets is not None and not symmetric:
+        candidates.check_targets(targets, m)
     scale = candidates.clamped(scale, max_scale)
     rules = Rules(
         directions=candidates.checked_directions(directions, symmetric),
@@ -231,6 +233,7 @@ def _check_permutation(targets: Tensor, m: int) -> None:
     need = "targets: got one key twice or none, need a permutation for symmetric=True"
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         if not bool(whole):
+            checks.check_range("targets", targets, m)
             raise ValueError(need)
     else:
         torch._assert_async(whole, need)

@@ -79,6 +79,7 @@ def check_bank(features: Tensor, bank: Tensor, indices: Tensor) -> None:
     if bank.shape[1] != features.shape[1]:
         raise ValueError(f"bank: got width D = {bank.shape[1]}, need features's {features.shape[1]}")
     checks.check_ids("indices", indices, features.shape[0], "N", features.device)
+    checks.check_indices("indices", indices[:, None], features.shape[0], bank.shape[0], features.device)
 
 
 def proximal_to(found: NCEOutput, features: Tensor, bank: Tensor, indices: Tensor, weight: float) -> NCEOutput:

@@ -78,7 +78,6 @@ def _scores(
     """(N, 1 + m), the image's own first."""
     check_bank(features, bank, indices)
     checks.check_indices("noise", noise, features.shape[0], bank.shape[0], features.device)
-    checks.check_indices("indices", indices[:, None], features.shape[0], bank.shape[0], features.device)
     columns = torch.cat((indices[:, None], noise), dim=1)
     scale = inverse("temperature", temperature, features.device)
     return gathered_scores(features, bank.detach(), columns, scale=scale, backend=backend)

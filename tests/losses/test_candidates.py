@@ -430,6 +430,33 @@ def test_messages():
                 InfoNCELoss(**options)(Q, K)
 
 
+ONES = torch.ones(N)
+BY_TARGETS: tuple[dict[str, Any], ...] = (
+    {"symmetric": True},
+    {"hard_negatives": HARD},
+    {"hard_negatives": HARD, "share_hard_negatives": True},
+    {"directions": ("k2q",)},
+    {"query_ids": IDS, "key_ids": IDS},
+    {"guide": (Q, K)},
+    {"label_smoothing": 0.1},
+    {"row_weights": ONES},
+    {"column_bias": ONES},
+    {"prefixes": (2,)},
+)
+
+
+def test_targets_are_among_the_keys_whatever_is_chosen():
+    """-1 is no last key, and a hard negative no positive."""
+    for bad, options in itertools.product((-1, N, N + 1), BY_TARGETS):
+        with pytest.raises(ValueError, match=rf"^targets: got {bad}, need 0 <= index < {N}$"):
+            info_nce(Q, K, torch.arange(N).index_fill(0, torch.tensor([2]), bad), **options)
+    several = torch.stack([torch.arange(N), torch.arange(N).flip(0)])
+    losses = [info_nce(Q, K, t, label_smoothing=0.1).loss for t in several]
+    assert torch.equal(
+        torch.vmap(lambda t: info_nce(Q, K, t, label_smoothing=0.1).loss)(several), torch.stack(losses)
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

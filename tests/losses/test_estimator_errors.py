@@ -51,7 +51,7 @@ ERRORS = [
     (lambda: amdim_mixture_nce(S, S, tau=0), ValueError, r"^tau: got 0, need a finite number > 0$"),
     (lambda: npid_softmax(A, A[:, :2], T), ValueError, r"^bank: got width D = 2, need features's 3$"),
     (lambda: npid_softmax(A, A, T.int()), TypeError, r"^indices: got torch.int32, need int64$"),
-    (lambda: npid_softmax(A, A, T + 1), ValueError, r"^targets: got 4, need 0 <= target < M = 4$"),
+    (lambda: npid_softmax(A, A, T + 1), ValueError, r"^indices: got 4, need 0 <= index < 4$"),
     (lambda: npid_softmax(A, A, T, temperature=0), ValueError, r"^temperature: got 0, need a finite number > 0$"),
     (lambda: dim_mi(S, A), ValueError, r"^global_: got B = 4, need local's 2$"),
     (lambda: dim_mi(S, A[:2, :2]), ValueError, r"^global_: got width D = 2, need local's 3$"),
