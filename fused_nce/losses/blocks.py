@@ -99,7 +99,7 @@ def contrast(
     size = 1 if (everyone := peers(group)) is None else everyone.size
     n: int | Tensor = losses.shape[0]
     if x.row_weights is not None:
-        w = widened(x.row_weights.detach())
+        w = widened(x.row_weights)
         total = fixed_sum(w)
         if everyone is not None:
             from fused_nce.core.distributed.collectives import gather

@@ -98,7 +98,7 @@ def soft_weights(inputs: dict[str, Any], scores: Tensor) -> Tensor:
         return found
     columns, shares = inputs["soft_targets"]
     rows = inputs.get("row_weights")
-    rows = torch.ones(len(found), dtype=found.dtype) if rows is None else rows.to(found.dtype)
+    rows = torch.ones(len(found), dtype=found.dtype) if rows is None else rows.detach().to(found.dtype)
     shares = torch.where(columns >= 0, shares.to(found.dtype), 0.0) * (rows / rows.sum())[:, None]
     return found.scatter_add_(1, columns.clamp(min=0), shares)
 
