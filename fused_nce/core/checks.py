@@ -66,7 +66,7 @@ def check_number(name: str, value: float, *, above: float | None = None, at_leas
         f" > {above}" if above is not None else f" >= {at_least}" if at_least is not None else ""
     )
     low = (above is not None and not value > above) or (at_least is not None and not value >= at_least)
-    if not math.isfinite(value) or low:
+    if low or not -math.inf < value < math.inf:  # which the symbol of a traced graph can answer too
         raise ValueError(f"{name}: got {value!r}, need {need}")
 
 

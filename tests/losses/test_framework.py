@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fused_nce import MemoryQueue, moco_nce
+from fused_nce import MemoryQueue, clip_loss, cpc_nce, info_nce, moco_nce, npid_softmax, triplet_margin
 from fused_nce.losses.registry import LOSSES
 from tests.losses.test_registry import grown, posed, widened
 from tests.marks import nightly_but
@@ -78,6 +78,28 @@ def test_two_graphs_at_most_for_ten_batch_sizes(name):
         return entry.function(**inputs).loss
 
     assert_two_graphs(loss, loss, [grown(name, copies)[1:] for copies in COPIES])
+
+
+X, Y = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+IDS = torch.arange(6)
+CHANGING = {  # a number among the settings
+    "info_nce": lambda x, y, t: info_nce(x, y, IDS, temperature=t, penalty=t, clip=9 * t, symmetric=True),
+    "info_nce, further": lambda x, y, t: info_nce(x, y, false_negative_margin=t, label_smoothing=t, max_scale=t),
+    "clip_loss": lambda x, y, t: clip_loss(x, y, t, tau_plus=t),
+    "cpc_nce": lambda x, y, t: cpc_nce(x[None], y[None], weights=[t]),
+    "npid_softmax": lambda x, y, t: npid_softmax(x, y, IDS, temperature=t, proximal=t),
+    "triplet_margin": lambda x, y, t: triplet_margin(x, IDS // 2, margin=t),
+}
+
+
+@pytest.mark.parametrize("name", nightly_but(["info_nce"], CHANGING))
+def test_settings_may_be_symbols(name):
+    """One compiled function, without a break, for numbers that change."""
+    torch._dynamo.reset()
+    loss = CHANGING[name]
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for t in (0.2, 0.3):
+        torch.testing.assert_close(compiled(X, Y, t).loss, loss(X, Y, t).loss)
 
 
 class Step(nn.Module):
