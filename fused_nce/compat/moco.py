@@ -34,7 +34,8 @@ _logged: set[str] = set()
 class MoCoLogits:
     """The logits ⟨q, [key; queue]⟩ / T, (N, 1 + K), without the scores.
 
-    `F.cross_entropy` (and so `nn.CrossEntropyLoss`) of them with the labels that came beside them is the fused loss;
+    `F.cross_entropy` (and so `nn.CrossEntropyLoss`) of them with the labels that came beside them, as they came, is the
+    fused loss;
     `topk`, `argmax` of rows, `shape`, `size`, `len`, `dtype`, `device`, `detach` and `float` hold nothing large either.
     All else, torch functions, operators and indexing, is asked of `full()`, the real tensor; one log line says so. Once
     something writes to that tensor, in place or for a gradient of its own, it is kept, and answers everything.
@@ -49,11 +50,13 @@ class MoCoLogits:
     _temperature: float | Tensor
     labels: Tensor
     _written: Tensor | None = None  # the logits, where somebody has changed them
+    _zeros: bool = True  # what the labels were when this was made
 
     def __post_init__(self) -> None:
         q = self._q
         self.shape = torch.Size((q.shape[0], 1 + self._negatives.shape[0]))
         self.device, self.dtype, self.ndim = q.device, widened(q.detach()[:0]).dtype, 2
+        self._version = None if self.labels.is_inference() else self.labels._version
 
     # ---- what is answered without the logits ------------------------------------------------------------------------
 
@@ -114,7 +117,7 @@ class MoCoLogits:
     def detach(self) -> MoCoLogits:
         """The same without a gradient."""
         written = None if self._written is None else self._written.detach()
-        return replace(self, _q=self._q.detach(), _written=written)
+        return replace(self, _q=self._q.detach(), _written=written, _zeros=self._labels_are_zeros())
 
     def float(self) -> MoCoLogits | Tensor:
         """Itself: scores are float32 whatever the encoder's dtype (float64 for float64)."""
@@ -144,12 +147,14 @@ class MoCoLogits:
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is nn.functional.cross_entropy and getattr(args[0], "_written", None) is None:
+        asked = args[0] if args else kwargs.get("input")
+        if func is nn.functional.cross_entropy and getattr(asked, "_written", None) is None:
             plain = _plain_cross_entropy(*args, **kwargs)
             if plain is not None:
-                return args[0].cross_entropy(plain)
-        if func in (torch.topk, torch.argmax) and isinstance(args[0], cls):
-            return getattr(args[0], func.__name__)(*args[1:], **kwargs)
+                return asked.cross_entropy(plain)  # type: ignore[union-attr]
+        others = kwargs.keys() - {"input"}
+        if isinstance(asked, cls) and others <= SEARCHES.get(func, set()):
+            return getattr(asked, func.__name__)(*args[1:], **{name: kwargs[name] for name in others})
         name = getattr(func, "__name__", "a torch function")
         opened = pytree.tree_map(
             lambda x: x._full_for(name) if isinstance(x, cls) else x,
@@ -166,6 +171,12 @@ class MoCoLogits:
             _logged.add(reason)
             _logger.warning("moco: holding the %s logits for %s", tuple(self.shape), reason)
         return self.full()
+
+    def _labels_are_zeros(self) -> bool:
+        """Still; only inference tensors, whose writes torch does not count, are read."""
+        if self._version is None:
+            return not self.labels.any()
+        return self._zeros and self.labels._version == self._version  # fault: moco-labels-written
 
     def _positives(self) -> Tensor:
         """(N, 1), in float32 at least."""
@@ -198,6 +209,7 @@ def _operators(names: str) -> list[str]:
     return [f"__{name}__" for name in names.split()]
 
 
+SEARCHES: dict[Any, set[str]] = {torch.topk: {"k", "dim", "largest", "sorted"}, torch.argmax: {"dim", "keepdim"}}
 KEPT = ("data", "grad", "register_hook", "retain_grad")  # they change the tensor, or tell of a change
 WRITE = _operators("setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor")
 for _name in WRITE + _operators(
@@ -205,11 +217,11 @@ for _name in WRITE + _operators(
     "truediv rtruediv floordiv rfloordiv mod rmod pow rpow matmul rmatmul and rand or ror xor rxor"
 ):
     setattr(MoCoLogits, _name, _of_full(_name))
-_FIELDS = [field.name for field in fields(MoCoLogits)]
+_FIELDS = [field.name for field in fields(MoCoLogits)][:-1]
 pytree.register_pytree_node(
     MoCoLogits,
-    lambda x: ([getattr(x, name) for name in _FIELDS], None),
-    lambda values, _: MoCoLogits(*values),
+    lambda x: ([getattr(x, name) for name in _FIELDS], x._labels_are_zeros()),
+    lambda values, zeros: MoCoLogits(*values, _zeros=zeros),
 )
 
 
@@ -224,7 +236,7 @@ def _plain_cross_entropy(
     label_smoothing: float = 0.0,
 ) -> str | None:
     """The reduction of a call that is the fused loss: that of our labels, without options; None for another."""
-    ours = isinstance(input, MoCoLogits) and target is input.labels
+    ours = isinstance(input, MoCoLogits) and target is input.labels and input._labels_are_zeros()
     bare = weight is None and size_average is None and reduce is None and label_smoothing == 0.0 and ignore_index != 0
     return reduction if ours and bare else None
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fused_nce.compat import moco
 from tests.compat.harness import both
@@ -73,6 +74,8 @@ def test_what_is_asked_of_the_logits_holds_none_of_them(monkeypatch, caplog):
         )
     assert torch.equal(torch.topk(out, 5)[1], full.topk(5)[1])
     assert torch.equal(out.argmax(dim=1), full.argmax(1))
+    assert torch.equal(torch.topk(input=out, k=5)[1], full.topk(5)[1])
+    assert torch.equal(torch.argmax(input=out, dim=1), full.argmax(1))
     assert (out.shape, out.size(1), len(out), out.dim(), out.ndim) == (full.shape, 38, 10, 2, 2)
     assert (out.dtype, out.device, out.requires_grad, out.detach().requires_grad) == (
         full.dtype,
@@ -106,6 +109,22 @@ def test_all_else_is_asked_of_the_real_logits(caplog):
     assert torch.equal(plain, full)
     with pytest.raises(AttributeError):
         _ = out._nothing
+    places = (torch.empty(10, 2), torch.empty(10, 2, dtype=torch.int64))
+    assert torch.equal(torch.topk(out.detach(), 2, out=places)[1], full.topk(2)[1])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_labels_that_were_written_to_are_read(mode):
+    """Also of what was made of the logits before and after; a copy of the labels is no less written to."""
+    with mode():
+        out, labels = model()(*views())
+        before = out.detach()
+        labels[:2] = -100
+        exact = CROSS_ENTROPY(out.full(), labels)
+        assert exact != out.cross_entropy()
+        moved = pytree.tree_map_only(torch.Tensor, torch.clone, out)
+        for made, at in ((out, labels), (before, labels), (out.detach(), labels), (moved, moved.labels)):
+            assert CROSS_ENTROPY(made, at) == exact
 
 
 def test_the_queue_wraps_without_dropping():
