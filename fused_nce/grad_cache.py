@@ -110,7 +110,7 @@ class GradientCache(nn.Module):
         del part
         out, owed = self._whole(found, scale)
         after = Draws.now(device)
-        with untracked(self):
+        with torch.enable_grad(), untracked(self):  # whatever the caller is under, as in `_whole`
             for start, drawn in zip(starts, draws, strict=True):
                 drawn.restore(device)
                 last = start == starts[-1]

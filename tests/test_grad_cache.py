@@ -70,7 +70,8 @@ def test_gradients_are_those_of_one_pass(part):
     plain.loss.backward()
     exact = gradients(encoder, loss)
     encoder, loss = pair_of()
-    out = GradientCache(encoder, loss, part=part).backward(views())
+    with torch.set_grad_enabled(part != 5):  # whatever the caller is under
+        out = GradientCache(encoder, loss, part=part).backward(views())
     assert_same([out.loss], [plain.loss.detach()])
     assert not out.loss.requires_grad
     assert_same(gradients(encoder, loss), exact)
