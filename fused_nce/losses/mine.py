@@ -41,10 +41,7 @@ def mine_dv(
         mine_dv(torch.randn(8), torch.randn(64)).loss
         ```
     """
-    checks.check_tensor("joint", joint, ("P",))
-    checks.check_tensor("product", product, ("Q",))
-    if product.device != joint.device:
-        raise ValueError(f"product: got device {product.device}, need joint's {joint.device}")
+    _check_scores(joint, product)
     if ema is not None:
         checks.check_scale("ema", ema, joint.device)
     pos_mean, log_mean = fixed_mean(widened(joint)), _log_mean(product)
@@ -54,6 +51,13 @@ def mine_dv(
         log_mean = level + ratio * (log_mean - level)
     loss = log_mean - pos_mean
     return output(loss, {"pos_mean": pos_mean, "mi_bound": -loss})
+
+
+def _check_scores(joint: Tensor, product: Tensor) -> None:
+    checks.check_tensor("joint", joint, ("P",))
+    checks.check_tensor("product", product, ("Q",))
+    if product.device != joint.device:
+        raise ValueError(f"product: got device {product.device}, need joint's {joint.device}")
 
 
 def _log_mean(product: Tensor) -> Tensor:
@@ -104,7 +108,7 @@ class MINELoss(nn.Module):
         """`mine_dv` of the batch."""
         if self.rate is None or not self.training:
             return mine_dv(joint, product)
-        checks.check_tensor("product", product, ("Q",))
+        _check_scores(joint, product)  # a refused batch is no part of the average
         self._update(self.rate, product)
         return mine_dv(joint, product, ema=self.log_mean.clone())
 

@@ -452,9 +452,7 @@ def test_targets_are_among_the_keys_whatever_is_chosen():
             info_nce(Q, K, torch.arange(N).index_fill(0, torch.tensor([2]), bad), **options)
     several = torch.stack([torch.arange(N), torch.arange(N).flip(0)])
     losses = [info_nce(Q, K, t, label_smoothing=0.1).loss for t in several]
-    assert torch.equal(
-        torch.vmap(lambda t: info_nce(Q, K, t, label_smoothing=0.1).loss)(several), torch.stack(losses)
-    )
+    assert torch.equal(torch.vmap(lambda t: info_nce(Q, K, t, label_smoothing=0.1).loss)(several), torch.stack(losses))
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,9 @@ def test_mine_module_keeps_the_average():
     assert loss.updates.item() == 3
     state = loss.log_mean.clone()
     assert loss(batches[0], batches[1] * math.inf).loss.isfinite().logical_not()
+    for joint in (batches[0].int(), batches[0].to("meta")):  # refused, and no part of the average
+        with pytest.raises((TypeError, ValueError), match="got"):
+            loss(joint, batches[1])
     loss.eval()
     loss(batches[0], batches[1])
     assert torch.equal(loss.log_mean, state)
