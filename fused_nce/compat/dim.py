@@ -113,20 +113,20 @@ def _n_product(local: Tensor, global_: Tensor) -> int:
 
 def _joint(local: Tensor, global_: Tensor) -> Tensor:
     """The scores of each image with itself, (N, L, M)."""
-    with torch.autocast(local.device.type, enabled=False):
+    with checks.uncast(local):
         return torch.bmm(widened(local), widened(global_).transpose(1, 2))
 
 
 def _product_sum(local: Tensor, global_: Tensor) -> Tensor:
     """Σ of all product scores: linear, so the images' sums have it, (N, N) in all."""
-    with torch.autocast(local.device.type, enabled=False):
+    with checks.uncast(local):
         s = widened(global_).sum(dim=1) @ widened(local).sum(dim=1).T
     return s.masked_fill(torch.eye(len(s), dtype=torch.bool, device=s.device), 0).sum()
 
 
 def _dense(local: Tensor, global_: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
     """The mean of a term of the product scores, all of which are held."""
-    with torch.autocast(local.device.type, enabled=False):
+    with checks.uncast(local):
         u = torch.einsum("imc,klc->iklm", widened(global_), widened(local))
     own = torch.eye(len(u), dtype=torch.bool, device=u.device)
     return term(u)[~own].mean()

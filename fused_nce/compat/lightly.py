@@ -144,7 +144,7 @@ class NTXentLoss(_Views):
             raise ValueError(f"out0: got width D = {z0.shape[1]}, need the memory bank's {memory.size[1]}")
         scale = inverse(self.temperature, z0)
         wide = torch.promote_types(torch.promote_types(z0.dtype, z1.dtype), torch.float32)
-        with torch.autocast(z0.device.type, enabled=False):  # a score never goes through 16 bits
+        with checks.uncast(z0):
             positives = scale * (z0.to(wide) * z1.to(wide)).sum(dim=1, keepdim=True)
         bank = memory.bank.to(z0.device)
         return tile_loss(z0, bank, BANK, Nce(), scale=scale, positives=positives, parts=False).loss
@@ -159,7 +159,7 @@ def negative_mises_fisher_weights(
     sigma: float = 0.5,
 ) -> Tensor:
     """2 − N·softmax(⟨out0, out1⟩ / sigma), (N,), without a gradient: pairs that agree already count for less."""
-    with torch.autocast(out0.device.type, enabled=False):
+    with checks.uncast(out0):
         similarity = (widened(out0.detach()) * widened(out1.detach())).sum(dim=1) / sigma
     return 2 - len(out0) * similarity.softmax(dim=0)
 

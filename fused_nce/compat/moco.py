@@ -85,7 +85,7 @@ class MoCoLogits:
             return self._full_for("topk of this kind").topk(k, dim, largest, sorted)
         q = widened(self._q.detach())
         best, place = self._positives().detach(), torch.zeros(len(q), 1, dtype=torch.int64, device=q.device)
-        with torch.autocast(q.device.type, enabled=False):
+        with checks.uncast(q):
             for start in range(0, len(self._negatives), PANEL):
                 scores = q @ self._negatives[start : start + PANEL].to(q.dtype).T / self._temperature
                 here = torch.arange(start + 1, start + 1 + scores.shape[1], device=q.device).expand_as(scores)
@@ -130,7 +130,7 @@ class MoCoLogits:
         if self._written is not None:
             return self._written
         q = widened(self._q)
-        with torch.autocast(q.device.type, enabled=False):
+        with checks.uncast(q):
             negative = q @ self._negatives.to(q.dtype).T / self._temperature
         return torch.cat((self._positives(), negative), dim=1)
 
@@ -180,13 +180,13 @@ class MoCoLogits:
 
     def _positives(self) -> Tensor:
         """(N, 1), in float32 at least."""
-        with torch.autocast(self._q.device.type, enabled=False):
+        with checks.uncast(self._q):
             return (widened(self._q) * widened(self._k)).sum(dim=1, keepdim=True) / self._temperature
 
     def _at(self, place: Tensor) -> Tensor:
         """The logits of some classes of each row, (N, p), differentiable in the queries."""
         rows = self._negatives[(place - 1).clamp(min=0)].to(self.dtype)
-        with torch.autocast(self._q.device.type, enabled=False):
+        with checks.uncast(self._q):
             scores = torch.einsum("nd,npd->np", widened(self._q), rows) / self._temperature
         return torch.where(place == 0, self._positives(), scores)
 

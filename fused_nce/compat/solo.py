@@ -61,7 +61,7 @@ def mocov2plus_loss_func(
     if queue.shape[0] != query.shape[1]:
         raise ValueError(f"queue: got width D = {queue.shape[0]}, need query's {query.shape[1]}")
     scale = inverse("temperature", temperature, query.device)
-    with torch.autocast(query.device.type, enabled=False):  # a score never goes through 16 bits
+    with checks.uncast(query):
         positives = scale * (widened(query) * widened(key)).sum(dim=1, keepdim=True)
     return tile_loss(query, queue.t(), QUEUE, Nce(), scale=scale, positives=positives, parts=False).loss
 

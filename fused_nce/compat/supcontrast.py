@@ -96,7 +96,7 @@ def _weighted(
     spec = Spec(Labels(), Identity(), ("neg_lse",), drop_self=True)
     every = torch.arange(len(columns), device=rows.device)  # each a class of its own: all but itself are negatives
     lse = tile_stats(rows, columns, spec, scale=scale, row_ids=every[: len(rows)], column_ids=every)["neg_lse"]
-    with torch.autocast(rows.device.type, enabled=False):
+    with checks.uncast(rows):
         q, k = widened(rows), widened(columns)
         weights = mask.to(q.device, q.dtype)
         itself = weights.diagonal()[images, None]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,16 @@ from fused_nce.core.statistics import STATISTIC
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CASTABLE = (torch.float32, torch.bfloat16, torch.float16)  # what `matmul` casts under autocast; float64 it leaves alone
+
+
+def is_cast(x: Tensor) -> bool:
+    """Under autocast, of which the meta device has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def uncast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Without autocast: a score never goes through 16 bits."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def check_tensor(name: str, x: Tensor, shape: tuple[str, ...]) -> None:
@@ -45,7 +57,7 @@ def check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
         TypeError: two dtypes (outside autocast).
         ValueError: two devices or widths.
     """
-    if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
+    if a.dtype != b.dtype and not is_cast(a):
         raise TypeError(f"{name_b}: got {b.dtype}, need {name_a}'s {a.dtype} (torch.autocast casts both)")
     if a.device != b.device:
         raise ValueError(f"{name_b}: got device {b.device}, need {name_a}'s {a.device}")

@@ -276,7 +276,7 @@ def loss_of(
         q = normalized(q)
         k, own_keys = (k, normalized(own_keys)) if own_keys is not None else (k if k is None else normalized(k), None)
     if own_keys is not None:
-        with torch.autocast(q.device.type, enabled=False):  # a score never goes through 16 bits
+        with checks.uncast(q):
             positives = scale * (widened(q) * widened(own_keys)).sum(dim=1, keepdim=True)
     q, k = as_matmul(q), k if k is None else as_matmul(k)
     for name, x in {"q": q, "k": k, "scale": scale, "bias": bias, "positives": positives}.items():
@@ -415,7 +415,7 @@ def _sweeps(
 
 def as_matmul(x: Tensor) -> Tensor:
     """x as `matmul` would take it: under autocast in its dtype, differentiably. What is no tensor stays for checks."""
-    if not isinstance(x, Tensor) or x.dtype not in checks.CASTABLE or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or x.dtype not in checks.CASTABLE or not checks.is_cast(x):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 

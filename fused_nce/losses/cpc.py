@@ -73,8 +73,7 @@ def cpc_nce(
     """
     checks.check_tensor("predictions", predictions, ("S", "N", "D"))
     checks.check_tensor("targets", targets, ("S", "N", "D"))
-    if not torch.is_autocast_enabled(predictions.device.type):
-        checks.check_pair("predictions", predictions, "targets", targets)
+    checks.check_pair("predictions", predictions, "targets", targets)
     if targets.shape != predictions.shape:
         raise ValueError(f"targets: got shape {tuple(targets.shape)}, need predictions's {tuple(predictions.shape)}")
     n_steps, n = predictions.shape[:2]
@@ -143,7 +142,7 @@ def _step(
         parts = loss_of(prediction, target, BATCH, Nce(weight=share), group=group, backend=backend)
         return parts.loss, parts.report
     found = tile_stats(prediction, target, SEQUENCE, row_ids=groups, column_ids=groups, backend=backend)
-    with torch.autocast(prediction.device.type, enabled=False):  # a score never goes through 16 bits
+    with checks.uncast(prediction):
         own = (widened(prediction) * widened(target)).sum(dim=1)
     return _classified(own, found["pos_lse"], found["pos_max"], share)
 

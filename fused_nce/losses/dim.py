@@ -73,12 +73,9 @@ def dim_mi(
     checks.check_tensor("local", local, ("B", "L", "D"))
     several = isinstance(global_, Tensor) and global_.dim() == 3
     checks.check_tensor("global_", global_, ("B", "G", "D") if several else ("B", "D"))
-    if not torch.is_autocast_enabled(local.device.type):
-        checks.check_pair("local", local, "global_", global_)
+    checks.check_pair("local", local, "global_", global_)
     if global_.shape[0] != local.shape[0]:
         raise ValueError(f"global_: got B = {global_.shape[0]}, need local's {local.shape[0]}")
-    if global_.shape[-1] != local.shape[-1]:
-        raise ValueError(f"global_: got width D = {global_.shape[-1]}, need local's {local.shape[-1]}")
     _check_settings(estimator, anchor)
     if estimator == "nce":
         return _nce(local, global_, anchor, group, backend)

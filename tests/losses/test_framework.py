@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils import _pytree as pytree
 
 from fused_nce import MemoryQueue, clip_loss, cpc_nce, info_nce, moco_nce, npid_softmax, triplet_margin
 from fused_nce.losses.registry import LOSSES
-from tests.losses.test_registry import grown, posed, widened
+from tests.losses.test_registry import FIRST, grown, posed, widened
 from tests.marks import nightly_but
 
 OPEN = [name for name, entry in LOSSES.items() if not entry.closed]
@@ -131,6 +132,20 @@ def test_two_graphs_at_most_for_a_step_with_its_queue():
     held = twin.state_dict()
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(held[key], value)
+
+
+# ---- the meta device --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", nightly_but(FIRST, LOSSES))
+def test_shapes_without_numbers(name):
+    """On the meta device, which has no autocast to ask for."""
+    entry, inputs, leaves = posed(name, 0, torch.float32)
+    there = pytree.tree_map_only(Tensor, lambda x: x.detach().to("meta").requires_grad_(x.requires_grad), inputs)
+    here, found = (entry.function(**x).loss for x in (inputs, there))
+    assert (found.is_meta, found.shape, found.dtype) == (True, here.shape, here.dtype)
+    for key, gradient in zip(leaves, torch.autograd.grad(found, [there[key] for key in leaves]), strict=True):
+        assert gradient.shape == inputs[key].shape
 
 
 # ---- autocast ---------------------------------------------------------------------------------------------------

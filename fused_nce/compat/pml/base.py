@@ -284,7 +284,7 @@ def class_blocks(rows: Rows) -> list[tuple[Tensor, Tensor]]:
 def block_scores(rows: Rows, block: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """(C, n, m) dot products of a block, and which of them are pairs."""
     q, k, pairs = block_pairs(rows, block)
-    with torch.autocast(q.device.type, enabled=False):
+    with checks.uncast(q):
         return torch.bmm(q, k.transpose(1, 2)), pairs
 
 
