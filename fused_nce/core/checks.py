@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -73,13 +74,24 @@ def check_number(name: str, value: float, *, above: float | None = None, at_leas
         ValueError: NaN, infinite or out of bounds.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, need a number")
+        raise TypeError(f"{name}: got {type(value).__name__}, need a Python number")
     need = "a finite number" + (
         f" > {above}" if above is not None else f" >= {at_least}" if at_least is not None else ""
     )
     low = (above is not None and not value > above) or (at_least is not None and not value >= at_least)
     if low or not -math.inf < value < math.inf:  # which the symbol of a traced graph can answer too
         raise ValueError(f"{name}: got {value!r}, need {need}")
+
+
+def checked_items(name: str, value: Any) -> tuple[Any, ...]:
+    """The items of a sequence, or of anything else that has some.
+
+    Raises:
+        TypeError: for what has none.
+    """
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name}: got {type(value).__name__}, need a sequence")
+    return tuple(value)
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

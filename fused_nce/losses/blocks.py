@@ -124,7 +124,7 @@ def _less_weightless(x: Batch, out: Tensor) -> Batch:
     """A target of weight 0 whose column the bias leaves out is no column of the row."""
     if x.several is None:
         return x
-    indices, weights = x.several
+    indices, weights, _ = x.several
     gone = out[indices.clamp(min=0)] & (weights == 0)
     return x._replace(several=x.several._replace(indices=indices.masked_fill(gone, -1)))
 
@@ -226,7 +226,7 @@ class _Blocks:
         if x.several is None:
             p = positive_value(self.transform, self.scale * candidates.dots(x.q, self.own_keys, self.prefixes))
             return _Positives(p, p, p, p)
-        indices, weights, some = *x.several, x.several.some
+        (indices, weights, _), some = x.several, x.several.some
         # As the dot products of one positive each, they are plain torch on every backend.
         torch_alone = ASIDE + ("reference" if self.how["backend"] == "reference" else "chunked")
         s = gathered_scores(x.q, x.k, indices.clamp(min=0), scale=self.scale, backend=torch_alone)

@@ -204,10 +204,11 @@ def checked_directions(directions: Sequence[str], symmetric: bool) -> tuple[str,
     """In the order of `DIRECTIONS`.
 
     Raises:
+        TypeError: for what is no sequence.
         ValueError: for an unknown one, one twice, none, or others beside `symmetric`.
     """
-    names = (directions,) if isinstance(directions, str) else tuple(directions)
-    if not names or len(set(names)) != len(names) or not set(names) <= set(DIRECTIONS):
+    names = (directions,) if isinstance(directions, str) else checks.checked_items("directions", directions)
+    if not names or not all(name in DIRECTIONS for name in names) or len(set(names)) != len(names):
         raise ValueError(f"directions: got {directions!r}, need some of {', '.join(map(repr, DIRECTIONS))}, each once")
     if symmetric and names != ("q2k",):
         raise ValueError(f"directions: got {directions!r} with symmetric=True, need one of the two")
@@ -222,13 +223,14 @@ def checked_prefixes(
     Raises:
         TypeError, ValueError: for none, one that is no width of the embeddings, or another number of weights.
     """
+    prefixes = checks.checked_items("prefixes", prefixes)
     for width in prefixes:
         checks.check_int("prefixes", width)
         if not 1 <= width <= d:
             raise ValueError(f"prefixes: got {width}, need 1 <= prefix <= D = {d}")
     if not prefixes:
         raise ValueError("prefixes: got none, need at least one width")
-    found = (1.0,) * len(prefixes) if weights is None else tuple(weights)
+    found = (1.0,) * len(prefixes) if weights is None else checks.checked_items("prefix_weights", weights)
     if len(found) != len(prefixes):
         raise ValueError(f"prefix_weights: got {len(found)}, need one for each of {len(prefixes)} prefixes")
     for weight in found:
@@ -316,7 +318,7 @@ def _check_rules(x: Batch, rules: Rules) -> None:
         one = (x.targets, x.query_ids, x.guide, rules.margin, rules.tau_plus)
         beside = any(y is not None for y in one) or rules.directions != ("q2k",)
         seen = "targets, ids, a guide, a margin, tau_plus or directions, which are of one positive a row"
-        together["positives"] = (beside, seen, "none of them")
+        together[x.several.name] = (beside, seen, "none of them")
     for name, (wrong, seen, need) in together.items():
         if wrong:
             raise ValueError(f"{name}: got it with {seen}, need {need}")

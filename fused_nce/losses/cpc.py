@@ -112,8 +112,9 @@ def _shares(weights: Sequence[float] | None, n_steps: int) -> list[float]:
     """Each step's part of the loss; they add up to 1."""
     if weights is None:
         return [1 / n_steps] * n_steps
-    if isinstance(weights, Tensor) or len(weights) != n_steps:
-        seen = "a tensor" if isinstance(weights, Tensor) else f"{len(weights)} of them"
+    tensor, weights = isinstance(weights, Tensor), checks.checked_items("weights", weights)
+    if tensor or len(weights) != n_steps:
+        seen = "a tensor" if tensor else f"{len(weights)} of them"
         raise ValueError(f"weights: got {seen}, need a number for each of S = {n_steps} steps")
     for weight in weights:
         checks.check_number("weights", weight, at_least=0)

@@ -20,6 +20,7 @@ class Targets(NamedTuple):
 
     indices: Tensor  # (N, P) int64 in ascending order, −1 for none
     weights: Tensor  # (N, P), 0 for none, of sum 1
+    name: str  # of the argument
 
     @property
     def some(self) -> Tensor:
@@ -84,7 +85,7 @@ def checked(
         column = (~later).cumsum(dim=1) - 1  # of a row's different ones
         w = torch.zeros_like(w).scatter_add(1, column, w).gather(1, column)
     w = w.masked_fill(later, 0.0)
-    return Targets(ordered.masked_fill(later, -1), w / w.sum(dim=1, keepdim=True))
+    return Targets(ordered.masked_fill(later, -1), w / w.sum(dim=1, keepdim=True), name)
 
 
 def _checked_indices(name: str, indices: Tensor | None, n: int, device: torch.device) -> Tensor:

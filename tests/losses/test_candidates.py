@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -368,6 +369,7 @@ def test_a_positive_beyond_float32_shows(bad, backend):
 
 ERRORS: dict[str, dict[str, Any]] = {
     "directions: got ('q2d',), need some of 'q2k', 'k2q', 'q2q', 'k2k', each once": {"directions": ("q2d",)},
+    "directions: got NoneType, need a sequence": {"directions": None},
     "directions: got ('q2q',) with symmetric=True, need one of the two": {"directions": ("q2q",), "symmetric": True},
     "hard_negatives: got shape (6, 5), need (N, H, D)": {"hard_negatives": Q},
     "hard_negatives: got N = 4, need queries' 6": {"hard_negatives": HARD[:4]},
@@ -400,6 +402,8 @@ ERRORS: dict[str, dict[str, Any]] = {
     "positives: got none for row 2, need at least one": {"positives": torch.tensor([[0], [1], [-1], [2], [3], [4]])},
     "positives: got it with targets, ids, a guide, a margin, tau_plus or directions, which are of one positive a row, "
     "need none of them": {"positives": IDS[:, None], "tau_plus": 0.1},
+    "soft_targets: got it with targets, ids, a guide, a margin, tau_plus or directions, which are of one positive a row, "
+    "need none of them": {"soft_targets": (IDS[:, None], Q[:, :1] * 0 + 1), "tau_plus": 0.1},
     "soft_targets: got them with positives, need one of the two": {
         "positives": IDS[:, None],
         "soft_targets": (IDS[:, None], Q[:, :1]),
@@ -414,6 +418,9 @@ ERRORS: dict[str, dict[str, Any]] = {
         "prefixes": (2,),
     },
     "prefixes: got 9, need 1 <= prefix <= D = 5": {"prefixes": (2, 9)},
+    "prefixes: got int, need a sequence": {"prefixes": 2},
+    "prefix_weights: got float, need a sequence": {"prefixes": (2,), "prefix_weights": 1.0},
+    "temperature: got float32, need a Python number": {"temperature": numpy.float32(0.1)},
     "prefix_weights: got 1, need one for each of 2 prefixes": {"prefixes": (2, 5), "prefix_weights": (1.0,)},
     "prefix_weights: got some without prefixes, need None": {"prefix_weights": (1.0,)},
     "max_scale: got 0, need a finite number > 0": {"max_scale": 0},
