@@ -11,17 +11,22 @@ from fused_nce.core.statistics import poison
 from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.output import NCEOutput
 
+LARGEST = torch.finfo(torch.float32).max
+
 
 def inverse(name: str, temperature: float | Tensor, device: torch.device) -> float | Tensor:
     """1 / temperature, checked; a 0-d tensor stays differentiable and is never read on the host.
 
     Raises:
-        TypeError, ValueError: not a number > 0, or a tensor that is not a 0-d float one on the inputs' device.
+        TypeError, ValueError: not a number > 0 whose inverse float32 holds, or a tensor that is no 0-d float one on the
+            inputs' device.
     """
     if isinstance(temperature, Tensor):
         checks.check_scale(name, temperature, device)
         return temperature.reciprocal()
     checks.check_number(name, temperature, above=0)
+    if 1 / temperature > LARGEST:
+        raise ValueError(f"{name}: got {temperature!r}, need a number whose inverse float32 holds")
     return 1 / temperature
 
 

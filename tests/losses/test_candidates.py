@@ -402,8 +402,8 @@ ERRORS: dict[str, dict[str, Any]] = {
     "positives: got none for row 2, need at least one": {"positives": torch.tensor([[0], [1], [-1], [2], [3], [4]])},
     "positives: got it with targets, ids, a guide, a margin, tau_plus or directions, which are of one positive a row, "
     "need none of them": {"positives": IDS[:, None], "tau_plus": 0.1},
-    "soft_targets: got it with targets, ids, a guide, a margin, tau_plus or directions, which are of one positive a row, "
-    "need none of them": {"soft_targets": (IDS[:, None], Q[:, :1] * 0 + 1), "tau_plus": 0.1},
+    "soft_targets: got it with targets, ids, a guide, a margin, tau_plus or directions, which are of one positive a "
+    "row, need none of them": {"soft_targets": (IDS[:, None], Q[:, :1] * 0 + 1), "tau_plus": 0.1},
     "soft_targets: got them with positives, need one of the two": {
         "positives": IDS[:, None],
         "soft_targets": (IDS[:, None], Q[:, :1]),
@@ -420,6 +420,7 @@ ERRORS: dict[str, dict[str, Any]] = {
     "prefixes: got 9, need 1 <= prefix <= D = 5": {"prefixes": (2, 9)},
     "prefixes: got int, need a sequence": {"prefixes": 2},
     "prefix_weights: got float, need a sequence": {"prefixes": (2,), "prefix_weights": 1.0},
+    "temperature: got 1e-45, need a number whose inverse float32 holds": {"temperature": 1e-45},
     "temperature: got float32, need a Python number": {"temperature": numpy.float32(0.1)},
     "prefix_weights: got 1, need one for each of 2 prefixes": {"prefixes": (2, 5), "prefix_weights": (1.0,)},
     "prefix_weights: got some without prefixes, need None": {"prefix_weights": (1.0,)},

@@ -34,7 +34,7 @@ ERRORS = [
         r"^weights: got 1 of them, need a number for each of S = 2 .*$",
     ),
     (lambda: cpc_nce(S, S, weights=(1.0, -1.0)), ValueError, r"^weights: got -1.0, need a finite number >= 0$"),
-    (lambda: cpc_nce(S, S, weights=0.5), TypeError, r"^weights: got float, need a sequence$"),
+    (lambda: cpc_nce(S, S, weights=0.5), TypeError, r"^weights: got float, need a sequence$"),  # type: ignore[arg-type]
     (lambda: cpc_nce(S, S, weights=(0, 0)), ValueError, r"^weights: got \(0, 0\), need one > 0$"),
     (lambda: cpc_nce(S, S, negatives="all"), ValueError, r"^negatives: got 'all', need one of 'batch', 'sequence'$"),
     (lambda: cpc_nce(S, S, negatives=ANY), ValueError, r"^negatives: got shape \(4,\), need \(N, m\) = \(4, m\) .*$"),
