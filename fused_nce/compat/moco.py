@@ -221,7 +221,7 @@ _FIELDS = [field.name for field in fields(MoCoLogits)][:-1]
 pytree.register_pytree_node(
     MoCoLogits,
     lambda x: ([getattr(x, name) for name in _FIELDS], x._labels_are_zeros()),
-    lambda values, zeros: MoCoLogits(*values, zeros),
+    lambda values, zeros: MoCoLogits(*(*values, zeros)),
 )
 
 
