@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 55_385, ("tests",): 35_915}
+BUDGET = {("fused_nce", "csrc", "bench"): 55_840, ("tests",): 36_330}
 
 
 def lines(folder: str) -> int:
