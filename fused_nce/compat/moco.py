@@ -6,6 +6,7 @@ answers what a trainer asks of them, and becomes them for anything else.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -113,6 +114,11 @@ class MoCoLogits:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoCoLogits:
+        """A copy of the labels counts its writes anew."""
+        copies = [copy.deepcopy(getattr(self, name), memo) for name in _FIELDS]
+        return MoCoLogits(*(*copies, self._labels_are_zeros()))
 
     def detach(self) -> MoCoLogits:
         """The same without a gradient."""

@@ -175,12 +175,31 @@ def check_indices(name: str, indices: Tensor, n: int, m: int, device: torch.devi
     if indices.device != device:
         raise ValueError(f"{name}: got device {indices.device}, need the inputs' {device}")
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        check_range(name, indices, m)
+        check_within(name, indices, m)
+
+
+def check_within(name: str, indices: Tensor, m: int) -> None:
+    """Indices among M columns, before anything is indexed by them, where -1 would be the last.
+
+    Only a CPU's are read, through `torch.vmap` too; a GPU checks its own, without a wait. Fake ones have no numbers.
+
+    Raises:
+        ValueError: for one out of range.
+    """
+    compiling = torch.compiler.is_compiling()
+    while torch._C._functorch.is_batchedtensor(indices):
+        if compiling:  # nothing looks into a compiled vmap
+            return
+        indices = torch._C._functorch.get_unwrapped(indices)
+    if indices.device.type == "cpu" and not compiling:
+        if type(indices) is Tensor and torch._C._len_torch_dispatch_stack() == 0:
+            check_range(name, indices, m)
+    else:
+        torch._assert_async(((indices >= 0) & (indices < m)).all(), f"{name}: got others, need 0 <= index < M")
 
 
 def check_range(name: str, indices: Tensor, m: int) -> None:
-    """Indices among M columns, before anything is indexed by them, where -1 would be the last. Reads them, so for the
-    CPU alone.
+    """As `check_within`, of numbers that can be read.
 
     Raises:
         ValueError: for one out of range.

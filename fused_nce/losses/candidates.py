@@ -350,23 +350,6 @@ def _shown(x: Batch, guide: tuple[Tensor, ...]) -> Batch:
     return x._replace(q=marked(x.q, guide[0]), k=marked(x.k, guide[1]), h=h)
 
 
-def check_targets(targets: Tensor, m: int) -> None:
-    """Targets among the M keys, before anything is indexed by them. Only a CPU's are read, as below.
-
-    Raises:
-        ValueError: for one out of range.
-    """
-    compiling = torch.compiler.is_compiling()
-    while torch._C._functorch.is_batchedtensor(targets):
-        if compiling:  # nothing looks into a compiled vmap
-            return
-        targets = torch._C._functorch.get_unwrapped(targets)
-    if targets.device.type == "cpu" and not compiling:
-        checks.check_range("targets", targets, m)
-    else:
-        torch._assert_async(((targets >= 0) & (targets < m)).all(), "targets: got others, need 0 <= index < M")
-
-
 def _check_own_ids(x: Batch, query_ids: Tensor, key_ids: Tensor) -> None:
     """The own key has the row's id. Only a CPU's are read; a GPU checks its own, without a wait."""
     same = key_ids[own(x)] == query_ids

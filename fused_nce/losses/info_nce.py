@@ -153,7 +153,7 @@ def info_nce(
         spec = _spec(targets is not None, clip, 0.0, tail.stats, symmetric, normalize, ())
         return _one_block(queries, keys, spec, tail, scale=scale, row_ids=targets, normalize=normalize, **how)
     if targets is not None and not symmetric:
-        candidates.check_targets(targets, m)
+        checks.check_within("targets", targets, m)
     scale = candidates.clamped(scale, max_scale)
     rules = Rules(
         directions=candidates.checked_directions(directions, symmetric),

@@ -68,8 +68,10 @@ def read_runs(folders: Sequence[str], *, data: str | None = None) -> list[compar
     for run in runs[1:]:
         first, other = runs[0].result, run.result
         # Names and labels of the images, where both evaluations say; earlier ones know the folder's name alone.
-        key = "digests" if "digests" in first and "digests" in other else "data_name"
-        if first[key] != other[key]:
+        told = "digests" in first and "digests" in other
+        if (first["digests"] if told else Path(first["data_name"]).name) != (
+            other["digests"] if told else Path(other["data_name"]).name
+        ):
             names = [result["data_name"] for result in (first, other)]
             on = names[1] if names[0] != names[1] else f"other images or labels of that name ({other['data']})"
             raise ValueError(f"runs: {runs[0].name} was evaluated on {names[0]}, {run.name} on {on}; need one data set")

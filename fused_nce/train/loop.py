@@ -413,7 +413,9 @@ class Trainer:
 
     def _total(self, numbers: Tensor) -> Tensor:
         """Over all processes."""
-        return numbers if self.accelerator.num_processes == 1 else self.accelerator.reduce(numbers, "sum")
+        if self.accelerator.num_processes == 1:
+            return numbers
+        return self.accelerator.reduce(numbers.to(self.device), "sum")  # no update yet: they are on the CPU
 
     def _try(self, save: Callable[[], None]) -> bool:
         try:

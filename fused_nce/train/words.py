@@ -24,7 +24,8 @@ def other_batch(config: Method, images: int) -> str:
     """
     optim = dataclasses.replace(type(config)().optim, **config.presets.get(config.preset, {}).get("optim", {}))
     made = optim.batch_size * optim.accumulate * config.processes.get(config.preset, 1)
-    if images == made or config.optim.lr != optim.lr or config.optim.name not in ("sgd", "lars"):
+    same = (config.optim.name, config.optim.lr) == (optim.name, optim.lr)
+    if images == made or not same or optim.name not in ("sgd", "lars"):
         return ""
     return (
         f"optim.lr {optim.lr:g} of preset {config.preset} is for {made:,} images an update; this run has {images:,} "

@@ -122,9 +122,12 @@ def test_labels_that_were_written_to_are_read(mode):
         labels[:2] = -100
         exact = CROSS_ENTROPY(out.full(), labels)
         assert exact != out.cross_entropy()
-        moved = pytree.tree_map_only(torch.Tensor, torch.clone, out)
-        for made, at in ((out, labels), (before, labels), (out.detach(), labels), (moved, moved.labels)):
+        moved, twin = pytree.tree_map_only(torch.Tensor, torch.clone, out), copy.deepcopy(out)
+        several = (out, labels), (before, labels), (out.detach(), labels), (moved, moved.labels), (twin, twin.labels)
+        for made, at in several:
             assert CROSS_ENTROPY(made, at) == exact
+        twin = copy.deepcopy(model()(*views())[0])
+        assert CROSS_ENTROPY(twin, twin.labels) == twin.cross_entropy()
 
 
 def test_the_queue_wraps_without_dropping():

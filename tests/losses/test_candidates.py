@@ -10,6 +10,8 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fused_nce import CLIPLoss, InfoNCELoss, clip_loss, info_nce
 
@@ -461,6 +463,9 @@ def test_targets_are_among_the_keys_whatever_is_chosen():
     several = torch.stack([torch.arange(N), torch.arange(N).flip(0)])
     losses = [info_nce(Q, K, t, label_smoothing=0.1).loss for t in several]
     assert torch.equal(torch.vmap(lambda t: info_nce(Q, K, t, label_smoothing=0.1).loss)(several), torch.stack(losses))
+    with FakeTensorMode(allow_non_fake_inputs=True):  # has no numbers
+        assert info_nce(Q, K, torch.arange(N), label_smoothing=0.1).loss.shape == ()
+    assert make_fx(lambda t: info_nce(Q, K, t, row_weights=torch.ones(N)).loss)(several[0])(several[1]).isfinite()
 
 
 @pytest.mark.parametrize(

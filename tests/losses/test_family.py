@@ -15,6 +15,7 @@ from fused_nce import (
     clip_loss,
     info_nce,
     moco_nce,
+    npid_softmax,
     nt_xent,
     siglip_loss,
     sup_con,
@@ -243,3 +244,14 @@ ERRORS = [
 
 def test_messages():
     assert unlike(ERRORS) == []
+
+
+def test_npid_of_several_batches_by_vmap():
+    """Each batch's indices are looked at, and its own."""
+    bank, features = torch.randn(7, 4), torch.randn(2, 3, 4)
+    indices = torch.tensor([[0, 1, 2], [6, 5, 4]])
+    losses = [npid_softmax(f, bank, i).loss for f, i in zip(features, indices, strict=True)]
+    found = torch.vmap(lambda f, i: npid_softmax(f, bank, i).loss)(features, indices)
+    torch.testing.assert_close(found, torch.stack(losses))
+    with pytest.raises(ValueError, match=r"^indices: got 7, need 0 <= index < 7$"):
+        torch.vmap(lambda f, i: npid_softmax(f, bank, i).loss)(features, indices + 1)

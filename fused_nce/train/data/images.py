@@ -175,7 +175,7 @@ def _some(
 
 
 def resize_for(augment: AugmentConfig, size: int) -> int:
-    """Short side in px before the centre crop of the tests, by which things are as large as in training.
+    """Short side in px before the centre crop of the tests: things of square images are as large as in training.
 
     That is known but for random crops of random area: there it is what amdim-public takes.
     """
