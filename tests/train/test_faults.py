@@ -192,8 +192,7 @@ def test_a_resume_on_other_data_or_to_an_earlier_end_says_so_and_changes_no_file
         assert cli.main([*again, "--max-steps=3"]) == 0
         assert said in capsys.readouterr().out
     assert cli.main([*again, "--max-steps=2"]) == 2
-    said = "resume: the run's end (run.max_steps, optim.epochs) is update 2, need at least the 3 that"
-    assert said in capsys.readouterr().err
+    assert "(run.max_steps, optim.epochs) is update 2, need at least the 3 that" in capsys.readouterr().err
 
 
 def test_what_changed_in_words():
@@ -204,7 +203,6 @@ def test_what_changed_in_words():
     old = found(["a", "b"], [0, 0, 1, -1])
     own = {"count": 4, "classes": {"a": 2, "b": 1}, "digest": "d"}
     assert old == {**own, "beside": {"teacher": "t"}, "seeded": None} == json.loads(json.dumps(old))
-    assert trained_on.changes(own, old) == []  # a checkpoint that knows the data alone
     for new, words in (
         (old, []),
         (found(["a", "b"], [0, 0, 1, -1], "e"), ["names or labels of some images, with the same counts"]),
@@ -216,7 +214,7 @@ def test_what_changed_in_words():
         assert trained_on.changes(old, new) == words
         assert trained_on.changes({}, new) == []  # a checkpoint of an earlier version
     assert trained_on.changes(old | {"rate": 8000}, old | {"rate": 16000}) == ["Hz 8000 -> 16000"]
-    assert trained_on.changes(old, old | {"rate": 16000}) == []  # an earlier version's, too
+    assert trained_on.changes(own, old | {"rate": 16000}) == []  # a checkpoint that knows no more of its data
 
 
 # --- the disk -----------------------------------------------------------------------------------------------------
