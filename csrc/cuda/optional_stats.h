@@ -129,8 +129,7 @@ FUSED_NCE_HD void tail_optional(const RowArrays& rows, int64_t i, int64_t positi
   for (int64_t p = 0; p < positives; ++p) rows.upstream.d_pos[c * positives + p] = 0.0f;
   rows.upstream.d_neg_lse[c] = share;
   optional.d_of(kPosLse, c) = -share;
-  // A lone positive has no gap; and 1 - 1 of a score that is computed again would not quite be 0.
-  // fault: gpu-lone-positive
+  // A lone positive has no gap; and 1 - 1 of a score that a GPU computes again would not quite be 0.
   optional.d_of(kPosGap, c) = rows.upstream.tail.name == kLogOut && count > 1.0f ? unit : 0.0f;
 }
 

@@ -40,6 +40,7 @@ MANY = {
     "labels, a wide clip": lambda a, b, w: labelled(LogOut(), TanhClip(60.0), a, b, w),
     "labels and a bias": lambda a, b, w: labelled(LogOut(), Bias(), a, b, w, bias=torch.tensor(-0.7)),
     "a bias": lambda a, b, w: with_bias(a, b, w),
+    "a bias beside a penalty": lambda a, b, w: penalised(a, b, w),
     "hardness": lambda a, b, w: hardened(a, b, w),
     "hardness of labels": lambda a, b, w: labelled(LogOut(0.1), Hardness(0.4), a, b, w),
     "binary, several positives": lambda a, b, w: gradients(
@@ -64,6 +65,13 @@ def labelled(tail, transform, a, b, backend, **bias: Any):
 def with_bias(a, b, backend):
     scale, bias = (torch.tensor(x).requires_grad_() for x in (0.8, -2.0))
     return gradients(siglip_loss(a, b, scale, bias, backend=backend).loss, [a, b, scale, bias])
+
+
+def penalised(a, b, backend):
+    """The penalty is of scores without the bias."""
+    bias, tail = torch.tensor(-2.0).requires_grad_(), Sigmoid(0.1)
+    out = tile_loss(a, b, Spec(Block(1), Bias(), stats=tail.stats), tail, scale=0.8, bias=bias, backend=backend)
+    return gradients(out.loss, [a, b, bias])
 
 
 def hardened(a, b, backend):
@@ -203,19 +211,6 @@ def test_softplus_of_an_infinite_score_shows_it():
         k[5, 0] = bad
         found = tile_stats(q, k, Spec(Block(1), Bias(), stats=Sigmoid().stats), backend="cuda")["neg_softplus"]
         assert found.isnan().sum() >= 8, bad  # row 5 has it as its positive
-
-
-def test_a_lone_positive_without_negatives_has_no_gradient():
-    """None at all: its softmax is 1, and not 1 but for rounding."""
-    torch.manual_seed(0)
-    q, k, ids = (
-        torch.randn(64, D).requires_grad_(),
-        torch.randn(1, D).requires_grad_(),
-        torch.zeros(64, dtype=torch.int64),
-    )
-    spec = Spec(Labels(), stats=LogOut.READS)
-    out = tile_loss(q, k, spec, LogOut(), row_ids=ids, column_ids=ids[:1], scale=0.5, backend="cuda")
-    assert [x.abs().max() for x in gradients(out.loss, [q, k])[1:]] == [0.0, 0.0]
 
 
 def test_where_an_index_points_nowhere_the_positive_is_no_number():
