@@ -88,10 +88,10 @@ def table(record: Record) -> str:
 
 def block(folder: Path) -> str:
     """The table of the newest record."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("call-*.json")]
-    if not found:
+    found = host.newest(folder, "call-*.json")
+    if found is None:
         return "No record is committed yet: `python -m bench.call --out bench/results/call-HOST.json` makes one."
-    return table(max(found, key=lambda record: str(record["date_utc"])))
+    return table(found)
 
 
 def main(argv: Sequence[str] | None = None) -> Record:

@@ -36,10 +36,10 @@ def table(found: dict[str, Any]) -> str:
 
 def block(folder: Path) -> str:
     """The table of the newest record."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("decode-*.json")]
-    if not found:
+    found = host.newest(folder, "decode-*.json")
+    if found is None:
         return "No record is committed yet: `python -m bench.decode --out bench/results/decode-HOST.json` makes one."
-    return table(max(found, key=lambda record: str(record["date_utc"])))
+    return table(found)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

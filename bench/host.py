@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import hashlib
+import json
 import os
 import platform
 import re
@@ -130,6 +131,12 @@ def commit() -> dict[str, Any]:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", ".", *NOT_CODE))}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": "unknown", "dirty": True}
+
+
+def newest(folder: Path, pattern: str) -> dict[str, Any] | None:
+    """The record with the latest `date_utc` among a folder's files; None without any."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(pattern)]
+    return max(records, key=lambda record: str(record["date_utc"]), default=None)
 
 
 class BusyMeter:

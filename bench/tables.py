@@ -30,7 +30,7 @@ from bench import (
 )
 from bench.gpu import problems as gpu_problems
 from bench.gpu import tables as gpu_tables
-from bench.host import ROOT
+from bench.host import ROOT, newest
 from bench.rivals import RIVALS
 from bench.rivals.bound import LIBRARIES
 from bench.text import markdown
@@ -178,8 +178,7 @@ def report(record: Record) -> str:
 
 def newest_gpu_record() -> Record | None:
     """The last committed run on a card; None before there is one."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in PUBLISHED.parent.glob("gpu-*.json")]
-    return max(records, key=lambda record: record["date_utc"], default=None)
+    return newest(PUBLISHED.parent, "gpu-*.json")
 
 
 def family(text: Callable[[Record], str], isa: str = "AVX512") -> str:

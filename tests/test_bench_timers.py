@@ -106,5 +106,6 @@ def test_small_calls_are_timed_beside_another_build(tmp_path):
     record["host"]["cpu_model"], record["against"] = "A CPU", 40 * "a"
     record["calls"] = [record["calls"][0] | {"ours_us": 30.0, "eager_us": 60.0, "other_us": 120.0, "python_calls": 40}]
     (tmp_path / "call-a.json").write_text(json.dumps(record))
+    (tmp_path / "call-b.json").write_text(json.dumps(record | {"date_utc": "2020-01-01T00:00:00Z", "calls": []}))
     assert "| amdim_nce | 2 | 30 | 60 | 0.50 | 40 | 120 | 0.250 |" in call.block(tmp_path)
     assert "aaaaaaa, µs" in call.block(tmp_path)

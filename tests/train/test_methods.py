@@ -169,6 +169,8 @@ def test_a_preset_says_where_its_rate_is_for_other_images_an_update():
     assert said.endswith(", for which 0.6 is in proportion")
     own_rate = dataclasses.replace(simclr, optim=dataclasses.replace(simclr.optim, lr=0.6))
     assert words.other_batch(simclr, 4096) == words.other_batch(own_rate, 512) == ""
+    amdim = methods.get("amdim")()  # whose rate is Adam's
+    assert words.other_batch(dataclasses.replace(amdim, optim=dataclasses.replace(amdim.optim, name="sgd")), 9) == ""
     assert words.other_batch(methods.get("moco")(), 256) == words.other_batch(methods.get("amdim")(), 9) == ""
     assert all(set(each.processes) <= set(each.presets) for each in map(methods.get, methods.METHODS))
 
