@@ -2,12 +2,12 @@
 
 Every run of a method makes as many updates, each of the same number of images; what differs is how many of these a loss
 compares: the rest of an update is other losses, accumulated. MoCo's batch stays as it is, and its queue grows. Each is
-trained by `fused-nce train` and judged by `fused-nce eval`, from several seeds. A study goes on where it stopped:
-finished runs in `--runs` are kept. After each run `docs/results/premise.json` and its picture are written anew, and
-`python -m bench.tables` has the table.
+trained by `fused-nce train` and judged by `fused-nce eval`, from several seeds. After each run
+`docs/results/premise.json` and its picture are written anew, and `python -m bench.tables` has the table. What the
+record has is not run again, so a study may go on later and elsewhere; a run that was stopped goes on in `--runs`.
 
 Negatives of a batch cannot outnumber an update's images, so what goes beyond 512 of them is a study of its own with
-fewer and larger updates, `--largest`: a run costs up to an hour. `--plan` prints what all runs would take.
+fewer and larger updates, `--largest`: a run costs up to an hour. `--plan` prints what they would take.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ TRAINING = 50_000  # CIFAR-10's
 PART = 128  # that an encoder sees at a time where the loss's images can come in parts: of BatchNorm's statistics
 PROBES = {"knn": "kNN-200", "linear": "linear"}
 MADE = ("processor", "torch", "commit")  # of a row: a study may go on elsewhere, and later
+KEY = ("arm", "negatives", "seed", "images", "updates")  # that tells a row of the record from others
 HEAD = ("method", "updates × images", "images compared, or the queue")
 JUDGED = ("--protocols=knn,linear", "--baselines=false", "--cost=false")
 Row = dict[str, Any]
+Key = tuple[str, int, int, int, int]
 
 
 class Arm(NamedTuple):
@@ -99,6 +101,11 @@ class Run(NamedTuple):
         return self.epochs * (TRAINING // self.images)
 
     @property
+    def key(self) -> Key:
+        """What it is told from others by, in the record."""
+        return self.name, self.negatives, self.seed, self.images, self.updates
+
+    @property
     def folder(self) -> str:
         large = "" if self.images == IMAGES else f"-images-{self.images}"
         return f"{self.name}-{self.negatives}-{self.seed}-epochs-{self.epochs}{large}"
@@ -139,23 +146,22 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def grouped(rows: Iterable[Row]) -> dict[tuple[int, str], dict[int, list[Row]]]:
-    """Images of an update and arm → negatives → its seeds."""
-    found: dict[tuple[int, str], dict[int, list[Row]]] = {}
-    order = list(ARMS)
-    for row in sorted(rows, key=lambda r: (r["images"], order.index(r["arm"]), r["negatives"], r["seed"])):
-        found.setdefault((row["images"], row["arm"]), {}).setdefault(row["negatives"], []).append(row)
+def grouped(rows: Iterable[Row]) -> dict[tuple[int, int, str], dict[int, list[Row]]]:
+    """Images of an update, updates and arm → negatives → its seeds."""
+    found: dict[tuple[int, int, str], dict[int, list[Row]]] = {}
+    for row in sorted(rows, key=lambda r: (r["images"], r["updates"], list(ARMS).index(r["arm"]), r["negatives"])):
+        curve = found.setdefault((row["images"], row["updates"], row["arm"]), {})
+        curve.setdefault(row["negatives"], []).append(row)
     return found
 
 
 def table(record: dict[str, Any]) -> str:
     """Of a record, and how it was made."""
     rows = []
-    for (images, arm), counts in grouped(record["runs"]).items():
+    for (images, updates, arm), counts in grouped(record["runs"]).items():
         for negatives, seeds in counts.items():
             cells = [mean_and_spread([row[probe] for row in seeds]) for probe in PROBES]
             shown = [f"{mean:.1f}" + ("" if sd is None else f" ± {sd:.1f}") for mean, sd in cells]
-            updates = " or ".join(str(n) for n in sorted({row["updates"] for row in seeds}))
             size = f"{updates} × {images:,}"
             rows.append([ARMS[arm].label, size, f"{negatives:,}", *shown, str(len(seeds))])
     head = [*HEAD, *(f"{label}, %" for label in PROBES.values()), "seeds"]
@@ -175,7 +181,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     """Accuracy against the number of negatives: each seed a point, the means a line."""
     figure = Figure(figsize=(10, 4), dpi=150, facecolor="white", layout="constrained")
     for ax, (probe, label) in zip(figure.subplots(1, 2), PROBES.items(), strict=True):
-        for (images, arm), counts in grouped(record["runs"]).items():
+        for (images, _, arm), counts in grouped(record["runs"]).items():
             means, colour = [statistics.mean(r[probe] for r in seeds) for seeds in counts.values()], COLOURS[arm]
             label = ARMS[arm].label + ("" if images == IMAGES else f", {images:,} an update")
             ax.plot(list(counts), means, "-" if images == IMAGES else "--", color=colour, linewidth=1.5, label=label)
@@ -212,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--largest", action="store_true", help="up to 8,192 of a batch, instead of up to 512")
-    parser.add_argument("--plan", action="store_true", help="print what the runs would take, and do none")
+    parser.add_argument("--plan", action="store_true", help="print what the missing runs would take, and do none")
     parser.add_argument("--gflop-per-s", type=float, default=GFLOP_PER_S, help="that the plan is made for")
     parser.add_argument("--out", type=Path, default=RECORD, help="JSON; the picture lies beside it")
     options = parser.parse_args(argv)
@@ -225,17 +231,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         for negatives in (MORE if large else ARMS[name].counts)
         if options.negatives is None or negatives in options.negatives
     ]
+    record: dict[str, list[Row]] = {"runs": []}
+    if options.out.exists():
+        record = json.loads(options.out.read_text(encoding="utf-8"))
+    done = {tuple(row[name] for name in KEY) for row in record["runs"]}
+    missing = [run for run in wanted if run.key not in done]
     if options.plan:
-        print(plan(wanted, options.gflop_per_s))
+        print(plan(missing, options.gflop_per_s))
         return 0
     if options.data is None:
         parser.error("--data: needed unless with --plan")
-    record: dict[str, list[Row]] = {"runs": []}
-    if options.out.exists():  # what this call does not ask for stays
-        asked = {(run.name, run.negatives, run.seed, run.images) for run in wanted}
-        kept = json.loads(options.out.read_text(encoding="utf-8"))["runs"]
-        record["runs"] = [r for r in kept if (r["arm"], r["negatives"], r["seed"], r["images"]) not in asked]
-    for run in tqdm(wanted, unit="run", disable=None, dynamic_ncols=True):
+    for run in tqdm(missing, unit="run", disable=None, dynamic_ncols=True):
         record["runs"].append(run_one(run, options.data, options.runs / run.folder))
         part = options.out.with_suffix(".part")
         part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -44,7 +44,7 @@ def test_runs_that_are_done_are_kept_and_a_started_one_goes_on(tmp_path, monkeyp
                 {"probe": probe, "labels": "all", "accuracy_pct": 50.0 + i} for i, probe in enumerate(premise.PROBES)
             ]
             made = {"processor": "A CPU", "torch": "2.14.1", "commit": f"{len(told)}234567890", "cores": 2}
-            found = {"probes": probes, "training": {"steps": 97, "minutes": 1.234}, "environment": made}
+            found = {"probes": probes, "training": {"steps": 194, "minutes": 1.234}, "environment": made}
             (folder / "eval.json").write_text(json.dumps(found))
         else:
             folder.mkdir(exist_ok=True)
@@ -59,22 +59,24 @@ def test_runs_that_are_done_are_kept_and_a_started_one_goes_on(tmp_path, monkeyp
     assert told[0][1] == "moco"
     assert told[2][1:] == ["moco", "--resume", str(tmp_path / "moco-16-1-epochs-2")]
     first = out.read_text()
-    assert premise.main(options) == 0
+    assert premise.main([*options, f"--runs={tmp_path / 'elsewhere'}"]) == 0  # the record is enough
     assert len(told) == 4
-    assert json.loads(out.read_text())["runs"] == json.loads(first)["runs"]
+    assert out.read_text() == first
     others = json.loads(first)["runs"]
     others[0] |= {"arm": "amdim", "negatives": 8192, "images": 8192, "updates": 48}
     out.write_text(json.dumps({"runs": others}))  # what is not asked for stays
-    assert premise.main(options) == 0
-    assert "| MoCo, queue | 97 × 512 | 16 | 50.0 ± 0.0 | 51.0 ± 0.0 | 2 |" in premise.block(out)
+    assert premise.main(options) == 0  # one is missing, and its run is there
+    assert len(told) == 4
+    assert "| MoCo, queue | 194 × 512 | 16 | 50.0 ± 0.0 | 51.0 ± 0.0 | 2 |" in premise.block(out)
     assert "| AMDIM | 48 × 8,192 | 8,192 | 50.0 | 51.0 | 1 |" in premise.block(out)
     assert "A CPU, torch 2.14.1, commit 2234567; A CPU, torch 2.14.1, commit 4234567." in premise.block(out)
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert premise.block(tmp_path / "none.json").startswith("No record is committed yet")
 
 
-def test_the_plan_is_images_by_flop_by_rate(capsys):
-    assert premise.main(["--plan", "--largest", "--arms", "amdim", "moco", "--gflop-per-s=1000"]) == 0
+def test_the_plan_is_images_by_flop_by_rate(capsys, tmp_path):
+    plan = ["--plan", "--largest", f"--out={tmp_path / 'none.json'}"]
+    assert premise.main([*plan, "--arms", "amdim", "moco", "--gflop-per-s=1000"]) == 0
     said = capsys.readouterr().out
     minutes = 48 * 8192 * (4 / 3 * 1.223 + 8192 * 0.304e-3) / 1000 / 60
     assert f"| AMDIM | 48 × 8,192 | 8,192 | {minutes:.0f} | 3 |" in said
