@@ -121,8 +121,8 @@ FUSED_NCE_HD void tail_optional(const RowArrays& rows, int64_t i, int64_t positi
     for (int64_t p = 0; p < positives; ++p)
       rows.upstream.d_pos[c * positives + p] = unit * nce_slope_positive(0.0f, rows.stats.pos[i * positives + p]);
     rows.upstream.d_neg_lse[c] = 0.0f;
-    // The weight of an infinite score is 1, which would look sound.
-    optional.d_of(kNegSoftplus, c) = unit + nan_of(optional.of(kNegSoftplus, i));  // fault: gpu-infinite-score
+    // An infinite score's sigmoid is 1 or 0, which would look sound but for the penalty's slope, 0 times infinity.
+    optional.d_of(kNegSoftplus, c) = unit + nan_of(optional.of(kNegSoftplus, i));
     return;
   }
   const float share = unit * supervised_share(rows.stats.neg_lse[i], optional.of(kPosLse, i), count);

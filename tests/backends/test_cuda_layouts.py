@@ -213,6 +213,16 @@ def test_softplus_of_an_infinite_score_shows_it():
         assert found.isnan().sum() >= 8, bad  # row 5 has it as its positive
 
 
+def test_an_infinite_score_of_finite_rows_spoils_their_gradients():
+    """Its sigmoid is 1 or 0, which would look sound."""
+    for sign in (1.0, -1.0):
+        q, k = torch.randn(9, 4), torch.randn(9, 4)
+        q[2], k[5] = sign * 1e20, 1e20
+        q.requires_grad_()
+        tile_loss(q, k, Spec(Block(1), Bias(), stats=Sigmoid().stats), Sigmoid(), backend="cuda").loss.backward()
+        assert q.grad[2].isnan().all(), sign
+
+
 def test_where_an_index_points_nowhere_the_positive_is_no_number():
     """A GPU's targets are not read: a wrong one must show."""
     q, k, ids = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 7, -1, 4])
