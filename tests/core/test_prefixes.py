@@ -125,6 +125,23 @@ def test_one_sweep(backend, workspace_mb, monkeypatch):
         assert found.rows["neg_lse"].shape == (3, N)
 
 
+def test_half_precision_keeps_what_lies_across_rows_that_are_alike():
+    """There the weights' sum cancels: of weights rounded to bfloat16 a third of the gradient would be wrong."""
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(D, generator=g) + 0.05 * torch.randn(n, D, generator=g) for n in (N, M))
+    rows = targets_of(Index(), M)
+    tail = Prefixed(0.0, "mean", 1.0, WIDTHS, WEIGHTS)
+    spec = Spec(Index(), Identity(), tail.stats, prefixes=WIDTHS)
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = [x.to(dtype).requires_grad_() for x in (q, k)]
+        wide = [x.detach().double().requires_grad_() for x in narrow]
+        for leaves, backend in ((narrow, "cuda"), (wide, "reference")):
+            tile_loss(*leaves, spec, tail, scale=10.0, **rows, backend=backend).loss.backward()
+        for ours, theirs in zip(narrow, wide, strict=True):
+            error = (ours.grad.double() - theirs.grad).abs().max() / theirs.grad.abs().max()
+            assert error < 2 * torch.finfo(dtype).eps, (dtype, error)
+
+
 def test_all_of_them_cost_the_products_of_one():
     """FLOP of the CPU's GEMMs: the scores once, a product a gradient, whatever the number of prefixes."""
     module = _extension.status()[0]
