@@ -76,9 +76,10 @@ def why_not(
             return None
         _verdicts.update({(there, kept): verdict for kept, verdict in _read(path(device)).items()})
     if (there, key) not in _verdicts:  # fault: trial-never
-        with torch.device("cpu"):
-            tried = problems(spec, q.dtype, None if k is None else k.dtype, q.shape[1], scale)
-        found, lasts = trial(of(name), of("reference"), tried, device)
+        with torch.inference_mode(False):  # fault: trial-inference
+            with torch.device("cpu"):
+                tried = problems(spec, q.dtype, None if k is None else k.dtype, q.shape[1], scale)
+            found, lasts = trial(of(name), of("reference"), tried, device)
         _failures[there, key] += not lasts
         if not lasts and _failures[there, key] < TRIES:
             return found
@@ -180,7 +181,7 @@ def _scales(spec: Spec, width: int, scale: float | Tensor, exact: bool) -> tuple
     first = FAR if kind == "far" and spec.unit_norm and spec.clip is None else SCALE
     steep = kind != "near" and spec.clip is None and exact  # fault: trial-never-steep
     second = STEEP * (width**0.5 if spec.unit_norm else 1.0) if steep else first
-    return (torch.tensor(first), torch.tensor(second)) if kind == "tensor" else (first, second)
+    return (_number(first), _number(second)) if kind == "tensor" else (first, second)
 
 
 def problems(
@@ -217,8 +218,8 @@ def problem(
         n, m = images * block.rows_per_image, images * block.n_c
     elif shared:
         n = m
-    q = (torch.randn(n, width, generator=g) * width**-0.25).to(q_dtype)
-    k = q if shared else (torch.randn(m, width, generator=g) * width**-0.25).to(k_dtype)
+    q = (_normal(g, n, width) * width**-0.25).to(q_dtype)
+    k = q if shared else (_normal(g, m, width) * width**-0.25).to(k_dtype)
     if spec.unit_norm:
         q, k = (torch.nn.functional.normalize(x.float(), dim=1).to(x.dtype) for x in (q, k))
     labels = torch.randint(0, 4, (n,), generator=g)
@@ -236,8 +237,8 @@ def problem(
         SCALE,
         spec,
         0,
-        bias=torch.tensor(-0.5) if isinstance(spec.transform, Bias) else 0.0,
-        positives=torch.randn(n, layout.p, generator=g) if isinstance(layout, Separate) else None,
+        bias=_number(-0.5) if isinstance(spec.transform, Bias) else 0.0,
+        positives=_normal(g, n, layout.p) if isinstance(layout, Separate) else None,
         row_ids=ids,
         column_ids=(labels if shared else torch.randint(0, 4, (m,), generator=g))
         if isinstance(layout, Labels)
@@ -247,6 +248,15 @@ def problem(
         guide_q=guides[0],
         guide_k=guides[1],
     )
+
+
+def _number(value: float) -> Tensor:
+    """0-d and float32, whatever torch's default dtype is; so is what `_normal` draws."""
+    return torch.tensor(value, dtype=torch.float32)  # fault: trial-default-dtype
+
+
+def _normal(g: torch.Generator, *sizes: int) -> Tensor:
+    return torch.randn(sizes, generator=g, dtype=torch.float32)
 
 
 def _ceilings(spec: Spec, scored: Sequence[Tensor], guides: Sequence[Tensor | None]) -> Tensor | None:
@@ -299,7 +309,7 @@ def _run(small: Problem, backend: Backend, tail: Tail | None, needs: Needs) -> t
 
 
 def _drawn(like: Tensor, g: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=g, device="cpu").to(like)
+    return torch.randn(like.shape, generator=g, device="cpu", dtype=torch.float32).to(like)
 
 
 def _named(

@@ -302,6 +302,26 @@ def test_a_failed_backend_is_not_used_and_says_why(card, caplog, monkeypatch):
     assert backend_used() == "cuda"
 
 
+@needs_kernels
+@pytest.mark.parametrize("around", ["inference mode", torch.float64, torch.bfloat16], ids=str)
+def test_a_first_test_is_the_same_wherever_it_is_met(around, card, monkeypatch):
+    """A validation step in inference mode, a default dtype: they are no fault of the kernels."""
+    monkeypatch.setattr(cuda, "why_not", cuda.why_not)
+    card(cuda)
+    mode, dtype = around == "inference mode", torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype if mode else around)
+        with torch.inference_mode(mode):
+            q = torch.randn(6, 40, dtype=torch.float32)
+            for name in ("amdim", "queue, a key a row", "pairs", "views", "prefixes"):
+                scale = torch.tensor(2.0, dtype=torch.float32)
+                k = None if SPECS[name].drop_self else q.clone()
+                asked = ("cuda", dispatch.backend_module, SPECS[name], q, k, scale)
+                assert first_contact.why_not(*asked) is None, name
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 def test_each_kind_of_call_has_a_verdict_of_its_own(card, allow_tf32):
     """By a number or a tensor as scale, near or far, and with TF32 or without."""
     file = card(Faulty(given=louder))
