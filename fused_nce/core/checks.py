@@ -55,11 +55,13 @@ def check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     """Two tensors of one dtype, device and last dimension.
 
     Raises:
-        TypeError: two dtypes (outside autocast).
+        TypeError: two dtypes, unless autocast makes them one.
         ValueError: two devices or widths.
     """
-    if a.dtype != b.dtype and not is_cast(a):
-        raise TypeError(f"{name_b}: got {b.dtype}, need {name_a}'s {a.dtype} (torch.autocast casts both)")
+    if a.dtype != b.dtype and not (is_cast(a) and {a.dtype, b.dtype} <= {*CASTABLE}):
+        raise TypeError(
+            f"{name_b}: got {b.dtype}, need {name_a}'s {a.dtype} (torch.autocast casts both, but for float64)"
+        )
     if a.device != b.device:
         raise ValueError(f"{name_b}: got device {b.device}, need {name_a}'s {a.device}")
     if a.shape[-1] != b.shape[-1]:

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from fused_nce.core import cost, first_contact, workspace
 from fused_nce.core.cost import Call
 from fused_nce.core.problem import Backend, Needs, Problem
-from fused_nce.core.spec import Spec
+from fused_nce.core.spec import MARGINS, Spec
 from fused_nce.core.tails import Tail
 
 # The automatic choice takes the first that can of `automatic`. `reference` must be asked for: it holds the scores.
@@ -177,7 +177,8 @@ def choose(
         ValueError: for an unknown name, or when a requested backend cannot run this.
         RuntimeError: under `FUSED_NCE_STRICT=1`, when the automatic choice would be a fallback.
     """
-    names = automatic(q, k, planned(call, spec, q, k))
+    # What no kernel has is no fallback of plain torch's.
+    names = ("chunked",) if spec.atoms & MARGINS else automatic(q, k, planned(call, spec, q, k))
     return choose_by(lambda name: why_not(name, spec, q, k, scale), names, requested, f"{spec.code} on {q.device}")
 
 

@@ -30,7 +30,7 @@ MARGINS = frozenset(
         *WHOLE_ROW,
     }
 )
-"""What only the losses of distances and margins name."""
+"""What only the losses of distances and margins name; no kernel has any of it."""
 
 FILTERS = ("ceiling", "guide")
 """What may take a column out of a row's negatives: its dot product, or that of two guides, above the row's ceiling."""

@@ -68,7 +68,7 @@ def checked(
     need = "at least one" if weights is None else "weights >= 0 of sum 1"
     if like.device.type != "cpu" or torch.compiler.is_compiling():  # without a wait
         sound = (indices >= -1).all() & (indices < m).all() & ~wrong.any()
-        torch._assert_async(sound, f"{name}: got others, need -1 <= index < M = {m}, and of each row {need}")
+        torch._assert_async(sound, f"{name}: got others, need -1 <= index < M, and of each row {need}")
     else:
         low, high = (int(x) for x in torch.aminmax(indices))
         if low < -1 or high >= m:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fused_nce
-from fused_nce import amdim_nce, info_nce, tile_stats, workspace_bytes
+from fused_nce import amdim_nce, info_nce, npid_nce, tile_stats, triplet_margin, workspace_bytes
 from fused_nce.core import dispatch
 from fused_nce.core.distributed import ring
 from fused_nce.core.problem import Backend
@@ -64,6 +64,16 @@ def test_a_fallback_is_told_once_and_refused_when_strict(monkeypatch, caplog):
     with pytest.raises(RuntimeError, match=r"^FUSED_NCE_STRICT=1 forbids the fallback to 'chunked': cpu: "):
         amdim_nce(A.double(), C.double())
     amdim_nce(A.double(), C.double(), backend="chunked")  # asked for: no fallback
+
+
+def test_what_no_kernel_has_is_no_fallback(monkeypatch, caplog):
+    """Distances, hardest negatives, gathered columns: plain torch is the one way, and strict mode lets it."""
+    monkeypatch.setenv("FUSED_NCE_STRICT", "1")
+    with caplog.at_level(logging.WARNING, logger="fused_nce"):
+        triplet_margin(A, torch.arange(len(A)) // 2)
+        npid_nce(A, C.view(12, 8).detach(), torch.arange(len(A)), torch.zeros(len(A), 3, dtype=torch.int64), z=9.0)
+    assert last_path() == ("chunked", "")
+    assert not caplog.records
 
 
 def test_last_path_of_several_positives_is_that_of_their_negatives(backend):

@@ -96,6 +96,20 @@ def test_the_same_bits_as_the_operators(name, dtype, served):
     assert entry.name not in expected or choices or (used and all(used))
 
 
+@pytest.mark.parametrize("name", [name for name, entry in LOSSES.items() if not entry.closed])
+def test_the_report_is_plain_torchs(name):
+    """Which the operators share with the one function."""
+    entry = LOSSES[name]
+    example = entry.example(1, SIZES[1])
+    made = {
+        key: x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for key, x in example.items()
+    }
+    found, wanted = (entry.function(**made, backend=backend).stats for backend in (None, "chunked"))
+    assert found.keys() == wanted.keys()
+    for key, x in wanted.items():
+        torch.testing.assert_close(found[key], x, rtol=1e-4, atol=1e-5, msg=key)
+
+
 def test_normalised_rows_are_those_of_the_operators(served):
     """A fused norm is not torch's to the last bit; a row of zeros stays, and has a gradient."""
     draw = torch.Generator().manual_seed(0)

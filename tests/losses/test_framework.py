@@ -189,3 +189,14 @@ def test_autocast_leaves_float64_alone(name):
     for plain, under in zip(*found, strict=True):
         assert plain.dtype == torch.float64
         assert torch.equal(plain, under)
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_autocast_makes_no_pair_of_float64_and_another(name):
+    """As `torch.matmul` does not: rounding one of the two would be silent. A frozen bank has a dtype of its own."""
+    entry, inputs, leaves = posed(name, 0, torch.float32)
+    pairs = [key for key in leaves if inputs[key].dim() > 1]
+    for key in pairs if len(pairs) > 1 else []:
+        mixed = inputs | {key: inputs[key].detach().double().requires_grad_()}
+        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=r"torch\.float64"):
+            entry.function(**mixed)
