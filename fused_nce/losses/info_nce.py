@@ -25,9 +25,6 @@ from fused_nce.losses.heard import heard
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.targets import checked as checked_targets
 
-NO_CHOICE = (None,) * 19
-"""Of candidates: the keys alone."""
-
 
 @heard
 def info_nce(
@@ -144,17 +141,6 @@ def info_nce(
     scale = inverse("temperature", temperature, queries.device)
     tail = Nce(float(penalty), reduction)
     how: dict[str, Any] = {"group": group, "backend": backend}
-    chosen = (
-        *(hard_negatives, query_ids, key_ids, false_negative_margin, guide, tau_plus, row_weights, column_bias),
-        *(max_scale, prefixes, prefix_weights, joint or None, hardness or None, label_smoothing or None),
-        *(guide_margin or None, share_hard_negatives or None, filter_hard_negatives or None, positives, soft_targets),
-    )
-    if chosen == NO_CHOICE and directions == ("q2k",) and guide_margin_kind == "absolute":
-        spec = _spec(targets is not None, clip, 0.0, tail.stats, symmetric, normalize, ())
-        return _one_block(queries, keys, spec, tail, scale=scale, row_ids=targets, normalize=normalize, **how)
-    if targets is not None and not symmetric:
-        checks.check_within("targets", targets, m)
-    scale = candidates.clamped(scale, max_scale)
     rules = Rules(
         directions=candidates.checked_directions(directions, symmetric),
         joint=joint,
@@ -171,6 +157,14 @@ def info_nce(
         reduction=reduction,
     )
     batch = Batch(queries, keys, targets, hard_negatives, query_ids, key_ids, guide, row_weights, column_bias)
+    plain = batch == Batch(queries, keys, targets) and rules == Rules(rules.directions, clip=clip, reduction=reduction)
+    one_sweep = symmetric or rules.directions == ("q2k",)
+    if plain and one_sweep and not several and (max_scale, prefixes, prefix_weights) == (None, None, None):
+        spec = _spec(targets is not None, clip, 0.0, tail.stats, symmetric, normalize, ())
+        return _one_block(queries, keys, spec, tail, scale=scale, row_ids=targets, normalize=normalize, **how)
+    if targets is not None and not symmetric:
+        checks.check_within("targets", targets, m)
+    scale = candidates.clamped(scale, max_scale)
     batch = batch._replace(several=checked_targets(positives, soft_targets, n, m, queries))
     batch = candidates.checked(batch, rules)
     if prefixes is not None:
