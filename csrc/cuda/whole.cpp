@@ -11,6 +11,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 
+#include <map>
+#include <string>
+
 #include "ops.h"
 
 namespace fused_nce {
@@ -220,33 +223,29 @@ variable_list again(const WholeCall& call, const Given& x, const Tensor& pos, co
   // The operator of Python, which finds float16's factor.
   const auto& needs = call.needs;
   const bool need_q = needs[0] || (shared && needs[1]), need_k = !shared && needs[1];
-  const std::optional<Tensor> none;
-  const auto maybe = [&](const Tensor& y) { return y.defined() ? std::optional<Tensor>(y) : none; };
-  torch::jit::Stack stack{s.q,
-                          shared ? none : maybe(s.k),
-                          maybe(x.scale_tensor),
-                          none,
-                          none,
-                          none,
-                          none,
-                          none,
-                          none,
-                          none,
-                          call.scale,
-                          call.form->code,
-                          call.offset,
-                          pos,
-                          rows,
-                          at::empty({0, columns}, pos.options()),
-                          -slope,
-                          d_rows,
-                          at::empty({0, columns}, pos.options()),
-                          c10::List<bool>({need_q, need_k, needs[2], false, false}),
-                          std::string("cuda")};
+  std::map<std::string, c10::IValue> given{
+      {"q", s.q},
+      {"scale", call.scale},
+      {"spec", call.form->code},
+      {"offset", call.offset},
+      {"pos", pos},
+      {"rows", rows},
+      {"columns", at::empty({0, columns}, pos.options())},
+      {"d_pos", -slope},
+      {"d_rows", d_rows},
+      {"d_columns", at::empty({0, columns}, pos.options())},
+      {"needs", c10::List<bool>({need_q, need_k, needs[2], false, false})},
+      {"backend", std::string("cuda")},
+  };
+  if (!shared) given["k"] = s.k;
+  if (x.scale_tensor.defined()) given["scale_tensor"] = x.scale_tensor;
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fused_nce::grads", "");
+  torch::jit::Stack stack;
+  for (const c10::Argument& argument : op.schema().arguments()) stack.push_back(given[argument.name()]);  // else None
+  TORCH_INTERNAL_ASSERT(stack.size() == given.size(), "a name that fused_nce::grads has not");
   op.callBoxed(&stack);
-  const auto given = [&](size_t i, bool wanted) { return wanted ? stack[i].toTensor() : Tensor(); };
-  variable_list found{given(0, need_q), given(1, need_k), given(2, needs[2])};
+  const auto found_at = [&](size_t i, bool wanted) { return wanted ? stack[i].toTensor() : Tensor(); };
+  variable_list found{found_at(0, need_q), found_at(1, need_k), found_at(2, needs[2])};
   if (!call.normalize) return found;
   Tensor dq, dk;
   through(call, s, pos, rows, found[0], found[1], at::ones({}, pos.options()), dq, dk);
