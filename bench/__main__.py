@@ -66,7 +66,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
             row = describe(case, judged=case in table) | measure.case_times(case, names, rounds, budget_s)
             bar.update()
             for name in names:
-                row["rivals"][name] |= memory.peak(rivals.Subject(name, case), options.threads)
+                row["rivals"][name] |= memory.peak(rivals.subject(name, case), options.threads)
                 bar.update()
             rows.append(row)
     return {
@@ -131,7 +131,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.out is None:
         options.out = host.ROOT / ("runs/bench" if options.quick or options.shapes else "bench/results")
     if options.rivals is None:
-        options.rivals = [name for name in rivals.RIVALS if not (options.quick and rivals.RIVALS[name].recompiles)]
+        options.rivals = [name for name in rivals.RIVALS if not (options.quick and rivals.RIVALS[name].compiles)]
     return options
 
 

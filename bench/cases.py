@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CLIP, PENALTY = 20.0, 0.04  # every rival computes the same loss: scale 1/√D, this clip, this λ
+from fused_nce.bench.rivals import Problem
+
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 
 
@@ -45,13 +46,14 @@ class Case:
         """Antecedents and consequents; their gradients take the same again."""
         return (self.n_a + self.m) * self.d * getattr(torch, self.dtype).itemsize
 
-    def inputs(self, seed: int = 0) -> tuple[Tensor, Tensor]:
+    @property
+    def problem(self) -> Problem:
+        """The call of the loss."""
+        return Problem("amdim_nce", self.name, self.n_a, self.m, self.d, self.n_c)
+
+    def inputs(self, seed: int = 0) -> tuple[Tensor, ...]:
         """Leaves (n_a, D) and (n_a, n_c, D), standard normal, so that the scores have variance 1."""
-        generator = torch.Generator().manual_seed(seed)
-        dtype = getattr(torch, self.dtype)
-        a = torch.randn(self.n_a, self.d, generator=generator).to(dtype)
-        c = torch.randn(self.n_a, self.n_c, self.d, generator=generator).to(dtype)
-        return a.requires_grad_(), c.requires_grad_()
+        return self.problem.inputs(getattr(torch, self.dtype), seed)
 
 
 @dataclass(frozen=True)

@@ -175,11 +175,11 @@ def measured(
     steps = {name: Step(kind, name, n, d).prepare() for name in names}
     with measure.without_gc():
         begin = time.perf_counter()
-        measure.interleave(steps, 1, lambda: None)
+        measure.interleave(steps, 1)
         count = int(min(rounds, max(3, budget_s / (time.perf_counter() - begin))))
         steps[OURS]()
         path = last_path()
-        times, busy = measure.quietest(steps, count, lambda: None, 1)
+        times, busy = measure.quietest(steps, count, 1)
     del steps
     for name in names:
         rows[name] |= measure.spread(times[name])

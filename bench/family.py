@@ -61,7 +61,7 @@ def least_gemms(problem: Problem) -> dict[tuple[str, str], Callable[[], Tensor]]
     """(GEMM, library) → a call: each of the least GEMMs by the library that was the fastest in three rounds."""
     found = bound.gemms(torch.randn(problem.n, problem.d), torch.randn(problem.m, problem.d))
     calls = {key: call for key, call in found.items() if key[0] in bound.GEMMS[: problem.gemms]}
-    times = timers.interleave(calls, 3, lambda: None)
+    times = timers.interleave(calls, 3)
     fastest = {key[0]: key for key in sorted(times, key=lambda key: -min(times[key]))}
     return {fastest[gemm]: calls[fastest[gemm]] for gemm in bound.GEMMS[: problem.gemms]}
 
@@ -95,10 +95,10 @@ def measured(
         gemms = least_gemms(problem)
         calls = {**steps, "bound": lambda: [gemm() for gemm in gemms.values()]}
         begin = time.perf_counter()
-        timers.interleave(calls, 1, lambda: None)
+        timers.interleave(calls, 1)
         once = time.perf_counter() - begin
         count = int(min(10 * rounds, max(rounds, budget_s / once)))  # short calls take more rounds
-        times, busy = measure.quietest(calls, count, lambda: None)
+        times, busy = measure.quietest(calls, count)
     for name in rows:
         rows[name] |= timers.spread(times[name])
         if with_memory:

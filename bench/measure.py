@@ -33,25 +33,21 @@ def case_times(case: Case, names: list[str], rounds: int, budget_s: float, min_r
         The case's record for the JSON: rounds, share of the cores that others used, `rivals` and `bound`, each with
         `time_ms_median`, `time_ms_iqr` and `time_ms_min`.
     """
-    a, c = case.inputs()
-    steps = {name: rivals.prepare(name, a, c) for name in names}
-    rivals.check_agreement(case, steps, a, c)
+    steps = {name: rivals.prepare(name, case) for name in names}
+    rivals.check_agreement(case, steps)
     if "ours" in steps:
         steps["ours"]()
     path = last_path() if "ours" in steps else None
-    gemms = bound.gemms(a, c)
+    gemms = bound.gemms(*case.inputs())
     calls: dict[Any, Callable[[], Any]] = {**steps, **gemms}
 
-    def reset() -> None:
-        rivals.clear(a, c)
-
     with without_gc():
-        interleave(calls, WARMUPS - 1, reset)
+        interleave(calls, WARMUPS - 1)
         begin = time.perf_counter()
-        interleave(calls, 1, reset)
+        interleave(calls, 1)
         affordable = budget_s / (time.perf_counter() - begin)
         rounds = int(min(rounds, max(min_rounds, affordable)))
-        times, busy = quietest(calls, rounds, reset)
+        times, busy = quietest(calls, rounds)
     return {
         "rounds": rounds,
         "others_cpu_share": round(busy, 4),
@@ -62,13 +58,13 @@ def case_times(case: Case, names: list[str], rounds: int, budget_s: float, min_r
 
 
 def quietest(
-    calls: Mapping[Any, Callable[[], Any]], rounds: int, reset: Callable[[], None], attempts: int = ATTEMPTS
+    calls: Mapping[Any, Callable[[], Any]], rounds: int, attempts: int = ATTEMPTS
 ) -> tuple[dict[Any, list[float]], float]:
     """Times and the others' share of the cores; all rounds again, up to so many times, where others were busy."""
     tried = []
     for _ in range(attempts):
         meter = BusyMeter()
-        tried.append((interleave(calls, rounds, reset), meter.share()))
+        tried.append((interleave(calls, rounds), meter.share()))
         if tried[-1][1] <= NOISY_SHARE:
             break
     return min(tried, key=lambda found: found[1])

@@ -29,7 +29,7 @@ from bench.cases import Case
 from bench.negatives import ROWS
 from fused_nce import info_nce
 from fused_nce.bench import memory
-from fused_nce.bench.rivals import make
+from fused_nce.bench.rivals import Subject, make, step
 
 UNIT = re.compile(r"_(ms|s|bytes|kib|mib|gib|share)(_|$)|gflop_per_s|^flop$")
 UNITLESS = {
@@ -45,7 +45,7 @@ def record(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench")
     shapes = ["x".join(map(str, shape)) for shape in SHAPES]
     chosen = ["--rivals", "naive", "chunked", "ours"]
-    peak = functools.cache(lambda name, threads: real(rivals.Subject(name, Case(*SHAPES[0])), threads))
+    peak = functools.cache(lambda rival, threads: real(Subject(rival, Case(*SHAPES[0]).problem), threads))
     real = memory.peak
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "peak", lambda subject, threads: peak(subject.rival, threads))
@@ -111,26 +111,21 @@ def test_the_table_has_its_eight_shapes_and_the_fits_four_batches():
 
 
 def test_rivals_compute_the_same_loss_in_float64():
-    generator = torch.Generator().manual_seed(1)
-    a = torch.randn(7, 12, generator=generator, dtype=torch.float64).mul_(4).requires_grad_()
-    c = torch.randn(7, 5, 12, generator=generator, dtype=torch.float64).requires_grad_()
-    steps = {name: rivals.prepare(name, a, c) for name in rivals.RIVALS if name != "compile"}
-    found = {}
-    for name, step in steps.items():
-        rivals.clear(a, c)
-        found[name] = (step(), a.grad, c.grad)
-    for name in steps:
+    problem = Case(7, 5, 12).problem
+    a, c = problem.inputs(torch.float64, seed=1)
+    inputs = (4 * a).detach().requires_grad_(), c
+    found = {name: step(make(shared, problem), inputs) for name, shared in rivals.SHARED.items() if name != "compile"}
+    for name in found:
         # The naive one casts its scores to float32, as the code that it stands for does.
         torch.testing.assert_close(found[name], found["naive"], rtol=2e-5, atol=1e-6, check_dtype=False)
 
 
 def test_a_rival_that_computes_something_else_is_refused(monkeypatch):
-    wrong = rivals.Rival("wrong", lambda: lambda a, c: rivals.RIVALS["naive"].loss()(a, c) + 1e-2 * c.square().mean())
-    monkeypatch.setitem(rivals.RIVALS, "wrong", wrong)
     case = Case(8, 4, 16)
-    a, c = case.inputs()
+    wrong = rivals.Rival("wrong", lambda p: lambda a, c: make("eager", p)(a, c) + 1e-2 * c.square().mean())
+    monkeypatch.setitem(rivals.RIVALS, "wrong", wrong)
     with pytest.raises(ValueError, match=r"wrong on 8×4, 16 float32: .* differs by"):
-        rivals.check_agreement(case, {"wrong": rivals.prepare("wrong", a, c)}, a, c)
+        rivals.check_agreement(case, {"wrong": rivals.prepare("wrong", case)})
 
 
 def test_bound_multiplies_what_it_says():
@@ -143,13 +138,12 @@ def test_bound_multiplies_what_it_says():
                 torch.testing.assert_close(calls[gemm, library](), calls[gemm, "mm"]())
 
 
-def test_rounds_interleave_every_call_and_reset_before_each():
+def test_rounds_interleave_every_call():
     log = []
     calls = {name: (lambda name=name: log.append(name)) for name in "abc"}
-    times = measure.interleave(calls, 6, lambda: log.append("-"))
+    times = measure.interleave(calls, 6)
     assert {name: len(found) for name, found in times.items()} == dict.fromkeys("abc", 6)
-    assert log[::2] == ["-"] * 18
-    rounds = ["".join(log[1::2][i : i + 3]) for i in range(0, 18, 3)]
+    rounds = ["".join(log[i : i + 3]) for i in range(0, 18, 3)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
     assert len(set(rounds)) > 1
 
@@ -162,7 +156,7 @@ def test_summary_is_median_and_quartiles():
 
 def test_peak_memory_counts_what_a_loss_holds(monkeypatch):
     case = Case(128, 16, 64)
-    mib = memory.peak(rivals.Subject("naive", case), threads=1)
+    mib = memory.peak(rivals.subject("naive", case), threads=1)
     scores = 4 * case.scores / memory.MIB
     # Autograd keeps the mask, its complement and the steps' results: more than eight score tensors, fewer than forty.
     assert 8 * scores < mib["peak_memory_mib"] < 40 * scores

@@ -96,5 +96,5 @@ def _times(
 
 def _rounds(calls: dict[Any, Call], rounds: int, timer: Timer) -> dict[Any, list[float]]:
     """Gradients are results here, so there is none to drop between two calls."""
-    measure.interleave(calls, WARMUPS, lambda: None, timer)
-    return measure.interleave(calls, rounds, lambda: None, timer)
+    measure.interleave(calls, WARMUPS, timer)
+    return measure.interleave(calls, rounds, timer)

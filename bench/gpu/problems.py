@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from bench.cases import CLIP, PENALTY
 from fused_nce.backends.triton import plan
+from fused_nce.bench import formulas
 from fused_nce.core.cost import Call
 from fused_nce.core.spec import Bias, Block, Separate, Spec, TanhClip
 from fused_nce.core.tails import Nce, Sigmoid
 from fused_nce.core.workspace import GPU_DEFAULT_MB
+from fused_nce.measure import CLIP, PENALTY
 
 TINY = "tiny "
 SWEEP = "sweep over widths"
@@ -38,16 +39,9 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A call of one loss whose score matrix is n × m, `steps` of them, at width d."""
+class Problem(formulas.Problem):
+    """One, and what is asked of it."""
 
-    loss: str  # a function of `fused_nce.losses`
-    label: str
-    n: int
-    m: int
-    d: int
-    n_c: int = 1  # columns an image: AMDIM's locations
-    steps: int = 1  # CPC's prediction steps
     gemms: tuple[str, ...] = GRADIENTS
     target: Target | None = None
     workspace_mb: int | None = None  # the limit for this call, None for the default

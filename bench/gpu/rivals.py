@@ -17,7 +17,7 @@ from bench.gpu.problems import Problem
 from bench.rivals import require_close
 from fused_nce import last_path
 from fused_nce.bench.formulas import FORMULAS, LOGIT_SCALE
-from fused_nce.bench.rivals import RIVALS, Rival, as_classes, library
+from fused_nce.bench.rivals import RIVALS, Rival, as_classes, library, step
 from fused_nce.bench.timers import Call
 from fused_nce.core import dispatch
 
@@ -56,12 +56,6 @@ def rotation(calls: Sequence[Call]) -> Call:
     """A call that takes the next set of inputs each time, so that none is in the cache from the call before."""
     turns = itertools.cycle(calls)
     return lambda: next(turns)()
-
-
-def step(loss: Loss, inputs: Inputs) -> tuple[Tensor, ...]:
-    """What a training step asks of a loss: its value, and fresh gradients of the leaves that want one."""
-    value = loss(*inputs)
-    return value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
 
 
 def losses(problem: Problem, machine: Machine, compiled: bool) -> dict[str, Loss]:

@@ -126,7 +126,7 @@ def measured(problem: Problem, dtype: str, device: torch.device, compiling: bool
         left = max(0.0, 0.7 * LIMIT_S - (time.perf_counter() - begin))
         rounds = int(max(2, min(ROUNDS, left / sum(warm_s.values()), max(3, TIMED_S / sum(warm_s.values())))))
         with timers.without_gc():
-            times = timers.interleave(steps, rounds, lambda: None, clock)
+            times = timers.interleave(steps, rounds, clock)
         for name in rows:
             tick(f"{ways[name].label}: memory")
             rows[name] |= timers.spread(times[name])

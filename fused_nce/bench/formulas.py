@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,21 +17,17 @@ Draw = Callable[..., Tensor]  # sizes → standard normal numbers
 LOGIT_SCALE = 1 / 0.07  # CLIP's initial factor
 
 
-class Problem(Protocol):
-    """One call of a loss: N rows and M columns of width D."""
+@dataclass(frozen=True)
+class Problem:
+    """One call of a loss, whose score matrix is n × m, `steps` of them, at width d."""
 
-    @property
-    def loss(self) -> str: ...
-    @property
-    def n(self) -> int: ...
-    @property
-    def m(self) -> int: ...
-    @property
-    def d(self) -> int: ...
-    @property
-    def n_c(self) -> int: ...
-    @property
-    def steps(self) -> int: ...
+    loss: str  # a function of `fused_nce.losses`
+    label: str
+    n: int
+    m: int
+    d: int
+    n_c: int = 1  # columns an image: AMDIM's locations
+    steps: int = 1  # CPC's prediction steps
 
 
 class Formula(NamedTuple):
@@ -41,11 +38,16 @@ class Formula(NamedTuple):
     naive: Callable[..., Tensor]
 
 
-def _call(loss: str, *inputs: Tensor, **options: object) -> Tensor:
+def _ours(loss: str, **options: object) -> Callable[..., Tensor]:
     """Our loss as a number: some return it with its parts."""
-    out = getattr(losses, loss)(*inputs, **options)
-    value: Tensor = getattr(out, "loss", out)
-    return value
+
+    def call(*inputs: Tensor | str | None) -> Tensor:
+        *tensors, backend = inputs
+        out = getattr(losses, loss)(*tensors, **options, backend=backend)
+        value: Tensor = getattr(out, "loss", out)
+        return value
+
+    return call
 
 
 def _diagonal(scores: Tensor) -> Tensor:
@@ -64,19 +66,11 @@ def _amdim_inputs(p: Problem, draw: Draw) -> tuple[Tensor, ...]:
     return draw(p.n, p.d).requires_grad_(), draw(p.n, p.n_c, p.d).requires_grad_()
 
 
-def _amdim(a: Tensor, c: Tensor, backend: str | None) -> Tensor:
-    return _call("amdim_nce", a, c, clip=CLIP, penalty=PENALTY, backend=backend)
-
-
 # ---- the others, at their functions' default temperatures ---------------------------------------------------------
 
 
 def _pair_inputs(p: Problem, draw: Draw) -> tuple[Tensor, ...]:
     return draw(p.n, p.d).requires_grad_(), draw(p.m, p.d).requires_grad_()
-
-
-def _info_nce(q: Tensor, k: Tensor, backend: str | None) -> Tensor:
-    return _call("info_nce", q, k, normalize=True, backend=backend)
 
 
 def _naive_info_nce(q: Tensor, k: Tensor) -> Tensor:
@@ -87,10 +81,6 @@ def _moco_inputs(p: Problem, draw: Draw) -> tuple[Tensor, ...]:
     return draw(p.n, p.d).requires_grad_(), draw(p.n, p.d), normalize(draw(p.m, p.d), dim=1)
 
 
-def _moco(q: Tensor, k: Tensor, queue: Tensor, backend: str | None) -> Tensor:
-    return _call("moco_nce", q, k, queue, backend=backend)
-
-
 def _naive_moco(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
     q, k = normalize(q, dim=1), normalize(k, dim=1)
     logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue.T], dim=1) / 0.07
@@ -99,10 +89,6 @@ def _naive_moco(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
 
 def _view_inputs(p: Problem, draw: Draw) -> tuple[Tensor, ...]:
     return draw(p.n // 2, p.d).requires_grad_(), draw(p.n // 2, p.d).requires_grad_()
-
-
-def _nt_xent(view0: Tensor, view1: Tensor, backend: str | None) -> Tensor:
-    return _call("nt_xent", view0, view1, backend=backend)
 
 
 def _naive_nt_xent(view0: Tensor, view1: Tensor) -> Tensor:
@@ -117,10 +103,6 @@ def _clip_inputs(p: Problem, draw: Draw) -> tuple[Tensor, ...]:
     return image, text, torch.tensor(LOGIT_SCALE, device=image.device).requires_grad_()
 
 
-def _clip(image: Tensor, text: Tensor, logit_scale: Tensor, backend: str | None) -> Tensor:
-    return _call("clip_loss", image, text, logit_scale, backend=backend)
-
-
 def _naive_clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     scores = logit_scale * (image @ text.T)
     return (_diagonal(scores) + _diagonal(scores.T)) / 2
@@ -131,10 +113,6 @@ def _cpc_inputs(p: Problem, draw: Draw) -> tuple[Tensor, ...]:
     return tuple((draw(p.steps, p.n, p.d) * scale).requires_grad_() for _ in range(2))
 
 
-def _cpc(predictions: Tensor, targets: Tensor, backend: str | None) -> Tensor:
-    return _call("cpc_nce", predictions, targets, backend=backend)
-
-
 def _naive_cpc(predictions: Tensor, targets: Tensor) -> Tensor:
     steps = [_diagonal(q @ k.T) for q, k in zip(predictions, targets, strict=True)]
     return torch.stack(steps).mean()
@@ -143,10 +121,6 @@ def _naive_cpc(predictions: Tensor, targets: Tensor) -> Tensor:
 def _siglip_inputs(p: Problem, draw: Draw) -> tuple[Tensor, ...]:
     image, text, scale = _clip_inputs(p, draw)
     return image, text, scale, torch.tensor(-10.0, device=image.device).requires_grad_()
-
-
-def _siglip(image: Tensor, text: Tensor, logit_scale: Tensor, bias: Tensor, backend: str | None) -> Tensor:
-    return _call("siglip_loss", image, text, logit_scale, bias, backend=backend)
 
 
 def _naive_siglip(image: Tensor, text: Tensor, logit_scale: Tensor, bias: Tensor) -> Tensor:
@@ -160,10 +134,6 @@ def _sup_con_inputs(p: Problem, draw: Draw) -> tuple[Tensor, ...]:
     return draw(p.n, p.d).requires_grad_(), torch.arange(p.n) % classes
 
 
-def _sup_con(features: Tensor, labels: Tensor, backend: str | None) -> Tensor:
-    return _call("sup_con", features, labels, backend=backend)
-
-
 def _naive_sup_con(features: Tensor, labels: Tensor) -> Tensor:
     z = normalize(features, dim=1)
     scores = _at_least_float32(z @ z.T / 0.1)
@@ -175,12 +145,12 @@ def _naive_sup_con(features: Tensor, labels: Tensor) -> Tensor:
 
 
 FORMULAS = {
-    "amdim_nce": Formula(_amdim_inputs, _amdim, naive_loss),
-    "info_nce": Formula(_pair_inputs, _info_nce, _naive_info_nce),
-    "moco_nce": Formula(_moco_inputs, _moco, _naive_moco),
-    "nt_xent": Formula(_view_inputs, _nt_xent, _naive_nt_xent),
-    "clip_loss": Formula(_clip_inputs, _clip, _naive_clip),
-    "siglip_loss": Formula(_siglip_inputs, _siglip, _naive_siglip),
-    "sup_con": Formula(_sup_con_inputs, _sup_con, _naive_sup_con),
-    "cpc_nce": Formula(_cpc_inputs, _cpc, _naive_cpc),
+    "amdim_nce": Formula(_amdim_inputs, _ours("amdim_nce", clip=CLIP, penalty=PENALTY), naive_loss),
+    "info_nce": Formula(_pair_inputs, _ours("info_nce", normalize=True), _naive_info_nce),
+    "moco_nce": Formula(_moco_inputs, _ours("moco_nce"), _naive_moco),
+    "nt_xent": Formula(_view_inputs, _ours("nt_xent"), _naive_nt_xent),
+    "clip_loss": Formula(_clip_inputs, _ours("clip_loss"), _naive_clip),
+    "siglip_loss": Formula(_siglip_inputs, _ours("siglip_loss"), _naive_siglip),
+    "sup_con": Formula(_sup_con_inputs, _ours("sup_con"), _naive_sup_con),
+    "cpc_nce": Formula(_cpc_inputs, _ours("cpc_nce"), _naive_cpc),
 }

@@ -17,19 +17,12 @@ from fused_nce.bench import formulas
 from fused_nce.bench.formulas import FORMULAS
 
 Loss = Callable[..., Tensor]
+Step = Callable[[], tuple[Tensor, ...]]  # the loss, and a fresh gradient of each leaf
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One call of a loss: n rows, m columns, width d."""
-
-    loss: str
-    label: str
-    n: int
-    m: int
-    d: int
-    n_c: int = 1  # columns an image: AMDIM's locations
-    steps: int = 1  # CPC's prediction steps
+class Problem(formulas.Problem):
+    """One that draws its inputs."""
 
     @property
     def gemms(self) -> int:
@@ -154,7 +147,7 @@ class Subject:
         tiny = Problem(p.loss, "tiny", 4, 4 * p.n_c, 16, p.n_c, p.steps)
         step(make(self.rival, tiny), tiny.inputs(self.dtype))
 
-    def prepare(self) -> Callable[[], object]:
+    def prepare(self) -> Step:
         inputs = self.problem.inputs(self.dtype)
         run = partial(step, make(self.rival, self.problem), inputs)
         if self.rival in RIVALS and RIVALS[self.rival].compiles:

@@ -90,16 +90,13 @@ class DeviceTimer:
         return cycles / float(self._begin.elapsed_time(self._end))
 
 
-def interleave(
-    calls: Mapping[Any, Callable[[], Any]], rounds: int, reset: Callable[[], None], timer: Timer = wall_ms
-) -> dict[Any, list[float]]:
+def interleave(calls: Mapping[Any, Callable[[], Any]], rounds: int, timer: Timer = wall_ms) -> dict[Any, list[float]]:
     """Milliseconds of each call in each round; the order within a round is random, and the same in every run."""
     order, shuffle = list(calls), random.Random(0).shuffle
     times: dict[Any, list[float]] = {key: [] for key in calls}
     for _ in range(rounds):
         shuffle(order)
         for key in order:
-            reset()  # freeing the last gradients belongs to nobody
             times[key].append(timer(calls[key]))
     return times
 
