@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     record = collect(options) | {"others_cpu_share_before": round(load, 4)}
     options.out.mkdir(parents=True, exist_ok=True)
     path: Path = options.out / f"cpu-{record['host']['slug']}.json"
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    host.write(path, record)
     text = tables.report(record)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n")
@@ -71,10 +69,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
             rows.append(row)
     return {
         "schema": SCHEMA,
-        "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "code": host.commit(),
-        "host": {"slug": host.slug(), **host.facts()},
-        "versions": host.versions(),
+        **host.provenance(),
         "counting": {
             "time": "loss + both gradients into fresh memory; median and interquartile range over interleaved rounds; "
             "compilation, warm-up and garbage collection excluded",

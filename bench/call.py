@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,11 +86,8 @@ def table(record: Record) -> str:
 
 
 def block(folder: Path) -> str:
-    """The table of the newest record."""
-    found = host.newest(folder, "call-*.json")
-    if found is None:
-        return "No record is committed yet: `python -m bench.call --out bench/results/call-HOST.json` makes one."
-    return table(found)
+    """What the documents show."""
+    return host.shown(folder, "call-*.json", table, "python -m bench.call --out bench/results/call-HOST.json")
 
 
 def main(argv: Sequence[str] | None = None) -> Record:
@@ -105,14 +101,13 @@ def main(argv: Sequence[str] | None = None) -> Record:
     if options.against:
         builds.append(options.against)
     found: Record = {"calls": measured(builds, options.rows), "others_cpu_share": meter.share()}
-    found |= {"host": host.facts(), "versions": host.versions(), "code": host.commit()}
+    found |= host.provenance()
     if options.against:
         git = ["git", "-C", str(options.against), "rev-parse", "HEAD"]
         found["against"] = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
-    found["date_utc"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     print(table(found))
     if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        host.write(options.out, found)
     return found
 
 

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         folder = options.keep or Path(temporary)
         synthesise(folder, options.images)
         found = measure(folder, options.batch, options.batches)
-    found |= {"host": host.facts(), "versions": host.versions(), "code": host.commit(), "busy_share": host.busy_now()}
+    found |= {**host.provenance(), "busy_share": host.busy_now()}
     both = 1 / (1 / found["read_images_per_s"] + 1 / found["augment_images_per_s"])
     print(
         f"one core, two views of 128 px: reads {found['read_images_per_s']:.0f} images/s, augments "
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"{IMAGENET_IMAGES / both / 3600:.1f} core-hours an epoch. Others used {found['busy_share']:.0%} of the cores."
     )
     if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        host.write(options.out, found)
     return found
 
 

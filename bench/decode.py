@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,8 @@ def table(found: dict[str, Any]) -> str:
 
 
 def block(folder: Path) -> str:
-    """The table of the newest record."""
-    found = host.newest(folder, "decode-*.json")
-    if found is None:
-        return "No record is committed yet: `python -m bench.decode --out bench/results/decode-HOST.json` makes one."
-    return table(found)
+    """What the documents show."""
+    return host.shown(folder, "decode-*.json", table, "python -m bench.decode --out bench/results/decode-HOST.json")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -61,11 +57,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             for side in options.sides
         ]
     found: dict[str, Any] = {"sides": [json.loads(run) for run in runs]}
-    found |= {"host": host.facts(), "versions": host.versions(), "code": host.commit(), "busy_share": host.busy_now()}
-    found["date_utc"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    found |= {**host.provenance(), "busy_share": host.busy_now()}
     print(table(found))
     if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        host.write(options.out, found)
     return found
 
 

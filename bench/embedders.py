@@ -10,7 +10,6 @@ and the table says so.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import time
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bench import host, measure
+from bench.text import markdown
 from fused_nce import info_nce, last_path
 from fused_nce.bench import memory
 
@@ -205,25 +205,25 @@ def steps_s(done: Sequence[dict[str, Any]], kind: str, n: int, d: int) -> dict[s
 
 def table(record: dict[str, Any]) -> str:
     """Markdown."""
-    lines = [
-        "| loss | N | D | fused_nce, ms | eager ÷ ours | cached ÷ ours | fused_nce, MiB | eager, MiB | cached, MiB "
-        "| eager ÷ ours, memory | value error: ours / eager | gradient error: ours / eager / cached |",
-        "| --- " + "| ---: " * 11 + "|",
-    ]
+    header = [
+        "loss", "N", "D", "fused_nce, ms", "eager ÷ ours", "cached ÷ ours", "fused_nce, MiB", "eager, MiB",
+        "cached, MiB", "eager ÷ ours, memory", "value error: ours / eager", "gradient error: ours / eager / cached",
+    ]  # fmt: skip
+    rows = []
     for x in record["problems"]:
-        rows = [x["rivals"].get(name, {}) for name in NAMES]
+        found = [x["rivals"].get(name, {}) for name in NAMES]
         t, m, v, g = (
-            [row.get(key) for row in rows]
+            [row.get(key) for row in found]
             for key in ("time_ms_median", "peak_memory_mib", "value_error", "gradient_error")
         )
         ratio = [f"{y / t[0]:.2f}×" if y else "–" for y in t[1:]]
         held = [f"{y:,.1f}" if y is not None else "–" for y in m]
         less = f"{m[1] / max(m[0], 0.1):.0f}×" if m[1] is not None else "–"
         wrong = [" / ".join("–" if y is None else f"{y:.0e}" for y in z) for z in (v[:2], g)]
-        cells = [x["loss"], f"{x['n']:,}", f"{x['d']:,}", f"{t[0]:,.3g}", *ratio, *held, less, *wrong]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append([x["loss"], f"{x['n']:,}", f"{x['d']:,}", f"{t[0]:,.3g}", *ratio, *held, less, *wrong])
     machine, versions = record["host"], record["versions"]
-    lines += [
+    lines = [
+        markdown(header, rows),
         "",
         "Loss and gradients of float32 embeddings. Memory: the most that a step holds beyond the embeddings and their "
         "gradients, which all have; for fused_nce a workspace of 16 MiB, and, of more than pairs, unit rows. "
@@ -259,8 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     out = given.out or host.ROOT / ("runs/bench" if partly else "bench/results")
     out.mkdir(parents=True, exist_ok=True)
     path: Path = out / f"embedders-{host.slug()}.json"
-    record: dict[str, Any] = {"schema": 1, "date_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    record |= {"code": host.commit(), "host": {"slug": host.slug(), **host.facts()}, "versions": host.versions()}
+    record: dict[str, Any] = {"schema": 1, **host.provenance()}
     record |= {"sentence_transformers": sentence_transformers.__version__, "threads": given.threads}
     record |= {"problems": [], "left_out": []}
     chosen = [x for x in (QUICK if given.quick else PROBLEMS) if x[0] in given.kinds]
@@ -273,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         else:
             problem = measured(list(steps), kind, n, d, given.threads, given.rounds, min(5.0, left / 20))
             record["problems"].append(problem)
-        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        host.write(path, record)
         path.with_suffix(".md").write_text(table(record), encoding="utf-8")
     print(table(record), f"wrote {path}", sep="\n")
     return path

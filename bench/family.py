@@ -8,10 +8,8 @@ installed libraries, and ours. Time, peak memory, and the error of value and gra
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from fused_nce import last_path
 from fused_nce.bench import memory, timers
 from fused_nce.bench.formulas import FORMULAS
 from fused_nce.bench.rivals import RIVALS, Problem, Subject, errors, step
+from fused_nce.measure import torch_threads
 
 SCHEMA = 1
 CALL_S = 5.0  # a call of another that takes longer is left out
@@ -120,17 +119,6 @@ def measured(
     }
 
 
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """So many threads of torch inside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def main(argv: Sequence[str] | None = None) -> Path:
     """Measure, print, write; returns the JSON's path."""
     from bench import family_tables
@@ -152,12 +140,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         chosen, options.threads = [p for p in chosen if p.label in QUICK], [cores]
         options.rivals = [name for name in options.rivals if not RIVALS[name].compiles]
     rows: list[dict[str, Any]] = []
-    record: dict[str, Any] = {
-        "schema": SCHEMA,
-        "date_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "code": host.commit(),
-    }
-    record |= {"host": {"slug": host.slug(), **host.facts()}, "versions": host.versions(), "problems": rows}
+    record: dict[str, Any] = {"schema": SCHEMA, **host.provenance(), "problems": rows}
     out = options.out or host.ROOT / ("runs/bench" if options.quick or options.losses else "bench/results")
     out.mkdir(parents=True, exist_ok=True)
     path: Path = out / f"family-{record['host']['slug']}.json"
@@ -172,10 +155,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 known |= {(problem.loss, name): why for name, why in row["left_out"].items()}
                 row["left_out"] = {name: why for (loss, name), why in known.items() if loss == problem.loss}
                 rows.append(row)
-                # A run cut short keeps what it has; its file is never half written.
-                part = path.with_suffix(".part")
-                part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-                part.replace(path)
+                host.write(path, record)
     print(family_tables.table(record), family_tables.slower([record]), f"wrote {path}", sep="\n\n")
     return path
 

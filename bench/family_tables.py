@@ -29,12 +29,12 @@ def time_ms(row: Row, rival: str) -> float:
     return float(row["rivals"][rival]["time_ms_median"])
 
 
-def host_line(record: Record) -> str:
+def host_line(record: Record, rows: list[Row], threads: str = "") -> str:
     """Machine, instruction set, versions, commit, and how quiet it was."""
     host, code = record["host"], record["code"]
-    busy = max(row["others_cpu_share"] for row in record["problems"])
+    busy = max(row["others_cpu_share"] for row in rows)
     return (
-        f"{host['cpu_model']}, {host['cores']} cores, {isa(record)}; torch {record['versions']['torch']}; "
+        f"{host['cpu_model']}, {host['cores']} cores, {isa(record)}{threads}; torch {record['versions']['torch']}; "
         f"commit {code['commit'][:7]}{' with local changes' if code['dirty'] else ''}, {record['date_utc'][:10]}. "
         f"Others used at most {busy:.1%} of the cores."
     )
@@ -89,7 +89,7 @@ def table(record: Record, threads: int | None = None) -> str:
     note = f"Loss and gradients, float32, {threads} threads; memory above inputs and gradients; "
     named = any("bound_libraries" in row for row in record["problems"])
     note += f"the least GEMMs are those of {'the library named' if named else 'torch.mm'}."
-    return f"{markdown(header, rows)}\n\n{note} {host_line({**record, 'problems': shown})}"
+    return f"{markdown(header, rows)}\n\n{note} {host_line(record, shown)}"
 
 
 def _libraries(row: Row) -> str:

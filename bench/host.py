@@ -13,14 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fused_nce.measure import core_ticks, cores, cpuinfo, processor
+from fused_nce.measure import core_ticks, cores, cpuinfo, processor, torch_threads
 
 ROOT = Path(__file__).resolve().parent.parent
 ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
@@ -133,10 +133,29 @@ def commit() -> dict[str, Any]:
         return {"commit": "unknown", "dirty": True}
 
 
+def provenance() -> dict[str, Any]:
+    """What a record says of when, by which code and where it was made."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"date_utc": now, "code": commit(), "host": {"slug": slug(), **facts()}, "versions": versions()}
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Whole or not at all: a run cut short keeps what it had."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
 def newest(folder: Path, pattern: str) -> dict[str, Any] | None:
     """The record with the latest `date_utc` among a folder's files; None without any."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(pattern)]
     return max(records, key=lambda record: str(record["date_utc"]), default=None)
+
+
+def shown(folder: Path, pattern: str, table: Callable[[dict[str, Any]], str], command: str) -> str:
+    """The newest record as its table has it; before there is one, what makes it."""
+    found = newest(folder, pattern)
+    return f"No record is committed yet: `{command}` makes one." if found is None else table(found)
 
 
 class BusyMeter:
@@ -215,17 +234,16 @@ def matrix_rates(side: int = 1024, seconds: float = 1.0) -> dict[str, float | No
 
     None of bf16 where the CPU has no instructions for it, and of both where others used so much that they are too low.
     """
-    before, meter, found = torch.get_num_threads(), BusyMeter(), dict[str, float | None]()
-    torch.set_num_threads(cores())
+    meter, found = BusyMeter(), dict[str, float | None]()
     has_bf16 = {"avx512_bf16", "amx_bf16"} & set(facts()["isa_flags"])
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         x, times = torch.ones(side, side, dtype=dtype), list[float]()
         end = time.perf_counter() + seconds
-        while (has_bf16 or name == "fp32") and (not times or time.perf_counter() < end):
-            start = time.perf_counter()
-            torch.mm(x, x)
-            times.append(time.perf_counter() - start)
+        with torch_threads(cores()):
+            while (has_bf16 or name == "fp32") and (not times or time.perf_counter() < end):
+                start = time.perf_counter()
+                torch.mm(x, x)
+                times.append(time.perf_counter() - start)
         found[name] = round(2 * side**3 / min(times) / 1e9, 1) if times else None
-    torch.set_num_threads(before)
     share = meter.share()
     return (found if share <= BUSY_SHARE else dict.fromkeys(found)) | {"others_cpu_share": round(share, 4)}

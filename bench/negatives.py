@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from bench.host import ROOT
-
-matplotlib.use("Agg")
 
 PATH = ROOT / "docs" / "negatives.png"
 COLUMNS = [f"{name}{i}" for name in ("k", "h", "q") for i in "₁₂₃"]
@@ -58,7 +56,7 @@ def draw() -> Figure:
     return figure
 
 
-def _cell(axes: matplotlib.axes.Axes, x: float, y: float, letter: str, size: float = 0.9) -> None:
+def _cell(axes: Axes, x: float, y: float, letter: str, size: float = 0.9) -> None:
     colour, sign, ink, _ = KINDS[letter]
     axes.add_patch(FancyBboxPatch((x, y), size, size, boxstyle="round,pad=0,rounding_size=0.12", fc=colour, ec="none"))
     axes.text(x + size / 2, y + size / 2, sign, ha="center", va="center", color=ink, fontsize=15 * size)

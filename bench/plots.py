@@ -6,17 +6,14 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from bench.rivals import RIVALS
 from bench.verdict import time_ms
-
-matplotlib.use("Agg")
 
 DPI = 150
 Row = dict[str, Any]
@@ -130,7 +127,12 @@ def _decorate(ax: Axes, record: Row, d: int, title: str, tick: Callable[[float, 
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(tick))
-    ax.grid(True, which="major", color="#DDDDDD", linewidth=0.8)
+    plain(ax)
+
+
+def plain(ax: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
+    """A light grid behind the data, small ticks, no frame."""
+    ax.grid(True, axis=grid, color="#DDDDDD", linewidth=0.8)
     ax.set_axisbelow(True)
     ax.tick_params(labelsize=8.5)
     ax.spines[["top", "right"]].set_visible(False)

@@ -22,14 +22,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from bench import host
 from bench.text import markdown
-
-matplotlib.use("Agg")
 
 RECORD = host.ROOT / "docs/results/premise.json"
 IMAGES, LARGEST = 512, 8192  # of an update
@@ -243,9 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--data: needed unless with --plan")
     for run in tqdm(missing, unit="run", disable=None, dynamic_ncols=True):
         record["runs"].append(run_one(run, options.data, options.runs / run.folder))
-        part = options.out.with_suffix(".part")
-        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        part.replace(options.out)
+        host.write(options.out, record)
         draw(record, options.out.with_suffix(".png"))
     print(table(record))
     return 0

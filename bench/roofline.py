@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from bench.text import markdown
+
 GEMM_FLOP_PER_S = 790e12  # bf16 GEMM that one H200 sustains
 HBM_BYTES_PER_S = 4.3e12
 ENCODER_RATE = 0.4  # of the GEMM rate, what well-tuned training code reaches
@@ -85,27 +87,22 @@ def step(method: Method, batch: int) -> Step:
 
 def table(batches: tuple[int, ...] = BATCHES) -> str:
     """The Markdown table, with its label."""
-    lines = [
-        "| method (modelled) | batch | loss, share of step time: naive → fused | "
-        "loss, share of step memory: naive → fused | naive loss, GiB |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
+    rows = []
     for method in METHODS:
         for batch in batches:
             s = step(method, batch)
             time = f"{_share(s.naive_s, s.encoder_s)} → {_share(s.fused_s, s.encoder_s)}"
             memory = f"{_share(s.naive_bytes, s.encoder_bytes)} → {_share(s.fused_bytes, s.encoder_bytes)}"
-            lines.append(f"| {method.label} | {batch} | {time} | {memory} | {_number(s.naive_bytes / GIB)} |")
-    lines += [
-        "",
-        "**Modelled, not measured**: "
-        f"{GEMM_FLOP_PER_S / 1e12:.0f} TFLOP/s of bf16 GEMM and "
+            rows.append([method.label, str(batch), time, memory, _number(s.naive_bytes / GIB)])
+    shares = [f"loss, share of step {of}: naive → fused" for of in ("time", "memory")]
+    return (
+        f"{markdown(['method (modelled)', 'batch', *shares, 'naive loss, GiB'], rows)}\n\n"
+        f"**Modelled, not measured**: {GEMM_FLOP_PER_S / 1e12:.0f} TFLOP/s of bf16 GEMM and "
         f"{HBM_BYTES_PER_S / 1e12:.1f} TB/s (one H200), encoders at {ENCODER_RATE:.0%} of that rate with all their "
         f"activations kept; naive is eager torch, fused is a kernel at {METHODS[1].fused_rate:.0%} (width 128) to "
         f"{METHODS[0].fused_rate:.0%} of the GEMM rate within {FUSED_WORKSPACE_BYTES >> 20} MiB. Rows split over many "
-        "devices leave the shares as they are. Where a share is under 2 %, plain torch is fine.",
-    ]
-    return "\n".join(lines)
+        "devices leave the shares as they are. Where a share is under 2 %, plain torch is fine."
+    )
 
 
 def _share(loss: float, rest: float) -> str:

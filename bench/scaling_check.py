@@ -105,7 +105,7 @@ def _rows_against(world: int) -> Callable[[], None]:
 def write(path: Path) -> str:
     """Measure, save, and a table of it."""
     found = measure()
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    host.write(path, found)
     lines = [
         f"{r['processes']} {r['way']:6}: measured {1e3 * r['measured_s']:.1f}, modelled {1e3 * r['modelled_s']:.1f} ms"
         for r in found["rows"]

@@ -9,13 +9,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from bench import host
 from bench.text import markdown, number
-
-matplotlib.use("Agg")
 
 ENTRIES = host.ROOT / "docs/results/speedrun"
 PROBES = {"knn": "kNN-200", "linear": "linear"}

@@ -48,15 +48,7 @@ def shape(row: Record) -> str:
 
 def host_line(record: Record) -> str:
     """The machine, the versions and the commit in one sentence."""
-    host, code = record["host"], record["code"]
-    isa = family_tables.isa(record)
-    dirty = " with local changes" if code["dirty"] else ""
-    quiet = max(row["others_cpu_share"] for row in record["cases"])
-    return (
-        f"{host['cpu_model']}, {host['cores']} cores, {isa}, {host['threads']} threads; "
-        f"torch {record['versions']['torch']}; "
-        f"commit {code['commit'][:7]}{dirty}, {record['date_utc'][:10]}. Others used at most {quiet:.1%} of the cores."
-    )
+    return family_tables.host_line(record, record["cases"], f", {record['host']['threads']} threads")
 
 
 def main_table(record: Record) -> str:

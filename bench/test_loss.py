@@ -7,9 +7,10 @@ import gc
 import pytest
 import torch
 
-from bench import host, rivals
+from bench import rivals
 from bench.cases import BFLOAT16, TABLE, Case
 from bench.rivals import bound
+from fused_nce.measure import cores, torch_threads
 
 CASES = [*TABLE, *(Case(case.n_a, case.n_c, case.d, BFLOAT16) for case in TABLE)]
 ROUNDS, WARMUPS = 20, 2
@@ -17,10 +18,8 @@ ROUNDS, WARMUPS = 20, 2
 
 @pytest.fixture(autouse=True)
 def _all_cores():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(host.facts()["cores"])
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(cores()):
+        yield
     gc.collect()
 
 

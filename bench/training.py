@@ -18,14 +18,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.host import ROOT
+from bench.plots import plain
 from bench.text import markdown
-
-matplotlib.use("Agg")
 
 RESULTS = ROOT / "docs/results"
 PICTURE = "cifar10"  # the data set of which there are several runs
@@ -204,7 +202,7 @@ def _accuracies(ax: Axes, runs: Sequence[Run]) -> None:
         ax.plot([], [], "o", color=colour, label=name)
     ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.08), ncols=2)
     ax.margins(x=0.12, y=0.12)
-    _plain(ax, "x")
+    plain(ax, "x")
 
 
 def _losses(ax: Axes, runs: Sequence[Run]) -> None:
@@ -219,14 +217,7 @@ def _losses(ax: Axes, runs: Sequence[Run]) -> None:
     ax.set_title("NCE minus its chance level, nats", fontsize=10.5, loc="left")
     ax.set_xlabel("share of the training", fontsize=9)
     ax.legend(fontsize=8, frameon=False)
-    _plain(ax, "both")
-
-
-def _plain(ax: Axes, grid: Any) -> None:
-    ax.grid(True, axis=grid, color="#DDDDDD", linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.tick_params(labelsize=8.5)
-    ax.spines[["top", "right"]].set_visible(False)
+    plain(ax)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

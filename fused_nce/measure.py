@@ -8,7 +8,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,17 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     before = status_bytes("VmRSS")
     run()
     return max(0, status_bytes("VmHWM") - before)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """That many threads for torch meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def naive_loss(

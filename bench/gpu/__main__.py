@@ -7,11 +7,9 @@ problems on which our own automatic choice did not run or computed something els
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             record["cases"].append(row)
             print(_line(row, device.clock), flush=True)
         device.clean()
-        _write(path, record)
+        host.write(path, record)
     record["card"] |= {f"{key}_after": value for key, value in device.clocks().items()}
-    _write(path, record)
+    host.write(path, record)
     text = tables.report(record)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n")
@@ -94,11 +92,10 @@ def _opening(options: argparse.Namespace, device: Machine) -> dict[str, Any]:
         code |= {"commit": options.commit, "dirty": options.dirty}
     return {
         "schema": SCHEMA,
-        "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **host.provenance(),
         "code": code,
         "clock": device.clock,
         "card": device.facts() | rates,
-        "host": {"slug": host.slug(), **host.facts()},
         "versions": host.versions() | {"cuda": str(torch.version.cuda)},
         "settings": {"rounds": options.rounds, "quick": options.quick, "compiler": device.compiler},
         "counting": COUNTING,
@@ -122,10 +119,6 @@ def _line(row: dict[str, Any], clock: str) -> str:
     names = rivals.LABELS | {"bound": "bound"}
     parts = [f"{label} {number(verdict.time_ms(row, name, clock))}" for name, label in names.items()]
     return f"{row['label']}: {', '.join(parts)} ms; fastest backend {row['fastest_backend']}"
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -155,7 +155,7 @@ class Subject:
         return run
 
 
-def make(rival: str, problem: Problem) -> Loss:
+def make(rival: str, problem: formulas.Problem) -> Loss:
     loss = RIVALS[rival].make(problem) if rival in RIVALS else ours(rival, problem)
     assert loss is not None
     return loss

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fused_nce.measure import torch_threads
 from fused_nce.train.evaluation.logistic import Axes, Kind, fit, principal_axes
 from fused_nce.train.machine.threads import look
 
@@ -112,21 +112,10 @@ def fit_predict(
     x = torch.from_numpy(features)
     look()
     # Small problems are all overhead: more threads only wait for each other on a busy machine.
-    with threads(1 if len(features) < SMALL_ROWS else torch.get_num_threads()):
+    with torch_threads(1 if len(features) < SMALL_ROWS else torch.get_num_threads()):
         model = fit(x, torch.from_numpy(numbers), c, principal_axes(x) if axes is None else axes, kind)
         predicted = model.predict(torch.from_numpy(queries)).numpy()
     return Fitted(names[predicted], c, model.converged)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """That many threads for torch meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def choose_c(
