@@ -61,16 +61,8 @@ class AAE(Decoded):
         own = GameLoss(gamma)
         self.loss = own if loss is None else loss
 
-    def embed(
-        self,
-        batch: Tensor,  # (B, 3, H, H), alone or as the one view of a batch
-    ) -> Embedded:
-        """The taps; the loss is called with the squared error and the game.
-
-        Raises:
-            ValueError: for more than one view, images of another shape, or a single image.
-        """
-        images = self.images(batch)
+    def embedded(self, images: Tensor) -> Embedded:  # (B, 3, H, H)
+        """The taps; the squared error, and the game."""
         taps = self.encode(images)
         error = F.mse_loss(widened(self.decode(taps["Y"])), widened(images))
         return Embedded((taps,), (error, [self.prior(taps["Y"])]))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fused_nce.losses import AMDIMLoss, MultiscaleMixtureLoss
-from fused_nce.models.base import Embedded, Losses, Model, split_views, views_of
+from fused_nce.models.base import Embedded, Model, split_views, views_of
 from fused_nce.models.encoders.amdim import AMDIMEncoder
 from fused_nce.models.encoders.blocks import Init
 from fused_nce.models.mixture import Components
@@ -126,14 +126,3 @@ class AMDIM(Model):
         if self.components is None:
             return Embedded(taps, taps)
         return Embedded(taps, tuple({**maps, "m1": self.components(maps["f1"])} for maps in taps))
-
-    def forward(
-        self,
-        batch: Tensor | Sequence[Tensor],  # (B, 2, 3, H, H), or two tensors (B, 3, H, H)
-    ) -> Losses:
-        """The loss of two views of the same images, with everything in the batch as negatives.
-
-        Raises:
-            ValueError: as `embed`.
-        """
-        return super().forward(batch)

@@ -98,16 +98,8 @@ class BiGAN(Decoded):
         self.adversary = Adversary(joint, game=game, gradient_penalty=gradient_penalty, both=True)
         self.loss = GameLoss() if loss is None else loss
 
-    def embed(
-        self,
-        batch: Tensor,  # (B, 3, H, H), alone or as the one view of a batch
-    ) -> Embedded:
-        """The taps; the loss is called with the game.
-
-        Raises:
-            ValueError: for more than one view, images of another shape, or a single image.
-        """
-        images = self.images(batch)
+    def embedded(self, images: Tensor) -> Embedded:  # (B, 3, H, H)
+        """The taps; no error, and the game."""
         taps = self.encode(images)
         code = widened(taps["Y"])
         drawn = torch.randn_like(code)

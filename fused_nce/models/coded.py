@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
-from fused_nce.models.base import Model, one_view
+from fused_nce.models.base import Embedded, Model, one_view
 from fused_nce.models.decoder import Decoder
 from fused_nce.models.encoders.dim import DIMEncoder
 
@@ -63,12 +64,24 @@ class Coded(Model):
         taps: dict[str, Tensor] = self.encoder(x)
         return taps
 
-    def images(self, batch: Tensor | Sequence[Tensor]) -> Tensor:
-        """The images of a batch, at least two of them.
+    def embed(
+        self,
+        batch: Any,  # (B, 3, H, H), alone or as the one view of a batch
+    ) -> Embedded:
+        """The taps, and what the loss is called with: see the class.
 
         Raises:
-            ValueError: for more than one view, or a single image, to which neither a loss nor BatchNorm has another.
+            ValueError: for more than one view, images of another shape, or a single image, to which neither a loss nor
+                BatchNorm has another.
         """
+        return self.embedded(self.images(batch))
+
+    def embedded(self, images: Tensor) -> Embedded:  # (B, 3, H, H), at least two
+        """`embed` of the images."""
+        raise NotImplementedError
+
+    def images(self, batch: Tensor | Sequence[Tensor]) -> Tensor:
+        """The images of a batch, at least two of them."""
         images = one_view(batch)
         if len(images) < 2:
             raise ValueError(f"batch: must hold at least 2 images, got {len(images)}: one has none to compare with")

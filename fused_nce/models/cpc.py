@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.losses import CPCLoss, NCEOutput, cpc_nce
-from fused_nce.models.base import Embedded, Losses, Model
+from fused_nce.models.base import Embedded, Model
 from fused_nce.models.encoders.cpc import AudioEncoder, GRUContext, NoContext, PatchEncoder, PixelCNN
 
 NEGATIVES = ("batch", "sequence", "sampled")
@@ -248,17 +248,6 @@ class CPC(Model):
             own = torch.arange(images, device=x.device).repeat_interleave(len(targets) // images)
             steps.append((predictions, targets, *((own,) if self.negatives == "sequence" else ())))
         return Embedded((_taps(z, c),), tuple(steps))
-
-    def forward(
-        self,
-        batch: Tensor | Sequence[Tensor],  # (B, samples), (B, 1, samples) or (B, C, H, H), alone or as the one view
-    ) -> Losses:
-        """The losses of a batch, every position of it in one sweep a step; `stats` as `EachStep` has them.
-
-        Raises:
-            ValueError: as `embed`.
-        """
-        return super().forward(batch)
 
     def _grids(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (B, D, R, W), (B, C, R, W)
         _check(self.encoder, x)

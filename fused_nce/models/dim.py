@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +68,10 @@ class DIM(Coded):
     The loss is α·global + β·local − γ·(how well the discriminator is deceived) + the discriminator's own loss, whose
     gradient reaches the discriminator alone, + the coordinate tasks. The paper's weights (α, β, γ): DIM(G) 1, 0, 1;
     DIM(L) 0, 1, 0.1; DIM(L+G) 0.5, 0.1, and a γ that it does not state. A part whose weight is 0 is not built.
+
+    `stats` has each part on its own, without its weight: `local`, `global`, `prior` (the encoder's term),
+    `discriminator`, `discriminator_acc`, `absolute`, `absolute_acc`, `relative`, `relative_acc`, and what the estimator
+    reports, of the global information after "global/".
 
     Args:
         architecture: `dcgan32` (CIFAR), `alexnet64` (STL-10, Tiny ImageNet), `dcgan64`, our `tiny32`, or one that runs
@@ -150,16 +153,8 @@ class DIM(Coded):
         self.relative = RelativeCoordinates(*place) if relative else None
         self.prior = PriorMatching(code, game=game, gradient_penalty=gradient_penalty) if gamma else None
 
-    def embed(
-        self,
-        batch: Tensor | Sequence[Tensor],  # (B, 3, H, H), alone or as the one view of a batch
-    ) -> Embedded:
-        """The taps (of the images without occlusion), and the outputs of the critics and the other tasks.
-
-        Raises:
-            ValueError: for more than one view, images of another shape, or a single image, which has no negatives.
-        """
-        images = self.images(batch)
+    def embedded(self, images: Tensor) -> Embedded:  # (B, 3, H, H)
+        """The taps (of the images without occlusion); what the critics and the other tasks return."""
         taps = self.encode(images)
         seen = self.encode(occlude(images, self.occlusion)) if self.occlusion else taps
         local, code = taps["local"], seen["Y"]
@@ -181,21 +176,6 @@ class DIM(Coded):
             stats |= {"prior": prior.encoder.detach(), "discriminator": prior.discriminator.detach()}
             stats["discriminator_acc"] = prior.accuracy
         return OtherTerms(penalty, stats)
-
-    def forward(
-        self,
-        batch: Tensor | Sequence[Tensor],  # (B, 3, H, H), alone or as the one view of a batch
-    ) -> Losses:
-        """The losses of a batch: `nce`, the weighted negative information; `penalty`, everything else.
-
-        `stats` has each part on its own, without its weight: `local`, `global`, `prior` (the encoder's term),
-        `discriminator`, `discriminator_acc`, `absolute`, `absolute_acc`, `relative`, `relative_acc`, and what the
-        estimator reports, of the global information after "global/".
-
-        Raises:
-            ValueError: as `embed`.
-        """
-        return super().forward(batch)
 
 
 def _check_sizes(mi_units: int, critic_negatives: int | None, occlusion: float) -> None:

@@ -73,16 +73,8 @@ class PriorGenerator(Decoded):
         )
         self.loss = GameLoss() if loss is None else loss
 
-    def embed(
-        self,
-        batch: Tensor,  # (B, 3, H, H), alone or as the one view of a batch
-    ) -> Embedded:
-        """The taps; the loss is called with the generator's term and the games.
-
-        Raises:
-            ValueError: for more than one view, images of another shape, or a single image.
-        """
-        images = self.images(batch)
+    def embedded(self, images: Tensor) -> Embedded:  # (B, 3, H, H)
+        """The taps; the generator's term, and the games."""
         count = len(images)
         made = self.decode(torch.randn(count, self.noise, device=images.device, dtype=images.dtype))
         seen = self.encode(torch.cat((images, made.detach())))

@@ -83,16 +83,8 @@ class VAE(Decoded):
         own = VAELoss(beta)
         self.loss = own if loss is None else loss
 
-    def embed(
-        self,
-        batch: Tensor,  # (B, 3, H, H), alone or as the one view of a batch
-    ) -> Embedded:
-        """The taps; the loss is called with the images, those decoded from a sample of each code, and the code's law.
-
-        Raises:
-            ValueError: for more than one view, images of another shape, or a single image.
-        """
-        images = self.images(batch)
+    def embedded(self, images: Tensor) -> Embedded:  # (B, 3, H, H)
+        """The taps; the images, those decoded from a sample of each code, and the code's law."""
         taps = self.encode(images)
         mean, log_variance = widened(taps["Y"]), widened(self.log_variance(taps["fc"]))
         # fault: vae-variance-for-deviation

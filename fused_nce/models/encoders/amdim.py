@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from fused_nce.models.encoders.blocks import Init, ResBlock, ResNxN, RKHSHead, Stem, maybe_norm
 
-TAPS = ("f1", "f5", "f7", "h5", "h7")
 IMAGE_SIZES = (32, 64, 128)
 
 
