@@ -76,8 +76,7 @@ def cost(entry: Entry) -> str:
     if entry.closed:
         return "It scores no pairs: its cost is linear in its inputs."
     inputs = entry.example(0, Size(n=8, m=32, d=8, p=2))
-    floats = {key: x for key, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()}
-    leaves = [x.requires_grad_() for key, x in floats.items() if key not in entry.frozen]
+    leaves = [x.requires_grad_() for x in entry.differentiable(inputs).values()]
     with FlopCounterMode(display=False) as both:
         torch.autograd.grad(entry.function(**inputs, backend="chunked").loss, leaves)
     with torch.no_grad(), FlopCounterMode(display=False) as scores:
@@ -107,10 +106,7 @@ def step(name: str, size: Size = MICRO, backend: str | None = None) -> Callable[
     """One forward and backward of a registered loss, at a size: the loss, its gradients dropped."""
     entry = LOSSES[name]
     inputs = entry.example(0, size)
-    leaves = []
-    for key, x in inputs.items():
-        if isinstance(x, Tensor) and x.is_floating_point() and key not in entry.frozen:
-            leaves.append(x.requires_grad_())
+    leaves = [x.requires_grad_() for x in entry.differentiable(inputs).values()]
     options = {} if entry.closed else {"backend": backend}
 
     def run() -> Tensor:

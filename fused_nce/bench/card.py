@@ -98,11 +98,7 @@ def _each(x: Any, change: Callable[[Tensor], Tensor], floating: bool = True) -> 
 
 def _gradients(entry: Entry, inputs: dict[str, Any], backend: str) -> dict[str, Tensor]:
     """The loss and the gradient of each input that has one."""
-    leaves = {
-        name: x.detach().requires_grad_()
-        for name, x in inputs.items()
-        if isinstance(x, Tensor) and x.is_floating_point() and name not in entry.frozen
-    }
+    leaves = {name: x.detach().requires_grad_() for name, x in entry.differentiable(inputs).items()}
     loss = entry.function(**inputs | leaves, backend=backend).loss
     made = torch.autograd.grad(loss, list(leaves.values()))
     return {"loss": loss, **{f"the gradient of {name}": x for name, x in zip(leaves, made, strict=True)}}

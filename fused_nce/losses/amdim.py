@@ -331,7 +331,6 @@ def _draw(seed: int, size: Size) -> dict[str, Any]:
 
 register(
     Entry(
-        "amdim_nce",
         amdim_nce,
         AMDIMLoss,
         "mean_ip −log(e^t_ip / (e^t_ip + Σ_neg e^t)) + λ·mean s², t = c·tanh(s/c)",

@@ -250,7 +250,6 @@ def _draw(seed: int, size: Size) -> dict[str, Any]:
 
 register(
     Entry(
-        "amdim_mixture_nce",
         amdim_mixture_nce,
         AMDIMMixtureLoss,
         "−mean_ai (1/τ)·log Σ_j e^(−τ·nce_aji) + λ·mean s², nce_aji of amdim_nce",

@@ -110,7 +110,6 @@ def _draw(seed: int, size: Size) -> dict[str, Any]:
 
 register(
     Entry(
-        "binary_nce",
         binary_nce,
         BinaryNCELoss,
         "mean_i softplus(−Δ_i) + Σ_k softplus(Δ_ik), Δ = s − log kq",

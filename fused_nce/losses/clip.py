@@ -190,7 +190,6 @@ def _draw(seed: int, size: Size) -> dict[str, Any]:
 
 register(
     Entry(
-        "clip_loss",
         clip_loss,
         CLIPLoss,
         "½(mean_i −log softmax_j(s_ij)_i + mean_j −log softmax_i(s_ij)_j)",

@@ -92,7 +92,6 @@ def _draw(seed: int, size: Size) -> dict[str, Any]:
 
 register(
     Entry(
-        "club",
         club,
         CLUBLoss,
         "mean_i log q(y_i|x_i) − mean_ij log q(y_j|x_i)",

@@ -246,7 +246,6 @@ def _entry(**options: Any) -> Entry:
         return found
 
     return Entry(
-        "cpc_nce",
         cpc_nce,
         CPCLoss,
         "mean_s mean_i −log(e^(s_ii) / Σ_j e^(s_ij)), of each step s",

@@ -185,7 +185,6 @@ def _entry(*global_shape: int, **options: Any) -> Entry:
         "nce": "mean_joint −log(e^u / (e^u + Σ_product e^u))",
     }
     return Entry(
-        "dim_mi",
         dim_mi,
         DIMLoss,
         formulas[options["estimator"]],

@@ -78,7 +78,6 @@ def _draw(seed: int, size: Size) -> dict[str, Any]:
 
 register(
     Entry(
-        "gaussian_kl",
         gaussian_kl,
         GaussianKLLoss,
         "mean_i ½ Σ_d (σ² + μ² − 1 − log σ²)",

@@ -213,7 +213,6 @@ def _entry(draws: Sequence[str] = (), **options: Any) -> Entry:
 
     one_op = set(options) <= PLAIN and set(draws) <= {"targets"}
     return Entry(
-        "info_nce",
         info_nce,
         InfoNCELoss,
         "mean_i −log(e^(s_i,t(i)) / Σ_j e^(s_ij))",

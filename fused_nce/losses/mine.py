@@ -133,7 +133,6 @@ def _draw(seed: int, size: Size) -> dict[str, Any]:
 
 register(
     Entry(
-        "mine_dv",
         mine_dv,
         MINELoss,
         "log mean_product e^T − mean_joint T",

@@ -127,7 +127,6 @@ def _draw(seed: int, size: Size) -> dict[str, Any]:
 
 register(
     Entry(
-        "moco_nce",
         moco_nce,
         MoCoLoss,
         "mean_i −log(e^(s_i⁺) / (e^(s_i⁺) + Σ_queue e^s))",

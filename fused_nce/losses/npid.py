@@ -139,7 +139,6 @@ def _draw(seed: int, size: Size) -> dict[str, Any]:
 
 register(
     Entry(
-        "npid_softmax",
         npid_softmax,
         NPIDSoftmaxLoss,
         "mean_i −log softmax_j(⟨f_i, v_j⟩ / τ)_i",

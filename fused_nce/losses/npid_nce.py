@@ -203,7 +203,6 @@ def _draw(seed: int, size: Size) -> dict[str, Any]:
 
 register(
     Entry(
-        "npid_nce",
         npid_nce,
         NPIDNCELoss,
         "mean_i softplus(−Δ_i) + Σ_j softplus(Δ_ij), Δ = ⟨f_i, v_j⟩ / τ − log Z − log(m/n)",

@@ -123,7 +123,6 @@ def _draw(seed: int, size: Size) -> dict[str, Any]:
 
 register(
     Entry(
-        "nt_xent",
         nt_xent,
         NTXentLoss,
         "1/2N Σ_i LSE_{j≠i} s_ij − s_i,twin(i)",

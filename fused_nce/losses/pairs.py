@@ -114,7 +114,6 @@ def _draw(seed: int, size: Size) -> dict[str, Any]:
 
 register(
     Entry(
-        "pair_contrastive",
         pair_contrastive,
         PairContrastiveLoss,
         "mean_pairs ½d² if y = y', else ½max(0, m − d)²",

@@ -34,7 +34,6 @@ class Entry:
     """One loss.
 
     Attributes:
-        name: of the public function.
         function: returns an `NCEOutput`; takes `backend=`, unless closed.
         module: its `nn.Module` twin.
         formula: one line, for the table.
@@ -50,7 +49,6 @@ class Entry:
         kinked: its slope jumps, at a hinge or between two scores that are the highest.
     """
 
-    name: str
     function: Callable[..., NCEOutput]
     module: type[nn.Module]
     formula: str
@@ -64,9 +62,19 @@ class Entry:
     stopped: bool = False
     kinked: bool = False
 
+    @property
+    def name(self) -> str:
+        """Of the function."""
+        return self.function.__name__
+
     def example(self, seed: int, size: Size = SMALL) -> dict[str, Any]:
         """One of this size; the same seed and size draw the same numbers."""
         return self.draw(seed, size)
+
+    def differentiable(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Those of the inputs that have a gradient."""
+        floats = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()}
+        return {name: x for name, x in floats.items() if name not in self.frozen}
 
 
 LOSSES: dict[str, Entry] = {}

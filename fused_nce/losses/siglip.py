@@ -106,7 +106,6 @@ def _draw(seed: int, size: Size) -> dict[str, Any]:
 
 register(
     Entry(
-        "siglip_loss",
         siglip_loss,
         SigLIPLoss,
         "1/N Σ_ij softplus(−z_ij(s_ij + b))",

@@ -147,7 +147,7 @@ def _entry(variant: str) -> Entry:
         }
 
     formula = {"out": "mean_i −1/|P| Σ_p log softmax_A(s_i)_p", "in": "mean_i −log 1/|P| Σ_p softmax_A(s_i)_p"}
-    return Entry("sup_con", sup_con, SupConLoss, formula[variant], "Khosla et al. 2020, arXiv:2004.11362", draw, oracle)
+    return Entry(sup_con, SupConLoss, formula[variant], "Khosla et al. 2020, arXiv:2004.11362", draw, oracle)
 
 
 register(_entry("out"))

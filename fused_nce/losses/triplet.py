@@ -177,7 +177,6 @@ def _entry(**options: Any) -> Entry:
 
     distances = "⟨a,p⟩ + ⟨a,n⟩" if options.get("form") == "similarity" else "d(a,n) + d(a,p)"
     return Entry(
-        "triplet_margin",
         triplet_margin,
         TripletMarginLoss,
         f"mean_{options['mining']} max(0, m − {distances})",
