@@ -25,6 +25,10 @@ class Account:
     def __str__(self) -> str:
         return ", ".join(f"{count:,} {kind} ({printable(first)})" for kind, (count, first) in self.kinds.items())
 
+    def aside(self) -> str:
+        """In brackets, for the end of an error; nothing where nothing was left out."""
+        return f" (left out: {self})" if self.kinds else ""
+
     def line(self, data: str, split: str, *parts: str) -> str:
         """`shots, train: 9 images, 3 classes; left out: 4 .txt files (notes.txt)`, of the parts that are not empty."""
         left_out = f"; left out: {self}" if self.kinds else ""

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fused_nce.train.data.folders import walk
+from fused_nce.train.data.folders import FileSamples, walk
 from fused_nce.train.data.listing import Listing
-from fused_nce.train.data.members import Attributes, Name, Samples, unread
+from fused_nce.train.data.members import Attributes, Name, unread
 from fused_nce.train.files import printable, reading
 
 IMAGES, LISTS = "img_align_celeba", ("list_attr_celeba", "list_eval_partition")
@@ -31,7 +31,7 @@ def find(root: Path) -> tuple[Path, Path] | None:
     return None
 
 
-class CelebASamples(Samples):
+class CelebASamples(FileSamples):
     """The images of a split that both lists name, in the order of the first.
 
     Raises:
@@ -39,9 +39,9 @@ class CelebASamples(Samples):
     """
 
     def __init__(self, root: Path, lists: tuple[Path, Path], split: str, kind: str) -> None:
-        super().__init__(kind)
+        super().__init__(root / IMAGES, kind)
         parts = {name: fields[0] for _, name, fields in _rows(lists[1], 1)}
-        self.folder, listing = root / IMAGES, Listing(root / IMAGES)
+        listing, skip = Listing(self.folder), len(str(self.folder)) + 1
         if not self.folder.is_dir():
             raise ValueError(f"data: {root} has {lists[0].name} and no folder {IMAGES}; it must hold the images")
         lying: dict[str, str] = {}
@@ -53,7 +53,6 @@ class CelebASamples(Samples):
                 self.account.leave_out(f"{kind} of a name that another has", path)
         listing.close()
         names = _names(lists[0])
-        self.paths: list[str] = []
         values: list[list[bool]] = []
         for line, name, fields in _rows(lists[0], len(names)):
             path = lying.pop(name, "")
@@ -64,35 +63,25 @@ class CelebASamples(Samples):
             elif parts[name] == PARTITION[split]:
                 if not ANSWERS.keys() >= set(fields):
                     raise ValueError(f"data: {lists[0]}, line {line}: must hold 1 and -1, got {printable(fields)}")
-                self.paths.append(path)
+                self.inner.append(path[skip:])
                 values.append([ANSWERS[text] for text in fields])
             elif parts[name] not in PARTITION.values():
                 self.account.leave_out(f"{kind} of another partition", name)
         for name in lying:
             self.account.leave_out(f"{kind} without attributes", name)
-        if not self.paths:
-            left_out = f" (left out: {self.account})" if self.account.kinds else ""
+        if not self.inner:
+            left_out = self.account.aside()
             raise ValueError(f"data: no {split} {kind[:-1]} of {lists[1]} lies below {self.folder}{left_out}")
         self.attributes = Attributes(names, np.array(values))
-        self.texts, self.fields = [""] * len(self.paths), [{}] * len(self.paths)
+        self.texts, self.fields = [""] * len(self.inner), [{}] * len(self.inner)
 
     attributes: Attributes
 
-    def name(self, index: int) -> str:
-        return self.paths[index]
-
-    label_name = name
-
     def short_name(self, index: int) -> str:
-        return self.paths[index].rpartition("/")[2]
-
-    def content(self, index: int, most: int | None = None) -> bytes:
-        with open(self.paths[index], "rb") as file:
-            return file.read(-1 if most is None else most)
+        return self.inner[index].rpartition("/")[2]
 
     def keep(self, rows: list[int]) -> None:
         super().keep(rows)
-        self.paths = [self.paths[i] for i in rows]
         self.attributes = Attributes(self.attributes.names, self.attributes.values[rows])
 
 

@@ -17,7 +17,36 @@ SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
 SPLIT_LIKE = re.compile(r"(train|test)(ing)?$|val(id(ation)?)?$", re.IGNORECASE)
 
 
-class FolderSamples(Samples):
+class FileSamples(Samples):
+    """Files below a folder.
+
+    Attributes:
+        folder: the top.
+        inner: the path of each below it.
+    """
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        super().__init__(kind)
+        self.folder, self.inner = folder, list[str]()
+
+    def name(self, index: int) -> str:
+        return f"{self.folder}/{self.inner[index]}"
+
+    label_name = name
+
+    def short_name(self, index: int) -> str:
+        return self.inner[index]
+
+    def content(self, index: int, most: int | None = None) -> bytes:
+        with open(self.name(index), "rb") as file:
+            return file.read(-1 if most is None else most)
+
+    def keep(self, rows: list[int]) -> None:
+        super().keep(rows)
+        self.inner = [self.inner[i] for i in rows]
+
+
+class FolderSamples(FileSamples):
     """The files of one kind below a folder, sorted; the folder's own subfolders are the classes.
 
     Files beside the class folders have no label. Linked folders are followed.
@@ -27,7 +56,7 @@ class FolderSamples(Samples):
     """
 
     def __init__(self, root: Path, split: str, kind: str) -> None:
-        super().__init__(kind)
+        super().__init__(root, kind)
         splits = [root / name for name in SPLIT_FOLDERS[split] if (root / name).is_dir()]
         # ImageNet's `test` has no labels, its `val` does.
         found = next(filter(_has_folders, splits), splits[0] if splits else None)
@@ -37,7 +66,7 @@ class FolderSamples(Samples):
         others = [root / name for key, names in SPLIT_FOLDERS.items() if key != split for name in names]
         if found is None and (split == "test" or any(any(folder.glob("*")) for folder in others)):
             raise ValueError(f"data: {root} has no {split} split; it must hold {root / SPLIT_FOLDERS[split][0]}")
-        self.folder, self.inner = found or root, list[str]()  # below the folder
+        self.folder = found or root
         entries = [entry for entry in sorted(root.iterdir()) if not hidden(entry.name)]
         if found is not None:
             for entry in entries:
@@ -61,29 +90,13 @@ class FolderSamples(Samples):
         listing.close()
         if not self.inner:
             needed = ", ".join(f".{suffix}" for suffix, known in KINDS.items() if known == kind)
-            left_out = f" (left out: {self.account})" if self.account.kinds else ""
+            left_out = self.account.aside()
             raise ValueError(f"data: no {kind[:-1]} below {self.folder}{left_out}; it must hold {needed} files")
         self.fields = [{}] * len(self.inner)  # one, of which there are none
         known = set(self.texts)
         for entry in sorted(self.folder.iterdir()):
             if entry.is_dir() and not hidden(entry.name) and of_folder(entry.name) not in known:
                 self.account.leave_out(f"folders without {kind}", str(entry))
-
-    def name(self, index: int) -> str:
-        return f"{self.folder}/{self.inner[index]}"
-
-    label_name = name
-
-    def short_name(self, index: int) -> str:
-        return self.inner[index]
-
-    def content(self, index: int, most: int | None = None) -> bytes:
-        with open(self.name(index), "rb") as file:
-            return file.read(-1 if most is None else most)
-
-    def keep(self, rows: list[int]) -> None:
-        super().keep(rows)
-        self.inner = [self.inner[i] for i in rows]
 
 
 def _has_folders(folder: Path) -> bool:

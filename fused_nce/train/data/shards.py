@@ -99,8 +99,7 @@ class ShardSamples(Samples):
             for shard in self.shards:
                 self._index(shard, found)
         if not self.entries:
-            left_out = f" (left out: {self.account})" if self.account.kinds else ""
-            raise ValueError(f"data: no {kind[:-1]} in {', '.join(map(str, self.shards))}{left_out}")
+            raise ValueError(f"data: no {kind[:-1]} in {', '.join(map(str, self.shards))}{self.account.aside()}")
         self.label_suffixes = self._choose(found)
         for each in found:
             self.texts.append(next((each[suffix] for suffix in self.label_suffixes if suffix in each), ""))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fused_nce.models.base import Model
 from fused_nce.train import config as config_module
-from fused_nce.train.files import read_json
+from fused_nce.train.files import read_json, write_text
 from fused_nce.train.method import Method
 from fused_nce.train.saving import sharding
 
@@ -92,7 +92,8 @@ def complete(temporary: Path, step: int, state: dict[str, Any], keep: int) -> Pa
         raise
     if problem := damage(target):
         raise OSError(f"checkpoint {target} did not read back as written: {problem}")
-    _point_latest(root, target.name)
+    write_text(root / LATEST, target.name + "\n")
+    _sync(root)
     whole = 1
     for old in (path for path in reversed(steps(root.parent)) if int(path.name[5:]) < step):
         if whole >= keep:
@@ -230,14 +231,6 @@ def load_run(run_dir: str | Path) -> tuple[Model, Method, dict[str, Any]]:
 def load_model(run_dir: str | Path) -> tuple[Model, Method]:
     """The first two of `load_run`."""
     return load_run(run_dir)[:2]
-
-
-def _point_latest(root: Path, name: str) -> None:
-    temporary = root / f".tmp-{os.getpid()}-latest"
-    temporary.write_text(name + "\n", encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(root / LATEST)
-    _sync(root)
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
