@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any, NamedTuple
 
 from bench import cases
@@ -17,7 +18,7 @@ class Cell(NamedTuple):
     value: float
     target: str
     passed: bool
-    why: str  # a miss explained, empty for a pass
+    why: str  # what explains a miss
 
     @property
     def text(self) -> str:
@@ -49,71 +50,53 @@ def cells(record: Row, row: Row) -> list[Cell]:
     have = row["rivals"]
     if "ours" not in have:
         return []
-    ours = time_ms(row, "ours")
-    found = [_bound_cell(row, target)]
-    if "naive" in have:
-        found.append(_naive_cell(row, target))
-    if "compile" in have:
-        ratio = time_ms(row, "compile") / ours
-        why = f"compile runs at {time_ms(row, 'compile') / time_ms(row, 'bound'):.2f}× the bound"
-        found.append(Cell("compile / ours", ratio, "> 1", ratio > 1, "" if ratio > 1 else why))
-    if {"naive", "chunked"} <= have.keys():
-        ratio = time_ms(row, "naive") / time_ms(row, "chunked")
-        why = f"chunked runs at {time_ms(row, 'chunked') / time_ms(row, 'bound'):.2f}× the bound"
-        found.append(Cell("naive / chunked", ratio, "> 1", ratio > 1, "" if ratio > 1 else why))
-    peak = have["ours"]["peak_memory_mib"]
-    fits = peak <= target.peak_mib
-    why = f"the scores alone are {row['scores_bytes_float32'] / 2**20:.0f} MiB"
-    found.append(Cell("peak MiB", peak, f"≤ {target.peak_mib:g}", fits, "" if fits else why))
-    found += _bf16_cell(record, row, ours)
-    return found
-
-
-def _bound_cell(row: Row, target: Target) -> Cell:
     ours, floor = time_ms(row, "ours"), time_ms(row, "bound")
-    ratio = ours / floor
-    passed = ratio <= target.ours_over_bound
     # Whatever is not GEMM, spread over the scores: a tanh, an exp and their sums cost one core about 0.5 ns a score.
     per_score_ns = (ours - floor) * 1e6 / case_of(row).scores
-    why = f"{ours - floor:.1f} ms above the GEMMs, {per_score_ns:.2f} ns a score"
-    return Cell("ours / bound", ratio, f"≤ {target.ours_over_bound:g}", passed, "" if passed else why)
+    above = f"{ours - floor:.1f} ms above the GEMMs, {per_score_ns:.2f} ns a score"
+    found = [at_most("ours / bound", ours / floor, target.ours_over_bound, above)]
+    if "naive" in have:
+        found.append(_naive_cell(row, target))
+    for slow, fast, named in (("compile", "ours", "compile"), ("naive", "chunked", "chunked")):
+        if {slow, fast} <= have.keys():
+            ratio = time_ms(row, slow) / time_ms(row, fast)
+            why = f"{named} runs at {time_ms(row, named) / floor:.2f}× the bound"
+            found.append(Cell(f"{slow} / {fast}", ratio, "> 1", ratio > 1, why))
+    why = f"the scores alone are {row['scores_bytes_float32'] / 2**20:.0f} MiB"
+    found.append(at_most("peak MiB", have["ours"]["peak_memory_mib"], target.peak_mib, why))
+    return found + _bf16_cell(record, row, ours)
+
+
+def at_most(name: str, value: float, limit: float, why: str) -> Cell:
+    """A number that must not be above a limit; NaN is."""
+    return Cell(name, value, f"≤ {limit:g}", value <= limit, why)
+
+
+def at_least(name: str, value: float, limit: float, why: str) -> Cell:
+    """A number that must not be below a limit; NaN is."""
+    return Cell(name, value, f"≥ {limit:g}", value >= limit, why)
 
 
 def _naive_cell(row: Row, target: Target) -> Cell:
-    naive, floor = time_ms(row, "naive"), time_ms(row, "bound")
-    ratio, ceiling = naive / time_ms(row, "ours"), naive / floor
-    passed = ratio >= target.naive_over_ours
+    ours, naive, floor = (time_ms(row, name) for name in ("ours", "naive", "bound"))
+    least, ceiling = target.naive_over_ours, naive / floor
     why = f"naive itself runs at {ceiling:.2f}× the bound here, so {ceiling:.2f}× is what the bound would reach"
-    if ceiling > target.naive_over_ours:
-        why += (
-            f"; at the allowed {target.ours_over_bound:g}× the bound it would be {ceiling / target.ours_over_bound:.2f}"
-        )
-    return Cell("naive / ours", ratio, f"≥ {target.naive_over_ours:g}", passed, "" if passed else why)
+    if ceiling > least:
+        allowed = target.ours_over_bound
+        why += f"; at the allowed {allowed:g}× the bound it would be {ceiling / allowed:.2f}"
+    return at_least("naive / ours", naive / ours, least, why)
 
 
 def _bf16_cell(record: Row, row: Row, ours_ms: float) -> list[Cell]:
     if "avx512_bf16" not in record["host"]["isa_flags"]:
         return []
     same = [r for r in judged(record, cases.BFLOAT16) if all(r[key] == row[key] for key in ("n_a", "n_c", "d"))]
-    return [
-        Cell(
-            "fp32 / bf16",
-            ratio := ours_ms / time_ms(twin, "ours"),
-            f"≥ {cases.BF16_SPEEDUP:g}",
-            passed := ratio >= cases.BF16_SPEEDUP,
-            ""
-            if passed
-            else f"in bf16 ours takes {time_ms(twin, 'ours') / time_ms(twin, 'bound'):.2f}× its three GEMMs",
-        )
-        for twin in same
-        if "ours" in twin["rivals"]
-    ]
+    twins = [(time_ms(twin, "ours"), time_ms(twin, "bound")) for twin in same if "ours" in twin["rivals"]]
+    why = "in bf16 ours takes {:.2f}× its three GEMMs"
+    return [at_least("fp32 / bf16", ours_ms / ms, cases.BF16_SPEEDUP, why.format(ms / gemms)) for ms, gemms in twins]
 
 
 def linear_fit(xs: list[float], ys: list[float]) -> tuple[float, float, float]:
     """Least squares y ≈ intercept + slope·x: (intercept, slope, largest |residual|)."""
-    n = len(xs)
-    mean_x, mean_y = sum(xs) / n, sum(ys) / n
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / sum((x - mean_x) ** 2 for x in xs)
-    intercept = mean_y - slope * mean_x
+    slope, intercept = statistics.linear_regression(xs, ys)
     return intercept, slope, max(abs(y - intercept - slope * x) for x, y in zip(xs, ys, strict=True))

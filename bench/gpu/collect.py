@@ -95,6 +95,6 @@ def _times(
 
 
 def _rounds(calls: dict[Any, Call], rounds: int, timer: Timer) -> dict[Any, list[float]]:
-    """Gradients are results here, so there is none to drop between two calls."""
+    """Warm, then timed."""
     measure.interleave(calls, WARMUPS, timer)
     return measure.interleave(calls, rounds, timer)

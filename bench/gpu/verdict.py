@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from bench.gpu import problems
 from bench.gpu.problems import Problem
 from bench.gpu.rivals import NAIVE, THEIRS
-from bench.verdict import Cell
+from bench.verdict import Cell, at_least, at_most
 from fused_nce.core import cost
 from fused_nce.core.cost import Measured
 
@@ -42,7 +43,7 @@ def cells(record: Record, row: Row) -> list[Cell]:
     target = problem.target
     if ours is None:
         asked = "a time" if target is None else f"≤ {target.device_ms:g} ms"
-        return [Cell("time", float("nan"), asked, False, row["refused"].get("ours", "not run"))]
+        return [Cell("time", math.nan, asked, False, row["refused"].get("ours", "not run"))]
     if target is None:  # the same shape in less memory: at most so much slower
         whole = [time_ms(r, "ours", clock) for r in record["cases"] if problem_of(r) == problems.GLOBAL]
         ratio = ours / whole[0] if whole and whole[0] is not None else None
@@ -64,8 +65,7 @@ def cells(record: Record, row: Row) -> list[Cell]:
 
 
 def _most(name: str, value: float | None, limit: float, why: str) -> Cell:
-    passed = value is not None and value <= limit
-    return Cell(name, float("nan") if value is None else value, f"≤ {limit:g}", passed, "" if passed else why)
+    return at_most(name, math.nan if value is None else value, limit, why)
 
 
 def _ratio(row: Row, rival: str, ours_ms: float, least: float, clock: str) -> Cell:
@@ -74,10 +74,9 @@ def _ratio(row: Row, rival: str, ours_ms: float, least: float, clock: str) -> Ce
     if theirs is None:
         reason = row["refused"].get(rival, "not run")
         # A rival that this card has no memory for is beaten; anything else that kept it from running is no pass.
-        return Cell(name, float("nan"), f"≥ {least:g}", reason == "out of memory", f"{rival}: {reason}")
-    passed = theirs / ours_ms >= least
-    why = "" if passed or bound is None else f"{rival} runs at {theirs / bound:.2f}× the bound"
-    return Cell(name, theirs / ours_ms, f"≥ {least:g}", passed, why)
+        return Cell(name, math.nan, f"≥ {least:g}", reason == "out of memory", f"{rival}: {reason}")
+    why = "" if bound is None else f"{rival} runs at {theirs / bound:.2f}× the bound"
+    return at_least(name, theirs / ours_ms, least, why)
 
 
 def backends_ms(row: Row, clock: str) -> dict[str, float]:
