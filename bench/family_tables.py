@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 from bench.family import RIVALS
-from bench.host import ROOT
 from bench.rivals.bound import LIBRARIES
 from bench.text import markdown, number
 
 Record = dict[str, Any]
 Row = dict[str, Any]
-RESULTS = ROOT / "bench/results"
 TIE = 0.98  # a rival within 2 % of ours is as fast: medians of one run move by as much
 SMALL_SCORES = 128 * 128  # below, a call is its fixed cost
-
-
-def records() -> list[Record]:
-    """Every committed run of the family, newest first."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("family-*.json")]
-    return sorted(found, key=lambda record: str(record["date_utc"]), reverse=True)
 
 
 def time_ms(row: Row, rival: str) -> float:

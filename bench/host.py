@@ -146,10 +146,15 @@ def write(path: Path, record: dict[str, Any]) -> None:
     part.replace(path)
 
 
+def records(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    """Those of a folder's files, newest first."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(pattern)]
+    return sorted(found, key=lambda record: str(record["date_utc"]), reverse=True)
+
+
 def newest(folder: Path, pattern: str) -> dict[str, Any] | None:
-    """The record with the latest `date_utc` among a folder's files; None without any."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(pattern)]
-    return max(records, key=lambda record: str(record["date_utc"]), default=None)
+    """The first of `records`; None without any."""
+    return next(iter(records(folder, pattern)), None)
 
 
 def shown(folder: Path, pattern: str, table: Callable[[dict[str, Any]], str], command: str) -> str:

@@ -30,7 +30,7 @@ from bench import (
 )
 from bench.gpu import problems as gpu_problems
 from bench.gpu import tables as gpu_tables
-from bench.host import ROOT, newest
+from bench.host import ROOT, newest, records
 from bench.rivals import RIVALS
 from bench.rivals.bound import LIBRARIES
 from bench.text import markdown
@@ -173,19 +173,20 @@ def newest_gpu_record() -> Record | None:
     return newest(PUBLISHED.parent, "gpu-*.json")
 
 
+def newest_of(pattern: str, command: str, text: Callable[[Record], str], isa: str) -> str:
+    """A text of the newest run with an instruction set; before there is one, what makes it."""
+    found = [x for x in records(PUBLISHED.parent, pattern) if x["host"]["torch_cpu_capability"] == isa]
+    return text(found[0]) if found else f"No run with {isa} is committed yet: `{command}` makes one."
+
+
 def family(text: Callable[[Record], str], isa: str = "AVX512") -> str:
-    """A text of the newest run of the family with an instruction set."""
-    found = [record for record in family_tables.records() if record["host"]["torch_cpu_capability"] == isa]
-    return text(found[0]) if found else f"No run with {isa} is committed yet: `python -m bench.family` makes one."
+    """Of the losses' family."""
+    return newest_of("family-*.json", "python -m bench.family", text, isa)
 
 
 def amdim(text: Callable[[Record], str], isa: str, _: Record) -> str:
-    """A text of the newest run of AMDIM's shapes with an instruction set."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in PUBLISHED.parent.glob("cpu-*.json")]
-    found = [record for record in records if record["host"]["torch_cpu_capability"] == isa]
-    if not found:
-        return f"No run with {isa} is committed yet: `python -m bench --isa {isa.lower()}` makes one."
-    return text(max(found, key=lambda record: str(record["date_utc"])))
+    """Of AMDIM's shapes."""
+    return newest_of("cpu-*.json", f"python -m bench --isa {isa.lower()}", text, isa)
 
 
 BLOCKS: dict[str, Callable[[Record], str]] = {
@@ -203,7 +204,7 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "family-largest": lambda record: family(family_tables.largest),
     "family-table-avx2": lambda record: family(family_tables.table, "AVX2"),
     "family-from": lambda record: "\n\n".join(family(family_tables.faster_from, isa) for isa in ("AVX512", "AVX2")),
-    "slower": lambda record: family_tables.slower(family_tables.records()),
+    "slower": lambda record: family_tables.slower(records(PUBLISHED.parent, "family-*.json")),
     "when-it-matters": lambda record: roofline.table(),
     "api": lambda record: losses.api(),
     "losses": lambda record: losses.table("docs/losses.md"),
