@@ -6,10 +6,11 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_nce.core import checks
 from fused_nce.losses.common import fixed_lse, fixed_mean, log_count, output, widened
+from fused_nce.losses.module import LossModule
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, features, register
 
@@ -66,7 +67,7 @@ def _log_mean(product: Tensor) -> Tensor:
     return total - log_count(product.numel(), total)
 
 
-class MINELoss(nn.Module):
+class MINELoss(LossModule):
     """MINE's bound (`mine_dv`); with a rate it keeps the moving average of its gradient's denominator.
 
     Args:
@@ -91,18 +92,13 @@ class MINELoss(nn.Module):
     updates: Tensor
 
     def __init__(self, rate: float | None = None) -> None:
-        super().__init__()
+        super().__init__(rate=rate)
         if rate is not None:
             checks.check_number("rate", rate, above=0)
             if rate >= 1:
                 raise ValueError(f"rate: got {rate!r}, need a number < 1")
-        self.rate = rate
         self.register_buffer("log_mean", torch.zeros(()))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        return f"rate={self.rate}"
 
     def forward(self, joint: Tensor, product: Tensor) -> NCEOutput:
         """`mine_dv` of the batch."""

@@ -16,6 +16,7 @@ from fused_nce.core import checks
 from fused_nce.core.gathered import gathered_scores
 from fused_nce.losses.binary_nce import binary
 from fused_nce.losses.common import exposed, fixed_lse, inverse, log_count
+from fused_nce.losses.module import LossModule
 from fused_nce.losses.npid import check_bank, proximal_to
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, places, register
@@ -92,7 +93,7 @@ def _nce(
     return proximal_to(binary(delta[:, 0], delta[:, 1:]), features, bank, indices, proximal)
 
 
-class NPIDNCELoss(nn.Module):
+class NPIDNCELoss(LossModule):
     """NPID's sampled loss (`npid_nce`): draws its noise and, if z is None, estimates Z from its first batch.
 
     Args:
@@ -129,7 +130,7 @@ class NPIDNCELoss(nn.Module):
         proximal: float = 0.0,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(temperature=temperature, m=m, z=z, proximal=proximal, backend=backend)
         inverse("temperature", temperature, torch.device("cpu"))
         checks.check_int("m", m)
         if m < 1:
@@ -137,13 +138,7 @@ class NPIDNCELoss(nn.Module):
         if z is not None:
             checks.check_number("z", z, above=0)
         checks.check_number("proximal", proximal, at_least=0)
-        self.temperature, self.m, self.z = temperature, m, z
-        self.proximal, self.backend = proximal, backend
         self.register_buffer("log_z", torch.tensor(math.nan))
-
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        return f"temperature={self.temperature}, m={self.m}, z={self.z}, proximal={self.proximal}"
 
     def forward(
         self,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fused_nce.losses import AMDIMLoss, MultiscaleMixtureLoss
-from fused_nce.models.base import Embedded, Model, split_views, views_of
+from fused_nce.models.base import Embedded, Model, check_images, split_views, views_of
 from fused_nce.models.encoders.amdim import AMDIMEncoder
 from fused_nce.models.encoders.blocks import Init
 from fused_nce.models.mixture import Components
@@ -87,13 +87,9 @@ class AMDIM(Model):
         Raises:
             ValueError: if the images have another shape.
         """
-        self._check(x)
+        check_images(x, self.image_size)
         taps: dict[str, Tensor] = self.encoder(x)
         return taps
-
-    def _check(self, x: Tensor) -> None:
-        if x.dim() != 4 or x.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(f"x: must be (B, 3, {self.image_size}, {self.image_size}) images, got {tuple(x.shape)}")
 
     def embed(
         self,
@@ -105,7 +101,7 @@ class AMDIM(Model):
             ValueError: if there are not two views of one shape, or only one image (no negatives).
         """
         views = split_views(batch)
-        self._check(views[0])
+        check_images(views[0], self.image_size)
         first, second = self.encoder(views)  # fault: both-views-one
         return self._embedded((first, second))
 

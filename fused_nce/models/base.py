@@ -133,6 +133,12 @@ class Model(nn.Module):
         """
 
 
+def check_images(x: Tensor, side: int) -> None:
+    """Refuses what is no batch of square images of this side."""
+    if x.dim() != 4 or x.shape[1:] != (3, side, side):
+        raise ValueError(f"x: must be (B, 3, {side}, {side}) images, got {tuple(x.shape)}")
+
+
 def one_view(batch: Tensor | Sequence[Tensor]) -> Tensor:
     """The images of a batch: itself, or the one view that it holds."""
     if isinstance(batch, Tensor):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
-from fused_nce.models.base import Embedded, Model, one_view
+from fused_nce.models.base import Embedded, Model, check_images, one_view
 from fused_nce.models.decoder import Decoder
 from fused_nce.models.encoders.dim import DIMEncoder
 
@@ -59,8 +59,7 @@ class Coded(Model):
         Raises:
             ValueError: if the images have another shape.
         """
-        if x.dim() != 4 or x.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(f"x: must be (B, 3, {self.image_size}, {self.image_size}) images, got {tuple(x.shape)}")
+        check_images(x, self.image_size)
         taps: dict[str, Tensor] = self.encoder(x)
         return taps
 

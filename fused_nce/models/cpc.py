@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from fused_nce.core import checks
 from fused_nce.losses import CPCLoss, NCEOutput, cpc_nce
-from fused_nce.models.base import Embedded, Model
+from fused_nce.losses.module import LossModule
+from fused_nce.models.base import Embedded, Model, one_view
 from fused_nce.models.encoders.cpc import AudioEncoder, GRUContext, NoContext, PatchEncoder, PixelCNN
 
 NEGATIVES = ("batch", "sequence", "sampled")
 
 
-class SampledCPCLoss(nn.Module):
+class SampledCPCLoss(LossModule):
     """`cpc_nce` of one step against `count` negatives a prediction, drawn with replacement from the other targets.
 
     Greedy InfoMax's code (Löwe et al. 2019) draws 10 for audio and 16 for images. At chance the loss is log(1 + count).
@@ -30,14 +31,9 @@ class SampledCPCLoss(nn.Module):
     """
 
     def __init__(self, count: int = 10, *, backend: str | None = None) -> None:
-        super().__init__()
+        super().__init__(count=count, backend=backend)
         if count < 1:
             raise ValueError(f"sampled: must be at least 1, got {count}")
-        self.count, self.backend = count, backend
-
-    def extra_repr(self) -> str:
-        """The settings, as `print(module)` shows them."""
-        return f"count={self.count}"
 
     def forward(
         self,
@@ -231,9 +227,7 @@ class CPC(Model):
         Raises:
             ValueError: for more than one view, fewer rows than the farthest prediction needs, or no negative.
         """
-        if not isinstance(batch, Tensor) and len(batch) != 1:
-            raise ValueError(f"batch: must hold 1 view, got {len(batch)}")
-        x = batch if isinstance(batch, Tensor) else batch[0]
+        x = one_view(batch)
         z, c = self._grids(x)
         images, _, rows, columns = z.shape
         farthest = self.skip + self.steps
