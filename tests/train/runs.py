@@ -2,6 +2,7 @@
 
 import json
 
+import torch
 from safetensors.torch import load_file
 
 from fused_nce.train import command, limits, methods
@@ -25,8 +26,8 @@ def trainer(out, *argv):
     return Trainer(*command.parse("amdim", [*TINY, "--out", str(out), *argv])[:2])
 
 
-def resumed(out, *argv):
-    settings, run_dir, resume = command.parse("amdim", ["--resume", str(out), *argv])
+def resumed(out, *argv, method="amdim"):
+    settings, run_dir, resume = command.parse(method, ["--resume", str(out), *argv])
     return Trainer(settings, run_dir, resume=resume)
 
 
@@ -41,6 +42,24 @@ def tensors(out, step):
 
 def untimed(lines):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def differing(ours, theirs, **tolerance):
+    """The names under which two states, of the same names, do not have the same bits, or close numbers."""
+    assert ours.keys() == theirs.keys()
+    alike = torch.allclose if tolerance else torch.equal
+    return [k for k in ours if not alike(ours[k], theirs[k], **tolerance)]
+
+
+def moved(model, before):
+    """The children of a model that are no longer as they were."""
+    return {name.partition(".")[0] for name in differing(model.state_dict(), before)}
+
+
+def assert_the_same(run, other, step):
+    """What two runs saved, and their logs, bit by bit."""
+    assert differing(tensors(run, step), tensors(other, step)) == []
+    assert untimed(log(run)) == untimed(log(other))
 
 
 def ill_refused(method, bad):

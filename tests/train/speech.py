@@ -2,10 +2,11 @@
 
 import io
 import json
-import tarfile
 import wave
 
 import numpy as np
+
+from tests.train.pictures import write_shard
 
 RATE = 8000
 
@@ -28,7 +29,8 @@ def tone(digit, speaker, seed):
     return np.round(x * 3000 * (1 + 3 * speaker))
 
 
-def members(split, digits=3, speakers=2, each=6):
+def members(split, each=6):
+    digits, speakers = 3, 2
     first = {"train": 0, "test": 10_000}[split]
     for i in range(digits * speakers * each):
         digit, speaker = i % digits, i // digits % speakers
@@ -36,17 +38,9 @@ def members(split, digits=3, speakers=2, each=6):
         yield f"{i}.json", json.dumps({"digit": digit, "speaker": f"s{speaker}"}).encode()
 
 
-def shard(path, content):
-    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
-        for name, data in content:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
 def make(folder):
     """A folder of one `.tar.gz` to train on and one `.tar` to test."""
     folder.mkdir(parents=True, exist_ok=True)
-    shard(folder / "train-0.tar.gz", members("train"))
-    shard(folder / "test-0.tar", members("test", each=3))
+    write_shard(folder / "train-0.tar.gz", members("train"))
+    write_shard(folder / "test-0.tar", members("test", each=3))
     return folder

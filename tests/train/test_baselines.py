@@ -14,7 +14,7 @@ from fused_nce.train.evaluation import figures
 from fused_nce.train.loop import Trainer
 from fused_nce.train.saving import checkpoint
 from tests.marks import nightly_but
-from tests.train.runs import log, tensors
+from tests.train.runs import log, moved, tensors
 
 TINY = ["--preset=digits", "--model.width=0.1", "--batch-size=32", "--run.log_every=4", "--precision=fp32"]
 SMALL = [*TINY, "--model.decoder=8"]
@@ -34,9 +34,8 @@ def test_it_learns_the_digits(tmp_path, name, part):
     run.run()
     first, *_, last = log(tmp_path / "a")
     assert part is None or last[part] < 0.95 * first[part]
-    changed = {k.partition(".")[0] for k, v in run.model.state_dict().items() if not torch.equal(v, before[k])}
     holding = (part for part in run.model.named_children() if part[1].state_dict())
-    assert changed == {name for name, _ in holding}
+    assert moved(run.model, before) == {name for name, _ in holding}
     rivals = run.model.rivals()
     assert list(run.optimizers) == ["optimizer"] + ["discriminator"] * (rivals is not None)
     kept = [k for k in tensors(tmp_path / "a", 32) if k.startswith("discriminator/") and k.endswith("exp_avg_sq")]
@@ -58,24 +57,6 @@ def test_a_generator_comes_to_the_mean_of_the_images(tmp_path, name):
     run.model.train()
     run.run()
     assert apart() < 0.4 * before
-
-
-@pytest.mark.parametrize(
-    ("name", "argv", "message"),
-    [
-        ("vae", ["--augment.mean=[0.3,0.3,0.3]"], r"augment.mean: must be 0.5 x 3 for VAE, whose .* in \[-1, 1\]"),
-        ("bigan", ["--augment.std=[1,1,1]"], "augment.std: must be 0.5 x 3 for BiGAN"),
-        ("dim-generator", ["--run.shard=fsdp2"], "run.shard: must be none for DIM's generator, got fsdp2"),
-        (
-            "dim-generator", ["--checkpoint-activations=true"],
-            "scale.checkpoint_activations: must be false for DIM's generator, got true",
-        ),
-    ],
-)  # fmt: skip
-def test_settings_that_do_not_fit_are_refused_before_any_work(tmp_path, name, argv, message):
-    with pytest.raises(ValueError, match=message):
-        command.parse(name, [*argv, "--out", str(tmp_path / "run")])
-    assert not (tmp_path / "run").exists()
 
 
 def test_train_evaluate_and_compare_from_the_command_line(tmp_path, capsys):

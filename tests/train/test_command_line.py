@@ -23,12 +23,14 @@ def parsed(tmp_path, text, *argv):
 
 
 def test_the_command_line_wins_wherever_it_stands(tmp_path):
+    """Over files, which win over the preset."""
     (tmp_path / "d.yaml").write_text("optim: {lr: 0.125, epochs: 3}\nseed: 5")
-    argv = ["--lr", "0.25", f"--config={tmp_path / 'd.yaml'}", "--seed=7"]
+    argv = ["--preset=digits", "--lr", "0.25", f"--config={tmp_path / 'd.yaml'}", "--seed=7"]
     settings = parsed(tmp_path, "optim:\n  lr: 0.5\n  batch_size: 9\n", *argv)
     found = settings.optim.lr, settings.seed, settings.optim.epochs, settings.optim.batch_size
     assert found == (0.25, 7, 3, 9)
-    assert parsed(tmp_path, "optim:\n  lr: 0.5\n", *argv[2:]).optim.lr == 0.5  # the later file
+    assert (settings.preset, settings.augment.geometry) == ("digits", "affine")
+    assert parsed(tmp_path, "optim:\n  lr: 0.5\n", *argv[3:]).optim.lr == 0.5  # the later file
 
 
 MEANS = [

@@ -17,7 +17,8 @@ from fused_nce.train.evaluation import recordings as evaluate_audio
 from fused_nce.train.loop import Trainer
 from tests.marks import nightly_but
 from tests.train import speech
-from tests.train.runs import log, tensors, untimed
+from tests.train.pictures import write_shard
+from tests.train.runs import assert_the_same, log, resumed
 
 TINY = [
     "--preset=fsdd-tiny", "--model.channels=12", "--model.hidden=8", "--model.steps=3", "--augment.window=800",
@@ -78,7 +79,7 @@ GOOD = speech.wav([1, 2, 3])
     ],
 )
 def test_recordings_that_are_refused(tmp_path, content, message):
-    speech.shard(tmp_path / "train-0.tar", content)
+    write_shard(tmp_path / "train-0.tar", content)
     with pytest.raises(ValueError, match=f"^data: .*{re.escape(message)}"):
         recordings.load(str(tmp_path), "train")
 
@@ -87,7 +88,7 @@ def test_one_damaged_recording_in_many_is_replaced_with_its_labels(tmp_path):
     content = [(f"{i}.wav", speech.wav([i] * 5)) for i in range(200)]
     content += [(f"{i}.cls", str(i).encode()) for i in range(200)]
     content[7] = ("7.wav", b"RIFF")
-    speech.shard(tmp_path / "train-0.tar", content)
+    write_shard(tmp_path / "train-0.tar", content)
     found = recordings.load(str(tmp_path), "train")
     assert (found.damaged, found.waves[7].tolist(), found.tags["class"][6:9]) == (1, [8] * 5, ["6", "8", "8"])
 
@@ -151,12 +152,8 @@ def test_resume_is_exact(data, tmp_path, negatives):
     trainer(data, tmp_path / "a", "--max-steps=5", *extra).run()
     trainer(data, tmp_path / "b", "--max-steps=2", *extra).run()
     torch.manual_seed(999)
-    settings, run_dir, resume = command.parse("cpc", ["--resume", str(tmp_path / "b"), "--max-steps=5"])
-    Trainer(settings, run_dir, resume=resume).run()
-    ours, theirs = tensors(tmp_path / "b", 5), tensors(tmp_path / "a", 5)
-    assert ours.keys() == theirs.keys()
-    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
-    assert untimed(log(tmp_path / "b")) == untimed(log(tmp_path / "a"))
+    resumed(tmp_path / "b", "--max-steps=5", method="cpc").run()
+    assert_the_same(tmp_path / "b", tmp_path / "a", 5)
 
 
 @pytest.mark.parametrize("negatives", nightly_but(["sampled"], ["batch", "sequence", "sampled"]))
@@ -228,7 +225,7 @@ def test_train_and_evaluate_from_the_command_line(data, tmp_path, capsys, caplog
         (n, speech.wav(speech.tone(0, 0, 1), 16000) if n.endswith("wav") else c) for n, c in speech.members("train")
     ]
     for split in ("train", "test"):
-        speech.shard(tmp_path / f"{split}-0.tar", fast)
+        write_shard(tmp_path / f"{split}-0.tar", fast)
     assert cli.main(["eval", str(out), "--data", str(tmp_path)]) == 2
     assert f"data: must have the 8000 Hz that {out} was trained on, got 16000 Hz\n" in capsys.readouterr().err
     assert cli.main(["fine-tune", str(out)]) == 2

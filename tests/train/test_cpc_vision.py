@@ -11,20 +11,6 @@ from tests.train.runs import log
 TINY = ["--preset=digits", "--model.width=2", "--batch-size=16", "--run.log_every=4", "--precision=fp32"]
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--model.patch_size=6"], "patch_size: must be"),
-        (["--model.steps=6"], "steps: must be below the grid's 7 rows less skip = 1, got 6"),
-        (["--model.jitter=4"], r"jitter: must be in \[0, 4 px\), got 4"),
-    ],
-)
-def test_settings_that_do_not_fit_each_other_are_refused_before_any_work(tmp_path, argv, message):
-    with pytest.raises(ValueError, match=message):
-        command.parse("cpc-vision", [*TINY, *argv, "--out", str(tmp_path / "run")])
-    assert not (tmp_path / "run").exists()
-
-
 WAYS = [["--loss.negatives=sampled"], [], ["--model.context=gru", "--loss.negatives=sequence"]]
 
 

@@ -1,15 +1,11 @@
 """Data: digits, folders, shards; splits, labels, damage, refusals; and the order of batches."""
 
-import gzip
-import io
 import json
 import logging
-import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 import fused_nce
 from fused_nce.train.data import loader
@@ -18,40 +14,7 @@ from fused_nce.train.data.images import load_split
 from fused_nce.train.methods.amdim import AMDIMConfig
 from fused_nce.train.seeded import seeded
 from fused_nce.train.settings import AugmentConfig, OptimConfig, RunConfig
-
-
-def picture(value, size=(32, 32), kind="PNG"):
-    buffer = io.BytesIO()
-    image = Image.new("RGB", size, (value % 256, 2 * value % 256, 7))
-    image.paste((200, 100, 0), (size[0] // 2, size[1] // 2, size[0], size[1]))
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
-def write_folder(root, count, classes=("ant", "bee"), split=None, **options):
-    for i in range(count):
-        folder = root / (split or "") / classes[i % len(classes)]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{i:04d}.png").write_bytes(picture(i, **options))
-    return root
-
-
-def write_shard(path, samples):
-    raw = io.BytesIO()
-    with tarfile.open(fileobj=raw, mode="w") as tar:
-        for name, content in samples:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    path.write_bytes(gzip.compress(raw.getvalue()) if path.suffix == ".gz" else raw.getvalue())
-
-
-def samples(values, suffix="png"):
-    return [
-        member
-        for v in values
-        for member in ((f"s{v:04d}.{suffix}", picture(v)), (f"s{v:04d}.cls", str(v % 3).encode()))
-    ]
+from tests.train.pictures import picture, samples, write_folder, write_shard
 
 
 def test_digits_splits_are_disjoint_complete_and_fixed():
@@ -165,12 +128,18 @@ def test_a_batch_larger_than_the_set_is_refused():
         loader.Order(10, 8, seed=0, world=2)
 
 
-def first_batches(tmp_path, geometry, workers, limit_mb, position=0, count=3):
+@pytest.fixture
+def none_held(monkeypatch):
+    """No set of images fits into memory."""
+    monkeypatch.setattr(loader, "decoded_bytes", lambda source, size: 1 << 40)
+
+
+def first_batches(tmp_path, geometry, workers, position=0, count=3):
     config = AMDIMConfig(
         data=str(tmp_path),
         augment=AugmentConfig(geometry=geometry),
         optim=OptimConfig(batch_size=4),
-        run=RunConfig(workers=workers, memory_limit_mb=limit_mb),
+        run=RunConfig(workers=workers, memory_limit_mb=64),
     )
     source = config.open_loader(0, 1)
     batches = source.batches(position)
@@ -182,34 +151,32 @@ def first_batches(tmp_path, geometry, workers, limit_mb, position=0, count=3):
 def test_the_memory_limit_changes_no_batch(tmp_path, workers, geometry, monkeypatch):
     """Wide images: a crop must come from the whole of one, held or not."""
     write_folder(tmp_path, 10, size=(90, 40))
-    _, held = first_batches(tmp_path, geometry, 0, 64)
+    _, held = first_batches(tmp_path, geometry, 0)
     monkeypatch.setattr(loader, "decoded_bytes", lambda source, size: 1 << 40)
-    source, streamed = first_batches(tmp_path, geometry, workers, 64)
+    source, streamed = first_batches(tmp_path, geometry, workers)
     assert source.held is None
     for ours, theirs in zip(streamed, held, strict=True):
         assert torch.equal(ours.images, theirs.images)
         assert torch.equal(ours.labels, theirs.labels)
 
 
-def test_crops_of_workers_depend_on_the_position_alone(tmp_path, monkeypatch):
+def test_crops_of_workers_depend_on_the_position_alone(tmp_path, none_held):
     write_folder(tmp_path, 10, size=(50, 40))
-    monkeypatch.setattr(loader, "decoded_bytes", lambda source, size: 1 << 40)
     state = torch.get_rng_state()
-    _, whole = first_batches(tmp_path, "crop", 0, 64)
+    _, whole = first_batches(tmp_path, "crop", 0)
     assert torch.equal(torch.get_rng_state(), state)  # the trainer's generator is its own
-    _, again = first_batches(tmp_path, "crop", 2, 64, position=2, count=1)
+    _, again = first_batches(tmp_path, "crop", 2, position=2, count=1)
     assert whole[2].images.shape == (4, 2, 3, 32, 32)
     assert torch.equal(whole[2].images, again[0].images)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_damaged_images_on_the_way_are_one_line(tmp_path, workers, monkeypatch):
+def test_too_many_damaged_images_on_the_way_are_one_line(tmp_path, workers, none_held):
     write_folder(tmp_path, 40, classes=("one",))
     for name in ("0007.png", "0008.png"):
         (tmp_path / "one" / name).write_bytes(b"")
-    monkeypatch.setattr(loader, "decoded_bytes", lambda source, size: 1 << 40)
     with pytest.raises(ValueError, match=r"^data: 1 of 40 images are damaged, above 1 %; the last: [^\n]*$"):
-        first_batches(tmp_path, "translate", workers, 64, count=10)
+        first_batches(tmp_path, "translate", workers, count=10)
 
 
 def test_an_image_is_cropped_anew_at_every_position(tmp_path):
@@ -227,15 +194,14 @@ def test_a_replacement_brings_its_own_label(tmp_path, monkeypatch):
     held = load_split(str(tmp_path), "train", 32)
     assert held.labels.tolist() == [0] * 49 + [1] * 51
     monkeypatch.setattr(loader, "decoded_bytes", lambda source, size: 1 << 40)
-    _, batches = first_batches(tmp_path, "translate", 0, 64, count=25)
+    _, batches = first_batches(tmp_path, "translate", 0, count=25)
     assert torch.cat([b.labels for b in batches]).sum() == 51
 
 
-def test_a_damaged_image_on_the_way_keeps_the_batch_full(tmp_path, monkeypatch):
+def test_a_damaged_image_on_the_way_keeps_the_batch_full(tmp_path, none_held):
     write_folder(tmp_path, 100, classes=("one",))
     (tmp_path / "one" / "0041.png").write_bytes(b"")
-    monkeypatch.setattr(loader, "decoded_bytes", lambda source, size: 1 << 40)
-    source, batches = first_batches(tmp_path, "translate", 2, 64, count=25)
+    source, batches = first_batches(tmp_path, "translate", 2, count=25)
     assert [len(b.images) for b in batches] == [4] * 25
     assert source.damaged == 1
     assert 41 not in torch.cat([b.indices for b in batches]).tolist()
@@ -243,12 +209,12 @@ def test_a_damaged_image_on_the_way_keeps_the_batch_full(tmp_path, monkeypatch):
 
 def test_images_of_the_models_own_size_are_held_for_crops_too(tmp_path):
     write_folder(tmp_path, 10, size=(32, 32))
-    source, batches = first_batches(tmp_path, "crop", 0, 64)
+    source, batches = first_batches(tmp_path, "crop", 0)
     assert source.held is not None
     assert not source.seeded
     assert batches[0].images.shape == (4, 3, 32, 32)
     write_folder(tmp_path / "other", 10, size=(32, 33))
-    source, batches = first_batches(tmp_path / "other", "crop", 0, 64)
+    source, batches = first_batches(tmp_path / "other", "crop", 0)
     assert source.held is None
     assert source.seeded
     assert batches[0].images.shape == (4, 2, 3, 32, 32)

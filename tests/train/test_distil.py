@@ -15,7 +15,7 @@ from fused_nce.train import command, teacher
 from fused_nce.train.evaluation import fine_tune
 from fused_nce.train.loop import Trainer
 from fused_nce.train.saving import checkpoint
-from tests.train.runs import log, tensors, untimed
+from tests.train.runs import assert_the_same, log, resumed
 
 DIGITS = ["--preset=digits", "--precision=fp32", "--run.log_every=4"]
 
@@ -96,11 +96,8 @@ def test_a_student_resumes_exactly(taught, tmp_path):
     student(taught, tmp_path / "a", "--max-steps=24").run()
     student(taught, tmp_path / "b", "--max-steps=9").run()
     torch.manual_seed(999)
-    settings, run_dir, resume = command.parse("distil", ["--resume", str(tmp_path / "b"), "--max-steps=24"])
-    Trainer(settings, run_dir, resume=resume).run()
-    ours, theirs = tensors(tmp_path / "b", 24), tensors(tmp_path / "a", 24)
-    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
-    assert untimed(log(tmp_path / "b")) == untimed(log(tmp_path / "a"))
+    resumed(tmp_path / "b", "--max-steps=24", method="distil").run()
+    assert_the_same(tmp_path / "b", tmp_path / "a", 24)
 
 
 def test_a_student_outlives_its_teacher(taught, tmp_path):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.marks import nightly_but
-from tests.train.runs import TINY, log, resumed, tensors, trainer, untimed
-from tests.train.test_loop import write_images
+from tests.train.pictures import write_images
+from tests.train.runs import TINY, assert_the_same, differing, log, resumed, tensors, trainer
 
 
 @pytest.mark.parametrize("pairs", nightly_but(["1>5,1>7,5>5", "1>5"], ["1>5,1>7,5>5", "1>5", "7>7", "5>7", "1>1"]))
@@ -48,9 +48,7 @@ def test_two_processes_train_and_resume_exactly_and_one_takes_their_images(tmp_p
         assert status == 0, printed
     status, printed = distributed(f"--resume={tmp_path / 'b'}", "--max-steps=6")
     assert status == 0, printed
-    ours, theirs = tensors(tmp_path / "b", 6), tensors(tmp_path / "a", 6)
-    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
-    assert untimed(log(tmp_path / "b")) == untimed(log(tmp_path / "a"))
+    assert_the_same(tmp_path / "b", tmp_path / "a", 6)
     assert resumed(tmp_path / "a").config.optim.batch_size == 16
 
 
@@ -115,10 +113,7 @@ def test_torchrun_replaces_a_killed_process_and_the_run_goes_on_exactly(tmp_path
     assert launched.returncode == 0, printed
     assert "resumed from" in printed
     assert distributed(*command, f"--out={tmp_path / 'b'}")[0] == 0
-    ours, theirs = tensors(out, steps), tensors(tmp_path / "b", steps)
-    assert ours.keys() == theirs.keys()
-    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
-    assert untimed(log(out)) == untimed(log(tmp_path / "b"))
+    assert_the_same(out, tmp_path / "b", steps)
 
 
 @pytest.mark.nightly
@@ -137,8 +132,7 @@ def test_accelerate_launches_as_torchrun_does(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("finished at step 4") == 1
     assert distributed(*options, f"--out={tmp_path / 'b'}")[0] == 0
-    ours, theirs = tensors(tmp_path / "a", 4), tensors(tmp_path / "b", 4)
-    assert [k for k in theirs if not torch.equal(ours[k], theirs[k])] == []
+    assert differing(tensors(tmp_path / "a", 4), tensors(tmp_path / "b", 4)) == []
 
 
 OTHER = """
@@ -215,5 +209,4 @@ def test_a_reader_of_one_process_that_dies_ends_all_with_the_run_saved(tmp_path)
     assert time.monotonic() - started < 200  # not the reader's time limit
     assert distributed(f"--resume={tmp_path / 'a'}", "--max-steps=5")[0] == 0
     assert distributed(*options, f"--out={tmp_path / 'b'}")[0] == 0
-    ours, theirs = tensors(tmp_path / "a", 5), tensors(tmp_path / "b", 5)
-    assert [k for k in theirs if not torch.equal(ours[k], theirs[k])] == []
+    assert differing(tensors(tmp_path / "a", 5), tensors(tmp_path / "b", 5)) == []

@@ -10,23 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.transforms.v2 import functional as TF
 
 from fused_nce.train import words
 from fused_nce.train.data import loader
 from fused_nce.train.saving import checkpoint
 from fused_nce.train.saving.resumed import check_data
 from tests.marks import nightly_but
-from tests.train.runs import KEYS, TINY, log, resumed, tensors, trainer, untimed
-
-
-def write_images(folder, count):
-    for i in range(count):
-        path = folder / "ab"[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        values = torch.randint(256, (3, 40, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
-        TF.to_pil_image(values).save(path)
-
+from tests.train.pictures import write_images
+from tests.train.runs import KEYS, TINY, assert_the_same, differing, log, resumed, tensors, trainer, untimed
 
 WAYS = [[], ["--optim.accumulate=2"], ["--precision=fp32", "--optim.schedule=step"], ["--model.mixture=3"]]
 
@@ -40,11 +31,9 @@ def test_resume_is_exact(tmp_path, extra):
     again = resumed(tmp_path / "b", "--max-steps=13")
     assert again.step == 6
     again.run()
-    ours, theirs = tensors(tmp_path / "b", 13), tensors(tmp_path / "a", 13)
-    assert ours.keys() == theirs.keys()
-    assert {name.split("/")[0] for name in ours} == {"model", "optimizer", "optimizer-adam", "probes"}
-    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
-    assert untimed(log(tmp_path / "b")) == untimed(log(tmp_path / "a"))
+    assert_the_same(tmp_path / "b", tmp_path / "a", 13)
+    kept = {name.split("/")[0] for name in tensors(tmp_path / "b", 13)}
+    assert kept == {"model", "optimizer", "optimizer-adam", "probes"}
 
 
 @pytest.mark.nightly
@@ -55,8 +44,7 @@ def test_resume_is_exact_for_images_that_are_read_as_they_go(tmp_path, monkeypat
     trainer(tmp_path / "a", "--max-steps=5", *extra).run()
     trainer(tmp_path / "b", "--max-steps=2", *extra).run()
     resumed(tmp_path / "b", "--max-steps=5", "--run.workers=0").run()
-    ours, theirs = tensors(tmp_path / "b", 5), tensors(tmp_path / "a", 5)
-    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
+    assert differing(tensors(tmp_path / "b", 5), tensors(tmp_path / "a", 5)) == []
 
 
 def test_crops_that_a_resume_draws_otherwise_are_said(caplog):

@@ -13,25 +13,20 @@ from fused_nce.train import command, config, limits, methods, words
 from fused_nce.train.loop import Trainer
 from fused_nce.train.saving import checkpoint
 from tests.marks import nightly_but
-from tests.train.runs import ill_refused, log, own_rules, tensors, untimed
+from tests.train.runs import assert_the_same, differing, ill_refused, log, moved, own_rules, resumed, tensors
 
 NAN = float("nan")
 OTHERS = [name for name in methods.METHODS if name != "amdim"]  # which has files of its own
 IMAGES = [name for name in OTHERS if name not in ("cpc", "distil")]  # which have files of their own, too
 PROJECTED = ("moco", "simclr", "supcon", "npid")
 TINY = ["--preset=digits", "--batch-size=8", "--run.log_every=4", "--precision=fp32"]
-PRESETS = [(name, preset) for name in OTHERS for preset in methods.get(name).presets]
+PRESETS = [(name, preset) for name in methods.METHODS for preset in methods.get(name).presets]
 # The first of each method.
 QUICK = list({name: (name, preset) for name, preset in reversed(PRESETS)}.values())
 
 
 def trainer(name, out, *argv):
     return Trainer(*command.parse(name, [*TINY, "--out", str(out), *argv])[:2])
-
-
-def resumed(name, out, *argv):
-    settings, run_dir, resume = command.parse(name, ["--resume", str(out), *argv])
-    return Trainer(settings, run_dir, resume=resume)
 
 
 # --- settings -----------------------------------------------------------------------------------------------------
@@ -58,7 +53,7 @@ def test_every_preset_parses_builds_and_survives_the_disk(tmp_path, name, preset
         settings.build(images=9)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", methods.METHODS)
 def test_every_number_has_a_rule_and_every_rule_a_setting(name):
     settings = methods.get(name)()
     flat = config.flatten(dataclasses.asdict(settings))
@@ -153,6 +148,33 @@ def test_a_bad_setting_is_named_with_what_it_must_be_and_what_it_is(name):
     assert ill_refused(name, BAD[name]) == []
 
 
+APART = [
+    ("dim", ["--loss.alpha=0", "--loss.beta=0"], "no information to maximise"),
+    ("dim", ["--loss.estimator=jsd", "--loss.anchor=local"], "anchor: got 'local' with estimator='jsd'"),
+    (
+        "dim", ["--loss.critic=concat", "--model.architecture=crops-resnet19-32-several"],
+        "need 'dot' for several globals",
+    ),
+    ("vae", ["--augment.mean=[0.3,0.3,0.3]"], r"augment.mean: must be 0.5 x 3 for VAE, whose .* in \[-1, 1\]"),
+    ("bigan", ["--augment.std=[1,1,1]"], "augment.std: must be 0.5 x 3 for BiGAN"),
+    ("dim-generator", ["--run.shard=fsdp2"], "run.shard: must be none for DIM's generator, got fsdp2"),
+    (
+        "dim-generator", ["--checkpoint-activations=true"],
+        "scale.checkpoint_activations: must be false for DIM's generator, got true",
+    ),
+    ("cpc-vision", ["--preset=digits", "--model.patch_size=6"], "patch_size: must be"),
+    ("cpc-vision", ["--preset=digits", "--model.steps=6"], "steps: must be below the grid's 7 rows .* = 1, got 6"),
+    ("cpc-vision", ["--preset=digits", "--model.jitter=4"], r"jitter: must be in \[0, 4 px\), got 4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "argv", "message"), APART)
+def test_settings_that_do_not_fit_each_other_are_refused_before_any_work(tmp_path, name, argv, message):
+    with pytest.raises(ValueError, match=message):
+        command.parse(name, [*argv, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_the_docs_list_every_method_and_preset(name):
     lines = (pathlib.Path(__file__).parents[2] / "docs" / "methods.md").read_text().splitlines()
@@ -212,14 +234,11 @@ def test_resume_is_exact(tmp_path, name, extra):
     assert trainer(name, tmp_path / "a", "--max-steps=5", *extra).run() == "finished"
     trainer(name, tmp_path / "b", "--max-steps=2", *extra).run()
     torch.manual_seed(999)  # nothing may depend on the state of the new process
-    resumed(name, tmp_path / "b", "--max-steps=5").run()
-    ours, theirs = tensors(tmp_path / "b", 5), tensors(tmp_path / "a", 5)
-    assert ours.keys() == theirs.keys()
-    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
-    assert untimed(log(tmp_path / "b")) == untimed(log(tmp_path / "a"))
-    early = tensors(tmp_path / "b", 2)
+    resumed(tmp_path / "b", "--max-steps=5", method=name).run()
+    assert_the_same(tmp_path / "b", tmp_path / "a", 5)
+    early, late = (tensors(tmp_path / "b", step) for step in (2, 5))
     memory = {"moco": "queue.keys", "npid": "bank.vectors", "nat": "targets.vectors"}.get(name)
-    assert memory is None or not torch.equal(early[f"model/{memory}"], ours[f"model/{memory}"])
+    assert memory is None or not torch.equal(early[f"model/{memory}"], late[f"model/{memory}"])
 
 
 @pytest.mark.nightly
@@ -228,10 +247,9 @@ def test_resume_is_exact_for_every_optimizer(tmp_path, optimizer):
     extra = [f"--optim.name={optimizer}", "--optim.decay_all=false", "--optim.accumulate=2"]
     trainer("moco", tmp_path / "a", "--max-steps=4", *extra).run()
     trainer("moco", tmp_path / "b", "--max-steps=2", *extra).run()
-    resumed("moco", tmp_path / "b", "--max-steps=4").run()
-    ours, theirs = tensors(tmp_path / "b", 4), tensors(tmp_path / "a", 4)
-    assert any("momentum_buffer" in key for key in ours)
-    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
+    resumed(tmp_path / "b", "--max-steps=4", method="moco").run()
+    assert_the_same(tmp_path / "b", tmp_path / "a", 4)
+    assert any("momentum_buffer" in key for key in tensors(tmp_path / "a", 4))
 
 
 def test_another_optimizer_begins_without_the_moments_of_the_one_before(tmp_path, monkeypatch, caplog):
@@ -241,13 +259,13 @@ def test_another_optimizer_begins_without_the_moments_of_the_one_before(tmp_path
     for older in (False, True):  # a checkpoint that does not say which optimizer it had
         if older:
             monkeypatch.setattr(checkpoint, "load_state", lambda path: {**saved(path), "optimizer": None})
-        run = resumed("moco", tmp_path / "a", "--max-steps=2", *words, "adam")
+        run = resumed(tmp_path / "a", "--max-steps=2", *words, "adam", method="moco")
         assert "optim.name sgd -> adam, optim.decay_all True -> False: what the optimizer" in caplog.text
         assert run.optimizers["optimizer"].state == {}
         caplog.clear()
     monkeypatch.undo()
     run.run()
-    assert resumed("moco", tmp_path / "a", "--max-steps=3", *words, "adam").optimizers["optimizer"].state
+    assert resumed(tmp_path / "a", "--max-steps=3", *words, "adam", method="moco").optimizers["optimizer"].state
     assert "begins anew" not in caplog.text
 
 
@@ -259,11 +277,10 @@ def test_an_update_that_is_skipped_leaves_memory_and_keys_alone(tmp_path, name):
     run.views = lambda images: tuple(view * float("nan") for view in real(images))
     run._update(run.loader.batches(0), False)
     assert run.skipped == 1
-    assert [k for k, v in run.model.state_dict().items() if not torch.equal(v, before[k])] == []
+    assert differing(run.model.state_dict(), before) == []
     run.views = real
     run._update(run.loader.batches(0), False)
-    changed = {k.partition(".")[0] for k, v in run.model.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed == {"encoder", "head"} | ({"key_encoder", "queue"} if name == "moco" else {"bank"})
+    assert moved(run.model, before) == {"encoder", "head"} | ({"key_encoder", "queue"} if name == "moco" else {"bank"})
 
 
 @pytest.mark.parametrize("name", nightly_but(("npid", "moco"), PROJECTED))
@@ -314,8 +331,7 @@ def test_a_run_loads_without_its_data(tmp_path, name):
     run = trainer(name, tmp_path / "run", "--max-steps=1")
     run.run()
     model, settings = checkpoint.load_model(tmp_path / "run")
-    ours, theirs = model.state_dict(), run.model.state_dict()
-    assert [k for k in theirs if not torch.equal(ours[k], theirs[k])] == []
+    assert differing(model.state_dict(), run.model.state_dict()) == []
     taps = model.encode(settings.sample())
     assert set(settings.taps) <= set(taps)
 

@@ -9,7 +9,7 @@ from fused_nce.train import command
 from fused_nce.train.loop import Diverged, Trainer
 from fused_nce.train.saving import checkpoint
 from fused_nce.train.step import Kept
-from tests.train.runs import TINY, log, tensors, trainer
+from tests.train.runs import TINY, differing, log, tensors, trainer
 
 
 class Poison:
@@ -90,9 +90,8 @@ def test_a_broken_probe_does_not_hold_up_the_encoder(tmp_path):
     run.run()
     assert (run.skipped, run.probes_skipped) == (0, 5)
     assert log(tmp_path / "b")[-1]["probes_skipped"] == 5
-    ours, theirs = run.model.state_dict(), healthy.model.state_dict()
-    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
-    assert [k for k, v in run.probes.state_dict().items() if not torch.equal(v, before[k])] == []
+    assert differing(run.model.state_dict(), healthy.model.state_dict()) == []
+    assert differing(run.probes.state_dict(), before) == []
     assert command.lost(run) == ", the online probes skipped 5"
 
 

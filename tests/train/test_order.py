@@ -11,8 +11,8 @@ from fused_nce.train.data import loader, shards
 from fused_nce.train.data.loader import Order, through_buffer
 from fused_nce.train.loop import Trainer
 from fused_nce.train.methods.simclr import SimCLRConfig
-from tests.train.runs import tensors
-from tests.train.test_data import samples, write_folder, write_shard
+from tests.train.pictures import samples, write_folder, write_shard
+from tests.train.runs import differing, resumed, tensors
 
 RUNS = [7, 1, 30, 12]
 
@@ -108,10 +108,8 @@ def test_a_resumed_run_goes_on_in_the_middle_of_a_buffer(tmp_path, monkeypatch):
              "--augment.stages=[[1,16]]"]  # fmt: skip
     for name, first in (("a", 20), ("b", 9)):
         Trainer(*command.parse("simclr", [*words, f"--out={tmp_path / name}", f"--max-steps={first}"])[:2]).run()
-    config, run, resume = command.parse("simclr", [f"--resume={tmp_path / 'b'}", "--max-steps=20"])
-    Trainer(config, run, resume=resume).run()
-    ours, theirs = tensors(tmp_path / "b", 20), tensors(tmp_path / "a", 20)
-    assert [k for k in theirs if not torch.equal(ours[k], theirs[k])] == []
+    resumed(tmp_path / "b", "--max-steps=20", method="simclr").run()
+    assert differing(tensors(tmp_path / "b", 20), tensors(tmp_path / "a", 20)) == []
 
 
 def test_a_buffer_without_shards_is_refused(tmp_path):

@@ -1,7 +1,6 @@
 """What folders and shards give: every image and label is read, named in a refusal, or counted as left out."""
 
 import gzip
-import io
 import json
 import tarfile
 
@@ -14,32 +13,17 @@ from torchvision.datasets import ImageFolder
 from fused_nce.train.data import images
 from fused_nce.train.data.image_source import ImageSource, to_rgb
 from fused_nce.train.settings import AugmentConfig
-from tests.train.test_data import picture
+from tests.train.pictures import archive, encoded, picture, write_shard
 
 P = [picture(v) for v in range(8)]
 LINK, SOFT, FIFO = tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE
-
-
-def archive(members):
-    """Bytes of a tar of (name, content), or (name, type, link's target)."""
-    raw = io.BytesIO()
-    with tarfile.open(fileobj=raw, mode="w") as tar:
-        for name, content, *target in members:
-            info = tarfile.TarInfo(name)
-            if target:
-                info.type, info.linkname = content, target[0]
-            else:
-                info.size = len(content)
-            tar.addfile(info, None if target else io.BytesIO(content))
-    return raw.getvalue()
 
 
 def shards(folder, zipped=False, names=None, **splits):
     """A folder with a shard of each split."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, members in splits.items():
-        raw = archive(members)
-        (folder / f"{split}-0.tar{'.gz' * zipped}").write_bytes(gzip.compress(raw) if zipped else raw)
+        write_shard(folder / f"{split}-0.tar{'.gz' * zipped}", members)
     if names is not None:
         (folder / "classes.json").write_text(json.dumps(names))
     return folder
@@ -306,13 +290,6 @@ def test_another_normal_form_of_a_name_is_the_same_class(tmp_path):
 
 
 # --- pixels -------------------------------------------------------------------------------------------------------
-
-
-def encoded(values, kind="PNG", **options):
-    file = io.BytesIO()
-    image = values if isinstance(values, Image.Image) else Image.fromarray(values)
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def test_grey_of_more_bits_keeps_its_shades():

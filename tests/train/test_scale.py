@@ -11,7 +11,7 @@ from fused_nce.train.loop import Trainer
 from fused_nce.train.saving import lock
 from fused_nce.train.step import LossTimer, TrainStep
 from tests.marks import nightly_but
-from tests.train.runs import TINY, log, resumed, tensors, trainer, untimed
+from tests.train.runs import TINY, assert_the_same, differing, resumed, tensors, trainer
 
 SMALL = [*TINY, "--loss.antecedents=all", "--precision=fp32", "--probes=false"]
 
@@ -47,17 +47,14 @@ def test_a_resume_is_exact(tmp_path, options):
     trainer(tmp_path / "a", *options, "--max-steps=4").run()
     trainer(tmp_path / "b", *options, "--max-steps=2").run()
     resumed(tmp_path / "b", "--max-steps=4").run()
-    ours, theirs = tensors(tmp_path / "b", 4), tensors(tmp_path / "a", 4)
-    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
-    assert untimed(log(tmp_path / "b")) == untimed(log(tmp_path / "a"))
+    assert_the_same(tmp_path / "b", tmp_path / "a", 4)
 
 
 @pytest.mark.parametrize("options", [["--model.use_bn=true"], ["--negatives=16"]])
 def test_activations_made_twice_change_no_bit(tmp_path, options):
     trainer(tmp_path / "a", *options, "--max-steps=2").run()
     trainer(tmp_path / "b", *options, "--max-steps=2", "--checkpoint-activations=true").run()
-    ours, theirs = tensors(tmp_path / "b", 2), tensors(tmp_path / "a", 2)
-    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
+    assert differing(tensors(tmp_path / "b", 2), tensors(tmp_path / "a", 2)) == []
 
 
 def test_a_block_keeps_its_input_alone(tmp_path):

@@ -7,13 +7,12 @@ import time
 from typing import Any
 
 import pytest
-import torch
 from torch import multiprocessing
 
 from fused_nce import cli
 from fused_nce.train.loop import Diverged
 from fused_nce.train.saving import checkpoint
-from tests.train.runs import TINY, log
+from tests.train.runs import TINY, differing, log
 from tests.train.test_processes import PLAIN, go
 
 pytestmark = pytest.mark.nightly  # launches processes
@@ -32,11 +31,6 @@ def saved(run, step):
     assert checkpoint.damage(path) is None
     names = ["model", "optimizer"] + ["probes"] * ("probes: true" in (run / "config.yaml").read_text())
     return {f"{name}/{k}": v for name in names for k, v in checkpoint.load_tensors(path, name).items()}
-
-
-def differing(a, b, **tolerance):
-    assert a.keys() == b.keys()
-    return [k for k in a if not (torch.allclose(a[k], b[k], **tolerance) if tolerance else torch.equal(a[k], b[k]))]
 
 
 def test_muon_trains_weights_of_fewer_rows_than_processes(tmp_path):

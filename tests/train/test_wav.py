@@ -12,6 +12,7 @@ import torch
 
 from fused_nce.train.data import recordings, wav
 from tests.train import speech
+from tests.train.pictures import write_shard
 
 X = np.random.default_rng(0).normal(0, 3000, 501).astype("<i2")
 WAVE = torch.from_numpy(X.copy())
@@ -103,7 +104,7 @@ def split(folder, special, name="train", count=200, text=""):
     content = []
     for i in range(count):
         content += [(f"{i}.wav", special.get(i, speech.wav([i] * 5))), (f"{i}.cls", f"{i % 3}{text}".encode())]
-    speech.shard(folder / f"{name}-0.tar", content)
+    write_shard(folder / f"{name}-0.tar", content)
     return folder
 
 
@@ -131,11 +132,11 @@ def test_labels_of_recordings_follow_the_rule_of_images(tmp_path):
     assert recordings.load(str(tmp_path / "''"), "train").tags["class"] == ["x", "b", "a", "x"]
     fields = {"n": 3.0, "who": " 007\n", "long": 1.5, "none": None}
     content = [("0.wav", speech.wav([1])), ("0.json", json.dumps(fields).encode()), ("0.cls", b"4\n")]
-    speech.shard(tmp_path / "train-0.tar", content)
+    write_shard(tmp_path / "train-0.tar", content)
     found = recordings.load(str(tmp_path), "train")
     assert found.tags == {"n": ["3"], "who": ["007"], "class": ["4"]}
     assert "1 fields long that hold no label" in found.account
-    speech.shard(tmp_path / "train-0.tar", [*content[:1], ("0.json", b'{"class": "5"}'), content[2]])
+    write_shard(tmp_path / "train-0.tar", [*content[:1], ("0.json", b'{"class": "5"}'), content[2]])
     with pytest.raises(ValueError, match=r"train-0\.tar:0\.cls says 4, the \.json beside it 5"):
         recordings.load(str(tmp_path), "train")
 
