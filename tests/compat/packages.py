@@ -22,6 +22,7 @@ BARE = {  # what users import, of packages whose own beginnings import trainers,
 }
 
 
+@functools.cache
 def load(project: str) -> Any:
     """What users import the losses from.
 
@@ -67,7 +68,6 @@ def _file(package: str, *parts: str, name: str) -> types.ModuleType:
     return module
 
 
-@functools.cache
 def _bare(project: str) -> types.SimpleNamespace:
     """Some files of a package, whose folders are packages that hold these alone."""
     spec = importlib.util.find_spec(project)

@@ -23,31 +23,6 @@ WITHIN = 5e-5  # as in test_formulas; both sides are float32 here
 SEEDS = pytest.mark.parametrize("seed", range(200))
 
 
-@pytest.fixture(scope="module")
-def theirs_lightly():
-    return packages.or_skip("lightly")
-
-
-@pytest.fixture(scope="module")
-def theirs_open_clip():
-    return packages.or_skip("open_clip")
-
-
-@pytest.fixture(scope="module")
-def theirs_pml():
-    return packages.or_skip("pml")
-
-
-@pytest.fixture(scope="module")
-def theirs_solo():
-    return packages.or_skip("solo")
-
-
-@pytest.fixture(scope="module")
-def theirs_bolts():
-    return packages.or_skip("bolts")
-
-
 def agree(theirs, ours, tensors):
     """Values, and gradients by every tensor."""
     found = []
@@ -61,13 +36,14 @@ def agree(theirs, ours, tensors):
 
 
 @SEEDS
-def test_lightly(theirs_lightly, seed):
+def test_lightly(seed):
     """Several steps with one bank: the same start from the same seed, the same contents after each step."""
+    theirs = packages.or_skip("lightly")
     pick = random.Random(seed)
     n, width, temperature = pick.randint(2, 20), pick.choice((3, 16, 33)), pick.choice((0.07, 0.1, 0.5, -0.5))
     size = pick.choice((0, (n * pick.randint(1, 3), width)))
     losses = []
-    for module in (theirs_lightly, lightly):
+    for module in (theirs, lightly):
         torch.manual_seed(seed)
         losses.append(module.NTXentLoss(temperature, memory_bank_size=size))
     for _ in range(4):
@@ -78,17 +54,19 @@ def test_lightly(theirs_lightly, seed):
 
 @pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
 @SEEDS
-def test_open_clip(theirs_open_clip, name, seed):
+def test_open_clip(name, seed):
+    theirs = packages.or_skip("open_clip")
     pick = random.Random(seed)
     torch.manual_seed(seed)
     n, width = pick.randint(2, 20), pick.choice((3, 16, 33))
     rows = [nn.functional.normalize(torch.randn(n, width), dim=1) for _ in range(2)]
     tensors = [*rows, torch.tensor(pick.choice((1.0, 14.0))), torch.tensor(pick.choice((-10.0, 0.0)))]
-    agree(getattr(theirs_open_clip, name)(), getattr(open_clip, name)(), tensors)
+    agree(getattr(theirs, name)(), getattr(open_clip, name)(), tensors)
 
 
 @SEEDS
-def test_lightly_dcl(theirs_lightly, seed):
+def test_lightly_dcl(seed):
+    theirs = packages.or_skip("lightly")
     pick = random.Random(seed)
     torch.manual_seed(seed)
     views = [torch.randn(pick.randint(2, 20), pick.choice((3, 16, 33)))]
@@ -99,43 +77,45 @@ def test_lightly_dcl(theirs_lightly, seed):
         return (a * b).sum(1)
 
     for name, words in (("DCLLoss", {}), ("DCLLoss", {"weight_fn": weight_fn}), ("DCLWLoss", {"sigma": sigma})):
-        one, two = (getattr(module, name)(temperature, **words) for module in (theirs_lightly, lightly))
+        one, two = (getattr(module, name)(temperature, **words) for module in (theirs, lightly))
         agree(one, two, views)
 
 
 @SEEDS
-def test_solo(theirs_solo, seed):
+def test_solo(seed):
+    theirs = packages.or_skip("solo")
     pick = random.Random(seed)
     torch.manual_seed(seed)
     n, width, temperature = pick.randint(2, 20), pick.choice((3, 16, 33)), pick.choice((0.1, 0.5))
     views = [nn.functional.normalize(torch.randn(n, width), dim=1) for _ in range(2)]
     agree(
-        lambda a, b: theirs_solo.simclr.simclr_loss_func(a, b, temperature),
+        lambda a, b: theirs.simclr.simclr_loss_func(a, b, temperature),
         lambda a, b: solo.simclr_loss_func(torch.cat((a, b)), torch.arange(n).repeat(2), temperature),
         views,
     )
     agree(
-        lambda a, b: theirs_solo.nnclr.nnclr_loss_func(a, b, temperature),
+        lambda a, b: theirs.nnclr.nnclr_loss_func(a, b, temperature),
         lambda a, b: solo.nnclr_loss_func(a, b, temperature),
         views,
     )
     queue = nn.functional.normalize(torch.randn(width, 30), dim=0)
     agree(
-        lambda a, b: theirs_solo.moco.moco_loss_func(a, b, queue, temperature),
+        lambda a, b: theirs.moco.moco_loss_func(a, b, queue, temperature),
         lambda a, b: solo.moco_loss_func(a, b, queue, temperature),
         views,
     )
 
 
 @SEEDS
-def test_bolts(theirs_bolts, seed):
+def test_bolts(seed):
     """Losses at the same draws; CPCTask with upstream's parameters, loaded by name."""
+    upstream = packages.or_skip("bolts")
     pick = random.Random(seed)
     torch.manual_seed(seed)
     n, width, temperature = pick.randint(2, 20), pick.choice((3, 16, 33)), pick.choice((0.1, 0.5))
     views = [nn.functional.normalize(torch.randn(n, width), dim=1) for _ in range(2)]
     agree(
-        lambda a, b: theirs_bolts.nt_xent_loss(a, b, temperature),
+        lambda a, b: upstream.nt_xent_loss(a, b, temperature),
         lambda a, b: bolts.nt_xent_loss(a, b, temperature),
         views,
     )
@@ -152,18 +132,37 @@ def test_bolts(theirs_bolts, seed):
 
     pick_clip = pick.choice((5.0, 10.0))
     for part in range(2):
-        agree(maps(theirs_bolts, part), maps(bolts, part), [z, other])
+        agree(maps(upstream, part), maps(bolts, part), [z, other])
     if seed < 10:
-        theirs, ours = (module.CPCTask(width, target_dim=8) for module in (theirs_bolts, bolts))
+        theirs, ours = (module.CPCTask(width, target_dim=8) for module in (upstream, bolts))
         ours.load_state_dict(theirs.state_dict())
         agree(theirs, ours, [z])
 
 
+def hold(one, two, rows):
+    """Upstream's loss and ours: rows, references, a miner's pairs, and steps of the memory, one with a mask."""
+    from pytorch_metric_learning import losses, miners
+
+    n, width = rows[0].shape
+    labels, other = (torch.randint(0, 3, (n,)) for _ in range(2))
+    agree(lambda x: one(x, labels), lambda x: two(x, labels), rows[:1])
+    agree(lambda x, y: one(x, labels, None, y, other), lambda x, y: two(x, labels, None, y, other), rows)
+    mined = miners.MultiSimilarityMiner()(rows[0], labels)
+    agree(lambda x: one(x, labels, mined), lambda x: two(x, labels, mined), rows[:1])
+    memories = losses.CrossBatchMemory(one, width, n + 3), pml.CrossBatchMemory(two, width, n + 3)
+    for step in range(4):
+        x, ids = rows[0].std() * torch.randn(n, width), torch.randint(0, 3, (n,))
+        options = {} if step != 2 else {"enqueue_mask": torch.rand(n) < 0.5}
+        steps = [functools.partial(memory, labels=ids, **options) for memory in memories]
+        agree(steps[0], steps[1], [x])
+
+
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
 @SEEDS
-def test_pml(theirs_pml, name, seed):
+def test_pml(name, seed):
     """Rows, references, other reducers and distances; a miner's pairs, in upstream's code; the memory; two views."""
-    from pytorch_metric_learning import distances, losses, miners, reducers
+    packages.or_skip("pml")
+    from pytorch_metric_learning import distances, losses, reducers
 
     pick = random.Random(seed)
     torch.manual_seed(seed)
@@ -180,29 +179,17 @@ def test_pml(theirs_pml, name, seed):
         )
     )
     one, two = (getattr(module, name)(temperature, **words) for module in (losses, pml))
-    labels = torch.randint(0, 3, (n,))
     rows = [0.3 * torch.randn(n, width) for _ in range(2)]  # upstream's −log(p + 1e-38) ends at 87
-    other = torch.randint(0, 3, (n,))
-    agree(lambda x: one(x, labels), lambda x: two(x, labels), rows[:1])
-    agree(lambda x, y: one(x, labels, None, y, other), lambda x, y: two(x, labels, None, y, other), rows)
-    mined = miners.MultiSimilarityMiner()(rows[0], labels)
-    agree(lambda x: one(x, labels, mined), lambda x: two(x, labels, mined), rows[:1])
+    hold(one, two, rows)
     agree(losses.SelfSupervisedLoss(one), pml.SelfSupervisedLoss(two), rows)
     agree(losses.SelfSupervisedLoss(one, symmetric=False), pml.SelfSupervisedLoss(two, symmetric=False), rows)
-    memories = [
-        kind(loss, width, n + 3) for kind, loss in ((losses.CrossBatchMemory, one), (pml.CrossBatchMemory, two))
-    ]
-    for step in range(4):
-        x, ids = 0.3 * torch.randn(n, width), torch.randint(0, 3, (n,))
-        options = {} if step != 2 else {"enqueue_mask": torch.rand(n) < 0.5}
-        steps = [functools.partial(memory, labels=ids, **options) for memory in memories]
-        agree(steps[0], steps[1], [x])
 
 
 @SEEDS
-def test_pml_margins(theirs_pml, seed):
+def test_pml_margins(seed):
     """Pairs and triplets, of distances and similarities; the settings that go to upstream's code; the memory."""
-    from pytorch_metric_learning import distances, losses, miners, reducers
+    packages.or_skip("pml")
+    from pytorch_metric_learning import distances, losses, reducers
 
     pick = random.Random(seed)
     torch.manual_seed(seed)
@@ -221,25 +208,10 @@ def test_pml_margins(theirs_pml, seed):
         "ContrastiveLoss": {"pos_margin": pick.choice((0, 0.3)), "neg_margin": pick.choice((1, 0.4, 0))},
         "TripletMarginLoss": {"margin": pick.choice((0.05, 0.7)), **pick.choice(({}, {}, {"smooth_loss": True}))},
     }
-    labels, other = torch.randint(0, 3, (n,)), torch.randint(0, 3, (n,))
     rows = [0.5 * torch.randn(n, width) for _ in range(2)]
-    mined = miners.MultiSimilarityMiner()(rows[0], labels)
     for name, settings in own.items():
         one, two = (getattr(module, name)(**settings, **words) for module in (losses, pml))
-        agree(lambda x, one=one: one(x, labels), lambda x, two=two: two(x, labels), rows[:1])
-        agree(
-            lambda x, y, one=one: one(x, labels, None, y, other),
-            lambda x, y, two=two: two(x, labels, None, y, other),
-            rows,
-        )
-        agree(lambda x, one=one: one(x, labels, mined), lambda x, two=two: two(x, labels, mined), rows[:1])
-        memories = [
-            kind(loss, width, n + 3) for kind, loss in ((losses.CrossBatchMemory, one), (pml.CrossBatchMemory, two))
-        ]
-        for _ in range(3):
-            x, ids = 0.4 * torch.randn(n, width), torch.randint(0, 3, (n,))
-            steps = [functools.partial(memory, labels=ids) for memory in memories]
-            agree(steps[0], steps[1], [x])
+        hold(one, two, rows)
 
 
 def _processes(rank: int, names: list[str]) -> dict[str, float]:
@@ -273,8 +245,9 @@ def test_inf_cl_interpreted():
     assert float(done.stdout) <= WITHIN
 
 
-def test_patch(theirs_lightly, theirs_open_clip, theirs_pml):
+def test_patch():
     """The real classes are known, and agree with their twins."""
+    theirs_lightly, theirs_open_clip, _ = map(packages.or_skip, ("lightly", "open_clip", "pml"))
     from pytorch_metric_learning import losses
 
     model = nn.ModuleDict(
@@ -310,8 +283,9 @@ def test_patch(theirs_lightly, theirs_open_clip, theirs_pml):
         assert getattr(loss, "reason", None) is None, name
 
 
-def test_pml_is_a_kind_of_upstreams(theirs_pml):
+def test_pml_is_a_kind_of_upstreams():
     """Its surface, its wrappers around ours, and states that load strictly both ways, a learned distance's too."""
+    packages.or_skip("pml")
     from pytorch_metric_learning import distances, losses, reducers
     from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
@@ -353,8 +327,9 @@ def test_pml_is_a_kind_of_upstreams(theirs_pml):
         pml.CrossBatchMemory(losses.ArcFaceLoss(3, 5), 5)
 
 
-def test_pml_hears_a_subclass(theirs_pml):
+def test_pml_hears_a_subclass():
     """Its hooks run, in upstream's code where ours would not ask them."""
+    packages.or_skip("pml")
     from pytorch_metric_learning import distances, losses
 
     class Defaults:
@@ -391,7 +366,8 @@ def test_pml_hears_a_subclass(theirs_pml):
     assert loss.reason == "pos_calc of its own"
 
 
-def test_open_clip_and_lightly_states_and_logits(theirs_open_clip, theirs_lightly):
+def test_open_clip_and_lightly_states_and_logits():
+    theirs_open_clip, theirs_lightly = map(packages.or_skip, ("open_clip", "lightly"))
     a, b = (nn.functional.normalize(torch.randn(6, 5), dim=1) for _ in range(2))
     for name in ("ClipLoss", "SigLipLoss"):
         one, two = (getattr(module, name)() for module in (theirs_open_clip, open_clip))

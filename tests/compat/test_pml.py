@@ -42,49 +42,40 @@ def options(pick):
     return given, {"normalize": normalize, **({"reducer": reducer} if reducer else {})}
 
 
-@both
-def test_losses(at):
-    """Rows among themselves, among others with labels, and among others without; dot products and both reducers."""
+def posed(at, least, fewest):
+    """Rows among themselves, among others with labels, or among others without; a check of a loss and its formula."""
     g, pick = at.generator, at.pick
-    n, width, classes, temperature = (
-        pick.randint(3, 12),
-        pick.choice((3, 16)),
-        pick.randint(1, 4),
-        pick.choice((0.1, 0.5)),
-    )
+    n, width, classes = pick.randint(least, 12), pick.choice((3, 16)), pick.randint(1, 4)
     ids = torch.randint(0, classes, (n,), generator=g)
     form = pick.choice(("self", "ref", "ref without labels"))
-    m = pick.randint(3, 12) if form == "ref" else n
+    m = pick.randint(fewest, 12) if form == "ref" else n
     other = torch.randint(-1, classes, (m,), generator=g) if form == "ref" else ids
-    q, k = (0.5 * torch.randn(x, width, generator=g, dtype=torch.float64) for x in (n, m))
+    rows = [0.5 * torch.randn(x, width, generator=g, dtype=torch.float64) for x in (n, m)]
     found = dense.pairs(ids.tolist(), other.tolist(), None if form == "ref" else 0)
-    given, told = options(pick)
     labels = ids.to(pick.choice((torch.int32, torch.int64)))
+
+    def check(loss, formula, *numbers, **told):
+        def ours(q, k):
+            return loss(q, labels, *(() if form == "self" else (None, k, other if form == "ref" else None)))
+
+        at.agree(ours, lambda q, k: formula(q, q if form == "self" else k, *found, *numbers, **told), rows)
+
+    return check
+
+
+@both
+def test_losses(at):
+    """Dot products and both reducers."""
+    check, temperature = posed(at, 3, 3), at.pick.choice((0.1, 0.5))
+    given, told = options(at.pick)
     for name, formula in LOSSES.items():
-        loss = getattr(pml, name)(temperature, **given)
-
-        def ours(q: torch.Tensor, k: torch.Tensor, loss: nn.Module = loss) -> torch.Tensor:
-            arguments = () if form == "self" else (None, k, other if form == "ref" else None)
-            found: torch.Tensor = loss(q, labels, *arguments)
-            return found
-
-        def theirs(q, k, formula=formula):
-            return formula(q, q if form == "self" else k, *found, temperature, **told)
-
-        at.agree(ours, theirs, [q, k])
+        check(getattr(pml, name)(temperature, **given), formula, temperature, **told)
 
 
 @both
 def test_margins(at):
-    """Pairs and triplets, of distances and similarities, with the same rows and references."""
-    g, pick = at.generator, at.pick
-    n, width, classes = pick.randint(2, 10), pick.choice((3, 16)), pick.randint(1, 4)
-    ids = torch.randint(0, classes, (n,), generator=g)
-    form = pick.choice(("self", "ref", "ref without labels"))
-    m = pick.randint(1, 10) if form == "ref" else n
-    other = torch.randint(-1, classes, (m,), generator=g) if form == "ref" else ids
-    q, k = (0.5 * torch.randn(x, width, generator=g, dtype=torch.float64) for x in (n, m))
-    found = dense.pairs(ids.tolist(), other.tolist(), None if form == "ref" else 0)
+    """Pairs and triplets, of distances and similarities."""
+    check, pick = posed(at, 2, 1), at.pick
     given, told = options(pick)
     told["similar"] = pick.random() < 0.5
     if told["similar"]:
@@ -93,22 +84,8 @@ def test_margins(at):
     elif "distance" in given:
         given["distance"] = stand_in("LpDistance", "distances.any", normalize_embeddings=False, p=2, power=1)
     pos_margin, neg_margin, margin = pick.choice((0, 0.3)), pick.choice((1, 0.4, 0)), pick.choice((0.05, 0.7))
-    pairs, triplets = pml.ContrastiveLoss(pos_margin, neg_margin, **given), pml.TripletMarginLoss(margin, **given)
-    formulas = {
-        pairs: lambda q, k: dense.contrastive(q, k, found[0], found[1], pos_margin, neg_margin, **told),
-        triplets: lambda q, k: dense.triplet(q, k, found[0], found[1], margin, **told),
-    }
-    for loss, formula in formulas.items():
-
-        def ours(q: torch.Tensor, k: torch.Tensor, loss: nn.Module = loss) -> torch.Tensor:
-            arguments = () if form == "self" else (None, k, other if form == "ref" else None)
-            value: torch.Tensor = loss(q, ids, *arguments)
-            return value
-
-        def theirs(q, k, formula=formula):
-            return formula(q, q if form == "self" else k)
-
-        at.agree(ours, theirs, [q, k])
+    check(pml.ContrastiveLoss(pos_margin, neg_margin, **given), dense.contrastive, pos_margin, neg_margin, **told)
+    check(pml.TripletMarginLoss(margin, **given), dense.triplet, margin, **told)
 
 
 @both
