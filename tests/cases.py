@@ -10,9 +10,10 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,33 @@ class Case:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         changed = {name: value for name, value in fields.items() if value != getattr(Case, name, None)}
         return f"python -m tests.repro '{json.dumps(changed)}'"
+
+
+class Sweep:
+    """Of random cases: how many ran, and what is wrong with those that failed or are beyond their budget."""
+
+    def __init__(self, record_eta: Callable[[str, str, dict[str, float]], None], backend: str, dtype: str) -> None:
+        self.ran, self.failures, self.record = 0, list[str](), partial(record_eta, backend, dtype)
+
+    def add(self, line: str, etas_of: Callable[[], dict[str, float] | None]) -> None:
+        """Run a case, which `line` repeats; None is one that the backend refuses, and does not count."""
+        try:
+            etas = etas_of()
+        except Exception as error:
+            self.ran += 1
+            self.failures.append(f"{type(error).__name__}: {error}\n    {line}")
+            return
+        if etas is None:
+            return
+        self.ran += 1
+        self.record(etas)
+        name, worst = max(etas.items(), key=lambda item: item[1])
+        if not worst <= 1:
+            self.failures.append(f"{name}: error is {worst:.3g} of its budget\n    {line}")
+
+    def check(self) -> None:
+        """Name the first few that failed, worst result each."""
+        assert not self.failures, f"{len(self.failures)} of {self.ran} cases failed:\n" + "\n".join(self.failures[:5])
 
 
 def load(text: str) -> Case:

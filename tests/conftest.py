@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from fused_nce import _extension
+from fused_nce.backends import cuda
 from fused_nce.core import dispatch
 from fused_nce.core.spec import Block, Spec, TanhClip
 
@@ -24,6 +26,11 @@ for setting in [name for name in os.environ if name.startswith("FUSED_NCE_") and
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children
 os.environ.setdefault(SEED, str(secrets.randbelow(2**31)))  # once; test processes inherit it
+
+
+MODULE: Any
+MODULE, REASON = _extension.status()
+needs_kernels = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")
 
 
 def pytest_report_header() -> str:
@@ -50,6 +57,13 @@ ABSENT = {name: reason for name in dispatch.BACKENDS if (reason := why_not(name)
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend that can run here; the summary at the end says why the others cannot."""
     return str(request.param)
+
+
+@pytest.fixture
+def play_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors count as a GPU's for the `cuda` backend, where the kernels are built."""
+    if MODULE is not None:
+        monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(MODULE, spec, q, k))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -7,27 +7,20 @@ import re
 import pytest
 import torch
 
-from fused_nce import _extension, cli
+from fused_nce import cli
 from fused_nce.backends import chunked, cuda
 from fused_nce.bench import card
 from fused_nce.core import first_contact
 from fused_nce.losses.registry import LOSSES
+from tests.conftest import MODULE, needs_kernels
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def emulated(monkeypatch):
-    """`cuda` runs where there is no GPU too."""
-    module, _ = _extension.status()
-    monkeypatch.setattr(
-        cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k) if module else "no kernels"
-    )
+pytestmark = pytest.mark.usefixtures("play_gpu")
 
 
 def test_sound_backends_pass(capsys):
     """`chunked` runs every loss; the GPU's rows, emulated, those that they know, and name why not for the rest."""
-    backends = ("chunked", "cuda") if _extension.status()[0] else ("chunked",)
+    backends = ("chunked", "cuda") if MODULE else ("chunked",)
     assert card.shown(CPU, backends, (24,)) == 0
     printed = capsys.readouterr().out
     scored = sum(not entry.closed for entry in LOSSES.values())
@@ -36,7 +29,7 @@ def test_sound_backends_pass(capsys):
     assert "WRONG" not in printed
 
 
-@pytest.mark.skipif(_extension.status()[0] is None, reason="no C++ kernels on this machine")
+@needs_kernels
 def test_a_wrong_kernel_is_named(monkeypatch, capsys):
     sound = cuda.loss
 

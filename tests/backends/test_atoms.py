@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from fused_nce import _extension
 from fused_nce.core import atoms
 from fused_nce.core.spec import TanhClip
 from fused_nce.core.statistics import softplus
+from tests.conftest import MODULE, needs_kernels
 
-MODULE: Any
-MODULE, REASON = _extension.status()
-pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")
+pytestmark = needs_kernels
 
 U = 2.0**-24
 SIZES = torch.cat(

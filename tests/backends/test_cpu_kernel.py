@@ -7,18 +7,15 @@ import math
 import os
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
 
-from fused_nce import _extension
 from fused_nce.core.statistics import KERNEL_STATISTICS
+from tests.conftest import MODULE, needs_kernels
 from tests.marks import nightly_but
 
-MODULE: Any
-MODULE, REASON = _extension.status()
-pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")
+pytestmark = needs_kernels
 
 MIB = 1 << 20
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -157,14 +154,10 @@ def test_an_unwanted_gradient_is_empty(dtype, needs):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_bits_do_not_depend_on_threads(dtype):
     args = arguments(70, 49, 50, dtype)
-    threads = torch.get_num_threads()
-    try:
-        found = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(loss(args))
-    finally:
-        torch.set_num_threads(threads)
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(loss(args))
     for other in found[1:]:
         for x, y in zip(found[0], other, strict=True):
             assert torch.equal(x, y)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_nce import _extension, amdim_nce, info_nce, moco_nce, nt_xent, tile_loss
+from fused_nce import amdim_nce, info_nce, moco_nce, nt_xent, tile_loss
 from fused_nce.core.spec import Block, Identity, Index, Separate, Spec, TanhClip
 from fused_nce.core.tails import Nce
+from tests.conftest import needs_kernels
 
-MODULE, REASON = _extension.status()
-needs_kernels = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")
 N, M, D = 150, 150, 10
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_nce import _extension, info_nce, tile_stats
+from fused_nce import info_nce, tile_stats
 from fused_nce.backends import cpu
 from fused_nce.core.spec import (
     FILTERS,
@@ -29,9 +29,9 @@ from fused_nce.core.spec import (
 )
 from fused_nce.core.statistics import STATISTIC
 from tests.backends import test_cpu_kernel
+from tests.conftest import MODULE, needs_kernels
 
-MODULE, REASON = _extension.status()
-pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")
+pytestmark = needs_kernels
 
 ISAS = MODULE.build_info()["isa_compiled"] if MODULE else []  # from the oldest on
 N, M, D = 70, 150, 10
@@ -124,11 +124,9 @@ def test_what_filters_leave(workspace_mb, monkeypatch):
     """
     threads = torch.get_num_threads()
     for call, ours in filtered("cpu", workspace_mb, monkeypatch):
-        try:
-            torch.set_num_threads(3)
-            again = call()
-        finally:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(3)
+        again = call()
+        torch.set_num_threads(threads)
         for name, x in again.items():
             assert torch.equal(x.isnan() | (x == ours[name]), torch.ones_like(x, dtype=torch.bool)), name
 

@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_nce import _extension, tile_loss, tile_stats
+from fused_nce import tile_loss, tile_stats
 from fused_nce.core.spec import Bias, Block, Index, Labels, Spec, TanhClip
 from fused_nce.core.tails import LogIn, LogOut, Nce, Tail
+from tests.conftest import MODULE, needs_kernels
 
-MODULE: Any
-MODULE, REASON = _extension.status()
-pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")
+pytestmark = needs_kernels
 
 NCE, SUPERVISED = Nce(0.1), LogOut().stats
 LABELS = Labels()
@@ -153,16 +152,12 @@ def test_scores_that_are_the_workspace_itself_are_kept():
 
 @pytest.mark.parametrize("scale", [0.4, 7.0])
 def test_the_bits_do_not_depend_on_threads(scale):
-    threads = torch.get_num_threads()
     for case in ("both ways of images", "many strips", "labels, inside"):
         leaves = features(*CASES[case][:2], 12, torch.float32)
         found = []
-        try:
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                found.append(run(case, leaves, "cpu", scale))
-        finally:
-            torch.set_num_threads(threads)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(run(case, leaves, "cpu", scale))
         for other in found[1:]:
             assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True)), case
 

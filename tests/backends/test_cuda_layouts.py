@@ -7,17 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from fused_nce import _extension, clip_loss, info_nce, siglip_loss, sup_con, tile_loss, tile_stats
-from fused_nce.backends import cuda
+from fused_nce import clip_loss, info_nce, siglip_loss, sup_con, tile_loss, tile_stats
 from fused_nce.backends.cuda import NAMES, OPTIONAL_ROW_STATISTICS
 from fused_nce.core.spec import Bias, Block, Hardness, Identity, Index, Labels, Separate, Spec, TanhClip
 from fused_nce.core.tails import LogIn, LogOut, Nce, Sigmoid
 from tests.backends.test_cpu_layouts import LOSSES, D, M, N, gradients
 from tests.backends.test_cuda_on_host import UNMARKED
+from tests.conftest import MODULE, needs_kernels
 
-MODULE: Any
-MODULE, REASON = _extension.status()
-pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")
+pytestmark = [needs_kernels, pytest.mark.usefixtures("play_gpu")]
 
 BOTH_WAYS = {
     "clip": lambda a, b, w: gradients(clip_loss(a, b, 0.7, backend=w).loss, [a, b]),
@@ -83,12 +81,6 @@ def hardened(a, b, backend):
 def with_scale(a, b, backend):
     scale = torch.tensor(0.9).requires_grad_()
     return gradients(clip_loss(a, b, scale, backend=backend).loss, [a, b, scale])
-
-
-@pytest.fixture(autouse=True)
-def _play_a_gpu(monkeypatch):
-    """CPU tensors count as a GPU's."""
-    monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(MODULE, spec, q, k))
 
 
 @pytest.mark.parametrize("workspace_mb", ["16", "0.1", "0.03"])

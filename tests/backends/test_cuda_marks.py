@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fused_nce import _extension, tile_loss, tile_stats
-from fused_nce.backends import cuda
+from fused_nce import tile_loss, tile_stats
 from fused_nce.core.spec import FILTERS, Index, Several, Spec, TanhClip
 from fused_nce.core.tails import Nce
 from fused_nce.losses.registry import LOSSES
 from tests.backends.test_cpu_statistics import filtered
+from tests.cases import Sweep
+from tests.conftest import MODULE, needs_kernels
 from tests.losses.fuzz import Judge, draw
 
-MODULE: Any
-MODULE, REASON = _extension.status()
-pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")
+pytestmark = [needs_kernels, pytest.mark.usefixtures("play_gpu")]
 WORDS = ("margin,", "/margin", "guide", "several", "soft ", "prefixes")
 OPTIONS = [name for name in LOSSES if any(word in name for word in WORDS)]
-
-
-@pytest.fixture(autouse=True)
-def _play_a_gpu(monkeypatch):
-    """CPU tensors count as a GPU's."""
-    monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(MODULE, spec, q, k))
 
 
 @pytest.mark.parametrize("workspace_mb", ["16", "0.04"])
@@ -84,20 +78,16 @@ def test_every_route(route, dtype, monkeypatch):
 
 def sweep(dtype, seed, count, record_eta):
     """Random problems of losses with marks or prefixes, within their budget."""
-    rng, failures, ran = np.random.default_rng(seed), [], 0
+    rng, tried = np.random.default_rng(seed), Sweep(record_eta, "cuda*", dtype)
     for _ in range(count):
         case = dataclasses.replace(draw(rng, dtype), loss=OPTIONS[int(rng.integers(len(OPTIONS)))], backend="cuda")
         judge = Judge(case)
-        if not judge.fair:
-            continue
-        etas = judge.run("cuda")
-        assert etas is not None, case.line
-        ran += 1
-        record_eta("cuda*", dtype, {"loss": etas["loss"]})
-        if not max(etas.values()) <= 1:
-            failures.append(f"{etas}\n    {case.line}")
-    assert not failures, "\n".join(failures[:5])
-    assert ran > count / 2
+        if judge.fair:
+            before = tried.ran
+            tried.add(case.line, partial(judge.run, "cuda"))
+            assert tried.ran > before, f"refused: {case.line}"
+    tried.check()
+    assert tried.ran > count / 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -9,48 +9,36 @@ import dataclasses
 import os
 import subprocess
 import sys
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from fused_nce import _extension, tile_loss
+from fused_nce import tile_loss
 from fused_nce.backends import cuda
 from fused_nce.core.problem import Problem, Statistics
 from fused_nce.core.spec import Block, Separate, Spec, TanhClip
 from fused_nce.core.tails import Nce
-from tests.cases import Case, can_run, draw, features, run
+from tests.cases import Case, Sweep, can_run, draw, features, run
+from tests.conftest import MODULE, needs_kernels
 
-MODULE: Any
-MODULE, REASON = _extension.status()
-pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")
+pytestmark = [needs_kernels, pytest.mark.usefixtures("play_gpu")]
 DTYPES = ["float32", "bfloat16", "float16"]
 MIB = 1 << 20
 UNMARKED = (None,) * 5  # no ceilings, guides or several positives
 
 
-@pytest.fixture(autouse=True)
-def _play_a_gpu(monkeypatch):
-    """CPU tensors count as a GPU's."""
-    monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(MODULE, spec, q, k))
-
-
 def sweep(dtype, seed, count, record_eta):
     """`count` random cases within their budget."""
-    rng = np.random.default_rng(seed)
-    failures = []
+    rng, tried = np.random.default_rng(seed), Sweep(record_eta, "cuda*", dtype)
     for _ in range(count):
         case = draw(rng, "cuda", dtype)
         if dtype == "float16" and case.plant == "huge_row":  # scores beyond 131072: `test_an_overflow_is_seen`
             case = dataclasses.replace(case, penalty=0.0)
         assert can_run(case) is None
-        etas = run(case)
-        record_eta("cuda*", dtype, etas)
-        name, worst = max(etas.items(), key=lambda item: item[1])
-        if not worst <= 1:
-            failures.append(f"{name}: error is {worst:.3g} of its budget\n    {case.line}")
-    assert not failures, f"{len(failures)} of {count} cases failed:\n" + "\n".join(failures[:5])
+        tried.add(case.line, partial(run, case))
+    tried.check()
 
 
 @pytest.mark.parametrize("block", range(3))

@@ -14,10 +14,9 @@ from bench.counted import L2_BYTES
 from fused_nce import _extension
 from fused_nce.backends import cuda
 from fused_nce.core.spec import Block, Spec, TanhClip
+from tests.conftest import MODULE, needs_kernels
 
-MODULE: Any
-MODULE, REASON = _extension.status()
-pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")
+pytestmark = needs_kernels
 MIB = 1 << 20
 
 

@@ -10,23 +10,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_nce import AMDIMLoss, _extension, last_path
-from fused_nce.backends import cuda
+from fused_nce import AMDIMLoss, last_path
 from fused_nce.core import engine
 from fused_nce.core.engine import Term, tile_loss, tile_losses
 from fused_nce.core.spec import Block, Spec, TanhClip
 from fused_nce.core.tails import Nce
+from tests.conftest import MODULE, needs_kernels
 
-MODULE: Any
-MODULE, REASON = _extension.status()
-pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")
+pytestmark = needs_kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
-def _play_a_gpu(monkeypatch):
-    """CPU tensors count as a GPU's."""
-    monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(MODULE, spec, q, k))
+def _launches_count_here(play_gpu, monkeypatch):
+    """As on a GPU."""
     monkeypatch.setattr(engine, "LAUNCHES_COUNT_ON", ("cpu",))
 
 

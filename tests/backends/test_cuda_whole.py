@@ -7,35 +7,31 @@ from typing import Any
 import pytest
 import torch
 
-from fused_nce import _extension, amdim_nce, clip_loss, cpc_nce, info_nce, last_path, moco_nce, nt_xent
+from fused_nce import amdim_nce, clip_loss, cpc_nce, info_nce, last_path, moco_nce, nt_xent
 from fused_nce.backends import cuda
 from fused_nce.core.engine import loss_of
 from fused_nce.losses import NCEOutput, moco
+from tests.conftest import MODULE, needs_kernels
 
-MODULE: Any
-MODULE, REASON = _extension.status()
-pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "kernels built")
+pytestmark = [needs_kernels, pytest.mark.usefixtures("play_gpu")]
 ULPS = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-@pytest.fixture(autouse=True)
-def _play_a_gpu(monkeypatch):
-    """CPU tensors count as a GPU's."""
-    monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(MODULE, spec, q, k))
-
-
-@pytest.fixture
-def served(monkeypatch):
+def count_served(module, monkeypatch):
     """How many calls were: a loss that falls back to the operators would pass every comparison with them."""
-    seen = []
-    whole = cuda.whole_loss
+    seen, whole = [], module.whole_loss
 
     def listen(*arguments):
         seen.append(whole(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(cuda, "whole_loss", listen)
+    monkeypatch.setattr(module, "whole_loss", listen)
     return lambda: sum(x is not None for x in seen)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    return count_served(cuda, monkeypatch)
 
 
 def draw(seed, *sizes):
@@ -131,15 +127,20 @@ def test_rows_that_lie_apart_and_rows_without_a_norm():
 
 
 def test_a_queue_may_change_before_the_backward(served):
+    hold_a_queue_that_changes("cuda", served)
+
+
+def hold_a_queue_that_changes(backend, served):
+    """The gradients are those of before."""
     q, k, queue = draw(0, 6, 16).requires_grad_(), draw(1, 6, 16), draw(2, 30, 16)
-    (before,) = gradients(moco_nce(q, k, queue, backend="cuda").loss, [q])
-    out = moco_nce(q, k, queue, backend="cuda")
+    (before,) = gradients(moco_nce(q, k, queue, backend=backend).loss, [q])
+    out = moco_nce(q, k, queue, backend=backend)
     queue.zero_()
     assert torch.equal(gradients(out.loss, [q])[0], before)
     assert served() == 2
     assert not out.nce.requires_grad
     with pytest.raises(RuntimeError, match="double backward"):
-        gradients(moco_nce(q, k, queue, backend="cuda").loss, [q], create_graph=True)
+        gradients(moco_nce(q, k, queue, backend=backend).loss, [q], create_graph=True)
 
 
 def test_a_frozen_side_costs_no_gemm():

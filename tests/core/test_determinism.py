@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from fused_nce import _extension
-from tests.conftest import why_not
+from tests.conftest import MODULE, why_not
 from tests.core.problems import features, grads_of, run
 
 
@@ -32,8 +30,7 @@ def everything(backend, q, k):
 def test_fifty_runs_are_equal(backend, dtype):
     n, n_c, d = 65, 3, 33
     if backend == "cpu":  # several tasks, whose sums are merged
-        module: Any = _extension.status()[0]
-        assert module.plan(n, n * n_c, d, dtype, 16 << 20, image=n_c)["groups"] > 1
+        assert MODULE.plan(n, n * n_c, d, dtype, 16 << 20, image=n_c)["groups"] > 1
     first = everything(backend, *features(n, n_c, d, dtype))
     for _ in range(50):
         again = everything(backend, *features(n, n_c, d, dtype))
@@ -61,21 +58,11 @@ def test_eight_threads_equal_one(backend, calls):
     """Concurrent callers share no state."""
     q, k = features(24, 3, 40)
     expected = everything(backend, q, k)
-    failures = []
 
-    def work():
-        try:
-            for _ in range(calls):
-                found = everything(backend, q, k)
-                if not all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)):
-                    failures.append("another result")
-        except Exception as error:
-            failures.append(repr(error))
+    def work(_):
+        for _ in range(calls):
+            assert all(map(torch.equal, expected, everything(backend, q, k)))
 
     torch.set_num_threads(1)
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
 
-from fused_nce import _extension, tile_stats
-from fused_nce.backends import cpu, cuda
+from fused_nce import tile_stats
+from fused_nce.backends import cpu
 from fused_nce.core import workspace
 from fused_nce.core.engine import tile_loss
 from fused_nce.core.spec import FILTERS, Block, Identity, Index, Labels, Spec, SqDist, TanhClip
 from fused_nce.core.tails import LogOut, Nce
-from tests.conftest import why_not
+from tests.conftest import MODULE, needs_kernels
 
 N, M, D, G = 40, 150, 7, 3
 TILES_MB = {"cpu": "0.03", "cuda": "0.02"}  # of the kernels: several strips, tiles and groups, as `cut_up` sees to
-KERNELS = [pytest.param(name, marks=pytest.mark.skipif(bool(why_not("cpu")), reason="not built")) for name in TILES_MB]
+KERNELS = [pytest.param(name, marks=needs_kernels) for name in TILES_MB]
 BACKENDS = ["reference", "chunked", *KERNELS]
-
-
-@pytest.fixture(autouse=True)
-def _play_a_gpu(monkeypatch):
-    """CPU tensors count as a GPU's."""
-    module = _extension.status()[0]
-    if module is not None:
-        monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k))
+pytestmark = pytest.mark.usefixtures("play_gpu")
 
 
 def close(ours, theirs, rtol, atol):
@@ -40,12 +31,11 @@ def close(ours, theirs, rtol, atol):
 def cut_up(backend, spec, **asked):
     """Fails where the kernels' plan has one strip, tile or group of the problem below."""
     sizes = N, M, D, torch.float32, workspace.limit_bytes("cpu")
-    module: Any = _extension.status()[0]
     if backend == "cuda":
-        plan = module.cuda_plan(N, M, D, spec.n_pos, 4, sizes[-1], marked=True)
+        plan = MODULE.cuda_plan(N, M, D, spec.n_pos, 4, sizes[-1], marked=True)
         assert plan["block_rows"] < N, plan
         return
-    plan = module.plan(*sizes, **asked, **cpu._plan_options(spec, shared=False))
+    plan = MODULE.plan(*sizes, **asked, **cpu._plan_options(spec, shared=False))
     assert min(plan["strips"], plan["tiles"], plan["groups"]) > 1, plan
 
 
@@ -164,7 +154,7 @@ def test_messages():
     with pytest.raises(ValueError, match="which cannot run this: it has no guide"):
         tile_stats(q, k, spec, row_ids=targets, ceilings=ceilings, guide=guide, backend="triton")
     both = Spec(Index(), columns=("neg_lse",), filters=FILTERS)
-    if not why_not("cpu"):
+    if MODULE:
         for backend in TILES_MB:
             with pytest.raises(ValueError, match="leave no column of a row out beside statistics of columns"):
                 tile_stats(q, k, both, row_ids=targets, ceilings=ceilings, guide=guide, backend=backend)

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_nce import _extension, info_nce
+from fused_nce import info_nce
 from fused_nce.backends import chunked, cuda, reference
 from fused_nce.core import dispatch, first_contact
 from fused_nce.core.spec import FILTERS, Bias, Block, Index, Labels, Separate, Several, Spec, TanhClip
 from fused_nce.core.tails import LogIn, LogOut, Nce, Sigmoid
+from tests.conftest import needs_kernels
 
 CPU = torch.device("cpu")
 SPECS = {
@@ -39,7 +40,6 @@ SPECS = {
     "prefixes": Spec(Index(), stats=Nce().stats, filters=FILTERS, prefixes=(3, 17, 40)),
     "prefixes of one tensor, no tail": Spec(Labels(), stats=("neg_lse",), drop_self=True, prefixes=(8, 40)),
 }
-needs_kernels = pytest.mark.skipif(_extension.status()[0] is None, reason="no C++ kernels on this machine")
 
 
 def trial(backend, name, dtype, width=40, scale=first_contact.SCALE, k_dtype=None):
@@ -72,10 +72,8 @@ SCALES = {"near": first_contact.SCALE, "far": 64.0, "tensor": torch.tensor(2.0)}
 
 
 @needs_kernels
-def test_sound_kernels_pass(monkeypatch):
+def test_sound_kernels_pass(play_gpu):
     """By the operators and by plain calls, by each kind of scale."""
-    module: Any = _extension.status()[0]
-    monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k))
     failed = {
         (name, dtype, kind): found
         for name, spec in SPECS.items()
@@ -89,16 +87,14 @@ def test_sound_kernels_pass(monkeypatch):
 
 @needs_kernels
 @pytest.mark.parametrize("normalize", [False, True])
-def test_a_plain_call_is_tried_too(normalize, monkeypatch):
+def test_a_plain_call_is_tried_too(normalize, play_gpu, monkeypatch):
     """The function that serves it has kernels of its own: here its loss is wrong, where rows are divided or not."""
-    module: Any = _extension.status()[0]
     whole: Any = cuda.whole_loss
 
     def spoilt(*arguments):
         found = whole(*arguments)
         return (found[0] * (1.2 if arguments[5] == normalize else 1.0), *found[1:])
 
-    monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k))
     monkeypatch.setattr(cuda, "whole_loss", spoilt)
     found, lasts = trial(cuda, "views", torch.bfloat16)
     assert "a plain call's loss of" in found
@@ -156,16 +152,14 @@ def louder(problem):
 
 
 @pytest.mark.parametrize("of", [chunked, pytest.param(cuda, marks=needs_kernels)])
-def test_a_tensor_as_scale_is_tried_where_a_call_has_one(of, monkeypatch):
-    module: Any = _extension.status()[0]
-    monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k))
+def test_a_tensor_as_scale_is_tried_where_a_call_has_one(of, play_gpu):
     for name in ("both ways", "amdim"):
         assert trial(Faulty(of=of, given=louder), name, torch.bfloat16) == ("", True)
         assert "is off by" in trial(Faulty(of=of, given=louder), name, torch.bfloat16, scale=SCALES["tensor"])[0]
 
 
 @needs_kernels
-def test_a_plain_call_learns_its_scale(monkeypatch):
+def test_a_plain_call_learns_its_scale(play_gpu, monkeypatch):
     """The gradient of a scale that is a tensor, of rows and of one's own keys: here it is lost."""
 
     class Lost(torch.autograd.Function):
@@ -177,13 +171,11 @@ def test_a_plain_call_learns_its_scale(monkeypatch):
         def backward(ctx, d):
             return d * 0.8
 
-    module: Any = _extension.status()[0]
     whole: Any = cuda.whole_loss
 
     def spoilt(spec, tail, leaves, *rest):
         return whole(spec, tail, (*leaves[:2], leaves[2] and Lost.apply(leaves[2]), *leaves[3:]), *rest)
 
-    monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k))
     for name in ("views", "queue, a key a row"):
         with monkeypatch.context() as patch:
             patch.setattr(cuda, "whole_loss", spoilt)

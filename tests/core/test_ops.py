@@ -9,11 +9,12 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_nce import AMDIMLoss, _extension, amdim_nce, tile_loss, tile_stats
+from fused_nce import AMDIMLoss, amdim_nce, tile_loss, tile_stats
 from fused_nce.core import dispatch
 from fused_nce.core.prefixes import Prefixed
 from fused_nce.core.spec import STATISTICS, Block, Identity, Spec, TanhClip
 from fused_nce.core.tails import Nce
+from tests.conftest import MODULE
 from tests.marks import nightly_but
 
 SPEC = Spec(Block(3), TanhClip(20.0))
@@ -162,8 +163,7 @@ def gemm_flop(function):
 
     An op's inside is closed to dispatch modes.
     """
-    module, _ = _extension.status()
-    before = module.gemm_flop() if module else 0
+    before = MODULE.gemm_flop() if MODULE else 0
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         function()
     total = 0
@@ -171,7 +171,7 @@ def gemm_flop(function):
         if event.name in MATMULS:
             left, right = event.input_shapes[MATMULS[event.name] :][:2]
             total += 2 * left[0] * left[1] * right[1]
-    return total + (module.gemm_flop() - before if module else 0)
+    return total + (MODULE.gemm_flop() - before if MODULE else 0)
 
 
 def formula_flop(function):

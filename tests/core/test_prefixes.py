@@ -9,25 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from fused_nce import _extension, info_nce
-from fused_nce.backends import cuda
+from fused_nce import info_nce
 from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.prefixes import Prefixed
 from fused_nce.core.spec import Bias, Block, Hardness, Identity, Index, Labels, Separate, Several, Spec, TanhClip
 from fused_nce.core.tails import Nce
+from tests.conftest import MODULE, needs_kernels
 
 N, M, D, WIDTHS, WEIGHTS = 70, 90, 37, (3, 16, 32), (0.5, 1.0, 2.0)
 BACKENDS = [("reference", "16"), ("chunked", "16"), ("chunked", "0.05"), ("cpu", "16"), ("cpu", "0.25")]
 BACKENDS += [("cuda", "16"), ("cuda", "0.06")]  # on a CPU that plays a GPU; of one strip, and of several
 KERNELS = ("cpu", "cuda")
 
-
-@pytest.fixture(autouse=True)
-def _play_a_gpu(monkeypatch):
-    """CPU tensors count as a GPU's."""
-    module = _extension.status()[0]
-    if module is not None:
-        monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(module, spec, q, k))
+pytestmark = pytest.mark.usefixtures("play_gpu")
 
 
 def operands(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -125,6 +119,7 @@ def test_one_sweep(backend, workspace_mb, monkeypatch):
         assert found.rows["neg_lse"].shape == (3, N)
 
 
+@needs_kernels
 def test_half_precision_keeps_what_lies_across_rows_that_are_alike():
     """There the weights' sum cancels: of weights rounded to bfloat16 a third of the gradient would be wrong."""
     g = torch.Generator().manual_seed(0)
@@ -142,18 +137,16 @@ def test_half_precision_keeps_what_lies_across_rows_that_are_alike():
             assert error < 2 * torch.finfo(dtype).eps, (dtype, error)
 
 
+@needs_kernels
 def test_all_of_them_cost_the_products_of_one():
     """FLOP of the CPU's GEMMs: the scores once, a product a gradient, whatever the number of prefixes."""
-    module = _extension.status()[0]
-    if module is None:
-        pytest.skip("no C++ kernels here")
     q, k, _ = operands(torch.float32)
     flop = []
     for widths in ((D,), (3, 16, 32, D)):
         tail = Prefixed(0.0, "mean", 1.0, widths, (1.0,) * len(widths))
-        before = module.gemm_flop()
+        before = MODULE.gemm_flop()
         tile_loss(q, k, Spec(Block(1), Identity(), tail.stats, prefixes=widths), tail, backend="cpu").loss.backward()
-        flop.append(module.gemm_flop() - before)
+        flop.append(MODULE.gemm_flop() - before)
     assert flop[0] == flop[1]
 
 
@@ -222,16 +215,14 @@ def test_of_one_width_it_shows_or_is_no_norm_too_large(backend):
             assert found[4].isnan()
 
 
+@needs_kernels
 def test_the_memory_is_what_the_formula_says(monkeypatch):
     """Of the CPU's kernels, whose arena gives no more than the plan counted; and both stay within the limit."""
-    module = _extension.status()[0]
-    if module is None:
-        pytest.skip("no C++ kernels here")
     for n, m, d, parts in ((1000, 5000, 384, 4), (64, 200_000, 64, 2)):
         for both in (True, False):
-            assert 0 < module.prefix_workspace_bytes(n, m, d, 1, parts, both, True, True, True, 16 << 20) <= 16 << 20
-            assert 0 < module.cuda_prefix_bytes(n, m, 1, parts, 2, both, True, 16 << 20) <= 16 << 20
-    assert module.prefix_workspace_bytes(1000, 5000, 384, 1, 4, True, True, True, True, 1 << 10) == 0
+            assert 0 < MODULE.prefix_workspace_bytes(n, m, d, 1, parts, both, True, True, True, 16 << 20) <= 16 << 20
+            assert 0 < MODULE.cuda_prefix_bytes(n, m, 1, parts, 2, both, True, 16 << 20) <= 16 << 20
+    assert MODULE.prefix_workspace_bytes(1000, 5000, 384, 1, 4, True, True, True, True, 1 << 10) == 0
     monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", "0.001")
     q, k, _ = operands(torch.float32)
     spec = Spec(Block(1), stats=Nce.READS, prefixes=WIDTHS)

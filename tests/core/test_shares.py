@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from fused_nce import _extension
 from fused_nce.backends import cpu, cuda
 from fused_nce.core.problem import Needs, Problem
 from fused_nce.core.spec import Block, Spec
 from fused_nce.core.tails import Coefficients, Nce
+from tests.conftest import MODULE, needs_kernels
 
 ALL = Needs(True, True, True)
 
@@ -20,7 +20,7 @@ def features():
     return torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
-@pytest.mark.skipif(_extension.status()[0] is None, reason="no C++ kernels on this machine")
+@needs_kernels
 @pytest.mark.parametrize("module", [cpu, cuda])
 def test_a_share_is_not_rounded(module):
     backend: Any = module
@@ -32,7 +32,7 @@ def test_a_share_is_not_rounded(module):
     assert share.dq.dtype == share.dk.dtype == torch.float32
     assert torch.equal(share.dq.to(whole.dq.dtype), whole.dq)
     assert torch.equal(share.dk.to(whole.dk.dtype), whole.dk)
-    if module is cuda or _extension.status()[0].build_info()["bf16_hardware"]:  # type: ignore[union-attr]
+    if module is cuda or MODULE.build_info()["bf16_hardware"]:
         assert whole.dk.dtype == torch.bfloat16
 
 

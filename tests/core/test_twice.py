@@ -11,7 +11,7 @@ from fused_nce import moco_nce, tile_loss, tile_stats
 from fused_nce.core.spec import Bias, Block, Dist, Hardness, Index, Labels, Separate, Spec, SqDist, TanhClip
 from fused_nce.core.tails import AllTriplets, Hardest, LogIn, LogOut, Nce, Pairs, Sigmoid
 from fused_nce.losses.registry import LOSSES
-from tests.losses.test_registry import posed
+from tests.losses.poses import posed
 from tests.marks import nightly_but
 
 IDS = torch.tensor([0, 1, 0, 2])  # the last row has no positive

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fused_nce import _extension, amdim_nce, info_nce, last_path, moco_nce, nt_xent, sup_con
+from fused_nce import amdim_nce, info_nce, last_path, moco_nce, nt_xent, sup_con
 from fused_nce.backends import cpu
 from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.prefixes import Prefixed
@@ -18,9 +18,10 @@ from fused_nce.core.spec import Bias, Block, Hardness, Identity, Index, Separate
 from fused_nce.core.statistics import KERNEL_STATISTICS
 from fused_nce.core.tails import KERNEL_TAILS, Nce
 from fused_nce.losses.registry import LOSSES, Size
+from tests.conftest import MODULE, needs_kernels
+from tests.losses.poses import cast
 
-if _extension.status()[0] is None:
-    pytest.skip(_extension.status()[1], allow_module_level=True)
+pytestmark = needs_kernels
 
 SIZES = (Size(n=2, m=3, d=4, p=2), Size(n=33, m=70, d=24, p=9))
 
@@ -53,13 +54,8 @@ def served(monkeypatch):
 
 def outcome(entry, seed, size, dtype, factors):
     """All that a loss gives, and the gradients of a sum of its parts."""
-    made = entry.example(seed, size)
-    leaves = {}
-    for name, x in made.items():
-        if isinstance(x, torch.Tensor) and x.is_floating_point():
-            made[name] = x.to(dtype if x.dim() else torch.float32)
-            if name not in entry.frozen:
-                leaves[name] = made[name].requires_grad_()
+    made = cast(entry.example(seed, size), dtype)
+    leaves = {name: x.requires_grad_() for name, x in entry.differentiable(made).items()}
     out = entry.function(**made)
     parts = (out.loss, out.nce.sum(), out.penalty)
     total = sum(f * x for f, x in zip(factors, parts, strict=True) if f and x.requires_grad)
@@ -243,15 +239,12 @@ def test_numbers_that_are_not_finite_show(served):
 def test_the_same_bits_for_any_number_of_threads(served):
     draw = torch.Generator().manual_seed(5)
     a, k = (torch.randn(700, 48, generator=draw) for _ in range(2))
-    found, threads = [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            x, y = a.clone().requires_grad_(), k.clone().requires_grad_()
-            out = info_nce(x, y, symmetric=True, normalize=True, penalty=0.1)
-            found.append((*torch.autograd.grad(out.loss, (x, y)), out.loss.detach(), *out.stats.values()))
-    finally:
-        torch.set_num_threads(threads)
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        x, y = a.clone().requires_grad_(), k.clone().requires_grad_()
+        out = info_nce(x, y, symmetric=True, normalize=True, penalty=0.1)
+        found.append((*torch.autograd.grad(out.loss, (x, y)), out.loss.detach(), *out.stats.values()))
     assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
     assert all(served())
 
@@ -288,9 +281,7 @@ def test_a_bias_has_its_gradient_without_optional_statistics():
 
 
 def test_the_kernels_know_the_names_in_the_same_order():
-    module = _extension.status()[0]
-    assert module is not None
-    statistics, tails = module.names()
+    statistics, tails = MODULE.names()
     assert tuple(statistics) == KERNEL_STATISTICS
     assert tails == [tail.NAME for tail in KERNEL_TAILS]
 

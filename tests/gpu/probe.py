@@ -15,7 +15,7 @@ from typing import Any
 
 from fused_nce.core import dispatch
 from tests.cases import DTYPES, Case, can_run, run
-from tests.gpu.losses import OPEN, etas_of
+from tests.losses.test_registry import OPEN, etas_of
 
 # Below, at and beyond tiles and vectors; an offset; rows apart in memory; a workspace that splits both ways.
 SHAPES: tuple[dict[str, Any], ...] = (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from tests.cases import DTYPES, can_run, draw, run
+from tests.cases import DTYPES, Sweep, can_run, draw, run
 from tests.gpu.conftest import repeats, require
 
 FIXED = 20261124
@@ -25,27 +26,18 @@ def least(place):
 def sweep(place, dtype, seed, count, record_eta):
     """Up to `count` cases within `SECONDS`; every failure is named by the command that repeats it."""
     require(place, DTYPES[dtype])
-    rng, failures, refused, ran = np.random.default_rng(seed), [], set(), 0
+    rng, tried, refused = np.random.default_rng(seed), Sweep(record_eta, " ".join(reversed(place)), dtype), set()
     begin = time.monotonic()
     for _ in range(4 * count):
-        if ran == count or (ran >= least(place) and time.monotonic() - begin > SECONDS):
+        if tried.ran == count or (tried.ran >= least(place) and time.monotonic() - begin > SECONDS):
             break
         case = draw(rng, place.backend, dtype, place.device)
         if (reason := can_run(case)) is not None:
             refused.add(reason)
             continue
-        ran += 1
-        try:
-            etas = run(case)
-        except Exception as error:
-            failures.append(f"{type(error).__name__}: {error}\n    {case.line}")
-            continue
-        record_eta(" ".join(reversed(place)), dtype, etas)
-        name, worst = max(etas.items(), key=lambda item: item[1])
-        if not worst <= 1:
-            failures.append(f"{name}: error is {worst:.3g} of its budget\n    {case.line}")
-    assert not failures, f"{len(failures)} of {ran} cases failed:\n" + "\n".join(failures[:5])
-    assert ran >= least(place), f"it ran {ran} cases and refused the rest: {refused}"
+        tried.add(case.line, partial(run, case))
+    tried.check()
+    assert tried.ran >= least(place), f"it ran {tried.ran} cases and refused the rest: {refused}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fused_nce import AMDIMLoss, _extension, amdim_nce, last_path, tile_loss
+from fused_nce import AMDIMLoss, amdim_nce, last_path, tile_loss
 from fused_nce.backends import cuda
 from fused_nce.core import engine
 from fused_nce.core.tails import Nce
@@ -17,11 +16,10 @@ from tests.backends.test_cuda_on_host import DTYPES, MIB, ROUTES
 from tests.budget import Budget, eta, precision
 from tests.cases import DTYPES as BY_NAME
 from tests.cases import Case, environment, features
+from tests.conftest import MODULE, REASON
 from tests.gpu.conftest import peak_bytes
 from tests.oracle import Oracle
 
-MODULE: Any
-MODULE, REASON = _extension.status()
 GPU = torch.cuda.is_available()
 pytestmark = [
     pytest.mark.gpu,

@@ -13,7 +13,7 @@ from tests.backends.test_cpu_layouts import D, M, N
 from tests.backends.test_cuda_layouts import BOTH_WAYS, MANY
 from tests.cases import DTYPES
 from tests.gpu.conftest import Place, require
-from tests.gpu.losses import OPEN, etas_of
+from tests.losses.test_registry import OPEN, etas_of
 
 ONE_A_LAYOUT = (
     "info_nce/targets, clip, penalty",

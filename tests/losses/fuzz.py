@@ -21,6 +21,7 @@ from fused_nce.losses.registry import LOSSES, SMALL, Size
 from tests.budget import Precision, eta, precision
 from tests.cases import DTYPES, EDGES, environment
 from tests.layouts import LAYOUTS
+from tests.losses.poses import cast, is_float, widened
 from tests.losses.sensitivity import Exact, exact, jumps
 
 KNOW_EVERYTHING = ("reference", "chunked")
@@ -95,16 +96,11 @@ def laid(x: Tensor, layout: str) -> Tensor:
 def pose(case: LossCase) -> tuple[dict[str, Any], list[str]]:
     """(arguments, the names of those that want a gradient)."""
     entry, dtype = LOSSES[case.loss], DTYPES[case.dtype]
-    wide = torch.promote_types(dtype, torch.float32)
-    inputs: dict[str, Any] = {}
-    for name, x in entry.example(case.seed, Size(*case.size)).items():
-        if isinstance(x, Tensor) and x.is_floating_point():
-            if x.dim() and not entry.closed:
-                x = case.spread * x
-            x = laid(x.to(wide if x.dim() == 0 else dtype), case.layout)
-        inputs[name] = x
-    floats = [name for name, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()]
-    leaves = [name for name in floats if name not in entry.frozen]
+    drawn = entry.example(case.seed, Size(*case.size))
+    if not entry.closed:
+        drawn |= {name: case.spread * x for name, x in drawn.items() if is_float(x) and x.dim()}
+    inputs = {name: laid(x, case.layout) if is_float(x) else x for name, x in cast(drawn, dtype).items()}
+    leaves = list(entry.differentiable(inputs))
     wanted = range(len(leaves)) if case.wanted is None else case.wanted
     return inputs, [leaves[i] for i in wanted if i < len(leaves)] or leaves
 
@@ -116,12 +112,7 @@ class Judge:
         self.case, self.entry = case, LOSSES[case.loss]
         self.inputs, self.leaves = pose(case)
         self.budgets: dict[Precision, Exact] = {}
-        self.wide = {
-            name: x.detach().double().requires_grad_(name in self.leaves)
-            if isinstance(x, Tensor) and x.is_floating_point()
-            else x
-            for name, x in self.inputs.items()
-        }
+        self.wide = widened(self.inputs, self.leaves)
 
     def budget(self, p: Precision) -> Exact:
         """Value and gradients with what they may be off by; most backends share a precision."""
@@ -148,9 +139,7 @@ class Judge:
             AssertionError: where an input was written to.
         """
         here = {
-            name: x.detach().requires_grad_(name in self.leaves)
-            if isinstance(x, Tensor) and x.is_floating_point()
-            else x
+            name: x.detach().requires_grad_(name in self.leaves) if is_float(x) else x
             for name, x in self.inputs.items()
         }
         workspace = None if workspace_mb is None else str(workspace_mb)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fused_nce.losses.registry import Entry
 from tests.budget import Precision
+from tests.losses.poses import is_float
 
 ORACLE_U = 2.0**-50  # of the largest weight: float64's own roundings, which are all that is left where terms cancel
 ROUNDINGS = 8  # between a score and its weight: scale, transform, statistic, exponential, coefficient
@@ -74,7 +75,7 @@ def scored(
         return add(scale * (q @ k.T), p.u * (4 + math.sqrt(q.shape[1])) * terms)
 
     if entry.closed:
-        floats = [name for name, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()]
+        floats = [name for name, x in inputs.items() if is_float(x)]
         moved = {name: add(inputs[name], torch.zeros_like(inputs[name])) for name in floats}
         return entry.oracle(**{**inputs, **moved}), seen
     with monkeypatch.context() as patch:
@@ -142,7 +143,6 @@ def jumps(
     monkeypatch: Any,
     budget: Exact,
     seed: int,
-    patterns: int = 6,
 ) -> bool:
     """Whether the oracle's own gradient leaves the budget when its scores are as far off as they may be: at a kink.
 
@@ -150,7 +150,7 @@ def jumps(
     """
     _, seen = scored(entry, inputs, leaves, p, monkeypatch)
     sizes, g = errors_of(seen, inputs, p), torch.Generator().manual_seed(seed)
-    for _ in range(patterns):
+    for _ in range(6):  # patterns
         signs = [torch.randint(0, 2, x.shape, generator=g) * 2 - 1 for x in sizes]
         for way in (1, -1):
             off = [way * sign * size for sign, size in zip(signs, sizes, strict=True)]

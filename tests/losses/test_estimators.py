@@ -21,23 +21,12 @@ from fused_nce import (
     npid_softmax,
 )
 from fused_nce.losses.amdim_mixture import mixture
+from tests.losses.conftest import normal
 
 SCORES = torch.tensor([[2, 0.5, -0.5], [1, 3, 0], [-1, 2, 1]], dtype=torch.float64)
 EYE = torch.eye(3, dtype=torch.float64)
 DV, JSD = -1.1721420694806857, 1.1453844392115755
 ROWS, BOTH = 0.5950753787105353, 0.4950243614767367  # InfoNCE of the rows, and its mean with the columns'
-
-
-@pytest.fixture(params=("reference", "chunked"))
-def wide(request):
-    """The backends that run float64."""
-    return request.param
-
-
-def normal(*shape, seed=0):
-    """float64 features that want a gradient."""
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
 
 
 # ---- CPC --------------------------------------------------------------------------------------------------------

@@ -31,13 +31,6 @@ EYE = torch.eye(3, dtype=torch.float64)
 ANGLES = torch.tensor([0, 90, 200, 20, 100, 170], dtype=torch.float64).deg2rad()
 UNIT = torch.stack((ANGLES.cos(), ANGLES.sin()), dim=1)
 LABELS = torch.tensor([0, 1, 0, 0, 1, 0])
-F64 = ("reference", "chunked")
-
-
-@pytest.fixture(params=F64)
-def wide(request):
-    """The backends that run float64."""
-    return request.param
 
 
 # ---- golden values ----------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from fused_nce import MemoryQueue, clip_loss, cpc_nce, info_nce, moco_nce, npid_softmax, triplet_margin
 from fused_nce.losses.registry import LOSSES
-from tests.losses.test_registry import FIRST, grown, posed, widened
+from tests.losses.poses import is_float, posed, widened
+from tests.losses.test_registry import FIRST, grown
 from tests.marks import nightly_but
 
 OPEN = [name for name, entry in LOSSES.items() if not entry.closed]
@@ -163,8 +164,8 @@ def test_autocast(name, dtype, mixed):
     narrow = [key for key in leaves if inputs[key].dim()][-1]
     if mixed:
         inputs[narrow] = inputs[narrow].detach().to(dtype).requires_grad_()
-    wide = {key: widened(x, True) for key, x in inputs.items()}
-    floats = [x for x in wide.values() if isinstance(x, Tensor) and x.is_floating_point()]
+    wide = widened(inputs, list(inputs))
+    floats = [x for x in wide.values() if is_float(x)]
     exact = entry.oracle(**wide)
     slopes = torch.autograd.grad(exact, floats, allow_unused=True, materialize_grads=True)
     with torch.autocast("cpu", dtype=dtype):

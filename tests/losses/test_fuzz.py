@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
 
 from fused_nce.core.dispatch import BACKENDS
-from tests.cases import DTYPES
+from tests.cases import DTYPES, Sweep
 from tests.conftest import why_not
 from tests.losses.fuzz import Judge, draw
 from tests.marks import nightly_but
@@ -18,33 +19,19 @@ BLOCK = 100
 
 
 def sweep(dtype, seed, count, record_eta):
-    """Run `count` cases on each backend that takes them; on failure, name the first few, worst result each."""
-    rng, failures, unfair = np.random.default_rng(seed), [], 0
-    backends = [name for name in BACKENDS if why_not(name, DTYPES[dtype]) is None]
-    ran = dict.fromkeys(backends, 0)
-    while ran["reference"] < count:
-        case = draw(rng, dtype)
-        judge = Judge(case)
+    """Run `count` cases on each backend that takes them."""
+    rng, unfair = np.random.default_rng(seed), 0
+    tried = {x: Sweep(record_eta, x, dtype) for x in BACKENDS if why_not(x, DTYPES[dtype]) is None}
+    while tried["reference"].ran < count:
+        judge = Judge(draw(rng, dtype))
         if not judge.fair:
             unfair += 1
             continue
-        for backend in backends:
-            line = dataclasses.replace(case, backend=backend).line
-            try:
-                etas = judge.run(backend)
-            except Exception as error:
-                failures.append(f"{type(error).__name__}: {error}\n    {line}")
-                ran[backend] += 1
-                continue
-            if etas is None:
-                continue
-            ran[backend] += 1
-            record_eta(backend, dtype, {"loss": etas["loss"]})
-            name, worst = max(etas.items(), key=lambda item: item[1])
-            if not worst <= 1:
-                failures.append(f"{name}: error is {worst:.3g} of its budget\n    {line}")
-    assert not failures, f"{len(failures)} of {sum(ran.values())} failed:\n" + "\n".join(failures[:5])
-    assert min(ran.values()) > count / 2, ran
+        for backend, cases in tried.items():
+            cases.add(dataclasses.replace(judge.case, backend=backend).line, partial(judge.run, backend))
+    for backend, cases in tried.items():
+        cases.check()
+        assert cases.ran > count / 2, backend
     assert unfair < count / 10
 
 

@@ -11,20 +11,8 @@ from torch.nn import functional
 import fused_nce
 from fused_nce import NPIDNCELoss, cpc_nce, gathered_scores, npid_nce, npid_softmax
 from fused_nce.backends import gathered
-from tests.losses.test_family import F64
+from tests.losses.conftest import normal
 from tests.refusals import unlike
-
-
-@pytest.fixture(params=F64)
-def wide(request):
-    """The backends that run float64."""
-    return request.param
-
-
-def normal(*shape, seed=0):
-    """float64 features that want a gradient."""
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
 
 
 def sample(n, m, columns, seed=0):

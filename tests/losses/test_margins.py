@@ -11,22 +11,12 @@ import torch
 from fused_nce import PairContrastiveLoss, TripletMarginLoss, pair_contrastive, tile_stats, triplet_margin
 from fused_nce.core.spec import Dist, Labels, Spec, SqDist
 from fused_nce.losses import triplet
-from tests.losses.test_family import F64
+from tests.losses.conftest import normal
 from tests.refusals import unlike
 
 MININGS = ("hard", "semihard", "all")
 LINE = torch.tensor([[0.0], [1.0], [1.5], [4.0]], dtype=torch.float64)  # distances 1, 1.5, 4, 0.5, 3, 2.5
 TWO = torch.tensor([0, 0, 1, 1])
-
-
-@pytest.fixture(params=F64)
-def wide(request):
-    """The backends that run float64."""
-    return request.param
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def slopes(loss, x):
@@ -106,7 +96,7 @@ def test_rows_with_ties_and_without_partners(wide, mining, seed, monkeypatch):
 
 @pytest.mark.parametrize("mining", MININGS)
 def test_many_strips_and_panels(mining, monkeypatch):
-    x, labels = normal(150, 6).requires_grad_(), torch.randint(9, (150,), generator=torch.Generator().manual_seed(1))
+    x, labels = normal(150, 6), torch.randint(9, (150,), generator=torch.Generator().manual_seed(1))
     results = []
     for backend, workspace_mb in (("reference", "16"), ("chunked", "0.04"), ("chunked", "0.3")):
         monkeypatch.setenv("FUSED_NCE_WORKSPACE_MB", workspace_mb)
@@ -138,7 +128,7 @@ def test_mean_over_the_active_ones(wide):
 @pytest.mark.parametrize("transform", [SqDist(), Dist()])
 def test_distances_of_two_tensors(wide, transform):
     """q and k apart, a learnable scale: t = −scale·‖q − k‖² or its root, gradients against plain torch."""
-    q, k, scale = (x.requires_grad_() for x in (normal(5, 3), normal(7, 3, seed=1), torch.tensor(1.7).double()))
+    q, k, scale = normal(5, 3), normal(7, 3, seed=1), torch.tensor(1.7).double().requires_grad_()
     labels, others = torch.arange(5) % 2, torch.arange(7) % 3
     spec = Spec(Labels(), transform, ("pos_sum", "neg_hinge"))
     found = tile_stats(q, k, spec, scale=scale, row_ids=labels, column_ids=others, backend=wide)
@@ -160,7 +150,7 @@ def test_distances_of_two_tensors(wide, transform):
 @pytest.mark.parametrize("labels", [[0], [0, 0, 0], [0, 1, 2], [4, 4, 4, 9]])
 def test_nothing_to_compare_costs_nothing(wide, labels):
     """One row; no negatives; no positives: 0 and a gradient of 0. An odd one out has no positive, and no effect."""
-    x, ids = normal(len(labels), 3).requires_grad_(), torch.tensor(labels)
+    x, ids = normal(len(labels), 3), torch.tensor(labels)
     for mining in MININGS:
         found = triplet_margin(x, ids, mining=mining, backend=wide)
         if 9 not in labels:
@@ -188,8 +178,7 @@ def test_equal_points_have_no_direction(wide):
 def test_a_bad_number_is_never_hidden(wide, bad):
     """Neither by a hinge nor by a sort: it reaches the loss, and the gradients of its own row."""
     x = normal(6, 3)
-    x[3, 1] = bad
-    x.requires_grad_()
+    x.data[3, 1] = bad
     for labels in (torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([0, 0, 0, 7, 1, 1])):
         losses = [pair_contrastive(x, labels, backend=wide).loss]
         losses += [triplet_margin(x, labels, mining=m, normalize=False, backend=wide).loss for m in MININGS]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fused_nce.losses.registry import LOSSES
-from tests.losses.test_registry import FIRST, able, grown, on, posed
+from tests.losses.poses import is_float, posed
+from tests.losses.test_registry import FIRST, OPEN, able, grown, on
 from tests.marks import nightly_but
 
-OPEN = [name for name, entry in LOSSES.items() if not entry.closed]
 # Banks may change before the backward; of triplets and pairs only the loss is differentiable.
 NO_INPUTS_KEPT = ("moco_nce", "npid_softmax")
 
@@ -139,7 +139,7 @@ def test_a_bad_number_is_never_hidden(name, backend):
     for key, x in inputs.items():
         for i, y in enumerate(x if isinstance(x, tuple) else (x,)):
             for bad in (math.nan, math.inf, -math.inf):
-                if not isinstance(y, Tensor) or not y.is_floating_point() or (key, bad) in FINITE:
+                if not is_float(y) or (key, bad) in FINITE:
                     continue
                 z = y.detach().clone()
                 z.view(-1)[min(1, z.numel() - 1)] = bad
@@ -162,7 +162,7 @@ def test_a_bad_number_is_never_hidden(name, backend):
 def test_eight_threads_of_mixed_losses_equal_one(calls):
     """Each thread runs every loss in its turn, all eight at different places of the list."""
     torch.set_num_threads(1)
-    names, failures = list(LOSSES), []
+    names = list(LOSSES)
 
     def once(name):
         entry, inputs, leaves = posed(name, 1, torch.float32)
@@ -172,20 +172,12 @@ def test_eight_threads_of_mixed_losses_equal_one(calls):
     expected = {name: once(name) for name in names}
 
     def work(number):
-        try:
-            for i in range(calls):
-                name = names[(i + 3 * number) % len(names)]
-                if not all(map(torch.equal, once(name), expected[name])):
-                    failures.append(name)
-        except Exception as error:
-            failures.append(repr(error))
+        for i in range(calls):
+            name = names[(i + 3 * number) % len(names)]
+            assert all(map(torch.equal, once(name), expected[name])), name
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------

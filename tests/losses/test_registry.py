@@ -17,46 +17,19 @@ import fused_nce
 from fused_nce.losses.registry import LOSSES
 from tests.budget import eta, precision
 from tests.cases import DTYPES
+from tests.losses.poses import posed, widened
 from tests.losses.sensitivity import exact
 from tests.marks import nightly_but
 
-
-def cast(entry, inputs, dtype):
-    """The example in a dtype: numbers on which the softmax depends stay wide, as a model keeps them."""
-    wide = torch.promote_types(dtype, torch.float32)
-    return {
-        name: x.to(wide if x.dim() == 0 else dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-        for name, x in inputs.items()
-    }
-
-
-def widened(x, wanted):
-    """The same values, float64."""
-    return x.detach().double().requires_grad_(wanted) if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
-def posed(name, seed=0, dtype=torch.float64):
-    """(entry, inputs with gradients wanted, the names of those)."""
-    entry = LOSSES[name]
-    inputs = cast(entry, entry.example(seed), dtype)
-    leaves = [
-        key for key, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point() and key not in entry.frozen
-    ]
-    return (
-        entry,
-        {key: x.detach().clone().requires_grad_() if key in leaves else x for key, x in inputs.items()},
-        leaves,
-    )
-
-
 FIRST = [name for name, entry in LOSSES.items() if name == entry.name]  # of each loss
+OPEN = [name for name, entry in LOSSES.items() if not entry.closed]
 BATCH_AT = {"cpc_nce": 1}  # the dimension of the batch, where it is not the first
 
 
-def grown(name, copies, dtype=torch.float32):
+def grown(name, copies):
     """`posed` with a batch that many times the example's: those of several seeds, one after the other."""
-    entry, inputs, leaves = posed(name, 0, dtype)
-    parts = [posed(name, seed, dtype)[1] for seed in range(copies)]
+    entry, inputs, leaves = posed(name, 0, torch.float32)
+    parts = [posed(name, seed, torch.float32)[1] for seed in range(copies)]
     for number, part in enumerate(parts):
         if "keys" in part and "targets" in part:  # among its own
             part["targets"] = part["targets"] + number * len(inputs["keys"])
@@ -101,7 +74,27 @@ def budget_of(name, seed, dtype, p):
     """The exact value and gradients of an example, and what they may be off by: for all backends of one precision."""
     entry, inputs, leaves = posed(name, seed, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        return exact(entry, {key: widened(x, key in leaves) for key, x in inputs.items()}, leaves, p, patch)
+        return exact(entry, widened(inputs, leaves), leaves, p, patch)
+
+
+def placed(x: Any, device: str) -> Any:
+    """An argument on the device, as the leaf that it was."""
+    return x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+
+def etas_of(
+    name: str, device: str, backend: str, dtype: torch.dtype, seed: int = 0, upstream: float = 1.0
+) -> dict[str, float]:
+    """η of the registered example's value and gradients."""
+    entry, inputs, leaves = posed(name, seed, dtype)
+    budget = budget_of(name, seed, dtype, precision(dtype, backend))
+    here = {key: placed(x, device) for key, x in inputs.items()}
+    out, grads = run(entry, here, leaves, backend, upstream)
+    etas = {"loss": eta(out.loss, budget.loss.numpy(), budget.loss_budget.numpy())}
+    for key in leaves:
+        value, allowed = upstream * budget.grads[key], abs(upstream) * budget.grad_budgets[key]
+        etas[key] = eta(grads[key], value.numpy(), allowed.numpy())
+    return etas
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,18 +102,12 @@ def budget_of(name, seed, dtype, p):
 def test_value_and_gradients(name, backend, dtype, record_eta):
     able(name, backend, DTYPES[dtype])
     for seed, upstream in ((0, 1.0), (3, -2.5), (7, 300.0)):
-        entry, inputs, leaves = posed(name, seed, DTYPES[dtype])
-        budget = budget_of(name, seed, DTYPES[dtype], precision(DTYPES[dtype], backend))
-        out, grads = run(entry, inputs, leaves, backend, upstream)
-        etas = {"loss": eta(out.loss, budget.loss.numpy(), budget.loss_budget.numpy())}
-        for key in leaves:
-            value, allowed = upstream * budget.grads[key], abs(upstream) * budget.grad_budgets[key]
-            etas[key] = eta(grads[key], value.numpy(), allowed.numpy())
+        etas = etas_of(name, "cpu", backend, DTYPES[dtype], seed, upstream)
         record_eta(backend, dtype, etas)
         assert max(etas.values()) <= 1, (name, seed, etas)
 
 
-@pytest.mark.parametrize("name", [name for name, entry in LOSSES.items() if not entry.closed])
+@pytest.mark.parametrize("name", OPEN)
 def test_across_strips_and_panels(name, monkeypatch):
     """The chunk loop at its smallest: every strip and panel has to merge. float64, so that a lost term shows."""
     entry, inputs, leaves = posed(name)

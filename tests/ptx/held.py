@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.gpu.losses import etas_of
+from tests.losses.test_registry import etas_of
 
 
 def hold(names: Sequence[str], dtype: str, backend: str, record_eta: Any) -> int:

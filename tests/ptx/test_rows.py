@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import static_cuda
-from fused_nce import _extension, _nvcc, info_nce, moco_nce, tile_loss
+from fused_nce import _nvcc, info_nce, moco_nce, tile_loss
 from fused_nce.backends import cuda
 from fused_nce.core.spec import Block, Identity, Spec, TanhClip
 from fused_nce.core.tails import Nce
@@ -21,13 +21,12 @@ from tests.backends.test_cuda_on_host import ROUTES, statistics, summarize
 from tests.backends.test_cuda_static import MOST_ISSUED, NVCC, judge
 from tests.cases import Case, draw
 from tests.cases import run as run_case
-from tests.gpu.losses import OPEN, etas_of
+from tests.conftest import MODULE, REASON
+from tests.losses.test_registry import OPEN, etas_of
 from tests.ptx import rows as ptx_rows
 from tests.ptx.held import hold
 from tests.ptx.machine import launch
 
-MODULE: Any
-MODULE, REASON = _extension.status()
 EMULATES = hasattr(MODULE, "cuda_emulate_by")
 pytestmark = [
     pytest.mark.skipif(not EMULATES, reason=REASON or "built without the emulation of a GPU"),
@@ -43,9 +42,8 @@ def library(tmp_path_factory):
 
 
 @pytest.fixture
-def launched(library, monkeypatch):
-    """CPU tensors count as a GPU's; the kernels that were launched."""
-    monkeypatch.setattr(cuda, "why_not", lambda spec, q, k: cuda._unable(MODULE, spec, q, k))
+def launched(library, play_gpu):
+    """The kernels that were launched."""
     with library.in_place() as names:
         yield names
 

@@ -16,7 +16,7 @@ from fused_nce.core.spec import Block, Identity, Spec
 from fused_nce.core.tails import Nce
 from tests.cases import Case
 from tests.cases import run as run_case
-from tests.gpu.losses import OPEN
+from tests.losses.test_registry import OPEN
 from tests.ptx import machine, memory
 from tests.ptx.held import hold
 from tests.triton.heard import Heard

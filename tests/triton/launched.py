@@ -12,9 +12,9 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor
 
 from fused_nce.losses.registry import LOSSES
+from tests.losses.poses import cast
 from tests.ptx.compiled import pose
 
 
@@ -24,11 +24,9 @@ def main(architecture: str, dtype: str, *names: str) -> None:
     warnings.simplefilter("ignore")  # what nothing was written to may be NaN
     for name in names or [name for name, entry in LOSSES.items() if not entry.closed]:
         entry = LOSSES[name]
-        inputs = entry.example(0)
-        for key, x in inputs.items():
-            if isinstance(x, Tensor) and x.is_floating_point():
-                cast = x if x.dim() == 0 else x.to(getattr(torch, dtype))
-                inputs[key] = cast.requires_grad_(key not in entry.frozen)
+        inputs = cast(entry.example(0), getattr(torch, dtype))
+        for x in entry.differentiable(inputs).values():
+            x.requires_grad_()
         try:
             loss = entry.function(**inputs, backend="triton").loss
         except ValueError as error:

@@ -13,22 +13,22 @@ import torch
 from fused_nce import info_nce, moco_nce, nt_xent
 from fused_nce.backends import triton
 from fused_nce.backends.triton import kernels, plan, stored, tail, whole
-from tests.backends.test_cuda_whole import LOSSES, close, draw, gradients, hold_to_the_operators
+from tests.backends.test_cuda_whole import (
+    LOSSES,
+    close,
+    count_served,
+    draw,
+    gradients,
+    hold_a_queue_that_changes,
+    hold_to_the_operators,
+)
 from tests.marks import nightly_but
 from tests.triton.heard import Heard
 
 
 @pytest.fixture
 def served(monkeypatch):
-    """How many calls were: a loss that falls back to the operators would pass every comparison with them."""
-    seen, function = [], triton.whole_loss
-
-    def listen(*arguments):
-        seen.append(function(*arguments))
-        return seen[-1]
-
-    monkeypatch.setattr(triton, "whole_loss", listen)
-    return lambda: sum(x is not None for x in seen)
+    return count_served(triton, monkeypatch)
 
 
 FEW = [*((name, torch.float32) for name in LOSSES), ("moco", torch.float16)]
@@ -74,15 +74,7 @@ def test_a_graph_that_is_kept_keeps_its_gradients():
 
 
 def test_a_queue_may_change_before_the_backward(served):
-    q, k, queue = draw(0, 6, 16).requires_grad_(), draw(1, 6, 16), draw(2, 30, 16)
-    (before,) = gradients(moco_nce(q, k, queue, backend="triton").loss, [q])
-    out = moco_nce(q, k, queue, backend="triton")
-    queue.zero_()
-    assert torch.equal(gradients(out.loss, [q])[0], before)
-    assert served() == 2
-    assert not out.nce.requires_grad
-    with pytest.raises(RuntimeError, match="double backward"):
-        gradients(moco_nce(q, k, queue, backend="triton").loss, [q], create_graph=True)
+    hold_a_queue_that_changes("triton", served)
 
 
 def test_what_it_does_not_serve_goes_to_the_operators(served):
