@@ -160,19 +160,9 @@ def test_the_op_within_torch():
 # ---- an AMDIM step ----------------------------------------------------------------------------------------------
 
 FREE = {
-    "view",
-    "transpose",
-    "unbind",
-    "select",
-    "slice",
-    "squeeze",
-    "unsqueeze",
-    "permute",
-    "detach",
-    "expand",
-    "split",
-}
-FREE |= {"_unsafe_view", "split_with_sizes", "new_empty_strided", "as_strided", "_local_scalar_dense", "losses"}
+    "view", "transpose", "unbind", "select", "slice", "squeeze", "unsqueeze", "permute", "detach", "expand", "split",
+    "_unsafe_view", "split_with_sizes", "new_empty_strided", "as_strided", "_local_scalar_dense", "losses",
+}  # fmt: skip
 
 
 class Launches(TorchDispatchMode):
