@@ -128,10 +128,10 @@ def test_half_precision_keeps_what_lies_across_rows_that_are_alike():
     tail = Prefixed(0.0, "mean", 1.0, WIDTHS, WEIGHTS)
     spec = Spec(Index(), Identity(), tail.stats, prefixes=WIDTHS)
     for dtype in (torch.bfloat16, torch.float16):
-        narrow = [x.to(dtype).requires_grad_() for x in (q, k)]
-        wide = [x.detach().double().requires_grad_() for x in narrow]
+        narrow: list[Any] = [x.to(dtype).requires_grad_() for x in (q, k)]
+        wide: list[Any] = [x.detach().double().requires_grad_() for x in narrow]
         for leaves, backend in ((narrow, "cuda"), (wide, "reference")):
-            tile_loss(*leaves, spec, tail, scale=10.0, **rows, backend=backend).loss.backward()
+            tile_loss(leaves[0], leaves[1], spec, tail, scale=10.0, **rows, backend=backend).loss.backward()
         for ours, theirs in zip(narrow, wide, strict=True):
             error = (ours.grad.double() - theirs.grad).abs().max() / theirs.grad.abs().max()
             assert error < 2 * torch.finfo(dtype).eps, (dtype, error)
