@@ -85,7 +85,7 @@ class AMDIM(Model):
             compares, and `h5`, `h7`, the trunk's maps before their heads (`4·ndf` or `8·ndf` channels).
 
         Raises:
-            ValueError: if the images have another shape.
+            TypeError, ValueError: for images of integers, or of another shape.
         """
         check_images(x, self.image_size)
         taps: dict[str, Tensor] = self.encoder(x)
@@ -110,7 +110,9 @@ class AMDIM(Model):
         batch: Tensor | Sequence[Tensor],  # (B, 2, 3, H, H), or two tensors (B, 3, H, H)
     ) -> tuple[dict[str, Tensor], ...]:  # f1, f5 and f7 of each view
         """The maps before the output BatchNorms. Without `use_bn` they depend on one image only."""
-        taps = self.encoder.before_norms_of(views_of(batch))
+        views = views_of(batch)
+        check_images(views[0], self.image_size)
+        taps = self.encoder.before_norms_of(views)
         return tuple({name: tap for name, tap in view.items() if name[0] == "f"} for view in taps)
 
     def finish(self, begun: Sequence[dict[str, Tensor]], extras: Sequence[Tensor] = ()) -> Embedded:

@@ -133,10 +133,27 @@ class Model(nn.Module):
         """
 
 
-def check_images(x: Tensor, side: int) -> None:
-    """Refuses what is no batch of square images of this side."""
-    if x.dim() != 4 or x.shape[1:] != (3, side, side):
-        raise ValueError(f"x: must be (B, 3, {side}, {side}) images, got {tuple(x.shape)}")
+def check_images(x: Tensor, side: int | None = None, channels: int = 3) -> None:
+    """(B, channels, side, side) images, (B, channels, H, W) where no side is given.
+
+    Raises:
+        TypeError: for bytes, or other integers.
+        ValueError: for another shape.
+    """
+    if x.dim() != 4 or x.shape[1] != channels or (side is not None and x.shape[2:] != (side, side)):
+        sides = "H, W" if side is None else f"{side}, {side}"
+        raise ValueError(f"x: must be (B, {channels}, {sides}) images, got {tuple(x.shape)}")
+    check_floats(x, "images, less the mean and divided by the deviation of their channels")
+
+
+def check_floats(x: Tensor, what: str) -> None:
+    """Numbers that a layer takes.
+
+    Raises:
+        TypeError: for integers.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x: must be float {what}, got {x.dtype}")
 
 
 def one_view(batch: Tensor | Sequence[Tensor]) -> Tensor:

@@ -57,7 +57,7 @@ class Coded(Model):
             activation; and `local (B, C', M, M)`, the map that DIM's local objective reads.
 
         Raises:
-            ValueError: if the images have another shape.
+            TypeError, ValueError: for images of integers, or of another shape.
         """
         check_images(x, self.image_size)
         taps: dict[str, Tensor] = self.encoder(x)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fused_nce.core import checks
 from fused_nce.losses import CPCLoss, NCEOutput, cpc_nce
 from fused_nce.losses.module import LossModule
-from fused_nce.models.base import Embedded, Model, one_view
+from fused_nce.models.base import Embedded, Model, check_floats, check_images, one_view
 from fused_nce.models.encoders.cpc import AudioEncoder, GRUContext, NoContext, PatchEncoder, PixelCNN
 
 NEGATIVES = ("batch", "sequence", "sampled")
@@ -261,11 +261,10 @@ def _positions(grid: Tensor) -> Tensor:  # (B, D, R, W) -> (B·R·W, D)
 def _check(encoder: nn.Module, x: Tensor) -> None:
     """Refuse inputs that our encoders cannot take; an injected encoder checks its own."""
     if isinstance(encoder, PatchEncoder):
-        need = (encoder.image_channels, encoder.image_size, encoder.image_size)
-        if x.dim() != 4 or x.shape[1:] != need:
-            raise ValueError(f"x: must be (B, {', '.join(map(str, need))}) images, got {tuple(x.shape)}")
+        check_images(x, encoder.image_size, encoder.image_channels)
     elif isinstance(encoder, AudioEncoder):
         if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[1] != 1):
             raise ValueError(f"x: must be (B, samples) or (B, 1, samples) waveforms, got {tuple(x.shape)}")
         if encoder.frames(x.shape[-1]) < 1:
             raise ValueError(f"x: {x.shape[-1]} samples give no frame")
+        check_floats(x, "waveforms")

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from fused_nce.models.base import Model, views_of
+from fused_nce.models.base import Model, check_images, views_of
 from fused_nce.models.encoders.backbones import Init, Stem, backbone
 
 
@@ -67,10 +67,9 @@ class Projected(Model):
             `h (B, width)`, the encoder's, and `z (B, dim)`, the head's, which the loss scales to unit norm.
 
         Raises:
-            ValueError: if the images have another shape.
+            TypeError, ValueError: for images of integers, or of another shape.
         """
-        if x.dim() != 4 or x.shape[1] != 3:
-            raise ValueError(f"x: must be (B, 3, H, W) images, got {tuple(x.shape)}")
+        check_images(x)
         h = self.encoder(x)
         return {"h": h, "z": self.head(h)}
 

@@ -54,6 +54,17 @@ def test_every_preset_parses_builds_and_survives_the_disk(tmp_path, name, preset
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
+def test_bytes_are_no_images(name):
+    """One line that says what is, not a convolution's own; for recordings of integers too."""
+    settings = methods.get(name)()
+    with torch.device("meta"):
+        model, x = settings.build(images=9), settings.sample()
+    for integers in (x.to(torch.uint8), x.to(torch.int16)):
+        with pytest.raises(TypeError, match=rf"^x: must be float (images, less|wave).*, got {integers.dtype}$"):
+            model.encode(integers)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
 def test_every_number_has_a_rule_and_every_rule_a_setting(name):
     settings = methods.get(name)()
     flat = config.flatten(dataclasses.asdict(settings))
