@@ -81,16 +81,12 @@ def _patched(module: Any, *, verify_steps: int, within: float, show: bool) -> An
     if stays and not made:
         raise ValueError(f"module: got nothing to replace, need a loss that is fused ({'; '.join(stays)})")
     if not made:
-        raise ValueError(f"module: got {_named(module)} without a known loss, need one of {_names()}")
+        raise ValueError(f"module: got {_named(module)} without a known loss, need {KNOWN}")
     return made.get(module, module)
 
 
-def _names() -> str:
-    from fused_nce.compat import known
-
-    return ", ".join(sorted({f"{x.module or '…'}.{x.name}" for x in (*known.KNOWN, *known.BY_PROJECT)}))
-
-
+KNOWN = "a loss of a project that fused_nce.compat stands in for: docs/migrating.md lists them"
+"""What `patch` looks for, in short."""
 PLACES = ("loss", "compute_loss_func", "gc.loss_fn", "model")
 """Of a trainer's: sentence-transformers' and PyLate's, ms-swift's, Tevatron's, and a model that holds its loss."""
 
@@ -108,7 +104,7 @@ def _patch_trainer(trainer: Any, **options: Any) -> Any:
     if not any(isinstance(x, (nn.Module, dict)) or known.is_known(x) for x in found.values()):
         raise TypeError(f"module: got {type(trainer).__name__}, need a module, or a trainer whose `loss` is one")
     if not any(has(held) for held in found.values()):
-        raise ValueError(f"module: got {type(trainer).__name__} without a known loss, need one of {_names()}")
+        raise ValueError(f"module: got {type(trainer).__name__} without a known loss, need {KNOWN}")
     for name, held in found.items():
         if isinstance(held, dict):
             ours = {key: patch(x, **options) if has(x) else x for key, x in held.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pathlib
 import pickle
 import types
 
@@ -123,9 +124,13 @@ def test_at_once_and_of_a_loss_itself():
     assert (ours.temperature, ours.contrast_mode, ours.base_temperature) == (0.5, "all", 0.07)
     assert "forward" not in vars(ours)
     with pytest.raises(
-        ValueError, match=r"^module: got fused_nce.*SupConLoss without a known loss, need one of .*ClipLoss"
-    ):
+        ValueError, match=r"^module: got fused_nce.*SupConLoss without a .* docs/migrating.md lists them$"
+    ) as caught:
         patch(ours)
+    assert len(str(caught.value)) < 200
+    page = pathlib.Path(__file__).parents[1].joinpath("docs/migrating.md").read_text(encoding="utf-8")
+    missing = {x.name for x in (*known.KNOWN, *known.BY_PROJECT) if f"`{x.name}`" not in page}
+    assert not missing, "docs/migrating.md lists what `patch` knows"
     with pytest.raises(ValueError, match=r"^verify_steps: got -1, need >= 0"):
         patch(loss, verify_steps=-1)
 
