@@ -7,6 +7,8 @@ in the bodies, where they break no graph.
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -22,6 +24,9 @@ from fused_nce.core.problem import Backend, Gradients, Needs, Problem, Statistic
 from fused_nce.core.spec import Block, Index, Separate
 
 LIBRARY = torch.library.Library("fused_nce", "FRAGMENT")
+ROOTS = (os.path.dirname(file) for file in (torch.__file__, os.path.dirname(__file__)))
+INSIDE = ("<eval_with_key>", *(os.path.join(root, "") for root in ROOTS))
+"""How the names of files begin that are no caller's: of a traced graph, torch's and this package's."""
 
 
 class Scores(NamedTuple):
@@ -161,7 +166,11 @@ def warn_without_negatives(problem: Problem) -> None:
     layout = problem.spec.layout
     own = layout.n_c if isinstance(layout, Block) else 0 if isinstance(layout, Separate) else 1
     if problem.n_columns == own:
-        warnings.warn("fused_nce: one image has no negatives; its nce is 0, and so is the gradient of it", stacklevel=3)
+        frame, level = sys._getframe(1), 2
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):  # Python 3.12 can skip
+            frame, level = frame.f_back, level + 1
+        text = "fused_nce: one image has no negatives; its nce is 0, and so is the gradient of it"
+        warnings.warn(text, stacklevel=level)  # of the caller's line
 
 
 def _stats(*args: Any) -> tuple[Tensor, ...]:

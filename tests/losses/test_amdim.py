@@ -9,8 +9,9 @@ import pickle
 import pytest
 import torch
 
-from fused_nce import AMDIMLoss, NCEOutput, amdim_nce
-from fused_nce.core.spec import Block, TanhClip
+from fused_nce import AMDIMLoss, NCEOutput, NTXentLoss, amdim_nce, nt_xent, tile_loss
+from fused_nce.core.spec import Block, Spec, TanhClip
+from fused_nce.core.tails import Nce
 from fused_nce.losses import amdim
 from fused_nce.losses.amdim import PRESETS
 from tests.layouts import LAYOUTS
@@ -232,6 +233,23 @@ def test_one_image_alone(backend):
     assert out.penalty > 0
     for g in torch.autograd.grad(out.nce, (a, c)):
         assert torch.equal(g, torch.zeros_like(g))
+
+
+def test_the_warning_is_of_the_callers_line(backend):
+    q = torch.randn(1, 8)
+    view = {f"f{size}": torch.randn(1, 8, size, size) for size in (1, 5, 7)}
+    compiled = torch.compile(lambda q: nt_xent(q, q, backend=backend).loss, backend="eager")
+    calls = {
+        "function": lambda: nt_xent(q, q, backend=backend),
+        "module": lambda: NTXentLoss(backend=backend)(q, q),
+        "pairs": lambda: AMDIMLoss(backend=backend)(view, view),
+        "engine": lambda: tile_loss(q, q, Spec(Block(1)), Nce(), backend=backend),
+        "compiled": lambda: compiled(q),
+    }
+    for name, call in calls.items():
+        with pytest.warns(UserWarning, match="one image has no negatives") as caught:
+            call()
+        assert {w.filename for w in caught} == {__file__}, name
 
 
 def test_two_images_do_not_warn(backend, recwarn):
