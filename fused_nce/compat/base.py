@@ -118,6 +118,7 @@ def number(name: str, value: float | Tensor, check: Callable[..., None] = checks
     Raises:
         TypeError, ValueError: naming it, the value seen and the value needed.
     """
+    value = checks.plain(value)
     check(name, value.item() if isinstance(value, Tensor) and value.numel() == 1 else value, **bounds)
     return value
 
@@ -133,6 +134,17 @@ def inverse(temperature: float | Tensor, rows: Tensor) -> float | Tensor:
     return found.reciprocal() if isinstance(found, Tensor) else 1 / found
 
 
+def tensor(name: str, x: Any) -> Tensor:
+    """x.
+
+    Raises:
+        TypeError: where it is none.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, need a tensor")
+    return x
+
+
 def class_ids(name: str, *labels: Tensor) -> Any:
     """Labels as int64, equal where they are: one tensor, or a tuple of as many as were given.
 
@@ -142,8 +154,8 @@ def class_ids(name: str, *labels: Tensor) -> Any:
         TypeError: for complex ones, or no tensor.
     """
     for x in labels:
-        if not isinstance(x, Tensor) or x.is_complex():
-            raise TypeError(f"{name}: got {getattr(x, 'dtype', type(x).__name__)}, need numbers")
+        if tensor(name, x).is_complex():
+            raise TypeError(f"{name}: got {x.dtype}, need numbers")
     if any(x.is_floating_point() for x in labels):
         every = torch.cat([x.reshape(-1).double() for x in labels]).unique(return_inverse=True)[1]
         found = list(every.split([x.numel() for x in labels]))

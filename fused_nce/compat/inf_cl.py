@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_nce.compat.base import scalar
+from fused_nce.compat.base import scalar, tensor
 from fused_nce.compat.processes import check_ddp_compat, everyone, gradient_times
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss, tile_stats
@@ -88,6 +88,6 @@ def _given(
         if k.shape[0] < q.shape[0]:
             raise ValueError(f"k: got M = {k.shape[0]}, need >= N = {q.shape[0]} without labels")
         return DIAGONAL, scale, None
-    if not isinstance(labels, Tensor) or labels.is_floating_point():
-        raise TypeError(f"labels: got {getattr(labels, 'dtype', type(labels).__name__)}, need integers")
+    if tensor("labels", labels).is_floating_point():
+        raise TypeError(f"labels: got {labels.dtype}, need integers")
     return TARGETS, scale, labels.to(q.device, torch.int64)

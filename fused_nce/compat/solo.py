@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_nce.compat.base import tensor
 from fused_nce.compat.processes import everyone, has_group
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss
@@ -35,8 +36,8 @@ def simclr_loss_func(
         TypeError, ValueError: naming the argument, the value seen and the value needed.
     """
     checks.check_tensor("z", z, ("V·N", "D"))
-    if not isinstance(indexes, Tensor) or indexes.is_floating_point() or indexes.is_complex():
-        raise TypeError(f"indexes: got {getattr(indexes, 'dtype', type(indexes).__name__)}, need integers")
+    if tensor("indexes", indexes).is_floating_point() or indexes.is_complex():
+        raise TypeError(f"indexes: got {indexes.dtype}, need integers")
     ids = indexes.to(z.device, torch.int64)
     checks.check_ids("indexes", ids, z.shape[0], "V·N", z.device)
     scale = inverse("temperature", temperature, z.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_nce.compat.base import Adapter, class_ids, inverse, number, scalar
+from fused_nce.compat.base import Adapter, class_ids, inverse, number, scalar, tensor
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_loss, tile_stats
 from fused_nce.core.spec import Identity, Labels, Spec
@@ -58,7 +58,7 @@ class SupConLoss(Adapter):
         if mask is not None:
             if labels is not None:
                 raise ValueError("mask: got one with labels, need one of the two")
-            if mask.shape != (batch, batch):
+            if tensor("mask", mask).shape != (batch, batch):
                 raise ValueError(f"mask: got shape {tuple(mask.shape)}, need (B, B) = {(batch, batch)}")
             rows = columns if self.contrast_mode == "all" else columns[:batch]
             return factor * _weighted(rows, columns, mask, scale)
@@ -75,7 +75,7 @@ def _classes(labels: Tensor | None, batch: int, device: torch.device) -> Tensor:
     """(B,) int64, equal for images that are each other's positives."""
     if labels is None:
         return torch.arange(batch, device=device)
-    labels = labels.reshape(-1)
+    labels = tensor("labels", labels).reshape(-1)
     if labels.shape[0] != batch:
         raise ValueError(f"labels: got {labels.shape[0]}, need one an image, {batch}")
     return class_ids("labels", labels.to(device))

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_nce.compat.base import tensor
 from fused_nce.compat.processes import everyone, mean_of_all
 from fused_nce.core import checks
 from fused_nce.core.engine import tile_stats
@@ -39,7 +40,7 @@ def _flag(name: str, default: str) -> bool:
     return text.lower() in YES
 
 
-def _number(name: str, default: str, **bounds: float) -> float:
+def _number(name: str, default: str, **bounds: Any) -> float:
     text = os.environ.get(name, default)
     try:
         found = float(text)
@@ -83,7 +84,7 @@ class InfonceLoss:
         """
         checks.check_tensor("sentences", sentences, ("R", "D"))
         temperature = _number("INFONCE_TEMPERATURE", "0.1", above=0)
-        anchors, groups = _groups(labels.reshape(-1).tolist(), sentences.shape[0])
+        anchors, groups = _groups(tensor("labels", labels).reshape(-1).tolist(), sentences.shape[0])
         sizes = torch.tensor([len(x) for x in groups], device=sentences.device)
         q = sentences[torch.tensor(anchors, device=sentences.device)]
         p = sentences[torch.tensor([i for x in groups for i in x], device=sentences.device)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
-from collections.abc import Iterable
+import numbers
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -68,21 +70,31 @@ def check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
         raise ValueError(f"{name_b}: got width D = {b.shape[-1]}, need {name_a}'s {a.shape[-1]}")
 
 
-def check_number(name: str, value: float, *, above: float | None = None, at_least: float | None = None) -> None:
-    """A finite Python number within a bound.
+def check_number(
+    name: str, value: float, *, above: float | None = None, at_least: float | None = None, others: str = ""
+) -> None:
+    """A finite number within a bound.
 
     Raises:
-        TypeError: not a number.
+        TypeError: neither Python's nor NumPy's; bool is none.
         ValueError: NaN, infinite or out of bounds.
     """
+    if not isinstance(value, (int, float)):
+        value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, need a Python number")
+        raise TypeError(f"{name}: got {type(value).__name__}, need a number (int, float or NumPy's){others}")
     need = "a finite number" + (
         f" > {above}" if above is not None else f" >= {at_least}" if at_least is not None else ""
     )
     low = (above is not None and not value > above) or (at_least is not None and not value >= at_least)
     if low or not -math.inf < value < math.inf:  # which the symbol of a traced graph can answer too
         raise ValueError(f"{name}: got {value!r}, need {need}")
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy's as Python's, which meets others unrounded and is written as it is; anything else as it is."""
+    theirs: Any = type(value).__module__ == "numpy" and isinstance(value, numbers.Real)
+    return value.item() if theirs else value
 
 
 def checked_items(name: str, value: Any) -> tuple[Any, ...]:
@@ -106,10 +118,22 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
         raise ValueError(f"{name}: got {value!r}, need one of {', '.join(map(repr, choices))}")
 
 
-def check_scale(name: str, scale: float | Tensor, device: torch.device) -> None:
-    """A finite number, or a 0-d float tensor on the inputs' device (never read on the host)."""
+def check_names(owner: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Keywords among those that are known.
+
+    Raises:
+        TypeError: naming another one, and the known one that is most like it.
+    """
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise TypeError(f"{owner}: got {name}, need {near[0] if near else 'one of ' + ', '.join(known)}")
+
+
+def check_scale(name: str, scale: float | Tensor, device: torch.device, *, above: float | None = None) -> None:
+    """A finite number within a bound, or a 0-d float tensor on the inputs' device (never read on the host)."""
     if not isinstance(scale, Tensor):
-        check_number(name, scale)
+        check_number(name, scale, above=above, others=" or a 0-d tensor")
     elif scale.dim() or not scale.is_floating_point():
         raise ValueError(f"{name}: got a {scale.dtype} tensor of shape {tuple(scale.shape)}, need a 0-d float tensor")
     elif scale.device != device:

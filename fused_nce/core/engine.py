@@ -13,12 +13,14 @@ from fused_nce.core import batch, checks, dispatch
 from fused_nce.core import flop as _flop  # noqa: F401  (the ops' formulas)
 from fused_nce.core.group import Group, Peers, peers
 from fused_nce.core.ops import Scores  # and defines torch.ops.fused_nce
+from fused_nce.core.parts import no_number
 from fused_nce.core.prefixes import Prefixed
 from fused_nce.core.spec import Block, Index, Labels, Spec
 from fused_nce.core.statistics import STATISTIC
 from fused_nce.core.tails import REDUCTIONS, Nce, Tail
 
 
+@no_number
 class LossParts(NamedTuple):
     """What one sweep gives. `loss`, `nce` and `penalty` are differentiable; the rest is detached, for logging."""
 
@@ -259,7 +261,7 @@ def loss_of(
     if k is None and column_ids is None and isinstance(spec.layout, Labels):
         column_ids = row_ids
     factor, tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
-    if isinstance(bias, (int, float)):
+    if bias is not None and not isinstance(bias, Tensor):
         bias = q.new_full((), float(bias), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     if group is None and not spec.filters and not torch.compiler.is_compiling():
         leaves = (q, k, tensor, bias, positives, own_keys, row_ids, column_ids)
@@ -466,7 +468,7 @@ def _prepare(
     }
     checks.check_scores(q, k, spec, scale, offset, bias=bias, **given)
     factor, tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
-    if isinstance(bias, (int, float)):
+    if bias is not None and not isinstance(bias, Tensor):
         bias = q.new_full((), float(bias), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     guide_q, guide_k = guide or (None, None)
     ids = (row_ids, column_ids)

@@ -122,7 +122,7 @@ def check_settings(scale: float | Tensor | None, clip: float | None, penalty: fl
         checks.check_number("clip", clip, above=0)
     checks.check_number("penalty", penalty, at_least=0)
     if scale is not None:
-        checks.check_scale("scale", scale, device)
+        checks.check_scale("scale", scale, device, above=0)
 
 
 Settings = dict[str, float | Tensor | None]
@@ -195,9 +195,7 @@ class AMDIMLoss(nn.Module):
                 raise ValueError(f"pairs: got {pair!r}, need 'A>C' with the sizes of two maps, such as '1>5'")
         self.pairs = tuple(pairs)
         self.antecedents = antecedents
-        unknown = set(settings) - set(DEFAULTS)
-        if unknown:
-            raise TypeError(f"settings: got {', '.join(sorted(unknown))}, need some of {', '.join(DEFAULTS)}")
+        checks.check_names("AMDIMLoss", settings, (*DEFAULTS, "pairs", "antecedents", "preset", "group", "backend"))
         self.settings: Settings = {**(PRESETS[preset] if preset else DEFAULTS), **settings}
         check_settings(**self.settings, device=torch.device("cpu"))  # type: ignore[arg-type]
         self.group, self.backend = group, backend

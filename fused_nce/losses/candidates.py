@@ -230,7 +230,8 @@ def checked_prefixes(
             raise ValueError(f"prefixes: got {width}, need 1 <= prefix <= D = {d}")
     if not prefixes:
         raise ValueError("prefixes: got none, need at least one width")
-    found = (1.0,) * len(prefixes) if weights is None else checks.checked_items("prefix_weights", weights)
+    given = (1.0,) * len(prefixes) if weights is None else checks.checked_items("prefix_weights", weights)
+    found = tuple(map(checks.plain, given))
     if len(found) != len(prefixes):
         raise ValueError(f"prefix_weights: got {len(found)}, need one for each of {len(prefixes)} prefixes")
     for weight in found:

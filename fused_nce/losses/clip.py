@@ -18,7 +18,7 @@ from fused_nce.losses import blocks, candidates, targets
 from fused_nce.losses.candidates import Batch, Rules
 from fused_nce.losses.common import check_rows, dense_nce
 from fused_nce.losses.heard import heard
-from fused_nce.losses.module import LossModule
+from fused_nce.losses.module import LossModule, check_options
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
@@ -86,7 +86,7 @@ def clip_loss(
         ```
     """
     check_rows("image", image, "text", text, same_n=True)
-    checks.check_scale("logit_scale", logit_scale, image.device)
+    checks.check_scale("logit_scale", logit_scale, image.device, above=0)
     chosen = (max_scale, ids, false_negative_margin, guide, tau_plus, row_weights, prefixes, prefix_weights)
     several = positives is not None or soft_targets is not None
     plain = chosen == (None,) * 8 and not (several or label_smoothing or guide_margin)
@@ -155,6 +155,8 @@ class CLIPLoss(LossModule):
 
     def __init__(self, *, group: Group = None, backend: str | None = None, **options: Any) -> None:
         super().__init__(group=group, backend=backend, **options)
+        check_options(CLIPLoss, clip_loss, options)
+        candidates.clamped(1.0, options.get("max_scale"))  # its check
 
     def forward(
         self,

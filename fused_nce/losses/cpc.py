@@ -116,6 +116,7 @@ def _shares(weights: Sequence[float] | None, n_steps: int) -> list[float]:
     if tensor or len(weights) != n_steps:
         seen = "a tensor" if tensor else f"{len(weights)} of them"
         raise ValueError(f"weights: got {seen}, need a number for each of S = {n_steps} steps")
+    weights = [*map(checks.plain, weights)]
     for weight in weights:
         checks.check_number("weights", weight, at_least=0)
     total = sum(weights)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
+from fused_nce.core import checks
 from fused_nce.core.group import Group, peers
 
 P = ParamSpec("P")
@@ -16,12 +17,20 @@ R = TypeVar("R")
 
 
 def heard(loss: Callable[P, R]) -> Callable[P, R]:
-    """A loss whose bad argument all processes of its `group` raise, not only the one that it was given to."""
+    """A loss whose bad argument all processes of its `group` raise, not only the one that it was given to.
+
+    It is handed NumPy's numbers as Python's.
+    """
 
     @functools.wraps(loss)
     def call(*args: P.args, **options: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return loss(*args, **options)
+        return hear(*map(checks.plain, args), **{name: checks.plain(x) for name, x in options.items()})
+
+    def hear(*args: Any, **options: Any) -> R:
         group = cast(Group, options.get("group"))
-        if group is None or torch.compiler.is_compiling():
+        if group is None:
             return loss(*args, **options)
         from fused_nce.core.distributed import processes
 

@@ -22,6 +22,7 @@ from fused_nce.losses import blocks, candidates
 from fused_nce.losses.candidates import Batch, Rules
 from fused_nce.losses.common import check_rows, inverse
 from fused_nce.losses.heard import heard
+from fused_nce.losses.module import check_options
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.targets import checked as checked_targets
 
@@ -260,7 +261,10 @@ class InfoNCELoss(nn.Module):
 
     def __init__(self, temperature: float = 0.1, *, learnable: bool = False, **options: Any) -> None:
         super().__init__()
+        check_options(InfoNCELoss, info_nce, options)
         checks.check_number("temperature", temperature, above=0)
+        inverse("temperature", temperature, torch.device("cpu"))
+        candidates.clamped(1.0, options.get("max_scale"))  # its check
         self.temperature, self.options = temperature, options
         self.log_scale = nn.Parameter(-torch.tensor(float(temperature)).log()) if learnable else None
 

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from fused_nce.core import checks
+
+
+def check_options(module: type[nn.Module], loss: Callable[..., Any], options: Iterable[str]) -> None:
+    """Keywords of a module's constructor among those that its loss takes and no call brings.
+
+    Raises:
+        TypeError: naming the module, the keyword and the one that is needed.
+    """
+    calls, own = inspect.signature(module.forward).parameters, inspect.signature(module).parameters
+    for name in options:
+        if name in calls:
+            raise TypeError(f"{module.__name__}: got {name}, which comes with each call, need it there")
+    known = {*inspect.signature(loss).parameters, *own} - {*calls, "options"}
+    checks.check_names(module.__name__, options, sorted(known))
 
 
 class LossModule(nn.Module):

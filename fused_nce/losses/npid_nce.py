@@ -61,10 +61,9 @@ def npid_nce(
         ```
     """
     s = _scores(features, bank, indices, noise, temperature, backend)
+    checks.check_scale("z", z, features.device, above=0)
     if isinstance(z, Tensor):
-        checks.check_scale("z", z, features.device)
         return _nce(features, bank, indices, s, z.detach().to(s.dtype).log(), proximal)
-    checks.check_number("z", z, above=0)
     return _nce(features, bank, indices, s, math.log(z), proximal)
 
 

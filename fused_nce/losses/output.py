@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fused_nce.core.parts import no_number
 
+
+@no_number
 class NCEOutput(NamedTuple):
     """A loss and its parts, each differentiable where a function says nothing else."""
 

@@ -52,7 +52,7 @@ def pair_contrastive(
     """
     checks.check_tensor("features", features, ("N", "D"))
     checks.check_ids("labels", labels, features.shape[0], "N", features.device)
-    checks.check_number("margin", margin, above=0)
+    checks.check_number("margin", margin := checks.plain(margin), above=0)
     # In margins, t = −d / margin. Every pair stands in two rows, as does its share of N·(N − 1).
     parts = tile_loss(
         features,

@@ -55,7 +55,7 @@ def siglip_loss(
         ```
     """
     check_rows("image", image, "text", text, same_n=True)
-    checks.check_scale("logit_scale", logit_scale, image.device)
+    checks.check_scale("logit_scale", logit_scale, image.device, above=0)
     checks.check_scale("logit_bias", logit_bias, image.device)
     parts = loss_of(image, text, SPEC, TAIL, scale=logit_scale, bias=logit_bias, group=group, backend=backend)
     return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)

@@ -71,7 +71,7 @@ def triplet_margin(
     """
     checks.check_tensor("features", features, ("N", "D"))
     checks.check_ids("labels", labels, features.shape[0], "N", features.device)
-    _check_settings(margin, mining, form, squared)
+    _check_settings(margin := checks.plain(margin), mining, form, squared)
     z = normalized(features) if normalize else features
     # Rows that are sorted whole would leave a 16-bit batch no room to be widened in tile by tile.
     z = z if mining == "hard" else widened(z)

@@ -269,13 +269,21 @@ def test_without_upstream_it_raises():
             loss(torch.randn(4, 3), torch.arange(4))
 
 
+WORD: Any = "0.1"
+
+
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
         (ValueError, "temperature: got 0", lambda x: pml.NTXentLoss(0)),
-        (TypeError, "SupConLoss: got distanc, need one of distance", lambda x: pml.SupConLoss(distanc=None)),
+        (TypeError, "SupConLoss: got distanc, need distance", lambda x: pml.SupConLoss(distanc=None)),
         (ValueError, "labels: got None, need", lambda x: pml.NTXentLoss()(x)),
         (TypeError, "labels: got torch.complex64, need n", lambda x: pml.NTXentLoss()(x, x[:, 0] + 0j)),
+        (TypeError, "labels: got list, need a tensor", lambda x: pml.NTXentLoss()(x, [0, 0, 1, 1])),
+        (TypeError, "labels: got ndarray, need a tensor", lambda x: pml.SupConLoss()(x, torch.arange(4).numpy())),
+        (TypeError, "labels: got list, need a tensor", lambda x: XBM(9)(x, [0, 0, 1, 1])),
+        (TypeError, "ref_labels: got list, need a t", lambda x: pml.NTXentLoss()(x, x[:, 0], None, x, [0, 0, 1, 1])),
+        (TypeError, r"temperature: got str, need a number \(int", lambda x: pml.NTXentLoss(WORD)),
         (ValueError, "labels: got shape .3,.", lambda x: pml.NTXentLoss()(x, torch.arange(3))),
         (ValueError, "ref_emb: got width D = 2", lambda x: pml.NTXentLoss()(x, torch.arange(4), None, x[:, :2])),
         (ValueError, "ref_emb: got N = 3, need", lambda x: pml.SupConLoss()(x, torch.arange(4), None, x[:3])),

@@ -11,6 +11,7 @@ from fused_nce.compat import amdim, bolts, dim, inf_cl, lightly, moco, open_clip
 
 ROWS = torch.randn(4, 3)
 NUMBER: Any = 16.0
+LIST: Any = [0, 1, 2, 3]
 SOURCES = [torch.randn(2, 4)] * 4
 TARGETS = [torch.randn(1, 4, 2 * n) for n in (25, 49, 25, 49)]
 MAPS = [torch.randn(2, 4, s, s) for s in (1, 5, 7) * 2]
@@ -41,6 +42,10 @@ def encoder(num_classes):
         (ValueError, "r_trg: got 7 columns", lambda: bolts.AmdimNCELoss(9)(ROWS, torch.randn(3, 7), torch.eye(4))),
         (ValueError, "temperature: got 0", lambda: bolts.nt_xent_loss(ROWS, ROWS, 0.0)),
         (ValueError, "temperature: got 1e-09", lambda: lightly.NTXentLoss(1e-9)),
+        (TypeError, "indexes: got list, need a tensor", lambda: solo.simclr_loss_func(ROWS, LIST)),
+        (TypeError, "labels: got list, need a tensor", lambda: inf_cl.cal_flash_loss(ROWS, ROWS, LIST)),
+        (TypeError, "labels: got list, need a tensor", lambda: supcontrast.SupConLoss()(ROWS[:, None], [0, 0, 1, 1])),
+        (TypeError, "mask: got list, need a tensor", lambda: supcontrast.SupConLoss()(ROWS[:, None], mask=[[1]])),
         (ValueError, "memory_bank_size: got 64, need", lambda: lightly.NTXentLoss(memory_bank_size=64)),
         (ValueError, "out0: got width D = 3", lambda: lightly.NTXentLoss(memory_bank_size=(8, 5))(ROWS, ROWS)),
         (ValueError, "ddp_compat: got 'both'", lambda: open_clip.ClipLoss(ddp_compat="both")),

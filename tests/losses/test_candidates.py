@@ -6,7 +6,6 @@ import itertools
 import math
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from torch import nn
@@ -423,7 +422,7 @@ ERRORS: dict[str, dict[str, Any]] = {
     "prefixes: got int, need a sequence": {"prefixes": 2},
     "prefix_weights: got float, need a sequence": {"prefixes": (2,), "prefix_weights": 1.0},
     "temperature: got 1e-45, need a number whose inverse float32 holds": {"temperature": 1e-45},
-    "temperature: got float32, need a Python number": {"temperature": numpy.float32(0.1)},
+    "temperature: got str, need a number (int, float or NumPy's) or a 0-d tensor": {"temperature": "0.1"},
     "prefix_weights: got 1, need one for each of 2 prefixes": {"prefixes": (2, 5), "prefix_weights": (1.0,)},
     "prefix_weights: got some without prefixes, need None": {"prefix_weights": (1.0,)},
     "max_scale: got 0, need a finite number > 0": {"max_scale": 0},

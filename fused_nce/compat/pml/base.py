@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_nce.compat.base import Adapter, class_ids
+from fused_nce.compat.base import Adapter, class_ids, tensor
 from fused_nce.core import checks
 from fused_nce.core.tails import fixed_sum
 from fused_nce.losses.common import check_rows, normalized, widened
@@ -70,9 +70,8 @@ class Rows(NamedTuple):
     def of_labels(cls, q: Tensor, labels: Tensor, k: Tensor, other: Tensor | None, itself: int | None) -> Rows:
         """Labels of both sides, of any dtype, on any device."""
         for name, x, rows in (("labels", labels, q), ("ref_labels", other, k)):
-            if not isinstance(x, Tensor) or x.shape != rows.shape[:1]:
-                seen = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(f"{name}: got shape {seen}, need {tuple(rows.shape[:1])}")
+            if (seen := tensor(name, x).shape) != rows.shape[:1]:
+                raise ValueError(f"{name}: got shape {tuple(seen)}, need {tuple(rows.shape[:1])}")
         ids = class_ids("labels", labels.to(q.device), other.to(q.device))  # type: ignore[union-attr]
         return cls(q, ids[0], k, ids[1], itself)
 
@@ -138,9 +137,7 @@ class PairLoss(Upstreams):
     reducer: Any
 
     def __init__(self, words: dict[str, Any], options: dict[str, Any]) -> None:
-        unknown = set(options) - set(OPTIONS)
-        if unknown:
-            raise TypeError(f"{type(self).__name__}: got {sorted(unknown)[0]}, need one of {', '.join(OPTIONS)}")
+        checks.check_names(type(self).__name__, options, OPTIONS)
         super().__init__(**words, **(dict.fromkeys(OPTIONS) if isinstance(self, _Alone) else {}) | options)
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_nce.compat.base import tensor
 from fused_nce.compat.pml.base import INSTALLED, Indices, PairLoss, Rows, Upstreams, upstreams
 from fused_nce.compat.processes import check_ddp_compat, gradient_times, rank
 from fused_nce.core import checks
@@ -48,9 +49,8 @@ class CrossBatchMemory(Upstreams, upstreams("CrossBatchMemory")):  # type: ignor
     def __init__(
         self, loss: nn.Module, embedding_size: int, memory_size: int = 1024, miner: Any = None, **options: Any
     ) -> None:
-        unknown = set(options) - {"collect_stats"}
-        if unknown:
-            raise TypeError(f"CrossBatchMemory: got {sorted(unknown)[0]}, need loss, sizes and a miner")
+        known = ("loss", "embedding_size", "memory_size", "miner", "collect_stats")
+        checks.check_names("CrossBatchMemory", options, known)
         for name, value in (("embedding_size", embedding_size), ("memory_size", memory_size)):
             checks.check_int(name, value)
             if value < 1:
@@ -92,9 +92,8 @@ class CrossBatchMemory(Upstreams, upstreams("CrossBatchMemory")):  # type: ignor
         checks.check_tensor("embeddings", embeddings, ("N", "D"))
         if embeddings.shape[1] != self.embedding_size:
             raise ValueError(f"embeddings: got width D = {embeddings.shape[1]}, need {self.embedding_size}")
-        if not isinstance(labels, Tensor) or labels.shape != embeddings.shape[:1]:
-            seen = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
-            raise ValueError(f"labels: got shape {seen}, need (N,) = {tuple(embeddings.shape[:1])}")
+        if tensor("labels", labels).shape != embeddings.shape[:1]:
+            raise ValueError(f"labels: got shape {tuple(labels.shape)}, need (N,) = {tuple(embeddings.shape[:1])}")
         labels = labels.to(embeddings.device)
         first = self.queue_idx
         if enqueue_mask is None:
