@@ -56,6 +56,8 @@ def workspace_bytes(
 ) -> int:
     """Peak bytes that one call of a backend allocates beside its inputs, outputs and gradients.
 
+    Copies that a loss makes of its inputs first, unit rows for one, come on top: `docs/numerics.md` has their bytes.
+
     Args:
         spec: what happens to a score.
         n: rows N.

@@ -1,8 +1,9 @@
 """Double backward: the forward once more in differentiable torch, which autograd then differentiates as often as asked.
 
 The ops' gradients leave with the forward and carry no graph. A backward under `create_graph=True` that was asked of
-the backend "chunked" comes here instead: strips of rows, each computed anew wherever autograd needs it, so that no more
-than one strip's scores are held. Slower than any kernel, and exact to any order.
+the backend "chunked" comes here instead: strips of rows, not kept by the forward and computed anew in the backward.
+The gradients that it returns hold the graph of all of them, so memory grows with N·M from there on, as in eager torch.
+Slower than any kernel, and exact to any order.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -91,3 +93,22 @@ def test_the_plan_of_a_batch_with_itself_is_what_is_asked_for(monkeypatch):
             refusals.append("which cannot run this: the workspace" in str(error))
     assert 0 < len(refusals) < 56
     assert all(refusals)
+
+
+# docs/numerics.md: bytes an element of both sides, at most, beside the gradients and the workspace, which is not torch's.
+ON_TOP = [(info_nce, False, 0, 4), (info_nce, True, 4, 11), (nt_xent, False, 8, 8), (nt_xent, True, 12, 14)]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("loss", "normalize", "of_float32", "of_bfloat16"), ON_TOP)
+def test_bytes_beside_the_workspace(loss, normalize, of_float32, of_bfloat16):
+    for dtype, wanted in ((torch.float32, of_float32), (torch.bfloat16, of_bfloat16)):
+        q, k = (torch.randn(256, 512).to(dtype).requires_grad_() for _ in "qk")
+        loss(q, k, normalize=normalize, backend="cpu").loss.backward()
+        q.grad = k.grad = None
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            loss(q, k, normalize=normalize, backend="cpu").loss.backward()
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        steps = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        found = max(itertools.accumulate(steps)) / (q.numel() + k.numel()) - dtype.itemsize
+        assert wanted - 2.5 < found < wanted + 0.1
