@@ -94,7 +94,7 @@ def tile_stats(
         q: (N, D).
         k: (M, D), for `Block` whole images of `n_c` columns; None is q, with one gradient for both roles.
         spec: layout, transform and the statistics wanted.
-        scale: factor of the dot product; a 0-d tensor is learnable.
+        scale: factor of the dot product, any finite number; a 0-d tensor is learnable.
         offset: the image of row 0; under `drop_self`, in other layouts than `Block`, the column that row 0 is.
         bias: of the `Bias` transform; a 0-d tensor is learnable.
         positives: (N, P) raw scores, of `Separate`.
@@ -172,7 +172,7 @@ def tile_loss(
         k: (M, D), or None; as in `tile_stats`.
         spec: its statistics must be those that the tail reads, at least.
         tail: from statistics to the loss.
-        scale: factor of the dot product; a 0-d tensor is learnable.
+        scale: factor of the dot product, any finite number; a 0-d tensor is learnable.
         offset: as in `tile_stats`.
         bias: of the `Bias` transform; a 0-d tensor is learnable.
         positives: (N, P) raw scores, of `Separate`.
@@ -319,7 +319,7 @@ def tile_losses(
 
     Args:
         terms: the problems.
-        scale: factor of every dot product; a 0-d tensor is learnable.
+        scale: factor of every dot product, any finite number; a 0-d tensor is learnable.
         group: as in `tile_loss`.
         backend: a name of `fused_nce.backends()`, or None to choose.
 

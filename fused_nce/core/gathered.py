@@ -71,7 +71,7 @@ def gathered_scores(
         q: (N, D), float64, 32, 16 or bfloat16.
         k: (M, D), any float dtype; no gradient where it wants none.
         indices: (N, m) int64, rows of k; one may come several times. On a GPU one out of range gives a NaN.
-        scale: factor of the dot product; a 0-d tensor is learnable.
+        scale: factor of the dot product, any finite number; a 0-d tensor is learnable.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.
 
     Returns:

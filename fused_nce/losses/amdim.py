@@ -48,7 +48,7 @@ def amdim_nce(
         antecedents: (n_a, D), one row an image, or (n_a, n_r, D), n_r rows an image; float64, 32, 16 or bfloat16.
         consequents: (n_k, n_c, D), the other view's n_c locations of n_k >= n_a images; same dtype and device.
         offset: row i's image is i + offset, among this process's own.
-        scale: factor of the dot product; None is 1/√D, a 0-d tensor is learnable.
+        scale: factor of the dot product, > 0; None is 1/√D, a 0-d tensor is learnable.
         clip: range c of the soft clip c·tanh(s/c), in units of the score; None for none.
         penalty: λ of λ·mean(s²) over all scores, before the clip.
         reduction: of `nce`: "mean" or "sum" over all positives, or "none" for (n_a·n_r, n_c). The penalty stays a mean.

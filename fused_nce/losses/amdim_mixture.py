@@ -50,7 +50,7 @@ def amdim_mixture_nce(
         consequents: (n_k, n_c, D), the other view's n_c locations of n_k >= n_a images; same dtype and device.
         tau: > 0, how sharply components compete; the entropy of their posterior has weight 1/τ.
         offset: image a is consequents' image a + offset, among this process's own.
-        scale: factor of the dot product; None is 1/√D, a 0-d tensor is learnable.
+        scale: factor of the dot product, > 0; None is 1/√D, a 0-d tensor is learnable.
         clip: range c of the soft clip c·tanh(s/c), in units of the score; None for none.
         penalty: λ of the mean square of all scores, before the clip.
         group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone.
@@ -115,7 +115,7 @@ class AMDIMMixtureLoss(LossModule):
 
     Args:
         tau: > 0, how sharply the components compete.
-        scale: factor of the dot product; None is 1/√D.
+        scale: factor of the dot product, > 0; None is 1/√D.
         clip: range c of the soft clip; None for none.
         penalty: λ of the mean squared score.
         group, backend: as in `amdim_mixture_nce`.

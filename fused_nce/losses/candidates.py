@@ -230,15 +230,14 @@ def checked_prefixes(
             raise ValueError(f"prefixes: got {width}, need 1 <= prefix <= D = {d}")
     if not prefixes:
         raise ValueError("prefixes: got none, need at least one width")
-    given = (1.0,) * len(prefixes) if weights is None else checks.checked_items("prefix_weights", weights)
-    found = tuple(map(checks.plain, given))
+    found = (1.0,) * len(prefixes) if weights is None else checks.checked_items("prefix_weights", weights)
     if len(found) != len(prefixes):
         raise ValueError(f"prefix_weights: got {len(found)}, need one for each of {len(prefixes)} prefixes")
     for weight in found:
         checks.check_number("prefix_weights", weight)
     total: dict[int, float] = {}
     for width, weight in sorted(zip(prefixes, found, strict=True)):
-        total[width] = total.get(width, 0.0) + weight
+        total[width] = total.get(width, 0.0) + float(weight)
     return tuple(total), tuple(total.values())
 
 

@@ -54,7 +54,7 @@ def clip_loss(
     Args:
         image: (N, D), unit rows; float64, 32, 16 or bfloat16.
         text: (N, D), unit rows, same dtype and device.
-        logit_scale: factor of the dot product, the exponential of CLIP's parameter; a 0-d tensor is learnable.
+        logit_scale: factor of the dot product, > 0, the exponential of CLIP's parameter; a 0-d tensor is learnable.
         max_scale: the largest `logit_scale`; a learned one has no gradient beyond it.
         ids: (N,) int64, of the pairs: those of one id are no negatives of each other.
         false_negative_margin: as in `info_nce`, in both directions, and so are the rest:

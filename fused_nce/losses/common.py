@@ -21,13 +21,12 @@ def inverse(name: str, temperature: float | Tensor, device: torch.device) -> flo
         TypeError, ValueError: not a number > 0 whose inverse float32 holds, or a tensor that is no 0-d float one on the
             inputs' device.
     """
-    temperature = checks.plain(temperature)
     checks.check_scale(name, temperature, device, above=0)
     if isinstance(temperature, Tensor):
         return temperature.reciprocal()
-    if 1 / temperature > LARGEST:
+    if 1 / float(temperature) > LARGEST:
         raise ValueError(f"{name}: got {temperature!r}, need a number whose inverse float32 holds")
-    return 1 / temperature
+    return 1 / float(temperature)
 
 
 def row_dots(q: Tensor, k: Tensor) -> Tensor:

@@ -116,13 +116,12 @@ def _shares(weights: Sequence[float] | None, n_steps: int) -> list[float]:
     if tensor or len(weights) != n_steps:
         seen = "a tensor" if tensor else f"{len(weights)} of them"
         raise ValueError(f"weights: got {seen}, need a number for each of S = {n_steps} steps")
-    weights = [*map(checks.plain, weights)]
     for weight in weights:
         checks.check_number("weights", weight, at_least=0)
-    total = sum(weights)
+    total = sum(map(float, weights))
     if not total > 0:
         raise ValueError(f"weights: got {tuple(weights)}, need one > 0")
-    return [weight / total for weight in weights]
+    return [float(weight) / total for weight in weights]
 
 
 def _step(

@@ -26,9 +26,10 @@ def heard(loss: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **options: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return loss(*args, **options)
-        return hear(*map(checks.plain, args), **{name: checks.plain(x) for name, x in options.items()})
-
-    def hear(*args: Any, **options: Any) -> R:
+        for x in (*args, *options.values()):  # no function for each, which a call would wait for
+            if type(x).__module__ == "numpy" and checks.plain(x) is not x:
+                plain: Any = {name: checks.plain(x) for name, x in options.items()}
+                return cast(Any, call)(*map(checks.plain, args), **plain)
         group = cast(Group, options.get("group"))
         if group is None:
             return loss(*args, **options)

@@ -37,7 +37,7 @@ def siglip_loss(
     Args:
         image: (N, D), unit rows; float64, 32, 16 or bfloat16.
         text: (N, D), unit rows, same dtype and device.
-        logit_scale: factor of the dot product; a 0-d tensor is learnable.
+        logit_scale: factor of the dot product, > 0; a 0-d tensor is learnable.
         logit_bias: added to every score; a 0-d tensor is learnable.
         group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest.

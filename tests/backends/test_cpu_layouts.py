@@ -95,7 +95,7 @@ def test_the_plan_of_a_batch_with_itself_is_what_is_asked_for(monkeypatch):
     assert all(refusals)
 
 
-# docs/numerics.md: bytes an element of both sides, at most, beside the gradients and the workspace, which is not torch's.
+# docs/numerics.md: bytes an element of both sides, at most, beside gradients and workspace, which torch does not count.
 ON_TOP = [(info_nce, False, 0, 4), (info_nce, True, 4, 11), (nt_xent, False, 8, 8), (nt_xent, True, 12, 14)]
 
 

@@ -198,7 +198,7 @@ ERRORS = [
     (lambda: nt_xent(A, B.double()), TypeError, r"^view1: got torch.float64, need view0's torch.float32 .*$"),
     (lambda: moco_nce(A, B, B[:, :2]), ValueError, r"^queue: got width D = 2, need queries's 3$"),
     (lambda: moco_nce(A, B, B[:0]), ValueError, r"^queue: got shape \(0, 3\), need \(K, D\) with K >= 1$"),
-    (lambda: clip_loss(A, B, math.nan), ValueError, r"^logit_scale: got nan, need a finite number$"),
+    (lambda: clip_loss(A, B, math.nan), ValueError, r"^logit_scale: got nan, need a finite number > 0$"),
     (lambda: siglip_loss(A, B, 1.0, torch.ones(1)), ValueError, r"^logit_bias: got a .* need a 0-d float tensor$"),
     (lambda: sup_con(A, T[:3]), ValueError, r"^labels: got shape \(3,\), need \(N,\) = \(4,\)$"),
     (lambda: sup_con(A, T, variant="both"), ValueError, r"^variant: got 'both', need one of 'out', 'in'$"),
