@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 55_580, ("tests",): 36_110}
+BUDGET = {("fused_nce", "csrc", "bench"): 55_700, ("tests",): 36_330}
 
 
 def lines(folder: str) -> int:
