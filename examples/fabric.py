@@ -1,6 +1,6 @@
 """SimCLR on scikit-learn's digits in a loop of your own, under Lightning Fabric.
 
-    pip install "fused-nce[train]" lightning
+    pip install ".[train]" lightning
     python examples/fabric.py --devices 2     # two processes; each image's negatives are those of both
 
 The loss knows nothing of Fabric: `group="world"` is all that it needs to take the negatives of every process.

@@ -1,6 +1,6 @@
 """SimCLR on scikit-learn's digits under Hugging Face's `Trainer`.
 
-    pip install "fused-nce[train]" transformers
+    pip install ".[train]" transformers
     python examples/hf_trainer.py
     torchrun --nproc-per-node 2 examples/hf_trainer.py     # or accelerate launch: the negatives of both processes
 

@@ -268,6 +268,7 @@ def test_the_lock_covers_what_the_project_asks_for():
 # --- documents ----------------------------------------------------------------------------------------------------
 
 
+INSTALLS = re.compile(r"pip install (?:-\S+ )*['\"]?fused[-_]nce\b[^\n]*")
 NAMED = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|cpp|h|inl|cu|md|json|toml|yaml|lock))`")
 
 
@@ -283,6 +284,14 @@ def test_links_and_named_files_and_make_targets_exist():
         for words in re.findall(r"^\s*make ([a-z][a-z -]*?)\s*(?:#|$)|`make ([a-z -]+)`", text, re.M):
             wrong += [f"{name_of(path)}: make {x}" for x in set(" ".join(words).split()) - targets]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_line_installs_this_package_from_an_index_that_has_it_not():
+    """It would install a stranger's; `docs/packages.md` says that there is none yet."""
+    texts = {path: path.read_text(encoding="utf-8") for path in FILES if path.name != "CHANGELOG.md"}
+    lines = [f"{name_of(path)}: {x}" for path, text in texts.items() for x in re.findall(INSTALLS, text)]
+    assert not lines, "\n".join(lines)
+    assert "Nothing is on a package index yet" in texts[ROOT / "docs/packages.md"]
 
 
 def test_the_makefile_runs_what_exists():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fused_nce import measure
@@ -28,6 +28,7 @@ from fused_nce.train.saving import checkpoint
 
 WEIGHTS, ONNX, CONFIG, CARD = "model.safetensors", "model.onnx", "config.json", "README.md"
 ONNX_NEEDS = ("onnx", "onnxscript")
+ONNX_ADD = "pip install onnx onnxscript onnxruntime"  # the last checks what the others write
 PROTOBUF_LIMIT_BYTES = 1900 << 20  # a file above 2 GiB cannot be read: the weights go beside it
 # Two float32 runtimes differ by rounding, some 1e-6 of the largest feature; a layer that is wrong, by more than this.
 ONNX_TOLERANCE = 1e-3
@@ -51,7 +52,7 @@ def export(run: str, out: str, *, onnx: bool | None = None) -> dict[str, Any]:
     """
     missing = [name for name in ONNX_NEEDS if importlib.util.find_spec(name) is None]
     if onnx and missing:
-        raise ImportError(f"onnx: needs {' and '.join(missing)}: pip install 'fused-nce[onnx]'")
+        raise ImportError(f"onnx: needs {' and '.join(missing)}: {ONNX_ADD}")
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"out: {out} holds something already; need a new or an empty folder")
@@ -68,10 +69,10 @@ def export(run: str, out: str, *, onnx: bool | None = None) -> dict[str, Any]:
     temporary = aside(target)
     try:
         temporary.mkdir(parents=True)
-        save_file(checkpoint.plain(encoder.encoder_state()), temporary / WEIGHTS, metadata={"format": "pt"})
+        checkpoint.write_tensors(encoder.encoder_state(), temporary / WEIGHTS, {"format": "pt"})
         _write_json(temporary / CONFIG, facts)
         _check_weights(temporary, batch, taps)
-        note = f"not written: needs {' and '.join(missing)}: pip install 'fused-nce[onnx]'" if missing else "not asked"
+        note = f"not written: needs {' and '.join(missing)}: {ONNX_ADD}" if missing else "not asked"
         if onnx or (onnx is None and not missing):
             note = write_onnx(encoder, batch, taps, temporary / ONNX)
         card = model_card.text(Path(run), settings, facts, state, sum(p.numel() for p in encoder.parameters()), note)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from fused_nce.train.data.augment import Normalise
 from fused_nce.train.data.images import load_labelled
@@ -68,7 +67,7 @@ def write(
         net, rate = choose(subject, bank, plan.labels, plan.draws[labels_per_class][0], plan.held, seed=seed)
     accuracy = 100 * float((net.predict(test.images).numpy() == plan.truth).mean())
     facts = {"tap": tap, "labels_per_class": str(labels_per_class), "accuracy_pct": f"{accuracy:.2f}"}
-    save_file(checkpoint.plain(net.state_dict()), Path(run) / NAME, facts)
+    checkpoint.write_tensors(net.state_dict(), Path(run) / NAME, facts)
     return {"rate": rate, "accuracy_pct": accuracy, "read": [probe.account, test.account]}
 
 

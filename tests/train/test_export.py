@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,11 +125,26 @@ def test_onnx_without_its_packages_is_one_line(resnet, tmp_path, monkeypatch, ca
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in export.ONNX_NEEDS else real(name))
     assert cli.main(["export", str(resnet[0]), "--out", str(tmp_path / "a"), "--onnx", "true"]) == 2
-    assert capsys.readouterr().err == "fused-nce: onnx: needs onnx and onnxscript: pip install 'fused-nce[onnx]'\n"
+    assert capsys.readouterr().err == f"fused-nce: onnx: needs onnx and onnxscript: {export.ONNX_ADD}\n"
     assert cli.main(["export", str(resnet[0]), "--out", str(tmp_path / "a")]) == 0
-    assert "onnx: not written: needs onnx and onnxscript: pip install" in capsys.readouterr().out
+    assert f"onnx: not written: needs onnx and onnxscript: {export.ONNX_ADD}\n" in capsys.readouterr().out
     assert not (tmp_path / "a" / "model.onnx").exists()
     assert "not written: needs onnx and onnxscript" in (tmp_path / "a" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o027])
+def test_every_file_has_the_mode_that_the_umask_says(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        export.export(str(make_run(tmp_path / "run")), str(tmp_path / "out"), onnx=False)
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
+    assert len([path for path in files if path.suffix == ".safetensors"]) == 2
+    # All weights are written by one function, the fine-tuned ones too.
+    sources = Path(cli.__file__).parent.rglob("*.py")
+    assert [path.stem for path in sources if "save_file(" in path.read_text("utf-8")] == ["checkpoint"]
 
 
 def test_the_card_says_where_the_weights_come_from(resnet):

@@ -290,7 +290,7 @@ def test_a_log_keeps_its_other_lines_where_one_is_damaged(tmp_path):
 def test_a_full_disk_while_weights_are_written_is_an_error_of_the_disk(tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
-    def full(values, path):
+    def full(*given):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(checkpoint, "save_file", full)

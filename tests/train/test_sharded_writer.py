@@ -22,11 +22,13 @@ def group():
 
 
 def test_a_save_while_another_is_pending_is_refused_and_leaves_it_alone(tmp_path, group):
+    (tmp_path / "plain").touch()  # with the mode that the umask says
+    mode = (tmp_path / "plain").stat().st_mode & 0o777
     go, kept = threading.Event(), []
 
     def complete(folder, step, state):
         assert go.wait(60)
-        kept.append((step, [path.name for path in folder.iterdir()]))
+        kept.append((step, [(path.name, path.stat().st_mode & 0o777) for path in folder.iterdir()]))
 
     writer = Writer(tmp_path, complete)
     values = {"model": {"weight": torch.ones(3)}}
@@ -35,7 +37,7 @@ def test_a_save_while_another_is_pending_is_refused_and_leaves_it_alone(tmp_path
         writer.save(2, values, {})
     go.set()
     writer.wait()
-    assert kept == [(1, ["shard-00001-model-00001-of-00001.safetensors"])]
+    assert kept == [(1, [("shard-00001-model-00001-of-00001.safetensors", mode)])]
     writer.save(2, values, {})
     writer.wait()
     assert [step for step, _ in kept] == [1, 2]

@@ -56,7 +56,7 @@ class Journal:
 
     def _open(self) -> None:
         """The new one first: a number that is closed belongs to whoever opens a file next."""
-        old, self._file = self._file, os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        old, self._file = self._file, os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         if old >= 0:
             os.close(old)
 

@@ -64,7 +64,7 @@ def save(run_dir: str | Path, step: int, tensors: dict[str, Tensors], state: dic
     try:
         temporary.mkdir(parents=True)
         for name, values in tensors.items():
-            _write_tensors(plain(values), temporary / f"{name}.safetensors")
+            write_tensors(values, temporary / f"{name}.safetensors")
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -139,11 +139,24 @@ def plain(values: Tensors) -> Tensors:
     return found
 
 
-def _write_tensors(values: Tensors, path: Path) -> None:
+def write_tensors(values: Tensors, path: Path, facts: dict[str, str] | None = None) -> None:
+    """As safetensors, with the mode of any new file there: safetensors' own is its owner's alone.
+
+    Args:
+        values: on any device.
+        path: of the file.
+        facts: for its header.
+
+    Raises:
+        OSError: if the disk is full or not writable.
+    """
+    path.touch()
+    mode = path.stat().st_mode & 0o777
     try:
-        save_file(values, path)
+        save_file(plain(values), path, facts)
     except SafetensorError as error:  # a full disk, too
         raise OSError(f"{path.name}: {error}") from error
+    path.chmod(mode)
 
 
 def steps(run_dir: str | Path) -> list[Path]:

@@ -37,7 +37,7 @@ def take(run_dir: Path) -> Held:
         if held is not None and _is_at(held.file, path):
             return held
         found = path.exists()
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
