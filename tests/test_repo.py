@@ -269,17 +269,22 @@ def test_the_lock_covers_what_the_project_asks_for():
 
 
 INSTALLS = re.compile(r"pip install (?:-\S+ )*['\"]?fused[-_]nce\b[^\n]*")
-NAMED = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|cpp|h|inl|cu|md|json|toml|yaml|lock))`")
+NAMED = re.compile(r"`((?:[\w.-]+/)+[\w.-]*)`")
+FILE = re.compile(r".*\.(?:py|cpp|h|inl|cu|md|json|toml|yaml|lock)")
 
 
 def test_links_and_named_files_and_make_targets_exist():
     wrong = []
+    folders = {name_of(path).partition("/")[0] for path in FILES if path.parent != ROOT}
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
         links = [(x, [path.parent]) for x in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if not re.match(r"\w+:", x)]
         places = [path.parent, ROOT, ROOT / "fused_nce"]
-        named = [(x, places) for x in NAMED.findall(text) if x.partition("/")[0] not in ("runs", "RUN")]  # of a run
+        of = [(x, x.partition("/")[0]) for x in NAMED.findall(text)]
+        # What begins with a folder of the project stands there, file or folder; other files may be named from nearby.
+        named = [(x, [ROOT]) for x, top in of if top in folders]
+        named += [(x, places) for x, top in of if FILE.fullmatch(x) and top not in {"runs", "RUN", *folders}]
         wrong += [f"{name_of(path)}: {x}" for x, near in (*links, *named) if not any((p / x).exists() for p in near)]
         for words in re.findall(r"^\s*make ([a-z][a-z -]*?)\s*(?:#|$)|`make ([a-z -]+)`", text, re.M):
             wrong += [f"{name_of(path)}: make {x}" for x in set(" ".join(words).split()) - targets]
