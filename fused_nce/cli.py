@@ -26,6 +26,7 @@ COMMANDS = {
 }
 
 INTERRUPTED = 128 + 2  # as a shell reports a process that SIGINT ended
+UNREAD = 128 + 13  # that SIGPIPE ended
 USERS, BUG = 2, 1  # exit statuses of an error: whose it is
 
 
@@ -33,9 +34,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console script.
 
     What files, settings or the machine cause is one line on stderr and status 2, FUSED_NCE_DEBUG=1 for its traceback; a
-    bug shows its traceback, and says that it is one.
+    bug shows its traceback, and says that it is one. Where nobody reads any more (`| head`) it ends without a word.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at its end
+        return UNREAD
+
+
+def _run(arguments: Sequence[str]) -> int:
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         print(usage())
@@ -53,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _log_to_terminal()
         status: int = getattr(importlib.import_module(module), function)(arguments[1:])
     except Exception as error:
+        if isinstance(error, BrokenPipeError):
+            sys.stdout.flush()  # raises again unless the pipe is another's: a worker's, say
         if os.environ.get("FUSED_NCE_DEBUG") == "1":
             raise
         return _report(error)

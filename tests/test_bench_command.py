@@ -8,7 +8,7 @@ import torch
 
 import fused_nce
 from fused_nce import cli
-from fused_nce.bench import command
+from fused_nce.bench import command, rivals
 from fused_nce.bench.formulas import FORMULAS
 from fused_nce.bench.rivals import RIVALS, Rival
 
@@ -36,8 +36,7 @@ def test_a_way_that_raises_or_is_too_large_is_left_out_with_its_reason(monkeypat
         raise RuntimeError("cannot here\nmore")
 
     monkeypatch.setitem(RIVALS, "lightly", Rival("lightly", broken))
-    problem = command.problem_of("nt_xent", 33, 8)
-    assert problem.n == 32
+    problem = command.problem_of("nt_xent", 32, 8)
     monkeypatch.setattr(command, "_peak_mib", lambda *_: None)
     found = command.measured(problem, "float32", torch.device("cpu"), compiling=False)
     assert found["left_out"]["lightly"] == "RuntimeError: cannot here"
@@ -46,6 +45,21 @@ def test_a_way_that_raises_or_is_too_large_is_left_out_with_its_reason(monkeypat
     found = command.measured(problem, "bfloat16", torch.device("cpu"), compiling=False)
     assert "its scores would take" in found["left_out"]["eager torch"]
     assert 1e-4 < found["ways"]["ours"]["gradient_error"] < 3e-2
+
+
+def test_what_is_not_installed_and_what_is_another_loss_are_told_apart(monkeypatch):
+    known = {"torch": object()}
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", known.get)
+    said = {name: rival.why_none("nt_xent") for name, rival in RIVALS.items()}
+    assert {name: why for name, why in said.items() if why == "not installed"}.keys() == {"lightly", "pml"}
+    others = {name for name, why in said.items() if why == "does not compute nt_xent"}
+    assert others == {"auto_chunker", "linear_cross_entropy", "open_clip"}
+    known["lightly"] = object()  # and an import of ours fails
+    assert RIVALS["lightly"].why_none("nt_xent") == "not in this version"
+    monkeypatch.setattr(command, "_peak_mib", lambda *_: None)
+    problem = command.problem_of("nt_xent", 32, 8)
+    text = command.table(command.measured(problem, "float32", torch.device("cpu"), compiling=False))
+    assert "left out: open_clip: does not compute nt_xent\n" in text
 
 
 def test_errors_and_ratios_are_what_they_say(monkeypatch):
@@ -87,6 +101,7 @@ def test_every_loss_of_the_benchmark_has_a_size():
     ("options", "said"),
     [
         (["--n", "1"], "--n: must be at least 4, got 1"),
+        (["--loss", "nt_xent", "--n", "127"], "--n: must be even for nt_xent, whose rows are two views of a batch, got 127"),
         (["--device", "tpu?"], "--device: must be cpu or cuda, got 'tpu?'"),
         (["--device", "meta"], "--device: must be cpu"),
         (["--loss", "bogus"], "--loss: invalid choice: 'bogus' (choose from "),

@@ -17,7 +17,7 @@ from bench.gpu.problems import Problem
 from bench.rivals import require_close
 from fused_nce import last_path
 from fused_nce.bench.formulas import FORMULAS, LOGIT_SCALE
-from fused_nce.bench.rivals import RIVALS, Rival, as_classes, library, step
+from fused_nce.bench.rivals import RIVALS, Rival, as_classes, of_library, step
 from fused_nce.bench.timers import Call
 from fused_nce.core import dispatch
 
@@ -37,7 +37,7 @@ def _memeff(module: Any) -> Loss:
 
 # Others' losses, where they are installed; the last four need a GPU.
 LIBRARIES: dict[str, Rival] = {name: RIVALS[name] for name in ("linear_cross_entropy", "lightly", "open_clip")} | {
-    name: Rival(label, partial(library, module, {loss: make}))
+    name: of_library(label, module, {loss: make})
     for name, label, module, loss, make in (
         ("memeff", "memeff", "memeff", "clip_loss", _memeff),
         ("liger", "Liger", "liger_kernel.transformers.functional", "info_nce",

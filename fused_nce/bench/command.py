@@ -32,7 +32,6 @@ ROUNDS, TIMED_S = 30, 12.0
 LIMIT_S, CALL_S = 110.0, 2.5  # of the whole, and of one call of another way: two warm ones, and two rounds at least
 MEMORY_S, COMPILE_S = 5.0, 20.0  # left for a peak of memory, and for one that compiles once more
 MIB = 2**20
-ABSENT = "not installed, or does not compute this loss"
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="fused-nce bench", description=__doc__, formatter_class=form)
     cuda = torch.cuda.is_available()
     parser.add_argument("--loss", choices=list(FORMULAS), default="info_nce", help="what is timed")
-    parser.add_argument("--n", type=int, default=1024, help="rows: the batch (of both views for nt_xent)")
+    parser.add_argument("--n", type=int, default=1024, help="rows: the batch (for nt_xent of both views, an even number)")
     parser.add_argument("--d", type=int, default=256, help="width of the embeddings")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the embeddings")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
@@ -58,6 +57,8 @@ def main(argv: Sequence[str]) -> int:
     for name in ("n", "d"):
         if getattr(options, name) < 4:
             raise ValueError(f"--{name}: must be at least 4, got {getattr(options, name)}")
+    if options.loss == "nt_xent" and options.n % 2:
+        raise ValueError(f"--n: must be even for nt_xent, whose rows are two views of a batch, got {options.n}")
     try:
         device = torch.device(options.device)
     except RuntimeError:
@@ -76,8 +77,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def problem_of(loss: str, n: int, d: int) -> Problem:
-    """One call at this size; an odd batch of two views loses a row."""
-    n -= n % 2 if loss == "nt_xent" else 0
+    """One call at this size."""
     label = f"{loss} of {n:,} rows, width {d}"
     return Problem(
         loss, label, n, n * COLUMNS.get(loss, 1), d, 49 if loss == "amdim_nce" else 1, 4 if loss == "cpc_nce" else 1
@@ -101,7 +101,7 @@ def measured(problem: Problem, dtype: str, device: torch.device, compiling: bool
             try:
                 loss = rival.make(problem)
                 if loss is None:
-                    left_out[rival.label] = ABSENT
+                    left_out[rival.label] = rival.why_none(problem.loss)
                     continue
                 if name != "ours" and time.perf_counter() - begin > LIMIT_S / 2:
                     left_out[rival.label] = f"no time left within {LIMIT_S:.0f} s"
@@ -220,13 +220,11 @@ def table(record: dict[str, Any]) -> str:
         lines.append("| " + " | ".join([*found, f"{row['value_error']:.0e}", f"{row['gradient_error']:.0e}"]) + " |")
     host = record["environment"]
     because = record["chosen_because"]
-    absent = [label for label, why in record["left_out"].items() if why == ABSENT]
     head = f"{record['label']}, {record['dtype']}, {record['device']}: loss and gradients, {record['rounds']} rounds"
     return "\n".join([
         head, "", *lines, "",
         f"chosen: {record['chosen']}{f' ({because})' if because else ', the first of the automatic order'}",
-        *(f"left out: {label}: {why}" for label, why in record["left_out"].items() if why != ABSENT),
-        *([f"{ABSENT}: {', '.join(absent)}"] if absent else []),
+        *(f"left out: {label}: {why}" for label, why in record["left_out"].items()),
         f"{host['processor']}, {host['threads']} threads, {host['instruction set']}; torch {host['torch']}, "
         f"fused_nce {host['fused_nce']}; {record['seconds']:.0f} s",
     ])  # fmt: skip

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -44,6 +44,14 @@ class Rival(NamedTuple):
     label: str
     make: Callable[[formulas.Problem], Loss | None]
     compiles: bool = False
+    losses: Collection[str] = tuple(FORMULAS)  # that it computes
+    package: str = "torch"  # that has it
+
+    def why_none(self, loss: str) -> str:
+        """Why `make` gave None."""
+        if loss not in self.losses:
+            return f"does not compute {loss}"
+        return "not in this version" if importlib.util.find_spec(self.package) else "not installed"
 
 
 def _eager(problem: formulas.Problem) -> Loss:
@@ -93,6 +101,11 @@ def library(module: str, makers: dict[str, Callable[[Any], Loss]], problem: form
         return None
 
 
+def of_library(label: str, module: str, makers: dict[str, Callable[[Any], Loss]]) -> Rival:
+    """A library's losses as a rival."""
+    return Rival(label, partial(library, module, makers), losses=makers, package=module.partition(".")[0])
+
+
 def _two_views(loss: Callable[..., Any]) -> Loss:
     """A loss of embeddings and labels, on two views: row i and row i + n/2 share a label."""
     return lambda x, y: loss(torch.cat([x, y]), torch.arange(len(x), device=x.device).repeat(2))
@@ -110,11 +123,11 @@ PML: dict[str, Callable[[Any], Loss]] = {
 RIVALS: dict[str, Rival] = {
     "eager": Rival("eager torch", _eager),
     "compile": Rival("torch.compile", _compiled, compiles=True),
-    "auto_chunker": Rival("torch.compile, auto_chunker", _auto_chunker, compiles=True),
-    "linear_cross_entropy": Rival("F.linear_cross_entropy", _linear_cross_entropy),
-    "lightly": Rival("lightly", partial(library, "lightly.loss", LIGHTLY)),
-    "open_clip": Rival("open_clip", partial(library, "open_clip.loss", OPEN_CLIP)),
-    "pml": Rival("pytorch-metric-learning", partial(library, "pytorch_metric_learning.losses", PML)),
+    "auto_chunker": Rival("torch.compile, auto_chunker", _auto_chunker, compiles=True, losses=("info_nce",)),
+    "linear_cross_entropy": Rival("F.linear_cross_entropy", _linear_cross_entropy, losses=("info_nce",)),
+    "lightly": of_library("lightly", "lightly.loss", LIGHTLY),
+    "open_clip": of_library("open_clip", "open_clip.loss", OPEN_CLIP),
+    "pml": of_library("pytorch-metric-learning", "pytorch_metric_learning.losses", PML),
     "chunked": Rival("fused_nce, plain torch", partial(ours, "chunked")),
     "ours": Rival("fused_nce", partial(ours, None)),
 }

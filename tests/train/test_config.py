@@ -1,5 +1,8 @@
 """Settings: presets, YAML, overrides, what a resume may change; and the command line around them."""
 
+import errno
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -256,6 +259,25 @@ def test_ctrl_c_outside_the_loop_is_one_line_and_leaves_no_run(tmp_path, capsys,
     assert cli.main(["train", "amdim", "--preset", "digits", "--out", str(tmp_path / "run")]) == 130
     assert capsys.readouterr().err == "fused-nce: interrupted\n"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("argv", ["--version", "doctor", "bench --help", "eval --help"])
+def test_output_that_nobody_reads_ends_a_command_without_a_word(argv, capsys, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert cli.main(argv.split()) == cli.UNREAD
+    assert capsys.readouterr().err == ""
+
+
+def test_a_broken_pipe_that_is_not_the_outputs_is_an_error(capsys, monkeypatch):
+    def broken(argv):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(cli, "doctor", broken)
+    assert cli.main(["doctor"]) == cli.USERS
+    assert capsys.readouterr().err == "fused-nce: [Errno 32] Broken pipe\n"
 
 
 def test_cli_help_version_and_doctor(capsys):
