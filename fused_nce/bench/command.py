@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="fused-nce bench", description=__doc__, formatter_class=form)
     cuda = torch.cuda.is_available()
     parser.add_argument("--loss", choices=list(FORMULAS), default="info_nce", help="what is timed")
-    parser.add_argument("--n", type=int, default=1024, help="rows: the batch (for nt_xent of both views, an even number)")
+    parser.add_argument("--n", type=int, default=1024, help="rows: the batch (for nt_xent of both views, so even)")
     parser.add_argument("--d", type=int, default=256, help="width of the embeddings")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the embeddings")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")

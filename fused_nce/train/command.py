@@ -28,6 +28,11 @@ SHORT = {
     "--max-minutes": "--run.max_minutes",
 }
 
+DEVICE = (
+    "a GPU that torch sees is used, the first of several; CUDA_VISIBLE_DEVICES=1 takes the second, "
+    'CUDA_VISIBLE_DEVICES="" the CPU, and torchrun starts a process on each of several'
+)
+
 # As accelerate reads them; on a CPU `accelerate launch` starts its processes by MPI.
 RANKS = {
     "RANK": "WORLD_SIZE",
@@ -230,9 +235,10 @@ def _parser(method: type[Method]) -> Any:
     parser = options.parser(
         prog=f"fused-nce train {method.method}",
         description=f"Train an encoder by {method.title}. Settings come from the preset, then --config, then the "
-        f"command line. Presets: {', '.join(method.presets)}. Short forms: "
+        f"command line. Presets: {', '.join(method.presets)}. Device: {DEVICE}. Short forms: "
         + ", ".join(f"{short} for {full}" for short, full in SHORT.items()),
     )
+    parser.hints = {options.DEVICE: DEVICE, options.BARE: "data are named by --data {}"}
     parser.fixed = {"method": method.method}  # so that a run's own config.yaml may be given
     parser.add_argument("--config", type=str | None, default=None, help="YAML file of settings; may be given again")
     parser.add_argument("--out", type=str | None, default=None, help="folder (default: runs/METHOD-PRESET)")

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     page, table = (out.with_name(f"{out.name}.{ending}") for ending in ("html", "csv"))
     write_text(page, compared.render(runs))
     write_csv(table, runs)
-    print(printable(f"{len(runs)} runs: {page}, {table}"))
+    print(printable(f"{compared.count(runs)}: {page}, {table}"))
     return 0
 
 

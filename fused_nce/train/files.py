@@ -29,6 +29,7 @@ def reading(path: str | Path) -> Iterator[None]:
         if str(error).startswith(f"{path}: "):
             raise
         said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        said = getattr(error, "strerror", None) or said  # the system's, without its number and the path
         raise ValueError(f"{path}: cannot be used: {one_line(said)}") from error
 
 

@@ -30,6 +30,9 @@ WORDS = (
         "must be {} or {}, got {}",
     ),
 )
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}  # as one says them
+# What is no option, as a pattern, of which a hint can say more.
+DEVICE, BARE = r"--(\w+\.)*(device|gpu|cuda|cpu)s?", r"(?!-).*"
 NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 PLAIN = (
     ("null", r"~|null|Null|NULL|"),
@@ -55,6 +58,10 @@ class Parser(ArgumentParser):
     """Raises `ValueError` instead of printing forty lines of usage and leaving."""
 
     fixed: dict[str, str] = {}  # noqa: RUF012  what a file may say too, if it says the same
+    hints: dict[str, str] = {  # noqa: RUF012  for what is no option
+        DEVICE: "this command runs on the CPU",
+        BARE: "every option begins with --",
+    }
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, parser_mode="fused-nce", **options)
@@ -80,7 +87,10 @@ class Parser(ArgumentParser):
             if name != "--config":
                 words.append(word)
             elif equals or (value := next(given, "")):
-                self.parse_file(value)  # for errors that name it
+                try:
+                    self.parse_file(value)  # for errors that name it
+                except ValueError as error:
+                    raise ValueError(f"config: {error}") from error
                 files += self._words(read(value))
             else:
                 self.error("argument --config: expected one argument")
@@ -122,7 +132,7 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Called by jsonargparse for whatever it refuses."""
         names = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-        said = one_line(str(message), names)
+        said = one_line(str(message), names, self.hints)
         raise ValueError(f"{said}; usage: {self.usage}" if "are required" in said else said) from ex
 
 
@@ -134,11 +144,21 @@ def read(path: str | Path) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     with reading(path):
-        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=Loader)
+        try:
+            root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"is no YAML: {_where(error)}") from error
         if not isinstance(root, yaml.MappingNode):
             raise ValueError(f"must hold settings, as `seed: 1`, got {_typed(root) if root else 'nothing'}")
         _collect(root, "", found, {})
     return found
+
+
+def _where(error: Any) -> str:
+    """Place and cause of what YAML's parser cannot read."""
+    mark, causes = getattr(error, "problem_mark", None), [getattr(error, name, None) for name in ("context", "problem")]
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return place + (", ".join(filter(None, causes)) or str(error))
 
 
 def _collect(node: Any, prefix: str, found: dict[str, str], lines: dict[str, int]) -> None:
@@ -173,9 +193,8 @@ def _value(name: str, text: str, hint: Any) -> str:
     if kinds and not kinds.isdisjoint(("int", "float", "bool")):
         for kind, value in _scalars(text):  # fault: yaml-1-1
             if not kinds.intersection((kind, value, *(["float"] if kind == "int" else []))):
-                raise ValueError(
-                    f"{name}: must be {' or '.join(sorted(sorted(kinds), key='null'.__eq__))}, got {value}"
-                )
+                wanted = [KINDS.get(x, x) for x in sorted(sorted(kinds), key="null".__eq__)]
+                raise ValueError(f"{name}: must be {' or '.join(wanted)}, got {value}")
     return text
 
 
@@ -215,10 +234,13 @@ def _bracket(value: str) -> str:
     return value if value[:1] in ("[", "(", "") or value == "null" else f"[{value}]"
 
 
-def one_line(message: str, options: list[str]) -> str:
+def one_line(message: str, options: list[str], hints: dict[str, str]) -> str:
     """jsonargparse's message as the option, what it needs and what it got, or the nearest option to a misspelt one."""
     if found := UNKNOWN.search(message):
         name = found[1].partition("=")[0]
+        for pattern, hint in hints.items():
+            if re.fullmatch(pattern, name):
+                return f"{name}: no such option; {hint.format(name)}"
         near = difflib.get_close_matches(name, options, 1) or difflib.get_close_matches(
             name.lstrip("-"), [option.rpartition(".")[2].lstrip("-") for option in options], 1
         )
@@ -226,7 +248,8 @@ def one_line(message: str, options: list[str]) -> str:
         return f"{name}: no such option; " + (f"did you mean {full}?" if full else "--help lists them")
     if found := BAD_VALUE.search(message):
         key, rest = found[1], found[2]
-        ours = (words.format(*value.groups()) for pattern, words in WORDS if (value := pattern.match(rest)))
+        matches = ((words, match.groups()) for pattern, words in WORDS if (match := pattern.match(rest)))
+        ours = (words.format(*(KINDS.get(x, x) for x in needed), value) for words, (*needed, value) in matches)
         return f"{key}: {' '.join(next(ours, rest).split())}"
     return " ".join(message.split())
 

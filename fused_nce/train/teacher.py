@@ -51,7 +51,7 @@ def write(
     if config.sample().dim() != 4:
         raise ValueError(f"run: must be of images, got one of {config.method} (recordings)")
     tap = config.taps[0] if tap is None else tap
-    features.check_taps(model, config.sample(), [tap])
+    features.check_taps(model, config.sample(), [tap], option="tap")
     probe, test = load_labelled(
         config.data, config.model.image_size, config.augment, seed=seed,
         limit_mb=memory_limit_mb or config.run.memory_limit_mb, leave_out_unseen=leave_out_unseen,

@@ -62,25 +62,25 @@ def test_a_file_means_what_the_command_line_does(tmp_path, text, key, value):
 REFUSED = [
     ("optim: {lr: 1}\nseed: 1\noptim: {epochs: 3}", "optim stands twice, in lines 1 and 3"),
     ("optim: {lr: 1}\noptim.lr: 2", "optim.lr stands twice, in lines 1 and 2"),
-    ("seed: one", "seed: must be int, got one"),
+    ("seed: one", "seed: must be a whole number, got one"),
     *(
-        (f"seed: {text}", f"seed: must be int, got {text}")
+        (f"seed: {text}", f"seed: must be a whole number, got {text}")
         for text in ("1:30", "1_000", "0x10", "0o7", "0b1", "1e3", "٣")
     ),
-    *((f"probes: {text}", f"probes: must be bool, got {text}") for text in ("on", "yes", "1")),
-    ("channels_last: off", "channels_last: must be bool or null, got off"),
-    ("optim: {lr: 1:30.5}", "optim.lr: must be float, got 1:30.5"),
-    ("optim: {betas: [0.5, 1_0]}", "optim.betas: must be float, got 1_0"),
-    ("run: {threads: 2024-01-31}", "run.threads: must be auto or int, got 2024-01-31"),
+    *((f"probes: {text}", f"probes: must be true or false, got {text}") for text in ("on", "yes", "1")),
+    ("channels_last: off", "channels_last: must be true or false or null, got off"),
+    ("optim: {lr: 1:30.5}", "optim.lr: must be a number, got 1:30.5"),
+    ("optim: {betas: [0.5, 1_0]}", "optim.betas: must be a number, got 1_0"),
+    ("run: {threads: 2024-01-31}", "run.threads: must be auto or a whole number, got 2024-01-31"),
     ("optim: 3", "optim: must be a section, got 3"),
     ("optim: {epochss: 3}", "--optim.epochss: no such option; did you mean --optim.epochs?"),
     ("method: simclr", "method: must be amdim here, got simclr"),
     ("- 1", "must hold settings, as `seed: 1`, got [1]"),
     ("", "must hold settings, as `seed: 1`, got nothing"),
-    ("{[:\n\t- x", "ScannerError: "),
+    ("{[:\n\t- x", "is no YAML: line 2, column 1: while scanning for the next token, found character '\\t' that"),
     ("a: &a [*a]", ""),
-    ("\x00", "ReaderError: "),
-    ("seed: 1\n---\nseed: 2", "ComposerError: "),
+    ("\x00", "is no YAML: unacceptable character #x0000"),
+    ("seed: 1\n---\nseed: 2", "is no YAML: line 2, column 1: expected a single document in the stream, but found"),
 ]
 
 
@@ -89,22 +89,24 @@ def test_a_file_that_cannot_be_used_is_one_line_with_its_name(tmp_path, capsys, 
     (tmp_path / "c.yaml").write_text(text)
     assert cli.main(["train", "amdim", "--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"fused-nce: {tmp_path / 'c.yaml'}: cannot be used: {words}")
+    assert line.startswith(f"fused-nce: config: {tmp_path / 'c.yaml'}: cannot be used: {words}")
     assert not (tmp_path / "run").exists()
 
 
 def test_the_command_line_reads_values_as_a_file_does(tmp_path, capsys):
     for words in (["--seed=1:30"], ["--seed", "1:30"]):
         assert cli.main(["train", "amdim", *words, "--out", str(tmp_path / "run")]) == 2
-        assert capsys.readouterr().err == "fused-nce: seed: must be int, got 1:30\n"
+        assert capsys.readouterr().err == "fused-nce: seed: must be a whole number, got 1:30\n"
 
 
 def test_a_missing_or_binary_file_of_settings_is_one_line(tmp_path, capsys):
     (tmp_path / "b.yaml").write_bytes(b"seed: \xff\xfe")
-    for path in ("no.yaml", "", "b.yaml"):
+    said = {"no.yaml": "No such file or directory\n", "": "Is a directory\n", "b.yaml": "'utf-8' codec can't decode"}
+    for path, words in said.items():
         assert cli.main(["train", "amdim", "--config", str(tmp_path / path)]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert str(tmp_path / path).rstrip("/") in line
+        line = capsys.readouterr().err
+        assert line.startswith(f"fused-nce: config: {tmp_path / path}: cannot be used: {words}")
+        assert line.count("\n") == 1
 
 
 def test_a_run_reads_back_as_it_was_saved(tmp_path):

@@ -100,6 +100,7 @@ def test_the_table_has_every_accuracy(runs, tmp_path):
 def test_runs_with_one_name_are_told_apart(tmp_path):
     folders = [str(make_run(tmp_path / place / "run", 50.0)) for place in ("a", "b")]
     assert [run.name for run in compare.read_runs(folders)] == folders
+    assert "<h1>1 run on digits</h1>" in compare.compared.render(compare.read_runs(folders[:1]))
 
 
 def test_evaluations_that_were_not_alike_are_marked(runs, tmp_path):

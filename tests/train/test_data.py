@@ -9,7 +9,7 @@ import torch
 
 import fused_nce
 from fused_nce.train.data import loader
-from fused_nce.train.data.image_source import ImageSource
+from fused_nce.train.data.image_source import ImageSource, open_samples
 from fused_nce.train.data.images import load_split
 from fused_nce.train.methods.amdim import AMDIMConfig
 from fused_nce.train.seeded import seeded
@@ -85,6 +85,19 @@ def test_more_than_one_per_cent_of_damaged_images_is_an_error(tmp_path):
         (tmp_path / "one" / name).write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"data: 2 of 100 images are damaged, above 1 %.*0042\.png"):
         load_split(str(tmp_path), "train", 32)
+
+
+def test_shards_in_a_sub_folder_are_named(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    for folder, name in (("a", "train-0.tar.gz"), ("a", "train-1.tar.gz"), ("b", "train-0.tar"), ("b", "x.csv.gz")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).touch()
+    for kind in ("images", "recordings"):
+        with pytest.raises(ValueError, match=rf"no {kind[:-1]} below ") as refused:
+            open_samples(str(tmp_path), "train", kind)
+        assert str(refused.value).endswith(f"; shards lie in {tmp_path}/a: --data {tmp_path}/a")
+        for counted in ("2 .tar.gz", "1 .tar", "1 .csv.gz", "1 .txt"):
+            assert f", {counted} files (" in str(refused.value).replace("left out: ", ", ")
 
 
 def test_refusals(tmp_path):

@@ -69,7 +69,7 @@ def test_the_encoder_has_the_default_taps():
 
 
 def test_unknown_tap_is_named(model, images):
-    with pytest.raises(ValueError, match="taps: 'f9'; need one of map, top"):
+    with pytest.raises(ValueError, match="taps: must be one of map, top, got 'f9'"):
         features.extract(model, images, scale, ["f9"])
 
 

@@ -222,7 +222,7 @@ def test_accuracies_are_on_the_disk_as_they_come(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"taps": ["f3"]}, "taps: 'f3'; need one of f1, f5, f7"),
+        ({"taps": ["f3"]}, "taps: must be one of f1, f5, f7, h5, h7, got 'f3'"),
         ({"taps": []}, "taps: none given"),
         ({"draws": 1}, "draws: 1; need at least 2"),
         ({"labels_per_class": [0]}, "labels_per_class: 0; need at least 1"),
@@ -232,6 +232,13 @@ def test_accuracies_are_on_the_disk_as_they_come(tmp_path, monkeypatch, capsys):
 def test_settings_that_do_not_fit_are_named(evaluated, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate.evaluate(str(evaluated[0]), **options)
+
+
+def test_a_tap_that_the_encoder_lacks_is_refused_by_the_options_name(evaluated, capsys):
+    for argv in (["fine-tune", "--tap=f3"], ["eval", "--taps=f3"]):
+        assert cli.main([argv[0], str(evaluated[0]), argv[1]]) == 2
+        option = argv[1].removeprefix("--").removesuffix("=f3")
+        assert capsys.readouterr().err == f"fused-nce: {option}: must be one of f1, f5, f7, h5, h7, got 'f3'\n"
 
 
 def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):

@@ -147,7 +147,7 @@ def test_a_second_archive_behind_the_first_is_counted(tmp_path):
 def test_files_beside_the_shards_are_counted(tmp_path):
     shards(tmp_path, train=pairs("0"), test=pairs("0"), extra=pairs("0"))
     (tmp_path / "train-1.tar.zst").write_bytes(b"")
-    assert shown(ImageSource(tmp_path, "train"))[2] == {"shards of no split": 1, ".zst files": 1}
+    assert shown(ImageSource(tmp_path, "train"))[2] == {"shards of no split": 1, ".tar.zst files": 1}
 
 
 def test_test_shards_are_never_trained_on(tmp_path):

@@ -115,6 +115,10 @@ def test_every_number_is_in_it():
         assert expected in text, expected
 
 
+def test_the_title_has_the_methods_name_as_it_is_printed():
+    assert "<h1>MoCo on digits</h1>" in evaluated.render(make_result() | {"title": "MoCo"}, make_log(), "", FIGURES)
+
+
 def test_a_slower_loss_is_called_slower():
     result = make_result()
     result["loss_cost"]["fused"]["time_ms"] = 80.0

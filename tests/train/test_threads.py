@@ -145,7 +145,7 @@ def test_a_run_and_its_evaluation_heed_their_neighbours(tmp_path, monkeypatch, c
     assert torch.get_num_threads() == 2
     refused = ["train", "amdim", *TINY, f"--out={tmp_path / 'b'}", "--run.threads"]
     need = "auto or a whole number in [1, 1024]"
-    for value, words in (("0", need), ("1025", need), ("many", "auto or int"), ("1.5", "auto or int")):
+    for value, words in (("0", need), ("1025", need), ("many", need[:22]), ("1.5", need[:22])):
         assert cli.main([*refused, value]) == 2
         assert f"run.threads: must be {words}, got {value}\n" in capsys.readouterr().err
 

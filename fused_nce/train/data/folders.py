@@ -14,6 +14,7 @@ from fused_nce.train.data.listing import FILE, FOLDER, LINK, Listing, followed
 from fused_nce.train.data.members import KINDS, Name, Samples, hidden, unread
 
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 SPLIT_LIKE = re.compile(r"(train|test)(ing)?$|val(id(ation)?)?$", re.IGNORECASE)
 
 
@@ -76,10 +77,13 @@ class FolderSamples(FileSamples):
         if found is None and folders and all(SPLIT_LIKE.match(name) for name in folders):
             raise ValueError(f"data: {root} holds {', '.join(folders)}; splits must be called train, and test or val")
         texts, skip, listing = {"": ""}, len(str(self.folder)) + 1, Listing(self.folder)
+        shards = None  # a folder that holds some
         for path in walk(str(self.folder), self.account, listing):
             name = Name.of(path)
             if name.kind != kind:
                 self.account.leave_out(unread(name, "files"), path)
+                if shards is None and path.endswith(SHARD_SUFFIXES):
+                    shards = os.path.dirname(path)
                 continue
             inner = path[skip:]
             top = inner.partition("/")[0] if "/" in inner else ""
@@ -90,8 +94,8 @@ class FolderSamples(FileSamples):
         listing.close()
         if not self.inner:
             needed = ", ".join(f".{suffix}" for suffix, known in KINDS.items() if known == kind)
-            left_out = self.account.aside()
-            raise ValueError(f"data: no {kind[:-1]} below {self.folder}{left_out}; it must hold {needed} files")
+            must = f"shards lie in {shards}: --data {shards}" if shards else f"it must hold {needed} files"
+            raise ValueError(f"data: no {kind[:-1]} below {self.folder}{self.account.aside()}; {must}")
         self.fields = [{}] * len(self.inner)  # one, of which there are none
         known = set(self.texts)
         for entry in sorted(self.folder.iterdir()):

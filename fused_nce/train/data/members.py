@@ -13,6 +13,7 @@ from fused_nce.train.data.account import Account
 
 # Those of torchvision's ImageFolder.
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp")
+PACKED = ("gz", "bz2", "xz", "zst")
 # Those that webdataset decodes as integers, the first that a sample has is its label.
 LABEL_SUFFIXES = ("cls", "cls2", "index", "inx", "id")
 IMAGE, RECORDING, LABEL, FIELDS = "images", "recordings", "labels", "fields"
@@ -52,7 +53,10 @@ def hidden(name: str) -> bool:
 
 def unread(name: Name, things: str) -> str:
     """How the account calls a file that is not read."""
-    return f".{name.suffix} {things}" if name.suffix else f"{things} without a suffix"
+    if not name.suffix:
+        return f"{things} without a suffix"
+    inner = re.search(r"\.\w+$", name.stem) if name.suffix in PACKED else None
+    return f"{inner[0].lower() if inner else ''}.{name.suffix} {things}"
 
 
 class Attributes(NamedTuple):

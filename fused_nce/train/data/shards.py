@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from fused_nce.train.data import labels
-from fused_nce.train.data.folders import SPLIT_FOLDERS
+from fused_nce.train.data.folders import SHARD_SUFFIXES, SPLIT_FOLDERS
 from fused_nce.train.data.members import BESIDE, FIELDS, KINDS, LABEL_SUFFIXES, Name, Samples, hidden, unread
 from fused_nce.train.files import printable
 
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MIN_IDS = 100  # so many samples, all with another number in `.id`: it counts them
 
 # Where a member's bytes are: offset and number, the bytes themselves, or the member that a link leads to.

@@ -56,13 +56,14 @@ def check_taps(
     model: nn.Module,
     sample: Tensor,  # (1, 3, H, W)
     taps: Sequence[str],
+    option: str = "taps",
 ) -> None:
-    """Refuses a tap that the encoder does not have, before the long pass over the data."""
+    """Refuses a tap that the encoder does not have, before the long pass over the data; `option` gave it."""
     with torch.inference_mode():
         known = model.encode(sample)  # type: ignore[operator]
     for tap in taps:
         if tap not in known:
-            raise ValueError(f"taps: {tap!r}; need one of {', '.join(sorted(known))}")
+            raise ValueError(f"{option}: must be one of {', '.join(sorted(known))}, got {tap!r}")
 
 
 def extract(

@@ -37,13 +37,18 @@ class Run:
     settings: dict[str, Any]
 
 
+def count(runs: list[Run]) -> str:
+    """In words."""
+    return f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
+
+
 def render(runs: list[Run]) -> str:
     """The page of runs that were evaluated on one data set."""
     results = [run.result for run in runs]
     columns = _union(evaluated.columns(result) for result in results)
     return page.fill(
         "compare.html",
-        title=f"{len(runs)} runs on {results[0]['data_name']}",
+        title=f"{count(runs)} on {results[0]['data_name']}",
         subtitle=", ".join(run.name for run in runs),
         probes_note=_note(results),
         bars=_bars(runs, columns),

@@ -215,7 +215,7 @@ def _cost(result: dict[str, Any]) -> tuple[str, list[Card], Table]:
 def _title(result: dict[str, Any]) -> str:
     trained_on = result.get("trained_on", result["data_name"])
     other = f", evaluated on {result['data_name']}" if trained_on != result["data_name"] else ""
-    return f"{result['method'].upper()} on {trained_on}{other}"
+    return f"{result.get('title', result['method'])} on {trained_on}{other}"
 
 
 def _spreads(result: dict[str, Any]) -> str:
