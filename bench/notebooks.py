@@ -1,11 +1,13 @@
 """`python -m bench.notebooks [NAME…]`: run the notebooks of `notebooks/` and keep what their cells print.
 
 A notebook's cells run in one namespace, in an empty folder; no Jupyter is needed to run them, and none to read them.
+Each cell keeps a digest of the code that ran up to it: what it shows is of that code and no other.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -24,10 +26,12 @@ def run(path: Path, folder: Path) -> dict[str, Any]:
     """Run one in a folder; the notebook with what its cells printed. What a cell raises is raised."""
     notebook: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     names: dict[str, object] = {"__name__": path.stem}
-    before = Path.cwd()
+    before, code = Path.cwd(), hashlib.sha256()
     os.chdir(folder)
     try:
         for number, cell in enumerate(c for c in notebook["cells"] if c["cell_type"] == "code"):
+            code.update("".join(cell["source"]).encode())
+            cell["metadata"]["ran"] = code.hexdigest()[:16]
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
                 exec(compile("".join(cell["source"]), f"{path.name}, cell {number + 1}", "exec"), names)
