@@ -140,12 +140,7 @@ def plain(values: Tensors) -> Tensors:
 
 
 def write_tensors(values: Tensors, path: Path, facts: dict[str, str] | None = None) -> None:
-    """As safetensors, with the mode of any new file there: safetensors' own is its owner's alone.
-
-    Args:
-        values: on any device.
-        path: of the file.
-        facts: for its header.
+    """As safetensors, `facts` in the header, with the mode of any new file there: its own is the owner's alone.
 
     Raises:
         OSError: if the disk is full or not writable.
