@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 55_700, ("tests",): 36_330}
+BUDGET = {("fused_nce", "csrc", "bench"): 55_780, ("tests",): 36_430}
 
 
 def lines(folder: str) -> int:
