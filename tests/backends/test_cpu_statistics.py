@@ -148,7 +148,7 @@ def test_older_instruction_sets_agree(isa, tmp_path):
         "import os, torch; from fused_nce import _C\n"
         "try: said = str(_C.build_info())\n"
         "except ValueError as error: said = str(error)\n"
-        f"os.environ['FUSED_NCE_ISA'] = {isa!r}\n"
+        f"os.environ['FUSED_NCE_ISA'] = {isa!r}; _C.build_info()\n"  # from here on: the tests forget the variable
         "from tests.backends.test_cpu_statistics import *\n"
         "every = [found('cpu', x, Identity(), y, False, filters=FILTERS) for x, y in LAYOUTS.values()]\n"
         "every = [{x: y.detach() for x, y in each.items()} for each in every], losses()\n"
