@@ -178,9 +178,11 @@ def draw(record: dict[str, Any], path: Path) -> None:
     """Accuracy against the number of negatives: each seed a point, the means a line."""
     figure = Figure(figsize=(10, 4), dpi=150, facecolor="white", layout="constrained")
     for ax, (probe, label) in zip(figure.subplots(1, 2), PROBES.items(), strict=True):
-        for (images, _, arm), counts in grouped(record["runs"]).items():
+        curves = grouped(record["runs"])
+        several = len({(images, updates) for images, updates, _ in curves}) > 1
+        for (images, updates, arm), counts in curves.items():
             means, colour = [statistics.mean(r[probe] for r in seeds) for seeds in counts.values()], COLOURS[arm]
-            label = ARMS[arm].label + ("" if images == IMAGES else f", {images:,} an update")
+            label = ARMS[arm].label + (f", {updates} × {images:,}" if several else "")
             ax.plot(list(counts), means, "-" if images == IMAGES else "--", color=colour, linewidth=1.5, label=label)
             points = [(negatives, row[probe]) for negatives, seeds in counts.items() for row in seeds]
             ax.plot(*zip(*points, strict=True), "o", color=colour, markersize=4, alpha=0.6)

@@ -40,10 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(list(sys.argv[1:] if argv is None else argv))
         finally:
-            sys.stdout.flush()
+            _flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at its end
         return UNREAD
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # it was closed before the start
+        sys.stdout.flush()
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -65,7 +70,7 @@ def _run(arguments: Sequence[str]) -> int:
         status: int = getattr(importlib.import_module(module), function)(arguments[1:])
     except Exception as error:
         if isinstance(error, BrokenPipeError):
-            sys.stdout.flush()  # raises again unless the pipe is another's: a worker's, say
+            _flush()  # raises again unless the pipe is another's: a worker's, say
         if os.environ.get("FUSED_NCE_DEBUG") == "1":
             raise
         return _report(error)

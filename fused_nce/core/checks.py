@@ -93,8 +93,9 @@ def check_number(
 
 def plain(value: Any) -> Any:
     """A number of NumPy's as Python's, which meets others unrounded and is written as it is; anything else as it is."""
-    theirs: Any = type(value).__module__ == "numpy" and isinstance(value, numbers.Real)
-    return value.item() if theirs else value
+    if type(value).__module__ != "numpy" or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def checked_items(name: str, value: Any) -> tuple[Any, ...]:

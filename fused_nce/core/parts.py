@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 T = TypeVar("T", bound=type)
-OPERATORS = ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "neg")
+OPERATORS = ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "neg")
 
 
 def no_number(kind: T) -> T:

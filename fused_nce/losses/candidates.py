@@ -223,7 +223,7 @@ def checked_prefixes(
     Raises:
         TypeError, ValueError: for none, one that is no width of the embeddings, or another number of weights.
     """
-    prefixes = checks.checked_items("prefixes", prefixes)
+    prefixes = tuple(map(checks.plain, checks.checked_items("prefixes", prefixes)))
     for width in prefixes:
         checks.check_int("prefixes", width)
         if not 1 <= width <= d:

@@ -142,6 +142,18 @@ def info_nce(
     scale = inverse("temperature", temperature, queries.device)
     tail = Nce(float(penalty), reduction)
     how: dict[str, Any] = {"group": group, "backend": backend}
+    given = (
+        *(hard_negatives, query_ids, key_ids, false_negative_margin, guide, tau_plus, row_weights, column_bias),
+        *(max_scale, prefixes, prefix_weights, positives, soft_targets),
+    )
+    on = (joint, hardness, label_smoothing, guide_margin, share_hard_negatives, filter_hard_negatives)
+    chosen = [x for x in given if x is not None] or [x for x in on if x]
+    if not chosen and directions == ("q2k",) and guide_margin_kind == "absolute":  # the keys alone
+        spec = _spec(targets is not None, clip, 0.0, tail.stats, symmetric, normalize, ())
+        return _one_block(queries, keys, spec, tail, scale=scale, row_ids=targets, normalize=normalize, **how)
+    if targets is not None and not symmetric:
+        checks.check_within("targets", targets, m)
+    scale = candidates.clamped(scale, max_scale)
     rules = Rules(
         directions=candidates.checked_directions(directions, symmetric),
         joint=joint,
@@ -158,14 +170,6 @@ def info_nce(
         reduction=reduction,
     )
     batch = Batch(queries, keys, targets, hard_negatives, query_ids, key_ids, guide, row_weights, column_bias)
-    plain = batch == Batch(queries, keys, targets) and rules == Rules(rules.directions, clip=clip, reduction=reduction)
-    one_sweep = symmetric or rules.directions == ("q2k",)
-    if plain and one_sweep and not several and (max_scale, prefixes, prefix_weights) == (None, None, None):
-        spec = _spec(targets is not None, clip, 0.0, tail.stats, symmetric, normalize, ())
-        return _one_block(queries, keys, spec, tail, scale=scale, row_ids=targets, normalize=normalize, **how)
-    if targets is not None and not symmetric:
-        checks.check_within("targets", targets, m)
-    scale = candidates.clamped(scale, max_scale)
     batch = batch._replace(several=checked_targets(positives, soft_targets, n, m, queries))
     batch = candidates.checked(batch, rules)
     if prefixes is not None:

@@ -82,6 +82,7 @@ class Coded(Model):
     def images(self, batch: Tensor | Sequence[Tensor]) -> Tensor:
         """The images of a batch, at least two of them."""
         images = one_view(batch)
+        check_images(images, self.image_size)
         if len(images) < 2:
             raise ValueError(f"batch: must hold at least 2 images, got {len(images)}: one has none to compare with")
         return images

@@ -60,7 +60,7 @@ def test_the_engine_takes_any_scale():
 
 
 @pytest.mark.parametrize(("function", "setting"), taking(NUMBERS))
-@pytest.mark.parametrize("kind", [numpy.float16, numpy.float32, numpy.float64])
+@pytest.mark.parametrize("kind", [numpy.float16, numpy.float32, numpy.float64, numpy.longdouble])
 def test_numbers_of_numpy_are_numbers(function, setting, kind):
     """The same bits as Python's: 0.3 of 16 bits, that no later arithmetic is of 16 bits, nor its name in a spec."""
     value = kind(0.3)
@@ -72,6 +72,9 @@ def test_numbers_of_numpy_are_numbers(function, setting, kind):
 def test_numbers_of_numpy_in_a_sequence(kind):
     q = torch.randn(6, 8)
     found, wanted = (info_nce(q, q, prefixes=(2, 8), prefix_weights=(x, x)).loss for x in (kind(3), 3.0))
+    assert torch.equal(found, wanted)
+    widths: Any = numpy.array([2, 8])
+    found, wanted = (info_nce(q, q, prefixes=x).loss for x in (widths, (2, 8)))
     assert torch.equal(found, wanted)
     ours = [LOSSES["cpc_nce"].function(q[None], q[None], weights=(x,)).loss for x in (kind(3), 3.0)]
     assert torch.equal(*ours)

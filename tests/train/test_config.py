@@ -276,6 +276,11 @@ def test_output_that_nobody_reads_ends_a_command_without_a_word(argv, capsys, mo
     assert capsys.readouterr().err == ""
 
 
+def test_output_that_was_closed_before_the_start_is_none(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["--version"]) == 0
+
+
 def test_a_broken_pipe_that_is_not_the_outputs_is_an_error(capsys, monkeypatch):
     def broken(argv):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")

@@ -147,6 +147,18 @@ def test_every_file_has_the_mode_that_the_umask_says(tmp_path, mask):
     assert [path.stem for path in sources if "save_file(" in path.read_text("utf-8")] == ["checkpoint"]
 
 
+def test_weights_that_cannot_be_written_leave_nothing(tmp_path, monkeypatch):
+    def full(values, path, facts):
+        raise checkpoint.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    (tmp_path / "a").write_text("as it was")
+    for name in ("a", "b"):
+        with pytest.raises(OSError, match=f"^{name}: No space left on device$"):
+            checkpoint.write_tensors({}, tmp_path / name)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "as it was")]
+
+
 def test_the_card_says_where_the_weights_come_from(resnet):
     _, out = resnet
     card = (out / "README.md").read_text()

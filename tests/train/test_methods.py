@@ -62,6 +62,9 @@ def test_bytes_are_no_images(name):
     for integers in (x.to(torch.uint8), x.to(torch.int16)):
         with pytest.raises(TypeError, match=rf"^x: must be float (images, less|wave).*, got {integers.dtype}$"):
             model.encode(integers)
+        if name == "dim-generator":  # which draws like its images before it encodes any
+            with pytest.raises(TypeError, match=r"^x: must be float images, less"):
+                model.embed(integers.expand(2, -1, -1, -1))
 
 
 @pytest.mark.parametrize("name", methods.METHODS)

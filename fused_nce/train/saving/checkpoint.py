@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fused_nce.models.base import Model
 from fused_nce.train import config as config_module
-from fused_nce.train.files import read_json, write_text
+from fused_nce.train.files import aside, read_json, write_text
 from fused_nce.train.method import Method
 from fused_nce.train.saving import sharding
 
@@ -140,18 +140,22 @@ def plain(values: Tensors) -> Tensors:
 
 
 def write_tensors(values: Tensors, path: Path, facts: dict[str, str] | None = None) -> None:
-    """As safetensors, `facts` in the header, with the mode of any new file there: its own is the owner's alone.
+    """As safetensors, whole or not at all, `facts` in the header, with the mode of any new file: its own is 0600.
 
     Raises:
         OSError: if the disk is full or not writable.
     """
-    path.touch()
-    mode = path.stat().st_mode & 0o777
+    part = aside(path)
+    part.touch()
+    mode = part.stat().st_mode & 0o777
     try:
-        save_file(plain(values), path, facts)
+        save_file(plain(values), part, facts)
+        part.chmod(mode)
+        part.replace(path)
     except SafetensorError as error:  # a full disk, too
         raise OSError(f"{path.name}: {error}") from error
-    path.chmod(mode)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def steps(run_dir: str | Path) -> list[Path]:
