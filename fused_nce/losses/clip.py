@@ -87,10 +87,10 @@ def clip_loss(
     """
     check_rows("image", image, "text", text, same_n=True)
     checks.check_scale("logit_scale", logit_scale, image.device, above=0)
-    chosen = (max_scale, ids, false_negative_margin, guide, tau_plus, row_weights, prefixes, prefix_weights)
     several = positives is not None or soft_targets is not None
-    plain = chosen == (None,) * 8 and not (several or label_smoothing or guide_margin)
-    if plain and guide_margin_kind == "absolute":
+    given = (max_scale, ids, false_negative_margin, guide, tau_plus, row_weights, prefixes, prefix_weights)
+    chosen = [x for x in given if x is not None] or several or label_smoothing or guide_margin
+    if not chosen and guide_margin_kind == "absolute":
         parts = loss_of(image, text, SPEC, TAIL, scale=logit_scale, group=group, backend=backend)
         return NCEOutput(parts.loss, parts.nce, parts.penalty, parts.report)
     scale = candidates.clamped(logit_scale, max_scale)
