@@ -80,6 +80,7 @@ ARMS = {
 }
 
 
+LEAST = 15  # points of accuracy that a picture spans: seeds are some tenths apart
 COLOURS = dict(zip(ARMS, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))  # of Okabe and Ito
 
 
@@ -177,9 +178,10 @@ def block(path: Path = RECORD) -> str:
 def draw(record: dict[str, Any], path: Path) -> None:
     """Accuracy against the number of negatives: each seed a point, the means a line."""
     figure = Figure(figsize=(10, 4), dpi=150, facecolor="white", layout="constrained")
-    for ax, (probe, label) in zip(figure.subplots(1, 2), PROBES.items(), strict=True):
-        curves = grouped(record["runs"])
-        several = len({(images, updates) for images, updates, _ in curves}) > 1
+    curves = grouped(record["runs"])
+    several = len({(images, updates) for images, updates, _ in curves}) > 1
+    ticks = sorted({row["negatives"] for row in record["runs"]})
+    for ax, (probe, title) in zip(figure.subplots(1, 2), PROBES.items(), strict=True):
         for (images, updates, arm), counts in curves.items():
             means, colour = [statistics.mean(r[probe] for r in seeds) for seeds in counts.values()], COLOURS[arm]
             label = ARMS[arm].label + (f", {updates} × {images:,}" if several else "")
@@ -187,7 +189,11 @@ def draw(record: dict[str, Any], path: Path) -> None:
             points = [(negatives, row[probe]) for negatives, seeds in counts.items() for row in seeds]
             ax.plot(*zip(*points, strict=True), "o", color=colour, markersize=4, alpha=0.6)
         ax.set_xscale("log", base=2)
-        ax.set_title(f"{label}, test accuracy in %", fontsize=10, loc="left")
+        ax.set_xticks(ticks, [f"{n:,}" for n in ticks], fontsize=8)
+        low, high = ax.get_ylim()
+        rest = max(0.0, LEAST - (high - low)) / 2
+        ax.set_ylim(low - rest, high + rest)
+        ax.set_title(f"{title}, test accuracy in %", fontsize=10, loc="left")
         ax.set_xlabel("images compared in one loss; MoCo: keys of the queue", fontsize=9)
         ax.grid(True, color="#DDDDDD", linewidth=0.8)
         ax.spines[["top", "right"]].set_visible(False)
