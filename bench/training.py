@@ -1,7 +1,8 @@
 """What training runs reached: from their folders to `docs/results/`, and from there into the documents.
 
 `python -m bench.training RUN ...` keeps each evaluated run as NAME.config.yaml, NAME.log.jsonl, NAME.eval.csv and
-NAME.run.json, NAME being its folder's, and draws the pictures; `python -m bench.tables` then writes the tables.
+NAME.run.json, NAME being its folder's, and NAME.samples.png of what it generates, and draws the pictures;
+`python -m bench.tables` then writes the tables.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ def keep(run_dir: Path, folder: Path = RESULTS) -> Run:
     (folder / f"{name}.config.yaml").write_text(re.sub(r"(?m)^data: .*$", f"data: path/to/{data}", text), "utf-8")
     shutil.copyfile(run_dir / "log.jsonl", folder / f"{name}.log.jsonl")
     shutil.copyfile(run_dir / "eval.csv", folder / f"{name}.eval.csv")
+    if (run_dir / "samples.png").exists():  # of a model that generates
+        shutil.copyfile(run_dir / "samples.png", folder / f"{name}.samples.png")
     about = {
         "order": orders.get(name, max(orders.values(), default=-1) + 1),
         "data": data,

@@ -30,6 +30,9 @@ def test_what_is_kept_names_no_path(tmp_path):
     ]
     assert all("someone" not in file.read_text() for file in files)
     assert "data: path/to/digits\n" in files[0].read_text()
+    (tmp_path / "first/samples.png").write_bytes(b"of a model that generates")
+    training.keep(tmp_path / "first", tmp_path / "kept")
+    assert (tmp_path / "kept/first.samples.png").read_bytes() == b"of a model that generates"
 
 
 def test_untrained_encoders_are_those_of_the_same_model(tmp_path):
