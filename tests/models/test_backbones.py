@@ -115,3 +115,5 @@ def test_split_norm_is_batch_norm_of_each_part():
         split(images)
     first = torch.stack([x[:3].mean((0, 2, 3)), x[3:5].mean((0, 2, 3))]).mean(0)
     torch.testing.assert_close(split[0].running_mean, (first + x[5:].mean((0, 2, 3))) / 2)
+    sources = {norm.next_functions[0][0] for norm, _ in split(x.requires_grad_()).grad_fn.next_functions}
+    assert len(sources) == 1, "one node: the gradient of a slice would fill a map of the whole batch for each part"

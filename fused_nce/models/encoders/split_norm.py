@@ -27,7 +27,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             raise ValueError("SplitBatchNorm2d: needs running statistics, got track_running_stats=False")
         count.add_(1)
         step = 1 / int(count) if self.momentum is None else self.momentum  # None is the plain mean over the passes
-        pieces = x.tensor_split(min(self.splits, len(x)))
+        k = min(self.splits, len(x))
+        # `tensor_split` would be slices, and each slice's gradient is a map of the whole batch.
+        pieces = x.split([(len(x) + i) // k for i in reversed(range(k))])  # the first are the larger ones
         means, variances = ([old.clone() for _ in pieces] for old in (mean, var))
         parts = [
             F.batch_norm(piece, m, v, self.weight, self.bias, True, step, self.eps)
