@@ -55,10 +55,7 @@ class GradientCache(nn.Module):
 
     def __init__(self, encoder: Callable[[Any], Any], loss: Callable[[Any], Any], *, part: int) -> None:
         super().__init__()
-        checks.check_int("part", part)
-        if part < 1:
-            raise ValueError(f"part: got {part}, need >= 1")
-        self.encoder, self.loss, self.part = encoder, loss, part
+        self.encoder, self.loss, self.part = encoder, loss, checks.checked_int("part", part, at_least=1)
         # A method is no sub-module, but what it belongs to is: once, where both are methods of one.
         owners = dict.fromkeys(getattr(f, "__self__", None) for f in (encoder, loss))
         self.owners = nn.ModuleList(owner for owner in owners if isinstance(owner, nn.Module))

@@ -181,14 +181,10 @@ def _check_finite(name: str, x: Tensor) -> None:
 
 
 def _check_counts(k: int, range_min: int, range_max: int | None) -> None:
-    for name, value, least in (("k", k, 1), ("range_min", range_min, 0)):
-        checks.check_int(name, value)
-        if value < least:
-            raise ValueError(f"{name}: got {value}, need >= {least}")
-    if range_max is not None:
-        checks.check_int("range_max", range_max)
-        if range_max <= range_min:
-            raise ValueError(f"range_max: got {range_max}, need > range_min = {range_min}")
+    checks.checked_int("k", k, at_least=1)
+    checks.checked_int("range_min", range_min, at_least=0)
+    if range_max is not None and checks.checked_int("range_max", range_max) <= range_min:
+        raise ValueError(f"range_max: got {range_max}, need > range_min = {range_min}")
 
 
 def _checked_positives(positives: Tensor, n: int, m: int, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fused_nce.core import checks
 from fused_nce.measure import peak_bytes
 
 Loss = Callable[..., Any]
@@ -102,8 +103,7 @@ def verify(
         verify(plain, info_nce, q, k)
         ```
     """
-    if repeats < 1:
-        raise ValueError(f"repeats: got {repeats}, need >= 1")
+    checks.checked_int("repeats", repeats, at_least=1)
     leaves, where = pytree.tree_flatten((inputs, {}))
     upstream_loss, ours, inputs = of_leaves(upstream_loss, where), of_leaves(ours, where), tuple(leaves)
     wanted = _wanted(inputs)

@@ -80,7 +80,7 @@ def _given(
 ) -> tuple[Spec, float | Tensor, Tensor | None]:
     """Layout, scale and targets, checked."""
     check_rows("q", q, "k", k, same_n=False)
-    checks.check_int("head_dim", head_dim)
+    checks.checked_int("head_dim", head_dim)
     if scale is None:
         scale = 1.0
     scale = scalar(scale, q)

@@ -287,10 +287,8 @@ class MoCo(Adapter):
         bn_splits: int = 1,
     ) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("K", K), ("bn_splits", bn_splits)):
-            checks.check_int(name, value)
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, need >= 1")
+        sizes = {"dim": dim, "K": K, "bn_splits": bn_splits}
+        dim, K, bn_splits = (checks.checked_int(*size, at_least=1) for size in sizes.items())
         checks.check_number("m", m, at_least=0)
         number("T", T, above=0)
         checks.check_choice("logits", logits, ("fused", "full"))

@@ -27,9 +27,7 @@ class SimpleContrastiveLoss:
     """
 
     def __init__(self, n_target: int | None = 1) -> None:
-        if n_target is not None:
-            checks.check_int("n_target", n_target)
-        self.target_per_qry = n_target
+        self.target_per_qry = None if n_target is None else checks.checked_int("n_target", n_target)
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
         """`loss_of`."""

@@ -159,14 +159,20 @@ def check_no_transform(name: str, x: object) -> None:
         raise RuntimeError(f"fused_nce: forward-mode differentiation (jvp) is not supported: {name} carries a tangent")
 
 
-def check_int(name: str, value: object) -> None:
-    """A Python int, or the symbol that stands for one while a graph is traced.
+def checked_int(name: str, value: Any, *, at_least: float = -math.inf) -> int:
+    """An int, NumPy's as Python's, or the symbol that stands for one while a graph is traced.
 
     Raises:
         TypeError: anything else; bool and float are not row numbers.
+        ValueError: a smaller one than `at_least`.
     """
+    if not isinstance(value, (int, torch.SymInt)):
+        value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: got {type(value).__name__}, need an int")
+    if value < at_least:
+        raise ValueError(f"{name}: got {value}, need >= {at_least}")
+    return value  # type: ignore[return-value]
 
 
 def check_ids(name: str, ids: Tensor | None, length: int, letter: str, device: torch.device) -> None:
@@ -294,7 +300,7 @@ def check_scores(
     else:
         check_pair("q", q, "k", k)
     check_scale("scale", scale, q.device)
-    check_int("offset", offset)
+    checked_int("offset", offset)
     tensors = {"q": q, "k": k, "scale": scale, "bias": bias, "positives": positives}
     for name, x in tensors.items():
         check_no_transform(name, x)

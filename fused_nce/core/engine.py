@@ -201,7 +201,7 @@ def tile_loss(
     given = {"bias": bias, "positives": positives, "row_ids": row_ids, "column_ids": column_ids}
     filters: dict[str, Any] = {"ceilings": ceilings, "guide": guide}
     checks.check_scores(q, k, spec, scale, offset, **given, **filters)  # type: ignore[arg-type]
-    checks.check_int("report_groups", report_groups)
+    report_groups = checks.checked_int("report_groups", report_groups)
     if report_groups < 1 or q.shape[0] % report_groups:
         raise ValueError(f"report_groups: got {report_groups} for N = {q.shape[0]} rows, need a divisor of them")
     out = loss_of(

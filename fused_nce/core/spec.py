@@ -145,7 +145,7 @@ class TanhClip:
     @property
     def code(self) -> str:
         """`tanh_clip(20.0)`."""
-        return f"{self.NAME}({self.c!r})"
+        return f"{self.NAME}({float(self.c)!r})"
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Hardness:
     @property
     def code(self) -> str:
         """`hardness(5.0)`."""
-        return f"{self.NAME}({self.alpha!r})"
+        return f"{self.NAME}({float(self.alpha)!r})"
 
 
 @dataclass(frozen=True)

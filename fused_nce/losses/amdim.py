@@ -109,7 +109,7 @@ def check_features(antecedents: Tensor, consequents: Tensor, offset: int) -> Non
     checks.check_tensor("consequents", consequents, ("n_k", "n_c", "D"))
     checks.check_pair("antecedents", antecedents, "consequents", consequents)
     n_a, n_k = antecedents.shape[0], consequents.shape[0]
-    checks.check_int("offset", offset)
+    offset = checks.checked_int("offset", offset)
     if offset < 0 or offset + n_a > n_k:
         raise ValueError(
             f"consequents: got n_k = {n_k} images for n_a = {n_a} antecedents at offset {offset}, "

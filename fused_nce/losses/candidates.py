@@ -225,7 +225,7 @@ def checked_prefixes(
     """
     prefixes = tuple(map(checks.plain, checks.checked_items("prefixes", prefixes)))
     for width in prefixes:
-        checks.check_int("prefixes", width)
+        checks.checked_int("prefixes", width)
         if not 1 <= width <= d:
             raise ValueError(f"prefixes: got {width}, need 1 <= prefix <= D = {d}")
     if not prefixes:

@@ -129,11 +129,9 @@ class NPIDNCELoss(LossModule):
         proximal: float = 0.0,
         backend: str | None = None,
     ) -> None:
+        m = checks.checked_int("m", m, at_least=1)
         super().__init__(temperature=temperature, m=m, z=z, proximal=proximal, backend=backend)
         inverse("temperature", temperature, torch.device("cpu"))
-        checks.check_int("m", m)
-        if m < 1:
-            raise ValueError(f"m: got {m}, need >= 1")
         if z is not None:
             checks.check_number("z", z, above=0)
         checks.check_number("proximal", proximal, at_least=0)

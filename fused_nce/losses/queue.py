@@ -43,10 +43,7 @@ class MemoryQueue(nn.Module):
 
     def __init__(self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, labels: bool = False) -> None:
         super().__init__()
-        for name, value in (("size", size), ("dim", dim)):
-            checks.check_int(name, value)
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, need >= 1")
+        size, dim = (checks.checked_int(*given, at_least=1) for given in (("size", size), ("dim", dim)))
         if dtype not in checks.DTYPES:
             raise TypeError(f"dtype: got {dtype}, need float64, float32, bfloat16 or float16")
         self.size, self.dim = size, dim

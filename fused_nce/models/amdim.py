@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from fused_nce.core import checks
 from fused_nce.losses import AMDIMLoss, MultiscaleMixtureLoss
 from fused_nce.models.base import Embedded, Model, check_images, split_views, views_of
 from fused_nce.models.encoders.amdim import AMDIMEncoder
@@ -59,8 +60,7 @@ class AMDIM(Model):
         self.encoder = AMDIMEncoder(
             image_size=image_size, ndf=ndf, n_rkhs=n_rkhs, n_depth=n_depth, use_bn=use_bn, init=init
         )
-        if mixture < 1:
-            raise ValueError(f"mixture: must be at least 1, got {mixture}")
+        mixture = checks.checked_int("mixture", mixture, at_least=1)
         self.components = Components(n_rkhs, mixture) if mixture > 1 else None
         own: nn.Module = MultiscaleMixtureLoss() if mixture > 1 else AMDIMLoss()
         self.loss = own if loss is None else loss

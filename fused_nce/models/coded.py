@@ -101,7 +101,7 @@ class Decoded(Coded):
 
     def __init__(self, architecture: str, code: int, width: float, decoder: int, noise: int | None = None) -> None:
         super().__init__(architecture, code, width)
-        checks.check_int("decoder", decoder)
+        decoder = checks.checked_int("decoder", decoder)
         if decoder < 8 or decoder % 8:
             raise ValueError(f"decoder: must be a multiple of 8, at least 8, got {decoder}")
         self.noise = code if noise is None else noise

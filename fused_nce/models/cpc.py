@@ -31,9 +31,7 @@ class SampledCPCLoss(LossModule):
     """
 
     def __init__(self, count: int = 10, *, backend: str | None = None) -> None:
-        super().__init__(count=count, backend=backend)
-        if count < 1:
-            raise ValueError(f"sampled: must be at least 1, got {count}")
+        super().__init__(count=checks.checked_int("sampled", count, at_least=1), backend=backend)
 
     def forward(
         self,
@@ -124,10 +122,8 @@ class CPC(Model):
     ) -> None:
         super().__init__()
         checks.check_choice("negatives", negatives, NEGATIVES)
-        if steps < 1:
-            raise ValueError(f"steps: must be at least 1, got {steps}")
-        if skip < 0:
-            raise ValueError(f"skip: must be at least 0, got {skip}")
+        checks.checked_int("steps", steps, at_least=1)
+        checks.checked_int("skip", skip, at_least=0)
         side = getattr(encoder, "side", None)
         if side is not None and skip + steps >= side:
             raise ValueError(f"steps: must be below the grid's {side} rows less skip = {skip}, got {steps}")

@@ -179,10 +179,9 @@ class DIM(Coded):
 
 
 def _check_sizes(mi_units: int, critic_negatives: int | None, occlusion: float) -> None:
-    if mi_units < 1:
-        raise ValueError(f"mi_units: must be at least 1, got {mi_units}")
-    if critic_negatives is not None and critic_negatives < 1:
-        raise ValueError(f"critic_negatives: must be at least 1, or None for all, got {critic_negatives}")
+    checks.checked_int("mi_units", mi_units, at_least=1)
+    if critic_negatives is not None:
+        checks.checked_int("critic_negatives", critic_negatives, at_least=1)
     checks.check_number("occlusion", occlusion, at_least=0)
     if occlusion >= 1:
         raise ValueError(f"occlusion: must be below 1, of the image's side, got {occlusion}")

@@ -63,8 +63,7 @@ class PriorGenerator(Decoded):
         gradient_penalty: float = 1.0,
         loss: nn.Module | None = None,
     ) -> None:
-        if code < 1:
-            raise ValueError(f"code: must be at least 1, got {code}")
+        checks.checked_int("code", code, at_least=1)
         checks.check_number("apart", apart, above=0)
         super().__init__(architecture, 1, width, decoder, noise=code)
         self.apart = apart

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fused_nce.core import checks
 from fused_nce.core.group import gathered, world_size
 from fused_nce.losses import MemoryQueue, MoCoLoss
 from fused_nce.models import processes
@@ -77,9 +78,7 @@ class MoCo(Projected):
         )
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum: must be in [0, 1], got {momentum}")
-        if splits < 1:
-            raise ValueError(f"splits: must be at least 1, got {splits}")
-        if splits > 1:
+        if checks.checked_int("splits", splits, at_least=1) > 1:
             split_batch_norm(self.encoder, splits)
         self.momentum, self.splits, self.symmetric = momentum, splits, symmetric
         self.key_encoder = copy.deepcopy(nn.Sequential(self.encoder, self.head)).requires_grad_(False)

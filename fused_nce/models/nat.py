@@ -28,8 +28,7 @@ class Targets(nn.Module):
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        if size < 1:
-            raise ValueError(f"size: must be at least 1 image, got {size}")
+        size = checks.checked_int("size", size, at_least=1)
         self.register_buffer("vectors", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
@@ -114,10 +113,7 @@ class NAT(Coded):
         loss: nn.Module | None = None,
     ) -> None:
         super().__init__(architecture, code, width)
-        checks.check_int("every", every)
-        if every < 1:
-            raise ValueError(f"every: must be at least 1, got {every}")
-        self.every, self.targets = every, Targets(size, code)
+        self.every, self.targets = checks.checked_int("every", every, at_least=1), Targets(size, code)
         self.loss = NATLoss() if loss is None else loss
         self._pending: Pending[tuple[Tensor, Tensor]] = Pending()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fused_nce.core import checks
 from fused_nce.core.group import gathered
 from fused_nce.losses import NPIDSoftmaxLoss
 from fused_nce.models.base import Embedded, Pending
@@ -31,8 +32,7 @@ class MemoryBank(nn.Module):
 
     def __init__(self, size: int, dim: int, momentum: float = 0.5) -> None:
         super().__init__()
-        if size < 1:
-            raise ValueError(f"size: must be at least 1 image, got {size}")
+        size = checks.checked_int("size", size, at_least=1)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum: must be in [0, 1), got {momentum}")
         self.momentum = momentum

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from fused_nce.core import checks
 from fused_nce.models.base import Model, check_images, views_of
 from fused_nce.models.encoders.backbones import Init, Stem, backbone
 
@@ -22,9 +23,10 @@ def projection(width: int, hidden: int | None, dim: int, layers: int, *, norm: b
         layers: at least 1, which is a plain linear map.
         norm: BatchNorm before each ReLU, and no bias in the last layer (SimCLR); else neither (MoCo v2).
     """
-    if layers < 1 or dim < 1 or (hidden is not None and hidden < 1):
-        raise ValueError(f"layers, dim, hidden: must be at least 1, got {layers}, {dim}, {hidden}")
-    sizes = [width, *[hidden or width] * (layers - 1), dim]
+    hidden = width if hidden is None else hidden
+    for name, size in (("layers", layers), ("dim", dim), ("hidden", hidden)):
+        checks.checked_int(name, size, at_least=1)
+    sizes = [width, *[hidden] * (layers - 1), dim]
     parts: list[nn.Module] = []
     for i, (c_in, c_out) in enumerate(pairwise(sizes), 1):
         parts.append(nn.Linear(c_in, c_out, bias=not norm or i < layers))

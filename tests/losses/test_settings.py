@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fused_nce import AMDIMLoss, CLIPLoss, InfoNCELoss, NCEOutput, info_nce, tile_loss
-from fused_nce.core.spec import Block, Spec
+from fused_nce import AMDIMLoss, CLIPLoss, InfoNCELoss, MemoryQueue, NCEOutput, NPIDNCELoss, info_nce, tile_loss
+from fused_nce.core.spec import Block, Spec, TanhClip
 from fused_nce.core.tails import Nce
 from fused_nce.losses.registry import LOSSES
 from tests.losses.test_registry import grown
@@ -78,6 +78,14 @@ def test_numbers_of_numpy_in_a_sequence(kind):
     assert torch.equal(found, wanted)
     ours = [LOSSES["cpc_nce"].function(q[None], q[None], weights=(x,)).loss for x in (kind(3), 3.0)]
     assert torch.equal(*ours)
+    ours = [tile_loss(q, q, Spec(Block(1), transform), Nce()).loss for transform in map(TanhClip, (kind(3), 3.0))]
+    assert torch.equal(*ours)
+
+
+def test_counts_of_numpy():
+    queue, noise = MemoryQueue(numpy.int64(6), numpy.int32(8)), NPIDNCELoss(m=numpy.int64(3))
+    assert [type(count) for count in (queue.size, queue.dim, noise.m)] == [int] * 3
+    assert isinstance(noise(torch.randn(4, 8), torch.randn(9, 8), torch.arange(4)).loss, Tensor)
 
 
 KEYWORDS = [

@@ -120,5 +120,5 @@ def test_a_mixture_stands_for_f1_in_its_pairs_and_in_no_other():
 def test_a_mixture_needs_a_pair_from_f1():
     with pytest.raises(ValueError, match=r"^pairs: got \('5>5',\), need one from map 1"):
         MultiscaleMixtureLoss(["5>5"])
-    with pytest.raises(ValueError, match=r"^mixture: must be at least 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^mixture: got 0, need >= 1$"):
         small(mixture=0)

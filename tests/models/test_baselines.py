@@ -70,7 +70,7 @@ def test_generated_images_are_in_the_range_of_images(name):
     ("name", "settings", "message"),
     [
         *((name, {"architecture": "vgg"}, "architecture: must be one of dcgan32") for name in ALL),
-        *((name, {"code": 0}, "code: must be at least 1, got 0") for name in ALL),
+        *((name, {"code": 0}, "code: got 0, need >= 1") for name in ALL),
         *(
             (name, {"decoder": n}, f"decoder: must be a multiple of 8, at least 8, got {n}")
             for name in DECODED
@@ -80,8 +80,8 @@ def test_generated_images_are_in_the_range_of_images(name):
         *((name, {"gradient_penalty": -1}, "gradient_penalty: got -1") for name in DECODED[1:]),
         ("VAE", {"beta": -1}, "beta: got -1, need a finite number >= 0"),
         ("AAE", {"gamma": -1}, "gamma: got -1, need a finite number >= 0"),
-        ("NAT", {"every": 0}, "every: must be at least 1, got 0"),
-        ("NAT", {"size": 0}, "size: must be at least 1 image, got 0"),
+        ("NAT", {"every": 0}, "every: got 0, need >= 1"),
+        ("NAT", {"size": 0}, "size: got 0, need >= 1"),
         ("PriorGenerator", {"apart": 0}, "apart: got 0, need a finite number > 0"),
     ],
 )

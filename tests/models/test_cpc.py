@@ -206,8 +206,8 @@ def test_the_fused_loss_is_the_default():
 @pytest.mark.parametrize(
     ("make", "settings", "message"),
     [
-        (audio, {"steps": 0}, "steps: must be at least 1, got 0"),
-        (audio, {"skip": -1}, "skip: must be at least 0, got -1"),
+        (audio, {"steps": 0}, "steps: got 0, need >= 1"),
+        (audio, {"skip": -1}, "skip: got -1, need >= 0"),
         (audio, {"negatives": "queue"}, "negatives: got 'queue', need one of"),
         (audio, {"strides": (5, 4)}, "strides: kernels, strides and paddings must be of one length, got 5, 2 and 5"),
         (vision, {"steps": 6}, "steps: must be below the grid's 7 rows less skip = 1, got 6"),
@@ -216,7 +216,7 @@ def test_the_fused_loss_is_the_default():
         (vision, {"stem": "big"}, "stem: must be 'small' or 'large', got 'big'"),
         (vision, {"stages": (1, 1)}, r"stages: must be three numbers of at least 1, got \(1, 1\)"),
         (vision, {"jitter": 4}, r"jitter: must be in \[0, 4 px\), got 4"),
-        (vision, {"layers": 0}, "layers: must be at least 1, got 0"),
+        (vision, {"layers": 0}, "layers: got 0, need >= 1"),
     ],
 )
 def test_refusals(make, settings, message):
@@ -272,7 +272,7 @@ def test_the_sample_never_holds_the_positive_and_reaches_all_others(monkeypatch)
 def test_a_single_position_has_no_sample():
     with pytest.raises(ValueError, match="targets: got N = 1, need at least 2"):
         SampledCPCLoss()(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2))
-    with pytest.raises(ValueError, match="sampled: must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="sampled: got 0, need >= 1"):
         audio(negatives="sampled", sampled=0)
 
 

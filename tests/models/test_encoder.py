@@ -111,8 +111,8 @@ def test_use_bn_adds_batch_norm_inside_the_blocks():
     [
         ({"image_size": 48}, r"image_size: must be one of \(32, 64, 128\), got 48"),
         ({"ndf": 16, "n_rkhs": 63}, r"n_rkhs: must be at least the trunk's width 64 \(ndf 16\), got 63"),
-        ({"ndf": 0}, "ndf: must be at least 1, got 0"),
-        ({"n_depth": 0}, "n_depth: must be at least 1, got 0"),
+        ({"ndf": 0}, "ndf: got 0, need >= 1"),
+        ({"n_depth": 0}, "n_depth: got 0, need >= 1"),
         ({"init": "zeros"}, "init: must be 'amdim' or 'kaiming', got 'zeros'"),
     ],
 )

@@ -153,10 +153,10 @@ def test_the_proximal_term_is_two_minus_twice_the_cosine():
     ("make", "words"),
     [
         (lambda: MoCo(**MINI, momentum=1.5), r"momentum: must be in \[0, 1\], got 1.5"),
-        (lambda: MoCo(**MINI, splits=0), "splits: must be at least 1, got 0"),
+        (lambda: MoCo(**MINI, splits=0), "splits: got 0, need >= 1"),
         (lambda: MoCo(**MINI, queue_size=0), "size: got 0, need >= 1"),
-        (lambda: SimCLR(**MINI, layers=0), "layers, dim, hidden: must be at least 1, got 0, 16, None"),
-        (lambda: NPID(size=0, **MINI), "size: must be at least 1 image, got 0"),
+        (lambda: SimCLR(**MINI, layers=0), "layers: got 0, need >= 1"),
+        (lambda: NPID(size=0, **MINI), "size: got 0, need >= 1"),
         (lambda: NPID(size=5, **MINI, momentum=1.0), r"momentum: must be in \[0, 1\), got 1.0"),
     ],
 )

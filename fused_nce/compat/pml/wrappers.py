@@ -51,10 +51,8 @@ class CrossBatchMemory(Upstreams, upstreams("CrossBatchMemory")):  # type: ignor
     ) -> None:
         known = ("loss", "embedding_size", "memory_size", "miner", "collect_stats")
         checks.check_names("CrossBatchMemory", options, known)
-        for name, value in (("embedding_size", embedding_size), ("memory_size", memory_size)):
-            checks.check_int(name, value)
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, need >= 1")
+        embedding_size = checks.checked_int("embedding_size", embedding_size, at_least=1)
+        memory_size = checks.checked_int("memory_size", memory_size, at_least=1)
         words = {"loss": loss, "embedding_size": embedding_size, "memory_size": memory_size, "miner": miner}
         super().__init__(**words, **options)
         self.reset_queue()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_nce.core import checks
 from fused_nce.models.encoders.blocks import Init, ResBlock, ResNxN, RKHSHead, Stem, maybe_norm
 
 IMAGE_SIZES = (32, 64, 128)
@@ -98,8 +99,7 @@ def _check(image_size: int, ndf: int, n_rkhs: int, n_depth: int, init: str, widt
     if image_size not in IMAGE_SIZES:
         raise ValueError(f"image_size: must be one of {IMAGE_SIZES}, got {image_size}")
     for name, value in (("ndf", ndf), ("n_rkhs", n_rkhs), ("n_depth", n_depth)):
-        if value < 1:
-            raise ValueError(f"{name}: must be at least 1, got {value}")
+        checks.checked_int(name, value, at_least=1)
     if n_rkhs < width:
         raise ValueError(f"n_rkhs: must be at least the trunk's width {width} (ndf {ndf}), got {n_rkhs}")
     if init not in ("amdim", "kaiming"):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_nce.core import checks
 from fused_nce.models.encoders.patches import grid_side, to_grid, to_patches
 
 
@@ -181,8 +182,7 @@ class PixelCNN(nn.Module):
 
     def __init__(self, channels: int, hidden: int = 256, layers: int = 4) -> None:
         super().__init__()
-        if layers < 1:
-            raise ValueError(f"layers: must be at least 1, got {layers}")
+        checks.checked_int("layers", layers, at_least=1)
         self.first = nn.Conv2d(channels, hidden, 1)
         # 2×3 and padding above alone: the row below is no weight at zero, it is not there.
         self.gates = nn.ModuleList(nn.Conv2d(hidden, 2 * hidden, (2, 3)) for _ in range(layers))

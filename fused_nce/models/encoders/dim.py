@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from fused_nce.core import checks
 from fused_nce.models.encoders.patches import grid_side, to_grid, to_patches
 from fused_nce.models.encoders.tiny import Block
 
@@ -197,8 +198,7 @@ class DIMEncoder(nn.Module):
         super().__init__()
         if architecture not in ARCHITECTURES:
             raise ValueError(f"architecture: must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
-        if code < 1:
-            raise ValueError(f"code: must be at least 1, got {code}")
+        checks.checked_int("code", code, at_least=1)
         if not 0 < width < float("inf"):
             raise ValueError(f"width: must be above 0, got {width}")
         self.architecture, self.code, self.width = ARCHITECTURES[architecture], code, width
