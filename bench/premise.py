@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ from tqdm import tqdm
 
 from bench import host
 from bench.text import markdown
+from fused_nce import measure
 
 RECORD = host.ROOT / "docs/results/premise.json"
 IMAGES, LARGEST = 512, 8192  # of an update
@@ -119,16 +122,17 @@ def command(wanted: Run, data: str, run: Path) -> list[str]:
     return ["train", arm.method, *shared, *quiet, *arm.arguments(wanted.negatives, wanted.images)]
 
 
-def run_one(wanted: Run, data: str, run: Path) -> Row:
-    """Train and judge what of it is not done yet; the row of the record."""
+def run_one(wanted: Run, data: str, run: Path, jobs: int) -> Row:
+    """Train and judge what of it is not done yet, on its share of the cores; the row of the record."""
     program = [sys.executable, "-m", "fused_nce.cli"]
     judged = run / "eval.json"
     if not judged.exists():
         resume = any((run / "checkpoints").glob("step_*"))
         train = ["train", ARMS[wanted.name].method, "--resume", str(run)] if resume else command(wanted, data, run)
         evaluate = ["eval", str(run), *JUDGED, f"--taps={ARMS[wanted.name].tap}"]
+        environment = {"OMP_NUM_THREADS": str(max(1, measure.cores() // jobs)), **os.environ}
         for arguments in (train, evaluate):
-            subprocess.run([*program, *arguments], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([*program, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
     found = json.loads(judged.read_text(encoding="utf-8"))
     accuracies = {row["probe"]: round(row["accuracy_pct"], 2) for row in found["probes"] if row["labels"] == "all"}
     training = found["training"]
@@ -222,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--negatives", nargs="+", type=int, help="these alone")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores")
     parser.add_argument("--largest", action="store_true", help="up to 8,192 of a batch, instead of up to 512")
     parser.add_argument("--plan", action="store_true", help="print what the missing runs would take, and do none")
     parser.add_argument("--gflop-per-s", type=float, default=GFLOP_PER_S, help="that the plan is made for")
@@ -246,10 +251,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.data is None:
         parser.error("--data: needed unless with --plan")
-    for run in tqdm(missing, unit="run", disable=None, dynamic_ncols=True):
-        record["runs"].append(run_one(run, options.data, options.runs / run.folder))
-        host.write(options.out, record)
-        draw(record, options.out.with_suffix(".png"))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = pool.map(lambda run: run_one(run, options.data, options.runs / run.folder, options.jobs), missing)
+        for row in tqdm(rows, total=len(missing), unit="run", disable=None, dynamic_ncols=True):
+            record["runs"].append(row)
+            host.write(options.out, record)
+            draw(record, options.out.with_suffix(".png"))
     print(table(record))
     return 0
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from bench import premise
+from fused_nce import measure
 from fused_nce.train import command
 
 RUNS = [premise.Run(name, count, 3, 2) for name, arm in premise.ARMS.items() for count in arm.counts]
@@ -32,25 +34,27 @@ def test_an_update_has_the_same_images_whatever_a_loss_compares(run, tmp_path):
 
 def test_runs_that_are_done_are_kept_and_a_started_one_goes_on(tmp_path, monkeypatch):
     told: list[list[str]] = []
+    threads: set[str] = set()
     real = subprocess.run
 
     def run(arguments, **options):
         if "fused_nce.cli" not in arguments:  # git
             return real(arguments, **options)
         told.append(arguments[3:])
-        folder = tmp_path / f"moco-16-{len(told) // 3}-epochs-2"
+        threads.add(options["env"]["OMP_NUM_THREADS"])
         if told[-1][0] == "eval":
             probes = [
                 {"probe": probe, "labels": "all", "accuracy_pct": 50.0 + i} for i, probe in enumerate(premise.PROBES)
             ]
             made = {"processor": "A CPU", "torch": "2.14.1", "commit": f"{len(told)}234567890", "cores": 2}
             found = {"probes": probes, "training": {"steps": 194, "minutes": 1.234}, "environment": made}
-            (folder / "eval.json").write_text(json.dumps(found))
-        else:
-            folder.mkdir(exist_ok=True)
+            Path(arguments[4]).mkdir(parents=True, exist_ok=True)
+            Path(arguments[4], "eval.json").write_text(json.dumps(found))
         return None
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(measure, "cores", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (tmp_path / "moco-16-1-epochs-2/checkpoints/step_00000004").mkdir(parents=True)
     out = tmp_path / "premise.json"
     options = ["--data=x", f"--runs={tmp_path}", f"--out={out}", "--arms", "moco", "--negatives", "16", "--seeds=2"]
@@ -72,6 +76,10 @@ def test_runs_that_are_done_are_kept_and_a_started_one_goes_on(tmp_path, monkeyp
     assert "A CPU, torch 2.14.1, commit 2234567; A CPU, torch 2.14.1, commit 4234567." in premise.block(out)
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert premise.block(tmp_path / "none.json").startswith("No record is committed yet")
+    assert threads == {"6"}
+    assert premise.main([*options, "--jobs=2", f"--out={tmp_path / 'two'}", f"--runs={tmp_path / 'both'}"]) == 0
+    assert threads == {"6", "3"}
+    assert [row["seed"] for row in json.loads((tmp_path / "two").read_text())["runs"]] == [0, 1]
 
 
 def test_the_plan_is_images_by_flop_by_rate(capsys, tmp_path):

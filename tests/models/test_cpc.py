@@ -13,6 +13,7 @@ from fused_nce.models import CPC
 from fused_nce.models.cpc import SampledCPCLoss
 from fused_nce.models.encoders.cpc import AudioEncoder, GRUContext, PatchEncoder, PixelCNN, shake
 from fused_nce.models.encoders.patches import grid_side, to_grid, to_patches
+from tests.refusals import unlike
 
 TINY_VISION: dict[str, Any] = {"image_size": 16, "patch_size": 4, "width": 2, "stages": (1, 1, 1)}
 
@@ -203,40 +204,28 @@ def test_the_fused_loss_is_the_default():
     assert audio(negatives="sequence").loss.loss.negatives == "sequence"
 
 
-@pytest.mark.parametrize(
-    ("make", "settings", "message"),
-    [
-        (audio, {"steps": 0}, "steps: got 0, need >= 1"),
-        (audio, {"skip": -1}, "skip: got -1, need >= 0"),
-        (audio, {"negatives": "queue"}, "negatives: got 'queue', need one of"),
-        (audio, {"strides": (5, 4)}, "strides: kernels, strides and paddings must be of one length, got 5, 2 and 5"),
-        (vision, {"steps": 6}, "steps: must be below the grid's 7 rows less skip = 1, got 6"),
-        (vision, {"patch_size": 5}, "patch_size: must be even, with steps of a half that tile 16 px, got 5"),
-        (vision, {"context": "lstm"}, "context: got 'lstm', need one of 'pixelcnn', 'gru', 'none'"),
-        (vision, {"stem": "big"}, "stem: must be 'small' or 'large', got 'big'"),
-        (vision, {"stages": (1, 1)}, r"stages: must be three numbers of at least 1, got \(1, 1\)"),
-        (vision, {"jitter": 4}, r"jitter: must be in \[0, 4 px\), got 4"),
-        (vision, {"layers": 0}, "layers: got 0, need >= 1"),
-    ],
-)
-def test_refusals(make, settings, message):
-    with pytest.raises(ValueError, match=message):
-        make(**settings)
+ERRORS = [
+    (lambda: audio(steps=0), ValueError, "^steps: got 0, need >= 1$"),
+    (lambda: audio(skip=-1), ValueError, "^skip: got -1, need >= 0$"),
+    (lambda: audio(negatives="queue"), ValueError, "^negatives: got 'queue', need one of"),
+    (lambda: audio(strides=(5, 4)), ValueError, "^strides: kernels, strides and paddings .* length, got 5, 2 and 5$"),
+    (lambda: vision(steps=6), ValueError, "^steps: must be below the grid's 7 rows less skip = 1, got 6$"),
+    (lambda: vision(patch_size=5), ValueError, "^patch_size: must be even, .* of a half that tile 16 px, got 5$"),
+    (lambda: vision(context="lstm"), ValueError, "^context: got 'lstm', need one of 'pixelcnn', 'gru', 'none'$"),
+    (lambda: vision(stem="big"), ValueError, "^stem: must be 'small' or 'large', got 'big'$"),
+    (lambda: vision(stages=(1, 1)), ValueError, r"^stages: must be three numbers of at least 1, got \(1, 1\)$"),
+    (lambda: vision(jitter=4), ValueError, r"^jitter: must be in \[0, 4 px\), got 4$"),
+    (lambda: vision(layers=0), ValueError, "^layers: got 0, need >= 1$"),
+    (lambda: audio()(torch.zeros(2, 2, 1600)), ValueError, r"^x: must be \(B, samples\) or .* got \(2, 2, 1600\)$"),
+    (lambda: audio()(torch.zeros(2, 40)), ValueError, "^x: 40 samples give no frame"),
+    (lambda: audio()(torch.zeros(2, 480)), ValueError, r"^x: gives 3 rows, need more than skip \+ steps = 3"),
+    (lambda: audio(negatives="sequence")(torch.zeros(2, 640)), ValueError, "leaves the farthest step no negative"),
+    (lambda: vision()(torch.zeros(2, 3, 32, 32)), ValueError, r"^x: must be \(B, 3, 16, 16\) images, got \(2, 3, 3"),
+]
 
 
-@pytest.mark.parametrize(
-    ("make", "settings", "shape", "message"),
-    [
-        (audio, {}, (2, 2, 1600), r"x: must be \(B, samples\) or \(B, 1, samples\) waveforms, got \(2, 2, 1600\)"),
-        (audio, {}, (2, 40), "x: 40 samples give no frame"),
-        (audio, {}, (2, 480), "x: gives 3 rows, need more than skip \\+ steps = 3"),
-        (audio, {"negatives": "sequence"}, (2, 640), "leaves the farthest step no negative"),
-        (vision, {}, (2, 3, 32, 32), r"x: must be \(B, 3, 16, 16\) images, got \(2, 3, 32, 32\)"),
-    ],
-)
-def test_batches_that_are_refused(make, settings, shape, message):
-    with pytest.raises(ValueError, match=message):
-        make(**settings)(torch.zeros(shape))
+def test_refusals():
+    assert unlike(ERRORS) == []
 
 
 def test_sampled_negatives_are_the_softmax_over_the_sample():
