@@ -94,10 +94,9 @@ def trial(
 ) -> tuple[str, bool]:
     """What a backend gets wrong in `problems`, in words, "" where all is right; and whether that will last.
 
-    Bounded is the oracle's time, in float64 on the CPU, of all tails: a test holds it to 7 GFLOP, and to 3 s of a core
-    of the machine that tests. Nothing bounds the compilation of kernels, those that the call needs and those of other
-    sizes, nor the card's time; neither was timed on a card. An exception, of memory that is short for example, may not
-    come again.
+    Bounded is the oracle's work, in float64 on the CPU, of all tails: a test holds it to 7 GFLOP. Nothing bounds the
+    compilation of kernels, those that the call needs and those of other sizes, nor the card's time; neither was timed
+    on a card. An exception, of memory that is short for example, may not come again.
     """
     try:
         for p, as_large in zip(tried, (False, True), strict=True):  # fault: trial-large
@@ -147,7 +146,7 @@ def _compared(
     for tail in fitting or [None]:
         wanted = _run(exact, reference, tail, needs)
         yield from _named(p.spec, _run(there, backend, tail, needs), wanted)
-        yield from _plain(there, exact, backend, reference, tail)
+        yield from _plain(there, exact, backend, tail)
 
 
 def tf32(*dtypes: torch.dtype) -> bool:
@@ -325,58 +324,42 @@ def _named(
             yield field, x, right[field]
 
 
-def _plain(
-    there: Problem, exact: Problem, backend: Backend, reference: Backend, tail: Tail | None
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The same of a plain call, where the backend has one function for it.
+def _plain(there: Problem, exact: Problem, backend: Backend, tail: Tail | None) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The same of a plain call, where the backend has one function for it, beside the oracle in torch's own graph.
 
     Rows as they are, and divided by norms: there one tensor in both roles comes as two views, whose rows lie side by
     side. Of a large problem the latter alone.
     """
+    from fused_nce.core.engine import loss_of  # which asks for verdicts itself
+
     spec, own = exact.spec, isinstance(exact.spec.layout, Separate)
     if backend.whole_loss is None or tail is None or spec.marked:
         return
     for normalize in (True,) if own or large() else (False, True):
         twins = normalize and exact.shared and exact.n % 2 == 0
-
-        def of(p: Problem, twins: bool = twins) -> list[Tensor]:
-            both = [p.q] if p.shared else [p.q, p.k[: p.n] if own else p.k]
-            return [p.q[view::2] for view in (0, 1)] if twins else both
-
-        leaves = [x.clone().requires_grad_() for x in of(there)]
-        scored = there.k if own else leaves[1] if len(leaves) > 1 else None
-        learnt = [there.scale.clone().requires_grad_()] if isinstance(there.scale, Tensor) else []
-        learned = learnt[0] if learnt else None
-        rows = (leaves[0], scored, learned, None, None, leaves[1].detach() if own else None, None, None)
+        (ours, keys, own_keys), (exactly, *right_keys) = (_leaves(p, twins) for p in (there, exact))
         with torch.enable_grad():
-            factor = 1.0 if learnt else cast(float, there.scale)
+            rows = (ours["q"], keys, ours.get("scale"), None, None, own_keys, None, None)
+            factor = 1.0 if "scale" in ours else cast(float, there.scale)
             made = backend.whole_loss(spec, tail, rows, factor, 0, normalize, False, 1, twins)
             if made is None:
                 continue
-            given = leaves[:1] if own else leaves
-            found = torch.autograd.grad(made[0], [*given, *learnt])
-            roots = [x.clone().requires_grad_() for x in of(exact)]
-            unit = [torch.nn.functional.normalize(x, dim=1) if normalize else x * 1 for x in roots]
-        q, second = (x.detach() for x in (unit[0], unit[-1]))
-        if twins:
-            q = second = torch.stack([q, second], dim=1).flatten(0, 1)
-        small = exact._replace(q=q, k=exact.k if own else second)
-        if own:
-            small = small._replace(positives=small.scale * (q * second).sum(dim=1, keepdim=True))
-        known, g = _run(small, reference, tail, Needs(True, not exact.shared and not own, bool(learnt)))
-        (value, *_, report), wanted, dscale = reference.summary([small], [tail], [known], [1]), [g.dq, g.dk], g.dscale
-        if twins:
-            wanted = [g.dq[0::2], g.dq[1::2]]
-        if own:
-            on = reference.slopes(small, tail, known, tail.unit(small.n), 1.0)
-            wanted[0] = wanted[0] + small.scale * on.d_pos * second
-            dscale = dscale + (on.d_pos * cast(Tensor, small.positives)).sum() / small.scale if learnt else dscale
-        yield "a plain call's loss", made[0], value
-        yield "a plain call's report", torch.stack([*made[3].values()]), report[0]
-        for what, x, root, through, d in zip(("dq", "dk"), found[: len(given)], roots, unit, wanted, strict=False):
-            yield f"a plain call's {what}", x, torch.autograd.grad(through, root, d)[0]
-        if learnt:
-            yield "a plain call's dscale", found[-1], dscale
+            options: dict[str, Any] = {"normalize": normalize, "twins": twins, "backend": "reference"}
+            scale = exactly.get("scale", exact.scale)
+            right = loss_of(exactly["q"], right_keys[0], spec, tail, scale=scale, own_keys=right_keys[1], **options)
+            found, wanted = (torch.autograd.grad(y, [*x.values()]) for y, x in ((made[0], ours), (right.loss, exactly)))
+        yield "a plain call's loss", made[0], right.loss
+        yield "a plain call's report", torch.stack([*made[3].values()]), torch.stack([*right.report.values()])
+        yield from zip((f"a plain call's d{name}" for name in ours), found, wanted, strict=True)
+
+
+def _leaves(p: Problem, twins: bool) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+    """What a plain call is differentiated by, by name; its k, None for q; and its own keys."""
+    own = isinstance(p.spec.layout, Separate)
+    views = {"q": p.q[0::2], "k": p.q[1::2]} if twins else {"q": p.q} if p.shared or own else {"q": p.q, "k": p.k}
+    learnt = {"scale": p.scale} if isinstance(p.scale, Tensor) else {}
+    leaves = {name: x.clone().requires_grad_() for name, x in (views | learnt).items()}
+    return leaves, p.k if own else leaves.get("k"), p.k[: p.n] if own else None
 
 
 def off(found: Tensor, wanted: Tensor) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -57,15 +56,14 @@ def test_problems_of_images_are_bounded(layout, width):
 
 
 @pytest.mark.parametrize("width", [128, 1024, 2560])
-def test_the_oracle_takes_at_most_three_seconds(width):
-    """Of one core, in every kind of spec, on a card that takes no time; compilation is beside it."""
+def test_the_oracle_takes_at_most_seven_gflop(width):
+    """In every kind of spec; its exponentials are of as many scores as MOST_SCORES allows."""
+    oracle = dispatch.backend_module("reference")
     for name, spec in SPECS.items():
         tried = first_contact.problems(spec, torch.float32, None if spec.drop_self else torch.float32, width)
-        oracle, begin = dispatch.backend_module("reference"), time.process_time()
         with FlopCounterMode(display=False) as counter:
             assert first_contact.trial(oracle, oracle, tried, CPU) == ("", True)  # the oracle twice
         assert counter.get_total_flops() <= 14e9, name
-        assert time.process_time() - begin <= 3.0, name
 
 
 SCALES = {"near": first_contact.SCALE, "far": 64.0, "tensor": torch.tensor(2.0)}
