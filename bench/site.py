@@ -83,4 +83,4 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         file, hash_, anchor = target.partition("#")
         return f"]({PAGES.get(file, file)}{hash_}{anchor})"
 
-    return LINK.sub(inside, markdown.replace("```python no-run", "```python"))
+    return LINK.sub(inside, re.sub(r"^(```\w+) no-run$", r"\1", markdown, flags=re.M))

@@ -338,4 +338,6 @@ def test_the_site_builds_without_a_warning(tmp_path):
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
     assert pages <= built
     assert len([page for page in built if page.startswith("dropin/")]) >= 9  # one a library of docs/migrating.md
-    assert "amdim_nce" in (tmp_path / "api/index.html").read_text(encoding="utf-8")
+    texts = {page: (tmp_path / page / "index.html").read_text(encoding="utf-8") for page in built}
+    assert "amdim_nce" in texts["api"]
+    assert [page for page, text in texts.items() if "```" in text] == []  # a fence that the site does not know

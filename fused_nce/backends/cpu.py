@@ -22,13 +22,13 @@ from fused_nce.core.cost import Call, Tiles
 from fused_nce.core.defaults import ways  # noqa: F401  (handed on)
 from fused_nce.core.prefixes import Prefixed
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics, Summary
-from fused_nce.core.spec import MARGINS, VOCABULARY, Bias, Block, Index, Labels, Several, Spec
+from fused_nce.core.spec import KERNEL_ATOMS, Bias, Block, Index, Labels, Several, Spec
 from fused_nce.core.statistics import KERNEL_STATISTICS
 from fused_nce.core.tails import KERNEL_TAILS, Coefficients, LogIn, LogOut, Nce, Tail
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BOTH_WAYS = True  # `loss` finds the statistics of columns too
-ATOMS = VOCABULARY - MARGINS - {"mixed"}
+ATOMS = KERNEL_ATOMS
 losses = gathered_scores = gathered_grads = None
 
 

@@ -33,7 +33,7 @@ _local = threading.local()
 
 
 class Path(NamedTuple):
-    """What ran in a call, and why nothing faster did (empty when the fastest ran)."""
+    """What ran in a call, and why no kernel or nothing faster did (empty when the fastest ran)."""
 
     backend: str
     reason: str
@@ -180,14 +180,18 @@ def choose(
         RuntimeError: under `FUSED_NCE_STRICT=1`, when the automatic choice would be a fallback.
     """
     # What no kernel has is no fallback of plain torch's.
-    names = ("chunked",) if spec.atoms & MARGINS else automatic(q, k, planned(call, spec, q, k))
-    return choose_by(lambda name: why_not(name, spec, q, k, scale), names, requested, f"{spec.code} on {q.device}")
+    alone = ", ".join(sorted(spec.atoms & MARGINS))
+    names = ("chunked",) if alone else automatic(q, k, planned(call, spec, q, k))
+    what, alone = f"{spec.code} on {q.device}", f"no kernel has {alone}" if alone else ""
+    return choose_by(lambda name: why_not(name, spec, q, k, scale), names, requested, what, alone)
 
 
 def choose_by(
-    why_not: Callable[[str], str | None], names: tuple[str, ...], requested: str, what: str
+    why_not: Callable[[str], str | None], names: tuple[str, ...], requested: str, what: str, alone: str = ""
 ) -> tuple[str, Backend]:
-    """The requested backend, else the first of `names` that can; `what` is for a message. Raises as `choose` does."""
+    """The requested backend, else the first of `names` that can; `what` is for a message, `alone` the reason for a path
+    that has no faster one and is no fallback. Raises as `choose` does.
+    """
     aside = requested.startswith(ASIDE)
     requested = requested.removeprefix(ASIDE) or os.environ.get("FUSED_NCE_BACKEND", "")
     if requested:
@@ -201,7 +205,7 @@ def choose_by(
     for name in names:
         reason = why_not(name)
         if reason is None:
-            _record(name, "; ".join(reasons))
+            _record(name, "; ".join(reasons), alone)
             return name, backend_module(name)
         reasons.append(f"{name}: {reason}")
     raise RuntimeError(f"no backend can run {what}: {'; '.join(reasons)}")
@@ -212,8 +216,8 @@ def last_path() -> Path | None:
     return getattr(_local, "path", None)
 
 
-def _record(name: str, reason: str) -> None:
-    _local.path = Path(name, reason)
+def _record(name: str, reason: str, alone: str) -> None:
+    _local.path = Path(name, reason or alone)
     if not reason:
         return
     if os.environ.get("FUSED_NCE_STRICT") == "1":  # fault: strict-mode-ignored

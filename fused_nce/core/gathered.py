@@ -104,7 +104,7 @@ def _prepared(x: _Inputs, backend: str) -> tuple[str, Backend]:
     def why_not(name: str) -> str | None:
         return None if dispatch.backend_module(name).gathered_scores is not None else "it gathers no columns"
 
-    return dispatch.choose_by(why_not, ("chunked",), backend, f"gathered on {x.q.device}")
+    return dispatch.choose_by(why_not, ("chunked",), backend, f"gathered on {x.q.device}", "no kernel gathers columns")
 
 
 def _as_is(x: _Inputs) -> torch.autocast:

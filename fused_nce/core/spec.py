@@ -38,19 +38,16 @@ FILTERS = ("ceiling", "guide")
 MARKS = frozenset({*FILTERS, "several"})
 """What takes columns out of a row's negatives alone: filters, and a layout whose positives have no places in `pos`."""
 
-VOCABULARY = (
-    MARGINS
-    | MARKS
-    | frozenset(
-        {
-            *("block", "index", "labels", "separate"),  # layouts, beside `MARKS`
-            *("identity", "tanh_clip", "bias", "hardness"),  # transforms
-            *STATISTICS,
-            *("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap", "neg_sum", "neg_count"),
-            *("columns", "drop_self", "self", "mixed", "prefixes"),  # see `Spec.atoms` and `dispatch.why_not`
-        }
-    )
-)
+KERNEL_ATOMS = MARKS | {
+    *("block", "index", "labels", "separate"),  # layouts, beside `MARKS`
+    *("identity", "tanh_clip", "bias", "hardness"),  # transforms
+    *STATISTICS,
+    *("neg_softplus", "pos_lse", "pos_max", "pos_sum", "pos_count", "pos_gap", "neg_sum", "neg_count"),
+    *("columns", "drop_self", "self", "prefixes"),  # see `Spec.atoms` and `dispatch.why_not`
+}
+"""What the kernels of `csrc` run."""
+
+VOCABULARY = KERNEL_ATOMS | MARGINS | {"mixed"}
 """Every atom that a spec can name. A backend's `ATOMS` says which of them it can run; `core/statistics.py` and
 `core/atoms.py` define each."""
 

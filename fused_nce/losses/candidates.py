@@ -311,13 +311,13 @@ def _check_rules(x: Batch, rules: Rules) -> None:
             and (rules.directions != ("q2k",) or rules.margin is not None or rules.clip is not None or rules.hardness),
             f"directions {rules.directions}, false_negative_margin {rules.margin}, clip {rules.clip}, hardness "
             f"{rules.hardness}",
-            "('q2k',), None, None and 0",
+            "('q2k',) without symmetric, None, None and 0",
         ),
     }
     if x.several is not None:
         one = (x.targets, x.query_ids, x.guide, rules.margin, rules.tau_plus)
         beside = any(y is not None for y in one) or rules.directions != ("q2k",)
-        seen = "targets, ids, a guide, a margin, tau_plus or directions, which are of one positive a row"
+        seen = "targets, ids, a guide, a margin, tau_plus, symmetric or directions, which are of one positive a row"
         together[x.several.name] = (beside, seen, "none of them")
     for name, (wrong, seen, need) in together.items():
         if wrong:

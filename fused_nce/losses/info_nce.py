@@ -266,7 +266,7 @@ class InfoNCELoss(nn.Module):
     def __init__(self, temperature: float = 0.1, *, learnable: bool = False, **options: Any) -> None:
         super().__init__()
         check_options(InfoNCELoss, info_nce, options)
-        checks.check_number("temperature", temperature, above=0)
+        checks.check_number("temperature", temperature, above=0, others=", and learnable=True for a parameter")
         inverse("temperature", temperature, torch.device("cpu"))
         candidates.clamped(1.0, options.get("max_scale"))  # its check
         self.temperature, self.options = temperature, options

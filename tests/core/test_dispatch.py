@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -71,9 +72,34 @@ def test_what_no_kernel_has_is_no_fallback(monkeypatch, caplog):
     monkeypatch.setenv("FUSED_NCE_STRICT", "1")
     with caplog.at_level(logging.WARNING, logger="fused_nce"):
         triplet_margin(A, torch.arange(len(A)) // 2)
+        assert last_path() == (
+            "chunked",
+            "no kernel has neg_hardest, neg_ties, pos_hardest, pos_min, pos_ties, sq_dist",
+        )
         npid_nce(A, C.view(12, 8).detach(), torch.arange(len(A)), torch.zeros(len(A), 3, dtype=torch.int64), z=9.0)
-    assert last_path() == ("chunked", "")
+        assert last_path() == ("chunked", "no kernel gathers columns")
     assert not caplog.records
+
+
+NEW_ATOM = """
+import torch, fused_nce
+from fused_nce.core import spec, statistics
+
+spec.VOCABULARY |= {"neg_cube"}
+statistics.STATISTIC |= statistics._sum("neg_cube", "t", lambda t: t**3, lambda t: 3 * t**2)
+q, k = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4)
+cube = fused_nce.tile_stats(q, k, spec.Spec(spec.Block(1), stats=("neg_cube",)), scale=0.5)["neg_cube"]
+assert fused_nce.last_path().backend == "chunked", fused_nce.last_path()
+dense = ((q @ k.T / 2) ** 3).masked_fill(torch.eye(5, dtype=torch.bool), 0).sum(1)
+torch.testing.assert_close(cube, dense)
+torch.testing.assert_close(*(torch.autograd.grad(x.sum(), q) for x in (cube, dense)))
+"""
+
+
+def test_a_new_atom_runs_in_plain_torch_by_default():
+    """As `docs/ADDING_A_LOSS.md` has it: no kernel claims a name that it was not told."""
+    done = subprocess.run([sys.executable, "-c", NEW_ATOM], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_last_path_of_several_positives_is_that_of_their_negatives(backend):

@@ -395,16 +395,32 @@ ERRORS: dict[str, dict[str, Any]] = {
     "label_smoothing: got 1.0, need < 1": {"label_smoothing": 1.0},
     "row_weights: got shape (5,) on cpu, need (N,) = (6,) on cpu": {"row_weights": torch.ones(5)},
     "column_bias: got it with directions ('q2k', 'k2q'), false_negative_margin None, clip None, hardness 0.0, "
-    "need ('q2k',), None, None and 0": {"column_bias": torch.ones(6), "directions": ("k2q", "q2k")},
+    "need ('q2k',) without symmetric, None, None and 0": {"column_bias": torch.ones(6), "symmetric": True},
+    **{
+        f"column_bias: got it with directions ('q2k',), false_negative_margin {m}, clip {c}, hardness {h}, "
+        "need ('q2k',) without symmetric, None, None and 0": {
+            **{"column_bias": torch.ones(6), "false_negative_margin": m, "clip": c, "hardness": h}  # noqa: PIE800
+        }
+        for m, c, h in ((0.1, None, 0.0), (None, 3.0, 0.0), (None, None, 1.5))
+    },
+    "hard_negatives: got it with directions ('k2q',), in which none is a candidate, need 'q2k' among them": {
+        "hard_negatives": HARD,
+        "directions": ["k2q"],
+    },
+    "penalty: got 0.2 with more than keys, clip and filters, need 0": {
+        "penalty": 0.2,
+        "hard_negatives": HARD,
+        "share_hard_negatives": True,
+    },
     "penalty: got 0.1 with more than keys, clip and filters, need 0": {"penalty": 0.1, "hardness": 1.0},
     "positives: got torch.float64, need (N, P) int64 indices": {"positives": Q},
     "positives: got shape (6,) on cpu, need (N, P) indices of N = 6 rows on cpu": {"positives": IDS},
     "positives: got 6, need -1 <= index < M = 6": {"positives": torch.full((6, 1), 6)},
     "positives: got none for row 2, need at least one": {"positives": torch.tensor([[0], [1], [-1], [2], [3], [4]])},
-    "positives: got it with targets, ids, a guide, a margin, tau_plus or directions, which are of one positive a row, "
-    "need none of them": {"positives": IDS[:, None], "tau_plus": 0.1},
-    "soft_targets: got it with targets, ids, a guide, a margin, tau_plus or directions, which are of one positive a "
-    "row, need none of them": {"soft_targets": (IDS[:, None], Q[:, :1] * 0 + 1), "tau_plus": 0.1},
+    "positives: got it with targets, ids, a guide, a margin, tau_plus, symmetric or directions, which are of one "
+    "positive a row, need none of them": {"positives": IDS[:, None], "symmetric": True},
+    "soft_targets: got it with targets, ids, a guide, a margin, tau_plus, symmetric or directions, which are of one "
+    "positive a row, need none of them": {"soft_targets": (IDS[:, None], Q[:, :1] * 0 + 1), "tau_plus": 0.1},
     "soft_targets: got them with positives, need one of the two": {
         "positives": IDS[:, None],
         "soft_targets": (IDS[:, None], Q[:, :1]),
@@ -465,20 +481,6 @@ def test_targets_are_among_the_keys_whatever_is_chosen():
     with FakeTensorMode(allow_non_fake_inputs=True):  # has no numbers
         assert info_nce(Q, K, torch.arange(N), label_smoothing=0.1).loss.shape == ()
     assert make_fx(lambda t: info_nce(Q, K, t, row_weights=torch.ones(N)).loss)(several[0])(several[1]).isfinite()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"column_bias": torch.zeros(8), "clip": 3.0}, "column_bias: got it with .*clip 3.0"),
-        ({"column_bias": torch.zeros(8), "hardness": 1.5}, "column_bias: got it with .*hardness 1.5"),
-        ({"hard_negatives": torch.randn(8, 2, 4), "directions": ["k2q"]}, "hard_negatives: got it with directions"),
-        ({"hard_negatives": torch.randn(8, 2, 4), "share_hard_negatives": True, "penalty": 0.1}, "penalty: got 0.1"),
-    ],
-)
-def test_choices_that_do_not_meet_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        info_nce(torch.randn(8, 4), torch.randn(8, 4), **options)
 
 
 def test_clip_loss_checks_choices_that_nothing_uses():

@@ -89,6 +89,7 @@ def test_counts_of_numpy():
 KEYWORDS = [
     (lambda: InfoNCELoss(temprature=3), TypeError, "^InfoNCELoss: got temprature, need temperature$"),
     (lambda: InfoNCELoss(learnabel=True), TypeError, "^InfoNCELoss: got learnabel, need learnable$"),
+    (lambda: InfoNCELoss(cast(Any, torch.nn.Parameter(torch.ones(())))), TypeError, ".*Parameter, .*learnable=True"),
     (lambda: InfoNCELoss(normalise=True), TypeError, "^InfoNCELoss: got normalise, need normalize$"),
     (lambda: InfoNCELoss(guide=None), TypeError, "^InfoNCELoss: got guide, which comes with each call, need it .*$"),
     (lambda: AMDIMLoss(penaltee=1.0), TypeError, "^AMDIMLoss: got penaltee, need penalty$"),

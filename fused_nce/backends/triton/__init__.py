@@ -23,11 +23,11 @@ from fused_nce.backends.triton import configs, plan
 from fused_nce.core import workspace
 from fused_nce.core.defaults import mirrored, slopes, summary, tiles  # noqa: F401  (handed on)
 from fused_nce.core.problem import Gradients, Needs, Problem, Statistics
-from fused_nce.core.spec import MARGINS, VOCABULARY, Spec
+from fused_nce.core.spec import KERNEL_ATOMS, Spec
 from fused_nce.core.tails import Coefficients, Tail
 
 BOTH_WAYS = False
-ATOMS = VOCABULARY - MARGINS - {"guide", "several", "prefixes"}  # each has its twin in `atoms.py`
+ATOMS = KERNEL_ATOMS - {"guide", "several", "prefixes"} | {"mixed"}  # each has its twin in `atoms.py`
 losses = gathered_scores = gathered_grads = None
 MOST_ROWS = 2**31 - 2**16  # a row's number is a 32-bit integer, a tile or a split beyond the last row too
 
