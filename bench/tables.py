@@ -200,6 +200,7 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
         f"cpu-{name}-avx2": partial(amdim, text, "AVX2")
         for name, text in (("table", main_table), ("targets", targets_table), ("bound", bound_table))
     },
+    "cpu-spread-avx2": partial(amdim, spread_table, "AVX2"),
     "family-table": lambda record: family(family_tables.table),
     "family-largest": lambda record: family(family_tables.largest),
     "family-table-avx2": lambda record: family(family_tables.table, "AVX2"),

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 
 import fused_nce
 from fused_nce import models
-from fused_nce.core.spec import Block, Spec
+from fused_nce.core.spec import LAYOUTS, TRANSFORMS
+from fused_nce.core.statistics import STATISTIC
 from fused_nce.core.tails import Nce
 from fused_nce.losses.registry import LOSSES
 from tests.marks import nightly_but
 
+ROOT = Path(__file__).resolve().parent.parent
 NO_TENSORS = {"__version__", "NCEOutput", "backends", "doctor", "last_path", "patch"}
 NAMES = sorted(set(fused_nce.__all__) - NO_TENSORS)
 IMAGES = torch.randn(2, 4, 3, 32, 32)
@@ -77,7 +80,7 @@ def test_arguments_and_shapes(name):
 def test_an_example_runs(name):
     assert "Example" in sections(getattr(fused_nce, name))
     *lines, last = code_of(getattr(fused_nce, name)).splitlines()
-    scope = {"torch": torch, "Spec": Spec, "Block": Block, "Nce": Nce, **vars(fused_nce)}
+    scope = {"torch": torch, **vars(fused_nce)}
     exec("\n".join(lines), scope)
     try:
         value = eval(last, scope)
@@ -120,3 +123,16 @@ def test_a_models_loop_runs(name):
     exec(code_of(getattr(models, name)), scope)
     gradients = [x.grad for x in scope["model"].parameters() if x.requires_grad]
     assert any(x is not None and x.any() for x in gradients)
+
+
+def test_the_page_of_the_api_has_every_name():
+    """Public names, what a spec is made of, and the environment variables that the code reads."""
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    rendered = re.findall(r"^::: [\w.]+\.(\w+)$", page, re.M)
+    assert {*fused_nce.__all__, *models.__all__} - {"__version__"} <= {*rendered}
+    assert {x.__name__ for x in (*LAYOUTS.values(), *TRANSFORMS.values(), Nce)} <= {*rendered}
+    code = [x for f in ("fused_nce", "csrc") for x in (ROOT / f).rglob("*") if x.suffix in (".py", ".cpp", ".h")]
+    read = "".join(x.read_text(encoding="utf-8") for x in (*code, ROOT / "setup.py"))
+    found = set(re.findall(r'(?:getenv|get|in|environ)\W{1,3}"(FUSED_NCE_\w+)"', read)) | {*STATISTIC}
+    assert len(found) > len(STATISTIC) + 9
+    assert sorted(name for name in found if not re.search(rf"`{name}[`=]", page)) == []

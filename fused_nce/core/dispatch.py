@@ -72,6 +72,7 @@ def workspace_bytes(
 
     Example:
         ```
+        from fused_nce.core.spec import Block, Spec
         workspace_bytes(Spec(Block(1)), 4096, 4096, 256, backend="chunked")
         ```
     """

@@ -115,6 +115,7 @@ def tile_stats(
 
     Example:
         ```
+        from fused_nce.core.spec import Block, Spec
         rows = tile_stats(torch.randn(8, 16), torch.randn(8, 16), Spec(Block(1)), scale=0.1)
         margin = (rows["neg_lse"] - rows["pos"].squeeze(1)).relu().mean()
         ```
@@ -191,7 +192,9 @@ def tile_loss(
 
     Example:
         ```
-        tile_loss(torch.randn(8, 16), torch.randn(8, 16), Spec(Block(1)), Nce(), scale=0.1).loss
+        from fused_nce.core import spec, tails
+        one = spec.Spec(spec.Block(1))
+        tile_loss(torch.randn(8, 16), torch.randn(8, 16), one, tails.Nce(), scale=0.1).loss
         ```
     """
     _check_tail(spec, tail)

@@ -41,7 +41,7 @@ def amdim_mixture_nce(
     group: Group = None,
     backend: str | None = None,
 ) -> NCEOutput:
-    """−mean_ai (1/τ)·log Σ_j e^(τ·s_aji) + λ·mean of the squared raw scores; with m = 1 it is `amdim_nce`.
+    """−mean_ai (1/τ)·log Σ_j e^(−τ·nce_aji) + λ·mean s², nce_aji the elements of `amdim_nce`: with m = 1 it is that.
 
     Costs one score GEMM forward and three in the backward, the (n_a, m, n_k, n_c) scores never held.
 

@@ -78,8 +78,8 @@ def info_nce(
         penalty: λ of λ·mean(s²) over all scores, before the clip. Beside the filters alone of what follows.
         reduction: of `nce`: "mean", "sum", or "none" for (N,). The penalty stays a mean.
         positives: (N, P) int64, keys that answer each query, -1 for none, among this process's: the mean over them of
-            −log softmax, all of them in the denominator (`losses/targets.py`). For what has one positive a row
-            (targets, ids, margin, guide, tau_plus, prefixes, directions) there is none.
+            −log softmax, all in the denominator (`losses/targets.py`). Without soft_targets and what has one positive a
+            row (targets, ids, margin, guide, tau_plus, prefixes, directions, symmetric).
         soft_targets: (N, P) int64 keys, -1 for none, and (N, P) weights >= 0 of sum 1 a row: the cross entropy with
             that distribution, −Σ w·log softmax. No gradient to the weights; with the same exceptions.
         hard_negatives: (N, H, D), negatives of each row's own. No filter and no id takes them out.
@@ -98,21 +98,22 @@ def info_nce(
             "k2k"; never a row with itself.
         joint: one denominator a row, in which the positive stands once for "q2k" and once for "k2q" (Li et al. 2023,
             arXiv:2308.03281); otherwise the mean of one loss a direction.
-        hardness: α of t = s + α·stopgrad(⟨q,k⟩) on the negatives of "q2k" (Lan et al. 2025, arXiv:2503.04812).
+        hardness: α of t = s + α·stopgrad(⟨q,k⟩) on the negatives of "q2k" (Lan et al. 2025, arXiv:2503.04812); no clip.
         tau_plus: the share of false negatives, whose part is taken out of the negatives' sum, down to no less than n
             negatives of cosine −1 would have (Chuang et al. 2020, arXiv:2007.00224); for unit rows.
         label_smoothing: ε: the target gives ε/n to each of a row's n candidates.
         row_weights: (N,), differentiable: they weigh the mean, and the sum, and multiply elements under "none".
-        column_bias: (M,), added to each score of its column: −log Q of sampled softmax. Differentiable; without clip
-            and hardness. −∞ leaves the column out, and a row whose key it is has the loss ∞.
+        column_bias: (M,), added to each score of its column: −log Q of sampled softmax. Differentiable; without clip,
+            hardness, false_negative_margin, symmetric and other directions than "q2k". −∞ leaves the column out, and a
+            row whose key it is has the loss ∞.
         max_scale: the largest 1 / temperature; a learned one has no gradient beyond it.
         prefixes: widths, each a loss of its own of that many first columns, normalised anew, and the sum of them
             (Matryoshka, arXiv:2205.13147), in one sweep that reads the operands once; with a bias a column one each.
         prefix_weights: of the prefixes' losses; None is 1 each.
         group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone. Hard negatives
             that are not shared stay where they are; positives and targets are among this process's keys.
-        backend: a name of `fused_nce.backends()`, or None to choose the fastest. On a CPU all have
-            kernels; on a GPU guides, several positives and prefixes have them in "cuda" alone, else run on "chunked".
+        backend: a name of `fused_nce.backends()`, or None to choose the fastest. On a CPU all but prefixes with
+            smoothing have kernels; on a GPU guides, several positives and prefixes in "cuda" alone, else in "chunked".
 
     Returns:
         NCEOutput, float32 (float64 for float64 inputs), in nats; chance is log M. `stats` is of the queries' direction:

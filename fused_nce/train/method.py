@@ -34,7 +34,7 @@ class Method:
     A method gives `model` and `loss` their types and the class variables their values.
 
     Args:
-        data: "digits", a folder of images (one subfolder a class), or WebDataset shards (folder or glob).
+        data: "digits", a folder of images (one subfolder a class), recordings or CelebA, or shards (folder or glob).
         preset: name of the settings that the others change.
         seed: of the weights, the order and the augmentation.
         precision: "bf16", "fp32", or "auto": bf16 where the hardware has it.

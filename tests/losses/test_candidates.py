@@ -368,6 +368,8 @@ def test_a_positive_beyond_float32_shows(bad, backend):
     assert loss.isnan() == dense.isnan()
 
 
+ONES, AT = torch.ones(N), IDS[:, None]
+SHARED: dict[str, Any] = {"hard_negatives": HARD, "share_hard_negatives": True}
 ERRORS: dict[str, dict[str, Any]] = {
     "directions: got ('q2d',), need some of 'q2k', 'k2q', 'q2q', 'k2k', each once": {"directions": ("q2d",)},
     "directions: got NoneType, need a sequence": {"directions": None},
@@ -381,11 +383,7 @@ ERRORS: dict[str, dict[str, Any]] = {
         "key_ids": IDS.index_fill(0, torch.tensor([1]), 5),
     },
     "guide: got 1 tensors, need a tuple of (N, G) and (M, G)": {"guide": (Q,)},
-    "guide: got 2 tensors, need a tuple of (N, G) and (M, G) and (N, H, G)": {
-        "guide": (Q, K),
-        "hard_negatives": HARD,
-        "share_hard_negatives": True,
-    },
+    "guide: got 2 tensors, need a tuple of (N, G) and (M, G) and (N, H, G)": {"guide": (Q, K)} | SHARED,
     "guide: got shape (6, 3) on cpu, need (M, G) = (6, 5) on cpu": {"guide": (Q, K[:, :3])},
     "guide_margin: got it with no guide, need one": {"guide_margin": 0.1},
     "guide_margin_kind: got 'percent', need one of 'absolute', 'relative'": {"guide_margin_kind": "percent"},
@@ -395,11 +393,11 @@ ERRORS: dict[str, dict[str, Any]] = {
     "label_smoothing: got 1.0, need < 1": {"label_smoothing": 1.0},
     "row_weights: got shape (5,) on cpu, need (N,) = (6,) on cpu": {"row_weights": torch.ones(5)},
     "column_bias: got it with directions ('q2k', 'k2q'), false_negative_margin None, clip None, hardness 0.0, "
-    "need ('q2k',) without symmetric, None, None and 0": {"column_bias": torch.ones(6), "symmetric": True},
+    "need ('q2k',) without symmetric, None, None and 0": {"column_bias": ONES, "symmetric": True},
     **{
         f"column_bias: got it with directions ('q2k',), false_negative_margin {m}, clip {c}, hardness {h}, "
         "need ('q2k',) without symmetric, None, None and 0": {
-            **{"column_bias": torch.ones(6), "false_negative_margin": m, "clip": c, "hardness": h}  # noqa: PIE800
+            **{"column_bias": ONES, "false_negative_margin": m, "clip": c, "hardness": h}  # noqa: PIE800
         }
         for m, c, h in ((0.1, None, 0.0), (None, 3.0, 0.0), (None, None, 1.5))
     },
@@ -407,33 +405,23 @@ ERRORS: dict[str, dict[str, Any]] = {
         "hard_negatives": HARD,
         "directions": ["k2q"],
     },
-    "penalty: got 0.2 with more than keys, clip and filters, need 0": {
-        "penalty": 0.2,
-        "hard_negatives": HARD,
-        "share_hard_negatives": True,
-    },
+    "penalty: got 0.2 with more than keys, clip and filters, need 0": {"penalty": 0.2} | SHARED,
     "penalty: got 0.1 with more than keys, clip and filters, need 0": {"penalty": 0.1, "hardness": 1.0},
     "positives: got torch.float64, need (N, P) int64 indices": {"positives": Q},
     "positives: got shape (6,) on cpu, need (N, P) indices of N = 6 rows on cpu": {"positives": IDS},
     "positives: got 6, need -1 <= index < M = 6": {"positives": torch.full((6, 1), 6)},
     "positives: got none for row 2, need at least one": {"positives": torch.tensor([[0], [1], [-1], [2], [3], [4]])},
     "positives: got it with targets, ids, a guide, a margin, tau_plus, symmetric or directions, which are of one "
-    "positive a row, need none of them": {"positives": IDS[:, None], "symmetric": True},
+    "positive a row, need none of them": {"positives": AT, "symmetric": True},
     "soft_targets: got it with targets, ids, a guide, a margin, tau_plus, symmetric or directions, which are of one "
-    "positive a row, need none of them": {"soft_targets": (IDS[:, None], Q[:, :1] * 0 + 1), "tau_plus": 0.1},
-    "soft_targets: got them with positives, need one of the two": {
-        "positives": IDS[:, None],
-        "soft_targets": (IDS[:, None], Q[:, :1]),
-    },
+    "positive a row, need none of them": {"soft_targets": (AT, Q[:, :1] * 0 + 1), "tau_plus": 0.1},
+    "soft_targets: got them with positives, need one of the two": {"positives": AT, "soft_targets": (AT, Q[:, :1])},
     "soft_targets: got Tensor, need a pair (indices, weights)": {"soft_targets": Q},
-    "soft_targets: got weights torch.float64 (6, 5), need floats of (6, 1) on cpu": {"soft_targets": (IDS[:, None], Q)},
+    "soft_targets: got weights torch.float64 (6, 5), need floats of (6, 1) on cpu": {"soft_targets": (AT, Q)},
     "soft_targets: got weights of sum 0.5 for row 0, need weights >= 0 of sum 1": {
-        "soft_targets": (IDS[:, None], torch.full((6, 1), 0.5))
+        "soft_targets": (AT, torch.full((6, 1), 0.5))
     },
-    "prefixes: got them with positives or soft_targets, need one of the two": {
-        "positives": IDS[:, None],
-        "prefixes": (2,),
-    },
+    "prefixes: got them with positives or soft_targets, need one of the two": {"positives": AT, "prefixes": (2,)},
     "prefixes: got 9, need 1 <= prefix <= D = 5": {"prefixes": (2, 9)},
     "prefixes: got int, need a sequence": {"prefixes": 2},
     "prefix_weights: got float, need a sequence": {"prefixes": (2,), "prefix_weights": 1.0},
@@ -455,7 +443,6 @@ def test_messages():
                 InfoNCELoss(**options)(Q, K)
 
 
-ONES = torch.ones(N)
 BY_TARGETS: tuple[dict[str, Any], ...] = (
     {"symmetric": True},
     {"hard_negatives": HARD},

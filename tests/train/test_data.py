@@ -14,6 +14,7 @@ from fused_nce.train.data.images import load_split
 from fused_nce.train.methods.amdim import AMDIMConfig
 from fused_nce.train.seeded import seeded
 from fused_nce.train.settings import AugmentConfig, OptimConfig, RunConfig
+from tests.refusals import unlike
 from tests.train.pictures import picture, samples, write_folder, write_shard
 
 
@@ -101,25 +102,28 @@ def test_shards_in_a_sub_folder_are_named(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ValueError, match=r"data: .*absent does not exist; it must be 'digits', a folder"):
-        load_split(str(tmp_path / "absent"), "train", 32)
-    with pytest.raises(ValueError, match="split: must be 'train', 'probe' or 'test', got 'valid'"):
-        load_split("digits", "valid", 32)
-    with pytest.raises(ValueError, match="data: no image below"):
-        load_split(str(tmp_path), "train", 32)
-    write_folder(tmp_path, 2)
-    with pytest.raises(ValueError, match=r"has no test split; it must hold .*test"):
-        load_split(str(tmp_path), "test", 32)
-    with pytest.raises(
-        ValueError, match="2 images take 6 MB as uint8 of 1000 px; memory_limit_mb must be as large, got 1"
-    ):
-        load_split(str(tmp_path), "train", 1000, limit_bytes=1 << 20)
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "train-0.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(ValueError, match=r"data: shard .*train-0\.tar cannot be read"):
-        ImageSource(tmp_path / "shards", "train")
-    with pytest.raises(ValueError, match="data: no test shards at"):
-        ImageSource(tmp_path / "shards", "test")
+    shards, full, empty = (tmp_path / name for name in ("shards", "full", "empty"))
+    write_folder(full, 2)
+    empty.mkdir()
+    need, many = (
+        "'digits', CelebA's folder, a folder",
+        "2 images take 6 MB as uint8 of 1000 px; memory_limit_mb must be as",
+    )
+    calls = [
+        (
+            lambda: load_split(str(tmp_path / "absent"), "train", 32),
+            f"data: .*absent does not exist; it must be {need}",
+        ),
+        (lambda: load_split("digits", "valid", 32), "split: must be 'train', 'probe' or 'test', got 'valid'"),
+        (lambda: load_split(str(empty), "train", 32), "data: no image below"),
+        (lambda: load_split(str(full), "test", 32), r"has no test split; it must hold .*test"),
+        (lambda: load_split(str(full), "train", 1000, limit_bytes=1 << 20), f"{many} large, got 1"),
+        (lambda: ImageSource(shards, "train"), r"data: shard .*train-0\.tar cannot be read"),
+        (lambda: ImageSource(shards, "test"), "data: no test shards at"),
+    ]
+    assert unlike([(call, ValueError, words) for call, words in calls]) == []
 
 
 def test_every_epoch_is_another_permutation():

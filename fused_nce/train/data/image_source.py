@@ -45,7 +45,7 @@ def open_samples(data: str, split: str, kind: str, *, hold: bool = True) -> Samp
         raise ValueError(f"split: must be 'train', 'probe' or 'test', got {split!r}")
     wanted, path = "test" if split == "test" else "train", Path(data)
     if not path.exists() and not any(c in data for c in "*?["):
-        own = "'digits', " if kind == IMAGE else ""
+        own = "'digits', CelebA's folder, " if kind == IMAGE else ""
         raise ValueError(f"data: {data} does not exist; it must be {own}a folder of {kind}, or .tar[.gz] shards")
     if kind == IMAGE and (lists := celeba.find(path)) is not None:
         return celeba.CelebASamples(path, lists, wanted, kind)
