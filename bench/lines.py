@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 55_800, ("tests",): 36_450}
+BUDGET = {("fused_nce", "csrc", "bench"): 55_900, ("tests",): 36_560}
 
 
 def lines(folder: str) -> int:

@@ -62,8 +62,9 @@ def read_runs(folders: Sequence[str], *, data: str | None = None) -> list[compar
             raise ValueError(f"runs: {path} holds no {file.name}; evaluate it first: {again}")
         result = runlog.read_evaluation(file, ("data_name", "method", "probes", "taps"))
         settings = config.flatten(config.to_dict(config.load(path)))
+        steps = result.get("training", {}).get("steps")  # of the weights that were judged
         runs.append(
-            compared.Run(name if names.count(name) == 1 else str(path), result, runlog.read_log(path), settings)
+            compared.Run(name if names.count(name) == 1 else str(path), result, runlog.read_log(path, steps), settings)
         )
     for run in runs[1:]:
         first, other = runs[0].result, run.result

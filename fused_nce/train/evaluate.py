@@ -3,7 +3,8 @@
 Writes RUN/eval.json (everything), RUN/eval.csv (the table of accuracies) and RUN/report.html (to read); pictures of
 test images with the training images nearest to them, RUN/neighbours-cosine.png and -l1.png; and RUN/samples.png, what a
 generator makes. While it runs, RUN/eval.partial.csv holds the accuracies so far. On another data set the names end in
-`-NAME`, its own, and the evaluation of a third of the same name is not overwritten.
+`-NAME`, its own, and the evaluation of a third of the same name is not overwritten. Nor is one that asked for something
+else, or of other weights: it gets a number.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -35,6 +38,7 @@ from fused_nce.train.method import Method
 from fused_nce.train.report import evaluated, runlog, terminal
 from fused_nce.train.saving import checkpoint
 
+log = logging.getLogger("fused_nce")
 MOST_NEIGHBOURS = 100  # of a picture that a person looks at
 
 
@@ -96,7 +100,7 @@ def evaluate(
     if memory_limit_mb is not None:
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, memory_limit_mb=memory_limit_mb))
     taps = list(taps or config.taps)
-    log = runlog.read_log(folder)
+    lines = runlog.read_log(folder, int(state["step"]))
     features.check_taps(model, config.sample(), taps)
     settings: dict[str, Any] = {
         "protocols": names, "labels_per_class": list(labels_per_class), "draws": draws, "tasks": tasks, "seed": seed,
@@ -136,7 +140,7 @@ def evaluate(
         "date": time.strftime("%Y-%m-%d"),
         "online_tap": config.taps[0],
         **settings,
-        "training": terminal.training(log),
+        "training": terminal.training(lines) | {"steps": int(state["step"])},
         "measures": [],
         "attributes": [],
         "loss_cost": None,
@@ -145,13 +149,14 @@ def evaluate(
         **judged,
         "evaluation_s": round(time.perf_counter() - start, 1),
     }
+    _set_aside(folder, ending, result)
     write_text(folder / f"eval{ending}.json", json.dumps(result, indent=1) + "\n")
     _write_csv(folder / f"eval{ending}.csv", result["probes"] + result["measures"] + result["attributes"])
     partial.unlink(missing_ok=True)
     for name, png in figures.pictures.items():
         write_bytes(folder / f"{name}{ending}.png", png)
     write_text(
-        folder / f"report{ending}.html", evaluated.render(result, log, (folder / CONFIG_NAME).read_text(), figures)
+        folder / f"report{ending}.html", evaluated.render(result, lines, (folder / CONFIG_NAME).read_text(), figures)
     )
     return result
 
@@ -185,6 +190,30 @@ def _refuse_another(file: Path, data: str, digests: dict[str, str]) -> None:
         return
     if before != digests:
         raise ValueError(f"data: {file} is of other data than {data}, by the same name; move it away")
+
+
+def _set_aside(folder: Path, ending: str, result: dict[str, Any]) -> None:
+    """An earlier evaluation stays under a number, unless this one has all that it has, asked in the same way."""
+
+    def asked(of: dict[str, Any]) -> list[Any]:
+        names = ("labels_per_class", "draws", "tasks", "seed", "leave_out_unseen")
+        return [of.get("training", {}).get("steps"), *map(of.get, names)]
+
+    def kinds(of: dict[str, Any]) -> set[tuple[str, ...]]:
+        rows = (row for part in ("probes", "measures", "attributes") for row in of.get(part, []))
+        return {tuple(value for value in row.values() if isinstance(value, str)) for row in rows}
+
+    try:
+        before = read_json(folder / f"eval{ending}.json")
+    except ValueError:  # none there, or none that says anything
+        return
+    if asked(before) == asked(result) and kinds(before) <= kinds(result):
+        return
+    number = next(n for n in itertools.count(1) if not (folder / f"eval{ending}.{n}.json").exists())
+    for file in (folder / f"eval{ending}.json", folder / f"eval{ending}.csv", folder / f"report{ending}.html"):
+        if file.exists():
+            file.rename(file.with_suffix(f".{number}{file.suffix}"))
+    log.warning("an evaluation that has more, or was asked otherwise, is eval%s.%d.json now", ending, number)
 
 
 def _parameters(model: Model) -> int:

@@ -159,8 +159,10 @@ class Trainer:
             OSError: if no checkpoint could be written at the end.
         """
         config, main = self.config, self.accelerator.is_main_process
-        shown = boards.Boards(self.run_dir, self.logged, self.asked) if main else None
-        book = journal.Journal(self.run_dir, self.logged, shown) if main else None
+        # The last line of a run that is at its end is of no full window; it stays where there is nothing to go on with.
+        kept = self.logged if self.step < self.end else self.step
+        shown = boards.Boards(self.run_dir, kept, self.asked) if main else None
+        book = journal.Journal(self.run_dir, kept, shown) if main else None
         bar = host.progress_bar(
             total=self.end, initial=min(self.step, self.end), unit="step", desc="training", disable=not main
         )

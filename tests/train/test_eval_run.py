@@ -96,6 +96,9 @@ def test_a_second_evaluation_gives_the_same_numbers(evaluated):
     again = evaluate.evaluate(str(folder), draws=3, labels_per_class=[5], cost=False, baselines=False)
     first = [row for row in result["probes"] if row["encoder"] == "trained"]
     assert json.dumps(again["probes"]) == json.dumps(first)
+    assert json.loads((folder / "eval.1.json").read_text())["probes"] == result["probes"]  # which had more
+    assert evaluate.evaluate(str(folder), draws=3, labels_per_class=[5], cost=False)["probes"] == result["probes"]
+    assert not (folder / "eval.2.json").exists()
 
 
 def test_the_command_prints_the_table_and_the_path(tmp_path, capsys):

@@ -187,6 +187,7 @@ def test_a_resume_on_other_data_or_to_an_earlier_end_says_so_and_changes_no_file
     for said in ("\nfinished at step 3", "\nnothing left to train: finished at step 3"):
         assert cli.main([*again, "--max-steps=3"]) == 0
         assert said in capsys.readouterr().out
+        assert log(out)[-1]["step"] == 3  # in a window that is not full
     assert cli.main([*again, "--max-steps=2"]) == 2
     assert "(run.max_steps, optim.epochs) is update 2, need at least the 3 that" in capsys.readouterr().err
 

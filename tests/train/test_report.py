@@ -249,6 +249,8 @@ def test_log_keeps_the_last_line_of_a_step_and_drops_a_cut_one(tmp_path):
     log = runlog.read_log(tmp_path)
     assert [(line["step"], line["loss"]) for line in log] == [(10, 1.0), (20, 3.0), (30, 4.0)]
     assert runlog.median(log, "loss") == 3.0
+    assert runlog.read_log(tmp_path, 25) == log[:2]  # the weights are of update 25
+    assert runlog.read_log(tmp_path, 5) == log[:1]
     assert runlog.column([*log, {"step": 50, "loss": None}], "step", "loss") == ([10.0, 20.0, 30.0], [1.0, 3.0, 4.0])
 
 

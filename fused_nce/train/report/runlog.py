@@ -17,8 +17,9 @@ log = logging.getLogger("fused_nce")
 Line = dict[str, Any]
 
 
-def read_log(run_dir: Path) -> list[Line]:
-    """The run's log in order of steps. After a resume the later line of a step counts.
+def read_log(run_dir: Path, until: int | None = None) -> list[Line]:
+    """The run's log in order of steps, to that of a checkpoint if `until` says which: a killed run, or one that still
+    goes on, has lines beyond it; of such alone, the first. After a resume the later line of a step counts.
 
     What is no line of a step is left out, as a resume leaves it out, and counted in a warning; but for a last line that
     is cut short, since the process was killed while writing.
@@ -43,7 +44,8 @@ def read_log(run_dir: Path) -> list[Line]:
         raise ValueError(f"run: {path} holds no step; need a run that trained")
     if damaged:
         log.warning("%s: %d damaged lines left out, the first of them line %d", path, len(damaged), damaged[0])
-    return [steps[step] for step in sorted(steps)]
+    known = [steps[step] for step in sorted(steps)]
+    return known if until is None else [line for line in known if line["step"] <= until] or known[:1]
 
 
 def read_evaluation(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:
