@@ -158,7 +158,8 @@ def top_k(
         where = torch.full(best.shape, -1, dtype=torch.int64, device=q.device)
         for first in range(0, m, panel):
             columns = slice(first, min(first + panel, m))
-            scores = q @ corpus[columns].to(wide).T
+            with checks.uncast(q):
+                scores = q @ corpus[columns].to(wide).T
             if valid is not None:
                 scores.masked_fill_(~valid(rows, columns, scores), float("-inf"))
             high, at = scores.topk(min(k, scores.shape[1]), dim=1)

@@ -104,6 +104,13 @@ def test_16_bits_are_summed_in_32():
     assert sorted(indices[0].tolist()) == [0, 1, 2]
 
 
+def test_autocast_rounds_nothing():
+    queries, corpus = torch.randn(20, 16), torch.randn(200, 16)
+    plain = mine_hard_negatives(queries, corpus, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, mine_hard_negatives(queries, corpus, 5), plain))
+
+
 def test_a_bar_where_it_is_asked_for(capsys):
     mine_hard_negatives(torch.ones(2, 3), torch.ones(4, 3), 1)
     assert "mining" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_nce.core import checks
+from fused_nce.core.engine import widened
 
 
 class Adapter(nn.Module):
@@ -131,7 +132,7 @@ def scalar(x: float | Tensor, rows: Tensor) -> float | Tensor:
 def inverse(temperature: float | Tensor, rows: Tensor) -> float | Tensor:
     """1 / temperature, where the rows are."""
     found = scalar(temperature, rows)
-    return found.reciprocal() if isinstance(found, Tensor) else 1 / found
+    return widened(found).reciprocal() if isinstance(found, Tensor) else 1 / found
 
 
 def tensor(name: str, x: Any) -> Tensor:

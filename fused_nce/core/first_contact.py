@@ -330,36 +330,50 @@ def _plain(there: Problem, exact: Problem, backend: Backend, tail: Tail | None) 
     Rows as they are, and divided by norms: there one tensor in both roles comes as two views, whose rows lie side by
     side. Of a large problem the latter alone.
     """
-    from fused_nce.core.engine import loss_of  # which asks for verdicts itself
-
     spec, own = exact.spec, isinstance(exact.spec.layout, Separate)
     if backend.whole_loss is None or tail is None or spec.marked:
         return
     for normalize in (True,) if own or large() else (False, True):
         twins = normalize and exact.shared and exact.n % 2 == 0
-        (ours, keys, own_keys), (exactly, *right_keys) = (_leaves(p, twins) for p in (there, exact))
+        ours, exactly = (_leaves(p, twins) for p in (there, exact))
+        keys, own_keys = (there.k, there.k[: there.n]) if own else (ours.get("k"), None)
         with torch.enable_grad():
             rows = (ours["q"], keys, ours.get("scale"), None, None, own_keys, None, None)
             factor = 1.0 if "scale" in ours else cast(float, there.scale)
             made = backend.whole_loss(spec, tail, rows, factor, 0, normalize, False, 1, twins)
             if made is None:
                 continue
-            options: dict[str, Any] = {"normalize": normalize, "twins": twins, "backend": "reference"}
-            scale = exactly.get("scale", exact.scale)
-            right = loss_of(exactly["q"], right_keys[0], spec, tail, scale=scale, own_keys=right_keys[1], **options)
-            found, wanted = (torch.autograd.grad(y, [*x.values()]) for y, x in ((made[0], ours), (right.loss, exactly)))
-        yield "a plain call's loss", made[0], right.loss
-        yield "a plain call's report", torch.stack([*made[3].values()]), torch.stack([*right.report.values()])
+            value, report = _by_operator(exact, tail, exactly, normalize, twins)
+            found, wanted = (torch.autograd.grad(y, [*x.values()]) for y, x in ((made[0], ours), (value, exactly)))
+        yield "a plain call's loss", made[0], value
+        yield "a plain call's report", torch.stack([*made[3].values()]), report
         yield from zip((f"a plain call's d{name}" for name in ours), found, wanted, strict=True)
 
 
-def _leaves(p: Problem, twins: bool) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
-    """What a plain call is differentiated by, by name; its k, None for q; and its own keys."""
-    own = isinstance(p.spec.layout, Separate)
-    views = {"q": p.q[0::2], "k": p.q[1::2]} if twins else {"q": p.q} if p.shared or own else {"q": p.q, "k": p.k}
+def _leaves(p: Problem, twins: bool) -> dict[str, Tensor]:
+    """What a plain call is differentiated by, by name."""
+    one = p.shared or isinstance(p.spec.layout, Separate)
+    views = {"q": p.q[0::2], "k": p.q[1::2]} if twins else {"q": p.q} if one else {"q": p.q, "k": p.k}
     learnt = {"scale": p.scale} if isinstance(p.scale, Tensor) else {}
-    leaves = {name: x.clone().requires_grad_() for name, x in (views | learnt).items()}
-    return leaves, p.k if own else leaves.get("k"), p.k[: p.n] if own else None
+    return {name: x.clone().requires_grad_() for name, x in (views | learnt).items()}
+
+
+def _by_operator(
+    p: Problem, tail: Tail, leaves: dict[str, Tensor], normalize: bool, twins: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss and report by the operator, which knows neither norms nor own keys: those are torch's own graph."""
+    own, scale = isinstance(p.spec.layout, Separate), leaves.get("scale")
+    rows = [leaves["q"], *([p.k[: p.n]] if own else [leaves["k"]] if "k" in leaves else [])]
+    rows = [torch.nn.functional.normalize(x, dim=1) for x in rows] if normalize else rows
+    positives = leaves.get("scale", p.scale) * (rows[0] * rows[1]).sum(dim=1, keepdim=True) if own else None
+    if twins:
+        rows = [torch.stack(rows, dim=1).flatten(0, 1)]
+    k = p.k if own else rows[1] if len(rows) > 1 else None
+    needs = [True, k is not None and not own, scale is not None, False, own]
+    factor = 1.0 if scale is not None else cast(float, p.scale)
+    scores = (rows[0], k, scale, None, positives, *[None] * 5, factor, p.spec.code, 0)
+    loss, _, _, report, *_ = torch.ops.fused_nce.loss(*scores, tail.code, needs, False, 1, "reference")
+    return loss, report[0]
 
 
 def off(found: Tensor, wanted: Tensor) -> float:

@@ -167,7 +167,8 @@ def _backward(ctx: Any, d: Tensor | None) -> tuple[Any, ...]:
         twice.check_asked_for(ctx.backend.removeprefix(dispatch.ASIDE), True)
         leaf = None if scale_tensor is None else scale_tensor.view_as(scale_tensor)
         views = x._replace(q=q.view_as(q), k=k.view_as(k), scale_tensor=leaf)  # none is a function of another
-        dq, dk, dscale = twice.gradients([_differentiable(views)], [d], views.differentiable, ctx.needs)
+        with checks.uncast(q):
+            dq, dk, dscale = twice.gradients([_differentiable(views)], [d], views.differentiable, ctx.needs)
         return dq, dk, None, dscale, *rest
     upstream.refuse_batched(d)
     found = torch.ops.fused_nce.gathered_grads(*x, d, ctx.needs, ctx.backend)

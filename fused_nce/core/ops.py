@@ -265,10 +265,11 @@ def _with_graph(ctx: Any, tail: tails.Tail | None, *upstream: Tensor | None) -> 
     """The backward under create_graph=True, of inputs that are views of themselves: none is a function of another."""
     twice.check_asked_for(ctx.backend, tail is None or ctx.parts)
     x = Scores(*ctx.saved_tensors[:TENSORS], *ctx.rest).each(lambda y: y.view_as(y))  # fault: double-backward-along
-    problem = _as_problem(x, ctx.backend)
-    found = twice.statistics(problem)
-    outputs = found if tail is None else twice.loss(problem, tail, found)
-    return _padded(twice.gradients(outputs, upstream, x.differentiable, ctx.needs))
+    with checks.uncast(x.q):
+        problem = _as_problem(x, ctx.backend)
+        found = twice.statistics(problem)
+        outputs = found if tail is None else twice.loss(problem, tail, found)
+        return _padded(twice.gradients(outputs, upstream, x.differentiable, ctx.needs))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -23,7 +23,7 @@ def inverse(name: str, temperature: float | Tensor, device: torch.device) -> flo
     """
     checks.check_scale(name, temperature, device, above=0)
     if isinstance(temperature, Tensor):
-        return temperature.reciprocal()
+        return widened(temperature).reciprocal()  # of 16 bits, it would be rounded to 16
     if 1 / float(temperature) > LARGEST:
         raise ValueError(f"{name}: got {temperature!r}, need a number whose inverse float32 holds")
     return 1 / float(temperature)

@@ -149,11 +149,13 @@ def info_nce(
     )
     on = (joint, hardness, label_smoothing, guide_margin, share_hard_negatives, filter_hard_negatives)
     chosen = [x for x in given if x is not None] or [x for x in on if x]
-    if not chosen and directions == ("q2k",) and guide_margin_kind == "absolute":  # the keys alone
+    alone = not chosen and directions == ("q2k",) and guide_margin_kind == "absolute"
+    # The op looks by itself, but after other processes' keys have come: they would wait for this one's gradients.
+    if targets is not None and not symmetric and (group is not None or not alone):
+        checks.check_within("targets", targets, m)
+    if alone:
         spec = _spec(targets is not None, clip, 0.0, tail.stats, symmetric, normalize, ())
         return _one_block(queries, keys, spec, tail, scale=scale, row_ids=targets, normalize=normalize, **how)
-    if targets is not None and not symmetric:
-        checks.check_within("targets", targets, m)
     scale = candidates.clamped(scale, max_scale)
     rules = Rules(
         directions=candidates.checked_directions(directions, symmetric),

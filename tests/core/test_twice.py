@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from fused_nce import moco_nce, tile_loss, tile_stats
+from fused_nce import gathered_scores, moco_nce, tile_loss, tile_stats
 from fused_nce.core.spec import Bias, Block, Dist, Hardness, Index, Labels, Separate, Spec, SqDist, TanhClip
 from fused_nce.core.tails import AllTriplets, Hardest, LogIn, LogOut, Nce, Pairs, Sigmoid
 from fused_nce.losses.registry import LOSSES
@@ -95,6 +95,24 @@ def test_one_leaf_as_both_sides():
 
     torch.testing.assert_close(gradient(x, True).detach(), gradient(x, False), rtol=1e-10, atol=1e-12)
     assert torch.autograd.gradcheck(lambda x: gradient(x, True).square().sum(), x, eps=1e-6, atol=1e-6, rtol=1e-4)
+
+
+def test_a_graph_under_autocast_is_that_of_rows_of_16_bits():
+    """Its products are of float32, which autocast may not round."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(n, 8).requires_grad_() for n in (6, 9))
+    indices = torch.randint(9, (6, 3))
+    for loss in (
+        lambda x, y: tile_loss(x, y, Spec(Block(1)), Nce(), backend="chunked").loss,
+        lambda x, y: gathered_scores(x, y, indices, backend="chunked").square().sum(),
+    ):
+        found: list[torch.Tensor] = []
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                total = loss(*(z if autocast else z.bfloat16() for z in (q, k)))
+                grads = torch.autograd.grad(total, (q, k), create_graph=True)
+            found += [*grads, *torch.autograd.grad(torch.cat(grads).square().sum(), (q, k))]
+        assert all(map(torch.equal, found[:4], found[4:]))
 
 
 def test_a_graph_holds_hardness_still():

@@ -286,6 +286,7 @@ def misused(rank: int) -> dict[str, str]:
         "info_nce": said(lambda: info_nce(x, x, temperature=bad, group=group)),
         "nt_xent": said(lambda: nt_xent(x, x, temperature=bad, group=Processes(ring=True, timeout_s=20))),
         "sup_con": said(lambda: sup_con(x, labels, group=group)),
+        "targets": said(lambda: info_nce(x, x, torch.tensor([0, 1, 2, 3 + rank]), group=group)),
         "both": said(lambda: nt_xent(x, x, temperature=-1.0 - rank, group=group)),
         "after": said(lambda: nt_xent(x, x, group=group)),
     }
@@ -293,7 +294,7 @@ def misused(rank: int) -> dict[str, str]:
 
 def test_a_bad_argument_of_one_process_is_heard_by_all(tmp_path):
     first, second = run(tmp_path, SIZE, misused)
-    for name in ("amdim_nce", "info_nce", "nt_xent", "sup_con"):
+    for name in ("amdim_nce", "info_nce", "nt_xent", "sup_con", "targets"):
         kind, _, message = second[name].partition(": ")
         assert first[name] == f"ValueError: group: process 1 raised {kind}: {message}"
     assert "got -1.0" in first["both"]

@@ -79,6 +79,15 @@ def test_numbers_of_numpy_inside_others(kind):
     assert all(torch.equal(loss(kind(3)).loss, loss(3.0).loss) for loss in losses)
 
 
+def test_a_temperature_of_16_bits_is_inverted_in_32():
+    q, k, tau = torch.randn(6, 8), torch.randn(6, 8), torch.tensor(0.07, dtype=torch.bfloat16)
+    assert torch.equal(info_nce(q, k, temperature=tau).loss, info_nce(q, k, temperature=tau.float()).loss)
+    weights = torch.rand(6)
+    found = info_nce(q, k, row_weights=weights.double()).loss
+    assert found.dtype == torch.float32
+    assert torch.equal(found, info_nce(q, k, row_weights=weights).loss)
+
+
 def test_counts_of_numpy():
     queue, noise = MemoryQueue(numpy.int64(6), numpy.int32(8)), NPIDNCELoss(m=numpy.int64(3))
     assert [type(count) for count in (queue.size, queue.dim, noise.m)] == [int] * 3
