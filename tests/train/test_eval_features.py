@@ -98,8 +98,10 @@ def test_calibration_centres_the_features(model, images):
 
 
 def test_raw_pixels_drop_equal_channels(images):
-    assert features.raw_pixels(images).shape == (11, 243)
     gray = images[:, :1].expand(-1, 3, -1, -1)
-    found = features.raw_pixels(gray)
+    (found,) = features.raw_pixels(gray)
     assert found.shape == (11, 81)
     torch.testing.assert_close(found[0], images[0, 0].flatten() / 255)
+    # One width for both splits, whichever has the colour.
+    for splits in ((images, gray), (gray, images)):
+        assert [found.shape for found in features.raw_pixels(*splits)] == [(11, 243)] * 2

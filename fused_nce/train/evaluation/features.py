@@ -147,8 +147,8 @@ def calibrate_batch_norm(
 
 
 def raw_pixels(
-    images: Tensor,  # (n, 3, H, W) uint8
-) -> Tensor:  # (n, D)
-    """(n, D) pixels as features: each image's own, scaled to 0..1; one channel where all three are equal."""
-    channels = images[:, :1] if bool((images == images[:, :1]).all()) else images
-    return channels.flatten(1).float() / 255.0
+    *splits: Tensor,  # (n, 3, H, W) uint8 each
+) -> list[Tensor]:  # (n, D) each
+    """Pixels as features: each image's own, scaled to 0..1; one channel where all three are equal in every split."""
+    grey = all(bool((images == images[:, :1]).all()) for images in splits)
+    return [(images[:, :1] if grey else images).flatten(1).float() / 255.0 for images in splits]

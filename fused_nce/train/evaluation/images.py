@@ -77,7 +77,7 @@ def feature_sets(
             own = Subject(encoder, tap, transform, probe.images, test.images)
             yield name, tap, parts[0][tap], parts[1][tap], own
     if asked.baselines:
-        bank, queries = (features.raw_pixels(split.images) for split in (probe, test))
+        bank, queries = features.raw_pixels(probe.images, test.images)
         yield "raw pixels", scoring.PIXELS, bank, queries, None
 
 
