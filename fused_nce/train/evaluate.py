@@ -32,6 +32,7 @@ from fused_nce.train.evaluation.figures import samples
 from fused_nce.train.evaluation.protocols import DEFAULT, check_names
 from fused_nce.train.evaluation.scoring import Asked
 from fused_nce.train.files import printable, read_json, write_bytes, write_text
+from fused_nce.train.limits import SEED, check_one
 from fused_nce.train.machine import host
 from fused_nce.train.machine.threads import Threads
 from fused_nce.train.method import Method
@@ -88,6 +89,7 @@ def evaluate(
     """
     start = time.perf_counter()
     folder = Path(run)
+    check_one("seed", seed, SEED)
     if taps is not None and not taps:
         raise ValueError("taps: none given; need at least one, such as f1")
     if not 1 <= neighbours <= MOST_NEIGHBOURS:

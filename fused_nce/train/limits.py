@@ -44,6 +44,7 @@ def one_of(values: tuple[Any, ...]) -> Rule:
 ABOVE_0 = number("above 0", lambda v: v > 0)
 AT_LEAST_0 = number("at least 0", lambda v: v >= 0)
 AT_LEAST_1 = number("at least 1", lambda v: v >= 1)
+SEED = number(f"in [0, {MAX_SEED}]", lambda v: 0 <= v <= MAX_SEED)
 SHARE = number("in [0, 1]", lambda v: 0 <= v <= 1)
 POSITIVE_SHARE = number("in (0, 1]", lambda v: 0 < v <= 1)
 BELOW_1 = number("in [0, 1)", lambda v: 0 <= v < 1)
@@ -93,8 +94,18 @@ def check(settings: Any, prefix: str = "") -> None:
             continue
         choices = get_args(hints[each_field.name]) if get_origin(hints[each_field.name]) is Literal else None
         rule = one_of(choices) if choices else each_field.metadata.get("rule")
-        if rule is not None and not rule.holds(value):
-            raise ValueError(f"{name}: must be {rule.need}, got {shown(value)}")
+        if rule is not None:
+            check_one(name, value, rule)
+
+
+def check_one(name: str, value: Any, rule: Rule) -> None:
+    """Refuse a value that breaks a rule.
+
+    Raises:
+        ValueError: naming it, what it must be and what it is.
+    """
+    if not rule.holds(value):
+        raise ValueError(f"{name}: must be {rule.need}, got {shown(value)}")
 
 
 def shown(value: Any) -> str:

@@ -23,7 +23,7 @@ from fused_nce.train.evaluation.attributes import evaluate as evaluate_attribute
 from fused_nce.train.evaluation.figures import Figures
 from fused_nce.train.evaluation.images import evaluate as evaluate_images
 from fused_nce.train.evaluation.scoring import Asked
-from fused_nce.train.limits import AT_LEAST_1, MAX_SEED, Rule, number, optional, setting
+from fused_nce.train.limits import AT_LEAST_1, SEED, Rule, optional, setting
 from fused_nce.train.settings import AugmentConfig, OptimConfig, RunConfig, ScaleConfig
 
 
@@ -62,7 +62,7 @@ class Method:
 
     data: str = setting("digits", Rule("'digits', a folder or shards", bool))
     preset: str = "default"
-    seed: int = setting(0, number(f"in [0, {MAX_SEED}]", lambda v: 0 <= v <= MAX_SEED))
+    seed: int = setting(0, SEED)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     channels_last: bool | None = None
     shuffle_buffer: int | None = setting(None, optional(AT_LEAST_1))

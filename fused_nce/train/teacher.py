@@ -16,6 +16,7 @@ from fused_nce.train.data.images import load_labelled
 from fused_nce.train.evaluation import features, scoring
 from fused_nce.train.evaluation.fine_tune import Subject, Tuned, choose
 from fused_nce.train.files import reading
+from fused_nce.train.limits import SEED, check_one
 from fused_nce.train.machine.threads import Threads
 from fused_nce.train.saving import checkpoint
 
@@ -45,8 +46,9 @@ def write(
         The rate of the encoder, the accuracy on the test images in percent, and what was read of each split.
 
     Raises:
-        ValueError: no run, no usable checkpoint, a run on recordings, no labels, or an unknown tap.
+        ValueError: no run, no usable checkpoint, a run on recordings, no labels, an unknown tap, or a bad seed.
     """
+    check_one("seed", seed, SEED)
     model, config = checkpoint.load_model(run)
     if config.sample().dim() != 4:
         raise ValueError(f"run: must be of images, got one of {config.method} (recordings)")

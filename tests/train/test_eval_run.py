@@ -237,6 +237,13 @@ def test_settings_that_do_not_fit_are_named(evaluated, options, message):
         evaluate.evaluate(str(evaluated[0]), **options)
 
 
+@pytest.mark.parametrize("command", ["eval", "fine-tune"])
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_numpy_refuses_is_refused_before_anything_is_read(tmp_path, capsys, command, seed):
+    assert cli.main([command, str(tmp_path / "nowhere"), f"--seed={seed}"]) == 2
+    assert capsys.readouterr().err == f"fused-nce: seed: must be in [0, 4294967295], got {seed}\n"
+
+
 def test_a_tap_that_the_encoder_lacks_is_refused_by_the_options_name(evaluated, capsys):
     for argv in (["fine-tune", "--tap=f3"], ["eval", "--taps=f3"]):
         assert cli.main([argv[0], str(evaluated[0]), argv[1]]) == 2

@@ -1,8 +1,10 @@
 """Pictures of neighbours: which images stand where, and the colour below each."""
 
 import io
+import sys
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -40,3 +42,19 @@ def test_large_images_keep_their_size():
     picture = pixels(figures.sheet([[(image, RIGHT), (image.flip(2), WRONG)]]))
     assert picture.shape == (96 + 4 + 6, 2 * 86, 3)
     assert np.array_equal(picture[3:99, 3:83], image.permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        torch.full((20, 3), 0.1),
+        torch.zeros(20, 3),
+        torch.randn(20, 3) * torch.tensor([1.0, 1.0, 3e38]),
+        torch.randn(9, 3),
+        torch.randn(1, 3),
+        torch.randn(20, 1),
+    ],
+)
+def test_what_cannot_be_embedded_has_no_points(features, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.decomposition", None)  # whoever asks for it fails
+    assert figures.embed(features) == []

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from fused_nce.models.base import Model
+from fused_nce.train.evaluation.features import mean_and_sd
 from fused_nce.train.evaluation.knn import METRICS, nearest
 from fused_nce.train.seeded import seeded
 
 THUMBNAIL_PX = 64
 PCA_WIDTH = 50  # t-SNE's authors reduce to about 50 first: it drops noise and makes 2,000 points a matter of seconds
+FEWEST_POINTS = 10
 SAMPLES = 8  # rows and columns of generated images
 GAP, BAR = 3, 4  # px of a sheet: around each image, and below it
 Colour = tuple[int, int, int]
@@ -29,7 +31,7 @@ class Figures:
     """What the pictures need beyond the numbers in `eval.json`."""
 
     points: list[tuple[float, float]] = field(default_factory=list)  # 2-D embedding of some test images
-    point_labels: list[int] = field(default_factory=list)
+    point_labels: list[int] = field(default_factory=list)  # of the test images, whether or not they have points
     neighbours: list[list[tuple[str, bool]]] = field(default_factory=list)  # (data URI, right class?), query first
     pictures: dict[str, bytes] = field(default_factory=dict)  # PNG files, by their names without the ending
 
@@ -38,7 +40,16 @@ def embed(
     features: Tensor,  # (n, D)
     seed: int = 0,
 ) -> list[tuple[float, float]]:
-    """2-D coordinates by PCA to 50 dimensions, then t-SNE. Distances between far groups mean little."""
+    """2-D coordinates by PCA to 50 dimensions, then t-SNE. Distances between far groups mean little.
+
+    None of fewer than 10 rows, of a single feature, and where all rows are equal, as a collapsed encoder's are.
+    """
+    # t-SNE needs a few points more than dimensions to have neighbours at all, starts from two principal axes, and
+    # divides by their deviation.
+    if len(features) < FEWEST_POINTS or features.shape[1] < 2:
+        return []
+    if not bool(features.std(0).isfinite().all()) or not bool(mean_and_sd(features)[1].isfinite().any()):
+        return []
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -116,12 +127,7 @@ def draw_figures(
     """Embedding of up to `points` test images, and the neighbours of `rows` of them, one of each class in turn."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(queries)))
     some = order[:points]
-    result = Figures(point_labels=query_labels[some].tolist())
-    # t-SNE needs a few points more than dimensions to have neighbours at all, and starts from two principal axes.
-    if len(some) >= 10 and queries.shape[1] > 1:
-        result.points = embed(queries[some], seed)
-    else:
-        result.point_labels = []
+    result = Figures(embed(queries[some], seed), query_labels[some].tolist())
     shown = _one_of_each(query_labels, order, rows)
     for metric in METRICS:
         lines = []
