@@ -290,6 +290,21 @@ def test_images_without_a_label_and_those_not_drawn_are_left_out_before_any_is_d
         images_module.load_labelled(str(tmp_path), 120, AugmentConfig(), **options)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_two_of_each_class_are_drawn_however_rare(seed):
+    labels = torch.tensor([0] * 300 + [1] * 2 + [2] + [3] * 5)
+    rows = images_module.drawn(labels, 20, seed)
+    assert len(rows) == 20 == len(set(rows.tolist()))
+    assert rows.tolist() == sorted(rows.tolist())
+    counts = labels[rows].bincount()
+    assert counts[1:3].tolist() == [2, 1]
+    assert min(counts[0], counts[3]) >= 2
+    assert len(images_module.drawn(labels, 3, seed)) == 7
+    # What is drawn without regard to class has two of each: the same.
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(seed))
+    assert images_module.drawn(torch.arange(300) % 2, 50, seed).tolist() == sorted(order[:50].tolist())
+
+
 def test_the_limit_of_the_runs_memory_is_an_option(evaluated, tmp_path, monkeypatch, capsys):
     make_folder(tmp_path, classes=2, train=2, test=1)
     monkeypatch.setattr(images_module, "decoded_bytes", lambda source, size: (5000 << 20) + 1)

@@ -120,7 +120,7 @@ def load_labelled(
         data: see `load_split`.
         image_size: side in px.
         augment: of the training, whose scale the images are given.
-        seed: of the draw.
+        seed: of the draw, which has two of each class at the least.
         limit_mb: refuse a split of which more is to be decoded.
         leave_out_unseen: see `ImageSource`.
 
@@ -164,14 +164,29 @@ def _some(
 ) -> ImageSet:
     """Those rows, decoded; of many to probe on, some at random. All others are forgotten first, but by the digest."""
     if split == "probe" and len(rows) > MAX_PROBE_IMAGES:
-        generator = torch.Generator().manual_seed(seed)
-        rows = rows[torch.randperm(len(rows), generator=generator)[:MAX_PROBE_IMAGES]].sort().values
+        rows = rows[drawn(torch.as_tensor(source.labels)[rows], MAX_PROBE_IMAGES, seed)]
     if isinstance(source, ImageSet):
         return source
     digest = source.samples.digest()
     source.keep(rows.tolist())
     whole = _load(source, image_size, resize_for(augment, image_size), limit_mb << 20)
     return dataclasses.replace(whole, digest=digest)
+
+
+def drawn(
+    labels: Tensor,  # (n,)
+    count: int,
+    seed: int,
+) -> Tensor:  # (count,), or twice the classes where that is more
+    """Rising row numbers, drawn at random, but that two of each class are among them (one of a single one).
+
+    Protocols that choose on held-out images need two of each.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    ranked, by_class = labels[order].sort(stable=True)
+    needed = torch.zeros(len(labels), dtype=torch.bool)
+    needed[by_class] = torch.arange(len(labels)) - torch.searchsorted(ranked, ranked) < 2
+    return torch.cat((order[needed], order[~needed]))[: max(count, int(needed.sum()))].sort().values
 
 
 def resize_for(augment: AugmentConfig, size: int) -> int:
