@@ -211,6 +211,24 @@ def test_a_test_label_that_no_training_recording_has_is_refused():
         evaluate_audio.find_targets(known, recordings.Recordings([torch.empty(0)], {"digit": [""]}, 8000), "shards")
 
 
+@pytest.mark.parametrize("leave_out_unseen", [False, True])
+def test_a_label_that_names_recordings_is_left_out_with_a_line(leave_out_unseen):
+    digits = [str(i % 2) for i in range(120)]
+    words = [f"word {max(i, 40)}" for i in range(120)]  # 79 stand alone
+    known = recordings.Recordings([], {"digit": digits, "text": words, "speaker": digits}, 8000)
+    new = recordings.Recordings([torch.empty(0)] * 2, {"digit": ["1", "0"], "text": [words[0], "new"]}, 8000)
+    new.tags["speaker"] = ["7", "8"]
+    targets, said = evaluate_audio.find_targets(known, new, "shards", leave_out_unseen=leave_out_unseen)
+    assert [target.name for target in targets] == ["digit"]
+    assert said == [
+        "label 'text' is not evaluated: 79 training recordings have one of their own",
+        "label 'speaker' is not evaluated: no test recording is of a class that training has",
+    ]
+    del known.tags["digit"]
+    with pytest.raises(ValueError, match=r"no label of 2 or more classes on every recording \(label 'text' is not"):
+        evaluate_audio.find_targets(known, new, "shards", leave_out_unseen=leave_out_unseen)
+
+
 def test_train_and_evaluate_from_the_command_line(data, tmp_path, capsys, caplog):
     out = tmp_path / "run"
     with caplog.at_level(logging.INFO, logger="fused_nce"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from fused_nce.train.data import log_mel, recordings
 from fused_nce.train.data.labels import refuse_unseen
 from fused_nce.train.data.recordings import Recordings
+from fused_nce.train.data.shards import MIN_IDS
 from fused_nce.train.evaluation import features, figures, scoring
 from fused_nce.train.evaluation.protocols import FROZEN, LEFT_OUT, PROTOCOLS, described
 from fused_nce.train.evaluation.scoring import Asked
@@ -79,8 +81,11 @@ def find_targets(
 ) -> tuple[list[Target], list[str]]:
     """Every label that all recordings have, in both splits, with 2 classes or more; and a line for what is left out.
 
+    Left out too is what names recordings, not classes: most of many training recordings have one of their own, as of
+    transcripts, or no test recording shares one with them.
+
     Raises:
-        ValueError: for no such label, or a test class that no training recording has, unless those are left out.
+        ValueError: for no such label, or some test classes that no training recording has, unless those are left out.
     """
     targets, said = [], []
     for name in probe.tags:
@@ -93,8 +98,15 @@ def find_targets(
                 "recordings lack it"
             )
             continue
+        alone = sum(count == 1 for count in Counter(probe.tags[name]).values())
+        if len(probe.tags[name]) > MIN_IDS and 2 * alone > len(probe.tags[name]):
+            said.append(f"label {name!r} is not evaluated: {alone} training recordings have one of their own")
+            continue
         truth = test.labels(name, classes)
         rows, unseen = (truth >= 0).nonzero().flatten(), recordings.classes([t for t in tags if t not in set(classes)])
+        if not len(rows):
+            said.append(f"label {name!r} is not evaluated: no test recording is of a class that training has")
+            continue
         if unseen and not leave_out_unseen:
             first = next(i for i, tag in enumerate(tags) if tag == unseen[0])
             refuse_unseen("recordings", name, unseen, len(tags) - len(rows), test.names[first])
