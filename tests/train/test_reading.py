@@ -271,6 +271,15 @@ def test_a_class_that_training_never_saw_is_refused_or_left_out(tmp_path, train,
     assert found.images[:, 0, 0, 0].tolist() == [0]
 
 
+def test_numbers_that_no_image_has_are_no_classes(tmp_path):
+    one = shards(tmp_path / "one", train=pairs("3", "3"), test=pairs("3"))
+    with pytest.raises(ValueError, match="the probe split of .* has no labels of 2 or more classes"):
+        images.load_labelled(str(one), 32, AugmentConfig(), seed=0)
+    two = shards(tmp_path / "two", train=pairs("1", "2"), test=pairs("2"))
+    probe, _ = images.load_labelled(str(two), 32, AugmentConfig(), seed=0)
+    assert (probe.labels.tolist(), probe.classes) == ([1, 2], ["0", "1", "2"])
+
+
 def test_of_two_folders_to_test_on_the_one_with_classes_is_taken_and_the_other_named(tmp_path):
     tree(tmp_path / "train", ant=["1.png"], bee=["1.png"])
     tree(tmp_path / "val", bee=["1.png"])

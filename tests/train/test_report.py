@@ -134,6 +134,11 @@ def test_names_from_the_data_cannot_break_the_page():
     assert "<script>alert(1)</script>" in checker.words
 
 
+def test_chance_is_of_the_classes_that_occur():
+    for known, shown in (({}, "chance 33 %"), ({"chance_pct": 50.0}, "chance 50 %")):
+        assert shown in evaluated.render(make_result() | known, make_log(), "", Figures())
+
+
 def test_parts_that_were_not_measured_are_left_out():
     page = evaluated.render(make_result(cost=False), make_log(), "", Figures())
     assert "Not measured in this evaluation." in page

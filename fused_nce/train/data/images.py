@@ -131,8 +131,9 @@ def load_labelled(
     for split in ("probe", "test"):
         source = _open(data, split, image_size, upright=augment.upright, known=known, leave_out_unseen=leave_out_unseen)
         known = source.known
-        rows = (torch.as_tensor(source.labels) >= 0).nonzero().flatten()
-        if not len(rows) or len(source.classes) < 2:
+        labels = torch.as_tensor(source.labels)
+        rows = (labels >= 0).nonzero().flatten()
+        if len(labels[rows].unique()) < (2 if split == "probe" else 1):  # a number up to the largest may be no class
             raise ValueError(
                 f"data: the {split} split of {data} has no labels of 2 or more classes; need them to evaluate"
             )

@@ -50,6 +50,7 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
     )  # fmt: skip
     judged = {
         "classes": probe.classes,
+        "chance_pct": 100 / len(probe.labels.unique()),  # not every number up to the largest label need be a class
         "taps": taps,
         "splits": {"probe": len(probe.labels), "test": len(test.labels)},
         "read": [probe.account, test.account],

@@ -120,7 +120,8 @@ def _probe_bars(result: dict[str, Any]) -> list[Card]:
                 bars.append(Bar(encoder, row["accuracy_pct"], spread(row), color))
         if bars:
             chart = plots.dot_chart(bars, unit="%", high=100.0)
-            chance = 100 / (int(labels[0]) if "-way" in labels else len(result["classes"]))
+            of_all = result.get("chance_pct", 100 / len(result["classes"]))
+            chance = 100 / int(labels[0]) if "-way" in labels else of_all
             guessing = "" if labels == "attributes" else f"; chance {chance:.2g} %"  # some are rare, and guessed better
             cards.append(Card(f"{heading(probe, labels)} ({tap}{guessing})", chart))
     return cards
