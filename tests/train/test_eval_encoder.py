@@ -10,9 +10,11 @@ import torch
 
 from fused_nce import cli
 from fused_nce.train.evaluation import dependence, fine_tune, protocols, reconstruction
+from fused_nce.train.evaluation import images as evaluate_images
 from fused_nce.train.evaluation import recordings as evaluate_audio
 from fused_nce.train.evaluation.fine_tune import Subject
 from fused_nce.train.evaluation.scoring import Asked
+from fused_nce.train.methods.amdim import AMDIMConfig, ModelConfig
 from tests.train.test_eval_protocols import make_plan
 from tests.train.test_eval_run import make_run
 
@@ -131,6 +133,14 @@ def test_a_decoder_makes_images_of_the_size(side):
 def test_a_decoder_must_be_able_to_make_the_size():
     with pytest.raises(ValueError, match=r"^side: must be 4 times a power of two"):
         reconstruction.Decoder(5, 24)
+
+
+@pytest.mark.parametrize(("side", "need"), [(8, "11 px or more"), (24, "16, 32, 64"), (224, "16, 32, 64")])
+def test_images_that_ms_ssim_cannot_take_are_refused_before_they_are_read(side, need):
+    settings = AMDIMConfig(model=ModelConfig(image_size=side), data="nowhere")
+    asked = Asked(["f1"], ["linear", "ms-ssim"], [], 2, 2, 0, False, False, print)
+    with pytest.raises(ValueError, match=f"^protocols: ms-ssim needs images of {need}.*, got {side}$"):
+        evaluate_images.evaluate(Channels(), settings, asked)
 
 
 def test_features_that_know_the_image_reconstruct_it_better_than_noise():

@@ -174,6 +174,14 @@ def test_terminal_table():
     assert "fused" not in terminal.table(make_result(cost=False))
 
 
+def test_measures_alone_are_a_table():
+    measures = [{"encoder": "trained", "tap": "f1", "probe": "ndm", "labels": "units", "value": 0.25, "unit": "nats"}]
+    result = make_result(cost=False) | {"probes": [], "confusion": None, "measures": measures}
+    lines = terminal.table(result).splitlines()
+    assert [line.split() for line in lines[:2]] == [["NDM,", "units"], ["f1", "trained", "0.25", "nats"]]
+    assert "0.25 nats" in evaluated.render(result, make_log(), "", Figures())
+
+
 def test_long_names_of_columns_and_rows_stay_apart():
     result = make_result(cost=False)
     result["probes"] = [

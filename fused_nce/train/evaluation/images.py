@@ -13,6 +13,7 @@ from fused_nce.train.evaluation import features, scoring
 from fused_nce.train.evaluation.figures import Figures, draw_figures
 from fused_nce.train.evaluation.fine_tune import Subject
 from fused_nce.train.evaluation.protocols import LEFT_OUT, described
+from fused_nce.train.evaluation.reconstruction import check_side
 from fused_nce.train.evaluation.scoring import Asked
 from fused_nce.train.machine.host import autocast_dtype, progress_bar
 
@@ -22,8 +23,13 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
 
     Returns:
         What `eval.json` holds of the accuracies, and the pictures.
+
+    Raises:
+        ValueError: images or classes that cannot be judged, or of a size that a protocol does not take.
     """
     taps = asked.taps
+    if "ms-ssim" in asked.protocols:
+        check_side(config.model.image_size)
     probe, test = load_labelled(
         config.data, config.model.image_size, config.augment, seed=asked.seed, limit_mb=config.run.memory_limit_mb,
         leave_out_unseen=asked.leave_out_unseen,

@@ -138,7 +138,6 @@ def _fine_tune(features: FeatureSet, plan: Plan) -> Found:
 
 def _ms_ssim(features: FeatureSet, plan: Plan) -> Found:
     subject = _subject(features)
-    reconstruction.scales(subject.test.shape[-1])  # refused before the training
     bank, queries = dependence.standardised(features.bank, features.queries)
     decoder = reconstruction.train_decoder(bank, subject.probe, seed=plan.seed)
     several, single, count = reconstruction.similarity(queries, subject.test, decoder)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_nce.models.decoder import Decoder
+from fused_nce.models.decoder import CHANNELS, Decoder, widths
 from fused_nce.train.seeded import seeded
 
 WINDOW, SIGMA, C1, C2 = 11, 1.5, 0.01**2, 0.03**2  # Wang et al. 2004, of images in [0, 1]
@@ -50,6 +50,19 @@ def similarity(
             found.append(torch.stack((ms_ssim(made, real, count), ms_ssim(made, real, 1))))
     both = torch.cat(found, 1).double().mean(1)
     return float(both[0]), float(both[1]), count
+
+
+def check_side(side: int) -> None:
+    """Refuses images of a side that the decoder does not make, or that the window does not fit into.
+
+    Raises:
+        ValueError: naming the protocol.
+    """
+    scales(side)
+    try:
+        widths(side, CHANNELS)
+    except ValueError as error:
+        raise ValueError(f"protocols: ms-ssim needs images of 16, 32, 64, 128 … px, got {side}") from error
 
 
 def scales(side: int) -> int:

@@ -49,8 +49,8 @@ def table(result: dict[str, Any]) -> str:
 
 def _blocks(rows: Sequence[Sequence[str]]) -> list[str]:
     """Aligned lines, the columns in as many blocks as a terminal's width asks for, a blank line behind each."""
-    first = max(28, *(len(row[0]) for row in rows))
-    width = max(18, *(2 + len(cell) for row in rows for cell in row[1:]))
+    first = max([28, *(len(row[0]) for row in rows)])
+    width = max([18, *(2 + len(cell) for row in rows for cell in row[1:])])
     many, lines = max(1, (COLUMNS - first) // width), []
     for start in range(1, len(rows[0]), many):
         for row in rows:
