@@ -97,6 +97,17 @@ def test_calibration_centres_the_features(model, images):
     assert not any(module.training for module in model.modules())
 
 
+def test_calibration_sees_every_class_of_a_folder(model, monkeypatch):
+    """Of images that stand class by class, the statistics are those of all classes, in every batch."""
+    monkeypatch.setattr(features, "CALIBRATION_IMAGES", 18)
+    images = torch.cat([torch.full((20, 3, 9, 9), level, dtype=torch.uint8) for level in (0, 100, 200)])
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(model, "encode", lambda x: seen.append(x[:, 0, 0, 0] * 255))
+    features.calibrate_batch_norm(model, images, lambda x: x.float() / 255, batch_size=8)
+    assert [len(batch) for batch in seen] == [6, 6, 6]  # not 8, 8, 2, which would count alike
+    assert all(batch.tolist() == [0, 0, 100, 100, 200, 200] for batch in seen)
+
+
 def test_raw_pixels_drop_equal_channels(images):
     gray = images[:, :1].expand(-1, 3, -1, -1)
     (found,) = features.raw_pixels(gray)

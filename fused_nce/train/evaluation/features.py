@@ -125,9 +125,10 @@ def calibrate_batch_norm(
     transform: Transform,
     batch_size: int = 256,
 ) -> None:
-    """Gives an untrained encoder the BatchNorm statistics of up to 4,096 images.
+    """Gives an untrained encoder the BatchNorm statistics of up to 4,096 images, evenly spaced.
 
-    Without it a random encoder's features keep a large common mean, its cosines are all near 1 and it would be a
+    Folders list their images class by class: every batch has its images from all over them, and as many as another
+    but for one, for all count alike. Without it a random encoder's features keep a large common mean, its cosines are all near 1 and it would be a
     weaker baseline than it need be.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -137,8 +138,11 @@ def calibrate_batch_norm(
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over the batches
         norm.train()
+    count = min(len(images), CALIBRATION_IMAGES)
+    chosen, batches = torch.arange(count) * len(images) // max(count, 1), -(-count // batch_size)
     with torch.no_grad():
-        for batch in images[:CALIBRATION_IMAGES].split(batch_size):
+        for first in range(batches):
+            batch = images[chosen[first::batches]]
             if len(batch) > 1:  # one image alone has no variance
                 model.encode(transform(batch.to(next(model.parameters()).device)))  # type: ignore[operator]
     for norm, momentum in zip(norms, momenta, strict=True):
