@@ -101,7 +101,7 @@ def evaluate(
         config = dataclasses.replace(config, data=data)
     if memory_limit_mb is not None:
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, memory_limit_mb=memory_limit_mb))
-    taps = list(taps or config.taps)
+    taps = list(dict.fromkeys(taps or config.taps))
     lines = runlog.read_log(folder, int(state["step"]))
     features.check_taps(model, config.sample(), taps)
     settings: dict[str, Any] = {

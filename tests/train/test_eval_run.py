@@ -244,6 +244,12 @@ def test_a_seed_that_numpy_refuses_is_refused_before_anything_is_read(tmp_path, 
     assert capsys.readouterr().err == f"fused-nce: seed: must be in [0, 4294967295], got {seed}\n"
 
 
+def test_a_tap_that_is_named_twice_is_measured_once(tmp_path):
+    options: dict[str, Any] = {"protocols": ["knn"], "baselines": False, "cost": False}
+    found = evaluate.evaluate(str(make_run(tmp_path / "run")), taps=["f1", "f1"], **options)
+    assert (found["taps"], [row["tap"] for row in found["probes"]]) == (["f1"], ["f1"])
+
+
 def test_a_tap_that_the_encoder_lacks_is_refused_by_the_options_name(evaluated, capsys):
     for argv in (["fine-tune", "--tap=f3"], ["eval", "--taps=f3"]):
         assert cli.main([argv[0], str(evaluated[0]), argv[1]]) == 2

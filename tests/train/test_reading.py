@@ -273,7 +273,7 @@ def test_a_class_that_training_never_saw_is_refused_or_left_out(tmp_path, train,
 
 def test_numbers_that_no_image_has_are_no_classes(tmp_path):
     one = shards(tmp_path / "one", train=pairs("3", "3"), test=pairs("3"))
-    with pytest.raises(ValueError, match="the probe split of .* has no labels of 2 or more classes"):
+    with pytest.raises(ValueError, match=r"the probe split of .* has no labels of 2 or more classes"):
         images.load_labelled(str(one), 32, AugmentConfig(), seed=0)
     two = shards(tmp_path / "two", train=pairs("1", "2"), test=pairs("2"))
     probe, _ = images.load_labelled(str(two), 32, AugmentConfig(), seed=0)
