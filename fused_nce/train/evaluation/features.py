@@ -128,8 +128,8 @@ def calibrate_batch_norm(
     """Gives an untrained encoder the BatchNorm statistics of up to 4,096 images, evenly spaced.
 
     Folders list their images class by class: every batch has its images from all over them, and as many as another
-    but for one, for all count alike. Without it a random encoder's features keep a large common mean, its cosines are all near 1 and it would be a
-    weaker baseline than it need be.
+    but for one, for all count alike. Without it a random encoder's features keep a large common mean, its cosines are
+    all near 1 and it would be a weaker baseline than it need be.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
