@@ -21,7 +21,7 @@ from fused_nce.models.encoders.backbones import TIMM
 from fused_nce.models.frozen import FrozenEncoder, Tensors
 from fused_nce.train import config
 from fused_nce.train.data import images as data
-from fused_nce.train.files import aside, printable, read_json, reading
+from fused_nce.train.files import aside, one_line, printable, read_json, reading
 from fused_nce.train.method import Method
 from fused_nce.train.report import model_card
 from fused_nce.train.saving import checkpoint
@@ -40,7 +40,8 @@ def export(run: str, out: str, *, onnx: bool | None = None) -> dict[str, Any]:
     Args:
         run: folder of a training run.
         out: folder to write to, new or empty.
-        onnx: write `model.onnx` too, which needs the packages onnx and onnxscript; where they are, if left out.
+        onnx: write `model.onnx` too, which needs the packages onnx and onnxscript; if left out, where they are and it
+            succeeds.
 
     Returns:
         What `config.json` holds, and `onnx`: how far its features are from torch's, or why that is unknown.
@@ -49,6 +50,7 @@ def export(run: str, out: str, *, onnx: bool | None = None) -> dict[str, Any]:
         ValueError: no run, no usable checkpoint, or a folder that holds something.
         ImportError: `onnx=True` without its packages.
         RuntimeError: the features of what was written differ.
+        Exception: whatever torch's exporter raises under `onnx=True`.
     """
     missing = [name for name in ONNX_NEEDS if importlib.util.find_spec(name) is None]
     if onnx and missing:
@@ -74,7 +76,14 @@ def export(run: str, out: str, *, onnx: bool | None = None) -> dict[str, Any]:
         _check_weights(temporary, batch, taps)
         note = f"not written: needs {' and '.join(missing)}: {ONNX_ADD}" if missing else "not asked"
         if onnx or (onnx is None and not missing):
-            note = write_onnx(encoder, batch, taps, temporary / ONNX)
+            try:
+                note = write_onnx(encoder, batch, taps, temporary / ONNX)
+            except Exception as error:  # of an exporter and a runtime that are not ours: the weights are good
+                if onnx:
+                    raise
+                for path in temporary.glob(f"{ONNX}*"):
+                    path.unlink()
+                note = f"not written: {one_line(f'{type(error).__name__}: {error}')[:200]}"
         card = model_card.text(Path(run), settings, facts, state, sum(p.numel() for p in encoder.parameters()), note)
         (temporary / CARD).write_text(card, encoding="utf-8")
         if target.exists():

@@ -121,6 +121,42 @@ def test_onnx_gives_the_same_features_for_any_batch(tmp_path, method, argv):
         assert float((torch.from_numpy(found) - wanted[name]).abs().max()) <= export.ONNX_TOLERANCE * scale
 
 
+@pytest.mark.parametrize(
+    ("method", "changed"),
+    nightly_but(
+        (("cpc", {}), ("cpc-vision", {"context": "gru"})),
+        [*((method, {}) for method in methods.METHODS), ("cpc-vision", {"context": "gru"})],
+    ),
+)
+def test_an_exported_graph_takes_any_batch(method, changed):
+    presets = methods.get(method).presets
+    preset = presets["digits" if "digits" in presets else list(presets)[-1]]
+    settings = config.from_dict({"method": method, **preset, "model": {**preset["model"], **changed}})
+    module = export._Tuple(FrozenEncoder(settings.build(images=7))).eval()
+    shape = settings.sample().shape[1:]
+    free = ({0: torch.export.Dim("batch")},)
+    graph = torch.export.export(module, (torch.zeros(2, *shape),), dynamic_shapes=free).module()
+    other = torch.randn((3, *shape), generator=torch.Generator().manual_seed(1))
+    for wanted, found in zip(module(other), graph(other), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_an_onnx_file_that_fails_withholds_no_weights(resnet, tmp_path, monkeypatch, capsys):
+    def fail(encoder, batch, taps, path):
+        path.write_text("half")
+        raise TypeError("no operator\nfor this")
+
+    monkeypatch.setattr(export, "write_onnx", fail)
+    monkeypatch.setattr(export, "ONNX_NEEDS", ())
+    assert cli.main(["export", str(resnet[0]), "--out", str(tmp_path / "a")]) == 0
+    assert "onnx: not written: TypeError: no operator for this\n" in capsys.readouterr().out
+    assert "`model.onnx`: not written: TypeError" in (tmp_path / "a" / "README.md").read_text()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    with pytest.raises(TypeError, match="no operator"):
+        export.export(str(resnet[0]), str(tmp_path / "b"), onnx=True)
+    assert not (tmp_path / "b").exists()
+
+
 def test_onnx_without_its_packages_is_one_line(resnet, tmp_path, monkeypatch, capsys):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in export.ONNX_NEEDS else real(name))

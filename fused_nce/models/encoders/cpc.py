@@ -168,7 +168,7 @@ class GRUContext(nn.Module):
     ) -> Tensor:  # (B, hidden, R, W)
         columns = z.permute(0, 3, 2, 1).flatten(0, 1)  # (B·W, R, D)
         c: Tensor = self.gru(columns)[0]
-        return c.unflatten(0, (len(z), -1)).permute(0, 3, 2, 1)
+        return c.unflatten(0, (z.shape[0], -1)).permute(0, 3, 2, 1)  # `len` would fix the batch of an exported graph
 
 
 class PixelCNN(nn.Module):
