@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fused_nce.train import config, methods
-from fused_nce.train.files import printable
+from fused_nce.train.files import named, printable
 from fused_nce.train.machine import slurm, torchrun
 from fused_nce.train.method import Method
 from fused_nce.train.monitor import journal
@@ -159,7 +159,7 @@ def _parse(name: str | None, argv: Sequence[str]) -> Start:
     parser.set_defaults(config.flatten(method.presets[values.preset]))
     values = parser.parse_args(argv)
     settings = config.instantiate(method, parser, values)
-    run_dir = Path(values.out or f"runs/{method.method}-{settings.preset}")
+    run_dir = named(values.out or f"runs/{method.method}-{settings.preset}")
     # By torchrun after a process was lost, or by SLURM after the job was preempted; never what another command began.
     again = torchrun.goes_on(run_dir) or slurm.goes_on(run_dir)
     if again and any((run_dir / "checkpoints").glob("step_*")):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fused_nce.models.encoders.backbones import TIMM
 from fused_nce.models.frozen import FrozenEncoder, Tensors
 from fused_nce.train import config
 from fused_nce.train.data import images as data
-from fused_nce.train.files import aside, one_line, printable, read_json, reading
+from fused_nce.train.files import aside, named, one_line, printable, read_json, reading
 from fused_nce.train.method import Method
 from fused_nce.train.report import model_card
 from fused_nce.train.saving import checkpoint
@@ -55,18 +56,17 @@ def export(run: str, out: str, *, onnx: bool | None = None) -> dict[str, Any]:
     missing = [name for name in ONNX_NEEDS if importlib.util.find_spec(name) is None]
     if onnx and missing:
         raise ImportError(f"onnx: needs {' and '.join(missing)}: {ONNX_ADD}")
-    target = Path(out)
+    target = named(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"out: {out} holds something already; need a new or an empty folder")
-    path = checkpoint.newest(run)
-    state = checkpoint.load_state(path)
+    state = checkpoint.load_state(checkpoint.newest(run))
     encoder, settings = frozen(run)
     # Seeded noise of unit deviation is what normalised images look like to a layer; zeros would hide an error.
     sample = settings.sample()
     batch = torch.randn((2, *sample.shape[1:]), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         taps = encoder(batch)
-    facts = describe(settings, taps)
+    facts = describe(settings, taps, state.get("data", {}).get("rate"))
 
     temporary = aside(target)
     try:
@@ -86,9 +86,12 @@ def export(run: str, out: str, *, onnx: bool | None = None) -> dict[str, Any]:
                 note = f"not written: {one_line(f'{type(error).__name__}: {error}')[:200]}"
         card = model_card.text(Path(run), settings, facts, state, sum(p.numel() for p in encoder.parameters()), note)
         (temporary / CARD).write_text(card, encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        temporary.replace(target)
+        if target.exists():  # its place is kept: it may be the folder that the command was given in
+            for path in sorted(temporary.iterdir()):
+                path.replace(target / path.name)
+            temporary.rmdir()
+        else:
+            temporary.replace(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -137,11 +140,17 @@ def load_encoder(folder: str | Path) -> FrozenEncoder:
     return encoder
 
 
-def describe(settings: Method, taps: Tensors) -> dict[str, Any]:
-    """What `config.json` holds."""
+def describe(settings: Method, taps: Tensors, rate: int | None = None) -> dict[str, Any]:
+    """What `config.json` holds; `rate` is of the recordings that a run was trained on, in Hz."""
     name, shape = getattr(settings.model, "backbone", None), list(settings.sample().shape[1:])
     inputs: dict[str, Any] = {"shape": shape}
-    if len(shape) == 3:  # images, not sound
+    run = config.to_dict(settings) | {"data": Path(settings.data).name}  # a path is nobody else's business
+    if run["model"].get("teacher"):
+        run["model"]["teacher"] = Path(run["model"]["teacher"]).resolve().name
+    if len(shape) == 1:  # sound
+        windows: Any = settings.augment
+        inputs |= {"rate_hz": rate, "level": windows.level}
+    else:
         mean, std = settings.augment.mean, settings.augment.std
         inputs |= {"mean": list(mean), "std": list(std), "resize": data.resize_for(settings.augment, shape[1])}
     facts: dict[str, Any] = {
@@ -150,13 +159,20 @@ def describe(settings: Method, taps: Tensors) -> dict[str, Any]:
         "taps": {tap: list(value.shape[1:]) for tap, value in taps.items()},
         "input": inputs,
         "fused_nce": measure.environment()["fused_nce"],
-        "run": config.to_dict(settings) | {"data": Path(settings.data).name},  # a path is nobody else's business
+        "run": run,
     }
     if name is not None and name.startswith(TIMM):  # timm.create_model("local-dir:FOLDER", pretrained=True)
         known = {"input_size": shape, "mean": inputs["mean"], "std": inputs["std"], "num_classes": 0}
+        known |= {"crop_pct": crop_share(shape[1], inputs["resize"]), "interpolation": "bicubic"}
         known |= timm_layers(name.removeprefix(TIMM))
         facts |= {"architecture": name.removeprefix(TIMM), "num_classes": 0, "pretrained_cfg": known}
     return facts
+
+
+def crop_share(side: int, resize: int) -> float:
+    """timm's `crop_pct`: the side over the short side before the crop, which timm finds as ⌊side / crop_pct⌋."""
+    share = side / resize
+    return share if math.floor(side / share) == resize else math.nextafter(share, 0)
 
 
 def timm_layers(name: str) -> dict[str, Any]:

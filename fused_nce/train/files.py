@@ -48,6 +48,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def named(path: str | Path) -> Path:
+    """The path by a name that another can stand beside: `.` and `..` have none."""
+    return Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()
+
+
 def aside(path: Path) -> Path:
     """A name beside it that no other writer has: processes of two machines, or containers, may share a number."""
     return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")

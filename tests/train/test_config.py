@@ -81,6 +81,14 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path):
     assert not (tmp_path / "run" / "old").exists()
 
 
+def test_the_run_of_the_folder_that_the_command_is_given_in_is_moved_aside(tmp_path, monkeypatch):
+    parse(tmp_path, "--preset", "digits")
+    monkeypatch.chdir(tmp_path / "run")
+    assert command.parse("amdim", ["--preset", "digits", "--out", ".", "--overwrite"])[1] == tmp_path / "run"
+    assert sorted(path.name.partition("-")[0] for path in tmp_path.iterdir()) == ["run", "run.replaced"]
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
 @pytest.fixture
 def saved(tmp_path):
     from fused_nce.train.saving import checkpoint

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 from pathlib import Path
 
@@ -78,9 +79,28 @@ def test_torchvision_loads_the_weights_by_its_own_names(resnet):
     keys = model.load_state_dict(load_file(out / "model.safetensors"), strict=False)
     assert keys.unexpected_keys == []
     assert set(keys.missing_keys) == {"fc.weight", "fc.bias"}
-    model.fc = torch.nn.Identity()
+    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("FOLDER", str(out))
+    names = {"x": IMAGES}
     with torch.inference_mode():
-        assert torch.equal(model.eval()(IMAGES), features(run, IMAGES)[0]["h"])
+        exec(code, names)
+        assert torch.equal(names["features"], features(run, IMAGES)[0]["h"])
+
+
+def test_the_cards_code_takes_off_a_classifier_wherever_it_is():
+    for backbone, place in (("vgg11", "model.classifier[6]"), ("vit_b_16", "model.heads.head")):
+        settings = config.from_dict({"method": "simclr", "model": {"backbone": backbone}})
+        assert f"{place} = torch.nn.Identity()" in model_card._code(settings)
+
+
+def test_timm_resizes_as_the_evaluation_does(monkeypatch):
+    for side, resize in ((224, 256), (32, 32), (8, 93), (128, 146)):
+        assert math.floor(side / export.crop_share(side, resize)) == resize  # timm's own rule
+    monkeypatch.setattr(export, "timm_layers", lambda name: {})
+    settings = config.from_dict(
+        {"method": "simclr", "model": {"backbone": "timm/resnet18", "image_size": 224}, "augment": {"geometry": "crop"}}
+    )
+    known = export.describe(settings, {})["pretrained_cfg"]
+    assert (known["crop_pct"], known["interpolation"]) == (224 / 256, "bicubic")
 
 
 def test_timm_loads_the_folder(tmp_path):
@@ -104,7 +124,7 @@ def test_the_head_of_a_frozen_encoder_is_gone(resnet):
     assert not encoder.training
 
 
-@pytest.mark.parametrize(("method", "argv"), [("amdim", []), ("simclr", RESNET)])
+@pytest.mark.parametrize(("method", "argv"), [("amdim", []), ("simclr", RESNET), ("cpc", [])])
 def test_onnx_gives_the_same_features_for_any_batch(tmp_path, method, argv):
     for package in (*export.ONNX_NEEDS, "onnxruntime"):
         pytest.importorskip(package)
@@ -230,6 +250,33 @@ def test_the_card_has_the_evaluation(tmp_path):
     assert "Of the run after 9 updates; these weights are of 2." in card
 
 
+def test_the_card_has_measures_that_are_no_accuracy_and_no_table_without_rows(tmp_path):
+    row = {"encoder": "trained", "tap": "h", "probe": "ndm", "labels": "units", "value": 0.25, "unit": "nats"}
+    found = {"taps": ["h"], "probes": [], "measures": [row], "training": {"steps": 2}, "protocol": ["Fair."]}
+    words = model_card._evaluation(found, 2)
+    assert words == "||NDM, units|\n|---|---|\n|h  trained|0.25 nats|\n\n- Fair.\n"
+
+
+@pytest.mark.parametrize(("level", "words"), [(0.063, "0.063"), (None, "its own root mean square")])
+def test_the_card_says_what_recordings_the_input_is(level, words):
+    settings = config.from_dict({"method": "cpc", "augment": {"level": level}})
+    facts = export.describe(settings, {}, 16000)
+    assert facts["input"] == {"shape": [20480], "rate_hz": 16000, "level": level}
+    assert f"Mono at 16,000 Hz; samples as shares of full scale, each recording divided by {words}." in (
+        model_card._use(settings, facts)
+    )
+
+
+def test_the_folder_may_be_the_one_that_the_command_is_given_in(resnet, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    export.export(str(resnet[0]), ".", onnx=False)
+    assert sorted(os.listdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert os.listdir(tmp_path) == ["out"]
+    with pytest.raises(ValueError, match=r"^out: \.\. holds something already"):
+        export.export(str(resnet[0]), "..", onnx=False)
+
+
 def test_no_path_of_the_machine_is_published(tmp_path):
     (tmp_path / "secret" / "birds").mkdir(parents=True)
     run = make_run(tmp_path / "run", "simclr", *RESNET, f"--data={tmp_path / 'secret' / 'birds'}")
@@ -238,6 +285,15 @@ def test_no_path_of_the_machine_is_published(tmp_path):
     assert len(written) == 2
     assert not any("secret" in words for words in written)
     assert all("birds" in words for words in written)
+
+
+def test_the_place_of_a_teacher_is_not_published(tmp_path):
+    run = make_run(tmp_path / "run", "distil", f"--model.teacher={tmp_path / 'secret' / 'wise'}")
+    export.export(str(run), str(tmp_path / "out"), onnx=False)
+    for name in ("README.md", "config.json"):
+        words = (tmp_path / "out" / name).read_text()
+        assert "wise" in words
+        assert "secret" not in words
 
 
 def test_weights_that_read_back_otherwise_are_refused_and_leave_nothing(resnet, tmp_path, monkeypatch):

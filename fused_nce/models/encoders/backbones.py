@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from fused_nce.models.encoders.tiny import TinyResNet
@@ -57,13 +58,23 @@ def _torchvision(name: str) -> tuple[nn.Module, int]:
     # Their second classifiers, which only their supervised training has a use for, would make the output no tensor.
     plain = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model: nn.Module = models.get_model(name, weights=None, **plain)
-    linears = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if not linears:
-        raise ValueError(f"backbone: {name} has no linear classifier to leave out; need one that has")
-    path, last = linears[-1]
+    path, width = _classifier(model, name)
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Identity())
-    return model, last.in_features
+    return model, width
+
+
+def _classifier(model: nn.Module, name: str) -> tuple[str, int]:
+    linears = [(path, m.in_features) for path, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not linears:
+        raise ValueError(f"backbone: {name} has no linear classifier to leave out; need one that has")
+    return linears[-1]
+
+
+def classifier(name: str) -> str:
+    """Where a model of torchvision has its classifier: `fc`, or `classifier.6`."""
+    with torch.device("meta"):
+        return _classifier(_package("torchvision.models", name).get_model(name), name)[0]
 
 
 def _timm(name: str) -> tuple[nn.Module, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fused_nce.models.encoders.backbones import OWN, TIMM
+from fused_nce.models.encoders.backbones import OWN, TIMM, classifier
 from fused_nce.train.method import Method
 from fused_nce.train.report import evaluated, runlog, terminal
 
@@ -75,6 +75,10 @@ def _use(settings: Method, facts: dict[str, Any]) -> str:
             f"Short side resized to {inputs['resize']} px, centre crop, scaled to [0, 1], less mean "
             f"{_numbers(inputs['mean'])}, divided by {_numbers(inputs['std'])}."
         )
+    else:
+        rate = "a rate that the run does not know" if inputs["rate_hz"] is None else f"{inputs['rate_hz']:,} Hz"
+        level = "its own root mean square" if inputs["level"] is None else f"{inputs['level']:g}"
+        lines.append(f"Mono at {rate}; samples as shares of full scale, each recording divided by {level}.")
     lines += ["", "| output | shape |", "|---|---|"]
     lines += [f"| `{tap}` | {' × '.join(map(str, shape))} |" for tap, shape in facts["taps"].items()]
     return "\n".join([*lines, "", "```python", *_code(settings), "```", ""])
@@ -87,12 +91,16 @@ def _code(settings: Method) -> list[str]:
         return ours
     if name.startswith(TIMM):
         return ["import timm", "", 'features = timm.create_model("local-dir:FOLDER", pretrained=True).eval()(x)']
+    place = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in classifier(name).split("."))
     return [
+        "import torch",
         "from safetensors.torch import load_file",
         "from torchvision.models import get_model",
         "",
         f'model = get_model("{name}")',
         'model.load_state_dict(load_file("FOLDER/model.safetensors"), strict=False)  # all but the classifier',
+        f"model{place} = torch.nn.Identity()",
+        "features = model.eval()(x)",
     ]
 
 
@@ -133,9 +141,14 @@ def _evaluation(found: dict[str, Any] | None, step: int) -> str:
     lines = []
     if found["training"]["steps"] != step:
         lines.append(f"Of the run after {found['training']['steps']:,} updates; these weights are of {step:,}.\n")
-    lines += ["| encoder | tap | probe | labels | accuracy, % |", "|---|---|---|---|---|"]
-    lines += [
+    rows = [
         f"| {row['encoder']} | {row['tap']} | {row['probe']} | {row['labels']} | {evaluated.shown(row)} |"
         for row in found["probes"]
     ]
-    return "\n".join([*lines, "", *(f"- {line}" for line in found["protocol"]), ""])
+    if rows:
+        lines += ["| encoder | tap | probe | labels | accuracy, % |", "|---|---|---|---|---|", *rows, ""]
+    head, others = evaluated.measures(found)
+    if others:
+        cells = (head, ["---"] * len(head), *(row.cells for row in others))
+        lines += [*(f"|{'|'.join(row)}|" for row in cells), ""]
+    return "\n".join([*lines, *(f"- {line}" for line in found["protocol"]), ""])
