@@ -219,6 +219,11 @@ def test_folders_that_look_like_splits_are_no_classes(tmp_path):
     tree(tmp_path, Train=["1.png"], Val=["1.png"])
     with pytest.raises(ValueError, match=r"holds Train, Val; splits must be called train, and test or val"):
         ImageSource(tmp_path, "train")
+    tree(tmp_path / "vehicles", bus=["1.png"], car=["1.png"], train=["1.png"], notes=["1.txt"])
+    with pytest.raises(ValueError, match=r"train has no folders of classes, and bus, car beside it images too; if"):
+        ImageSource(tmp_path / "vehicles", "train")
+    tree(tmp_path / "vehicles", test=["1.png"])  # then it is a split
+    assert shown(ImageSource(tmp_path / "vehicles", "train"))[2] == {"entries beside the splits": 3}
     tree(tmp_path / "both", ant=["1.png"])
     shards(tmp_path / "both", train=pairs("0"))
     with pytest.raises(ValueError, match=r"holds shards \(train-0\.tar\) and images in folders"):

@@ -53,7 +53,7 @@ class FolderSamples(FileSamples):
     Files beside the class folders have no label. Linked folders are followed.
 
     Raises:
-        ValueError: for a folder without the split, or without such a file in it.
+        ValueError: for a folder without the split, or without such a file in it; or where `train` may be a class.
     """
 
     def __init__(self, root: Path, split: str, kind: str) -> None:
@@ -73,6 +73,13 @@ class FolderSamples(FileSamples):
             for entry in entries:
                 if entry.name not in chain(*SPLIT_FOLDERS.values()):
                     self.account.leave_out("entries beside the splits", str(entry))
+        if found is not None and split == "train" and not _has_folders(found) and not any(map(Path.is_dir, others)):
+            beside = [entry.name for entry in entries if entry != found and entry.is_dir() and _holds(entry, kind)]
+            if beside:
+                raise ValueError(
+                    f"data: {found} has no folders of classes, and {', '.join(beside[:3])} beside it {kind} too; if "
+                    f"train is a class, all of them must lie in {found}, and if it is the split, elsewhere"
+                )
         folders = [entry.name for entry in entries if entry.is_dir()]
         if found is None and folders and all(SPLIT_LIKE.match(name) for name in folders):
             raise ValueError(f"data: {root} holds {', '.join(folders)}; splits must be called train, and test or val")
@@ -106,6 +113,11 @@ class FolderSamples(FileSamples):
 def _has_folders(folder: Path) -> bool:
     with os.scandir(folder) as entries:
         return any(entry.is_dir() and not hidden(entry.name) for entry in entries)
+
+
+def _holds(folder: Path, kind: str) -> bool:
+    with os.scandir(folder) as entries:
+        return any(Name.of(entry.name).kind == kind and not hidden(entry.name) for entry in entries)
 
 
 def walk(
