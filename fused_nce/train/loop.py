@@ -87,8 +87,6 @@ class Trainer:
         self.environment = resumed.environment(state, world)  # now: the code may change while it runs
         self.loader = config.open_loader(rank, world)
         log.info("%s", self.loader.account)
-        if said := words.other_batch(config, config.local_batch(world) * world * config.optim.accumulate):
-            log.info("%s", said)
         self.views = config.make_views()
         self.data = trained_on.facts(self.loader, config.beside_data())
         self.end = optim.updates(config.optim, self.loader.order.per_epoch)
@@ -100,6 +98,7 @@ class Trainer:
             )
         if config.run.max_steps is not None:
             self.end = min(self.end, config.run.max_steps)
+        words.say(config, config.local_batch(world) * world * config.optim.accumulate, self.end)
 
         torch.manual_seed(config.seed)
         self.probes = None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from typing import Any
 
 from fused_nce.train.method import Method
+
+log = logging.getLogger("fused_nce")
 
 
 def describe(config: Method) -> str:
@@ -15,6 +18,12 @@ def describe(config: Method) -> str:
     negatives = "" if config.scale.negatives is None else f", {config.scale.negatives} negatives"
     length = f"batch {config.optim.batch_size}{negatives}, {config.optim.epochs} epochs"
     return f"{config.title} on {config.data} ({config.preset}): {model}, {length}"
+
+
+def say(config: Method, images: int, updates: int) -> None:
+    """Logs what a run's images an update and its updates do to the rate, where they do."""
+    for said in filter(None, (other_batch(config, images), long_warmup(config, updates))):
+        log.info("%s", said)
 
 
 def other_batch(config: Method, images: int) -> str:
@@ -31,6 +40,14 @@ def other_batch(config: Method, images: int) -> str:
         f"optim.lr {optim.lr:g} of preset {config.preset} is for {made:,} images an update; this run has {images:,} "
         f"(processes x optim.batch_size x optim.accumulate), for which {optim.lr * images / made:.3g} is in proportion"
     )
+
+
+def long_warmup(config: Method, updates: int) -> str:
+    """One line where a run ends before its rate has come to `optim.lr`; else empty."""
+    warmup = config.optim.warmup_updates
+    if warmup <= updates:
+        return ""
+    return f"optim.warmup_updates {warmup:,}: the run has {updates:,} updates, and its rate does not come to optim.lr"
 
 
 def postfix(line: dict[str, Any]) -> dict[str, str]:

@@ -211,6 +211,15 @@ def test_an_injected_loss_without_statistics_trains_and_logs_null(tmp_path):
     assert line["loss"] > 0
 
 
+def test_a_warm_up_longer_than_the_run_is_said(tmp_path, caplog):
+    caplog.set_level("INFO", "fused_nce")
+    for name, updates, lines in (("a", 3, 0), ("b", 2, 1)):
+        caplog.clear()
+        trainer(tmp_path / name, "--optim.warmup_updates=3", f"--max-steps={updates}")
+        said = "optim.warmup_updates 3: the run has 2 updates, and its rate does not come to optim.lr"
+        assert caplog.messages.count(said) == lines
+
+
 @pytest.mark.parametrize("above", [None, math.nan])
 def test_the_bar_shows_the_loss_where_an_estimator_has_no_chance_level(above):
     line = {"loss": 1.25, "linear_acc": None, "images_per_s": 9.0, "loss_share": 0.5, "peak_memory_mb": 7.0}
