@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 55_900, ("tests",): 36_560}
+BUDGET = {("fused_nce", "csrc", "bench"): 56_150, ("tests",): 36_850}
 
 
 def lines(folder: str) -> int:
