@@ -133,7 +133,9 @@ def _losses(
     if is_known(module):
         yield path, None, "", module
         return
-    for name, child in list(module.named_children()):
+    for name, child in list(module._modules.items()):  # `named_children` leaves a second name of one module out
+        if child is None:
+            continue
         here = f"{path}.{name}" if path else name
         for found in _losses(child, is_known, here):
             yield (here, module, name, child) if found[1] is None else found

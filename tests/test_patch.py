@@ -135,6 +135,15 @@ def test_at_once_and_of_a_loss_itself():
         patch(loss, verify_steps=-1)
 
 
+def test_every_name_of_a_loss_in_one_module_is_replaced():
+    model = Model()
+    model.loss_fn = model.criterion
+    model.register_module("empty", None)
+    patch(model, show=False)
+    assert isinstance(model.loss_fn, supcontrast.SupConLoss)
+    assert model.loss_fn is model.criterion
+
+
 def test_autocast_is_judged_in_its_own_roundings():
     """Upstream's scores in bfloat16 are off by hundreds of float32's: no difference of formulas."""
     model = patch(Model(), verify_steps=1, show=False)
