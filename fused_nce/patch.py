@@ -145,6 +145,11 @@ def _named(module: Any) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
+def _devices(inputs: list[Any]) -> list[int]:
+    """Of the GPUs among them."""
+    return sorted({x.device.index for x in inputs if isinstance(x, Tensor) and x.is_cuda})
+
+
 class _Trial:
     """A method of a twin on trial: upstream's, whose result both must come to. It goes when they have.
 
@@ -169,13 +174,15 @@ class _Trial:
         wanted = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
         if wanted and torch.is_grad_enabled():
             self._compare(inputs, wanted, where)
+        else:
+            with torch.random.fork_rng(_devices(inputs)):
+                self.method(*args, **compared)  # for its memory, which goes on as upstream's does
         return self.theirs(*args, **options)
 
     def _compare(self, inputs: list[Any], wanted: list[int], where: pytree.TreeSpec) -> None:
         """On copies of upstream's module, and on ours itself, whose memory goes on as upstream's does."""
-        devices = sorted({x.device.index for x in inputs if isinstance(x, Tensor) and x.is_cuda})
         state = torch.random.get_rng_state()
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(_devices(inputs)):
             both = of_leaves(self.theirs, where), of_leaves(self.method, where)  # fault: patch-upstream-own
             differences, _ = compare(*both, inputs, wanted, state)
         try:

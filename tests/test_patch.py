@@ -214,6 +214,17 @@ def test_a_memory_goes_on_on_both_sides():
     assert theirs.memory_bank.bank_ptr == 12 % 10
 
 
+def test_a_memory_goes_on_where_nothing_is_compared():
+    upstreams = type("CrossBatchMemory", (pml.CrossBatchMemory,), {"__module__": known.PML})
+    theirs = upstreams(pml.NTXentLoss(), 3, 12)
+    ours = patch(theirs, verify_steps=2, show=False)
+    for wanted in (False, True, False, True):
+        ours(torch.randn(4, 3).requires_grad_(wanted), torch.tensor([0, 0, 1, 1]))
+        assert torch.equal(ours.embedding_memory, theirs.embedding_memory)
+        assert ours.queue_idx == theirs.queue_idx
+    assert "forward" not in vars(ours)
+
+
 LIGHTLY, CLIP, PML, BOLTS = "lightly.loss.x", "open_clip.loss", "pytorch_metric_learning.losses.x", known.BOLTS
 COSINE = {"distance": stand_in("CosineSimilarity", "pytorch_metric_learning.distances.x", normalize_embeddings=True)}
 CLIP_WORDS = {"local_loss": True, "gather_with_grad": True, "cache_labels": True, "rank": 0, "world_size": 1}
