@@ -166,6 +166,10 @@ class _Trial:
         setattr(on.holder, on.name, self)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
+        # Dynamo is not to trace a comparison. No decorator: it would bring Dynamo at the import of this package.
+        return torch.compiler.disable(self._run)(*args, **options)
+
+    def _run(self, *args: Any, **options: Any) -> Any:
         if isinstance(self.module, nn.Module):
             self.module.train(self.ours.training)
         # Whether a loss is to differentiate itself is none of its value.

@@ -144,6 +144,14 @@ def test_every_name_of_a_loss_in_one_module_is_replaced():
     assert model.loss_fn is model.criterion
 
 
+def test_a_compiled_model_has_its_trial():
+    model = patch(Model(), verify_steps=2, show=False)
+    compiled, plain = torch.compile(model, backend="eager"), copy.deepcopy(model)
+    for step in range(3):
+        torch.testing.assert_close(compiled(*batch(step)), plain(*batch(step)))
+        assert ("forward" in vars(model.criterion)) == (step < 1)
+
+
 def test_autocast_is_judged_in_its_own_roundings():
     """Upstream's scores in bfloat16 are off by hundreds of float32's: no difference of formulas."""
     model = patch(Model(), verify_steps=1, show=False)
