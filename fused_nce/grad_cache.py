@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from fused_nce.core import checks
-from fused_nce.core.replay import Draws, untracked
+from fused_nce.core.replay import Draws, copied, swapped
 
 
 class _Owed(NamedTuple):
@@ -40,7 +40,9 @@ class GradientCache(nn.Module):
     The gradient equals one pass's where an input's outputs do not depend on the other inputs. A BatchNorm inside the
     encoder makes them: it takes its statistics over a part, as it does over a process's share under DDP. Leave it to
     `loss`, which sees the whole batch, where it is the encoder's last layer (`models.AMDIM` does). Random draws of the
-    second pass are those of the first, and running statistics move in the first alone.
+    second pass are those of the first. Buffers (running statistics, vectors of a spectral norm) are there what they
+    were, and keep what the first made of them; under DDP with such as differ between processes and are read in the
+    forward, set `broadcast_buffers=False`.
 
     Args:
         encoder: called with a part of the inputs; returns tensors of one row an input, in any nesting of tuples and
@@ -95,6 +97,8 @@ class GradientCache(nn.Module):
         """
         rows, device = _rows("inputs", inputs)
         starts = range(0, rows, self.part)
+        owner = getattr(self.encoder, "__self__", self.encoder)
+        buffers = copied((owner if isinstance(owner, nn.Module) else self).modules())
         draws, found = [], []
         for start in starts:
             draws.append(Draws.now(device))
@@ -107,7 +111,7 @@ class GradientCache(nn.Module):
         del part
         out, owed = self._whole(found, scale)
         after = Draws.now(device)
-        with torch.enable_grad(), untracked(self):  # whatever the caller is under, as in `_whole`
+        with torch.enable_grad(), swapped(buffers):  # whatever the caller is under, as in `_whole`
             for start, drawn in zip(starts, draws, strict=True):
                 drawn.restore(device)
                 last = start == starts[-1]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import spectral_norm
 
 from fused_nce import AMDIMLoss, GradientCache, info_nce
 from fused_nce.models import AMDIM, SupCon
@@ -110,6 +113,43 @@ def test_running_statistics_move_once_a_part():
     GradientCache(encoder, loss, part=4).backward(views())
     assert {name for name, b in encoder.named_buffers() if not torch.equal(b, exact[name])} == set()
     assert all(isinstance(b, torch.Tensor) for b in encoder.net[1].buffers())
+
+
+class Centred(nn.Module):
+    """Less a moving mean, which is written to in place or anew."""
+
+    mean: torch.Tensor
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace = inplace
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        mean = self.mean.lerp(x.detach().mean(0), 0.5)
+        self.mean = self.mean.copy_(mean) if self.inplace else mean
+        return x - mean
+
+
+MOVING = {
+    "spectral": lambda: spectral_norm(nn.Linear(8, 8), n_power_iterations=1),
+    "instance": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten()
+    ),
+    "in place": lambda: Centred(inplace=True),
+    "anew": lambda: Centred(inplace=False),
+}
+
+
+@pytest.mark.parametrize("kind", MOVING)
+def test_buffers_that_the_forward_moves_and_reads_are_those_of_the_first_pass(kind):
+    encoder, loss = pair_of(MOVING[kind]())
+    cached, its_loss = copy.deepcopy((encoder, loss))
+    parts = [encoder([x[i : i + 5] for x in views()]) for i in range(0, BATCH, 5)]
+    loss({name: torch.cat([part[name] for part in parts]) for name in parts[0]}).loss.backward()
+    GradientCache(cached, its_loss, part=5).backward(views())
+    assert_same(gradients(cached, its_loss), gradients(encoder, loss))
+    assert_same(list(cached.buffers()), list(encoder.buffers()))
 
 
 def amdim(use_bn=False):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -30,21 +30,30 @@ class Draws(NamedTuple):
             torch.cuda.set_rng_state(self.device, device)
 
 
-@contextmanager
-def untracked(module: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises as it would, and its running statistics stay: they have seen this batch already.
+Buffers = list[tuple[nn.Module, dict[str, torch.Tensor | None]]]
 
-    Copies move in their place: the operation, and what it saves for the backward, are those of the first pass.
-    """
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
-    kept = [dict(norm._buffers) for norm in norms]
-    for norm, own in zip(norms, kept, strict=True):
-        norm._buffers |= {name: None if x is None else x.clone() for name, x in own.items()}
+
+def copied(modules: Iterable[nn.Module]) -> Buffers:
+    """Copies of each one's own buffers."""
+    return [(m, {k: None if x is None else x.detach().clone() for k, x in m._buffers.items()}) for m in modules]
+
+
+@contextmanager
+def swapped(copies: Buffers) -> Iterator[None]:
+    """Copies move in the buffers' place: the operations, and what they save for the backward, are the first pass's."""
+    kept = [dict(m._buffers) for m, _ in copies]
+    for m, held in copies:
+        m._buffers |= held
     try:
         yield
     finally:
-        for norm, own in zip(norms, kept, strict=True):
-            norm._buffers |= own
+        for (m, _), own in zip(copies, kept, strict=True):
+            m._buffers |= own
+
+
+def untracked(module: nn.Module) -> AbstractContextManager[None]:
+    """BatchNorm normalises as it would, and its running statistics stay: they have seen this batch already."""
+    return swapped(copied(m for m in module.modules() if isinstance(m, _BatchNorm) and m.training))
 
 
 def checkpointed(module: nn.Module) -> None:
