@@ -16,6 +16,7 @@ from torch.func import functional_call
 from fused_nce.core import checks
 from fused_nce.core.statistics import softplus
 from fused_nce.losses import NCEOutput
+from fused_nce.losses.common import widened
 
 GAMES = ("minimax", "non-saturating")
 
@@ -74,8 +75,9 @@ class Adversary(nn.Module):
     def _judge(self, parts: Sequence[Tensor], *, frozen: bool = False) -> Tensor:  # (B,)
         with torch.autocast(parts[0].device.type, enabled=False):  # the penalty differentiates these layers twice
             net = self.discriminator
+            parts = [x.to(next(net.parameters()).dtype) for x in parts]
             found: Tensor = as_constant(net, *parts) if frozen else net(*parts)
-            return found.squeeze(1)
+            return widened(found.squeeze(1))
 
 
 class GameLoss(nn.Module):

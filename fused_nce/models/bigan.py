@@ -103,6 +103,7 @@ class BiGAN(Decoded):
         taps = self.encode(images)
         code = widened(taps["Y"])
         drawn = torch.randn_like(code)
+        made = widened(self.decode(drawn.to(taps["Y"].dtype)))
         # fault: bigan-pairs-crossed
-        game = self.adversary.play((widened(images), code), (widened(self.decode(drawn)), drawn))
+        game = self.adversary.play((widened(images), code), (made, drawn))
         return Embedded((taps,), (code.new_zeros(()), [game]))

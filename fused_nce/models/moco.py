@@ -12,6 +12,7 @@ from torch.nn import functional
 from fused_nce.core import checks
 from fused_nce.core.group import gathered, world_size
 from fused_nce.losses import MemoryQueue, MoCoLoss
+from fused_nce.losses.common import widened
 from fused_nce.models import processes
 from fused_nce.models.base import Embedded, Pending, split_views
 from fused_nce.models.encoders.backbones import Init, Stem
@@ -110,13 +111,13 @@ class MoCo(Projected):
     def _keys(
         self,
         view: Tensor,  # (B, 3, H, W)
-    ) -> Tensor:  # (B, dim) float32, unit rows
+    ) -> Tensor:  # (B, dim) unit rows, in the parameters' dtype
         if self.training and (self.splits > 1 or world_size() > 1):
             shuffled, order = processes.shuffle(view)
             encoded = processes.unshuffle(self.key_encoder(shuffled), order)  # fault: keys-order-shuffle
         else:
             encoded = self.key_encoder(view)
-        return functional.normalize(encoded.float(), dim=1)
+        return functional.normalize(widened(encoded), dim=1).to(next(self.key_encoder.parameters()).dtype)
 
     @torch.no_grad()
     def after_step(self, *, skipped: bool = False) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from fused_nce.core import checks
 from fused_nce.core.group import gathered
 from fused_nce.losses import NCEOutput
+from fused_nce.losses.common import widened
 from fused_nce.models.base import Embedded, Pending
 from fused_nce.models.coded import Coded
 
@@ -131,7 +132,7 @@ class NAT(Coded):
             raise ValueError(f"batch: must hold images and their indices, got lengths {[len(part) for part in batch]}")
         images, indices = self.images(batch[0]), batch[1]
         taps = self.encode(images)
-        features, own = F.normalize(taps["Y"].float(), dim=1), self.targets.vectors[indices]
+        features, own = F.normalize(widened(taps["Y"]), dim=1), self.targets.vectors[indices]
         order = torch.arange(len(own), device=own.device)
         if int(self.targets.seen) // len(self.targets.vectors) % self.every == 0:
             order = assign(features, own)

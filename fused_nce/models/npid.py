@@ -12,6 +12,7 @@ from torch.nn import functional
 from fused_nce.core import checks
 from fused_nce.core.group import gathered
 from fused_nce.losses import NPIDSoftmaxLoss
+from fused_nce.losses.common import widened
 from fused_nce.models.base import Embedded, Pending
 from fused_nce.models.encoders.backbones import Init, Stem
 from fused_nce.models.projected import Projected
@@ -44,8 +45,10 @@ class MemoryBank(nn.Module):
         features: Tensor,  # (B, D) unit rows
         indices: Tensor,  # (B,) int64
     ) -> None:
-        mixed = torch.lerp(features.float(), self.vectors[indices], self.momentum)  # fault: bank-momentum-wrong
-        self.vectors.index_copy_(0, indices, functional.normalize(mixed, dim=1))  # fault: bank-off-sphere
+        known = widened(self.vectors[indices])
+        mixed = torch.lerp(features.to(known.dtype), known, self.momentum)  # fault: bank-momentum-wrong
+        unit = functional.normalize(mixed, dim=1)  # fault: bank-off-sphere
+        self.vectors.index_copy_(0, indices, unit.to(self.vectors.dtype))
 
 
 class NPID(Projected):
@@ -114,7 +117,7 @@ class NPID(Projected):
             raise ValueError(f"batch: must hold images and their indices, got lengths {[len(part) for part in batch]}")
         images, indices = batch
         taps = self.encode(images)
-        features = functional.normalize(taps["z"].float(), dim=1)
+        features = functional.normalize(widened(taps["z"]), dim=1)
         if self.training:
             self._pending.add((features.detach(), indices))
         return Embedded((taps,), (features, self.bank.vectors, indices))

@@ -89,4 +89,4 @@ class VAE(Decoded):
         mean, log_variance = widened(taps["Y"]), widened(self.log_variance(taps["fc"]))
         # fault: vae-variance-for-deviation
         sampled = mean + (log_variance / 2).exp() * torch.randn_like(mean)
-        return Embedded((taps,), (images, self.decode(sampled), mean, log_variance))
+        return Embedded((taps,), (images, self.decode(sampled.to(taps["Y"].dtype)), mean, log_variance))

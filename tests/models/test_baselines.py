@@ -10,7 +10,7 @@ import torch
 from torch.distributions import Independent, Normal, kl_divergence
 from torch.nn import functional as F
 
-from fused_nce.models import AAE, NAT, VAE, BiGAN, PriorGenerator, nat
+from fused_nce.models import AAE, DIM, NAT, VAE, BiGAN, PriorGenerator, nat
 from fused_nce.models.adversary import GameLoss, GameOutput
 from fused_nce.models.dim_prior import PriorMatching
 from fused_nce.models.nat import Targets, assign
@@ -24,8 +24,8 @@ DECODED = ("VAE", "AAE", "BiGAN", "PriorGenerator")
 
 def small(name, **settings):
     torch.manual_seed(0)
-    own = {"size": 20} if name == "NAT" else {"decoder": 8}
-    return ALL[name](**({"width": 1 / 16, "code": 8} | own | settings))
+    own = {"NAT": {"size": 20}, "DIM": {}}.get(name, {"decoder": 8})
+    return (ALL | {"DIM": DIM})[name](**({"width": 1 / 16, "code": 8} | own | settings))
 
 
 def images(count=4):
@@ -60,6 +60,20 @@ def test_a_loss_reaches_every_weight_and_each_side_has_its_own_group(name):
     taps, alone = model.encode(images()), model.encode(images()[:1])
     assert set(taps) == {"conv", "fc", "Y", "local"}
     assert all(torch.allclose(values[:1], alone[tap], atol=1e-5) for tap, values in taps.items())
+
+
+@pytest.mark.parametrize("name", ["DIM", *ALL])
+def test_in_16_bits_a_loss_is_near_its_own(name):
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = small(name).to(dtype)
+        given = batch(name)
+        out = model((given[0].to(dtype), given[1]) if name == "NAT" else given.to(dtype))
+        out.loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        losses.append(out.loss)
+    assert losses[1].dtype == torch.float32
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -53,6 +53,20 @@ def test_a_loop_of_ones_own_learns(make):
     assert all(p.grad is not None for p in model.trained_parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("make", MODELS)
+def test_in_another_dtype_a_model_and_its_memory_are_near_their_own(make, dtype):
+    losses = []
+    for kind in (torch.float32, dtype):
+        torch.manual_seed(0)
+        model = make().to(kind)
+        batch = [x.to(kind) if x.is_floating_point() else x for x in batch_of(model)]
+        model(batch).loss.backward()
+        model.after_step()
+        losses.append(model(batch).loss.double())  # of what is in the memory now
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.1 if dtype == torch.bfloat16 else 1e-4, atol=0)
+
+
 @pytest.mark.parametrize("make", MODELS)
 def test_taps_and_the_injected_loss(make):
     class Sum(nn.Module):
