@@ -262,9 +262,9 @@ def checked(x: Batch, rules: Rules) -> Batch:
             if vector.shape != (length,) or vector.device != device:
                 seen = f"shape {tuple(vector.shape)} on {vector.device}"
                 raise ValueError(f"{name}: got {seen}, need ({letter},) = ({length},) on {device}")
-    wide = torch.promote_types(x.q.dtype, torch.float32)  # what the loss has too
-    weights, biases = (None if vector is None else vector.to(wide) for _, vector, *_ in vectors)
-    x = x._replace(row_weights=weights, column_bias=biases)
+    for name, vector, *_ in vectors:  # the loss's dtype is the rows', in float32 at least
+        if vector is not None and vector.dtype != x.q.dtype:
+            x = x._replace(**{name: vector.to(torch.promote_types(x.q.dtype, torch.float32))})  # type: ignore[arg-type]
     if x.guide is not None:
         _check_guide(x, x.guide, rules)
         x = _shown(x, x.guide)
