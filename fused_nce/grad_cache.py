@@ -2,7 +2,8 @@
 
 Three passes (Gao et al. 2021, arXiv:2101.06983). The encoder's outputs are made without a graph, part by part. The loss
 of all of them gives the gradient of each output. Then each part is encoded once more, and its gradient goes through.
-Memory: the graph of one part, and all outputs with their gradients. Time: one more forward pass.
+Memory: the graph of one part, all outputs with their gradients, copies of the encoder's buffers. Time: one more forward
+pass.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from fused_nce.core import checks
-from fused_nce.core.replay import Draws, copied, swapped
+from fused_nce.core.replay import Draws, copied, swapped, untracked
 
 
 class _Owed(NamedTuple):
@@ -111,7 +112,8 @@ class GradientCache(nn.Module):
         del part
         out, owed = self._whole(found, scale)
         after = Draws.now(device)
-        with torch.enable_grad(), swapped(buffers):  # whatever the caller is under, as in `_whole`
+        # Whatever the caller is under, as in `_whole`; a BatchNorm may belong to the loss, or have had no shape before.
+        with torch.enable_grad(), swapped(buffers), untracked(self):
             for start, drawn in zip(starts, draws, strict=True):
                 drawn.restore(device)
                 last = start == starts[-1]

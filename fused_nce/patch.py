@@ -26,9 +26,10 @@ def patch(
     """Replace the losses that `fused_nce.compat` knows, by their class, in a module and all that it holds.
 
     For the first steps that want a gradient both run: upstream's result is returned, and value and gradients are
-    compared in the unit of `verify`, which costs three more runs of upstream's. Then ours runs alone. Parameters are
-    upstream's from the start, so an optimizer goes on; settings and the rows of a memory are taken over. Move the
-    module to its device first. Functions have no place in a module: swap their import.
+    compared in the unit of `verify`, which costs three more runs of upstream's; a call without a gradient runs both,
+    for their memories. Then ours runs alone. Parameters are upstream's from the start, so an optimizer goes on;
+    settings and the rows of a memory are taken over. Move the module to its device first. Functions have no place in a
+    module: swap their import.
 
     Args:
         module: a model, a loss itself, or a trainer: its `loss`, one or a dict of them, `compute_loss_func` or `model`.
@@ -166,6 +167,8 @@ class _Trial:
         setattr(on.holder, on.name, self)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return self._run(*args, **options)
         # Dynamo is not to trace a comparison. No decorator: it would bring Dynamo at the import of this package.
         return torch.compiler.disable(self._run)(*args, **options)
 

@@ -261,3 +261,26 @@ ERRORS = [
 
 def test_what_is_refused():
     assert unlike(ERRORS) == []
+
+
+def test_buffers_that_two_modules_share_or_that_come_with_the_first_part():
+    class Scaled(nn.Module):
+        def __init__(self, scale, moves):
+            super().__init__()
+            self.moves, self.scale = moves, nn.Buffer(scale)
+
+        def forward(self, x):
+            if self.moves:
+                self.scale.mul_(0.9)
+            return x * self.scale
+
+    x, scale = torch.randn(8, 5), torch.ones(5)
+    linear = nn.Linear(5, 5)
+    shared = nn.Sequential(linear, Scaled(scale, True), Scaled(scale, False))
+    GradientCache(shared, lambda z: z.square().sum(), part=4).backward(x)
+    z = torch.cat([linear(part) * 0.9**n * 0.9**n for n, part in enumerate(x.split(4), 1)])
+    (wanted,) = torch.autograd.grad(z.square().sum(), linear.weight)
+    torch.testing.assert_close(linear.weight.grad, wanted)
+    lazy = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d())
+    GradientCache(lazy, lambda z: z.square().sum(), part=4).backward(x)
+    assert lazy[1].num_batches_tracked == 2

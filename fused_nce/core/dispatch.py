@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from fused_nce.core import cost, first_contact, workspace
 from fused_nce.core.cost import Call
-from fused_nce.core.problem import Backend, Needs, Problem
+from fused_nce.core.problem import ASIDE, Backend, Needs, Problem
 from fused_nce.core.spec import MARGINS, Spec
 from fused_nce.core.tails import Tail
 
@@ -25,7 +25,6 @@ BACKENDS = ("cpu", "triton", "cuda", "chunked", "reference")
 AUTOMATIC = ("cpu", "chunked")  # beside a GPU, where `core/cost.py` puts those of its own first
 ANY_CALL = Call()
 RING = "ring|"  # begins the backend string of a ring of processes (`core/distributed/ring.py`)
-ASIDE = "aside|"  # begins that of a small part of a call, whose path is that of the rest
 
 _logger = logging.getLogger("fused_nce")
 _logged: set[tuple[str, str]] = set()

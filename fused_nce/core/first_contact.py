@@ -31,7 +31,7 @@ from fused_nce import _extension
 from fused_nce._version import __version__
 from fused_nce.core import atoms, tails
 from fused_nce.core.prefixes import Prefixed
-from fused_nce.core.problem import Backend, Gradients, Needs, Problem, Statistics
+from fused_nce.core.problem import ASIDE, Backend, Gradients, Needs, Problem, Statistics
 from fused_nce.core.spec import Bias, Block, Index, Labels, Separate, Several, Spec
 from fused_nce.core.tails import Coefficients, Tail
 
@@ -372,7 +372,7 @@ def _by_operator(
     needs = [True, k is not None and not own, scale is not None, False, own]
     factor = 1.0 if scale is not None else cast(float, p.scale)
     scores = (rows[0], k, scale, None, positives, *[None] * 5, factor, p.spec.code, 0)
-    loss, _, _, report, *_ = torch.ops.fused_nce.loss(*scores, tail.code, needs, False, 1, "reference")
+    loss, _, _, report, *_ = torch.ops.fused_nce.loss(*scores, tail.code, needs, False, 1, ASIDE + "reference")
     return loss, report[0]
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fused_nce.core import checks, dispatch, twice, upstream, workspace
 from fused_nce.core.engine import as_matmul
-from fused_nce.core.problem import Backend, GatheredGradients, GatheredGrads, GatheredScores
+from fused_nce.core.problem import ASIDE, Backend, GatheredGradients, GatheredGrads, GatheredScores
 
 _lib = torch.library.Library("fused_nce", "FRAGMENT")
 
@@ -164,7 +164,7 @@ def _backward(ctx: Any, d: Tensor | None) -> tuple[Any, ...]:
     if d is None:
         return None, None, None, None, *rest
     if torch.is_grad_enabled():
-        twice.check_asked_for(ctx.backend.removeprefix(dispatch.ASIDE), True)
+        twice.check_asked_for(ctx.backend.removeprefix(ASIDE), True)
         leaf = None if scale_tensor is None else scale_tensor.view_as(scale_tensor)
         views = x._replace(q=q.view_as(q), k=k.view_as(k), scale_tensor=leaf)  # none is a function of another
         with checks.uncast(q):

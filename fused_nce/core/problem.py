@@ -101,6 +101,9 @@ class Summary(NamedTuple):
     report: Tensor  # (report groups of all problems, len(tail.REPORT))
 
 
+ASIDE = "aside|"  # begins the backend of a small part of a call, whose path is that of the rest
+
+
 class Backend(Protocol):
     """A module of `fused_nce.backends`, with every member: what it has nothing for is None, or `core/defaults.py`'s."""
 

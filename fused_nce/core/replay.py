@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import checkpoint
 
 
@@ -34,8 +35,15 @@ Buffers = list[tuple[nn.Module, dict[str, torch.Tensor | None]]]
 
 
 def copied(modules: Iterable[nn.Module]) -> Buffers:
-    """Copies of each one's own buffers."""
-    return [(m, {k: None if x is None else x.detach().clone() for k, x in m._buffers.items()}) for m in modules]
+    """Copies of each one's own buffers, one of a tensor that several have; what has no shape yet is left out."""
+    copies: dict[int, torch.Tensor] = {}
+
+    def copy(x: torch.Tensor | None) -> torch.Tensor | None:
+        if x is not None and id(x) not in copies:
+            copies[id(x)] = x.detach().clone()
+        return None if x is None else copies[id(x)]
+
+    return [(m, {k: copy(x) for k, x in m._buffers.items() if x is None or not is_lazy(x)}) for m in modules]
 
 
 @contextmanager

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from fused_nce.core.atoms import positive_value, transform_value
-from fused_nce.core.dispatch import ASIDE
 from fused_nce.core.engine import as_matmul, loss_of, tile_stats
 from fused_nce.core.gathered import gathered_scores
 from fused_nce.core.group import Group, peers
 from fused_nce.core.prefixes import Prefixed
+from fused_nce.core.problem import ASIDE
 from fused_nce.core.spec import Block, Index, Labels, Layout, Separate, Several, Spec, cached
 from fused_nce.core.statistics import deficit, poison, softplus
 from fused_nce.core.tails import bad, fixed_sum

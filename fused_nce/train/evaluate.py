@@ -197,10 +197,6 @@ def _refuse_another(file: Path, data: str, digests: dict[str, str]) -> None:
 def _set_aside(folder: Path, ending: str, result: dict[str, Any]) -> None:
     """An earlier evaluation stays under a number, unless this one has all that it has, asked in the same way."""
 
-    def asked(of: dict[str, Any]) -> list[Any]:
-        names = ("labels_per_class", "draws", "tasks", "seed", "leave_out_unseen")
-        return [of.get("training", {}).get("steps"), *map(of.get, names)]
-
     def kinds(of: dict[str, Any]) -> set[tuple[str, ...]]:
         rows = (row for part in ("probes", "measures", "attributes") for row in of.get(part, []))
         return {tuple(value for value in row.values() if isinstance(value, str)) for row in rows}
@@ -209,8 +205,13 @@ def _set_aside(folder: Path, ending: str, result: dict[str, Any]) -> None:
         before = read_json(folder / f"eval{ending}.json")
     except ValueError:  # none there, or none that says anything
         return
-    if asked(before) == asked(result) and kinds(before) <= kinds(result):
-        return
+    names = ("labels_per_class", "draws", "tasks", "seed", "leave_out_unseen")
+    try:  # what an earlier version did not ask was asked as by default
+        same = all(before[name] == result[name] for name in names if name in before)
+        if same and before["training"]["steps"] == result["training"]["steps"] and kinds(before) <= kinds(result):
+            return
+    except (AttributeError, KeyError, TypeError):  # no evaluation of ours: it stays
+        pass
     number = next(n for n in itertools.count(1) if not (folder / f"eval{ending}.{n}.json").exists())
     for file in (folder / f"eval{ending}.json", folder / f"eval{ending}.csv", folder / f"report{ending}.html"):
         if file.exists():
