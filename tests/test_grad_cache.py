@@ -265,9 +265,12 @@ def test_what_is_refused():
 
 def test_buffers_that_two_modules_share_or_that_come_with_the_first_part():
     class Scaled(nn.Module):
+        scale: torch.Tensor
+
         def __init__(self, scale, moves):
             super().__init__()
-            self.moves, self.scale = moves, nn.Buffer(scale)
+            self.moves = moves
+            self.register_buffer("scale", scale)
 
         def forward(self, x):
             if self.moves:
