@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -20,19 +21,21 @@ class Processes:
         ring: blocks of keys circulate instead of being gathered: memory does not grow with the number of processes.
         wire_dtype: what keys (and the gradients of gathered ones) travel in, such as `torch.bfloat16`; None is their
             own dtype. Sums are taken in float32 at least, whatever the wire.
-        timeout_s: seconds after which a process that has not come counts as lost. On a GPU it bounds the exchange that
-            precedes a collective; a collective under way has the group's own limit (`init_process_group(timeout=)`).
+        timeout_s: seconds after which a process that has not come counts as lost; None: the group's own limit
+            (`init_process_group(timeout=)`, which no greater number goes beyond). On a GPU it bounds the exchange that
+            precedes a collective; a collective under way has the group's own. One that dies is noticed at once.
     """
 
     group: dist.ProcessGroup | str = "world"
     ring: bool = False
     wire_dtype: torch.dtype | None = None
-    timeout_s: float = 60.0
+    timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no collective could take."""
         checks.check_choice("wire_dtype", self.wire_dtype, (None, *checks.DTYPES))
-        checks.check_number("timeout_s", self.timeout_s, above=0)
+        if self.timeout_s is not None:
+            checks.check_number("timeout_s", self.timeout_s, above=0)
 
 
 Group = dist.ProcessGroup | str | Processes | None
@@ -47,7 +50,7 @@ class Peers(NamedTuple):
     size: int
     ring: bool
     wire_dtype: torch.dtype | None
-    timeout_s: float
+    timeout_s: float  # inf: the group's own limit
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -98,4 +101,4 @@ def peers(group: Group) -> Peers | None:
         raise ValueError("group: got one that this process is not a member of, need its own, or None")
     if size == 1:
         return None
-    return Peers(members.group_name, rank, size, how.ring, how.wire_dtype, how.timeout_s)
+    return Peers(members.group_name, rank, size, how.ring, how.wire_dtype, how.timeout_s or math.inf)

@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -218,21 +219,30 @@ def test_all_gather_and_its_two_derivatives(found):
         assert result["world_size"] == (1, 2)
 
 
-def late(rank: int, ring: bool) -> tuple[str, float]:
-    """The second process comes after the first has given up."""
+def late(rank: int, ring: bool, own: bool) -> tuple[str, float]:
+    """The second process comes after the first has given up, by the group's own limit or that of the call."""
     q, k = features(rank)
+    limit = timedelta(seconds=1) if own else None
+    group = Processes(dist.new_group(timeout=limit), ring=ring, timeout_s=None if own else 1.0)
     if rank:
         time.sleep(3)
     start = time.monotonic()
-    message = said(lambda: amdim_nce(q, k, group=Processes(ring=ring, timeout_s=1.0)))
+    message = said(lambda: amdim_nce(q, k, group=group))
     return message, time.monotonic() - start
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("ring", [False, True], ids=["gather", "ring"])
-def test_a_late_process_ends_the_others_in_time(tmp_path, ring):
-    (message, seconds), _ = run(tmp_path, 2, late, ring)
-    assert message.startswith("ProcessLostError: group: the exchange of sizes did not finish within 1 s")
+@pytest.mark.parametrize(
+    ("ring", "own"),
+    [
+        pytest.param(False, False, id="gather", marks=pytest.mark.nightly),
+        pytest.param(True, False, id="ring", marks=pytest.mark.nightly),
+        pytest.param(False, True, id="own limit"),
+    ],
+)
+def test_a_late_process_ends_the_others_in_time(tmp_path, ring, own):
+    (message, seconds), _ = run(tmp_path, 2, late, ring, own)
+    limit = "the group's own limit" if own else "1 s"
+    assert message.startswith(f"ProcessLostError: group: the exchange of sizes did not finish within {limit} on every")
     assert seconds < 2.5
 
 

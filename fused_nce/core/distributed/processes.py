@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ def finish(what: str, timeout_s: float, start: Callable[[], Any], *, host: bool 
 
     Args:
         what: its name, for the error.
-        timeout_s: the limit of a wait on the host.
+        timeout_s: the limit of a wait on the host; inf: the group's own.
         start: begins the work and returns it.
         host: wait on the host with a limit; False for a GPU, whose stream waits, under the group's own limit.
 
@@ -48,7 +49,7 @@ def finish(what: str, timeout_s: float, start: Callable[[], Any], *, host: bool 
     with lost(what, timeout_s):
         work = start()
         if work is not None:
-            work.wait(timedelta(seconds=timeout_s)) if host else work.wait()
+            work.wait(timedelta(seconds=timeout_s)) if host and math.isfinite(timeout_s) else work.wait()
 
 
 @contextmanager
@@ -61,9 +62,10 @@ def lost(what: str, timeout_s: float) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, dist.DistError) as error:
+        limit = f"{timeout_s:g} s" if math.isfinite(timeout_s) else "the group's own limit"
         raise ProcessLostError(
-            f"group: {what} did not finish within {timeout_s:g} s on every process: one died, is late or does "
-            f"something else ({str(error).splitlines()[0][:200]})"
+            f"group: {what} did not finish within {limit} on every process: one died, is late or does something else "
+            f"({str(error).splitlines()[0][:200]})"
         ) from error
 
 
@@ -71,7 +73,7 @@ _host_groups: dict[str, dist.ProcessGroup] = {}
 
 
 def _host_group(name: str) -> dist.ProcessGroup:
-    """A group of the same processes for tensors on the CPU: itself, or a gloo group beside an NCCL one.
+    """A group of the same processes for tensors on the CPU: itself, or a gloo group beside an NCCL one, with its limit.
 
     An exchange on the GPU would make the host wait for every kernel that is queued.
     """
@@ -80,7 +82,9 @@ def _host_group(name: str) -> dist.ProcessGroup:
         return group
     if name not in _host_groups:
         ranks = dist.get_process_group_ranks(group)
-        beside = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        options = group._get_backend(next(iter(group._device_types))).options  # None of a backend without any
+        limit = getattr(options, "_timeout", None)
+        beside = dist.new_group(ranks, timeout=limit, backend="gloo", use_local_synchronization=True)
         _host_groups[name] = cast(dist.ProcessGroup, beside)
     return _host_groups[name]
 
