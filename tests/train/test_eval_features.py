@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from fused_nce.models import AMDIM
 from fused_nce.train.evaluation import features
@@ -116,3 +117,11 @@ def test_raw_pixels_drop_equal_channels(images):
     # One width for both splits, whichever has the colour.
     for splits in ((images, gray), (gray, images)):
         assert [found.shape for found in features.raw_pixels(*splits)] == [(11, 243)] * 2
+
+
+def test_raw_pixels_of_large_images_are_means():
+    small = torch.randint(0, 256, (300, 3, 32, 16), dtype=torch.uint8)
+    (found,) = features.raw_pixels(small)
+    assert torch.equal(found, small.flatten(1) / 255)  # up to 32 px each is itself
+    (means,) = features.raw_pixels(small.repeat_interleave(7, 2).repeat_interleave(2, 3))  # 224 × 32
+    torch.testing.assert_close(means, functional.interpolate(small / 255, (32, 32)).flatten(1))

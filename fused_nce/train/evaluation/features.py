@@ -17,6 +17,7 @@ Transform = Callable[[Tensor], Tensor]
 
 GRID = 2  # maps are averaged to 2 × 2: a 7 × 7 map of 256 channels is 12,544 numbers an image, 2.5 GB for CIFAR-10
 CALIBRATION_IMAGES = 4096
+PIXELS_SIDE = 32  # of larger images the probe's D × D covariance would fill the memory: 90 GB at 224 px
 
 
 def mean_and_sd(
@@ -153,6 +154,14 @@ def calibrate_batch_norm(
 def raw_pixels(
     *splits: Tensor,  # (n, 3, H, W) uint8 each
 ) -> list[Tensor]:  # (n, D) each
-    """Pixels as features: each image's own, scaled to 0..1; one channel where all three are equal in every split."""
+    """Pixels as features: each image's own, scaled to 0..1; one channel where all three are equal in every split.
+
+    Of images of more than 32 px they are means: of 32 × 32 parts.
+    """
     grey = all(bool((images == images[:, :1]).all()) for images in splits)
-    return [(images[:, :1] if grey else images).flatten(1).float() / 255.0 for images in splits]
+    side = [min(PIXELS_SIDE, pixels) for pixels in splits[0].shape[2:]]
+
+    def numbers(part: Tensor) -> Tensor:
+        return functional.adaptive_avg_pool2d((part[:, :1] if grey else part).float() / 255.0, side).flatten(1)
+
+    return [torch.cat([numbers(part) for part in images.split(256)]) for images in splits]

@@ -63,7 +63,7 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
         "probes": rows,
         "measures": measures,
         "confusion": scoring.confusion(kept["shown"], taps[0], plan.truth, len(probe.classes)),
-        "protocol": _protocol(config.data, asked),
+        "protocol": _protocol(config.data, config.model.image_size, asked),
     }
     return judged, figures
 
@@ -88,7 +88,7 @@ def feature_sets(
         yield "raw pixels", scoring.PIXELS, bank, queries, None
 
 
-def _protocol(data: str, asked: Asked) -> list[str]:
+def _protocol(data: str, image_size: int, asked: Asked) -> list[str]:
     """What a reader must know to judge the accuracies, one sentence a line."""
     split = (
         "The images of pre-training, of the probes and of the test are disjoint."
@@ -109,4 +109,6 @@ def _protocol(data: str, asked: Asked) -> list[str]:
             "Untrained encoders have the run's architecture; their BatchNorm gets the statistics of the probe split, "
             "without which they would be weaker baselines."
         )
+        if image_size > (side := features.PIXELS_SIDE):
+            lines.append(f"Raw pixels are the means of {side} × {side} parts of an image.")
     return lines
