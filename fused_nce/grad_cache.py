@@ -128,7 +128,8 @@ class GradientCache(nn.Module):
                 ]
                 pairs += zip(others, rest.values(), strict=True)
                 if pairs:
-                    torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
+                    with checks.uncast(outputs[0]):  # a layer that was not under autocast stays so, backwards
+                        torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
         after.restore(device)
         return out
 
@@ -145,7 +146,8 @@ class GradientCache(nn.Module):
             scaled = loss if scale is None else scale(loss)
         names = {name: p for name, p in self.named_parameters() if p.requires_grad}
         wanted = [x for x in outputs if x.requires_grad]
-        gradients = list(torch.autograd.grad(scaled, [*wanted, *names.values()], allow_unused=True))
+        with checks.uncast(scaled):
+            gradients = list(torch.autograd.grad(scaled, [*wanted, *names.values()], allow_unused=True))
         of_outputs = [gradients.pop(0) if x.requires_grad else None for x in outputs]
         parameters = {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
         return tree_map_only(Tensor, Tensor.detach, out), _Owed(of_outputs, parameters)

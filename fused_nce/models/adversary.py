@@ -66,14 +66,15 @@ class Adversary(nn.Module):
         on_real, on_fake = self._judge(known), self._judge(made)
         discriminator = softplus(-on_real).mean() + softplus(on_fake).mean()
         if penalised:
-            slopes = torch.autograd.grad(on_real.sum() + on_fake.sum(), (*known, *made), create_graph=True)
+            with checks.uncast(on_real):  # as `_judge`
+                slopes = torch.autograd.grad(on_real.sum() + on_fake.sum(), (*known, *made), create_graph=True)
             norms = torch.stack([slope.square().flatten(1).sum(1).mean() for slope in slopes])
             discriminator = discriminator + self.gradient_penalty * 0.5 * norms.sum()
         right = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
         return GameOutput(encoder.sum(), discriminator, right.detach())
 
     def _judge(self, parts: Sequence[Tensor], *, frozen: bool = False) -> Tensor:  # (B,)
-        with torch.autocast(parts[0].device.type, enabled=False):  # the penalty differentiates these layers twice
+        with checks.uncast(parts[0]):  # the penalty differentiates these layers twice
             net = self.discriminator
             parts = [x.to(next(net.parameters()).dtype) for x in parts]
             found: Tensor = as_constant(net, *parts) if frozen else net(*parts)

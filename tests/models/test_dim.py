@@ -119,6 +119,14 @@ def test_the_gradient_penalty_is_of_every_sample():
         torch.testing.assert_close(prior(code, drawn).discriminator, without)
 
 
+def test_autocast_leaves_the_game_alone():
+    torch.manual_seed(0)
+    prior, code, drawn = PriorMatching(64, hidden=(64,)), torch.randn(6, 64), torch.rand(6, 64)
+    exact = prior(code, drawn)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(found, term) for found, term in zip(prior(code, drawn), exact, strict=True))
+
+
 @pytest.mark.parametrize(
     ("estimator", "anchor"), [("jsd", "global"), ("dv", "global"), ("nce", "global"), ("nce", "local"), ("nce", "both")]
 )
