@@ -4,7 +4,7 @@ Writes RUN/eval.json (everything), RUN/eval.csv (the table of accuracies) and RU
 test images with the training images nearest to them, RUN/neighbours-cosine.png and -l1.png; and RUN/samples.png, what a
 generator makes. While it runs, RUN/eval.partial.csv holds the accuracies so far. On another data set the names end in
 `-NAME`, its own, and the evaluation of a third of the same name is not overwritten. Nor is one that asked for something
-else, or of other weights: it gets a number.
+else, or of other weights or data: it gets a number.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fused_nce.train.config import CONFIG_NAME
 from fused_nce.train.evaluation import features
 from fused_nce.train.evaluation.figures import samples
 from fused_nce.train.evaluation.protocols import DEFAULT, check_names
-from fused_nce.train.evaluation.scoring import Asked
+from fused_nce.train.evaluation.scoring import DRAWS_VERSION, Asked
 from fused_nce.train.files import printable, read_json, write_bytes, write_text
 from fused_nce.train.limits import SEED, check_one
 from fused_nce.train.machine import host
@@ -58,6 +58,7 @@ def evaluate(
     leave_out_unseen: bool = False,
     neighbours: int = 5,
     memory_limit_mb: int | None = None,
+    labels: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Evaluates a finished (or still growing) run on frozen features, by the protocols asked for.
 
@@ -79,6 +80,7 @@ def evaluate(
             split.
         neighbours: nearest training images that the pictures show beside each of a few test images, by the first tap.
         memory_limit_mb: of a split's images, decoded; the run's own `run.memory_limit_mb` if left out.
+        labels: of recordings, those to judge, such as digit,speaker; every one that can be judged if left out.
 
     Returns:
         What RUN/eval.json holds.
@@ -90,8 +92,9 @@ def evaluate(
     start = time.perf_counter()
     folder = Path(run)
     check_one("seed", seed, SEED)
-    if taps is not None and not taps:
-        raise ValueError("taps: none given; need at least one, such as f1")
+    for option, given, such in (("taps", taps, "f1"), ("labels", labels, "speaker")):
+        if given is not None and not given:
+            raise ValueError(f"{option}: none given; need at least one, such as {such}")
     if not 1 <= neighbours <= MOST_NEIGHBOURS:
         raise ValueError(f"neighbours: {neighbours}; need 1 to {MOST_NEIGHBOURS}")
     names = check_names(list(protocols))
@@ -106,7 +109,7 @@ def evaluate(
     features.check_taps(model, config.sample(), taps)
     settings: dict[str, Any] = {
         "protocols": names, "labels_per_class": list(labels_per_class), "draws": draws, "tasks": tasks, "seed": seed,
-        "leave_out_unseen": leave_out_unseen,
+        "leave_out_unseen": leave_out_unseen, "labels": None if labels is None else list(dict.fromkeys(labels)),
     }  # fmt: skip
     partial = folder / f"eval{ending}.partial.csv"
     digests: dict[str, str] = {}
@@ -142,6 +145,7 @@ def evaluate(
         "date": time.strftime("%Y-%m-%d"),
         "online_tap": config.taps[0],
         **settings,
+        "draws_version": DRAWS_VERSION,
         "training": terminal.training(lines) | {"steps": int(state["step"])},
         "measures": [],
         "attributes": [],
@@ -186,28 +190,33 @@ def run_and_print(run: str, **options: Any) -> int:
 
 def _refuse_another(file: Path, data: str, digests: dict[str, str]) -> None:
     """An evaluation on other data whose name is the same would be overwritten."""
-    try:
-        before = read_json(file).get("digests", digests)
-    except ValueError:  # none there, or none that says anything
-        return
-    if before != digests:
+    before = _earlier(file)
+    if before is not None and before.get("digests", digests) != digests:
         raise ValueError(f"data: {file} is of other data than {data}, by the same name; move it away")
 
 
+def _earlier(file: Path) -> dict[str, Any] | None:
+    """What an evaluation says; nothing if it cannot be read, and None if there is none."""
+    try:
+        return read_json(file)
+    except ValueError:  # damaged, or above the limit: it is somebody's all the same
+        return {} if file.exists() else None
+
+
 def _set_aside(folder: Path, ending: str, result: dict[str, Any]) -> None:
-    """An earlier evaluation stays under a number, unless this one has all that it has, asked in the same way."""
+    """An earlier evaluation stays under a number, unless this one has all it has, of the same data, asked alike."""
 
     def kinds(of: dict[str, Any]) -> set[tuple[str, ...]]:
         rows = (row for part in ("probes", "measures", "attributes") for row in of.get(part, []))
         return {tuple(value for value in row.values() if isinstance(value, str)) for row in rows}
 
-    try:
-        before = read_json(folder / f"eval{ending}.json")
-    except ValueError:  # none there, or none that says anything
+    before = _earlier(folder / f"eval{ending}.json")
+    if before is None:
         return
     names = ("labels_per_class", "draws", "tasks", "seed", "leave_out_unseen")
     try:  # what an earlier version did not ask was asked as by default
         same = all(before[name] == result[name] for name in names if name in before)
+        same &= before.get("digests", result["digests"]) == result["digests"]
         if same and before["training"]["steps"] == result["training"]["steps"] and kinds(before) <= kinds(result):
             return
     except (AttributeError, KeyError, TypeError):  # no evaluation of ours: it stays
@@ -216,7 +225,10 @@ def _set_aside(folder: Path, ending: str, result: dict[str, Any]) -> None:
     for file in (folder / f"eval{ending}.json", folder / f"eval{ending}.csv", folder / f"report{ending}.html"):
         if file.exists():
             file.rename(file.with_suffix(f".{number}{file.suffix}"))
-    log.warning("an evaluation that has more, or was asked otherwise, is eval%s.%d.json now", ending, number)
+    log.warning(
+        "an evaluation that has more, was asked otherwise, is of other data or cannot be read is eval%s.%d.json now",
+        ending, number,
+    )  # fmt: skip
 
 
 def _parameters(model: Model) -> int:

@@ -157,6 +157,10 @@ class Method:
 
     def judge(self, model: Model, asked: Asked) -> tuple[dict[str, Any], Figures]:
         """Evaluate a trained model: see `evaluation.images.evaluate`, and `evaluation.attributes` for CelebA."""
+        if asked.labels:
+            raise ValueError(
+                f"labels: must be left out for images, which have no labels by name; got {asked.labels[0]!r}"
+            )
         if celeba.find(Path(self.data)) is not None:
             return evaluate_attributes(model, self, asked)
         return evaluate_images(model, self, asked)

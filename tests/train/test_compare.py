@@ -109,6 +109,20 @@ def test_evaluations_that_were_not_alike_are_marked(runs, tmp_path):
     assert "Beware: the evaluations differ in draws, seed, leave_out_unseen" in text
 
 
+def test_draws_of_several_versions_or_that_hung_on_the_protocols_are_marked(tmp_path):
+    def differ(*changes):
+        number = len(list(tmp_path.iterdir()))
+        paths = [str(make_run(tmp_path / f"{number + i}", 50.0, **one)) for i, one in enumerate(changes)]
+        page = compare.compared.render(compare.read_runs(paths))
+        return page.split("evaluations differ in ")[1].split(";")[0] if "Beware" in page else ""
+
+    few, both = {"protocols": ["linear", "few"]}, {"protocols": ["few", "few-shot"]}
+    assert differ(few, both) == differ(few, few | {"draws_version": 2}) == "how labels were drawn"
+    assert differ(few | {"draws_version": 2}, both | {"draws_version": 2}) == ""
+    assert differ(few | {"draws_version": 2}, {"protocols": ["linear"]}, few | {"draws_version": 2}) == ""
+    assert differ({"labels": ["digit"]}, {"labels": ["speaker"]}) == "labels"
+
+
 def test_another_data_set_is_read_by_its_name(tmp_path):
     folders = [make_run(tmp_path / name, 50.0) for name in ("a", "b")]
     for folder in folders:

@@ -14,6 +14,7 @@ from fused_nce import cli
 from fused_nce.train import command
 from fused_nce.train.data import log_mel, recordings
 from fused_nce.train.evaluation import recordings as evaluate_audio
+from fused_nce.train.evaluation.scoring import Asked
 from fused_nce.train.loop import Trainer
 from tests.marks import nightly_but
 from tests.train import speech
@@ -196,19 +197,24 @@ def test_features_are_the_mean_over_the_frames_of_the_whole_recording(data, tmp_
     assert evaluate_audio.extract(model, [waves[0][:3]], None, ["c_t"])["c_t"].shape == (1, 8)
 
 
+def find(probe, test, *, unseen=False, labels=None, protocols=("linear",)):
+    asked = Asked([], list(protocols), [1], 2, 2, 0, False, unseen, print, labels=labels)
+    return evaluate_audio.find_targets(probe, test, "shards", asked)
+
+
 def test_a_test_label_that_no_training_recording_has_is_refused():
-    known = recordings.Recordings([], {"digit": ["0", "1"]}, 8000)
+    known = recordings.Recordings([], {"digit": ["0", "1"] * 2}, 8000)
     new = recordings.Recordings([torch.empty(0)] * 3, {"digit": ["1", "2", "2"]}, 8000, names=["a", "b", "c"])
     wanted = (
         "data: no training recording has digit '2', which 2 test recordings have, the first b; .*--leave_out_unseen"
     )
     with pytest.raises(ValueError, match=wanted):
-        evaluate_audio.find_targets(known, new, "shards")
-    (target,), said = evaluate_audio.find_targets(known, new, "shards", leave_out_unseen=True)
-    assert (target.test.tolist(), target.rows.tolist()) == ([1], [0])
+        find(known, new)
+    (target,), said = find(known, new, unseen=True)
+    assert (target.plan.truth.tolist(), target.rows.tolist()) == ([1], [0])
     assert said == ["'digit': 2 test recordings of classes that training lacks left out"]
     with pytest.raises(ValueError, match="data: shards has no label of 2 or more classes on every recording"):
-        evaluate_audio.find_targets(known, recordings.Recordings([torch.empty(0)], {"digit": [""]}, 8000), "shards")
+        find(known, recordings.Recordings([torch.empty(0)], {"digit": [""]}, 8000))
 
 
 @pytest.mark.parametrize("leave_out_unseen", [False, True])
@@ -218,7 +224,7 @@ def test_a_label_that_names_recordings_is_left_out_with_a_line(leave_out_unseen)
     known = recordings.Recordings([], {"digit": digits, "text": words, "speaker": digits}, 8000)
     new = recordings.Recordings([torch.empty(0)] * 2, {"digit": ["1", "0"], "text": [words[0], "new"]}, 8000)
     new.tags["speaker"] = ["7", "8"]
-    targets, said = evaluate_audio.find_targets(known, new, "shards", leave_out_unseen=leave_out_unseen)
+    targets, said = find(known, new, unseen=leave_out_unseen)
     assert [target.name for target in targets] == ["digit"]
     assert said == [
         "label 'text' is not evaluated: 79 training recordings have one of their own",
@@ -226,7 +232,32 @@ def test_a_label_that_names_recordings_is_left_out_with_a_line(leave_out_unseen)
     ]
     del known.tags["digit"]
     with pytest.raises(ValueError, match=r"no label of 2 or more classes on every recording \(label 'text' is not"):
-        evaluate_audio.find_targets(known, new, "shards", leave_out_unseen=leave_out_unseen)
+        find(known, new, unseen=leave_out_unseen)
+
+
+def test_a_label_that_cannot_be_judged_is_passed_over_and_those_asked_for_are_not():
+    digits, long = [str(i % 2) for i in range(60)], [str(100 + i % 29) for i in range(59)]
+    known = recordings.Recordings([], {"ms": [*long, "500"], "digit": digits, "speaker": digits}, 8000)
+    tags = {"ms": ["100", "600"], "digit": ["1", "0"], "speaker": ["0", "1"]}
+    new = recordings.Recordings([torch.empty(0)] * 2, tags, 8000, names=["a", "b"])
+    why = {
+        False: "no training recording has ms '600', which 1 test recordings have, the first b; .*--leave_out_unseen",
+        True: "labels: class '500' of ms has 1 example; need 2 or more a class",
+    }
+    for unseen, reason in why.items():
+        targets, (said,) = find(known, new, unseen=unseen)
+        assert [target.name for target in targets] == ["digit", "speaker"]
+        assert re.match(f"label 'ms' is not evaluated: {reason}", said)
+        with pytest.raises(ValueError, match=f"^labels: 'ms' cannot be evaluated: {reason}"):
+            find(known, new, unseen=unseen, labels=["speaker", "ms"])
+        alone = [recordings.Recordings(x.waves, {"ms": x.tags["ms"]}, 8000, names=x.names) for x in (known, new)]
+        with pytest.raises(ValueError, match=reason):
+            find(*alone, unseen=unseen)
+    targets, said = find(known, new, labels=["speaker", "digit"])
+    assert ([target.name for target in targets], said) == (["speaker", "digit"], [])
+    assert [target.name for target in find(known, new, unseen=True, protocols=["knn"])[0]] == ["ms", "digit", "speaker"]
+    with pytest.raises(ValueError, match=r"^labels: must be of ms, digit, speaker; got 'take'"):
+        find(known, new, labels=["take"])
 
 
 def test_train_and_evaluate_from_the_command_line(data, tmp_path, capsys, caplog):
@@ -269,3 +300,6 @@ def test_train_and_evaluate_from_the_command_line(data, tmp_path, capsys, caplog
     assert "images" not in page.split("<h2>What the loss costs")[0]
     with (out / "eval.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(result["probes"])
+    assert cli.main(["eval", str(out), "--labels=speaker", "--protocols=knn", "--baselines=false", "--cost=false"]) == 0
+    result = json.loads((out / "eval.json").read_text())
+    assert (result["labels"], result["taps"]) == (["speaker"], ["c_t, speaker", "z_t, speaker"])

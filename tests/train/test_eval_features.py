@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_nce.models import AMDIM
 from fused_nce.train.evaluation import features
@@ -117,6 +118,21 @@ def test_raw_pixels_drop_equal_channels(images):
     # One width for both splits, whichever has the colour.
     for splits in ((images, gray), (gray, images)):
         assert [found.shape for found in features.raw_pixels(*splits)] == [(11, 243)] * 2
+
+
+def test_raw_pixels_are_compared_a_part_at_a_time():
+    class Compared(TorchDispatchMode):
+        most = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.eq.Tensor:
+                self.most = max(self.most, found.numel())
+            return found
+
+    with Compared() as seen:
+        features.raw_pixels(torch.zeros(600, 3, 8, 8, dtype=torch.uint8))
+    assert 0 < seen.most <= 256 * 3 * 64
 
 
 def test_raw_pixels_of_large_images_are_means():

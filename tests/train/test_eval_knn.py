@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fused_nce.train.evaluation import knn
 from fused_nce.train.evaluation.knn import knn_predict, nearest, neighbours_for
 
 
@@ -47,6 +48,15 @@ def test_length_of_a_feature_does_not_matter():
 def test_a_tiny_temperature_does_not_overflow():
     bank, labels = torch.eye(4), torch.tensor([0, 1, 2, 3])
     assert knn_predict(bank, labels, torch.eye(4), k=4, temperature=1e-4).tolist() == [0, 1, 2, 3]
+
+
+def test_only_classes_that_occur_have_votes(monkeypatch):
+    """A column for each number would be 8 TB here; and with few votes held at a time they are the same."""
+    labels = 10**12 * torch.tensor([0, 1, 1])
+    bank, query = torch.tensor([[1.0, 0.1], [0.5, 0.5], [0.4, 0.5]]), torch.eye(2)
+    assert knn_predict(bank, labels, query, k=3).tolist() == [0, 10**12]
+    monkeypatch.setattr(knn, "MAX_DISTANCES", 1)
+    assert knn_predict(bank, labels, query, k=3).tolist() == [0, 10**12]
 
 
 def test_chunks_change_nothing():

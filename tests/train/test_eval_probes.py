@@ -44,7 +44,7 @@ def test_hold_out_is_stratified_and_disjoint():
 
 
 def test_hold_out_needs_two_a_class():
-    with pytest.raises(ValueError, match="class 1 has 1 image"):
+    with pytest.raises(ValueError, match="class 1 has 1 example"):
         probes.hold_out(np.array([0, 0, 1]), 0.25, np.random.default_rng(0))
 
 
@@ -57,7 +57,7 @@ def test_draw_is_balanced_and_stays_in_the_pool():
     assert len(set(first)) == 30
     assert set(first) <= set(pool)
     assert not np.array_equal(first, second)
-    with pytest.raises(ValueError, match="labels_per_class: 16; class 0 has only 15 images"):
+    with pytest.raises(ValueError, match="labels_per_class: 16; class 0 has only 15 examples"):
         probes.draw(labels, pool, 16, rng)
 
 

@@ -132,7 +132,7 @@ def test_an_episode_holds_five_classes_their_images_and_their_queries():
         assert all(len(set(row)) == len(row) for row in (*task.support, *task.queries))
         seen |= set(classes)
     assert seen == set(range(7))
-    with pytest.raises(ValueError, match="few-shot needs 5 classes with 25 labelled and 15 test images; got 0"):
+    with pytest.raises(ValueError, match="few-shot needs 5 classes with 25 labelled and 15 test examples; got 0"):
         episodes.draw(labels, truth, shots=25, count=1, rng=np.random.default_rng(0))
 
 
@@ -175,9 +175,25 @@ def test_only_what_is_asked_for_is_drawn():
     plan = scoring.plan(labels, labels, protocols=["linear"], labels_per_class=[100], draws=2, seed=0)
     assert plan.draws == {}
     assert plan.episodes == {}
-    with pytest.raises(ValueError, match="few-shot needs 5 classes with 1 labelled and 15 test images; got 2"):
+    with pytest.raises(ValueError, match="few-shot needs 5 classes with 1 labelled and 15 test examples; got 2"):
         scoring.plan(labels, labels, protocols=["few-shot"], labels_per_class=[1], draws=2, seed=0)
     assert list(make_plan(names=("few", "few-shot")).draws) == [2, 4]
+
+
+def test_no_draw_depends_on_what_else_is_asked_for():
+    labels, truth = torch.arange(200) % 5, torch.arange(100) % 5
+
+    def drawn(names, sizes, seed=0):
+        plan = scoring.plan(labels, truth, protocols=names, labels_per_class=sizes, draws=3, tasks=4, seed=seed)
+        few = {count: np.stack(draws).tolist() for count, draws in plan.draws.items()}
+        return few, {shots: [task.support.tolist() for task in tasks] for shots, tasks in plan.episodes.items()}
+
+    (alone, _), (both, tasks) = drawn(["few"], [10]), drawn(["few", "few-shot"], [1, 10])
+    assert alone[10] == both[10] == drawn(["linear", "fine-tune"], [10])[0][10]
+    assert tasks == drawn(["few-shot"], [3])[1]
+    assert alone[10] != drawn(["few"], [10], seed=1)[0][10]
+    assert len({str(draw) for draw in both[10]}) == 3
+    assert [task[0] for task in tasks[1]] != [[row[0] for row in task][:1] for task in tasks[5]]
 
 
 def test_a_class_of_one_image_is_refused_by_name_where_something_is_chosen_and_there_alone():
@@ -185,12 +201,12 @@ def test_a_class_of_one_image_is_refused_by_name_where_something_is_chosen_and_t
     options: Any = {"classes": ["ant", "bee"], "labels_per_class": [3], "draws": 2, "seed": 0}
     for name in PROTOCOLS:
         if PROTOCOLS[name].chooses:
-            with pytest.raises(ValueError, match="class bee has 1 image; need 2 or more"):
+            with pytest.raises(ValueError, match="class bee has 1 example; need 2 or more"):
                 scoring.plan(labels, labels, protocols=["knn", name], **options)
     plan = scoring.plan(labels, labels, protocols=[name for name in SINGLE if not PROTOCOLS[name].chooses], **options)
     features = FeatureSet(torch.eye(4), torch.eye(4))
     assert PROTOCOLS["knn"].run(features, plan).rows[0]["accuracy_pct"] >= 50
-    with pytest.raises(ValueError, match="labels_per_class: 3; class ant has only 2 images"):
+    with pytest.raises(ValueError, match="labels_per_class: 3; class ant has only 2 examples"):
         scoring.plan(torch.tensor([0, 0, 0, 1, 1, 1]), labels, protocols=["few"], **options)
 
 

@@ -13,9 +13,11 @@ from fused_nce import cli
 from fused_nce.train import config, evaluate, loss_cost
 from fused_nce.train.data import images as images_module
 from fused_nce.train.evaluation import scoring
+from fused_nce.train.files import MAX_JSON_BYTES
 from fused_nce.train.methods.amdim import AMDIMConfig, ModelConfig
 from fused_nce.train.saving import checkpoint
 from fused_nce.train.settings import AugmentConfig
+from tests.train.pictures import encoded, write_shard
 
 
 def make_run(folder, **model):
@@ -99,6 +101,42 @@ def test_a_second_evaluation_gives_the_same_numbers(evaluated):
     assert json.loads((folder / "eval.1.json").read_text())["probes"] == result["probes"]  # which had more
     assert evaluate.evaluate(str(folder), draws=3, labels_per_class=[5], cost=False)["probes"] == result["probes"]
     assert not (folder / "eval.2.json").exists()
+
+
+def test_an_evaluation_of_other_data_or_that_cannot_be_read_stays(evaluated, tmp_path):
+    file, result = tmp_path / "eval.json", evaluated[1]
+    file.write_text(json.dumps(result))
+    evaluate._set_aside(tmp_path, "", result)
+    assert file.exists()  # to be written over
+    moved = result | {"digests": result["digests"] | {"test": "one image of another class"}}
+    evaluate._set_aside(tmp_path, "", moved)
+    assert json.loads((tmp_path / "eval.1.json").read_text())["digests"] == result["digests"]
+    for number, size in ((2, 9), (3, MAX_JSON_BYTES + 1)):
+        with file.open("wb") as opened:
+            opened.truncate(size)
+        evaluate._refuse_another(file, "elsewhere", result["digests"])
+        evaluate._set_aside(tmp_path, "", result)
+        assert (tmp_path / f"eval.{number}.json").stat().st_size == size
+        assert not file.exists()
+
+
+def test_large_labels_are_numbered_by_the_classes_that_occur(tmp_path):
+    images = [
+        (f"{i}.{ending}", part)
+        for i in range(12)
+        for ending, part in (
+            ("png", encoded(Image.new("RGB", (32, 32), (80 * (i % 3), 9, 9)))),
+            ("cls", str(100_000 + i % 3).encode()),
+        )
+    ]
+    for split in ("train", "test"):
+        write_shard(tmp_path / f"{split}-0.tar", images)
+    options: Any = {"data": str(tmp_path), "protocols": ["linear", "knn"], "taps": ["f1"]}
+    found = evaluate.evaluate(str(make_run(tmp_path / "run")), **options, baselines=False, cost=False)
+    assert found["classes"] == ["100000", "100001", "100002"]
+    assert found["chance_pct"] == pytest.approx(100 / 3)
+    assert [sum(row) for row in found["confusion"]["matrix"]] == [4, 4, 4]
+    assert {row["accuracy_pct"] for row in found["probes"]} == {100.0}  # three plain colours
 
 
 def test_the_command_prints_the_table_and_the_path(tmp_path, capsys):
@@ -227,6 +265,8 @@ def test_accuracies_are_on_the_disk_as_they_come(tmp_path, monkeypatch, capsys):
     [
         ({"taps": ["f3"]}, "taps: must be one of f1, f5, f7, h5, h7, got 'f3'"),
         ({"taps": []}, "taps: none given"),
+        ({"labels": []}, "labels: none given"),
+        ({"labels": ["digit"]}, "labels: must be left out for images, which have no labels by name; got 'digit'"),
         ({"draws": 1}, "draws: 1; need at least 2"),
         ({"labels_per_class": [0]}, "labels_per_class: 0; need at least 1"),
         ({"labels_per_class": [40]}, "labels_per_class: 40; class 0 has only"),
@@ -350,6 +390,22 @@ def test_a_test_class_without_probe_images_is_refused():
 def test_confusion_matrix_has_the_truth_in_rows():
     truth, predicted = torch.tensor([0, 0, 1]).numpy(), torch.tensor([0, 1, 1]).numpy()
     assert scoring.confusion_matrix(predicted, truth, 2) == [[1, 1], [0, 1]]
+
+
+def test_of_many_classes_the_mistakes_are_kept_alone():
+    truth = torch.arange(101).repeat(3).numpy()
+    predicted = truth.copy()
+    predicted[[5, 7, 7 + 101]] = 9, 3, 3
+    shown = ("knn", predicted)
+    found = scoring.confusion(shown, "f1", truth, 101)
+    assert found == {"tap": "f1", "probe": "knn", "labels": "all", "mistakes": [[7, 3, 2], [5, 9, 1]]}
+    found = scoring.confusion(("knn", truth), "f1", truth, 101)
+    assert found is not None
+    assert found["mistakes"] == []
+    found = scoring.confusion(("knn", truth % 100), "f1", truth % 100, 100)
+    assert found is not None
+    assert "mistakes" not in found
+    assert len(found["matrix"]) == len(found["matrix"][0]) == 100
 
 
 def test_loss_cost_measures_both(monkeypatch):

@@ -39,7 +39,7 @@ def draw(labels: Labels, truth: Labels, *, shots: int, count: int, rng: np.rando
     classes = [c for c in known if len(known[c]) >= shots and len(asked[c]) >= QUERIES]
     if len(classes) < WAYS:
         raise ValueError(
-            f"protocols: few-shot needs {WAYS} classes with {shots} labelled and {QUERIES} test images; "
+            f"protocols: few-shot needs {WAYS} classes with {shots} labelled and {QUERIES} test examples; "
             f"got {len(classes)}"
         )
     tasks = []

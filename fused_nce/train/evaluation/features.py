@@ -158,10 +158,11 @@ def raw_pixels(
 
     Of images of more than 32 px they are means: of 32 × 32 parts.
     """
-    grey = all(bool((images == images[:, :1]).all()) for images in splits)
-    side = [min(PIXELS_SIDE, pixels) for pixels in splits[0].shape[2:]]
+    # A part at a time: the comparison of a whole split takes as much memory as its images.
+    grey = all(bool((part == part[:, :1]).all()) for images in splits for part in images.split(256))
+    h, w = (min(PIXELS_SIDE, pixels) for pixels in splits[0].shape[2:])
 
     def numbers(part: Tensor) -> Tensor:
-        return functional.adaptive_avg_pool2d((part[:, :1] if grey else part).float() / 255.0, side).flatten(1)
+        return functional.adaptive_avg_pool2d((part[:, :1] if grey else part).float() / 255.0, (h, w)).flatten(1)
 
     return [torch.cat([numbers(part) for part in images.split(256)]) for images in splits]

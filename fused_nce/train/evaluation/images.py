@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fused_nce.train.data.augment import Normalise
@@ -35,7 +36,8 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
         leave_out_unseen=asked.leave_out_unseen,
     )  # fmt: skip
     asked.look(probe, test)
-    plan = asked.plan(probe.labels, test.labels, probe.classes)
+    classes, known, truth = occurring(probe, test)
+    plan = asked.plan(known, truth, classes)
     rows: list[dict[str, Any]] = []
     measures: list[dict[str, Any]] = []
     kept: dict[str, Any] = {}
@@ -50,22 +52,32 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
         if not kept:  # the trained encoder's first tap comes first
             kept = {"bank": bank, "queries": queries, "shown": found.shown}
     figures = draw_figures(
-        bank=kept["bank"], bank_images=probe.images, bank_labels=probe.labels,
-        queries=kept["queries"], query_images=test.images, query_labels=test.labels, seed=asked.seed,
+        bank=kept["bank"], bank_images=probe.images, bank_labels=known,
+        queries=kept["queries"], query_images=test.images, query_labels=truth, seed=asked.seed,
         neighbours=asked.neighbours,
     )  # fmt: skip
     judged = {
-        "classes": probe.classes,
-        "chance_pct": 100 / len(probe.labels.unique()),  # not every number up to the largest label need be a class
+        "classes": classes,
+        "chance_pct": 100 / len(known.unique()),
         "taps": taps,
         "splits": {"probe": len(probe.labels), "test": len(test.labels)},
         "read": [probe.account, test.account],
         "probes": rows,
         "measures": measures,
-        "confusion": scoring.confusion(kept["shown"], taps[0], plan.truth, len(probe.classes)),
+        "confusion": scoring.confusion(kept["shown"], taps[0], plan.truth, len(classes)),
         "protocol": _protocol(config.data, config.model.image_size, asked),
     }
     return judged, figures
+
+
+def occurring(probe: ImageSet, test: ImageSet) -> tuple[list[str], Tensor, Tensor]:
+    """The classes that images have, and the labels of both splits, (n,) and (m,), by their places among them.
+
+    A label may be any number up to a million: what has a row or column for each number would fill the memory.
+    """
+    seen = torch.cat((probe.labels, test.labels)).unique()
+    known, truth = (torch.searchsorted(seen, split.labels) for split in (probe, test))
+    return [probe.classes[i] for i in seen.tolist()], known, truth
 
 
 def feature_sets(

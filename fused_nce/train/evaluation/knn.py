@@ -62,7 +62,7 @@ def nearest(
 
 def knn_predict(
     bank: Tensor,  # (n, D)
-    labels: Tensor,  # (n,) int64, classes 0..C-1
+    labels: Tensor,  # (n,) int64
     queries: Tensor,  # (m, D)
     *,
     k: int | None = None,
@@ -92,5 +92,10 @@ def knn_predict(
     similarity, index = nearest(bank, queries, neighbours_for(len(bank)) if k is None else k)
     # Shifted by the row's best similarity: the vote is the same, and a small temperature cannot overflow.
     weight = ((similarity - similarity[:, :1]) / temperature).exp()
-    votes = weight.new_zeros(len(queries), int(labels.max()) + 1)
-    return votes.scatter_add_(1, labels[index], weight).argmax(dim=1)
+    classes, numbers = labels.unique(return_inverse=True)  # a column for each class, not for each number up to the last
+    strip = max(1, MAX_DISTANCES // len(classes))
+    votes = (
+        some.new_zeros(len(some), len(classes)).scatter_add_(1, numbers[near], some)
+        for some, near in zip(weight.split(strip), index.split(strip), strict=True)
+    )
+    return classes[torch.cat([found.argmax(dim=1) for found in votes])]

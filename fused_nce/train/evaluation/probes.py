@@ -73,7 +73,7 @@ def hold_out(
         if count < 2 and not single:
             name = called(label, classes)
             raise ValueError(
-                f"labels: class {name} has {count} image; need 2 or more a class to choose on held-out ones"
+                f"labels: class {name} has {count} example; need 2 or more a class to choose on held-out ones"
             )
         rows = rng.permutation(np.flatnonzero(labels == label))
         held.append(rows[: min(count - 1, max(1, round(fraction * count)))])
@@ -98,7 +98,7 @@ def draw(
     for label in np.unique(labels):
         rows = pool[labels[pool] == label]
         if len(rows) < per_class:
-            few = f"class {called(label, classes)} has only {len(rows)} images to draw from"
+            few = f"class {called(label, classes)} has only {len(rows)} examples to draw from"
             raise ValueError(f"labels_per_class: {per_class}; {few}")
         chosen.append(rng.choice(rows, per_class, replace=False))
     return np.sort(np.concatenate(chosen))

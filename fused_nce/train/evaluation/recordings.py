@@ -14,7 +14,7 @@ from fused_nce.train.data.labels import refuse_unseen
 from fused_nce.train.data.recordings import Recordings
 from fused_nce.train.data.shards import MIN_IDS
 from fused_nce.train.evaluation import features, figures, scoring
-from fused_nce.train.evaluation.protocols import FROZEN, LEFT_OUT, PROTOCOLS, described
+from fused_nce.train.evaluation.protocols import FROZEN, LEFT_OUT, PROTOCOLS, Plan, described
 from fused_nce.train.evaluation.scoring import Asked
 from fused_nce.train.machine.host import progress_bar
 
@@ -26,9 +26,8 @@ class Target(NamedTuple):
 
     name: str
     classes: list[str]
-    probe: Tensor  # (n,) of the recordings that the probe is fitted on
-    test: Tensor  # (m,)
     rows: Tensor  # (m,) of the test recordings that it is judged on
+    plan: Plan
 
 
 def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any], figures.Figures]:
@@ -48,15 +47,14 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
     if probe.rate != test.rate:
         raise ValueError(f"data: training recordings have {probe.rate} Hz, test recordings {test.rate}; need one rate")
     asked.look(probe, test)
-    targets, said = find_targets(probe, test, config.data, leave_out_unseen=asked.leave_out_unseen)
-    plans = {target.name: asked.plan(target.probe, target.test, target.classes) for target in targets}
+    targets, said = find_targets(probe, test, config.data, asked)
     rows: list[dict[str, Any]] = []
     first: dict[str, Any] = {}
     for encoder, tap, bank, queries in _feature_sets(model, config, probe, test, asked):
         for target in targets:
             # The log-mel mean is no tap: it stands beside each.
             for shown in [tap] if tap is not None else taps:
-                found = scoring.score(bank, queries[target.rows], plans[target.name], protocols)
+                found = scoring.score(bank, queries[target.rows], target.plan, protocols)
                 rows += [{"encoder": encoder, "tap": f"{shown}, {target.name}"} | row for row in found.rows]
             if not first:
                 first = {"queries": queries[targets[0].rows], "shown": found.shown}
@@ -70,55 +68,72 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
         "splits": {"probe": len(probe.waves), "test": len(test.waves)},
         "read": [probe.account, test.account, *said],
         "probes": sorted(rows, key=lambda row: names.index(row["tap"])),
-        "confusion": scoring.confusion(first["shown"], names[0], plans[main.name].truth, len(main.classes)),
+        "confusion": scoring.confusion(first["shown"], names[0], main.plan.truth, len(main.classes)),
         "protocol": _protocol(asked),
     }
-    return result, figures.Figures(figures.embed(first["queries"], asked.seed), main.test.tolist())
+    return result, figures.Figures(figures.embed(first["queries"], asked.seed), main.plan.truth.tolist())
 
 
-def find_targets(
-    probe: Recordings, test: Recordings, data: str, *, leave_out_unseen: bool = False
-) -> tuple[list[Target], list[str]]:
-    """Every label that all recordings have, in both splits, with 2 classes or more; and a line for what is left out.
-
-    Left out too is what names recordings, not classes: most of many training recordings have one of their own, as of
-    transcripts, or no test recording shares one with them.
+def find_targets(probe: Recordings, test: Recordings, data: str, asked: Asked) -> tuple[list[Target], list[str]]:
+    """The labels asked for, or every one that can be judged; and a line for each that is not, or not whole.
 
     Raises:
-        ValueError: for no such label, or some test classes that no training recording has, unless those are left out.
+        ValueError: for no label to judge, or one of those asked for that cannot be.
     """
-    targets, said = [], []
-    for name in probe.tags:
-        classes = recordings.classes(probe.tags[name])
-        tags = test.tags.get(name, [""] * len(test.waves))
-        missing = [split.count("") for split in (probe.tags[name], tags)]
-        if len(classes) < 2 or any(missing) or not tags:
-            said.append(
-                f"label {name!r} is not evaluated: {len(classes)} classes; {missing[0]} training and {missing[1]} test "
-                "recordings lack it"
-            )
-            continue
-        alone = sum(count == 1 for count in Counter(probe.tags[name]).values())
-        if len(probe.tags[name]) > MIN_IDS and 2 * alone > len(probe.tags[name]):
-            said.append(f"label {name!r} is not evaluated: {alone} training recordings have one of their own")
-            continue
-        truth = test.labels(name, classes)
-        rows, unseen = (truth >= 0).nonzero().flatten(), recordings.classes([t for t in tags if t not in set(classes)])
-        if not len(rows):
-            said.append(f"label {name!r} is not evaluated: no test recording is of a class that training has")
-            continue
-        if unseen and not leave_out_unseen:
-            first = next(i for i, tag in enumerate(tags) if tag == unseen[0])
-            refuse_unseen("recordings", name, unseen, len(tags) - len(rows), test.names[first])
-        if unseen:
-            said.append(f"{name!r}: {len(tags) - len(rows)} test recordings of classes that training lacks left out")
-        targets.append(Target(name, classes, probe.labels(name, classes), truth[rows], rows))
+    targets: list[Target] = []
+    said: list[str] = []
+    refused: list[ValueError] = []
+    for name in asked.labels or probe.tags:
+        if name not in probe.tags:
+            raise ValueError(f"labels: must be of {', '.join(probe.tags) or 'none, as there are none'}; got {name!r}")
+        try:
+            found = _target(name, probe, test, asked)
+        except ValueError as error:
+            refused.append(error)
+            found = str(error).removeprefix("data: ")
+        if isinstance(found, Target):
+            targets.append(found)
+            if left := len(test.waves) - len(found.rows):
+                said.append(f"{name!r}: {left} test recordings of classes that training lacks left out")
+        elif asked.labels:
+            raise ValueError(f"labels: {name!r} cannot be evaluated: {found}")
+        else:
+            said.append(f"label {name!r} is not evaluated: {found}")
+    if not targets and refused:
+        raise refused[0]
     if not targets:
         why = f" ({'; '.join(said)})" if said else ""
         raise ValueError(
             f"data: {data} has no label of 2 or more classes on every recording{why}; need one to evaluate"
         )
     return targets, said
+
+
+def _target(name: str, probe: Recordings, test: Recordings, asked: Asked) -> Target | str:
+    """A label that every recording of both splits has, or why it is none of 2 classes or more.
+
+    Nor is what names recordings, not classes: most of many training recordings have one of their own, as of
+    transcripts, or no test recording shares one with them.
+
+    Raises:
+        ValueError: some test classes that no training recording has, unless those are left out, or a class that is too
+            small for the protocols.
+    """
+    known, tags = probe.tags[name], test.tags.get(name, [""] * len(test.waves))
+    classes, missing = recordings.classes(known), (known.count(""), tags.count(""))
+    if len(classes) < 2 or any(missing) or not tags:
+        return f"{len(classes)} classes; {missing[0]} training and {missing[1]} test recordings lack it"
+    alone = sum(count == 1 for count in Counter(known).values())
+    if len(known) > MIN_IDS and 2 * alone > len(known):
+        return f"{alone} training recordings have one of their own"
+    truth = test.labels(name, classes)
+    rows, unseen = (truth >= 0).nonzero().flatten(), recordings.classes([t for t in tags if t not in set(classes)])
+    if not len(rows):
+        return "no test recording is of a class that training has"
+    if unseen and not asked.leave_out_unseen:
+        refuse_unseen("recordings", name, unseen, len(tags) - len(rows), test.names[tags.index(unseen[0])])
+    called = [f"{text!r} of {name}" for text in classes]
+    return Target(name, classes, rows, asked.plan(probe.labels(name, classes), truth[rows], called))
 
 
 def _feature_sets(

@@ -15,6 +15,9 @@ from fused_nce.train.evaluation.protocols import PROTOCOLS, FeatureSet, Labels, 
 from fused_nce.train.seeded import seeded
 
 TRAINED, PIXELS = "trained", "pixels"  # the encoder of the run, and the tap of no encoder
+DRAWS_VERSION = 2  # how label sets and tasks are drawn; 1, which eval.json did not name, drew all from one generator
+FEW, FEW_SHOT = 1, 2  # what a generator is for
+MOST_DRAWN = 100  # classes of a matrix; that of 10,000 would be 668 MB of JSON
 
 
 class Asked(NamedTuple):
@@ -32,6 +35,7 @@ class Asked(NamedTuple):
         keep: called with all rows so far after each feature set.
         neighbours: images that the pictures show beside each of a few test images.
         look: called with both splits, images or recordings, before anything is computed; it may refuse them.
+        labels: of recordings, those to judge, the first for the pictures; every one that can be judged if left out.
     """
 
     taps: list[str]
@@ -45,6 +49,7 @@ class Asked(NamedTuple):
     keep: Callable[[list[dict[str, Any]]], None]
     neighbours: int = 5
     look: Callable[[Any, Any], None] = lambda probe, test: None
+    labels: list[str] | None = None
 
     def plan(self, labels: Tensor, truth: Tensor, classes: Sequence[str]) -> Plan:
         """The draws of one labelling: see `scoring.plan`."""
@@ -75,6 +80,8 @@ def plan(
 ) -> Plan:
     """Draws what the protocols need: few-label subsets from three quarters of the probe split, and few-shot tasks.
 
+    Each size of either has a generator of its own, so that it is the same whatever else is asked for.
+
     Args:
         labels: (n,) of the probe split.
         truth: (m,) of the test split.
@@ -100,13 +107,13 @@ def plan(
     if len(missing):
         name = called(missing[0], classes)
         raise ValueError(f"labels: test class {name} has no example in the probe split; need every class there")
-    rng = np.random.default_rng(seed)
     single = not any(PROTOCOLS[name].chooses for name in protocols)
-    pool, held = hold_out(known, HELD_OUT, rng, classes, single=single)
+    pool, held = hold_out(known, HELD_OUT, np.random.default_rng(seed), classes, single=single)
     counts = labels_per_class if {"few", "fine-tune"} & set(protocols) else ()
-    few = {count: [draw(known, pool, count, rng, classes) for _ in range(draws)] for count in counts}
-    shots = episodes.SHOTS if "few-shot" in protocols else ()
-    drawn = {shot: episodes.draw(known, tested, shots=shot, count=tasks, rng=rng) for shot in shots}
+    rngs = {count: np.random.default_rng([seed, FEW, count]) for count in counts}
+    few = {count: [draw(known, pool, count, rng, classes) for _ in range(draws)] for count, rng in rngs.items()}
+    rngs = {n: np.random.default_rng([seed, FEW_SHOT, n]) for n in (episodes.SHOTS if "few-shot" in protocols else ())}
+    drawn = {shots: episodes.draw(known, tested, shots=shots, count=tasks, rng=rng) for shots, rng in rngs.items()}
     return Plan(known, tested, few, held, drawn, seed)
 
 
@@ -151,12 +158,14 @@ def score(
 
 
 def confusion(shown: tuple[str, Labels] | None, tap: str, truth: Labels, classes: int) -> dict[str, Any] | None:
-    """Of the probe that is shown: its name, and counts[true][predicted], classes × classes; None without one."""
+    """Of the probe that is shown, if any: counts[true][predicted]; of more than 100 classes the mistakes alone."""
     if shown is None:
         return None
     name, predicted = shown
-    matrix = confusion_matrix(predicted, truth, classes)
-    return {"tap": tap, "probe": name, "labels": "all", "matrix": matrix}
+    found: dict[str, Any] = {"tap": tap, "probe": name, "labels": "all"}
+    if classes > MOST_DRAWN:
+        return found | {"mistakes": mistakes(predicted, truth)}
+    return found | {"matrix": confusion_matrix(predicted, truth, classes)}
 
 
 def confusion_matrix(predicted: Labels, truth: Labels, classes: int) -> list[list[int]]:
@@ -164,3 +173,11 @@ def confusion_matrix(predicted: Labels, truth: Labels, classes: int) -> list[lis
     counts = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(counts, (truth, predicted), 1)
     return [[int(value) for value in row] for row in counts]
+
+
+def mistakes(predicted: Labels, truth: Labels) -> list[list[int]]:
+    """[true, predicted, count] of all that was taken for another class, the commonest first."""
+    wrong = predicted != truth
+    pairs, counts = np.unique(np.stack((truth[wrong], predicted[wrong]), 1), axis=0, return_counts=True)
+    found: list[list[int]] = np.column_stack((pairs, counts))[np.argsort(-counts, kind="stable")].tolist()
+    return found

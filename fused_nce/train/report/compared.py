@@ -66,15 +66,26 @@ def _union(lists: Iterable[list[Any]]) -> list[Any]:
 
 def _note(results: list[dict[str, Any]]) -> str:
     """Caption of the accuracies, and a warning if the runs were evaluated on other images or draws."""
-    keys = ("splits", "labels_per_class", "draws", "tasks", "seed", "leave_out_unseen")
+    keys = ("splits", "labels", "labels_per_class", "draws", "tasks", "seed", "leave_out_unseen")
     lines = [
         f"Accuracy on the test images of {results[0]['data_name']}, each run at its own taps; charts at its first. The "
         "best trained encoder of a column is bold; below each run's tap, the better of its untrained encoders."
     ]
     differing = [key for key in keys if len({str(result.get(key) or None) for result in results}) > 1]
+    if len({str(how) for result in results if (how := _drawn(result))}) > 1:
+        differing.append("how labels were drawn")
     if differing:
         lines.append(f"Beware: the evaluations differ in {', '.join(differing)}; evaluate the runs alike.")
     return " ".join(lines)
+
+
+def _drawn(result: dict[str, Any]) -> Any:
+    """What its draws hang on beside those settings; nothing where it has none.
+
+    Earlier versions, which do not name theirs, drew all from one generator, so that each draw hung on what was asked.
+    """
+    asked = [name for name in ("few", "few-shot", "fine-tune") if name in result.get("protocols", ())]
+    return asked and result.get("draws_version", asked)
 
 
 def _short(name: str) -> str:

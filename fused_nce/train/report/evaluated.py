@@ -171,12 +171,12 @@ def _closer(result: dict[str, Any], figures: Figures) -> list[Card]:
 
 
 def _confusion(result: dict[str, Any]) -> Markup:
-    classes, matrix = result["classes"], result["confusion"]["matrix"]
-    if len(classes) <= 100:
-        return plots.confusion(matrix, classes)
-    worst = sorted(((v, i, j) for i, row in enumerate(matrix) for j, v in enumerate(row) if i != j and v), reverse=True)
+    classes, confusion = result["classes"], result["confusion"]
+    if "matrix" in confusion:
+        return plots.confusion(confusion["matrix"], classes)
     items = Markup().join(
-        Markup("<li>{} taken for {}: {}</li>").format(classes[i], classes[j], v) for v, i, j in worst[:20]
+        Markup("<li>{} taken for {}: {}</li>").format(classes[i], classes[j], v)
+        for i, j, v in confusion["mistakes"][:20]
     )
     note = f"{len(classes):,} classes are too many to draw; the twenty commonest mistakes:"
     return Markup("<p>{}</p><ul>{}</ul>").format(note, items)
