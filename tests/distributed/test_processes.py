@@ -222,8 +222,8 @@ def test_all_gather_and_its_two_derivatives(found):
 def late(rank: int, ring: bool, own: bool) -> tuple[str, float]:
     """The second process comes after the first has given up, by the group's own limit or that of the call."""
     q, k = features(rank)
-    limit = timedelta(seconds=1) if own else None
-    group = Processes(dist.new_group(timeout=limit), ring=ring, timeout_s=None if own else 1.0)
+    members: Any = dist.new_group(timeout=timedelta(seconds=1) if own else None)
+    group = Processes(members, ring=ring, timeout_s=None if own else 1.0)
     if rank:
         time.sleep(3)
     start = time.monotonic()
