@@ -134,8 +134,10 @@ def load_labelled(
         labels = torch.as_tensor(source.labels)
         rows = (labels >= 0).nonzero().flatten()
         if len(labels[rows].unique()) < (2 if split == "probe" else 1):  # a number up to the largest may be no class
+            json = isinstance(source, ImageSource) and ".json members" in source.samples.account.kinds
+            hint = "; of images no .json member is read, so write .cls members" if json else ""
             raise ValueError(
-                f"data: the {split} split of {data} has no labels of 2 or more classes; need them to evaluate"
+                f"data: the {split} split of {data} has no labels of 2 or more classes; need them to evaluate{hint}"
             )
         found.append(_some(source, rows, split, image_size, augment, seed=seed, limit_mb=limit_mb))
     return found[0], found[1]

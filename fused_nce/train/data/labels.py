@@ -40,9 +40,14 @@ def of_text(text: str) -> str:
 
 
 def of_value(value: object) -> str | None:
-    """A label of a JSON field; None for what is none. A string stays as it is: a speaker "007" is not the seventh."""
+    """A label of a JSON field, nothing for −1; None for what is none.
+
+    A string stays as it is: a speaker "007" is not the seventh.
+    """
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    if value == -1:
+        return ""
     return printable(unicodedata.normalize("NFC", str(value).strip())) if isinstance(value, str | int) else None
 
 

@@ -14,8 +14,8 @@ from fused_nce.train.data.account import Account
 # Those of torchvision's ImageFolder.
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp")
 PACKED = ("gz", "bz2", "xz", "zst")
-# Those that webdataset decodes as integers, the first that a sample has is its label.
-LABEL_SUFFIXES = ("cls", "cls2", "index", "inx", "id")
+# Those that webdataset writes as integers, without `count`; the first that a sample has is its label.
+LABEL_SUFFIXES = ("cls", "class", "cls2", "index", "inx", "id")
 IMAGE, RECORDING, LABEL, FIELDS = "images", "recordings", "labels", "fields"
 KINDS = {
     **dict.fromkeys(IMAGE_SUFFIXES, IMAGE),

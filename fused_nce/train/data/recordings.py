@@ -140,7 +140,7 @@ def _described(name: str, values: list[str]) -> str:
 
 def classes(values: list[str]) -> list[str]:
     """The different ones, numbers in their order."""
-    return sorted(set(values) - {""}, key=lambda v: (not v.isdigit(), int(v) if v.isdigit() else 0, v))
+    return sorted(set(values) - {""}, key=lambda v: (not v.isdecimal(), int(v) if v.isdecimal() else 0, v))
 
 
 def scaled(
