@@ -2,7 +2,6 @@
 
 import io
 import logging
-from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -14,11 +13,12 @@ from torchvision.transforms.v2 import functional as TF
 
 from fused_nce.train.data import celeba
 from fused_nce.train.data.account import Account, some
-from fused_nce.train.data.folders import SPLIT_FOLDERS, FolderSamples, walk
+from fused_nce.train.data.folders import FolderSamples, walk
 from fused_nce.train.data.labels import CLASSES_FILE, Classes
 from fused_nce.train.data.listing import Listing
 from fused_nce.train.data.members import IMAGE, Name, Samples, hidden, unread
-from fused_nce.train.data.shards import ShardSamples, find_shards, shards_in
+from fused_nce.train.data.shards import ShardSamples
+from fused_nce.train.data.splits import Shards, find_shards, shards_in
 from fused_nce.train.files import printable
 
 log = logging.getLogger("fused_nce")
@@ -60,16 +60,30 @@ def open_samples(data: str, split: str, kind: str, *, hold: bool = True) -> Samp
             f"data: {data} holds shards ({shards[0].name}) and {kind} in folders ({both}); "
             "name the shards by a glob, or move either away"
         )
-    samples = ShardSamples(find_shards(data, wanted), kind, hold=hold)
+    found = find_shards(data)
+    samples = _shard_samples(data, found, wanted, kind, hold)
+    for entry in found.aside if shards or wanted == "train" else []:
+        samples.account.leave_out("shards of no split" if shards else "shards of another split", str(entry))
     for entry in sorted(path.iterdir()) if shards else []:
-        if (
-            entry in shards
-            and entry not in samples.shards
-            and not entry.name.startswith(tuple(chain(*SPLIT_FOLDERS.values())))
-        ):
-            samples.account.leave_out("shards of no split", str(entry))
-        elif entry not in shards and entry.is_file() and entry.name != CLASSES_FILE:
+        if entry not in shards and entry.is_file() and entry.name != CLASSES_FILE:
             samples.account.leave_out(unread(Name.of(entry.name), "files"), str(entry))
+    return samples
+
+
+def _shard_samples(data: str, found: Shards, split: str, kind: str, hold: bool) -> ShardSamples:
+    """Of a split; where several are there to test on, of the first, or of the first with labels."""
+    groups = found.tests if split == "test" else [found.train]
+    if not any(groups):
+        must = "test-*.tar or val*.tar" if split == "test" else "train-*.tar"
+        raise ValueError(f"data: no {split} shards at {data}; there must be {must}, or .tar.gz or .tgz")
+    samples = ShardSamples(groups[0], kind, hold=hold)
+    for other in groups[1:]:
+        left = other
+        if not (any(samples.texts) or any(samples.fields)):
+            second = ShardSamples(other, kind, hold=hold)
+            if any(second.texts) or any(second.fields):
+                samples, left = second, samples.shards
+        samples.account.leave_out(f"other shards to {split} on", str(left[0]), len(left))
     return samples
 
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fused_nce.train.data.members import hidden
 from fused_nce.train.files import printable, write_text
 
 log = logging.getLogger("fused_nce")
@@ -38,11 +39,29 @@ class Listing:
         self.root, self.file, self.started = root, _file(root), time.perf_counter()
         self.known = _read(self.file)
         self.found: dict[str, Any] = {}
-        self.files = self.anew = 0
+        self.anew = 0
 
     def entries(self, folder: str) -> tuple[tuple[int, int], list[tuple[str, str]]]:
         """Device and inode of a folder, and its (name, kind), sorted by name."""
+        here, kept = self._look(folder)
+        both = [(name, FILE) for name in kept["files"]]
+        if kept["rest"]:
+            both = sorted([*both, *((name, kind) for name, kind in kept["rest"])])
+        return (here.st_dev, here.st_ino), both
+
+    def folders(self, folder: str) -> list[str]:
+        """The names of the folders in one, hidden ones left out, and of links to some; sorted."""
+        _, kept = self._look(folder)
+        return sorted(
+            name
+            for name, kind in kept["rest"]
+            if not hidden(name) and FOLDER in (kind, kind == LINK and followed(f"{folder}/{name}"))
+        )
+
+    def _look(self, folder: str) -> tuple[os.stat_result, dict[str, Any]]:
         here, key = os.stat(folder), folder[len(str(self.root)) :]  # however the root was called
+        if key in self.found:
+            return here, self.found[key]
         place = [here.st_dev, here.st_ino, here.st_mtime_ns, here.st_ctime_ns]
         kept = self.known.get(key)
         if kept is None or kept["place"] != place:  # fault: listing-of-another-time
@@ -56,15 +75,12 @@ class Listing:
             if time.time_ns() - here.st_ctime_ns < TOO_NEW_NS:
                 kept["place"] = None
         self.found[key] = kept
-        self.files += len(kept["files"])
-        both = [(name, FILE) for name in kept["files"]]
-        if kept["rest"]:
-            both = sorted([*both, *((name, kind) for name, kind in kept["rest"])])
-        return (here.st_dev, here.st_ino), both
+        return here, kept
 
     def close(self) -> None:
         """Remember the tree if it is large, and say in a line how long it took."""
-        if self.files < MIN_FILES:
+        files = sum(len(kept["files"]) for kept in self.found.values())
+        if files < MIN_FILES:
             return
         kept = "not remembered"
         if self.file is not None:
@@ -81,7 +97,7 @@ class Listing:
                 kept = f"not remembered: {error}"
         log.info(
             "%s: %s files in %s folders listed in %.1f s, %s of these read anew (%s)", printable(self.root),
-            f"{self.files:,}", f"{len(self.found):,}", time.perf_counter() - self.started, f"{self.anew:,}", kept,
+            f"{files:,}", f"{len(self.found):,}", time.perf_counter() - self.started, f"{self.anew:,}", kept,
         )  # fmt: skip
 
 

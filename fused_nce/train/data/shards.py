@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import glob
 import json
 import os
 import posixpath
-import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from fused_nce.train.data import labels
-from fused_nce.train.data.folders import SHARD_SUFFIXES, SPLIT_FOLDERS
 from fused_nce.train.data.members import BESIDE, FIELDS, KINDS, LABEL_SUFFIXES, Name, Samples, hidden, unread
 from fused_nce.train.files import printable
 
@@ -25,29 +22,6 @@ MIN_IDS = 100  # so many samples, all with another number in `.id`: it counts th
 
 # Where a member's bytes are: offset and number, the bytes themselves, or the member that a link leads to.
 Place = tuple[int, int] | bytes | str
-
-
-def find_shards(pattern: str, split: str) -> list[Path]:
-    """The shards of a split, sorted: of a folder, or of a glob, in whose last part "train" stands for the split."""
-    path, names = Path(pattern), SPLIT_FOLDERS[split]
-    if path.is_dir():
-        shards = shards_in(path)
-        found = [p for p in shards if p.name.startswith(names)]
-        if not found and split == "train":  # all but another split's
-            found = [p for p in shards if not re.match(rf"({'|'.join(SPLIT_FOLDERS['test'])})(?![a-z])", p.name)]
-    else:
-        base = path.name
-        options = [base] if split == "train" else [base.replace("train", name) for name in names if "train" in base]
-        matches = (Path(p) for option in options for p in glob.glob(str(path.parent / option)))
-        found = sorted(p for p in matches if p.name.endswith(SHARD_SUFFIXES))
-    if not found:
-        raise ValueError(f"data: no {split} shards at {pattern}; a folder must hold {names[0]}-*.tar or .tar.gz files")
-    return found
-
-
-def shards_in(folder: Path) -> list[Path]:
-    """Those of all splits, sorted."""
-    return sorted(p for p in folder.iterdir() if p.name.endswith(SHARD_SUFFIXES) and not hidden(p.name))
 
 
 class _Member(tarfile.TarInfo):
@@ -268,7 +242,7 @@ class ShardSamples(Samples):
             text = labels.of_value(value)
             if text is None:
                 self.account.leave_out(f"fields {printable(name)} that hold no label", where)
-            else:
+            elif text:
                 found[printable(name)] = text
         return found
 
