@@ -162,7 +162,7 @@ class RunConfig:
         workers: processes that read images that are not held in memory.
         memory_limit_mb: a data set that takes less as uint8 is decoded once and held; under the geometry "crop" only
             if all images have the model's size already, and they are then drawn from the run's generator, not from a
-            seed of each.
+            seed of each. Recordings are always held, as int16, and those that take more are refused.
         tensorboard: write TensorBoard events too, if it is installed.
         wandb: project of Weights & Biases to log to as well; null for none.
         threads: of a process; "auto": as many as other processes leave cores free, at most OMP_NUM_THREADS, or all

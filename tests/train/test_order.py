@@ -94,7 +94,7 @@ def test_held_or_read_the_images_are_the_same_and_the_system_is_asked_for_whole_
         assert torch.equal(ours.images, theirs.images)
         assert torch.equal(ours.indices, theirs.indices)
         drawn += ours.indices.tolist()
-    for shard, *_, (place, size) in (streamed.source.samples.entries[i] for i in drawn):
+    for shard, place, size in map(streamed.source.samples.place, drawn):
         stretches = [(a, b) for inode, a, b in asked if inode == shard.stat().st_ino]
         assert any(a <= place and place + size <= a + b for a, b in stretches)
     assert len(asked) <= 3 + 15  # a stretch of each shard, and the rest by batches

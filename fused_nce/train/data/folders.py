@@ -12,6 +12,7 @@ from fused_nce.train.data.labels import of_folder
 from fused_nce.train.data.listing import FILE, FOLDER, LINK, Listing, followed
 from fused_nce.train.data.members import KINDS, Name, Samples, hidden, unread
 from fused_nce.train.data.splits import SHARD_SUFFIXES, TESTS, TRAIN, alike, is_split, split_of
+from fused_nce.train.data.texts import Texts
 from fused_nce.train.files import printable
 
 SPLIT_FOLDERS = {"train": (TRAIN,), "test": TESTS}
@@ -28,7 +29,7 @@ class FileSamples(Samples):
 
     def __init__(self, folder: Path, kind: str) -> None:
         super().__init__(kind)
-        self.folder, self.inner = folder, list[str]()
+        self.folder, self.inner = folder, Texts()
 
     def name(self, index: int) -> str:
         return f"{self.folder}/{self.inner[index]}"
@@ -42,9 +43,12 @@ class FileSamples(Samples):
         with open(self.name(index), "rb") as file:
             return file.read(-1 if most is None else most)
 
+    def size(self, index: int) -> int:
+        return os.path.getsize(self.name(index))
+
     def keep(self, rows: list[int]) -> None:
         super().keep(rows)
-        self.inner = [self.inner[i] for i in rows]
+        self.inner = Texts(self.inner[i] for i in rows)
 
 
 class FolderSamples(FileSamples):

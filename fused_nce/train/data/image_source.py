@@ -173,10 +173,19 @@ class ImageSource:
 
 
 class Damage:
-    """Counts what cannot be read and puts the next good one in its place, so that batches stay full."""
+    """Counts what cannot be read and puts the next good one in its place, so that batches stay full.
 
-    def __init__(self, total: int, kind: str = IMAGE) -> None:
-        self.total, self.kind, self.bad = total, kind, set[int]()
+    Args:
+        total: images or recordings of the set.
+        kind: which of them.
+        said: warn of them; a reader tells its loader instead, which warns once for all readers.
+
+    Attributes:
+        bad: index and reason of each.
+    """
+
+    def __init__(self, total: int, kind: str = IMAGE, *, said: bool = True) -> None:
+        self.total, self.kind, self.said, self.bad = total, kind, said, dict[int, str]()
 
     @property
     def count(self) -> int:
@@ -200,9 +209,9 @@ class Damage:
     def report(self, index: int, what: str) -> None:
         if index in self.bad:
             return
-        self.bad.add(index)
+        self.bad[index] = what
         thing, what = self.kind[:-1], printable(what)
-        if self.count == 1 or self.count % 1000 == 0:
+        if self.said and (self.count == 1 or self.count % 1000 == 0):
             log.warning("damaged %s %d, replaced by the next one: %s", thing, self.count, what)
         if self.count > MAX_DAMAGED * self.total:
             raise ValueError(f"data: {self.count} of {self.total} {self.kind} are damaged, above 1 %; the last: {what}")

@@ -223,11 +223,12 @@ class Loader:
             yield Batch(images, self.held.labels[chosen], chosen)
             position += 1
 
-    def _batch(self, read: tuple[Tensor, Tensor, Tensor]) -> Batch:
+    def _batch(self, read: tuple[Tensor, Tensor, Tensor, Sequence[str]]) -> Batch:
         assert self.source is not None
-        images, indices, asked = read
-        for index in asked[asked != indices].tolist():
-            self.damage.report(index, self.source.samples.name(index))
+        images, indices, asked, damage = read
+        for index, why in zip(asked.tolist(), damage, strict=True):
+            if why:
+                self.damage.report(index, why)
         return Batch(images, torch.tensor([self.source.labels[i] for i in indices.tolist()]), indices)
 
 
@@ -252,7 +253,7 @@ class Keys:
             position += 1
 
 
-class Reader(Dataset[tuple[Tensor, int, int]]):
+class Reader(Dataset[tuple[Tensor, int, int, str]]):
     """Reads, decodes and, if the geometry is "crop", cuts the views from the whole image.
 
     Args:
@@ -274,13 +275,14 @@ class Reader(Dataset[tuple[Tensor, int, int]]):
         side: Callable[[int], int] | None = None,
     ) -> None:
         self.augment, self.size, self.views, self.seed, self.side = augment, size, views, seed, side
-        self.source, self.damage = source, Damage(len(source or ()))
+        self.source, self.damage = source, Damage(len(source or ()), said=False)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, str]:
+        """The image of a (position, index), its own index, the one asked for, and what is amiss with that."""
         position, asked = key
         assert self.source is not None
         image, index = self.damage.read(self.source, asked)
-        return self.prepare(image, position, asked), index, asked
+        return self.prepare(image, position, asked), index, asked, self.damage.bad.get(asked, "")
 
     def prepare(self, image: Tensor, position: int, asked: int) -> Tensor:
         """What a batch at a position has of an image."""

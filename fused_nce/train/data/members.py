@@ -69,6 +69,9 @@ class Attributes(NamedTuple):
 class Samples:
     """Files of one kind by index, each with its label as text.
 
+    Of each sample there are numbers and bytes in arrays, and references to what it shares with others; no object of its
+    own, which every forked reader would copy (`texts.Texts`).
+
     Attributes:
         kind: `IMAGE` or `RECORDING`.
         texts: the label of each, "" where it has none.
@@ -107,6 +110,10 @@ class Samples:
 
     def content(self, index: int, most: int | None = None) -> bytes:
         """The file, or its first `most` bytes."""
+        raise NotImplementedError
+
+    def size(self, index: int) -> int:
+        """Bytes of the file."""
         raise NotImplementedError
 
     def runs(self) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from fused_nce.train.data import wav
 from fused_nce.train.data.account import some
 from fused_nce.train.data.image_source import Damage, open_samples
+from fused_nce.train.data.images import DEFAULT_LIMIT_BYTES
 from fused_nce.train.data.labels import Classes
 from fused_nce.train.data.loader import Batch, Order
 from fused_nce.train.data.members import RECORDING
@@ -41,6 +43,7 @@ class WavSource:
         samples: their files.
         tags: the labels as text, of every recording, by name; "" where one has none.
         rate: samples a second, of most of the recordings.
+        decoded_bytes: what all take as int16, by their headers.
 
     Raises:
         ValueError: for data that cannot be read, or two labels of one name.
@@ -59,14 +62,13 @@ class WavSource:
             known.append(fields | own)
         names = list(dict.fromkeys(name for found in known for name in found))
         self.tags = {name: [found.get(name, "") for found in known] for name in names}
-        rates = Counter(rate for i in range(len(samples)) if (rate := self._rate(i)))
+        rates, self.decoded_bytes = Counter[int](), 0
+        for i in range(len(samples)):
+            with suppress(ValueError, OSError):  # counted when it is read
+                header = wav.read_header(samples.content(i, wav.HEADER_BYTES))
+                rates[header.rate] += header.rate > 0
+                self.decoded_bytes += header.decoded_bytes(samples.size(i))
         self.rate = max(rates, key=lambda rate: (rates[rate], rate), default=0)
-
-    def _rate(self, index: int) -> int:
-        try:
-            return wav.read_header(self.samples.content(index, wav.HEADER_BYTES)).rate
-        except (ValueError, OSError):
-            return 0  # counted when it is read
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -111,13 +113,24 @@ class Recordings:
         return torch.tensor([number.get(text, -1) for text in self.tags[name]])
 
 
-def load(data: str, split: str) -> Recordings:
+def load(data: str, split: str, *, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> Recordings:
     """Decode one split into memory; "probe" is the training split.
 
+    Args:
+        data: see `open_samples`.
+        split: "train", "probe" or "test".
+        limit_bytes: refuse a split that takes more as int16, before any of it is decoded.
+
     Raises:
-        ValueError: if the shards or their recordings cannot be used, or more than 1 % of them are damaged.
+        ValueError: if the shards or their recordings cannot be used, more than 1 % of them are damaged, or they take
+            more than the limit.
     """
     source = WavSource(data, split)
+    if source.decoded_bytes > limit_bytes:
+        raise ValueError(
+            f"data: {data}, {split}: {len(source):,} recordings take {-(-source.decoded_bytes >> 20)} MB as int16; "
+            f"memory_limit_mb must be as large, got {limit_bytes >> 20}"
+        )
     samples, damage = source.samples, Damage(len(source), RECORDING)
     waves, used = zip(*(damage.read(source, i) for i in range(len(source))), strict=True)
     tags = {name: [values[i] for i in used] for name, values in source.tags.items()}
@@ -143,19 +156,29 @@ def classes(values: list[str]) -> list[str]:
     return sorted(set(values) - {""}, key=lambda v: (not v.isdecimal(), int(v) if v.isdecimal() else 0, v))
 
 
+def unit(
+    recording: Tensor,  # (samples,) int16
+    level: float | None,
+) -> Tensor:  # () float32
+    """What becomes 1: `level`, a share of full scale; or, if it is None, the recording's own root mean square."""
+    if level is not None:
+        return torch.tensor(level)
+    return (recording.float() / FULL_SCALE).square().mean().sqrt().clamp(min=1 / FULL_SCALE)
+
+
 def scaled(
     recording: Tensor,  # (samples,) int16
     level: float | None,
 ) -> Tensor:  # (samples,) float32
-    """In units of `level`, a share of full scale; or, if it is None, of the recording's own root mean square."""
-    x = recording.float() / FULL_SCALE
-    return x / (x.square().mean().sqrt().clamp(min=1 / FULL_SCALE) if level is None else level)
+    """In units of `unit`."""
+    return recording.float() / FULL_SCALE / unit(recording, level)
 
 
 class WindowLoader:
     """Windows at random places of recordings, in the form of `loader.Loader`; a shorter recording ends in zeros.
 
-    Order and places depend on seed and position alone, so that a run resumes exactly.
+    Order and places depend on seed and position alone, so that a run resumes exactly. Recordings are held as int16; a
+    window is scaled when it is cut.
 
     Args:
         data: a folder or shards.
@@ -164,15 +187,24 @@ class WindowLoader:
         seed: of the order and the places.
         rank: of this process.
         world: processes.
+        limit_bytes: refuse recordings that take more.
     """
 
     def __init__(
-        self, data: str, windows: WindowConfig, local_batch: int, *, seed: int, rank: int = 0, world: int = 1
+        self,
+        data: str,
+        windows: WindowConfig,
+        local_batch: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        limit_bytes: int = DEFAULT_LIMIT_BYTES,
     ) -> None:
-        a, held = windows, load(data, "train")
+        a, held = windows, load(data, "train", limit_bytes=limit_bytes)
         if a.label is not None and a.label not in held.tags:
             raise ValueError(f"augment.label: must be null or one of {', '.join(held.tags)}, got {a.label}")
-        self.waves = [scaled(x, a.level) for x in held.waves]
+        self.waves, self.units = held.waves, torch.stack([unit(x, a.level) for x in held.waves])
         self.window, self.seed = a.window, seed
         self.count, self.damaged, self.rate = len(self.waves), held.damaged, held.rate
         self.account, self.digest = held.account, held.digest
@@ -195,10 +227,11 @@ class WindowLoader:
             drawn = torch.rand(len(chosen) * self.order.world, generator=generator)  # the same, whoever shares them
             places = drawn.chunk(self.order.world)[self.order.rank].tolist()  # fault: windows-of-processes
             windows = [self._cut(self.waves[i], place) for i, place in zip(chosen.tolist(), places, strict=True)]
-            yield Batch(torch.stack(windows), self.labels[chosen], chosen)
+            scaled_windows = torch.stack(windows).float() / FULL_SCALE / self.units[chosen, None]
+            yield Batch(scaled_windows, self.labels[chosen], chosen)
             position += 1
 
-    def _cut(self, wave: Tensor, place: float) -> Tensor:
+    def _cut(self, wave: Tensor, place: float) -> Tensor:  # (window,) int16
         spare = len(wave) - self.window
         if spare <= 0:
             return torch.nn.functional.pad(wave, (0, -spare))

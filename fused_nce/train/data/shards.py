@@ -7,6 +7,7 @@ import json
 import os
 import posixpath
 import tarfile
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import groupby
@@ -14,13 +15,17 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fused_nce.train.data import labels
 from fused_nce.train.data.members import BESIDE, FIELDS, KINDS, LABEL_SUFFIXES, Name, Samples, hidden, unread
+from fused_nce.train.data.texts import Texts
 from fused_nce.train.files import printable
 
 MIN_IDS = 100  # so many samples, all with another number in `.id`: it counts them
 
 # Where a member's bytes are: offset and number, the bytes themselves, or the member that a link leads to.
+# Offsets among the contents that are held are negative: ~0, ~1 …
 Place = tuple[int, int] | bytes | str
 
 
@@ -66,18 +71,25 @@ class ShardSamples(Samples):
         super().__init__(kind)
         self.shards, self.hold, self.numbered = list(shards), hold, True
         self.class_names = labels.read_names(self.shards[0].parent)
-        self.entries: list[tuple[Path, str, str, tuple[int, int] | bytes]] = []  # shard, stem, suffix, place
+        self.names, self.held = Texts(), bytearray()  # stem and suffix of each; contents that no shard gives by offset
+        self.places = np.zeros((0, 3), np.int64)  # number of the shard, offset, size
         found: list[dict[str, str]] = []  # of each sample, labels by suffix
+        self._same: dict[Any, Any] = {}  # what is equal in many samples is one object
+        rows = array("q")
         with _uncollected():
-            for shard in self.shards:
-                self._index(shard, found)
-        if not self.entries:
+            for number, shard in enumerate(self.shards):
+                for place in self._index(shard, found):
+                    rows.extend((number, *place))
+        if not self.names:
             raise ValueError(f"data: no {kind[:-1]} in {', '.join(map(str, self.shards))}{self.account.aside()}")
-        self.label_suffixes = self._choose(found)
-        for each in found:
-            self.texts.append(next((each[suffix] for suffix in self.label_suffixes if suffix in each), ""))
+        self.places = np.array(rows).reshape(-1, 3)
+        self._let_go()
+        chosen = self._choose(found)
+        self.label_suffixes = [next((s for s in chosen if s in each), "") for each in found]  # of each sample
+        self.texts = [each.get(suffix, "") for each, suffix in zip(found, self.label_suffixes, strict=True)]
+        del self._same
 
-    def _index(self, shard: Path, found: list[dict[str, str]]) -> None:
+    def _index(self, shard: Path, found: list[dict[str, str]]) -> Iterator[tuple[int, int]]:
         zipped = not shard.name.endswith(".tar")
         places: dict[str, Place] = {}
         members: list[tuple[Name, Place]] = []
@@ -99,7 +111,10 @@ class ShardSamples(Samples):
                     if member.isreg():
                         place: Place = member.offset_data, member.size
                         if read and (zipped or not main or member.issparse()):
-                            place = _content(tar, member) if self.hold or not main else b""
+                            place = content = _content(tar, member) if self.hold or not main else b""
+                            if main:
+                                place = ~len(self.held), len(content)
+                                self.held += content
                     elif member.islnk():
                         place = posixpath.normpath(member.linkname)
                     elif member.issym():
@@ -117,10 +132,15 @@ class ShardSamples(Samples):
         except Exception as error:  # a broken archive makes tarfile and zlib raise errors of many types
             raise ValueError(f"data: shard {shard} cannot be read: {error}") from error
         for sample in self._group(shard, members):
-            entry = self._entry(shard, sample, places)
-            if entry is not None:
-                self.entries.append(entry)
-                self._read_labels(shard, sample, places, found)
+            assert sample.main is not None
+            place = _follow(sample.main, places)
+            if place is None:
+                what = f"{shard}:{sample.stem}.{sample.main_suffix}"
+                self.account.leave_out("links to what the shard lacks", what)
+                continue
+            self.names.append(f"{sample.stem}.{sample.main_suffix}")
+            self._read_labels(shard, sample, places, found)
+            yield place
 
     def _check_end(self, shard: Path, tar: Any, zipped: bool) -> None:
         ended = getattr(tar, "ended", "EOFHeaderError")
@@ -197,16 +217,6 @@ class ShardSamples(Samples):
             raise ValueError(f"data: {printable(where)} comes twice, with {first!r:.40} and with {second!r:.40}")
         self.account.leave_out("members that come twice", where)
 
-    def _entry(
-        self, shard: Path, sample: _Sample, places: dict[str, Place]
-    ) -> tuple[Path, str, str, tuple[int, int] | bytes] | None:
-        assert sample.main is not None
-        place = _follow(sample.main, places)
-        if place is None:
-            self.account.leave_out("links to what the shard lacks", f"{shard}:{sample.stem}.{sample.main_suffix}")
-            return None
-        return shard, sample.stem, sample.main_suffix, place
-
     def _read_labels(self, shard: Path, sample: _Sample, places: dict[str, Place], found: list[dict[str, str]]) -> None:
         texts: dict[str, str] = {}
         fields: dict[str, str] = {}
@@ -216,7 +226,7 @@ class ShardSamples(Samples):
             if place is None:
                 self.account.leave_out("links to what the shard lacks", where)
                 continue
-            content = place if isinstance(place, bytes) else _read(shard, place)
+            content = place if isinstance(place, bytes) else self._read(shard, *place)
             try:
                 if KINDS[suffix] == FIELDS:
                     fields |= self._fields(content, where)
@@ -230,8 +240,13 @@ class ShardSamples(Samples):
             if suffix in LABEL_SUFFIXES[1:] and not labels.INTEGER.fullmatch(texts[suffix] or "-1"):
                 del texts[suffix]
                 self.account.leave_out(f".{suffix} members that hold no integer", where)
-        found.append(texts)
-        self.fields.append(fields)
+        found.append(self._shared(texts))
+        self.fields.append(self._shared(fields))
+
+    def _shared(self, texts: dict[str, str]) -> dict[str, str]:
+        known = {name: self._same.setdefault(text, text) for name, text in texts.items()}
+        shared: dict[str, str] = self._same.setdefault(tuple(known.items()), known)
+        return shared
 
     def _fields(self, content: bytes, where: str) -> dict[str, str]:
         values = json.loads(content.decode("utf-8-sig"))
@@ -257,46 +272,72 @@ class ShardSamples(Samples):
             ids = suffix != "cls" and len({found[i][suffix] for i in having}) == len(having) > MIN_IDS
             if beside or ids:
                 why = "beside another label" if beside else "that differ in every sample"
-                shard, stem, *_ = self.entries[having[0]]
-                self.account.leave_out(f".{suffix} members {why}", f"{shard}:{stem}.{suffix}", len(having))
+                self.account.leave_out(f".{suffix} members {why}", f"{self.name(having[0])}.{suffix}", len(having))
             else:
                 chosen.append(suffix)
-        self.having = found
         return chosen
 
+    def place(self, index: int) -> tuple[Path, int, int]:
+        """Shard, offset and bytes of a sample; a negative offset is one among the contents that are held."""
+        shard, at, size = self.places[index].tolist()
+        return self.shards[shard], at, size
+
     def name(self, index: int) -> str:
-        shard, stem, *_ = self.entries[index]
-        return f"{shard}:{stem}"
+        return f"{self.place(index)[0]}:{self.names[index].rpartition('.')[0]}"
 
     def label_name(self, index: int) -> str:
-        suffix = next((s for s in self.label_suffixes if s in self.having[index]), LABEL_SUFFIXES[0])
-        return f"{printable(self.name(index))}.{suffix}"
+        return f"{printable(self.name(index))}.{self.label_suffixes[index] or LABEL_SUFFIXES[0]}"
 
     def short_name(self, index: int) -> str:
-        shard, stem, suffix, _ = self.entries[index]
-        return f"{shard.name}:{stem}.{suffix}"
+        return f"{self.place(index)[0].name}:{self.names[index]}"
 
     def content(self, index: int, most: int | None = None) -> bytes:
-        shard, *_, place = self.entries[index]
-        if isinstance(place, bytes):
-            return place[:most]
-        return _read(shard, place if most is None else (place[0], min(place[1], most)))
+        shard, at, size = self.place(index)
+        return self._read(shard, at, size if most is None else min(size, most))
+
+    def size(self, index: int) -> int:
+        return self.place(index)[2]
+
+    def _read(self, shard: Path, at: int, size: int) -> bytes:
+        if at < 0:
+            return bytes(memoryview(self.held)[~at : ~at + size])
+        with shard.open("rb") as file:
+            file.seek(at)
+            return file.read(size)
 
     def runs(self) -> list[int]:
-        return [len(list(same)) for _, same in groupby(self.entries, itemgetter(0))]
+        return [len(list(same)) for _, same in groupby(self.places[:, 0].tolist())]
 
     def ahead(self, indices: list[int]) -> None:
         """Ask the system to read the stretch of each shard that they lie in, as a whole, into its own cache."""
-        for shard, same in groupby((self.entries[i] for i in indices), itemgetter(0)):
-            places = [place for *_, place in same if not isinstance(place, bytes)]
-            if places and hasattr(os, "posix_fadvise"):
-                start, end = min(at for at, _ in places), max(at + size for at, size in places)
-                with suppress(OSError), shard.open("rb") as file:  # advice: reading itself will tell
+        lying = (place for place in self.places[indices].tolist() if place[1] >= 0)
+        for shard, same in groupby(lying, itemgetter(0)):
+            stretches = [(at, at + size) for _, at, size in same]
+            if hasattr(os, "posix_fadvise"):
+                start, end = min(stretches)[0], max(end for _, end in stretches)
+                with suppress(OSError), self.shards[shard].open("rb") as file:  # advice: reading itself will tell
                     os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
     def keep(self, rows: list[int]) -> None:
         super().keep(rows)
-        self.entries, self.having = [self.entries[i] for i in rows], [self.having[i] for i in rows]
+        self.names, self.places = Texts(self.names[i] for i in rows), self.places[rows]
+        self.label_suffixes = [self.label_suffixes[i] for i in rows]
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of the contents that are held, those that no sample has."""
+        held = (self.places[:, 1] < 0).nonzero()[0].tolist()
+        used = {(at, size) for _, at, size in self.places[held].tolist()}  # several may be links to one
+        if sum(size for _, size in used) == len(self.held):
+            return
+        kept, moved = bytearray(), dict[tuple[int, int], int]()
+        for at, size in sorted(used, reverse=True):  # as they lie
+            moved[at, size] = ~len(kept)
+            kept += memoryview(self.held)[~at : ~at + size]
+        for row in held:
+            _, at, size = self.places[row].tolist()
+            self.places[row, 1] = moved[at, size]
+        self.held = kept
 
 
 @contextmanager
@@ -320,12 +361,6 @@ def _content(tar: Any, member: tarfile.TarInfo) -> bytes:
     if len(content) < member.size:
         raise tarfile.ReadError("unexpected end of data")
     return content
-
-
-def _read(shard: Path, place: tuple[int, int]) -> bytes:
-    with shard.open("rb") as file:
-        file.seek(place[0])
-        return file.read(place[1])
 
 
 def _follow(place: Place, places: dict[str, Place]) -> tuple[int, int] | bytes | None:

@@ -37,6 +37,11 @@ class Header(NamedTuple):
     start: int
     size: int | None
 
+    def decoded_bytes(self, file: int) -> int:
+        """What the samples take as int16, by the header of a file of so many bytes."""
+        there = max(0, file - self.start)
+        return (there if self.size is None else min(self.size, there)) * 16 // (self.bits or 16)
+
     def __str__(self) -> str:
         coded = "" if self.code == PCM else f" {NAMES.get(self.code, f'format {self.code}')}"
         return f"{self.channels} channels, {self.bits} bit{coded} and {self.rate} Hz"

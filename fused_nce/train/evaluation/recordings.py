@@ -43,7 +43,8 @@ def evaluate(model: nn.Module, config: Any, asked: Asked) -> tuple[dict[str, Any
     for name in protocols:
         if PROTOCOLS[name].of_encoder:
             raise ValueError(f"protocols: {name} needs images; recordings have {', '.join(FROZEN)}")
-    probe, test = (recordings.load(config.data, split) for split in ("probe", "test"))
+    limit = config.run.memory_limit_mb << 20
+    probe, test = (recordings.load(config.data, split, limit_bytes=limit) for split in ("probe", "test"))
     if probe.rate != test.rate:
         raise ValueError(f"data: training recordings have {probe.rate} Hz, test recordings {test.rate}; need one rate")
     asked.look(probe, test)

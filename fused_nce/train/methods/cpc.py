@@ -128,7 +128,10 @@ class CPCConfig(presets.TwoInits):
             )
 
     def open_loader(self, rank: int, world: int) -> WindowLoader:
-        return WindowLoader(self.data, self.augment, self.local_batch(world), seed=self.seed, rank=rank, world=world)
+        return WindowLoader(
+            self.data, self.augment, self.local_batch(world),
+            seed=self.seed, rank=rank, world=world, limit_bytes=self.run.memory_limit_mb << 20,
+        )  # fmt: skip
 
     def make_views(self) -> Callable[[Tensor], tuple[Tensor, ...]]:
         return lambda windows: (windows,)
