@@ -111,10 +111,8 @@ class ShardSamples(Samples):
                     if member.isreg():
                         place: Place = member.offset_data, member.size
                         if read and (zipped or not main or member.issparse()):
-                            place = content = _content(tar, member) if self.hold or not main else b""
-                            if main:
-                                place = ~len(self.held), len(content)
-                                self.held += content
+                            content = _content(tar, member) if self.hold or not main else b""
+                            place = self._hold(content) if main else content
                     elif member.islnk():
                         place = posixpath.normpath(member.linkname)
                     elif member.issym():
@@ -133,14 +131,18 @@ class ShardSamples(Samples):
             raise ValueError(f"data: shard {shard} cannot be read: {error}") from error
         for sample in self._group(shard, members):
             assert sample.main is not None
-            place = _follow(sample.main, places)
-            if place is None:
+            found_at = _follow(sample.main, places)
+            if found_at is None:
                 what = f"{shard}:{sample.stem}.{sample.main_suffix}"
                 self.account.leave_out("links to what the shard lacks", what)
                 continue
             self.names.append(f"{sample.stem}.{sample.main_suffix}")
             self._read_labels(shard, sample, places, found)
-            yield place
+            yield self._hold(found_at) if isinstance(found_at, bytes) else found_at
+
+    def _hold(self, content: bytes) -> tuple[int, int]:
+        self.held += content
+        return len(content) - len(self.held) - 1, len(content)
 
     def _check_end(self, shard: Path, tar: Any, zipped: bool) -> None:
         ended = getattr(tar, "ended", "EOFHeaderError")
