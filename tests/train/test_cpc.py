@@ -100,7 +100,7 @@ def test_a_window_is_a_piece_of_its_recording_and_places_differ(data, tmp_path):
     places = set()
     for batch in seen:
         for window, index in zip(batch.images, batch.indices.tolist(), strict=True):
-            whole = run.loader.waves[index]
+            whole = recordings.scaled(run.loader.waves[index], run.config.augment.level)
             if len(whole) <= 700:
                 assert torch.equal(window[: len(whole)], whole)
                 assert not window[len(whole) :].any()
