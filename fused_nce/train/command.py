@@ -152,23 +152,31 @@ def _parse(name: str | None, argv: Sequence[str]) -> Start:
         if name not in known:
             near = [f"did you mean {other}?" for other in difflib.get_close_matches(name, known, 1)]
             raise ValueError(f"--allow-changed: {name} is no setting; {(near or ['--help lists them'])[0]}")
-    if values.resume is not None and (values.out is not None or values.overwrite):
-        raise ValueError(f"resume: goes on in {values.resume} itself; leave out --out and --overwrite")
+    if values.resume is not None and (values.out is not None or values.overwrite or values.go_on):
+        raise ValueError(f"resume: goes on in {values.resume} itself; leave out --out, --overwrite and --go-on")
+    if values.go_on and values.overwrite:
+        raise ValueError("--go-on: keeps the run that --out holds; leave out --overwrite")
     if values.resume is not None:
         return _resumed(method, parser, argv, Path(values.resume), values)
     parser.set_defaults(config.flatten(method.presets[values.preset]))
     values = parser.parse_args(argv)
     settings = config.instantiate(method, parser, values)
     run_dir = named(values.out or f"runs/{method.method}-{settings.preset}")
-    # By torchrun after a process was lost, or by SLURM after the job was preempted; never what another command began.
-    again = torchrun.goes_on(run_dir) or slurm.goes_on(run_dir)
-    if again and any((run_dir / "checkpoints").glob("step_*")):
-        return _resumed(method, parser, [word for word in argv if word != "--overwrite"], run_dir, values)
+    # By torchrun after a process was lost, or by SLURM after the job was preempted; what another command began never
+    # goes on unasked. Refusals, --overwrite and the launch's mark all come after the processes have agreed.
+    mine = values.go_on or torchrun.goes_on(run_dir) or slurm.goes_on(run_dir)
+    again, saved = torchrun.agreed(mine, any((run_dir / "checkpoints").glob("step_*")))
+    wait_s = lock.LEASE_S if again else 0.0
+    if again and saved:
+        start = _resumed(method, parser, [word for word in argv if word != "--overwrite"], run_dir, values, wait_s)
+        if _first_process():
+            torchrun.began(run_dir)
+        return start
     if not _first_process():
         return Start(settings, run_dir, False, [], False, values.profile)
     made = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True)
-    held = lock.take(run_dir)
+    held = lock.take(run_dir, wait_s)
     if (run_dir / config.CONFIG_NAME).exists() and not again and not (held.left_behind and not _began(run_dir)):
         lock.release(run_dir, refused=True)
         if not values.overwrite:
@@ -200,7 +208,9 @@ def _long(word: str) -> str:
     return SHORT.get(name, name) + equals + value
 
 
-def _resumed(method: type[Method], parser: Any, argv: Sequence[str], run_dir: Path, values: Any) -> Start:
+def _resumed(
+    method: type[Method], parser: Any, argv: Sequence[str], run_dir: Path, values: Any, wait_s: float = 0.0
+) -> Start:
     saved, allowed = config.load(run_dir), values.allow_changed
     if saved.method != method.method:
         raise ValueError(f"resume: {run_dir} is a run of {saved.method}; got method {method.method}, need the same")
@@ -214,7 +224,7 @@ def _resumed(method: type[Method], parser: Any, argv: Sequence[str], run_dir: Pa
             f"--allow-changed {' '.join(line.split(':')[0] for line in changed)}"
         )
     if _first_process():
-        lock.take(run_dir)
+        lock.take(run_dir, wait_s)
     return Start(settings, run_dir, True, allowed, False, values.profile)
 
 
@@ -243,6 +253,7 @@ def _parser(method: type[Method]) -> Any:
     parser.add_argument("--config", type=str | None, default=None, help="YAML file of settings; may be given again")
     parser.add_argument("--out", type=str | None, default=None, help="folder (default: runs/METHOD-PRESET)")
     parser.add_argument("--resume", type=str | None, default=None, help="folder of a run to continue")
+    parser.add_argument("--go-on", action="store_true", help="resume the run that --out holds, or else begin it")
     parser.add_argument("--overwrite", action="store_true", help="move the run that --out holds aside")
     parser.add_argument("--allow-changed", type=str, nargs="*", default=[], help="settings that a resume may change")
     parser.add_argument("--profile", action="store_true", help="train a few updates, and say where their time went")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from fused_nce import GradientCache
@@ -72,8 +72,7 @@ class Trainer:
                 cpu=not torch.accelerator.is_available(),  # without this it ignores torchrun where there is no GPU
                 mixed_precision="no",
                 gradient_accumulation_steps=config.optim.accumulate,
-                # DDP waits for every parameter unless told otherwise.
-                kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.leaves_some_unused())],
+                kwargs_handlers=scale.handlers(config),
             )
         self.device = self.accelerator.device
         self.bf16 = host.use_bf16(config.precision, self.device)

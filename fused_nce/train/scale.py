@@ -1,11 +1,13 @@
-"""More negatives than one forward pass of one process has, and encoders that keep less for the backward."""
+"""More negatives than one forward pass of one process has, encoders that keep less, and what accelerate is told."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
 from torch import nn
 
 from fused_nce import GradientCache
@@ -14,6 +16,13 @@ from fused_nce.core.replay import checkpointed
 from fused_nce.models.base import Model
 from fused_nce.train.method import Method
 from fused_nce.train.step import TrainStep
+
+
+def handlers(config: Method) -> list[KwargsHandler]:
+    """For `Accelerator`: DDP waits for every parameter unless told otherwise, a collective for `timeout_minutes`."""
+    limit = timedelta(minutes=config.run.timeout_minutes, microseconds=1)  # to accelerate, 10 min sharp are no wish
+    unused = DistributedDataParallelKwargs(find_unused_parameters=config.leaves_some_unused())
+    return [unused, InitProcessGroupKwargs(timeout=limit)]
 
 
 def prepare(module: TrainStep, config: Method, world: int) -> TrainStep | GradientCache:

@@ -167,6 +167,8 @@ class RunConfig:
         wandb: project of Weights & Biases to log to as well; null for none.
         threads: of a process; "auto": as many as other processes leave cores free, at most OMP_NUM_THREADS, or all
             cores. The last digits of sums depend on it: for the same bits on a busy machine, give a number.
+        timeout_minutes: for which a process waits for another in an exchange: more than a whole save takes, while
+            which the first one writes, and the others wait.
         shard: "fsdp2" splits weights, gradients and moments over the processes, and each writes its part of a
             checkpoint while the training goes on; "none": DDP, every process has all of them.
     """
@@ -181,4 +183,5 @@ class RunConfig:
     tensorboard: bool = True
     wandb: str | None = setting(None, optional(Rule("the name of a project", bool)))
     threads: int | Literal["auto"] = setting("auto", THREADS)
+    timeout_minutes: float = setting(30.0, ABOVE_0)
     shard: Literal["none", "fsdp2"] = "none"

@@ -25,6 +25,13 @@ def test_ddp_is_told_of_unused_parameters_exactly_where_there_are_some(tmp_path,
     assert run.accelerator.ddp_handler.find_unused_parameters == bool(unused)
 
 
+@pytest.mark.parametrize("minutes", [10, 45.0])
+def test_the_processes_wait_for_each_other_as_long_as_is_asked_for(tmp_path, minutes):
+    """accelerate takes 10 minutes sharp for no wish, and gloo then waits for 30."""
+    handler = trainer(tmp_path / "a", f"--run.timeout_minutes={minutes}").accelerator.init_handler
+    assert handler.to_kwargs()["timeout"].total_seconds() == pytest.approx(60 * minutes)
+
+
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 CLI = ["-m", "fused_nce.cli"]
 

@@ -123,29 +123,6 @@ def test_norms_are_synchronised_on_gpus_alone(tmp_path):
             scale.prepare(step(config), config, 2)
 
 
-def test_a_restart_by_torchrun_goes_on_from_the_checkpoint(tmp_path, monkeypatch):
-    """The command is the first one once more, with a count of restarts beside it."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # several launches may be called so
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    command.parse("amdim", [*TINY, f"--out={tmp_path / 'a'}", "--max-steps=2"])
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    settings, folder, resume = command.parse("amdim", [*TINY, f"--out={tmp_path / 'a'}", "--max-steps=2"])
-    assert not resume  # lost before its first checkpoint
-    Trainer(settings, folder).run()
-    again = command.parse("amdim", [*TINY, f"--out={tmp_path / 'a'}", "--max-steps=3", "--overwrite"])
-    assert again[2]
-    assert Trainer(*again[:2], resume=True).step == 2
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")  # another node was lost, which is not counted here
-    assert command.parse("amdim", [*TINY, f"--out={tmp_path / 'a'}", "--max-steps=3"])[2]
-    # Another launch does not get the run that it found, at no attempt, whatever it is called.
-    monkeypatch.setattr("os.getppid", lambda: 1)
-    for attempt, launch in (("1", "other"), ("0", "none"), ("1", "none")):
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        with pytest.raises(ValueError, match="holds a run already"):
-            command.parse("amdim", [*TINY, f"--out={tmp_path / 'a'}"])
-
-
 def test_a_process_that_begins_at_another_update_stops_all(tmp_path, monkeypatch):
     """One that torchrun has put in another's place was never restarted, and takes the run for a new one."""
     run = trainer(tmp_path / "a")

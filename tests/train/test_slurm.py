@@ -50,6 +50,19 @@ def test_a_task_of_a_step_knows_its_place():
     assert ports[0] == ports[1] != ports[2]
 
 
+def test_tasks_that_are_runs_of_their_own_are_not_joined_by_mpi(monkeypatch):
+    """`srun --mpi=pmi2` names every task; accelerate would go by that. What mpirun started stays one run."""
+    left = {"FUSED_NCE_SLURM": "0", "PMI_RANK": "11", "PMI_SIZE": "16"}
+    for step, kept in ((STEP, False), (STEP | {"SLURM_STEP_NUM_TASKS": "4"}, True), ({}, True)):
+        found = step | left
+        assert not slurm.join(found, 0)
+        assert ("PMI_RANK" in found, "PMI_SIZE" in found) == (kept, kept)
+    for name, value in {**STEP, **left}.items():
+        monkeypatch.setenv(name, value)
+    slurm.join(devices=0)
+    assert command._first_process()
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [

@@ -2,8 +2,8 @@
 
 `srun` starts every process and tells each its place; what torch reads is set from that. Where a job asks for a signal
 before its time is up (`#SBATCH --signal=USR1@120`), the run saves and its job is queued again; the same command then
-goes on from the newest checkpoint. `FUSED_NCE_SLURM=0` leaves all that alone: each task is a run of its own. Variables:
-SLURM's documentation of `srun`, "output environment variables".
+goes on from the newest checkpoint. With `FUSED_NCE_SLURM=0` each task is a run of its own. Variables: SLURM's
+documentation of `srun`, "output environment variables".
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ def join(environment: MutableMapping[str, str] = os.environ, devices: int | None
         ValueError: for a variable of SLURM's that is missing or no number.
     """
     if environment.get("FUSED_NCE_SLURM") == "0":
+        if environment.get("PMI_SIZE", "") == environment.get("SLURM_STEP_NUM_TASKS"):
+            for name in ("PMI_RANK", "PMI_SIZE"):  # srun --mpi=pmi2's; accelerate would join the tasks by them
+                environment.pop(name, None)
         return False
     size = number(environment, "SLURM_STEP_NUM_TASKS", 1)  # of the step: a batch script outside of srun is one process
     if "RANK" in environment or size <= 1:

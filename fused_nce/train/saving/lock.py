@@ -5,14 +5,21 @@ A record lock (`lockf`): readers of images, which are forked, do not inherit it,
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 import platform
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+log = logging.getLogger("fused_nce")
+
 LOCK_NAME = ".lock"
+LEASE_S = 300.0  # a node that is lost keeps its locks on a network file system for its lease, 90 s of NFS by default
+HELD = (errno.EACCES, errno.EAGAIN)  # lockf(3): any other error says that the file system has no locks to give
 
 
 class Held(NamedTuple):
@@ -25,13 +32,18 @@ class Held(NamedTuple):
 _held: dict[Path, Held] = {}
 
 
-def take(run_dir: Path) -> Held:
-    """Lock a run's folder for this process, which may hold the lock already.
+def take(run_dir: Path, wait_s: float = 0.0) -> Held:
+    """Lock a run's folder for this process, which may hold the lock already; without locks (Lustre without `-o flock`,
+    some of FUSE) a warning says so, and a file that is there is not known to be left behind.
+
+    Args:
+        run_dir: folder of the run.
+        wait_s: seconds for whoever holds it, where that may be a process that was lost.
 
     Raises:
         ValueError: another process holds it.
     """
-    path = run_dir.resolve() / LOCK_NAME
+    path, started, said = run_dir.resolve() / LOCK_NAME, time.monotonic(), False
     while True:
         held = _held.get(path)
         if held is not None and _is_at(held.file, path):
@@ -41,11 +53,20 @@ def take(run_dir: Path) -> Held:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            owner = os.read(file, 200).decode(errors="replace") or "another process"
-            os.close(file)
-            raise ValueError(
-                f"out: {run_dir} is being trained by {owner}; wait for it, or use another --out"
-            ) from error
+            if error.errno in HELD:  # fault: every-error-held
+                owner = os.read(file, 200).decode(errors="replace") or "another process"
+                os.close(file)
+                if time.monotonic() - started >= wait_s:
+                    raise ValueError(
+                        f"out: {run_dir} is being trained by {owner}; wait for it, or use another --out"
+                    ) from error
+                if not said:
+                    log.warning("out: %s is locked by %s: lost, maybe; waiting, %g s at most", run_dir, owner, wait_s)
+                said = True
+                time.sleep(min(1.0, wait_s))
+                continue
+            log.warning("out: %s cannot be locked (%s): only one run may train there", run_dir, error.strerror)
+            found = False
         if not _is_at(file, path):  # who held it has removed it meanwhile
             os.close(file)
             continue
