@@ -52,8 +52,8 @@ def two_nodes(*rounds):
         place = {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         program = [sys.executable, "-c", ROUNDS, json.dumps(rounds)]
         environment = os.environ | rendezvous | place
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(program, env=environment, **pipes))
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(program, env=environment, stdin=pipe, stdout=pipe, text=True))
     try:
         second, first = (process.communicate(timeout=300)[0].splitlines() for process in reversed(started))
     finally:
