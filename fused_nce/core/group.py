@@ -31,6 +31,9 @@ class Processes:
     wire_dtype: torch.dtype | None = None
     timeout_s: float | None = None
 
+    def __deepcopy__(self, memo: object) -> Processes:
+        return self  # a group has no copy, and nothing here changes
+
     def __post_init__(self) -> None:
         """Refuse what no collective could take."""
         checks.check_choice("wire_dtype", self.wire_dtype, (None, *checks.DTYPES))

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_nce.core import checks
 from fused_nce.core.engine import Term, as_matmul, loss_of, tile_losses
@@ -22,6 +22,7 @@ from fused_nce.core.spec import Block, Identity, Spec, TanhClip, cached
 from fused_nce.core.tails import REDUCTIONS, REPORT, Nce
 from fused_nce.losses.common import dense_nce
 from fused_nce.losses.heard import heard
+from fused_nce.losses.module import Copied
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.registry import Entry, Size, dense_scores, features, register
 
@@ -143,7 +144,7 @@ class Keys(NamedTuple):
     group: Group  # whose columns are still to come
 
 
-class AMDIMLoss(nn.Module):
+class AMDIMLoss(Copied):
     """The multi-scale AMDIM objective over feature maps of two views: pairs summed, both directions averaged.
 
     loss = Σ_pairs ½(nce₁→₂ + nce₂→₁) + ½ Σ_pairs (penalty₁→₂ + penalty₂→₁), so each pair's penalty has full weight λ.

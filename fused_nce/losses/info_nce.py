@@ -22,7 +22,7 @@ from fused_nce.losses import blocks, candidates
 from fused_nce.losses.candidates import Batch, Rules
 from fused_nce.losses.common import check_rows, inverse
 from fused_nce.losses.heard import heard
-from fused_nce.losses.module import check_options
+from fused_nce.losses.module import Copied, check_options
 from fused_nce.losses.output import NCEOutput
 from fused_nce.losses.targets import checked as checked_targets
 
@@ -241,7 +241,7 @@ def _check_permutation(targets: Tensor, m: int) -> None:
         torch._assert_async(whole, need)
 
 
-class InfoNCELoss(nn.Module):
+class InfoNCELoss(Copied):
     """InfoNCE of queries among keys (`info_nce`), its settings kept; the temperature may be learned.
 
     Args:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from fused_nce.core import checks
 
@@ -25,7 +28,17 @@ def check_options(module: type[nn.Module], loss: Callable[..., Any], options: It
     checks.check_names(module.__name__, options, sorted(known))
 
 
-class LossModule(nn.Module):
+class Copied(nn.Module):
+    """A module whose copies, a teacher's say, work in the process group that it works in: a group has no copy."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo |= {id(x): x for x in tree_leaves(vars(self)) if isinstance(x, dist.ProcessGroup)}
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+
+class LossModule(Copied):
     """A loss's function with its keyword settings kept, each an attribute that may be changed between calls."""
 
     gathers = False  # whether its negatives are its batch, which `group` extends to all processes

@@ -110,8 +110,8 @@ def lost(trainer: Any) -> str:
         parts.append(f"the online probes skipped {trainer.probes_skipped}")
     if trainer.loader.damaged:
         parts.append(f"{trainer.loader.damaged} {trainer.loader.kind} could not be read")
-    if trainer.made_anew is not None:
-        parts.append(f"its folder was deleted and made anew at step {trainer.made_anew}, without the log before")
+    if trainer.saves.made_anew is not None:
+        parts.append(f"its folder was deleted and made anew at step {trainer.saves.made_anew}, without the log before")
     return "".join(f", {part}" for part in parts)
 
 

@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,13 @@ def named(path: str | Path) -> Path:
 def aside(path: Path) -> Path:
     """A name beside it that no other writer has: processes of two machines, or containers, may share a number."""
     return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+
+
+def clear(folder: Path) -> None:
+    """Remove what writers that were killed have left under such names, of which each has one; while nobody writes."""
+    for path in folder.glob(".tmp-*"):
+        with suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,14 +29,13 @@ from fused_nce.train.monitor.online_probes import OnlineProbes
 from fused_nce.train.monitor.profile import Profile, part
 from fused_nce.train.monitor.window import Window
 from fused_nce.train.rehearsal import rehearse, trainable
-from fused_nce.train.saving import checkpoint, lock, resumed, sharding, trained_on
+from fused_nce.train.saving import checkpoint, resumed, saves, sharding, trained_on
 from fused_nce.train.step import Kept, LossTimer, Meter, TrainStep, gradient_norm, memory_names
 
 log = logging.getLogger("fused_nce")
 
 MAX_SKIPPED_IN_A_ROW = 3
 BROKEN = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|Timed out", re.I)  # collectives, in torch's words
-MAX_FAILED_SAVES = 3
 
 
 class Diverged(RuntimeError):
@@ -97,6 +96,7 @@ class Trainer:
             )
         if config.run.max_steps is not None:
             self.end = min(self.end, config.run.max_steps)
+        trained_on.same(self.data, self.end)
         words.say(config, config.local_batch(world) * world * config.optim.accumulate, self.end)
 
         torch.manual_seed(config.seed)
@@ -130,15 +130,15 @@ class Trainer:
         self.step, self.logged, self.time_s = 0, 0, 0.0
         self.skipped, self.skipped_in_a_row, self.probes_skipped = 0, 0, 0
         self.interrupt, self.preempted = Interrupt(), False
+        self.saves = saves.Saves(run_dir, self.asked, self.interrupt)
         self.writer: checkpoint.Writer | sharding.Writer = checkpoint.Writer(run_dir, config.run.keep, first=rank == 0)
         if sharded:
             finish = functools.partial(checkpoint.complete, keep=config.run.keep)
             self.writer = sharding.Writer(run_dir / checkpoint.FOLDER, finish)
         self._steady = True  # between updates, so that what a checkpoint holds belongs together
         self._together = world == 1  # all processes know of the error that ends the run
-        self.made_anew: int | None = None  # the step at which the run's folder was found deleted
         labels = self.loader.labels[: self.loader.order.batch_size]
-        self.window = Window(rehearse(step, self.cache, config, self._batch, labels))
+        self.window = Window(rehearse(step, self.module, self.cache, config, self._batch, labels))
         if path:
             self._resume(path, state, other_data)
         self.profile = Profile(run_dir, self.device) if profile and self.accelerator.is_main_process else None
@@ -165,7 +165,7 @@ class Trainer:
             total=self.end, initial=min(self.step, self.end), unit="step", desc="training", disable=not main
         )
         started, time_before = time.perf_counter(), self.time_s
-        saved_at, failed_saves, profile = started, 0, self.profile or nullcontext()
+        saved_at, profile = started, self.profile or nullcontext()
         self.window.open(self.step)
         batches = self.loader.batches(self.step * config.optim.accumulate)  # fault: resumed-run-starts
         try:
@@ -193,14 +193,12 @@ class Trainer:
                         break
                     if due and self.step < self.end:
                         saved_at = now
-                        failed_saves = 0 if self._try(self.writer.wait) and self._try(self._save) else failed_saves + 1
-                        if failed_saves >= MAX_FAILED_SAVES:
-                            raise OSError(f"checkpoint: {failed_saves} in a row could not be written to {self.run_dir}")
+                        self.saves.due(self.writer.wait, self._save)
                 if self.skipped == self.step > 0 and reason != "interrupted":  # fault: success-without-single
                     raise Diverged(
                         f"training: all {self.step} updates were skipped, none had a finite loss and gradient"
                     )
-                self._try(self.writer.wait)
+                self.saves.attempt(self.writer.wait)
                 self._save(wait=True)
                 if self.step > self.window.step:  # after the save: a resumed run takes the open window up where it was
                     self._log(book, bar, update_s)
@@ -215,13 +213,13 @@ class Trainer:
             yield
         except Diverged:
             # All processes are here; the run's lock is let go next, and no thread may write.
-            settle(lambda: self._try(self.writer.wait))
+            settle(lambda: self.saves.attempt(self.writer.wait))
             raise
         except Exception as error:
             if self._together:
                 # A checkpoint in flight has the folder and the group that this one needs; a launcher ends all processes
                 # with the first one, so none leaves before the first has saved.
-                settle(lambda: self._try(self.writer.wait), self._rescue, self.close)
+                settle(lambda: self.saves.attempt(self.writer.wait), self._rescue, self.close)
             elif self.accelerator.num_processes > 1 and BROKEN.search(str(error)):
                 raise RuntimeError(
                     f"processes: another one died or came too late ({one_line(str(error))[:200]}); --resume goes on "
@@ -230,7 +228,7 @@ class Trainer:
             raise
 
     def _rescue(self) -> None:
-        if self._steady and self.step > 0 and self._try(lambda: self._save(wait=True)):
+        if self._steady and self.step > 0 and self.saves.attempt(lambda: self._save(wait=True)):
             log.warning("an error ends the run at step %d, which is saved: --resume goes on from there", self.step)
 
     def close(self) -> None:
@@ -417,34 +415,14 @@ class Trainer:
             return numbers
         return self.accelerator.reduce(numbers.to(self.device), "sum")  # no update yet: they are on the CPU
 
-    def _try(self, save: Callable[[], None]) -> bool:
-        try:
-            save()
-        except OSError as error:
-            free = host.free_space(self.run_dir)
-            log.warning("checkpoint not saved (%s; %s on the disk); training goes on", error, free)
-            return False
-        return True
-
     def _save(self, *, wait: bool = False) -> None:
         with self.interrupt.held():
             states = gather_object([(checkpoint.capture_rng(), self.meter.state())])
             if self.accelerator.is_main_process:
-                self._keep_folder()
+                self.saves.keep_folder(self.step)
             self.writer.save(self.step, self._tensors(), self._state(states))
             if wait:
                 self.writer.wait()
-
-    def _keep_folder(self) -> None:
-        """A folder that was deleted meanwhile is made anew: a checkpoint without its settings is lost."""
-        if (self.run_dir / config_module.CONFIG_NAME).exists():
-            return
-        if self.made_anew is None:
-            self.made_anew = self.step
-            log.warning("%s was deleted; it is made anew, without the log so far", self.run_dir)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        lock.take(self.run_dir)
-        config_module.save(self.asked, self.run_dir)
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         tensors = {name: checkpoint.pack_optimizer(optimizer) for name, optimizer in self.optimizers.items()}
@@ -492,7 +470,7 @@ class Trainer:
         self.meter = Meter.shared(self.meter.means, meters, rank, world)
         log.info("resumed from %s", path)
         if len(state["rng"]) == world:
-            checkpoint.restore_rng(state["rng"][rank])
+            checkpoint.restore_rng(state["rng"][rank], self.accelerator.local_process_index)
         else:
             torch.manual_seed(hash((self.config.seed, self.step, rank)))  # fault: processes-draw-alike
             said = resumed.inexact(self.model, self.config, state, world)

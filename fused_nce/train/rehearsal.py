@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -45,14 +45,16 @@ Batched = Callable[[Tensor, Tensor, Tensor], tuple[tuple[Tensor, ...], Tensor]]
 
 
 def rehearse(
-    step: TrainStep, cache: GradientCache | None, config: Method, batched: Batched, labels: Tensor
+    step: TrainStep, module: nn.Module, cache: GradientCache | None, config: Method, batched: Batched, labels: Tensor
 ) -> dict[tuple[int, ...], int | None]:
     """A pass in training mode for each size of input that the run will have, of which nothing is left, and a save of
     the model to memory.
 
     Args:
         step: of the model.
-        cache: around it, where a pass has more images than an encoder sees at a time.
+        module: what the run calls. DDP takes the order of its sums from the first backward, and the second forward
+            puts it to use: after this pass every update of a run has it, also the first of one that goes on.
+        cache: around the step, where a pass has more images than an encoder sees at a time.
         config: of the run.
         batched: what the step is given of images, labels and indices.
         labels: of the images of a pass.
@@ -75,7 +77,7 @@ def rehearse(
         try:
             with trainable(config, shape):
                 batch, known = batched(images, labels, torch.arange(count))
-                flop[tuple(batch[0].shape)] = _try(step, cache, batch, known)
+                flop[tuple(batch[0].shape)] = _try(step, module, cache, batch, known)
         except ValueError as error:
             if side is not None:
                 raise ValueError(f"augment.stages: {side} px: {error}") from error
@@ -111,14 +113,16 @@ class Products(TorchDispatchMode):
         return out
 
 
-def _try(step: TrainStep, cache: GradientCache | None, batch: tuple[Tensor, ...], labels: Tensor) -> int | None:
+def _try(
+    step: TrainStep, module: nn.Module, cache: GradientCache | None, batch: tuple[Tensor, ...], labels: Tensor
+) -> int | None:
     kept = Kept(step)
     kept.keep()
     with Products() as counted:
         if cache is not None:
-            cache.backward((batch, labels))
+            cache.backward((batch, labels), through=module)
         else:
-            loss = step(batch, labels).loss
+            loss = module(batch, labels)[0]  # fault: sums-in-first-order
             if loss.dim() or not loss.is_floating_point():
                 raise TypeError(f"the loss must be one number, got {loss.dtype} {tuple(loss.shape)}")
             loss.backward()

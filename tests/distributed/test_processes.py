@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_leaves
 
-from fused_nce import amdim_nce, info_nce, last_path, nt_xent, sup_con
+from fused_nce import AMDIMLoss, CLIPLoss, InfoNCELoss, NTXentLoss, amdim_nce, info_nce, last_path, nt_xent, sup_con
 from fused_nce.distributed import Processes, ProcessLostError, all_gather, world_size
+from fused_nce.losses import MultiscaleMixtureLoss
 from tests.budget import Budget, eta, precision
 from tests.oracle import Oracle
 
@@ -39,6 +42,25 @@ def said(what: Any) -> str:
     except (RuntimeError, ValueError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize("loss", [AMDIMLoss, CLIPLoss, InfoNCELoss, MultiscaleMixtureLoss, NTXentLoss])
+def test_a_copy_works_in_the_group_of_what_it_copies(loss, options):
+    """A teacher's, say (`AveragedModel`)."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        own = dist.new_group([0])
+        student = torch.nn.Sequential(torch.nn.Linear(2, 2), loss(group=Processes(own) if options else own))
+        student[1].again = student[0]
+        teacher = AveragedModel(student).module
+        held = [x for part in teacher[1].modules() for x in tree_leaves(vars(part))]
+        groups = {x for x in held if isinstance(x, (dist.ProcessGroup, Processes))}
+        assert {x.group if options else x for x in groups} == {own}
+        assert teacher[1].again is teacher[0] is not student[0]
+        assert repr(teacher) == repr(student)
+    finally:
+        dist.destroy_process_group()
 
 
 DIFFERING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

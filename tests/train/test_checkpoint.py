@@ -144,6 +144,48 @@ def test_a_full_disk_leaves_the_earlier_ones(run):
     assert step_of(run) == 3
 
 
+def test_what_killed_saves_left_goes_at_the_start_and_before_a_save(run):
+    root = run / "checkpoints"
+    for begin in (
+        lambda: checkpoint.Writer(run, 2, first=True),
+        lambda: checkpoint.save(run, 4, {"model": {"x": torch.zeros(2)}}, {}, keep=2),
+    ):
+        (root / ".tmp-1").mkdir()
+        (root / ".tmp-1/model.safetensors").touch()
+        (root / ".tmp-2-ab-LATEST").touch()
+        checkpoint.Writer(run, 2, first=False)  # the first process may be writing
+        assert len(list(root.glob(".tmp-*"))) == 2
+        begin()
+        assert not list(root.glob(".tmp-*"))
+
+
+def on_gpu(monkeypatch, generators, current):
+    """As if this process used one of so many GPUs."""
+    for name, found in (
+        ("is_initialized", lambda: True),
+        ("get_rng_state", lambda device="cuda": generators[current]),
+        ("set_rng_state", lambda state, device="cuda": generators.__setitem__(current, state)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, found)
+
+
+def test_a_process_has_the_generator_of_its_own_gpu_back_whatever_others_it_sees(monkeypatch, caplog):
+    a, b, other = (torch.full((16,), i, dtype=torch.uint8) for i in (1, 2, 3))
+    on_gpu(monkeypatch, [a, b], 1)
+    saved = checkpoint.capture_rng()
+    older = saved | {"cuda": [checkpoint._hex(a), checkpoint._hex(b)]}  # lists all that the process saw
+    for state, place, wanted in ((saved, 1, b), (older, 1, b), (older, 0, a)):
+        alone = [other]
+        on_gpu(monkeypatch, alone, 0)
+        checkpoint.restore_rng(state, place)
+        assert torch.equal(alone[0], wanted)
+    assert not caplog.messages
+    for state, said in ((older, "GPU 2, of 2"), (saved | {"cuda": []}, "GPU 2, of 0")):
+        checkpoint.restore_rng(state, 2)
+        assert f"the checkpoint has no random state of {said}: what is drawn on it" in caplog.text
+    assert torch.equal(alone[0], a)
+
+
 def write_for_ever(folder, told):
     torch.set_num_threads(1)
     for step in itertools.count(1):

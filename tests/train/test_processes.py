@@ -3,20 +3,24 @@
 import logging
 import os
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from torch import nn
 
 from fused_nce.models.encoders import backbones
-from fused_nce.train import command, step
+from fused_nce.train import command, rehearsal, step
 from fused_nce.train.loop import Trainer
-from fused_nce.train.saving import resumed
+from fused_nce.train.methods.nat import NATConfig
+from fused_nce.train.saving import resumed, trained_on
 from tests.distributed import launch
 from tests.marks import nightly_but
-from tests.train.runs import log, tensors
+from tests.train.pictures import write_images
+from tests.train.runs import assert_the_same, log, tensors, trainer
 
 # Nothing is drawn at random, and no image's features depend on another image.
 PLAIN = [
@@ -105,6 +109,61 @@ def test_other_processes_go_on_with_the_same_images_and_weights(tmp_path, way, s
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # of all processes, so their number does not show
 
 
+def other_data(rank, folder, argv):
+    """What a process says whose set lacks images that the others have."""
+    try:
+        train(rank, 2, "simclr", [*argv, f"--data={folder}-{rank}"])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.nightly
+def test_processes_with_other_data_stop_before_they_train(tmp_path):
+    for rank, count in ((0, 24), (1, 20)):
+        write_images(tmp_path / f"set-{rank}", count)
+    (tmp_path / "meet").mkdir()
+    options = [*PLAIN, "--batch-size=4", "--max-steps=3", f"--out={tmp_path / 'run'}"]
+    found = launch.run(tmp_path / "meet", 2, other_data, str(tmp_path / "set"), options)
+    for said, numbers in zip(found, ("20 -> 24", "24 -> 20"), strict=True):
+        assert "processes: differ in their data, images " + numbers in said
+
+
+def test_data_and_end_are_those_of_all_processes(monkeypatch):
+    labels = torch.tensor([0, 0, 1])
+    own, less = (trained_on.facts(SimpleNamespace(labels=x, classes=["a", "b"], count=len(x)), {})
+                 for x in (labels, labels[:2]))  # fmt: skip
+    for other, said in (((less, 4), "images 2 -> 3; images of classes: b 0 -> 1"), ((own, 3), "last update 3 -> 4")):
+        monkeypatch.setattr(trained_on, "gather_object", lambda mine, other=other: [*mine, other])
+        with pytest.raises(ValueError, match=f"processes: differ in their data, {said} .process 1 -> this one.$"):
+            trained_on.same(own, 4)
+    monkeypatch.setattr(trained_on, "gather_object", lambda mine: mine * 3)
+    trained_on.same(own, 4)
+
+
+@pytest.mark.nightly
+def test_three_processes_go_on_to_the_bit(tmp_path):
+    """Two add up in one order only; three in the one that DDP took from their first backward."""
+    options = ["--preset=digits", "--batch-size=4", "--run.threads=1", "--precision=fp32", "--run.log_every=1"]
+    for name, first in (("whole", 4), ("parts", 2)):
+        go(tmp_path / f"of-{name}", 3, "simclr", *options, f"--out={tmp_path / name}", f"--max-steps={first}",
+           patched=False)  # fmt: skip
+    go(tmp_path / "again", 3, "simclr", f"--resume={tmp_path / 'parts'}", "--max-steps=4", patched=False)
+    assert_the_same(tmp_path / "parts", tmp_path / "whole", 4)
+
+
+def test_after_the_rehearsal_ddp_has_the_order_of_its_sums(tmp_path):
+    run = trainer(tmp_path / "a")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(run.step_module)
+        assert not wrapped.reducer._rebuild_buckets()
+        rehearsal.rehearse(run.step_module, wrapped, None, run.config, run._batch, torch.zeros(8, dtype=torch.int64))
+        assert wrapped.reducer._rebuild_buckets()
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_line_of_the_log_is_of_all_processes_whoever_goes_on():
     means, parts = step.MEANS, [[2.0] * 9, [4.0] * 9]
     meters = [{"sums": sums, "passes": passes} for sums, passes in zip(parts, (1, 3), strict=True)]
@@ -148,3 +207,6 @@ def test_what_cannot_stay_is_said_and_what_cannot_be_shared_refused(tmp_path):
                          "dropout), BatchNorm's statistics (of 24 images)")  # fmt: skip
     said = resumed.inexact(model, resumed.for_processes(home, state, 2), state, 2)
     assert said.endswith(", the negatives (scale.everywhere is false: those of a process)")
+    nat = NATConfig()
+    said = resumed.inexact(nat.build(images=8), nat, state, 2)
+    assert said.endswith(", which images may exchange their targets (those of a process)")

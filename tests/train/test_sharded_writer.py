@@ -10,6 +10,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from fused_nce.train.loop import Diverged
+from fused_nce.train.machine.interrupt import Interrupt
+from fused_nce.train.methods.amdim import AMDIMConfig
+from fused_nce.train.saving.saves import Saves
 from fused_nce.train.saving.sharding import Writer
 from tests.train.runs import trainer
 
@@ -30,17 +33,43 @@ def test_a_save_while_another_is_pending_is_refused_and_leaves_it_alone(tmp_path
         assert go.wait(60)
         kept.append((step, [(path.name, path.stat().st_mode & 0o777) for path in folder.iterdir()]))
 
+    (tmp_path / ".tmp-parts").mkdir()  # of a save that was killed
     writer = Writer(tmp_path, complete)
     values = {"model": {"weight": torch.ones(3)}}
+    assert not (tmp_path / ".tmp-parts").exists()
     writer.save(1, values, {})
+    name = writer.temporary
     with pytest.raises(RuntimeError, match="checkpoint: step 2 cannot be saved before `wait`"):
         writer.save(2, values, {})
     go.set()
     writer.wait()
     assert kept == [(1, [("shard-00001-model-00001-of-00001.safetensors", mode)])]
-    writer.save(2, values, {})
+    writer.save(1, values, {})
+    assert writer.temporary != name  # which another node may still know, as the folder that is a checkpoint by now
     writer.wait()
-    assert [step for step, _ in kept] == [1, 2]
+    assert [step for step, _ in kept] == [1, 1]
+    assert not name.exists()
+
+
+def test_a_disk_that_stays_full_ends_the_run_after_three_saves_that_fail_beside_it(tmp_path, group, caplog):
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    interrupt, begun = Interrupt(), []
+    writer, found = Writer(tmp_path, full), Saves(tmp_path, AMDIMConfig(), interrupt)
+
+    def save():
+        assert interrupt._held
+        begun.append(len(begun) + 1)
+        writer.save(begun[-1], {"model": {"weight": torch.ones(3)}}, {})
+
+    for _ in range(3):
+        found.due(writer.wait, save)
+    with pytest.raises(OSError, match="checkpoint: 3 in a row could not be written"):
+        found.due(writer.wait, save)
+    assert (begun, writer.pending, interrupt._held) == ([1, 2, 3, 4], None, False)
+    assert caplog.text.count("checkpoint not saved ([Errno 28] No space left on device") == 3
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_save_gives_its_room_back_at_once(tmp_path, group, monkeypatch):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fused_nce.models.base import Model
 from fused_nce.train import config as config_module
-from fused_nce.train.files import aside, read_json, write_text
+from fused_nce.train.files import aside, clear, read_json, write_text
 from fused_nce.train.method import Method
 from fused_nce.train.saving import sharding
 
@@ -56,11 +56,11 @@ def save(run_dir: str | Path, step: int, tensors: dict[str, Tensors], state: dic
     Raises:
         OSError: if the disk is full or not writable; earlier checkpoints are untouched and the temporary is removed.
     """
-    root = Path(run_dir) / FOLDER
-    target, temporary = root / f"step_{step:08d}", root / f".tmp-{os.getpid()}"
+    target = Path(run_dir) / FOLDER / f"step_{step:08d}"
+    temporary = aside(target)
     if target.exists() and damage(target) is None:
         return target  # a run that resumed here and did nothing since
-    shutil.rmtree(temporary, ignore_errors=True)
+    clear(target.parent)
     try:
         temporary.mkdir(parents=True)
         for name, values in tensors.items():
@@ -109,11 +109,13 @@ class Writer:
     Args:
         run_dir: folder of the run.
         keep: how many whole ones to leave.
-        first: whether this is that process.
+        first: whether this is that process, which holds the run's lock.
     """
 
     def __init__(self, run_dir: Path, keep: int, *, first: bool) -> None:
         self.run_dir, self.keep, self.first = run_dir, keep, first
+        if first:
+            clear(run_dir / FOLDER)
 
     def save(self, step: int, tensors: dict[str, Tensors], state: dict[str, Any]) -> None:
         """See `save`; all processes may call it."""
@@ -293,14 +295,14 @@ class Generators(NamedTuple):
     """The state of this process's random generators."""
 
     torch: Tensor
-    cuda: list[Tensor]
+    cuda: list[Tensor]  # of this process's own device; none where it uses no GPU
     python: Any
     numpy: Any
 
 
 def generators() -> Generators:
     """As they are now."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
     return Generators(torch.get_rng_state(), cuda, random.getstate(), numpy.random.get_state(legacy=True))
 
 
@@ -308,7 +310,7 @@ def put_back(state: Generators) -> None:
     """As they were then."""
     torch.set_rng_state(state.torch)
     if state.cuda:
-        torch.cuda.set_rng_state_all(state.cuda)
+        torch.cuda.set_rng_state(state.cuda[0])
     random.setstate(state.python)
     numpy.random.set_state(state.numpy)
 
@@ -326,12 +328,23 @@ def capture_rng() -> dict[str, Any]:
     }
 
 
-def restore_rng(state: dict[str, Any]) -> None:
-    """The inverse of `capture_rng`."""
+def restore_rng(state: dict[str, Any], place: int = 0) -> None:
+    """The inverse of `capture_rng`.
+
+    Args:
+        state: what it returned; an older one lists all GPUs that its process saw.
+        place: of this process on its machine, and so of its GPU in such a list.
+    """
     version, words, gauss = state["python"]
     name, keys, *rest = state["numpy"]
     numbers = (name, numpy.array(keys, dtype=numpy.uint32), *rest)
-    cuda = [_bytes(text) for text in state["cuda"]]
+    listed = state["cuda"]
+    own = listed[place : place + 1] if len(listed) > 1 else listed
+    if torch.cuda.is_initialized() and not own:
+        log.warning(
+            "the checkpoint has no random state of GPU %d, of %d: what is drawn on it is drawn anew", place, len(listed)
+        )
+    cuda = [_bytes(text) for text in own if torch.cuda.is_initialized()]
     put_back(Generators(_bytes(state["torch"]), cuda, (version, tuple(words), gauss), numbers))
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fused_nce import measure
+from fused_nce.models.nat import Targets
 from fused_nce.train import config as config_module
 from fused_nce.train.method import Method
 from fused_nce.train.saving import trained_on
@@ -107,6 +108,8 @@ def inexact(model: nn.Module, config: Method, state: dict[str, Any], world: int)
         said.append(f"BatchNorm's statistics (of {images} images)")
     if not config.scale.everywhere and any(getattr(loss, "gathers", False) for loss in model.modules()):
         said.append("the negatives (scale.everywhere is false: those of a process)")
+    if any(isinstance(part, Targets) for part in model.modules()):
+        said.append("which images may exchange their targets (those of a process)")
     return ", ".join(said)
 
 

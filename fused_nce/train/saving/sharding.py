@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fused_nce.train.files import one_line
+from fused_nce.train.files import aside, clear, one_line
 
 PARTS = "shard-*.safetensors"  # as torch names them
-TEMPORARY = ".tmp-parts"
 
 
 def shard(module: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
@@ -81,8 +80,11 @@ class Writer:
             backend="gloo"
         )  # its own: the training's messages must not mix with a thread's
         self.thread, self.pending = ThreadPoolExecutor(1), None
+        if dist.get_rank() == 0:
+            clear(folder)
 
     pending: Future[None] | None
+    temporary: Path  # of the pending one
 
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Begin a checkpoint, after `wait` for the one before; its numbers are copied when this returns.
@@ -98,15 +100,16 @@ class Writer:
         from torch.distributed import checkpoint as dcp
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-        temporary, first = self.folder / TEMPORARY, dist.get_rank() == 0
+        # A name that was never used: another node may still know one as the folder that is a checkpoint by now.
+        temporary, first = aside(self.folder / f"step_{step:08d}"), dist.get_rank() == 0
         failed = None
         if first:
             try:
-                shutil.rmtree(temporary, ignore_errors=True)  # what a killed save has left
+                clear(self.folder)
                 temporary.mkdir(parents=True)
             except OSError as error:
                 failed = error
-        self._together(failed)
+        self.temporary = temporary = self.folder / self._together(failed, temporary.name)
         flat = {f"{name}/{key}": value.detach() for name, values in tensors.items() for key, value in values.items()}
         written: Any = dcp.async_save(
             flat,
@@ -137,15 +140,16 @@ class Writer:
         except OSError:
             # Every process has ended its part: a full disk gets the room back now, not at the next save.
             if dist.get_rank() == 0:
-                shutil.rmtree(self.folder / TEMPORARY, ignore_errors=True)
+                shutil.rmtree(self.temporary, ignore_errors=True)
             raise
 
-    def _together(self, error: BaseException | None) -> None:
-        """Raise on all processes what one has to say."""
-        said: list[str | None] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(said, None if error is None else _said(error), group=self.group)
-        if failed := [words for words in said if words is not None]:
+    def _together(self, error: BaseException | None, name: str = "") -> str:
+        """The first process's name, on all; or raise on all what one has to say."""
+        said: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(said, (name, None if error is None else _said(error)), group=self.group)
+        if failed := [words for _, words in said if words is not None]:
             raise OSError(failed[0])
+        return str(said[0][0])
 
 
 def _said(error: BaseException) -> str:

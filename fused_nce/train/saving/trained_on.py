@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.utils import gather_object
+
 MAX_NAMED = 4
 
 
@@ -19,6 +21,22 @@ def facts(loader: Any, beside: dict[str, str]) -> dict[str, Any]:
         "beside": beside,
         "seeded": getattr(loader, "seeded", None),
     }
+
+
+def same(data: dict[str, Any], end: int) -> None:
+    """All processes have the same data, or all stop: each would shuffle a set of its own, and end at its own update.
+
+    Args:
+        data: `facts`.
+        end: the run's last update.
+
+    Raises:
+        ValueError: naming a process that differs.
+    """
+    for rank, (other, last) in enumerate(gather_object([(data, end)])):  # fault: data-of-processes
+        changed = changes(other, data) + ([f"last update {last} -> {end}"] if last != end else [])
+        if changed:
+            raise ValueError(f"processes: differ in their data, {'; '.join(changed)} (process {rank} -> this one)")
 
 
 def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
