@@ -110,9 +110,10 @@ def test_other_processes_go_on_with_the_same_images_and_weights(tmp_path, way, s
 
 
 def other_data(rank, folder, argv):
-    """What a process says whose set lacks images that the others have."""
+    """What a process says whose copy of the data, under the path that all were told, is its own."""
+    os.chdir(folder / str(rank))
     try:
-        train(rank, 2, "simclr", [*argv, f"--data={folder}-{rank}"])
+        train(rank, 2, "simclr", [*argv, "--data=images"])
     except ValueError as error:
         return str(error)
     return ""
@@ -121,10 +122,10 @@ def other_data(rank, folder, argv):
 @pytest.mark.nightly
 def test_processes_with_other_data_stop_before_they_train(tmp_path):
     for rank, count in ((0, 24), (1, 20)):
-        write_images(tmp_path / f"set-{rank}", count)
+        write_images(tmp_path / f"{rank}/images", count)
     (tmp_path / "meet").mkdir()
     options = [*PLAIN, "--batch-size=4", "--max-steps=3", f"--out={tmp_path / 'run'}"]
-    found = launch.run(tmp_path / "meet", 2, other_data, str(tmp_path / "set"), options)
+    found = launch.run(tmp_path / "meet", 2, other_data, tmp_path, options)
     for said, numbers in zip(found, ("20 -> 24", "24 -> 20"), strict=True):
         assert "processes: differ in their data, images " + numbers in said
 
