@@ -142,14 +142,20 @@ def test_data_and_end_are_those_of_all_processes(monkeypatch):
     trained_on.same(own, 4)
 
 
+def straight_and_resumed(rank, folder, options):
+    """One process of a run, and of the same in two halves."""
+    for argv in ([f"--out={folder}/whole", "--max-steps=4"], [f"--out={folder}/parts", "--max-steps=2"],
+                 [f"--resume={folder}/parts", "--max-steps=4"]):  # fmt: skip
+        train(rank, 3, "simclr", argv if "--resume" in argv[0] else [*options, *argv], patched=False)
+        dist.barrier()
+
+
 @pytest.mark.nightly
 def test_three_processes_go_on_to_the_bit(tmp_path):
     """Two add up in one order only; three in the one that DDP took from their first backward."""
     options = ["--preset=digits", "--batch-size=4", "--run.threads=1", "--precision=fp32", "--run.log_every=1"]
-    for name, first in (("whole", 4), ("parts", 2)):
-        go(tmp_path / f"of-{name}", 3, "simclr", *options, f"--out={tmp_path / name}", f"--max-steps={first}",
-           patched=False)  # fmt: skip
-    go(tmp_path / "again", 3, "simclr", f"--resume={tmp_path / 'parts'}", "--max-steps=4", patched=False)
+    (tmp_path / "meet").mkdir()
+    launch.run(tmp_path / "meet", 3, straight_and_resumed, tmp_path, options)
     assert_the_same(tmp_path / "parts", tmp_path / "whole", 4)
 
 
