@@ -8,7 +8,7 @@ pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +53,8 @@ class GradientCache(nn.Module):
         part: inputs encoded at a time.
 
     Raises:
-        TypeError, ValueError: naming the argument, the value seen and the value needed.
+        TypeError, ValueError: naming the argument, the value seen and the value needed; in a step too, for a function
+            that uses a parameter of no module given here.
     """
 
     def __init__(self, encoder: Callable[[Any], Any], loss: Callable[[Any], Any], *, part: int) -> None:
@@ -99,6 +100,7 @@ class GradientCache(nn.Module):
         rows, device = _rows("inputs", inputs)
         starts = range(0, rows, self.part)
         owner = getattr(self.encoder, "__self__", self.encoder)
+        known = [*self.parameters(), *(x for x in tree_flatten(inputs)[0] if x.is_leaf)]
         buffers = copied((owner if isinstance(owner, nn.Module) else self).modules())
         draws, found = [], []
         for start in starts:
@@ -121,6 +123,8 @@ class GradientCache(nn.Module):
                 module = through if last and through is not None else self
                 rest = owed.parameters if last else {}
                 outputs, others = module(_cut(inputs, start, self.part), tuple(rest))
+                if not isinstance(owner, nn.Module):  # whose buffers would move twice, and DDP reduces no gradient of it
+                    _check_held("encoder", outputs, known)
                 pairs = [
                     (x, g[start : start + self.part])
                     for x, g in zip(outputs, owed.outputs, strict=True)
@@ -144,6 +148,7 @@ class GradientCache(nn.Module):
             out = self.loss(tree_unflatten(outputs, like))
             loss = out if isinstance(out, Tensor) else out.loss
             scaled = loss if scale is None else scale(loss)
+        _check_held("loss", [scaled], [*self.parameters(), *outputs])
         names = {name: p for name, p in self.named_parameters() if p.requires_grad}
         wanted = [x for x in outputs if x.requires_grad]
         with checks.uncast(scaled):
@@ -166,6 +171,27 @@ def _rows(name: str, tree: Any, need: int | None = None) -> tuple[int, torch.dev
     if len(lengths) > 1 or lengths[0] < 1 or lengths[0] != (need or lengths[0]):
         raise ValueError(f"{name}: got tensors of {lengths} rows, need {need or 'one number, at least 1'} for all")
     return lengths[0], leaves[0].device
+
+
+def _check_held(name: str, outputs: Iterable[Tensor], known: Iterable[Tensor]) -> None:
+    """What a function captures would be left without a gradient, in silence.
+
+    Raises:
+        ValueError: for a leaf that wants a gradient and is none of the known tensors.
+    """
+    held, nodes = {id(x) for x in known}, [x.grad_fn for x in outputs]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in held:
+            raise ValueError(
+                f"{name}: uses a parameter of shape {tuple(leaf.shape)} that no module given here holds, "
+                "need a module or its method"
+            )
+        new = {following for following, _ in node.next_functions} - seen if node is not None else set()
+        seen |= new
+        nodes += new
 
 
 def _cut(tree: Any, start: int, count: int) -> Any:

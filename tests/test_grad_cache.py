@@ -254,6 +254,23 @@ def test_under_ddp_gradients_are_those_of_one_process_in_one_reduction(tmp_path)
         assert buckets == [0]
 
 
+def test_a_function_that_captures_a_parameter_is_refused():
+    """The gradient of one pass would reach it; a module's own method or a held parameter is fine."""
+    norm, scale, x = nn.BatchNorm1d(WIDE), nn.Parameter(torch.tensor(2.0)), torch.randn(6, WIDE)
+    for step, name, shape in (
+        (GradientCache(norm, lambda z: (scale.exp() * z).sum(), part=4), "loss", r"\(\)"),
+        (GradientCache(lambda z: norm(z), lambda z: z.sum(), part=4), "encoder", r"\(6,\)"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: uses a parameter of shape {shape} that no module"):
+            step.backward(x)
+        assert gradients(norm) == [None, None]
+    x.requires_grad_()
+    GradientCache(norm.forward, lambda z: (z * norm.weight).sum(), part=4).backward(x)
+    GradientCache(lambda z: z.exp(), lambda z: z.sum(), part=4).backward(x)  # an input is no parameter
+    assert x.grad is not None
+    assert norm.weight.grad is not None
+
+
 def cache(encoder=lambda x: x, part=2):
     return GradientCache(encoder, lambda x: x.sum(), part=part)
 
