@@ -79,12 +79,12 @@ def contrast(
 ) -> NCEOutput:
     """The loss, or the weighted sum of those of the prefixes. `scale` is a number or a 0-d tensor."""
     out = None if x.column_bias is None else x.column_bias.detach() == float("-inf")
+    given = x = x if out is None else _less_weightless(x, out)
     if x.column_bias is not None and out is not None:
         x = _with_bias(x, x.column_bias, out, scale, rules)
-        x = _less_weightless(x, out)
     blocks = _Blocks(x, scale, rules, prefixes, group, backend)
     found = {direction: blocks.negatives(direction) for direction in rules.directions}
-    p = blocks.positives(found["q2k"][0].pos if "q2k" in found else None)
+    p = blocks.positives(found["q2k"][0].pos if "q2k" in found and out is None else None, given)
     if out is not None:
         p = _left_out(p, x, out)
     if rules.joint:
@@ -132,11 +132,11 @@ def _less_weightless(x: Batch, out: Tensor) -> Batch:
 def _left_out(p: _Positives, x: Batch, out: Tensor) -> _Positives:
     """With −∞ where the bias leaves out a row's own key, or one of its keys that has a weight."""
     if x.several is None:
-        lse = p.lse + torch.where(out[candidates.own(x)], float("-inf"), 0.0)  # fault: bias-own-key-left-out
+        lse = p.lse.masked_fill(out[candidates.own(x)], float("-inf"))  # fault: bias-own-key-left-out
         return _Positives(lse, lse, lse, lse)
     gone = (out[x.several.indices.clamp(min=0)] & (x.several.weights > 0)).any(dim=1)
-    less = torch.where(gone, float("-inf"), 0.0)
-    return replace(p, mean=p.mean + less, gap=cast(Tensor, p.gap) - less)
+    inf = float("inf")
+    return replace(p, mean=p.mean.masked_fill(gone, -inf), gap=cast(Tensor, p.gap).masked_fill(gone, inf))
 
 
 def _report(width: int | None, p: Tensor, first: Tensor, lse: Tensor) -> dict[str, Tensor]:
@@ -218,18 +218,26 @@ class _Blocks:
         self.ceilings = candidates.ceilings(x, rules, prefixes)
         self.guides = candidates.guides(x)
 
-    def positives(self, p: Tensor | None) -> _Positives:
-        """t of each row with its own key, or keys; `p` where a block has found it."""
-        x = self.x
+    def positives(self, p: Tensor | None, x: Batch) -> _Positives:
+        """t of each row with its own key, or keys; `p` where a block has found it.
+
+        `x` is the batch without the bias's dimensions: what is added here has all digits, and its own gradient, however
+        far below the others it is.
+        """
         if p is not None:
             return _Positives(p, p, p, p)
         if x.several is None:
-            p = positive_value(self.transform, self.scale * candidates.dots(x.q, self.own_keys, self.prefixes))
+            own_keys = self.own_keys[:, : x.k.shape[1]]
+            p = positive_value(self.transform, self.scale * candidates.dots(x.q, own_keys, self.prefixes))
+            if x.column_bias is not None:
+                p = p + _biases(x.column_bias)[candidates.own(x)]
             return _Positives(p, p, p, p)
         (indices, weights, _), some = x.several, x.several.some
         # As the dot products of one positive each, they are plain torch on every backend.
         torch_alone = ASIDE + ("reference" if self.how["backend"] == "reference" else "chunked")
         s = gathered_scores(x.q, x.k, indices.clamp(min=0), scale=self.scale, backend=torch_alone)
+        if x.column_bias is not None:
+            s = s + _biases(x.column_bias)[indices.clamp(min=0)]
         t = positive_value(self.transform, s).masked_fill(~some, 0.0)
         mean, total = (t * weights).sum(dim=1), t.sum(dim=1)
         low = t.masked_fill(~some, float("-inf"))
@@ -381,27 +389,35 @@ def _lse(parts: Sequence[Tensor]) -> Tensor:
 
 
 FAR = 2.0**15  # squared, below any score; a float16
+HIGH = 2.0**12  # of the digits of a bias beyond half of FAR, in 16 bits
+
+
+def _biases(bias: Tensor) -> Tensor:
+    """In the accumulation dtype; 0 for −∞, which is seen to apart."""
+    return widened(bias).masked_fill(bias.detach() == float("-inf"), 0.0)
 
 
 def _with_bias(x: Batch, bias: Tensor, out: Tensor, scale: float | Tensor, rules: Rules) -> Batch:
-    """(q, c, FAR) and (k, b / (scale·c), −FAR where b is −∞): a column's bias, and its absence, as more dimensions.
+    """(q, 1, FAR) and (k, b / scale, −FAR where b is −∞): a column's bias, and its absence, as more dimensions.
 
-    The bias takes one of them, or three of 16 bits, which keep 24; c keeps it in their range. Label smoothing and
-    debiasing count their candidates: a column that is left out is also one that a guide turns away.
+    The bias takes one of them, or three of 16 bits, which keep 24. It stops where the sum of a row's scores would
+    overflow, at −2⁷⁵ (in float16 where its digits do, at −2²⁷), far below what a sum of e^t still sees. Label smoothing
+    and debiasing count their candidates: a column that is left out is also one that a guide turns away.
     """
     x = x._replace(q=as_matmul(x.q), k=as_matmul(x.k), h=None if x.h is None else as_matmul(x.h))
-    left, c = widened(bias).masked_fill(out, 0.0) / scale, x.q.new_ones(())
-    if x.q.dtype.itemsize == 2:
-        top = torch.where(left.isfinite(), left, 0.0).detach().abs().amax().clamp(min=1024)
-        c = torch.exp2((top.log2() - 10).floor().clamp(max=15)).to(c.dtype)  # fault: bias-beyond-float16
-        left = left / c
-    parts = [left.to(x.q.dtype)]
-    for _ in range(0 if x.q.dtype.itemsize > 2 else 2):
-        left = (left - parts[-1]).detach()  # the first has the gradient  # fault: bias-rounded
-        parts.append(left.to(x.q.dtype))
-    away = out.to(x.q.dtype)
+    dtype, left, parts = x.q.dtype, _biases(bias) / scale, []
+    left = left.clamp(min=-(2.0**27 if dtype == torch.float16 else 2.0**75))  # fault: bias-mask-overflows
+    if dtype.itemsize == 2:
+        # Of a factor in the query, which would multiply the gradient beyond float16, is what has none.
+        high = (left.detach() / HIGH).masked_fill(left.detach().abs() < FAR / 2, 0.0).to(dtype)
+        parts, left = [high], left - HIGH * widened(high)  # fault: bias-beyond-float16
+    parts.append(left.to(dtype))
+    if dtype.itemsize == 2:
+        parts.append((left - parts[-1]).detach().to(dtype))  # the one before has the gradient  # fault: bias-rounded
+    away = out.to(dtype)
     k = torch.cat([x.k, torch.stack([*parts, -FAR * away], dim=1)], dim=1)  # fault: bias-infinite-stays
-    q = torch.cat([x.q, c.expand(x.q.shape[0], len(parts)), x.q.new_full((x.q.shape[0], 1), FAR)], dim=1)
+    factors = (*((1.0,) if len(parts) == 1 else (HIGH, 1.0, 1.0)), FAR)
+    q = torch.cat([x.q, *(x.q.new_full((x.q.shape[0], 1), factor) for factor in factors)], dim=1)
     h = None if x.h is None else torch.cat([x.h, x.h.new_zeros(*x.h.shape[:2], len(parts) + 1)], dim=2)
     if rules.smoothing or rules.tau_plus is not None:
         guide = x.guide or (x.q[:, :0], x.k[:, :0], *(() if x.h is None else (x.h[..., :0],)))

@@ -307,6 +307,28 @@ def test_a_bias_keeps_its_bits_at_every_temperature_and_minus_infinity_is_out(dt
         assert not info_nce(q, k, column_bias=torch.tensor([0.0, bad, *[0.0] * (N - 2)])).loss.isfinite()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_finite_mask_leaves_out_other_rows_columns_and_costs_its_own_row_what_it_is(dtype):
+    """Nothing overflows: not the mask in 16 bits, nor the sum of a row's scores, nor a gradient."""
+    leaves = *(nn.functional.normalize(x, dim=1).to(dtype).requires_grad_() for x in (Q, torch.cat([K, K[:3] - 1]))), (
+        torch.tensor(0.0).requires_grad_()
+    )
+    for mask, logs, several in itertools.product((-1e9, -1e20, torch.finfo(torch.float32).min), (0, -3), (False, True)):
+        q, k, t = leaves
+        bias = torch.linspace(-9, -3, N + 3)
+        bias[[1, N, N + 2]] = mask
+        temperature = 10.0**logs + t
+        targets: dict[str, Any] = {"positives": torch.arange(N)[:, None]} if several else {"targets": torch.arange(N)}
+        how: dict[str, Any] = {"column_bias": bias.requires_grad_(), "temperature": temperature, "reduction": "none"}
+        rows = info_nce(q, k, **targets, **how).nce
+        scores = q.double() @ k.double().T / temperature.double() + bias.double()
+        exact = nn.functional.cross_entropy(scores, torch.arange(N), reduction="none")
+        torch.testing.assert_close(rows.double(), exact, rtol=1e-5, atol=1e-3 if logs else 1e-5)
+        grads = (torch.autograd.grad(x.sum(), (*leaves, bias)) for x in (rows, exact))
+        for mine, theirs in zip(*grads, strict=True):
+            assert (mine - theirs).abs().max() <= (1e-4 if dtype == torch.float32 else 0.05) * theirs.abs().max()
+
+
 def test_a_bias_beside_shared_hard_negatives():
     """Where candidates are counted, which the bias does by a guide of its own."""
     h = torch.randn(N, 2, Q.shape[1], generator=torch.Generator().manual_seed(3), dtype=Q.dtype)
