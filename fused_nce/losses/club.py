@@ -50,6 +50,8 @@ def club(
         checks.check_tensor(name, x, ("N", "D"))
         check_same(name, x, "y", y)
     t, m, v = (widened(x) for x in (y, mu, logvar))
+    centre = t.mean(dim=0).detach()  # of both: far from 0, sums of them would cancel
+    t, m = t - centre, m - centre
     inverse = torch.exp(-v)
     mean = t.mean(dim=0)
     centred = t - mean
