@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_nce.core import checks
 from fused_nce.core.spec import Hardness, Identity, TanhClip, Transform
-from fused_nce.losses.common import normalized, row_dots, widened
+from fused_nce.losses.common import as_matmul, normalized, row_dots, widened
 from fused_nce.losses.targets import Targets
 
 DIRECTIONS = ("q2k", "k2q", "q2q", "k2k")
@@ -143,7 +143,8 @@ def ceilings(x: Batch, rules: Rules, prefixes: Sequence[int] = ()) -> Tensor | N
     with torch.no_grad():
         if rules.margin is not None:  # else nobody needs the prefixes' unit rows, a tenth of a call
             pairs = cut(x.q.detach(), x.k[keys].detach(), prefixes)
-            each.append([row_dots(q, k) + rules.margin + _slack(q, k) for q, k in pairs])
+            with checks.uncast(x.q):
+                each.append([row_dots(q, k) + rules.margin + _slack(q, k) for q, k in pairs])
         if found is not None:
             height = (found[0] * found[1][keys]).sum(dim=1)
             height = height + _slack(found[0], found[1][keys])
@@ -153,13 +154,16 @@ def ceilings(x: Batch, rules: Rules, prefixes: Sequence[int] = ()) -> Tensor | N
 
 
 def cut(q: Tensor, k: Tensor, prefixes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Both, or their unit rows of each width."""
-    return [tuple(normalized(widened(y[..., :d])) for y in (q, k)) for d in prefixes] if prefixes else [(q, k)]  # type: ignore[misc]
+    """Both, or their unit rows of each width, as the kernels have them: cast once, before a norm is taken."""
+    q, k = widened(as_matmul(q)), widened(as_matmul(k))
+    return [(normalized(q[..., :d]), normalized(k[..., :d])) for d in prefixes] or [(q, k)]
 
 
 def dots(q: Tensor, k: Tensor, prefixes: Sequence[int]) -> Tensor:
     """`row_dots`, (N,) or (N, H); of each prefix the cosines, (K, …)."""
-    each = [row_dots(*pair) for pair in cut(q, k, prefixes)]
+    pairs = cut(q, k, prefixes)
+    with checks.uncast(q):
+        each = [row_dots(*pair) for pair in pairs]
     return torch.stack(each) if prefixes else each[0]
 
 

@@ -49,7 +49,19 @@ def test_prefixes_are_the_sum_of_their_losses(dtype):
             parts = [weight * loss(d, normalize=True).loss for d, weight in ((2, 0.5), (3, 1), (5, 2))]
             rtol = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-5)
             same(out.loss, torch.stack(parts).sum(), leaves, rtol)
-            assert {"top1_2", "pos_mean_3", "neg_lse_mean_5"} <= set(out.stats)
+            assert {"pos_mean_3", "neg_lse_mean_5"} <= set(out.stats)
+            assert ("top1_2" in out.stats) == ("hardness" not in options)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_under_autocast_the_positives_equal_is_no_false_negative_of_a_prefix(backend):
+    """Rows are cast once, before they are normalised, by what a margin is measured from as by the scores."""
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(64, 48, generator=g), torch.randn(32, 48, generator=g).repeat_interleave(2, dim=0)
+    how: dict[str, Any] = {"prefixes": (32,), "false_negative_margin": 0.0, "reduction": "none", "backend": backend}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = info_nce(q, k, **how).nce
+    torch.testing.assert_close(found, info_nce(q.bfloat16(), k.bfloat16(), **how).nce)
 
 
 def test_prefixes_without_a_margin_ask_for_no_unit_rows(monkeypatch):
