@@ -21,6 +21,7 @@ tile is held. What the blocks give is joined in plain torch on (N,) vectors: sof
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -52,6 +53,7 @@ class _Negatives:
     top: Tensor  # (N,) the highest, detached
     total: Tensor | None  # (N,) Σ t, where label smoothing reads it
     count: float | Tensor  # of them; (N,) where ids or filters decide
+    hardness: float = 0.0  # α
     pos: Tensor | None = None  # (N,) t of the row's own key, where it is the block's one positive
 
 
@@ -117,6 +119,7 @@ def contrast(
         means = p.mean, p.top > top, lse
         each_width = zip(prefixes, *means, strict=True) if prefixes else [(None, *means)]
         stats = {name: y for each in each_width for name, y in _report(*each).items()}
+        stats = reported(stats, rules.hardness or rules.own_hardness)
     return NCEOutput(loss, nce, torch.zeros_like(loss), stats)
 
 
@@ -146,10 +149,10 @@ def _report(width: int | None, p: Tensor, first: Tensor, lse: Tensor) -> dict[st
 
 
 def reported(report: dict[str, Tensor], hardness: float) -> dict[str, Tensor]:
-    """Of one sweep: the loss of weighed negatives bounds no information, and no chance is its measure."""
+    """The loss of weighed negatives bounds no information, and no chance is its measure; nor is a top-1 among them."""
     if not hardness:
         return report
-    return {name: y for name, y in report.items() if not name.startswith(("nce", "mi_bound"))}
+    return {name: y for name, y in report.items() if not name.startswith(("nce", "mi_bound", "top1"))}
 
 
 def contrast_prefixes(
@@ -316,7 +319,8 @@ class _Blocks:
         pos = None
         if spec.n_pos == 1 and not isinstance(layout, Separate):
             pos = found["pos"].T if self.prefixes else found["pos"].squeeze(1)
-        return _Negatives(found["neg_lse"], found["neg_max"], found.get("neg_sum"), count, pos)
+        alpha = spec.hardness
+        return _Negatives(found["neg_lse"], found["neg_max"], found.get("neg_sum"), count, alpha, pos)
 
     def _own(self) -> _Negatives:
         """The row's own hard negatives."""
@@ -339,7 +343,7 @@ class _Blocks:
         lse = _lse(t.masked_fill(~kept, float("-inf")).unbind(-1))
         top = t.detach().masked_fill(~kept, float("-inf")).amax(dim=-1)
         lse = lse + poison(s, -1)  # fault: own-negative-hides
-        return _Negatives(lse, top, t.masked_fill(~kept, 0.0).sum(dim=-1), kept.sum(dim=-1).to(t.dtype))
+        return _Negatives(lse, top, t.masked_fill(~kept, 0.0).sum(dim=-1), kept.sum(dim=-1).to(t.dtype), alpha)
 
 
 def _row_loss(p: _Positives, found: Sequence[_Negatives], times: int, scale: float | Tensor, rules: Rules) -> Tensor:
@@ -347,7 +351,10 @@ def _row_loss(p: _Positives, found: Sequence[_Negatives], times: int, scale: flo
     lse = _lse([negatives.lse for negatives in found])
     count = sum(negatives.count for negatives in found)
     if rules.tau_plus is not None:
-        lse = _debiased(lse, p.lse, count, scale, rules.tau_plus)
+        far = scale if isinstance(scale, Tensor) else p.lse.new_full((), scale)
+        least = transform_value(candidates.transform(rules.clip), -far)
+        weighed = sum(negatives.count * math.exp(-negatives.hardness) for negatives in found)
+        lse = _debiased(lse, p.lse, count, _log(weighed, p.lse) + least, rules.tau_plus)  # fault: debiased-without-floor
     if times > 1:
         several = log_count(times, p.lse)
         loss = softplus(deficit(lse, p.lse) - several) + several
@@ -365,15 +372,18 @@ def _row_loss(p: _Positives, found: Sequence[_Negatives], times: int, scale: flo
     return loss
 
 
-def _debiased(lse: Tensor, p: Tensor, count: float | Tensor, scale: float | Tensor, tau_plus: float) -> Tensor:
-    """log max( (Σ_neg e^t − n·τ⁺·e^p) / (1 − τ⁺), n·e^(−scale) ), n negatives of unit rows."""
-    log_n = count.log() if isinstance(count, Tensor) else log_count(count, p)
+def _log(count: float | Tensor, like: Tensor) -> Tensor:
+    return count.log() if isinstance(count, Tensor) else log_count(count, like)
+
+
+def _debiased(lse: Tensor, p: Tensor, count: float | Tensor, least: Tensor, tau_plus: float) -> Tensor:
+    """log max( (Σ_neg e^t − n·τ⁺·e^p) / (1 − τ⁺), e^least ), n negatives; `least` is the sum of e^t(−1) of unit rows."""
     rate = log_count(tau_plus, p)
-    taken = log_n + rate + p - lse  # log of the share that goes
+    taken = _log(count, p) + rate + p - lse  # log of the share that goes
     some = taken < 0
     left = lse + torch.log1p(-torch.where(some, taken, -1.0).exp()) - log_count(1 - tau_plus, p)
-    least = log_n - scale  # fault: debiased-without-floor
-    return torch.maximum(torch.where(some, left, float("-inf")), least) + bad(lse) + bad(p)
+    left = torch.where(some, left, float("-inf"))
+    return torch.maximum(left, least) + bad(lse) + bad(p)
 
 
 def _lse(parts: Sequence[Tensor]) -> Tensor:

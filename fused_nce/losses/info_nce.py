@@ -118,7 +118,7 @@ def info_nce(
     Returns:
         NCEOutput, float32 (float64 for float64 inputs), in nats; chance is log M. `stats` is of the queries' direction:
         top1, pos_mean, neg_lse_mean, nce_minus_chance, mi_bound. What needs more than keys and filters has the first
-        three alone, top1 among all candidates; prefixes have theirs under `top1_64`, ….
+        three alone, top1 among all candidates, and with hardness the next two; prefixes have `top1_64`, ….
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.

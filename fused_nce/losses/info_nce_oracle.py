@@ -103,22 +103,25 @@ def _dense(
     pairs = dense_scores(q, k, scale)
     positive = pairs[rows, own]
 
-    def scored(a: str, b: str) -> tuple[Tensor, Tensor]:
-        """(t, who of them is kept), (N, columns)."""
+    def soft(s: Tensor) -> Tensor:
+        return s if clip is None else clip * torch.tanh(s / clip)
+
+    def scored(a: str, b: str) -> tuple[Tensor, Tensor, Tensor]:
+        """(t, who of them is kept), (N, columns), and e^t of a cosine of −1."""
         s = pairs if (a, b) == ("q", "k") else dense_scores(names[a], names[b], scale)
         kept = torch.ones_like(s, dtype=torch.bool)
         if false_negative_margin is not None:
             kept &= s <= (positive + scale * false_negative_margin)[:, None]
         if b in guide_of:
             kept &= guide_of[a] @ guide_of[b].T <= ceiling[:, None]
-        t = s if clip is None else clip * torch.tanh(s / clip)
+        t, least = soft(s), soft(-scale)
         if hardness and a == "q" and b != "q":
-            t = t + hardness / scale.detach() * still(s)
-        return t, kept
+            t, least = t + hardness / scale.detach() * still(s), least - hardness
+        return t, kept, least.exp()
 
-    def direction(name: str) -> list[tuple[Tensor, Tensor]]:
+    def direction(name: str) -> list[tuple[Tensor, Tensor, Tensor]]:
         a, b = {"q2k": ("q", "k"), "k2q": ("own", "q"), "q2q": ("q", "q"), "k2k": ("own", "k")}[name]
-        t, kept = scored(a, b)
+        t, kept, least = scored(a, b)
         itself = own if b == "k" else rows
         kept = kept & (itself[:, None] != torch.arange(t.shape[1]))
         kept = kept & ~chosen if several is not None else kept
@@ -126,32 +129,31 @@ def _dense(
             kept = kept & (query_ids[:, None] != ids_of[b])
         if column_bias is not None and b == "k":
             t = t + column_bias
-        found = [(t, kept)]
+        found = [(t, kept, least)]
         if h is not None and b == "k":
-            t, kept = scored(a, "h")
+            t, kept, least = scored(a, "h")
             mine = rows[:, None] == torch.arange(t.shape[1]) // h.shape[1]
             some = mine & (kept | (not filter_hard_negatives)) if name == "q2k" else torch.zeros_like(mine)
-            found.append((t, some | (~mine & kept) if share_hard_negatives else some))
+            found.append((t, some | (~mine & kept) if share_hard_negatives else some, least))
         return found
 
-    top = positive if clip is None else clip * torch.tanh(positive / clip)
+    top = soft(positive)
     if column_bias is not None:
         top = top + column_bias[own]
     mean = inside = top
     size: float | Tensor = 1.0
     if several is not None:
-        t = pairs if clip is None else clip * torch.tanh(pairs / clip)
-        t = t if column_bias is None else t + column_bias
+        t = soft(pairs) if column_bias is None else soft(pairs) + column_bias
         mean, inside = (t * mass).sum(1) / mass.sum(1), (t * chosen).sum(1)
         top, size = masked_lse(t, chosen), chosen.sum(1)
 
-    def loss(found: list[tuple[Tensor, Tensor]], times: int) -> Tensor:
-        t, kept = (torch.cat(x, dim=1) for x in zip(*found, strict=True))
+    def loss(found: list[tuple[Tensor, Tensor, Tensor]], times: int) -> Tensor:
+        t, kept = (torch.cat([each[i] for each in found], dim=1) for i in range(2))
         count, lse = kept.sum(1).to(t.dtype), masked_lse(t, kept)
         if tau_plus is not None:
             total = torch.where(kept, t, -1e4).exp().sum(1)
             left = (total - count * tau_plus * top.exp()) / (1 - tau_plus)
-            lse = torch.maximum(left, count * (-scale).exp()).log()
+            lse = torch.maximum(left, sum(kept.sum(1) * least for _, kept, least in found)).log()  # type: ignore[arg-type]
         value = -nn.functional.logsigmoid(top + math.log(times) - lse) + math.log(times)
         spread = mean - (times * inside + (t * kept).sum(1)) / (times * size + count)
         return value + top - mean + label_smoothing * spread

@@ -68,6 +68,10 @@ def test_golden():
     g = (e(1) + e(0) + e(-1) - 3 * 0.05 * e(2)) / 0.95
     assert first(tau_plus=0.05) == pytest.approx(math.log(1 + g * e(-2)), rel=1e-14)
     assert first(tau_plus=0.5) == pytest.approx(math.log(1 + 3 * e(-1) * e(-2)), rel=1e-14)  # its floor
+    floors: list[tuple[Any, float, float]] = [({"hardness": 0.5}, -1.5, 2.0)]
+    floors += [({"clip": 3.0}, -3 * math.tanh(1 / 3), 3 * math.tanh(2 / 3))]
+    for choice, low, own in floors:
+        assert first(tau_plus=0.5, **choice) == pytest.approx(math.log(1 + 3 * e(low - own)), rel=1e-14)
 
 
 def test_what_equals_what():
@@ -206,7 +210,8 @@ def test_hardness_weighs_and_is_not_differentiated():
     exact = nn.functional.cross_entropy(weighed, torch.arange(N))
     found = info_nce(q, k, hardness=1.5, temperature=t, backend="chunked")
     same(found.loss, exact, leaves)
-    assert found.stats.keys() == {"top1", "pos_mean", "neg_lse_mean"}  # of weighed negatives there is no bound
+    for more in ({}, {"tau_plus": 0.1}):  # of weighed negatives there is no bound, and the highest is none of the scores'
+        assert info_nce(q, k, hardness=1.5, **more).stats.keys() == {"pos_mean", "neg_lse_mean"}
 
 
 def test_several_positives_are_a_set_and_soft_targets_a_distribution():

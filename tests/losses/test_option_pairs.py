@@ -123,6 +123,7 @@ def elements(q: Any, k: Any, h: Any, o: dict[str, Any], width: int | None) -> An
             return line is None or guided is None or bool(guided <= line + 1e-12)
 
         terms: dict[str, list[Any]] = {}
+        lowest = soft_clip(torch.tensor(-scale, dtype=F64))  # of a cosine of −1
         for name in ("q2k", "k2q") if o.get("symmetric") else o.get("directions", ("q2k",)):
             row, columns = q[i] if name[0] == "q" else k[own], k if name[2] == "k" else q
             itself = set(chosen) if name[2] == "k" else {i}
@@ -149,15 +150,16 @@ def elements(q: Any, k: Any, h: Any, o: dict[str, Any], width: int | None) -> An
                     continue
                 terms[name].append(soft_clip(scale * r) + (alpha * r.detach() if name == "q2k" else 0))
         joint = o.get("joint", False)
+        floors = {name: len(x) * (lowest - alpha * (name == "q2k")).exp() for name, x in terms.items()}
         groups = [[*itertools.chain(*terms.values())]] if joint else list(terms.values())
+        least = [sum(floors.values())] if joint else list(floors.values())
         times = max(1, ("q2k" in terms) + ("k2q" in terms)) if joint else 1
         mean = sum(w * tops[j] for j, w in chosen.items())
         each = []
-        for group in groups:
+        for group, floor in zip(groups, least, strict=True):
             negatives = sum((t.exp() for t in group), torch.zeros((), dtype=F64))
             if "tau_plus" in o:
                 top = tops[own].exp()
-                floor = len(group) * torch.tensor(-scale, dtype=F64).exp()
                 negatives = torch.maximum((negatives - len(group) * o["tau_plus"] * top) / (1 - o["tau_plus"]), floor)
             every = (times * sum(t.exp() for t in tops.values()) + negatives).log()
             candidates = [*list(tops.values()) * times, *group]
