@@ -14,8 +14,8 @@ def refuse_batched(*upstream: Tensor | None) -> None:
     """
     if not torch.compiler.is_compiling() and any(batched(g) for g in upstream if g is not None):
         raise RuntimeError(
-            "fused_nce: batched upstream gradients (is_grads_batched, vmap) are supported for `loss` alone: "
-            "this backward computes the scores again, for one upstream at a time"
+            "fused_nce: batched upstream gradients (is_grads_batched, vmap) are supported for `loss` of one sweep "
+            "alone: this backward, of a part, several blocks or row weights, computes the scores again for each upstream"
         )
 
 

@@ -116,6 +116,8 @@ def contrast(
     with torch.no_grad():
         top = torch.stack([negatives.top for each in found.values() for negatives in each]).amax(dim=0)
         lse = _lse([negatives.lse for negatives in next(iter(found.values()))])
+        if out is not None:  # the sum of columns left out alone
+            lse = lse.masked_fill((lse < -FAR * FAR / 2 * scale) & out.any(), float("-inf"))
         means = p.mean, p.top > top, lse
         each_width = zip(prefixes, *means, strict=True) if prefixes else [(None, *means)]
         stats = {name: y for each in each_width for name, y in _report(*each).items()}

@@ -61,7 +61,7 @@ def output(loss: Tensor, stats: dict[str, Tensor]) -> NCEOutput:
     return NCEOutput(loss, loss, torch.zeros_like(loss), {name: x.detach() for name, x in stats.items()})
 
 
-def check_rows(name_a: str, a: Tensor, name_b: str, b: Tensor, *, same_n: bool) -> None:
+def check_rows(name_a: str, a: Tensor, name_b: str, b: Tensor, *, same_n: bool, other: str = "") -> None:
     """Two (N, D) tensors that a score can be taken of; under autocast they may differ in dtype.
 
     Raises:
@@ -71,7 +71,7 @@ def check_rows(name_a: str, a: Tensor, name_b: str, b: Tensor, *, same_n: bool) 
     checks.check_tensor(name_b, b, ("N" if same_n else "M", "D"))
     checks.check_pair(name_a, a, name_b, b)
     if same_n and a.shape[0] != b.shape[0]:
-        raise ValueError(f"{name_b}: got N = {b.shape[0]}, need {name_a}'s {a.shape[0]}")
+        raise ValueError(f"{name_b}: got N = {b.shape[0]}, need {name_a}'s {a.shape[0]}{other}")
 
 
 def check_same(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:

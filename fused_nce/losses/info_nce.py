@@ -113,7 +113,7 @@ def info_nce(
         group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone. Hard negatives
             that are not shared stay where they are; positives and targets are among this process's keys.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest. On a CPU all but prefixes with
-            smoothing have kernels; on a GPU guides, several positives and prefixes in "cuda" alone, else in "chunked".
+            smoothing or debiased ones with ids or filters have kernels; on a GPU guides, several positives and prefixes in "cuda" alone, else in "chunked".
 
     Returns:
         NCEOutput, float32 (float64 for float64 inputs), in nats; chance is log M. `stats` is of the queries' direction:
@@ -130,7 +130,7 @@ def info_nce(
         ```
     """
     several = positives is not None or soft_targets is not None
-    check_rows("queries", queries, "keys", keys, same_n=targets is None and not several)
+    check_rows("queries", queries, "keys", keys, same_n=targets is None and not several, other=", or targets")
     n, m = queries.shape[0], keys.shape[0]
     if clip is not None:
         checks.check_number("clip", clip, above=0)

@@ -49,6 +49,7 @@ def mine_dv(
     if ema is not None:
         level = log_mean.detach()
         ratio = (level - (ema.detach() if isinstance(ema, Tensor) else ema)).exp()  # of the divisors
+        ratio = ratio.clamp(max=torch.finfo(ratio.dtype).max)  # which ∞·0 would be a NaN of
         log_mean = level + ratio * (log_mean - level)
     loss = log_mean - pos_mean
     return output(loss, {"pos_mean": pos_mean, "mi_bound": -loss})

@@ -365,6 +365,20 @@ def test_targets_keep_their_bits_under_autocast_and_drop_what_weighs_nothing():
     assert found[0].isfinite().all()
 
 
+def test_without_a_negative_left_a_rows_negatives_sum_to_nothing():
+    out = info_nce(Q, K, column_bias=torch.tensor([0.0] + [-math.inf] * (N - 1)).double(), reduction="none")
+    assert out.nce[0] == 0
+    assert out.stats["neg_lse_mean"] == -math.inf
+
+
+def test_a_bias_beside_another_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert info_nce(Q.float(), K.float(), column_bias=torch.zeros(N).float()).loss.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("tau_plus", [None, 0.1])
 def test_a_column_that_is_out_is_no_candidate_of_a_debiased_loss(tau_plus):
     more = torch.cat([K, K[:2] + 1])

@@ -184,6 +184,10 @@ def test_mine_module_gradient_survives_the_next_update():
     assert torch.equal(torch.autograd.grad(first, products[0])[0], expected)
 
 
+def test_mines_value_is_the_batchs_beside_an_average_far_below():
+    assert mine_dv(torch.zeros(2), torch.full((3,), 60.0), ema=-40.0).loss.item() == pytest.approx(60)
+
+
 def test_golden_gaussian_kl():
     mu = torch.tensor([[1.0, -2.0], [0.0, 0.0]], dtype=torch.float64)
     logvar = torch.tensor([[0.0, math.log(3)], [0.0, 0.0]], dtype=torch.float64)

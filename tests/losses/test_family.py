@@ -184,7 +184,7 @@ A, B = torch.ones(4, 3), torch.ones(4, 3)
 T = torch.arange(4)
 FLOAT: Any = 0.0
 ERRORS = [
-    (lambda: info_nce(A, B[:3]), ValueError, r"^keys: got N = 3, need queries's 4$"),
+    (lambda: info_nce(A, B[:3]), ValueError, r"^keys: got N = 3, need queries's 4, or targets$"),
     (lambda: info_nce(A, B, T.int()), TypeError, r"^targets: got torch.int32, need int64$"),
     (lambda: info_nce(A, B, T[:2]), ValueError, r"^targets: got shape \(2,\), need \(N,\) = \(4,\)$"),
     (lambda: info_nce(A, B, T + 1), ValueError, r"^targets: got 4, need 0 <= index < 4$"),
