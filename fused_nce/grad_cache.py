@@ -123,7 +123,9 @@ class GradientCache(nn.Module):
                 module = through if last and through is not None else self
                 rest = owed.parameters if last else {}
                 outputs, others = module(_cut(inputs, start, self.part), tuple(rest))
-                if not isinstance(owner, nn.Module):  # whose buffers would move twice, and DDP reduces no gradient of it
+                if not isinstance(
+                    owner, nn.Module
+                ):  # whose buffers would move twice, and DDP reduces no gradient of it
                     _check_held("encoder", outputs, known)
                 pairs = [
                     (x, g[start : start + self.part])

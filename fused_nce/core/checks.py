@@ -231,6 +231,25 @@ def check_within(name: str, indices: Tensor, m: int) -> None:
         torch._assert_async(((indices >= 0) & (indices < m)).all(), f"{name}: got others, need 0 <= index < M")
 
 
+def is_wrong(wrong: Tensor, need: str) -> bool:
+    """Whether any is, on a CPU, through `torch.vmap` too; a GPU looks by itself, without a wait, and stops with `need`."""
+    compiling = torch.compiler.is_compiling()
+    while torch._C._functorch.is_batchedtensor(wrong):
+        if compiling:  # nothing looks into a compiled vmap
+            return False
+        wrong = torch._C._functorch.get_unwrapped(wrong)
+    if wrong.device.type == "cpu" and not compiling:
+        fake = type(wrong) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+        return not fake and bool(wrong.any())
+    torch._assert_async(~wrong.any(), need)
+    return False
+
+
+def is_batched(*tensors: Tensor) -> bool:
+    """Whether any is a vmap's, of which no one element can be told in an error."""
+    return any(torch._C._functorch.is_batchedtensor(x) for x in tensors)
+
+
 def check_range(name: str, indices: Tensor, m: int) -> None:
     """As `check_within`, of numbers that can be read.
 

@@ -356,7 +356,9 @@ def _row_loss(p: _Positives, found: Sequence[_Negatives], times: int, scale: flo
         far = scale if isinstance(scale, Tensor) else p.lse.new_full((), scale)
         least = transform_value(candidates.transform(rules.clip), -far)
         weighed = sum(negatives.count * math.exp(-negatives.hardness) for negatives in found)
-        lse = _debiased(lse, p.lse, count, _log(weighed, p.lse) + least, rules.tau_plus)  # fault: debiased-without-floor
+        lse = _debiased(
+            lse, p.lse, count, _log(weighed, p.lse) + least, rules.tau_plus
+        )  # fault: debiased-without-floor
     if times > 1:
         several = log_count(times, p.lse)
         loss = softplus(deficit(lse, p.lse) - several) + several
@@ -379,7 +381,7 @@ def _log(count: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _debiased(lse: Tensor, p: Tensor, count: float | Tensor, least: Tensor, tau_plus: float) -> Tensor:
-    """log max( (Σ_neg e^t − n·τ⁺·e^p) / (1 − τ⁺), e^least ), n negatives; `least` is the sum of e^t(−1) of unit rows."""
+    """log max( (Σ_neg e^t − n·τ⁺·e^p) / (1 − τ⁺), e^least ), n negatives; `least` is their floor's log."""
     rate = log_count(tau_plus, p)
     taken = _log(count, p) + rate + p - lse  # log of the share that goes
     some = taken < 0

@@ -360,12 +360,12 @@ def _shown(x: Batch, guide: tuple[Tensor, ...]) -> Batch:
 def _check_own_ids(x: Batch, query_ids: Tensor, key_ids: Tensor) -> None:
     """The own key has the row's id. Only a CPU's are read; a GPU checks its own, without a wait."""
     same = key_ids[own(x)] == query_ids
-    if x.q.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not bool(same.all()):
-            row = int((~same).to(torch.int64).argmax())
-            raise ValueError(
-                f"query_ids: got {int(query_ids[row])} for row {row}, whose own key has the id "
-                f"{int(key_ids[own(x)][row])}, need the same"
-            )
-    else:
-        torch._assert_async(same.all(), "query_ids: got another id than the row's own key has, need the same")
+    need = "query_ids: got another id than the row's own key has, need the same"
+    if checks.is_wrong(~same, need):
+        if checks.is_batched(same):
+            raise ValueError(need)
+        row = int((~same).to(torch.int64).argmax())
+        raise ValueError(
+            f"query_ids: got {int(query_ids[row])} for row {row}, whose own key has the id "
+            f"{int(key_ids[own(x)][row])}, need the same"
+        )

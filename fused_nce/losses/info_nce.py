@@ -113,7 +113,8 @@ def info_nce(
         group: processes whose rows are negatives too (see `fused_nce.losses`); None for this one alone. Hard negatives
             that are not shared stay where they are; positives and targets are among this process's keys.
         backend: a name of `fused_nce.backends()`, or None to choose the fastest. On a CPU all but prefixes with
-            smoothing or debiased ones with ids or filters have kernels; on a GPU guides, several positives and prefixes in "cuda" alone, else in "chunked".
+            smoothing, or debiased with ids or filters, have kernels; on a GPU guides, several positives and
+            prefixes in "cuda" alone, else in "chunked".
 
     Returns:
         NCEOutput, float32 (float64 for float64 inputs), in nats; chance is log M. `stats` is of the queries' direction:
@@ -233,12 +234,10 @@ def _check_permutation(targets: Tensor, m: int) -> None:
         raise ValueError(f"targets: got N = {targets.shape[0]} for M = {m} keys, need a permutation for symmetric=True")
     whole = (targets.sort().values == torch.arange(m, device=targets.device)).all()
     need = "targets: got one key twice or none, need a permutation for symmetric=True"
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not bool(whole):
+    if checks.is_wrong(~whole, need):
+        if not checks.is_batched(targets):
             checks.check_range("targets", targets, m)
-            raise ValueError(need)
-    else:
-        torch._assert_async(whole, need)
+        raise ValueError(need)
 
 
 class InfoNCELoss(Copied):

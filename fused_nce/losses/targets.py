@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_nce.core import checks
+
 ROUNDING = 1e-3  # what a sum of weights may be off 1 by, beyond what their own dtype rounds
 
 
@@ -66,17 +68,19 @@ def checked(
     sums = w.sum(dim=1)
     wrong = ~some.any(dim=1) if weights is None else ~((sums - 1).abs() <= slack) | (w < 0).any(dim=1)
     need = "at least one" if weights is None else "weights >= 0 of sum 1"
-    if like.device.type != "cpu" or torch.compiler.is_compiling():  # without a wait
-        sound = (indices >= -1).all() & (indices < m).all() & ~wrong.any()
-        torch._assert_async(sound, f"{name}: got others, need -1 <= index < M, and of each row {need}")
-    else:
+    outside, every = (
+        (indices < -1).any() | (indices >= m).any(),
+        f"{name}: got others, need -1 <= index < M, and of each",
+    )
+    if checks.is_wrong(outside | wrong.any(), f"{every} row {need}"):
+        if checks.is_batched(outside, wrong):
+            raise ValueError(f"{every} row {need}")
         low, high = (int(x) for x in torch.aminmax(indices))
         if low < -1 or high >= m:
             raise ValueError(f"{name}: got {low if low < -1 else high}, need -1 <= index < M = {m}")
-        if bool(wrong.any()):
-            row = int(wrong.to(torch.int64).argmax())
-            seen = "none" if weights is None else f"weights of sum {float(sums[row]):.4g}"
-            raise ValueError(f"{name}: got {seen} for row {row}, need {need}")
+        row = int(wrong.to(torch.int64).argmax())
+        seen = "none" if weights is None else f"weights of sum {float(sums[row]):.4g}"
+        raise ValueError(f"{name}: got {seen} for row {row}, need {need}")
     # In ascending order, as the kernels look them up. A column that comes twice is one, of both weights.
     ordered, order = indices.sort(dim=1, stable=True)
     later = torch.nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0)) & (ordered >= 0)  # fault: target-twice

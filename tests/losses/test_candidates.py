@@ -210,7 +210,10 @@ def test_hardness_weighs_and_is_not_differentiated():
     exact = nn.functional.cross_entropy(weighed, torch.arange(N))
     found = info_nce(q, k, hardness=1.5, temperature=t, backend="chunked")
     same(found.loss, exact, leaves)
-    for more in ({}, {"tau_plus": 0.1}):  # of weighed negatives there is no bound, and the highest is none of the scores'
+    for more in (
+        {},
+        {"tau_plus": 0.1},
+    ):  # of weighed negatives there is no bound, and the highest is none of the scores'
         assert info_nce(q, k, hardness=1.5, **more).stats.keys() == {"pos_mean", "neg_lse_mean"}
 
 
@@ -315,8 +318,9 @@ def test_a_bias_keeps_its_bits_at_every_temperature_and_minus_infinity_is_out(dt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_finite_mask_leaves_out_other_rows_columns_and_costs_its_own_row_what_it_is(dtype):
     """Nothing overflows: not the mask in 16 bits, nor the sum of a row's scores, nor a gradient."""
-    leaves = *(nn.functional.normalize(x, dim=1).to(dtype).requires_grad_() for x in (Q, torch.cat([K, K[:3] - 1]))), (
-        torch.tensor(0.0).requires_grad_()
+    leaves = (
+        *(nn.functional.normalize(x, dim=1).to(dtype).requires_grad_() for x in (Q, torch.cat([K, K[:3] - 1]))),
+        (torch.tensor(0.0).requires_grad_()),
     )
     for mask, logs, several in itertools.product((-1e9, -1e20, torch.finfo(torch.float32).min), (0, -3), (False, True)):
         q, k, t = leaves
@@ -516,3 +520,33 @@ def test_clip_loss_checks_choices_that_nothing_uses():
     for options in ({"guide_margin_kind": "zzz"}, {"guide_margin": 0.1}):
         with pytest.raises(ValueError, match=r"^guide_margin"):
             clip_loss(x, x, 10.0, **options)
+
+
+PERMUTED = torch.stack([torch.randperm(N, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+AFTER = torch.stack([PERMUTED, PERMUTED.roll(1, dims=1)], dim=2)
+INDEXED: dict[str, tuple[torch.Tensor, Any]] = {
+    "targets: got one key twice": (PERMUTED, lambda q, t: info_nce(q, K, t, symmetric=True)),
+    "positives: got others": (AFTER, lambda q, t: info_nce(q, K, positives=t)),
+    "soft_targets: got others": (
+        AFTER,
+        lambda q, t: info_nce(q, K, soft_targets=(t, torch.full((N, 2), 0.5).double())),
+    ),
+    "query_ids: got another": (PERMUTED, lambda q, t: info_nce(q, K, query_ids=t, key_ids=PERMUTED[0])),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("message", INDEXED)
+def test_indices_are_read_through_a_vmap_and_not_where_they_are_fake(message):
+    indices, loss = INDEXED[message]
+    good = indices[:1].expand(2, *indices.shape[1:])
+    rows = torch.stack([Q, 2 * Q])
+    torch.testing.assert_close(
+        torch.vmap(lambda q, t: loss(q, t).loss)(rows, good), torch.stack([loss(q, good[0]).loss for q in rows])
+    )
+    wrong = good.clone()
+    wrong[1, 0] = 99 if indices.dim() == 3 else good[1, 1]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        torch.vmap(lambda q, t: loss(q, t).loss)(rows, wrong)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert loss(mode.from_tensor(Q), mode.from_tensor(good[0])).loss.shape == ()
