@@ -232,7 +232,7 @@ def check_within(name: str, indices: Tensor, m: int) -> None:
 
 
 def is_wrong(wrong: Tensor, need: str) -> bool:
-    """Whether any is, on a CPU, through `torch.vmap` too; a GPU looks by itself, without a wait, and stops with `need`."""
+    """Whether any is, on a CPU, through `torch.vmap` too; a GPU looks by itself, without a wait, and says `need`."""
     compiling = torch.compiler.is_compiling()
     while torch._C._functorch.is_batchedtensor(wrong):
         if compiling:  # nothing looks into a compiled vmap

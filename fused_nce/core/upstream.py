@@ -15,7 +15,7 @@ def refuse_batched(*upstream: Tensor | None) -> None:
     if not torch.compiler.is_compiling() and any(batched(g) for g in upstream if g is not None):
         raise RuntimeError(
             "fused_nce: batched upstream gradients (is_grads_batched, vmap) are supported for `loss` of one sweep "
-            "alone: this backward, of a part, several blocks or row weights, computes the scores again for each upstream"
+            "alone: this backward, of a part, blocks or row weights, computes the scores again for each upstream"
         )
 
 
