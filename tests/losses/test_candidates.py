@@ -210,10 +210,8 @@ def test_hardness_weighs_and_is_not_differentiated():
     exact = nn.functional.cross_entropy(weighed, torch.arange(N))
     found = info_nce(q, k, hardness=1.5, temperature=t, backend="chunked")
     same(found.loss, exact, leaves)
-    for more in (
-        {},
-        {"tau_plus": 0.1},
-    ):  # of weighed negatives there is no bound, and the highest is none of the scores'
+    each: tuple[dict[str, Any], ...] = ({}, {"tau_plus": 0.1})
+    for more in each:  # of weighed negatives there is no bound, and the highest is none of the scores'
         assert info_nce(q, k, hardness=1.5, **more).stats.keys() == {"pos_mean", "neg_lse_mean"}
 
 

@@ -210,7 +210,7 @@ def test_club_far_from_zero_keeps_float32s_digits():
     y, noise = 1000 + 0.01 * normal(64, 8).detach(), 0.001 * normal(64, 8, seed=1).detach()
     exact = torch.stack([y, y + noise]).float().double().requires_grad_()
     found = exact.detach().float().requires_grad_()
-    losses = [club(*x, torch.full_like(x[0], -9.0)).loss for x in (found, exact)]
+    losses = [club(x[0], x[1], torch.full_like(x[0], -9.0)).loss for x in (found, exact)]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
     mine, theirs = (torch.autograd.grad(loss, x)[0] for loss, x in zip(losses, (found, exact), strict=True))
     assert (mine - theirs).abs().max() <= 1e-6 * theirs.abs().max()
