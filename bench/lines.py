@@ -7,7 +7,7 @@ import sys
 from bench.host import ROOT
 
 ENDINGS = (".py", ".cpp", ".h", ".inl", ".cu", ".sh", ".html", ".css", ".txt")
-BUDGET = {("fused_nce", "csrc", "bench"): 56_230, ("tests",): 37_150}
+BUDGET = {("fused_nce", "csrc", "bench"): 56_800, ("tests",): 37_950}
 
 
 def lines(folder: str) -> int:

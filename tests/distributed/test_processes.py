@@ -50,12 +50,12 @@ def test_a_copy_works_in_the_group_of_what_it_copies(loss, options):
     """A teacher's, say (`AveragedModel`)."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        own = dist.new_group([0])
-        student = torch.nn.Sequential(torch.nn.Linear(2, 2), loss(group=Processes(own) if options else own))
+        own: Any = dist.new_group([0])
+        student: Any = torch.nn.Sequential(torch.nn.Linear(2, 2), loss(group=Processes(own) if options else own))
         student[1].again = student[0]
-        teacher = AveragedModel(student).module
+        teacher: Any = AveragedModel(student).module
         held = [x for part in teacher[1].modules() for x in tree_leaves(vars(part))]
-        groups = {x for x in held if isinstance(x, (dist.ProcessGroup, Processes))}
+        groups: set[Any] = {x for x in held if isinstance(x, (dist.ProcessGroup, Processes))}
         assert {x.group if options else x for x in groups} == {own}
         assert teacher[1].again is teacher[0] is not student[0]
         assert repr(teacher) == repr(student)

@@ -5,6 +5,7 @@ import pickle
 import tarfile
 import tracemalloc
 from types import FunctionType, ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_a_spawned_reader_and_one_of_some_samples_read_the_same(tmp_path, kind):
         (f"image {i}".encode(), len(f"image {i}")) for i in range(30)
     )
     source.keep([2, 5, 29])
-    kept = source.samples
+    kept: Any = source.samples
     assert [(kept.name(i), kept.label_name(i), kept.content(i), kept.size(i)) for i in range(3)] == [
         there[i] for i in (2, 5, 29)
     ]
@@ -110,7 +111,7 @@ def test_a_spawned_reader_and_one_of_some_samples_read_the_same(tmp_path, kind):
 def test_of_an_archive_that_is_held_nothing_stays_that_no_sample_has(tmp_path):
     kept = [("0.png", b"one"), ("1.png", b"three"), ("2.png", tarfile.LNKTYPE, "1.png")]
     write_shard(tmp_path / "train-0.tar.gz", [kept[0], ("0.jpg", b"further"), *kept[1:]])
-    samples = ImageSource(tmp_path, "train").samples
+    samples: Any = ImageSource(tmp_path, "train").samples
     assert [samples.content(i) for i in range(3)] == [b"one", b"three", b"three"]
     assert bytes(samples.held) == b"onethree"
 
@@ -166,8 +167,9 @@ def test_recordings_above_the_limit_are_refused_by_their_headers(tmp_path, monke
     config = command.parse("cpc", words)[0]
     with pytest.raises(ValueError, match=f"train: {need}"):
         config.open_loader(0, 1)
+    none_asked: Any = (None, config, SimpleNamespace(taps=("c_t",), protocols=()))
     with pytest.raises(ValueError, match=f"probe: {need}"):
-        evaluate(None, config, SimpleNamespace(taps=("c_t",), protocols=()))
+        evaluate(*none_asked)
 
 
 def test_decoded_bytes_are_those_of_a_header_and_no_more_than_the_file_has():

@@ -55,7 +55,7 @@ def test_a_disk_that_stays_full_ends_the_run_after_three_saves_that_fail_beside_
     def full(*given):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    interrupt, begun = Interrupt(), []
+    interrupt, begun = Interrupt(), list[int]()
     writer, found = Writer(tmp_path, full), Saves(tmp_path, AMDIMConfig(), interrupt)
 
     def save():
