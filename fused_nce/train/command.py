@@ -174,6 +174,8 @@ def _parse(name: str | None, argv: Sequence[str]) -> Start:
         return start
     if not _first_process():
         return Start(settings, run_dir, False, [], False, values.profile)
+    if values.go_on and (run_dir / config.CONFIG_NAME).exists():  # a run that had no checkpoint yet begins anew
+        _refuse_changed(_of_method(method, run_dir), settings, run_dir, values.allow_changed)
     made = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True)
     held = lock.take(run_dir, wait_s)
@@ -211,21 +213,30 @@ def _long(word: str) -> str:
 def _resumed(
     method: type[Method], parser: Any, argv: Sequence[str], run_dir: Path, values: Any, wait_s: float = 0.0
 ) -> Start:
-    saved, allowed = config.load(run_dir), values.allow_changed
-    if saved.method != method.method:
-        raise ValueError(f"resume: {run_dir} is a run of {saved.method}; got method {method.method}, need the same")
+    saved = _of_method(method, run_dir)
     checkpoint.newest(run_dir)
     parser.set_defaults({k: v for k, v in config.flatten(config.to_dict(saved)).items() if k != "method"})
     settings = config.instantiate(method, parser, parser.parse_args(argv))
+    _refuse_changed(saved, settings, run_dir, values.allow_changed)
+    if _first_process():
+        lock.take(run_dir, wait_s)
+    return Start(settings, run_dir, True, values.allow_changed, False, values.profile)
+
+
+def _of_method(method: type[Method], run_dir: Path) -> Method:
+    saved = config.load(run_dir)
+    if saved.method != method.method:
+        raise ValueError(f"resume: {run_dir} is a run of {saved.method}; got method {method.method}, need the same")
+    return saved
+
+
+def _refuse_changed(saved: Method, settings: Method, run_dir: Path, allowed: Sequence[str]) -> None:
     changed = [line for line in config.differences(saved, settings) if line.split(":")[0] not in allowed]
     if changed:
         raise ValueError(
             f"resume: the settings differ from those of {run_dir} ({'; '.join(changed)}); leave them out, or add "
             f"--allow-changed {' '.join(line.split(':')[0] for line in changed)}"
         )
-    if _first_process():
-        lock.take(run_dir, wait_s)
-    return Start(settings, run_dir, True, allowed, False, values.profile)
 
 
 def _first_process() -> bool:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,8 @@ class Trainer:
         self.writer: checkpoint.Writer | sharding.Writer = checkpoint.Writer(run_dir, config.run.keep, first=rank == 0)
         if sharded:
             finish = functools.partial(checkpoint.complete, keep=config.run.keep)
-            self.writer = sharding.Writer(run_dir / checkpoint.FOLDER, finish)
+            limit = timedelta(minutes=config.run.timeout_minutes)
+            self.writer = sharding.Writer(run_dir / checkpoint.FOLDER, finish, limit)
         self._steady = True  # between updates, so that what a checkpoint holds belongs together
         self._together = world == 1  # all processes know of the error that ends the run
         labels = self.loader.labels[: self.loader.order.batch_size]

@@ -108,10 +108,15 @@ def test_an_evaluation_of_other_data_or_that_cannot_be_read_stays(evaluated, tmp
     file.write_text(json.dumps(result))
     evaluate._set_aside(tmp_path, "", result)
     assert file.exists()  # to be written over
+    old = {name: value for name, value in result.items() if name != "draws_version"}
+    file.write_text(json.dumps(old))
+    evaluate._set_aside(tmp_path, "", result)  # which draws otherwise
+    assert json.loads((tmp_path / "eval.1.json").read_text()) == old
+    file.write_text(json.dumps(result))
     moved = result | {"digests": result["digests"] | {"test": "one image of another class"}}
     evaluate._set_aside(tmp_path, "", moved)
-    assert json.loads((tmp_path / "eval.1.json").read_text())["digests"] == result["digests"]
-    for number, size in ((2, 9), (3, MAX_JSON_BYTES + 1)):
+    assert json.loads((tmp_path / "eval.2.json").read_text())["digests"] == result["digests"]
+    for number, size in ((3, 9), (4, MAX_JSON_BYTES + 1)):
         with file.open("wb") as opened:
             opened.truncate(size)
         evaluate._refuse_another(file, "elsewhere", result["digests"])

@@ -136,6 +136,11 @@ def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path, capsys):
     assert "leave out --overwrite" in capsys.readouterr().err
     assert cli.main(["train", "amdim", *options, "--optim.lr=0.5"]) == 2
     assert "resume: the settings differ" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "a" / "checkpoints")  # as of a run that was killed before its first
+    assert cli.main(["train", "amdim", *options, "--optim.lr=0.5"]) == 2
+    assert "resume: the settings differ" in capsys.readouterr().err
+    assert cli.main(["train", "simclr", "--data=digits", *options[-2:]]) == 2
+    assert "is a run of amdim" in capsys.readouterr().err
 
 
 # --- the lock -----------------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ SHARDS = {
     "training-0 testing-0": ("training-0", "testing-0", "training*"),
     "a-0 validation-0": ("a-0", "validation-0", "*"),
     "validation-0": (None, "validation-0", None),
+    "train-0 train_train-0 train_val-0 val-0 test-0": ("train-0 train_train-0 train_val-0", "test-0 | val-0", None),
 }
 
 

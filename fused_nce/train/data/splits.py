@@ -69,10 +69,10 @@ def find_shards(pattern: str) -> Shards:
     """
     path = Path(pattern)
     found = _of_folder(shards_in(path)) if path.is_dir() else _of_glob(path)
-    if two := alike(p.name for p in found.train):
+    if two := alike(p.name for p in found.train if split_of(p.name) is None):
         raise ValueError(
             f"data: {' and '.join(two)} at {pattern} look like two splits; their names must have train, and test or "
-            "val, as a word of its own, such as train-0.tar and test-0.tar"
+            "val, as a word of its own, the first or the only one, such as train-0.tar and test-0.tar"
         )
     return found
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from fused_nce.train.files import one_line, write_text
 
+LIMIT = timedelta(minutes=10)  # for the slowest process to import the package
 LAUNCH_NAME = "torchrun_launch"  # in a run's folder: the launch that trains there, and its agents
 
 _agents: set[str] = set()  # of this launch, as the first process has heard
@@ -60,7 +62,7 @@ def agreed(mine: bool, saved: bool) -> tuple[bool, bool]:
     global _store
     try:
         if _store is None:
-            _store, _, _ = next(rendezvous("env://"))
+            _store, _, _ = next(rendezvous("env://", timeout=LIMIT))
         if rank > 0:
             _store.set(f"fused_nce/{rank}/says", f"{mine:d}{launch[1]}")
             again, saved = (word == "1" for word in _taken(f"fused_nce/{rank}/hears"))

@@ -10,6 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,13 +73,15 @@ class Writer:
         folder: of the checkpoints.
         complete: called by the first process, in a thread, with the folder that holds the parts of all, the step and
             the state.
+        limit: for which a process waits for another; None: torch's own.
     """
 
-    def __init__(self, folder: Path, complete: Callable[[Path, int, dict[str, Any]], Any]) -> None:
+    def __init__(
+        self, folder: Path, complete: Callable[[Path, int, dict[str, Any]], Any], limit: timedelta | None = None
+    ) -> None:
         self.folder, self.complete = folder, complete
-        self.group: Any = dist.new_group(
-            backend="gloo"
-        )  # its own: the training's messages must not mix with a thread's
+        # Its own: the training's messages must not mix with a thread's.
+        self.group: Any = dist.new_group(backend="gloo", timeout=limit)
         self.thread, self.pending = ThreadPoolExecutor(1), None
         if dist.get_rank() == 0:
             clear(folder)
