@@ -47,9 +47,10 @@ class GradientCache(nn.Module):
 
     Args:
         encoder: called with a part of the inputs; returns tensors of one row an input, in any nesting of tuples and
-            dicts. A module, a method of one, or a function without parameters.
-        loss: the same, called with the encoder's outputs for the whole batch; returns a 0-d tensor, or a tuple with
-            the name `loss`.
+            dicts. A module, a method of one, or a function: without parameters under DDP, and without buffers that
+            move, for what it captures is not known here.
+        loss: a module, a method of one, or a function without parameters of another; called with the encoder's
+            outputs for the whole batch; returns a 0-d tensor, or a tuple with the name `loss`.
         part: inputs encoded at a time.
 
     Raises:
@@ -123,9 +124,7 @@ class GradientCache(nn.Module):
                 module = through if last and through is not None else self
                 rest = owed.parameters if last else {}
                 outputs, others = module(_cut(inputs, start, self.part), tuple(rest))
-                if not isinstance(
-                    owner, nn.Module
-                ):  # whose buffers would move twice, and DDP reduces no gradient of it
+                if through is not None and not isinstance(owner, nn.Module):  # DDP would reduce no gradient of it
                     _check_held("encoder", outputs, known)
                 pairs = [
                     (x, g[start : start + self.part])
@@ -185,7 +184,7 @@ def _check_held(name: str, outputs: Iterable[Tensor], known: Iterable[Tensor]) -
     seen = set(nodes)
     while nodes:
         node = nodes.pop()
-        leaf = getattr(node, "variable", None)
+        leaf = getattr(node, "variable", None) if node is not None and node.name().endswith("AccumulateGrad") else None
         if leaf is not None and id(leaf) not in held:
             raise ValueError(
                 f"{name}: uses a parameter of shape {tuple(leaf.shape)} that no module given here holds, "

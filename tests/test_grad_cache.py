@@ -262,8 +262,10 @@ def test_a_function_that_captures_a_parameter_is_refused():
         (GradientCache(lambda z: norm(z), lambda z: z.sum(), part=4), "encoder", r"\(6,\)"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: uses a parameter of shape {shape} that no module"):
-            step.backward(x)
+            step.backward(x, through=None if name == "loss" else step)  # as under DDP, which would not reduce it
         assert gradients(norm) == [None, None]
+    GradientCache(lambda z: norm(z), lambda z: z.sum(), part=4).backward(x)
+    assert norm.bias.grad is not None
     x.requires_grad_()
     GradientCache(norm.forward, lambda z: (z * norm.weight).sum(), part=4).backward(x)
     GradientCache(lambda z: z.exp(), lambda z: z.sum(), part=4).backward(x)  # an input is no parameter

@@ -29,6 +29,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fused_nce.core import checks
 from fused_nce.core.atoms import positive_value, transform_value
 from fused_nce.core.engine import as_matmul, loss_of, tile_stats
 from fused_nce.core.gathered import gathered_scores
@@ -175,8 +176,9 @@ def contrast_prefixes(
     if x.column_bias is not None:
         each_width = []
         for width, weight in zip(prefixes, weights, strict=True):
-            q, k, *h = (normalized(widened(y[..., :width])) for y in (x.q, x.k, x.h) if y is not None)
-            out = contrast(x._replace(q=q, k=k, h=h[0] if h else None, unit_norm=True), scale, rules, **how)
+            q, k, *h = (normalized(widened(as_matmul(y)[..., :width])) for y in (x.q, x.k, x.h) if y is not None)
+            with checks.uncast(x.q):  # it has been cast
+                out = contrast(x._replace(q=q, k=k, h=h[0] if h else None, unit_norm=True), scale, rules, **how)
             each_width.append((weight * out.loss, weight * out.nce, out.stats, width))
         stats = {f"{name}_{width}": y for *_, each, width in each_width for name, y in each.items()}
         loss, nce = (torch.stack([each[i] for each in each_width]).sum(dim=0) for i in range(2))  # type: ignore[misc]
@@ -368,7 +370,8 @@ def _row_loss(p: _Positives, found: Sequence[_Negatives], times: int, scale: flo
         loss = loss + p.gap  # fault: targets-alike
     if rules.smoothing:
         total = torch.stack([cast(Tensor, negatives.total) for negatives in found]).sum(dim=0)
-        least = p.mean.clamp(min=-1e30)  # −∞ has made the loss ∞, and ∞ − ∞ would be NaN
+        # −∞ has made the loss ∞, and ∞ − ∞ would be NaN.
+        least = p.mean.masked_fill(p.mean.detach() == float("-inf"), -1e30)
         if p.gap is None:
             loss = loss + rules.smoothing * (count * least - total) / (times + count)
         else:
@@ -414,24 +417,26 @@ def _biases(bias: Tensor) -> Tensor:
 def _with_bias(x: Batch, bias: Tensor, out: Tensor, scale: float | Tensor, rules: Rules) -> Batch:
     """(q, 1, FAR) and (k, b / scale, −FAR where b is −∞): a column's bias, and its absence, as more dimensions.
 
-    The bias takes one of them, or three of 16 bits, which keep 24. It stops where the sum of a row's scores would
-    overflow, at −2⁷⁵ (in float16 where its digits do, at −2²⁷), far below what a sum of e^t still sees. Label smoothing
-    and debiasing count their candidates: a column that is left out is also one that a guide turns away.
+    The bias takes one of them, or three of 16 bits: bfloat16's keep 24 bits, float16's 22. It stops where the sum of a
+    row's scores would overflow, at −2⁷⁵ (in float16 where its digits do, at −2²⁷), far below what a sum of e^t still
+    sees. Label smoothing and debiasing count their candidates: a column that is left out is also one that a guide turns
+    away.
     """
     x = x._replace(q=as_matmul(x.q), k=as_matmul(x.k), h=None if x.h is None else as_matmul(x.h))
     dtype, left, parts = x.q.dtype, _biases(bias) / scale, []
     left = left.clamp(min=-(2.0**27 if dtype == torch.float16 else 2.0**75))  # fault: bias-mask-overflows
-    if dtype.itemsize == 2:
+    if dtype == torch.float16:
         # Of a factor in the query, which would multiply the gradient beyond float16, is what has none.
         high = (left.detach() / HIGH).masked_fill(left.detach().abs() < FAR / 2, 0.0).to(dtype)
         parts, left = [high], left - HIGH * widened(high)  # fault: bias-beyond-float16
-    parts.append(left.to(dtype))
-    if dtype.itemsize == 2:
-        parts.append((left - parts[-1]).detach().to(dtype))  # the one before has the gradient  # fault: bias-rounded
+    factors = [HIGH] * len(parts)
+    for _ in range(1 if dtype.itemsize > 2 else 3 - len(parts)):
+        parts.append(left.to(dtype))
+        factors.append(1.0)
+        left = (left - widened(parts[-1])).detach()  # the one before has the gradient  # fault: bias-rounded
     away = out.to(dtype)
     k = torch.cat([x.k, torch.stack([*parts, -FAR * away], dim=1)], dim=1)  # fault: bias-infinite-stays
-    factors = (*((1.0,) if len(parts) == 1 else (HIGH, 1.0, 1.0)), FAR)
-    q = torch.cat([x.q, *(x.q.new_full((x.q.shape[0], 1), factor) for factor in factors)], dim=1)
+    q = torch.cat([x.q, *(x.q.new_full((x.q.shape[0], 1), factor) for factor in (*factors, FAR))], dim=1)
     h = None if x.h is None else torch.cat([x.h, x.h.new_zeros(*x.h.shape[:2], len(parts) + 1)], dim=2)
     if rules.smoothing or rules.tau_plus is not None:
         guide = x.guide or (x.q[:, :0], x.k[:, :0], *(() if x.h is None else (x.h[..., :0],)))

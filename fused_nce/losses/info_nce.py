@@ -105,7 +105,8 @@ def info_nce(
         row_weights: (N,), differentiable: they weigh the mean, and the sum, and multiply elements under "none".
         column_bias: (M,), added to each score of its column: −log Q of sampled softmax. Differentiable; without clip,
             hardness, false_negative_margin, symmetric and other directions than "q2k". −∞ leaves the column out, and a
-            row whose key it is has the loss ∞.
+            row whose key it is has the loss ∞. A large finite mask does so too, but not beside label_smoothing, which
+            takes the mean of all scores.
         max_scale: the largest 1 / temperature; a learned one has no gradient beyond it.
         prefixes: widths, each a loss of its own of that many first columns, normalised anew, and the sum of them
             (Matryoshka, arXiv:2205.13147), in one sweep that reads the operands once; with a bias a column one each.
@@ -119,7 +120,7 @@ def info_nce(
     Returns:
         NCEOutput, float32 (float64 for float64 inputs), in nats; chance is log M. `stats` is of the queries' direction:
         top1, pos_mean, neg_lse_mean, nce_minus_chance, mi_bound. What needs more than keys and filters has the first
-        three alone, top1 among all candidates, and with hardness the next two; prefixes have `top1_64`, ….
+        three alone (top1 among all candidates), with hardness pos_mean and neg_lse_mean; prefixes have `top1_64`, ….
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value needed.

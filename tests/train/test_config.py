@@ -114,7 +114,7 @@ def test_a_resume_with_other_settings_is_refused_with_the_difference(saved):
 
 
 def test_what_is_no_resume(saved, tmp_path):
-    other = "resume: goes on in .*run itself; leave out --out and --overwrite"
+    other = "resume: goes on in .*run itself; leave out --out, --overwrite and --go-on"
     calls = {
         ("amdim", saved, "--out", str(tmp_path / "other")): other,
         ("amdim", saved, "--overwrite"): other,
@@ -188,6 +188,7 @@ BAD = [
     ("run.max_minutes", NAN, "null or above 0"),
     ("run.log_every", 0, "at least 1"),
     ("run.save_minutes", -1, "at least 0"),
+    ("run.timeout_minutes", 0, "above 0"),
     ("run.keep", 1, "at least 2 (a damaged checkpoint needs one before it)"),
     ("run.workers", -1, "at least 0"),
     ("run.memory_limit_mb", 0, "at least 1"),

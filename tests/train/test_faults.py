@@ -489,7 +489,7 @@ def test_settings_are_written_only_where_a_resume_is_accepted(tmp_path, monkeypa
     trainer(tmp_path / "a", "--max-steps=1").run()
     lock.release(tmp_path / "a")
     before = content(tmp_path / "a")
-    monkeypatch.setattr(checkpoint, "restore_rng", lambda state: (_ for _ in ()).throw(OSError("of another")))
+    monkeypatch.setattr(checkpoint, "restore_rng", lambda state, place: (_ for _ in ()).throw(OSError("of another")))
     assert cli.main(["train", "amdim", f"--resume={tmp_path / 'a'}", "--run.keep=7"]) == 2
     assert content(tmp_path / "a") == before
     monkeypatch.undo()

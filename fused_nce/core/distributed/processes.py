@@ -82,8 +82,8 @@ def _host_group(name: str) -> dist.ProcessGroup:
         return group
     if name not in _host_groups:
         ranks = dist.get_process_group_ranks(group)
-        options = group._get_backend(next(iter(group._device_types))).options  # None of a backend without any
-        limit = getattr(options, "_timeout", None)
+        options = group._get_backend(next(iter(group._device_types))).options
+        limit = None if options is None else options._timeout  # of a backend without any
         beside = dist.new_group(ranks, timeout=limit, backend="gloo", use_local_synchronization=True)
         _host_groups[name] = cast(dist.ProcessGroup, beside)
     return _host_groups[name]
