@@ -212,10 +212,13 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "losses-page": lambda record: f"{losses.table('')}\n\n{losses.reference()}",
     "cifar10-budget": lambda record: training.budget_table("cifar10"),
     "cifar10-accuracy": lambda record: training.accuracy_table("cifar10"),
-    "baselines-budget": lambda record: training.budget_table("cifar10", training.RESULTS / "baselines"),
-    "baselines-accuracy": lambda record: training.accuracy_table("cifar10", training.RESULTS / "baselines"),
-    "recipes-budget": lambda record: training.budget_table("cifar10", training.RESULTS / "recipes"),
-    "recipes-accuracy": lambda record: training.accuracy_table("cifar10", training.RESULTS / "recipes"),
+    **{
+        f"{study}-{name}": partial(
+            lambda table, folder, record: table("cifar10", folder), table, training.RESULTS / study
+        )
+        for study in ("baselines", "recipes", "longer")
+        for name, table in (("budget", training.budget_table), ("accuracy", training.accuracy_table))
+    },
     "fsdd-budget": lambda record: training.budget_table("fsdd"),
     "fsdd-accuracy": lambda record: training.accuracy_table("fsdd"),
     "premise": lambda record: premise.block(),
